@@ -1,0 +1,182 @@
+"""Base, vectors and the live model in flat segments; the merge kernel.
+
+Parameters lie one after the other in segments, one segment for each pair of stored and live dtype.  A segment
+holds the values of each stored checkpoint as they are, and the live model's, which its parameters are views of.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dem_opt.checkpoints import DTYPES, read_header, read_parameters
+from dem_opt.records import Composite, StoredModel
+from dem_opt.simplex import UNIT
+
+ALIGNMENT = 64
+"""Every parameter starts at a multiple of this many elements, so at least of as many bytes."""
+
+CPU_BLOCK = 2**16
+"""Elements merged at once on a CPU: float32 scratch of this size stays in cache and costs no bandwidth."""
+
+DEVICE_BLOCK = 2**26
+"""Elements merged at once elsewhere: so many that launching kernels costs nothing, well below 2**31."""
+
+
+class Arena:
+    """Stored checkpoints and a live model on one device; `merge` makes the live model any composite of them."""
+
+    def __init__(
+        self, model: PreTrainedModel, stored: Sequence[StoredModel], device: torch.device | str = "cpu"
+    ) -> None:
+        """Load every stored checkpoint, each straight to its place, and make the model's parameters live views.
+
+        The dtypes of the model's parameters are the evaluation's.  Checkpoints must fit each other (`check_fit`).
+        """
+        self.device = torch.device(device)
+        self._segments = _lay_out(model, stored[0], self.device)
+        for checkpoint in {one.content: one for one in stored}.values():
+            self._load(checkpoint)
+        self._adopt(model)
+        self._kernel = MergeKernel(self.device)
+
+    @property
+    def contents(self) -> frozenset[str]:
+        """Content hashes of the checkpoints that are stored."""
+        return frozenset(self._segments[0].stored_NP)
+
+    def merge(self, composite: Composite) -> None:
+        """Make the live model  Theta_D = sum_n (units_n / 1e9) Theta_n , always from the stored checkpoints.
+
+        Summed in float32 in the composite's order, rounded once to the stored dtype, cast to the live one.
+        A single term is copied as it is.  Raises KeyError for content that is not stored.
+        """
+        for segment in self._segments:
+            terms = [(units, segment.stored_NP[content]) for content, units in composite.terms]
+            self._kernel.merge(segment.live_P, terms)
+
+    def _load(self, checkpoint: StoredModel) -> None:
+        """Copy a checkpoint's parameters from its files to their places."""
+        places = {place.name: (place, segment) for segment in self._segments for place in segment.places}
+        for segment in self._segments:
+            stored_P = torch.zeros(segment.size, dtype=segment.dtype, device=self.device)
+            segment.stored_NP[checkpoint.content] = stored_P
+        for name, tensor in read_parameters(checkpoint.path, places):
+            place, segment = places[name]
+            assert (tensor.dtype, tensor.shape) == (segment.dtype, place.shape), f"{name}: {checkpoint.path}"
+            segment.view(segment.stored_NP[checkpoint.content], place).copy_(tensor)
+
+    def _adopt(self, model: PreTrainedModel) -> None:
+        """Make the model's parameters views of the live segments, and move its buffers to the device."""
+        parameters = dict(model.named_parameters())
+        for segment in self._segments:
+            for place in segment.places:
+                parameters[place.name].data = segment.view(segment.live_P, place)
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
+
+
+class MergeKernel:
+    """The one place where weights are summed, block by block through scratch memory that is allocated once.
+
+    Multiplication and addition are rounded separately.  `add_(x, alpha=w)` may fuse them in its vector loop and not
+    in the loop's tail, and then a weight's bits would depend on its position, the block size and the threads.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", block: int | None = None) -> None:
+        """Scratch for `block` elements, by default as many as suit the device; the bits are the same for any."""
+        self.block = block or (CPU_BLOCK if torch.device(device).type == "cpu" else DEVICE_BLOCK)
+        self._sum_P = torch.empty(self.block, dtype=torch.float32, device=device)
+        self._term_P = torch.empty(self.block, dtype=torch.float32, device=device)
+
+    def merge(self, out_P: Tensor, terms: Sequence[tuple[int, Tensor]]) -> None:
+        """out = sum_n (units_n / 1e9) x_n  over flat tensors of one dtype, rounded to it, then cast to out's.
+
+        Terms are (units of 1e-9, values), summed in the order given; coefficients are rounded to float32.
+        """
+        if len(terms) == 1 and terms[0][0] == UNIT:
+            out_P.copy_(terms[0][1])
+            return
+        weighted = [(float(np.float32(units / UNIT)), x_P) for units, x_P in terms]
+        for start in range(0, len(out_P), self.block):
+            block = slice(start, start + self.block)
+            self._merge_block(out_P[block], [(weight, x_P[block]) for weight, x_P in weighted])
+
+    def _merge_block(self, out_P: Tensor, terms: Sequence[tuple[float, Tensor]]) -> None:
+        """The same for one block that fits the scratch."""
+        sum_P, term_P = self._sum_P[: len(out_P)], self._term_P[: len(out_P)]
+        _multiply(terms[0][1], terms[0][0], sum_P)
+        for weight, x_P in terms[1:]:
+            _multiply(x_P, weight, term_P)
+            sum_P.add_(term_P)
+        out_P.copy_(sum_P.to(terms[0][1].dtype))
+
+
+def merged_parameters(
+    names: Sequence[str], folders: Mapping[str, Path], composite: Composite
+) -> Iterator[tuple[str, Tensor]]:
+    """A composite's parameters one at a time, in the stored dtype, straight from the files: the arena's bits.
+
+    `folders` maps content hashes to checkpoint folders.  No more than one parameter is held in memory.
+    """
+    kernel = MergeKernel()
+    readers = [read_parameters(folders[content], names) for content, _ in composite.terms]
+    for tensors in zip(*readers, strict=True):
+        name, first = tensors[0]
+        merged = torch.empty(first.shape, dtype=first.dtype)
+        terms = [(units, x.reshape(-1)) for (_, units), (_, x) in zip(composite.terms, tensors, strict=True)]
+        kernel.merge(merged.view(-1), terms)
+        yield name, merged
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter lies in its segment."""
+
+    name: str
+    shape: torch.Size
+    start: int
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Parameters of one stored and one live dtype: values of N checkpoints by content hash, and the live ones."""
+
+    dtype: torch.dtype
+    places: Sequence[_Place]
+    size: int
+    live_P: Tensor
+    stored_NP: dict[str, Tensor]
+
+    def view(self, flat_P: Tensor, place: _Place) -> Tensor:
+        """One parameter's part of a flat tensor."""
+        return flat_P[place.start : place.start + place.shape.numel()].view(place.shape)
+
+
+def _lay_out(model: PreTrainedModel, stored: StoredModel, device: torch.device) -> list[_Segment]:
+    """Empty segments for a model's parameters, in the order of `named_parameters()` (tied weights once)."""
+    tensors = read_header(stored.path, "checkpoint").tensors
+    groups: dict[tuple[torch.dtype, torch.dtype], list[_Place]] = {}
+    sizes: dict[tuple[torch.dtype, torch.dtype], int] = {}
+    for name, parameter in model.named_parameters():
+        group = DTYPES[tensors[name].dtype], parameter.dtype
+        start = sizes.get(group, 0)
+        groups.setdefault(group, []).append(_Place(name, parameter.shape, start))
+        sizes[group] = start + -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+    return [
+        _Segment(group[0], places, sizes[group], torch.zeros(sizes[group], dtype=group[1], device=device), {})
+        for group, places in groups.items()
+    ]
+
+
+def _multiply(x_P: Tensor, weight: float, out_P: Tensor) -> None:
+    """out = weight * x in float32, rounded once."""
+    if x_P.dtype == torch.float32:
+        torch.mul(x_P, weight, out=out_P)
+    else:
+        out_P.copy_(x_P).mul_(weight)

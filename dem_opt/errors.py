@@ -1,0 +1,39 @@
+"""What a user is told: mistakes they can mend, and work that could not be done."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class InputError(ValueError):
+    """The user's mistake, told in one line: where, which field, which value, and the mend.
+
+    Parts that do not apply are None.  `value` is shown as written (`repr`), shortened to 80 characters.
+    """
+
+    def __init__(self, where: object, field: str | None, value: object, mend: str) -> None:
+        self.where, self.field, self.value, self.mend = where, field, value, mend
+        super().__init__(where, field, value, mend)
+
+    def __str__(self) -> str:
+        shown = None if self.value is None else shorten(repr(self.value))
+        subject = " = ".join(part for part in (self.field, shown) if part is not None)
+        return ": ".join(part for part in (str(self.where or ""), subject, self.mend) if part)
+
+
+class EvaluationError(RuntimeError):
+    """A composite could not be scored (a non-finite loss, say); the study goes on without it."""
+
+
+def shorten(text: str, length: int = 80) -> str:
+    """`text`, cut in the middle to at most `length` characters."""
+    if len(text) <= length:
+        return text
+    half = (length - 3) // 2
+    return f"{text[:half]}...{text[-half:]}"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A question naming the known word nearest to `word`, or the known words where none is near."""
+    known = sorted(known)
+    close = get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"

@@ -1,0 +1,192 @@
+"""Every score ever measured, by content: (composite, corpus, scoring) -> nats per window."""
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+from sqlalchemy import Engine, ForeignKey, String, UniqueConstraint, func, inspect, select
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from dem_opt.database import create_missing, insert_into, masked
+from dem_opt.errors import InputError
+from dem_opt.records import Composite, Score
+
+SCHEMA = 1
+"""Version of the tables that this module reads and writes."""
+
+
+class _Tables(DeclarativeBase):
+    """The ledger's tables."""
+
+
+class _Schema(_Tables):
+    """A version that the tables have been through; the highest is what they are."""
+
+    __tablename__ = "dem_schema"
+
+    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+
+
+class _Composite(_Tables):
+    """A composite in readable form: `terms` is JSON, {content hash: units of 1e-9}."""
+
+    __tablename__ = "dem_composite"
+
+    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    terms: Mapped[str]
+
+
+class _Score(_Tables):
+    """One composite's nats per window on one corpus: arrays as little-endian float64 and int64.
+
+    forward_tokens and seconds are those of the evaluation that measured it, all its corpora together.
+    """
+
+    __tablename__ = "dem_score"
+    __table_args__ = (UniqueConstraint("composite", "corpus", "scoring"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    composite: Mapped[str] = mapped_column(ForeignKey(_Composite.key))
+    corpus: Mapped[str]
+    scoring: Mapped[str]
+    windows: Mapped[int]
+    nats_W: Mapped[bytes]
+    tokens_W: Mapped[bytes]
+    forward_tokens: Mapped[int]
+    seconds: Mapped[float]
+    created: Mapped[str]
+
+
+class _Study(_Tables):
+    """A study's generation, and the fields behind its two hashes as JSON."""
+
+    __tablename__ = "dem_study"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    generation: Mapped[int]
+    scoring: Mapped[str]
+    question: Mapped[str]
+
+
+@dataclass(frozen=True)
+class StudyRow:
+    """What the ledger remembers of a study.
+
+    generation  which Optuna study of the name is its present one
+    scoring     field -> value of what may not change under the study
+    question    field -> value of what begins a new generation when it changes
+    """
+
+    name: str
+    generation: int
+    scoring: dict[str, str]
+    question: dict[str, str]
+
+
+class Ledger:
+    """The scores in a study's database.  Any number of drivers may write at once."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Creates the tables that are missing.
+
+        Raises InputError where a newer version of dem_opt made them.
+        """
+        self._engine = engine
+        self._refuse_newer()
+        create_missing(engine, _Tables.metadata)
+        with engine.begin() as connection:
+            connection.execute(insert_into(engine, _Schema).values(version=SCHEMA).on_conflict_do_nothing())
+
+    def look_up(self, composite: Composite, corpora: Collection[str], scoring: str) -> dict[str, Score]:
+        """The scores of `composite` by corpus key, of those among `corpora` that have been measured."""
+        wanted = select(_Score).where(
+            _Score.composite == composite.key, _Score.scoring == scoring, _Score.corpus.in_(corpora)
+        )
+        with Session(self._engine) as session:
+            return {row.corpus: _score(row) for row in session.scalars(wanted)}
+
+    def record(
+        self,
+        composite: Composite,
+        scores: Mapping[str, Score],
+        scoring: str,
+        forward_tokens: int = 0,
+        seconds: float = 0.0,
+    ) -> None:
+        """Writes the scores of `composite` by corpus key, all or none; committed when it returns.
+
+        A score that is there already stays as it is.  forward_tokens and seconds are what measuring took.
+        """
+        made = {
+            "composite": composite.key,
+            "scoring": scoring,
+            "forward_tokens": forward_tokens,
+            "seconds": seconds,
+            "created": datetime.now(UTC).isoformat(),
+        }
+        rows = [made | _columns(corpus, score) for corpus, score in sorted(scores.items())]
+        if not rows:
+            return
+        terms = {"key": composite.key, "terms": json.dumps(dict(composite.terms))}
+        with self._engine.begin() as connection:
+            connection.execute(insert_into(self._engine, _Composite).values(terms).on_conflict_do_nothing())
+            connection.execute(insert_into(self._engine, _Score).on_conflict_do_nothing(), rows)
+
+    def composites(self, scoring: str) -> list[Composite]:
+        """The composites with any score under `scoring`, in the order they were first recorded."""
+        measured = (
+            select(_Composite.terms)
+            .join(_Score)
+            .where(_Score.scoring == scoring)
+            .group_by(_Composite.key)
+            .order_by(func.min(_Score.id))
+        )
+        with Session(self._engine) as session:
+            return [Composite.of(json.loads(terms)) for terms in session.scalars(measured)]
+
+    def study(self, name: str) -> StudyRow | None:
+        """What was entered for a study, or None."""
+        with Session(self._engine) as session:
+            row = session.get(_Study, name)
+        return (
+            None
+            if row is None
+            else StudyRow(row.name, row.generation, json.loads(row.scoring), json.loads(row.question))
+        )
+
+    def enter_study(self, row: StudyRow) -> None:
+        """Writes what is to be remembered of a study, in place of what was."""
+        known = {
+            "generation": row.generation,
+            "scoring": json.dumps(row.scoring),
+            "question": json.dumps(row.question),
+        }
+        entry = insert_into(self._engine, _Study).values(name=row.name, **known)
+        with self._engine.begin() as connection:
+            connection.execute(entry.on_conflict_do_update(index_elements=["name"], set_=known))
+
+    def _refuse_newer(self) -> None:
+        if not inspect(self._engine).has_table(_Schema.__tablename__):
+            return
+        with Session(self._engine) as session:
+            version = session.scalar(select(func.max(_Schema.version))) or SCHEMA
+        if version > SCHEMA:
+            mend = f"its schema has version {version}, this dem_opt knows {SCHEMA}; use a newer dem_opt"
+            raise InputError(None, "storage", masked(str(self._engine.url)), mend)
+
+
+def _columns(corpus: str, score: Score) -> dict[str, object]:
+    return {
+        "corpus": corpus,
+        "windows": len(score.nats_W),
+        "nats_W": np.array(score.nats_W, dtype="<f8").tobytes(),
+        "tokens_W": np.array(score.tokens_W, dtype="<i8").tobytes(),
+    }
+
+
+def _score(row: _Score) -> Score:
+    nats_W = np.frombuffer(row.nats_W, dtype="<f8").tolist()
+    tokens_W = np.frombuffer(row.tokens_W, dtype="<i8").tolist()
+    return Score(tuple(nats_W), tuple(tokens_W))

@@ -1,0 +1,299 @@
+"""Many residents as Ray actors (in-process for tests); other importable jobs too."""
+
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, Self, TypeVar
+
+from dem_opt.config import Compute as ComputeSettings
+from dem_opt.errors import EvaluationError, InputError
+from dem_opt.records import Evaluation, Failure, Request, ResidentSpec
+
+ATTEMPTS = 3
+"""How often a request is sent out before the death of its resident counts as its failure."""
+
+
+class Worker(Protocol):
+    """What a pool keeps many of: a resident."""
+
+    def evaluate(self, request: Request) -> Evaluation:
+        """Scores for a request; raises EvaluationError where there are none."""
+
+
+class Pool(Protocol):
+    """Takes requests and gives every one back once, with its answer."""
+
+    @property
+    def capacity(self) -> int:
+        """How many requests are worked on at once."""
+
+    def submit(self, request: Request) -> None:
+        """Take a request; returns at once."""
+
+    def next_done(self) -> tuple[Request, Evaluation | Failure]:
+        """Wait for the next answer.  Only while a request is out."""
+
+    def close(self) -> None:
+        """Let all residents go."""
+
+
+Build = Callable[[ResidentSpec], Worker]
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def _answer(worker: Worker, request: Request) -> Evaluation | Failure:
+    try:
+        return worker.evaluate(request)
+    except EvaluationError as error:
+        return Failure(str(error))
+
+
+class InProcessPool:
+    """One resident in this process, loaded at once; requests are answered in order, when waited for."""
+
+    def __init__(self, build: Build, spec: ResidentSpec) -> None:
+        self._worker = build(spec)
+        self._waiting: deque[Request] = deque()
+
+    @property
+    def capacity(self) -> int:
+        """One."""
+        return 1
+
+    def submit(self, request: Request) -> None:
+        """Queue a request."""
+        self._waiting.append(request)
+
+    def next_done(self) -> tuple[Request, Evaluation | Failure]:
+        """Answer the oldest request."""
+        request = self._waiting.popleft()
+        return request, _answer(self._worker, request)
+
+    def close(self) -> None:
+        """Nothing to let go."""
+
+
+class _Actor:
+    """One resident in a process of its own.  It loads on first use, so a restarted one loads again."""
+
+    def __init__(self, build: Build, spec: ResidentSpec) -> None:
+        self._build, self._spec = build, spec
+        self._worker: Worker | None = None
+
+    def ready(self) -> int:
+        """Load; the number of CPU threads that torch uses here."""
+        import torch
+
+        if self._worker is None:
+            self._worker = self._build(self._spec)
+        return torch.get_num_threads()
+
+    def evaluate(self, request: Request) -> Evaluation | Failure:
+        """An answer; failures to evaluate are values, bugs are exceptions."""
+        self.ready()
+        assert self._worker is not None
+        return _answer(self._worker, request)
+
+
+class RayPool:
+    """Residents as Ray actors: one for each GPU, or on CPUs, which they divide among them evenly.
+
+    A resident that dies is restarted by Ray and its requests are sent out again, up to ATTEMPTS times each.
+    Raises InputError where residents are not ready within `patience` seconds, and says what is missing.
+    """
+
+    def __init__(self, build: Build, spec: ResidentSpec, residents: int | None, patience: float) -> None:
+        import ray
+
+        self._ray = ray
+        count, resources = _share(ray.cluster_resources(), residents)
+        held = ray.put(spec)
+        actor = ray.remote(_Actor).options(max_restarts=ATTEMPTS, max_task_retries=0, **resources)
+        self._actors = [actor.remote(build, held) for _ in range(count)]
+        self._running: dict[Any, tuple[Any, Request, int]] = {}
+        self.threads = self._wait_until_ready(patience, resources)
+
+    @property
+    def capacity(self) -> int:
+        """The number of residents."""
+        return len(self._actors)
+
+    def submit(self, request: Request) -> None:
+        """Send a request to the resident that has the fewest."""
+        self._send(request, attempt=1)
+
+    def next_done(self) -> tuple[Request, Evaluation | Failure]:
+        """The next answer of any resident, the oldest request first where several are ready."""
+        while True:
+            (done, *_), _ = self._ray.wait(list(self._running), num_returns=1)
+            _, request, attempt = self._running.pop(done)
+            try:
+                answer: Evaluation | Failure = _get(self._ray, done)
+                return request, answer
+            except self._ray.exceptions.RayActorError as error:
+                if attempt == ATTEMPTS:
+                    return request, Failure(f"its resident died {ATTEMPTS} times: {_first_line(error)}")
+                self._send(request, attempt + 1)
+
+    def close(self) -> None:
+        """End the actors."""
+        for actor in self._actors:
+            self._ray.kill(actor)
+
+    def _send(self, request: Request, attempt: int) -> None:
+        busy = [actor for actor, _, _ in self._running.values()]
+        actor = min(self._actors, key=busy.count)
+        self._running[actor.evaluate.remote(request)] = (actor, request, attempt)
+
+    def _wait_until_ready(self, patience: float, resources: dict[str, int]) -> list[int]:
+        pending = [actor.ready.remote() for actor in self._actors]
+        done, late = self._ray.wait(pending, num_returns=len(pending), timeout=patience)
+        threads = [_get(self._ray, reference) for reference in done]
+        if late:
+            raise InputError(
+                None,
+                "compute.patience",
+                patience,
+                f"{len(late)} of {len(pending)} residents were not ready in this many seconds; each needs {resources}, "
+                f"free now: {self._ray.available_resources()}",
+            )
+        return threads
+
+
+def _get(ray: Any, reference: Any) -> Any:
+    """The value of a Ray reference; an exception of our own code comes out as it was raised."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+
+
+def _share(cluster: dict[str, float], residents: int | None) -> tuple[int, dict[str, int]]:
+    """How many residents, and what each asks of Ray, given the cluster's resources.
+
+    Without a number: one for each GPU, else one with all the CPUs of a node's average.
+    """
+    gpus, cpus = int(cluster.get("GPU", 0)), int(cluster.get("CPU", 1))
+    if gpus:
+        count = residents or gpus
+        if count > gpus:
+            raise InputError(None, "compute.residents", residents, f"the cluster has {gpus} GPUs, one for each resident")
+        return count, {"num_gpus": 1, "num_cpus": max(cpus // (count + 1), 1)}
+    count = residents or 1
+    if count > cpus:
+        raise InputError(None, "compute.residents", residents, f"the cluster has {cpus} CPUs, at least one for each resident")
+    return count, {"num_gpus": 0, "num_cpus": cpus // count}
+
+
+class Compute(Protocol):
+    """Where residents and jobs live; a context, entered before use."""
+
+    def __enter__(self) -> Self:
+        """Be ready to start residents."""
+
+    def __exit__(self, *exception: object) -> None:
+        """Let go of what was started."""
+
+    @property
+    def device(self) -> str:
+        """The kind of device that residents get: "cpu" or "cuda"."""
+
+    def residents(self, build: Build, spec: ResidentSpec) -> Pool:
+        """A pool of residents that are ready."""
+
+    def jobs(self, function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[tuple[Job, Result | Exception]]:
+        """Run an importable function on every job; yields (job, result) as they end.
+
+        A job's exception is yielded in place of its result, so that the others go on.
+        """
+
+
+class InProcessCompute:
+    """This process: one resident on the CPU, jobs one after the other."""
+
+    device = "cpu"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        return None
+
+    def residents(self, build: Build, spec: ResidentSpec) -> Pool:
+        """One resident."""
+        return InProcessPool(build, spec)
+
+    def jobs(self, function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[tuple[Job, Result | Exception]]:
+        """Each job in turn."""
+        for job in jobs:
+            try:
+                yield job, function(job)
+            except (InputError, RuntimeError) as error:
+                yield job, error
+
+
+class RayCompute:
+    """Ray: the one this process is connected to already, or else `settings.ray`, left again at the end.
+
+    "local" starts a Ray on this machine, "auto" looks for this machine's cluster, anything else is an address.
+    """
+
+    def __init__(self, settings: ComputeSettings) -> None:
+        self._settings = settings
+        self._connected_here = False
+
+    def __enter__(self) -> Self:
+        import ray
+
+        self._ray = ray
+        if not ray.is_initialized():
+            self._connect(self._settings.ray)
+            self._connected_here = True
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._connected_here:
+            self._ray.shutdown()
+            self._connected_here = False
+
+    @property
+    def device(self) -> str:
+        """cuda where the cluster has a GPU."""
+        return "cuda" if self._ray.cluster_resources().get("GPU") else "cpu"
+
+    def residents(self, build: Build, spec: ResidentSpec) -> Pool:
+        """Residents as actors."""
+        count = None if self._settings.residents == "auto" else self._settings.residents
+        return RayPool(build, spec, count, self._settings.patience)
+
+    def jobs(self, function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[tuple[Job, Result | Exception]]:
+        """Jobs as Ray tasks, which divide the CPUs among them evenly; each gets a GPU where there are any."""
+        ray = self._ray
+        cpus = max(int(ray.cluster_resources().get("CPU", 1)) // max(len(jobs), 1), 1)
+        task = ray.remote(function).options(num_cpus=cpus, num_gpus=int(self.device == "cuda"), max_retries=1)
+        running = {task.remote(job): job for job in jobs}
+        while running:
+            (done, *_), _ = ray.wait(list(running), num_returns=1)
+            job = running.pop(done)
+            try:
+                yield job, ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                yield job, error.cause
+            except ray.exceptions.RayError as error:
+                yield job, error
+
+    def _connect(self, address: str) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        dashboard = {"include_dashboard": False} if address == "local" else {}
+        try:
+            self._ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **dashboard)
+        except (ConnectionError, ValueError) as error:
+            mend = f"no Ray answers there ({_first_line(error)})"
+            raise InputError(None, "compute.ray", address, mend) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,108 @@
+"""What a study asks, by content: base, experts and corpora as hashes, and what guards their comparison."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+
+from dem_opt.errors import InputError
+from dem_opt.records import Composite
+from dem_opt.simplex import Coefficients
+
+SPLITS = ("search", "held_out")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A study with every path replaced by the hash of its content.
+
+    base, experts  content hashes of the checkpoints
+    total, weights the simplex's total and the objective's weights
+    corpora        by split, then by distribution: corpus keys
+    settings       the evaluation's settings, as text by their name in the study file; `device` is cpu or cuda
+    """
+
+    base: str
+    experts: Mapping[str, str]
+    total: float
+    weights: Mapping[str, float]
+    corpora: Mapping[str, Mapping[str, str]]
+    settings: Mapping[str, str]
+
+    def composite(self, coefficients: Coefficients) -> Composite:
+        """The composite of coefficients, by content."""
+        return Composite.edited(self.base, self.experts, coefficients)
+
+    @property
+    def scoring(self) -> str:
+        """The ledger's scoring key: a hash of the settings that change a window's nats; windows hash themselves."""
+        fields = ("evaluation.dtype", "evaluation.batch", "device")
+        return sha256(repr([(field, self.settings[field]) for field in fields]).encode()).hexdigest()
+
+    def keys(self, split: str) -> tuple[str, ...]:
+        """Corpus keys of a split, in ascending order of distributions."""
+        return tuple(self.corpora[split][name] for name in sorted(self.corpora[split]))
+
+    def asked(self) -> dict[str, str]:
+        """What makes this question another than the last: a change begins a new generation."""
+        return {
+            "base": self.base,
+            **{f"distributions.{name}": content for name, content in self.experts.items()},
+            "simplex.total": repr(self.total),
+            **{f"objective.weights.{name}": repr(weight) for name, weight in self.weights.items()},
+        }
+
+    def scored(self) -> dict[str, str]:
+        """What makes scores comparable: a change is refused."""
+        corpora = {
+            f"distributions.{name}.{'validation' if split == 'search' else 'held_out'}": key
+            for split, by_name in self.corpora.items()
+            for name, key in by_name.items()
+        }
+        return {**self.settings, **corpora}
+
+    @classmethod
+    def recall(cls, asked: Mapping[str, str], scored: Mapping[str, str]) -> "Question":
+        """The question that `asked` and `scored` describe."""
+        prefix, weight = "distributions.", "objective.weights."
+        validation, held_out = ".validation", ".held_out"
+        return cls(
+            base=asked["base"],
+            experts={key.removeprefix(prefix): value for key, value in asked.items() if key.startswith(prefix)},
+            total=float(asked["simplex.total"]),
+            weights={key.removeprefix(weight): float(value) for key, value in asked.items() if key.startswith(weight)},
+            corpora={
+                split: {
+                    key.removeprefix(prefix).removesuffix(suffix): value
+                    for key, value in scored.items()
+                    if key.startswith(prefix) and key.endswith(suffix)
+                }
+                for split, suffix in zip(SPLITS, (validation, held_out), strict=True)
+            },
+            settings={key: value for key, value in scored.items() if not key.startswith(prefix)},
+        )
+
+
+def refuse_other_scoring(where: object, old: Mapping[str, str], new: Mapping[str, str]) -> None:
+    """Raise InputError where a setting or a corpus that both know has changed: scores would not compare.
+
+    Settings are named before corpora, since a changed window changes every corpus.
+    """
+    changed = [field for field in new if field in old and old[field] != new[field]]
+    if not changed:
+        return
+    field = min(changed, key=lambda name: (name.startswith("distributions."), name))
+    hashed = field.startswith(("distributions.", "tokenizer"))
+    was = "another content" if hashed else repr(old[field])
+    raise InputError(
+        where,
+        field,
+        None if hashed else new[field],
+        f"the study was begun with {was}, so its scores would not compare; restore it, or give the study another name",
+    )
+
+
+def changes(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """The fields in which two questions differ, for people."""
+    fields = sorted(field for field in old.keys() | new.keys() if old.get(field) != new.get(field))
+    kinds = [(field, "new" if field not in old else "gone" if field not in new else "changed") for field in fields]
+    return ", ".join(f"{field} is {kind}" if kind == "new" else f"{field} has {kind}" for field, kind in kinds)

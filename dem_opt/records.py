@@ -1,0 +1,300 @@
+"""What travels between rooms: Composite, Windows, Corpus, Score, Request, Evaluation, Failure, ResidentSpec.
+
+Shape suffixes here and in every tensor room: B batch rows, T tokens of a window, W windows of a corpus,
+N stored checkpoints (base and experts), P parameters, K distributions, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import sha256
+from math import exp, fsum, isfinite
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dem_opt.errors import EvaluationError
+from dem_opt.simplex import UNIT, Coefficients
+
+
+@dataclass(frozen=True)
+class Composite:
+    """A composite model by content: {content hash of a checkpoint: its coefficient in units of 1e-9}.
+
+    The right-hand form of  Theta_D = (1 - sum w) Theta + sum_i w_i Theta_i : the base is one term among the
+    others, zero terms are left out, and terms stand in the order of their content's hash.  So the base is
+    {Theta: 1}, a single fine-tune {Theta_i: 1}, and naming or ordering distributions changes nothing.
+    """
+
+    terms: tuple[tuple[str, int], ...]
+
+    @classmethod
+    def of(cls, contents: Mapping[str, int]) -> "Composite":
+        """The composite of units by content hash."""
+        assert sum(contents.values()) == UNIT, f"a right-hand form sums to 1: {contents}"
+        return cls(tuple(sorted((content, units) for content, units in contents.items() if units != 0)))
+
+    @classmethod
+    def edited(cls, base: str, experts: Mapping[str, str], coefficients: Coefficients) -> "Composite":
+        """The composite of coefficients by distribution, given content hashes of base and experts by name."""
+        contents = {base: coefficients.base_units}
+        for name, units in coefficients.items:
+            contents[experts[name]] = contents.get(experts[name], 0) + units
+        return cls.of(contents)
+
+    @classmethod
+    def single(cls, content: str) -> "Composite":
+        """One checkpoint as it is."""
+        return cls.of({content: UNIT})
+
+    @property
+    def key(self) -> str:
+        """Its name in the ledger: SHA-256 of the terms."""
+        return sha256(repr(self.terms).encode()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Token windows of one corpus in their fixed order.
+
+    Positions restart at 0 where a document starts, which is what keeps packed documents apart.  A scored token
+    is predicted from the tokens before it in its own document; a document's first token and padding are not
+    scored.  Padding stands at the end of a window, has position 0 and is never scored.
+    """
+
+    ids_WT: NDArray[np.int64]
+    positions_WT: NDArray[np.int64]
+    scored_WT: NDArray[np.bool_]
+
+    def __post_init__(self) -> None:
+        assert self.ids_WT.shape == self.positions_WT.shape == self.scored_WT.shape
+
+    def __len__(self) -> int:
+        return len(self.ids_WT)
+
+    @cached_property
+    def tokens_W(self) -> tuple[int, ...]:
+        """Scored tokens of each window."""
+        return tuple(int(count) for count in self.scored_WT.sum(axis=1))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of shape and contents."""
+        digest = sha256(repr(self.ids_WT.shape).encode())
+        for array in (self.ids_WT, self.positions_WT, self.scored_WT):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """One distribution's windows of one split.  `key` hashes windows and tokenizer."""
+
+    distribution: str
+    split: str
+    key: str
+    windows: Windows
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one composite's forward pass over one corpus measured.
+
+    nats_W   negative log-likelihood summed over the scored tokens of each window, in nats (float64)
+    tokens_W scored tokens of each window
+
+    Raises EvaluationError where a window's nats are not finite: NaN is never a score.
+    """
+
+    nats_W: tuple[float, ...]
+    tokens_W: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.nats_W) == len(self.tokens_W) and sum(self.tokens_W) > 0
+        for window, nats in enumerate(self.nats_W):
+            if not isfinite(nats):
+                raise EvaluationError(f"the loss of window {window} is {nats}")
+
+    @property
+    def tokens(self) -> int:
+        """Scored tokens."""
+        return sum(self.tokens_W)
+
+    @property
+    def nll(self) -> float:
+        """Negative log-likelihood in nats per token, weighted by tokens."""
+        return fsum(self.nats_W) / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(NLL)."""
+        return exp(self.nll)
+
+
+def mean_nll(scores: Mapping[str, Score], weights: Mapping[str, float]) -> float:
+    """The objective: the weighted mean over distributions of NLL, in nats per token.
+
+    Weights need not sum to 1.  Distributions of weight 0 are not looked at.
+    """
+    used = {name: weight for name, weight in weights.items() if weight}
+    return fsum(weight * scores[name].nll for name, weight in used.items()) / fsum(used.values())
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a resident is asked: a composite's nats on the named corpora.  `ticket` comes back unchanged."""
+
+    ticket: int
+    composite: Composite
+    corpora: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A resident's answer: a Score for each corpus key that was asked for, and what it took.
+
+    forward_tokens counts the tokens that went through the model, scored or not.
+    """
+
+    scores: Mapping[str, Score]
+    forward_tokens: int = 0
+    merge_seconds: float = 0.0
+    score_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A request that gave no scores, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A checkpoint folder and the hash of its content."""
+
+    path: Path
+    content: str
+
+
+@dataclass(frozen=True, eq=False)
+class ResidentSpec:
+    """What a resident holds for life: stored checkpoints, corpora by key, the evaluation's settings.
+
+    base         gives architecture, parameter dtypes and tokenizer; one of the terms where its coefficient is not 0
+    experts      the fine-tuned checkpoints
+    dtype        the evaluation's dtype, as torch names it ("float32", "bfloat16")
+    batch_tokens the most tokens in one forward call (at least one window)
+    """
+
+    base: StoredModel
+    experts: tuple[StoredModel, ...]
+    corpora: tuple[Corpus, ...]
+    dtype: str = "float32"
+    batch_tokens: int = 4096
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One finished trial, as observers and trackers see it.
+
+    objective  the weighted mean NLL on the search split in nats per token; None where the trial failed
+    scores     by distribution, on the search split
+    measured   whether a forward pass was needed; False where the ledger had every score
+    """
+
+    study: str
+    number: int
+    coefficients: Coefficients
+    objective: float | None
+    scores: Mapping[str, Score] = field(default_factory=dict)
+    evaluation: Evaluation = field(default_factory=lambda: Evaluation({}))
+    propose_seconds: float = 0.0
+    reason: str = ""
+
+    @property
+    def measured(self) -> bool:
+        """Whether any window was scored for this trial."""
+        return self.evaluation.forward_tokens > 0
+
+
+class Observer(Protocol):
+    """Who watches a study: figures and progress bars know the study, the study does not know them."""
+
+    def trial_ended(self, record: TrialRecord, done: int, planned: int) -> None:
+        """A trial was told, `done` of `planned`."""
+
+    def milestone(self, message: str) -> None:
+        """Something worth a line happened."""
+
+
+class Silence:
+    """An observer that does nothing."""
+
+    def trial_ended(self, record: TrialRecord, done: int, planned: int) -> None:
+        """Nothing."""
+
+    def milestone(self, message: str) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One line of the final table: a composite worth knowing, and what finding it cost.
+
+    role            "base", "single" (one fine-tune as it is), "uniform" (the centroid) or "best" (of an algorithm)
+    algorithm       the algorithm whose best it is; "" for baselines
+    coefficients    None for the base
+    scores          by split, then by distribution
+    objective       by split: the weighted mean NLL in nats per token
+    evaluations     composites looked at, each counted once, whether or not the ledger had them already
+    forward_tokens  tokens through the model that those evaluations stand for
+    seconds         wall seconds that were spent on them
+    """
+
+    label: str
+    role: str
+    algorithm: str
+    coefficients: Coefficients | None
+    scores: Mapping[str, Mapping[str, Score]]
+    objective: Mapping[str, float]
+    evaluations: int
+    forward_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Margin:
+    """Rival minus winner in mean NLL (nats per token; positive: the winner is better), with a 95% paired interval."""
+
+    rival: str
+    split: str
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a study found: all that figures, the table and the report are made from.
+
+    weights   the objective's weight of each distribution, in the study file's order
+    standings the final table, base first, the winner last
+    margins   of the winner over every other standing, on both splits
+    trials    by algorithm, in the order of their numbers
+    facts     labels and values to reproduce the study: hashes, versions, commands
+    """
+
+    study: str
+    weights: Mapping[str, float]
+    standings: tuple[Standing, ...]
+    margins: tuple[Margin, ...]
+    trials: Mapping[str, tuple[TrialRecord, ...]]
+    facts: Mapping[str, str]
+
+    @property
+    def winner(self) -> Standing:
+        """The best composite of the search split."""
+        return self.standings[-1]

@@ -1,0 +1,25 @@
+"""Samplers on the simplex: Optuna samplers whose parameters are the coefficients themselves."""
+
+from dem_opt.config import Search
+from dem_opt.samplers.grid import Grid
+from dem_opt.samplers.sampler import Proposer, SimplexSampler
+from dem_opt.samplers.simplex_gp import SimplexGP
+from dem_opt.samplers.uniform import Uniform
+from dem_opt.simplex import Space
+
+__all__ = ["SimplexSampler", "make_sampler"]
+
+
+def make_sampler(search: Search, space: Space) -> SimplexSampler:
+    """The sampler that a study file's `search` section asks for."""
+    return SimplexSampler(space, _proposer(search, space), search.seed)
+
+
+def _proposer(search: Search, space: Space) -> Proposer:
+    match search.algorithm:
+        case "simplex-gp":
+            return SimplexGP(space)
+        case "grid":
+            return Grid(space, search.divisions)
+        case "random":
+            return Uniform(space)

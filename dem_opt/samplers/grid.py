@@ -1,0 +1,25 @@
+"""Grid search: the lattice, each point once."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dem_opt.samplers.history import Trial
+from dem_opt.simplex import Coefficients, Space
+
+
+class Grid:
+    """The points whose coefficients are multiples of total / divisions, in the lattice's order."""
+
+    def __init__(self, space: Space, divisions: int) -> None:
+        self._lattice = tuple(space.lattice(divisions))
+
+    def propose(
+        self, trials: Sequence[Trial], begin: Sequence[Coefficients], rng: np.random.Generator
+    ) -> Coefficients:
+        """The first lattice point that no trial has.  Raises ValueError where there is none left."""
+        taken = {trial.coefficients for trial in trials}
+        for point in self._lattice:
+            if point not in taken:
+                return point
+        raise ValueError(f"all {len(self._lattice)} points of the lattice have been proposed")

@@ -1,0 +1,81 @@
+"""A study's trials as points of the simplex: what every sampler starts from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from optuna import Study
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from dem_opt.simplex import UNIT, Coefficients, Space
+
+ATTRIBUTES = "dem_opt"
+"""The user attribute of a trial under which everything that was told beside the objective stands."""
+
+START = "start"
+"""The user attribute of a study that lists the points to propose first, as units by name."""
+
+State = Literal["running", "complete", "failed"]
+_STATES: dict[TrialState, State] = {
+    TrialState.RUNNING: "running",
+    TrialState.COMPLETE: "complete",
+    TrialState.FAIL: "failed",
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial that has all its coefficients.
+
+    objective   in nats per token; a number if and only if the state is "complete"
+    attributes  what was told beside it
+    """
+
+    number: int
+    coefficients: Coefficients
+    state: State
+    objective: float | None = None
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def history(study: Study, space: Space) -> list[Trial]:
+    """The trials that have all their coefficients, in the order of their numbers.
+
+    Others (the driver died while proposing) are passed over, so that nothing depends on them.
+    """
+    frozen = study.get_trials(deepcopy=False, states=tuple(_STATES))
+    return [_read(trial, space) for trial in frozen if is_whole(trial, space)]
+
+
+def is_whole(trial: FrozenTrial, space: Space) -> bool:
+    """Whether a trial has all its coefficients."""
+    return trial.params.keys() >= set(space.names)
+
+
+def start(study: Study, space: Space) -> list[Coefficients]:
+    """The points that the study was told to begin with."""
+    listed = study.user_attrs.get(START, [])
+    return [space.from_units([units[name] for name in space.names]) for units in listed]
+
+
+def distributions(space: Space) -> dict[str, BaseDistribution]:
+    """Optuna's view of the space: one parameter for each coefficient.  That they have a sum is ours to keep."""
+    return {name: FloatDistribution(0.0, space.total_units / UNIT) for name in space.names}
+
+
+def parameters(coefficients: Coefficients) -> dict[str, float]:
+    """Coefficients as Optuna's parameters: units / 1e9, from which `from_parameters` reads the same units."""
+    return coefficients.weights
+
+
+def from_parameters(params: Mapping[str, Any], space: Space) -> Coefficients:
+    """The coefficients that parameters stand for, exactly."""
+    return space.from_units([round(params[name] * UNIT) for name in space.names])
+
+
+def _read(trial: FrozenTrial, space: Space) -> Trial:
+    state = _STATES[trial.state]
+    objective = trial.value if state == "complete" else None
+    attributes = trial.user_attrs.get(ATTRIBUTES, {})
+    return Trial(trial.number, from_parameters(trial.params, space), state, objective, attributes)

@@ -1,0 +1,56 @@
+"""The Optuna sampler whose parameters are the coefficients themselves."""
+
+from collections.abc import Sequence
+from typing import Any, NoReturn, Protocol
+
+import numpy as np
+from optuna import Study
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial
+
+from dem_opt.samplers.history import Trial, distributions, history, parameters, start
+from dem_opt.simplex import Coefficients, Space
+
+
+class Proposer(Protocol):
+    """A way of searching: a pure function of what the study holds and of a random generator."""
+
+    def propose(
+        self, trials: Sequence[Trial], begin: Sequence[Coefficients], rng: np.random.Generator
+    ) -> Coefficients:
+        """The next point.
+
+        trials  all that have their coefficients, in the order of their numbers
+        begin   points that the study was told to begin with
+        """
+
+
+class SimplexSampler(BaseSampler):
+    """A proposer as an Optuna sampler.
+
+    Its randomness comes from (seed, number of trials with coefficients) and from nothing else, so a resumed study
+    proposes what an uninterrupted one would have.
+    """
+
+    def __init__(self, space: Space, proposer: Proposer, seed: int) -> None:
+        self._space, self._proposer, self._seed = space, proposer, seed
+        self.distributions = distributions(space)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """All coefficients, always: they are proposed together."""
+        return self.distributions
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The next point's coefficients."""
+        trials = history(study, self._space)
+        rng = np.random.default_rng([self._seed, len(trials)])
+        return parameters(self._proposer.propose(trials, start(study, self._space), rng))
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> NoReturn:
+        """Raises ValueError: a coefficient can't be drawn without the others."""
+        raise ValueError(f"{param_name!r} with {param_distribution} is no coefficient of {self._space}")

@@ -1,0 +1,22 @@
+"""Random search: points drawn uniformly on the simplex."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dem_opt.samplers.history import Trial
+from dem_opt.simplex import Coefficients, Space
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Points drawn uniformly on the simplex."""
+
+    space: Space
+
+    def propose(
+        self, trials: Sequence[Trial], begin: Sequence[Coefficients], rng: np.random.Generator
+    ) -> Coefficients:
+        """A draw, whatever was found so far."""
+        return self.space.sample(rng)

@@ -1,0 +1,143 @@
+"""The Optuna study: ask, tell, best; adopts the trials of a dead driver."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from time import perf_counter
+from typing import Any
+from uuid import uuid4
+
+import optuna
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState
+
+from dem_opt import config, database
+from dem_opt.samplers import make_sampler
+from dem_opt.samplers.history import ATTRIBUTES, START, Trial, from_parameters, history, is_whole
+from dem_opt.simplex import Coefficients, Space
+
+__all__ = ["METRIC", "Proposal", "Search", "Trial"]
+
+METRIC = "nll"
+"""What Optuna calls the objective: the mean NLL in nats per token."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A trial to evaluate.  `seconds` is the time that proposing it took, 0 for an adopted one."""
+
+    number: int
+    coefficients: Coefficients
+    seconds: float = 0.0
+
+
+class Search:
+    """One Optuna study over a space of coefficients, opened, or created where there is none of that name.
+
+    start  points to propose first; written down when the study is created and not looked at afterwards
+    """
+
+    def __init__(
+        self, url: str, name: str, space: Space, search: config.Search, start: Sequence[Coefficients] = ()
+    ) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.name, self._space, self._search = name, space, search
+        self._sampler = make_sampler(search, space)
+        self._storage = _open(url)
+        self._study = optuna.create_study(
+            study_name=name,
+            storage=self._storage,
+            sampler=self._sampler,
+            direction="minimize",
+            load_if_exists=True,
+        )
+        self._study_id = self._storage.get_study_id_from_name(name)
+        self.uid = self._introduce(start)
+
+    def _introduce(self, start: Sequence[Coefficients]) -> str:
+        """Writes what a new study lacks; the uid comes last and tells that nothing is lacking."""
+        if (uid := self._study.user_attrs.get("uid")) is None:
+            uid = str(uuid4())
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)
+                self._study.set_metric_names([METRIC])
+            self._study.set_user_attr(START, [point.units for point in start])
+            self._study.set_user_attr("uid", uid)
+        return str(uid)
+
+    @property
+    def planned(self) -> int:
+        """How many trials the study will have: a grid's whole lattice, else `search.trials`.
+
+        The simplex of one distribution is a single point, and gets one trial.
+        """
+        if self._search.algorithm == "grid":
+            return self._space.lattice_size(self._search.divisions)
+        return self._search.trials if self._space.dimension > 1 else 1
+
+    @property
+    def told(self) -> int:
+        """How many trials are finished."""
+        return sum(trial.state != "running" for trial in self.trials())
+
+    def adopt(self) -> list[Proposal]:
+        """The trials that a driver left running, in the order of their numbers.
+
+        Those whose coefficients are incomplete, because it died while proposing, are told as failed and don't count.
+        """
+        running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        for trial in running:
+            if not is_whole(trial, self._space):
+                self.tell(trial.number, None, {"reason": "interrupted while it was being proposed"})
+        whole = (trial for trial in running if is_whole(trial, self._space))
+        return [Proposal(trial.number, from_parameters(trial.params, self._space)) for trial in whole]
+
+    def ask(self) -> Proposal | None:
+        """The next trial to evaluate; None where all that are planned have been proposed."""
+        if len(self.trials()) >= self.planned:
+            return None
+        began = perf_counter()
+        trial = self._study.ask(self._sampler.distributions)
+        return Proposal(trial.number, from_parameters(trial.params, self._space), perf_counter() - began)
+
+    def tell(self, number: int, objective: float | None, attributes: Mapping[str, Any]) -> None:
+        """Finishes a trial with its objective in nats per token, or as failed: None, and attributes["reason"].
+
+        A finished trial stays as it is.  Raises ValueError for an objective that is not finite.
+        """
+        if objective is not None and not isfinite(objective):
+            raise ValueError(f"the objective of trial {number} is {objective}")
+        assert objective is not None or "reason" in attributes, f"trial {number} fails without a reason"
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+        if self._storage.get_trial(trial_id).state.is_finished():
+            return
+        self._storage.set_trial_user_attr(trial_id, ATTRIBUTES, dict(attributes))
+        state = TrialState.FAIL if objective is None else TrialState.COMPLETE
+        self._study.tell(number, objective, state=state)
+
+    def trials(self) -> list[Trial]:
+        """All trials that have their coefficients, in the order of their numbers."""
+        return history(self._study, self._space)
+
+    def best(self) -> Trial | None:
+        """The complete trial of the lowest objective, the earlier one of equals; None before there is any."""
+        ranked = [(trial.objective, trial.number, trial) for trial in self.trials() if trial.objective is not None]
+        return min(ranked)[-1] if ranked else None
+
+
+def _open(url: str) -> RDBStorage:
+    """Optuna's tables in a database.  Optuna formats the URL, so braces are doubled to stay what they are."""
+    storage = RDBStorage(url.replace("{", "{{").replace("}", "}}"))
+    database.tune(storage.engine)
+    return storage
+
+
+def study_names(url: str) -> set[str]:
+    """The names of the Optuna studies in a database."""
+    storage = _open(url)
+    try:
+        return set(optuna.get_all_study_names(storage))
+    finally:
+        storage.engine.dispose()

@@ -1,0 +1,130 @@
+"""A study's files, checked against each other and hashed: what its question and its residents are made from."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dem_opt.checkpoints import DTYPES, Header, check_base, check_fit, content_hash, read_header
+from dem_opt.config import StudyConfig
+from dem_opt.corpus import build_corpora, load_tokenizer, tokenizer_digest
+from dem_opt.errors import InputError
+from dem_opt.question import SPLITS, Question
+from dem_opt.records import Corpus, ResidentSpec, StoredModel
+
+BATCH_TOKENS = 4096
+"""Tokens in one forward call where the study says `batch: auto`."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Everything that a study reads, on the device kind ("cpu" or "cuda") that it will run on.
+
+    experts  by distribution
+    dtype    the evaluation's, as torch names it
+    """
+
+    config: StudyConfig
+    device: str
+    dtype: str
+    base: StoredModel
+    experts: Mapping[str, StoredModel]
+    corpora: tuple[Corpus, ...]
+    tokenizer: str
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens in one forward call at most."""
+        batch = self.config.evaluation.batch
+        return BATCH_TOKENS if batch == "auto" else batch
+
+    def question(self) -> Question:
+        """The question by content."""
+        evaluation = self.config.evaluation
+        settings = {f"evaluation.{name}": getattr(evaluation, name) for name in ("window", "windows", "held_out", "seed")}
+        settings |= {"evaluation.batch": self.batch_tokens, "evaluation.dtype": self.dtype}
+        return Question(
+            base=self.base.content,
+            experts={name: expert.content for name, expert in self.experts.items()},
+            total=self.config.simplex.total,
+            weights=self.config.weights,
+            corpora={
+                split: {corpus.distribution: corpus.key for corpus in self.corpora if corpus.split == split}
+                for split in SPLITS
+            },
+            settings={name: str(value) for name, value in settings.items()}
+            | {"tokenizer": self.tokenizer, "device": self.device},
+        )
+
+    def spec(self) -> ResidentSpec:
+        """What a resident of this study holds."""
+        return ResidentSpec(self.base, tuple(self.experts.values()), self.corpora, self.dtype, self.batch_tokens)
+
+    def folders(self) -> dict[str, Path]:
+        """Checkpoint folders by content hash."""
+        return {model.content: model.path for model in (self.base, *self.experts.values())}
+
+    def spec_of(self, folder: Path, field: str = "--model") -> ResidentSpec:
+        """What a resident holds that scores another model on this study's corpora.
+
+        Raises InputError for a model that is damaged, or whose tokenizer is not the base's.
+        """
+        check_base(read_header(folder, field))
+        if tokenizer_digest(load_tokenizer(folder)) != self.tokenizer:
+            raise InputError(folder, field, None, "its tokenizer is not the base's, so perplexities would not compare")
+        model = StoredModel(folder, content_hash(folder, field))
+        return ResidentSpec(model, (), self.corpora, self.dtype, self.batch_tokens)
+
+
+def check_files(config: StudyConfig, where: object) -> dict[str, Header]:
+    """Headers of the base ("base") and every checkpoint, which must fit together; reads no weights.
+
+    Raises InputError for what is missing, damaged, or of another shape than the base.
+    """
+    base = read_header(config.base, "base")
+    architecture = check_base(base)
+    headers = {"base": base}
+    for name, distribution in config.distributions.items():
+        field = f"distributions.{name}.checkpoint"
+        if not distribution.checkpoint.exists() and distribution.train is not None:
+            mend = f"no such folder; `dem-opt train {where}` makes it"
+            raise InputError(where, field, str(distribution.checkpoint), mend)
+        headers[name] = read_header(distribution.checkpoint, field)
+        check_fit(architecture, base, headers[name])
+    return headers
+
+
+def gather(config: StudyConfig, device: str, where: object) -> Sources:
+    """Check, tokenize and hash all that a study names.
+
+    Raises InputError, naming file and field, before anything is loaded or written.
+    """
+    headers = check_files(config, where)
+    tokenizer = load_tokenizer(config.base)
+    corpora = tuple(
+        corpus
+        for name, distribution in config.distributions.items()
+        for corpus in build_corpora(name, distribution, config.evaluation, tokenizer)
+    )
+    return Sources(
+        config=config,
+        device=device,
+        dtype=_dtype(config, headers["base"], device),
+        base=StoredModel(config.base, content_hash(config.base, "base")),
+        experts={
+            name: StoredModel(one.checkpoint, content_hash(one.checkpoint, f"distributions.{name}.checkpoint"))
+            for name, one in config.distributions.items()
+        },
+        corpora=corpora,
+        tokenizer=tokenizer_digest(tokenizer),
+    )
+
+
+def _dtype(config: StudyConfig, base: Header, device: str) -> str:
+    """The evaluation's dtype: auto is float32 on CPU (bfloat16 is about three times slower there), else what most tensors have."""
+    if config.evaluation.dtype != "auto":
+        return config.evaluation.dtype
+    if device == "cpu":
+        return "float32"
+    stored = Counter(tensor.dtype for tensor in base.tensors.values())
+    return str(DTYPES[stored.most_common(1)[0][0]]).removeprefix("torch.")

@@ -1,0 +1,332 @@
+"""The loop, and what wires the rooms together."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Self
+
+from dem_opt import config as study_file
+from dem_opt.config import StudyConfig
+from dem_opt.database import Engine, Lease, connect, holding, masked
+from dem_opt.errors import EvaluationError, InputError
+from dem_opt.export import Export, model_card, prove, write_composite
+from dem_opt.finetune import RECORD, FineTuned, FineTuneJob, fine_tune, is_finished
+from dem_opt.ledger import Ledger, StudyRow
+from dem_opt.pool import Compute, Pool, RayCompute
+from dem_opt.question import SPLITS, Question, changes, refuse_other_scoring
+from dem_opt.records import (
+    Composite,
+    Evaluation,
+    Failure,
+    Observer,
+    Request,
+    ResidentSpec,
+    Score,
+    Silence,
+    Standing,
+    Summary,
+    TrialRecord,
+)
+from dem_opt.resident import build
+from dem_opt.search import Proposal, Search, study_names
+from dem_opt.simplex import Coefficients
+from dem_opt.sources import Sources, gather
+from dem_opt.standings import (
+    attributes,
+    carried_over,
+    entries,
+    finished,
+    is_known,
+    recall,
+    summarize,
+    trial_record,
+)
+from dem_opt.tracking import MlflowTracker, Tracker
+
+ALGORITHMS = ("simplex-gp", "grid", "random")
+"""Whose trials the final table looks for."""
+
+LIBRARIES = ("torch", "transformers", "optuna", "mlflow", "ray", "dem-opt")
+
+Scores = Mapping[str, Mapping[str, Score]]
+"""By split, then by distribution."""
+
+
+@dataclass(frozen=True)
+class Driver:
+    """One driver at work: the rooms it has opened, and the question they answer."""
+
+    question: Question
+    ledger: Ledger
+    pool: Pool
+    observer: Observer
+
+    def optimize(self, search: Search, lookahead: int, tracker: Tracker, lease: Lease) -> None:
+        """Ask, look up or score, record, tell, log, until every planned trial is told.
+
+        Trials that a dead driver left come first, under their own numbers.  What is written, in this order: the
+        ledger, Optuna, the tracker; so a crash at any point loses no score and repeats none.
+        """
+        adopted = deque(search.adopt())
+        flying: dict[int, Proposal] = {}
+        while True:
+            while len(flying) < self.pool.capacity + lookahead:
+                proposal = adopted.popleft() if adopted else search.ask()
+                if proposal is None:
+                    break
+                composite = self.question.composite(proposal.coefficients)
+                if request := self._request(proposal.number, composite, "search"):
+                    self.pool.submit(request)
+                    flying[proposal.number] = proposal
+                else:
+                    self._finish(proposal, Evaluation({}), search, tracker)
+            if not flying:
+                return
+            request, answer = self.pool.next_done()
+            self._record(request, answer)
+            self._finish(flying.pop(request.ticket), answer, search, tracker)
+            lease.renew()
+
+    def measure(self, composites: Iterable[Composite], split: str) -> None:
+        """Score what the ledger lacks of these composites on a split.
+
+        Raises EvaluationError where one can't be scored.
+        """
+        requests = [self._request(ticket, one, split) for ticket, one in enumerate(dict.fromkeys(composites))]
+        wanted = [request for request in requests if request is not None]
+        for request in wanted:
+            self.pool.submit(request)
+        for _ in wanted:
+            request, answer = self.pool.next_done()
+            self._record(request, answer)
+            if isinstance(answer, Failure):
+                raise EvaluationError(f"{dict(request.composite.terms)} can't be scored: {answer.reason}")
+
+    def _request(self, ticket: int, composite: Composite, split: str) -> Request | None:
+        """What is to be asked of a resident: the scores that the ledger lacks; None where it has them all."""
+        keys = self.question.keys(split)
+        known = self.ledger.look_up(composite, keys, self.question.scoring)
+        missing = tuple(key for key in keys if key not in known)
+        return Request(ticket, composite, missing) if missing else None
+
+    def _record(self, request: Request, answer: Evaluation | Failure) -> None:
+        if isinstance(answer, Evaluation):
+            seconds = answer.merge_seconds + answer.score_seconds
+            scoring = self.question.scoring
+            self.ledger.record(request.composite, answer.scores, scoring, answer.forward_tokens, seconds)
+
+    def _finish(self, proposal: Proposal, answer: Evaluation | Failure, search: Search, tracker: Tracker) -> None:
+        record = trial_record(self.ledger, self.question, search.name, proposal, answer)
+        search.tell(proposal.number, record.objective, attributes(record))
+        tracker.trial_ended(record)
+        self.observer.trial_ended(record, search.told, search.planned)
+
+
+class Study:
+    """A study file and all that can be done with it.
+
+    Study.load("study.yaml").run() does what `dem-opt run study.yaml` does.  `where` names the study in messages,
+    `observer` watches, `compute` is Ray as the study file says unless another is given.  Every method raises
+    InputError for what the user did wrong, before anything is written.
+    """
+
+    def __init__(
+        self, config: StudyConfig, where: object, observer: Observer | None = None, compute: Compute | None = None
+    ) -> None:
+        self.config, self._where = config, where
+        self._observer = observer or Silence()
+        self._compute = compute or RayCompute(config.compute)
+
+    @classmethod
+    def load(cls, path: str | Path, observer: Observer | None = None, compute: Compute | None = None) -> Self:
+        """The study in a file."""
+        return cls(study_file.load(Path(path)), path, observer, compute)
+
+    def run(self) -> Standing:
+        """Optimize the coefficients; the winner.  Run again, it goes on where it stopped."""
+        return self.compare([self.config.search.algorithm]).winner
+
+    def compare(self, algorithms: Sequence[str]) -> Summary:
+        """Optimize with each algorithm over one ledger, and score the final table's composites on both splits."""
+        with self._compute as compute, self._open() as (engine, ledger), holding(engine, self.config.name) as lease:
+            sources = gather(self.config, compute.device, self._where)
+            question = sources.question()
+            generation, start = self._enter(ledger, question)
+            with self._driver(compute, sources.spec(), question, ledger) as driver:
+                for algorithm in algorithms:
+                    self._optimize(driver, algorithm, generation, start, lease)
+                found = entries(question, self.config.space, self._trials(ledger, question, generation))
+                for split in SPLITS:
+                    driver.measure([entry.composite for entry in found], split)
+            return self._summarize(ledger, question, generation)
+
+    def train(self) -> dict[str, FineTuned]:
+        """Fine-tune the base for every distribution whose checkpoint is missing or was trained otherwise.
+
+        A checkpoint that `train` did not make is left alone.  Raises the first failure, after the others ended.
+        """
+        jobs = [job for job in self._fine_tunings() if _is_wanted(job)]
+        done: dict[str, FineTuned] = {}
+        failures: list[Exception] = []
+        with self._compute as compute:
+            for job, result in compute.jobs(fine_tune, jobs):
+                if isinstance(result, Exception):
+                    failures.append(result)
+                    self._observer.milestone(f"{job.name}: not trained: {result}")
+                else:
+                    done[job.name] = result
+                    self._observer.milestone(
+                        f"{job.name}: {result.steps} steps in {result.seconds:.0f} s, "
+                        f"training loss {result.first_loss:.3f} to {result.last_loss:.3f} nats per token"
+                    )
+        if failures:
+            raise failures[0]
+        return done
+
+    def score(self, weights: Mapping[str, float]) -> Scores:
+        """Scores of one composite by split and distribution; what the ledger has is not measured again."""
+        coefficients = self.config.space.check(weights, self._where, "--weights")
+        return self._score(lambda sources: (sources.spec(), sources.question().composite(coefficients)))
+
+    def score_model(self, folder: Path) -> Scores:
+        """Scores of any model that has the base's tokenizer, by split and distribution."""
+
+        def alone(sources: Sources) -> tuple[ResidentSpec, Composite]:
+            model = sources.other(folder)
+            return sources.spec_of(model), Composite.single(model.content)
+
+        return self._score(alone)
+
+    def merge(self, weights: Mapping[str, float], out: Path) -> None:
+        """Write the composite of these coefficients as a checkpoint folder, its bits compared from disk."""
+
+    def export(self, out: Path) -> Export:
+        """Write the winner as a checkpoint folder, prove it from disk, register it.
+
+        Its bits are compared with a fresh merge, and it is scored again, before it counts.
+        """
+
+    def summary(self) -> Summary:
+        """What the study has found so far, from its database alone.
+
+        Raises InputError where it has not been run.
+        """
+        with self._open() as (_, ledger):
+            row = self._row(ledger)
+            return self._summarize(ledger, Question.recall(row.question, row.scoring), row.generation)
+
+    def _score(self, choose: Callable[[Sources], tuple[ResidentSpec, Composite]]) -> Scores:
+        with self._compute as compute, self._open() as (_, ledger):
+            sources = gather(self.config, compute.device, self._where)
+            question = sources.question()
+            spec, composite = choose(sources)
+            if not all(is_known(ledger, question, composite, split) for split in SPLITS):
+                with self._driver(compute, spec, question, ledger) as driver:
+                    for split in SPLITS:
+                        driver.measure([composite], split)
+            return {split: recall(ledger, question, composite, split) for split in SPLITS}
+
+    @contextmanager
+    def _open(self) -> Iterator[tuple[Engine, Ledger]]:
+        """The study's database and the ledger in it."""
+        engine = connect(self.config.storage)
+        try:
+            yield engine, Ledger(engine)
+        finally:
+            engine.dispose()
+
+    @contextmanager
+    def _driver(
+        self, compute: Compute, spec: ResidentSpec, question: Question, ledger: Ledger
+    ) -> Iterator[Driver]:
+        """A driver whose residents are ready."""
+        with closing(compute.residents(build, spec)) as pool:
+            yield Driver(question, ledger, pool, self._observer)
+
+    def _enter(self, ledger: Ledger, question: Question) -> tuple[int, list[Coefficients]]:
+        """The study's generation and the points that it begins with; a first run, or a change, is written down.
+
+        Raises InputError where its scores would not compare with those that the study has.
+        """
+        name, asked, scored = self.config.name, question.asked(), question.scored()
+        row = ledger.study(name)
+        if row is None:
+            ledger.enter_study(StudyRow(name, 1, scored, asked))
+            return 1, []
+        refuse_other_scoring(self._where, row.scoring, scored)
+        generation = row.generation + (row.question != asked)
+        ledger.enter_study(StudyRow(name, generation, row.scoring | scored, asked))
+        start = carried_over(ledger, question, self.config.space) if generation > 1 else []
+        if row.question != asked:
+            self._observer.milestone(
+                f"{name} now asks another question ({changes(row.question, asked)}): generation {generation} begins "
+                f"with {len(start)} composites that are measured already"
+            )
+        return generation, start
+
+    def _optimize(
+        self, driver: Driver, algorithm: str, generation: int, start: Sequence[Coefficients], lease: Lease
+    ) -> None:
+        """One algorithm's Optuna study, from where it stands to its end."""
+        settings = self.config.search.model_copy(update={"algorithm": algorithm})
+        name = self._optuna_name(algorithm, generation)
+        search = Search(self.config.storage, name, self.config.space, settings, start)
+        with closing(self._tracker(search)) as tracker:
+            tracker.reconcile(finished(driver.ledger, driver.question, search))
+            driver.optimize(search, settings.lookahead, tracker, lease)
+
+    def _trials(self, ledger: Ledger, question: Question, generation: int) -> dict[str, tuple[TrialRecord, ...]]:
+        """Finished trials of every algorithm that has been run in this generation, by algorithm."""
+        url, there = self.config.storage, study_names(self.config.storage)
+        found = {}
+        for algorithm in ALGORITHMS:
+            if (name := self._optuna_name(algorithm, generation)) in there:
+                settings = self.config.search.model_copy(update={"algorithm": algorithm})
+                search = Search(url, name, self.config.space, settings)
+                found[algorithm] = tuple(finished(ledger, question, search))
+        return found
+
+    def _summarize(self, ledger: Ledger, question: Question, generation: int) -> Summary:
+        trials = self._trials(ledger, question, generation)
+        return summarize(self.config.name, ledger, question, self.config.space, trials, self._facts(question))
+
+    def _optuna_name(self, algorithm: str, generation: int) -> str:
+        return f"{self.config.name}/{algorithm}" + (f"#{generation}" if generation > 1 else "")
+
+    def _row(self, ledger: Ledger) -> StudyRow:
+        row = ledger.study(self.config.name)
+        if row is None:
+            raise InputError(self._where, None, None, f"nothing measured yet; first: dem-opt run {self._where}")
+        return row
+
+    def _fine_tunings(self) -> list[FineTuneJob]:
+        """A job for each distribution that has training data."""
+        settings, window = self.config.fine_tuning, self.config.evaluation.window
+        return [
+            FineTuneJob(name, self.config.base, one.train, one.checkpoint, window, **settings.model_dump())
+            for name, one in self.config.distributions.items()
+            if one.train is not None
+        ]
+
+    def _facts(self, question: Question) -> dict[str, str]:
+        """What reproduces the study: where its parts are, their content, and with what it was run."""
+        contents = {"base": (self.config.base, question.base)}
+        for name, one in self.config.distributions.items():
+            contents[name] = (one.checkpoint, question.experts[name])
+        return {
+            "study file": str(self._where),
+            "storage": masked(self.config.storage),
+            "MLflow": masked(self.config.tracking.uri),
+            **{f"{name}: {path}": content for name, (path, content) in contents.items()},
+            **{name: value for name, value in question.settings.items()},
+            **{library: version(library) for library in LIBRARIES},
+            "go on, or repeat": f"dem-opt run {self._where}",
+        }
+
+
+def _is_wanted(job: FineTuneJob) -> bool:
+    """Whether a checkpoint is missing, or was made by `train` from other data or settings."""
+    return not job.out.exists() or ((job.out / RECORD).exists() and not is_finished(job))

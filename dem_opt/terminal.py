@@ -1,0 +1,98 @@
+"""What people see while they wait and at the end: progress, plain lines, tables, one-line errors."""
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from dem_opt.records import TrialRecord
+
+WIDTH = 100
+LINES = 10
+"""Plain lines of progress for each algorithm, besides those for a new best."""
+
+_out = Console(highlight=False)
+_err = Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """A line for people, on standard output."""
+    _out.print(escape(text), soft_wrap=True)
+
+
+def complain(text: str) -> None:
+    """A line on standard error."""
+    _err.print(escape(text), soft_wrap=True)
+
+
+def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], strong: int | None = None) -> None:
+    """A table whose first column is text and whose others are numbers; row `strong` stands out."""
+    made = Table(title=escape(title), title_justify="left", title_style="bold", width=None, pad_edge=False)
+    for index, header in enumerate(headers):
+        made.add_column(escape(header), justify="right" if index else "left", overflow="fold")
+    for index, row in enumerate(rows):
+        made.add_row(*map(escape, row), style="bold" if index == strong else None)
+    _out.print(made)
+
+
+class Progressing:
+    """An observer: a progress bar for each algorithm on a terminal, plain lines elsewhere.
+
+    A context: the bar is drawn while it is open.
+    """
+
+    def __init__(self) -> None:
+        self._best: dict[str, TrialRecord] = {}
+        self._tasks: dict[str, TaskID] = {}
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[best]}"),
+            console=_out,
+            disable=not _out.is_terminal,
+        )
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def trial_ended(self, record: TrialRecord, done: int, planned: int) -> None:
+        """Moves the bar, or prints a line for a new best and for every tenth of the way."""
+        better = self._take(record)
+        best = self._best.get(record.study)
+        shown = "no trial has a score yet" if best is None else f"best {best.objective:.4f} nats: {best.coefficients}"
+        if _out.is_terminal:
+            task = self._task(record.study)
+            self._progress.update(task, completed=done, total=planned, best=escape(shown))
+        elif better or done == planned or done * LINES // planned > (done - 1) * LINES // planned:
+            say(f"{record.study}: {done} of {planned} trials; {shown}")
+        if record.reason:
+            self.milestone(f"{record.study}: trial {record.number} failed: {record.reason}")
+
+    def milestone(self, message: str) -> None:
+        """A line above the bar."""
+        say(message)
+
+    def _take(self, record: TrialRecord) -> bool:
+        """Whether the trial is its study's best so far."""
+        best = self._best.get(record.study)
+        if record.objective is None or (best and best.objective is not None and best.objective <= record.objective):
+            return False
+        self._best[record.study] = record
+        return True
+
+    def _task(self, study: str) -> TaskID:
+        if study not in self._tasks:
+            self._tasks[study] = self._progress.add_task(study, best="")
+        return self._tasks[study]

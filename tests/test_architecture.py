@@ -1,0 +1,125 @@
+"""The house: which room may import which, and by which door an outside system comes in."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+FLOORS = [
+    {"errors", "simplex", "records", "config", "question", "intervals", "__init__"},
+    {"checkpoints", "arena", "corpus", "database"},
+    {"perplexity", "ledger"},
+    {"resident", "samplers", "finetune", "sources"},
+    {"pool", "search", "tracking"},
+    {"standings", "export", "assets"},
+    {"study"},
+    {"terminal", "cli"},
+]
+"""Rooms from the ground up.  A room imports from lower floors, and from its own floor where ALLOWED says so."""
+
+ALLOWED = {
+    ("simplex", "errors"),
+    ("records", "errors"),
+    ("records", "simplex"),
+    ("config", "errors"),
+    ("config", "simplex"),
+    ("question", "errors"),
+    ("question", "records"),
+    ("question", "simplex"),
+    ("intervals", "records"),
+    ("arena", "checkpoints"),
+    ("cli", "terminal"),
+}
+
+DOORS = {
+    "ray": {"pool"},
+    "optuna": {"search", "samplers"},
+    "mlflow": {"tracking"},
+    "sqlalchemy": {"database", "ledger"},
+    "scipy": {"samplers"},
+    "rich": {"terminal"},
+    "yaml": {"config"},
+    "pydantic": {"config"},
+    "dashboards": {"cli"},
+    "torch": {"checkpoints", "arena", "perplexity", "resident", "finetune", "assets", "export", "pool"},
+    "transformers": {"checkpoints", "arena", "corpus", "perplexity", "finetune", "assets", "export"},
+}
+"""Who may import what, at the top of a module or inside its functions."""
+
+LIGHT = ["errors", "simplex", "records", "config", "question", "intervals", "cli"]
+"""What must load without torch, so that a study file is checked at once."""
+
+
+def modules() -> dict[str, list[Path]]:
+    """Files of each room; the samplers are one room."""
+    rooms: dict[str, list[Path]] = {}
+    for path in sorted((ROOT / "dem_opt").rglob("*.py")):
+        relative = path.relative_to(ROOT / "dem_opt")
+        room = relative.parts[0] if len(relative.parts) > 1 else relative.stem
+        rooms.setdefault(room, []).append(path)
+    return rooms
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of all that a file imports, for type checking too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+ROOMS = modules()
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def rooms_imported(room: str) -> set[str]:
+    names = {name.split(".")[1] for path in ROOMS[room] for name in imports(path) if name.startswith("dem_opt.")}
+    return {name for name in names if name in FLOOR} - {room}
+
+
+def test_every_room_has_a_floor():
+    assert set(ROOMS) == set(FLOOR)
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_imports_run_one_way(room):
+    for other in rooms_imported(room) - {"__init__"}:
+        assert FLOOR[other] < FLOOR[room] or (room, other) in ALLOWED, f"{room} may not import {other}"
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_outside_systems_enter_by_their_door(room):
+    for path in ROOMS[room]:
+        for outside in {name.partition(".")[0] for name in imports(path)} & DOORS.keys():
+            assert room in DOORS[outside], f"{room} may not import {outside}"
+
+
+def test_dashboards_know_records_and_nothing_above():
+    for path in (ROOT / "dashboards").glob("*.py"):
+        rooms = {name.split(".")[1] for name in imports(path) if name.startswith("dem_opt.")}
+        assert rooms <= {"errors", "simplex", "records"}, path.name
+        outside = {name.partition(".")[0] for name in imports(path)}
+        assert path.name == "publish.py" or not outside & {"optuna", "optuna_dashboard"}, path.name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "dem_opt").rglob("*.py")), ids=lambda path: path.stem)
+def test_every_module_opens_with_a_sentence_and_fits_a_sitting(path):
+    text = path.read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(text)), "says what it is"
+    assert len(text.splitlines()) <= 400, "a room of more than 400 lines becomes a folder"
+
+
+@pytest.mark.parametrize("room", LIGHT)
+def test_the_ground_floor_and_help_load_without_torch(room):
+    heavy = "torch transformers ray mlflow optuna sqlalchemy"
+    code = f"import sys, dem_opt.{room}; print([name for name in '{heavy}'.split() if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,139 @@
+"""What a study file may say, and what it is told when it says something else."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dem_opt.config import load
+from dem_opt.errors import InputError
+
+STUDY = {
+    "name": "example",
+    "base": "models/base",
+    "distributions": {
+        "code": {"checkpoint": "models/code", "validation": "data/code.jsonl"},
+        "math": {"checkpoint": "/models/math", "validation": "data/math.jsonl", "train": "data/math.train.jsonl"},
+    },
+}
+
+
+def write(folder: Path, study: object) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(study if isinstance(study, str) else yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def changed(where: str, value: object) -> dict:
+    """The study with one field, named by dots, set to a value."""
+    study = copy.deepcopy(STUDY)
+    *sections, last = where.split(".")
+    section = study
+    for name in sections:
+        section = section.setdefault(name, {})
+    section[last] = value
+    return study
+
+
+def test_relative_paths_start_at_the_file(tmp_path):
+    config = load(write(tmp_path, STUDY))
+    assert config.base == tmp_path / "models/base"
+    assert config.distributions["code"].checkpoint == tmp_path / "models/code"
+    assert config.distributions["math"].checkpoint == Path("/models/math")
+    assert config.output == tmp_path / "runs/example"
+    assert config.storage == f"sqlite:///{tmp_path}/runs/example/study.db"
+    assert config.tracking.uri == f"sqlite:///{tmp_path}/runs/example/mlflow.db"
+    assert config.tracking.experiment == "example"
+
+
+def test_databases_follow_the_output(tmp_path):
+    config = load(write(tmp_path, changed("output", "elsewhere")))
+    assert config.storage == f"sqlite:///{tmp_path}/elsewhere/study.db"
+
+
+def test_the_order_of_distributions_makes_the_same_space(tmp_path):
+    turned = copy.deepcopy(STUDY)
+    turned["distributions"] = dict(reversed(STUDY["distributions"].items()))
+    assert load(write(tmp_path, turned)).space == load(write(tmp_path, STUDY)).space
+
+
+def test_weights_are_equal_unless_given(tmp_path):
+    assert load(write(tmp_path, STUDY)).weights == {"code": 1.0, "math": 1.0}
+    assert load(write(tmp_path, changed("objective.weights", {"math": 2}))).weights == {"code": 0.0, "math": 2.0}
+
+
+def test_a_learning_rate_may_be_written_in_any_notation(tmp_path):
+    text = yaml.safe_dump(STUDY) + "fine_tuning: {learning_rate: 3e-4}\n"
+    assert load(write(tmp_path, text)).fine_tuning.learning_rate == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "said"),
+    [
+        ("serch", {}, "serch = {}: unknown key; did you mean 'search'?"),
+        ("search.trails", 3, "search.trails = 3: unknown key; did you mean 'trials'?"),
+        ("distributions.code.chekpoint", "x", "did you mean 'checkpoint'?"),
+        ("search.trials", 0, "search.trials = 0: "),
+        ("search.trials", 2.5, "search.trials = 2.5: "),
+        ("search.trials", "many", "search.trials = 'many': "),
+        ("search.algorithm", "gp", "search.algorithm = 'gp': "),
+        ("simplex.total", -1, "simplex.total = -1: "),
+        ("simplex.total", float("inf"), "simplex.total = inf: "),
+        ("name", "a b", "name = 'a b': "),
+        ("name", "../up", "name = '../up': "),
+        ("base", 3, "base = 3: "),
+        ("distributions", {}, "distributions = {}: "),
+        ("distributions", ["code"], "distributions = ['code']: "),
+        ("storage", 5, "storage = 5: "),
+        ("tracking", "here", "tracking = 'here': "),
+        ("objective.weights", {"cod": 1}, "objective.weights.cod: no such distribution; did you mean 'code'?"),
+        ("objective.weights", {"code": 0}, "objective.weights: at least one"),
+        ("objective.weights", {"code": -1}, "objective.weights.code = -1: "),
+        ("evaluation.window", 1, "evaluation.window = 1: "),
+        ("evaluation.batch", "big", "evaluation.batch = 'big': "),
+    ],
+)
+def test_what_a_study_may_not_say_is_refused_in_one_line(tmp_path, where, value, said):
+    path = write(tmp_path, changed(where, value))
+    with pytest.raises(InputError) as refusal:
+        load(path)
+    message = str(refusal.value)
+    assert message.startswith(f"{path}: ") and said in message and "\n" not in message
+
+
+@pytest.mark.parametrize("missing", ["name", "base", "distributions", "distributions.code.checkpoint"])
+def test_what_is_missing_is_named(tmp_path, missing):
+    study = copy.deepcopy(STUDY)
+    *sections, last = missing.split(".")
+    section = study
+    for name in sections:
+        section = section[name]
+    del section[last]
+    with pytest.raises(InputError, match=f"{missing}: is required"):
+        load(write(tmp_path, study))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: [unclosed", "not valid YAML"),
+        ("just words", "a study file is a mapping"),
+        ("", "a study file is a mapping"),
+        ("name: a\nname: b\n", "the key 'name' stands twice"),
+        ("{a: 1}: b\n", "not valid YAML"),
+        ("!!python/object:os.system x", "not valid YAML"),
+    ],
+)
+def test_what_is_no_study_file_is_refused(tmp_path, text, said):
+    with pytest.raises(InputError) as refusal:
+        load(write(tmp_path, text))
+    assert said in str(refusal.value)
+
+
+def test_a_file_that_is_not_there_or_not_text_is_named(tmp_path):
+    with pytest.raises(InputError, match="no such study file"):
+        load(tmp_path / "nowhere.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match=r"binary.yaml: the study file must be UTF-8"):
+        load(tmp_path / "binary.yaml")

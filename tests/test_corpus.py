@@ -1,0 +1,315 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from dem_opt.config import Distribution, EvaluationSection
+from dem_opt.corpus import (
+    HELD_OUT,
+    SEARCH,
+    build_corpora,
+    load_tokenizer,
+    pack,
+    read_documents,
+    tokenizer_digest,
+)
+from dem_opt.errors import InputError
+from dem_opt.records import Corpus, Windows
+
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+EXOTIC = "\u2028\x85\x00 \U0001f469\u200d\U0001f52c \u202etes\u0301t\ufeff \U0010ffff\r\n\t"
+
+
+def make_tokenizer(merges: int = 0, bos: bool = False, eos: bool = True) -> PreTrainedTokenizerFast:
+    """A byte-level BPE; without merges each ASCII character is one token."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=258 + merges,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    backend.train_from_iterator(["the more the merrier, the others and the rest"] * 4, trainer)
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>" if bos else None,
+        eos_token="</s>" if eos else None,
+        model_max_length=8,
+    )
+
+
+TOKENIZERS = {
+    "eos": make_tokenizer(),
+    "merges": make_tokenizer(merges=20),
+    "bos and eos": make_tokenizer(bos=True),
+    "neither": make_tokenizer(eos=False),
+}
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, document: str) -> list[int]:
+    ids: list[int] = tokenizer.backend_tokenizer.encode(document).ids
+    return ids + ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
+
+
+def write(path: Path, documents: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    return path
+
+
+def letters(windows: Windows) -> set[str]:
+    return set(TOKENIZERS["eos"].decode(windows.ids_WT.flatten().tolist())) & set(LETTERS)
+
+
+# -- pack -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [2, 3, 7, 64, 1000])
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_pack_lays_documents_end_to_end(kind: str, window: int) -> None:
+    tokenizer = TOKENIZERS[kind]
+    documents = ["the first, longer than a window of seven", "two", EXOTIC, "the others"] * 5
+    encoded = [encode(tokenizer, document) for document in documents]
+    windows = pack(documents, tokenizer, window)
+    stream = [token for ids in encoded for token in ids]
+    starts = {sum(len(ids) for ids in encoded[:k]) for k in range(len(encoded))}
+    laid = windows.ids_WT.flatten()
+    kept = len(stream) if len(stream) % window != 1 else len(stream) - 1
+    assert windows.ids_WT.shape == (-(-kept // window), window)
+    assert laid[:kept].tolist() == stream[:kept]
+    distance = 0
+    for place, position in enumerate(windows.positions_WT.flatten()):
+        restarts = place % window == 0 or place in starts or place >= kept
+        distance = 0 if restarts else distance + 1
+        assert position == distance
+    assert (windows.scored_WT == (windows.positions_WT > 0)).all()
+
+
+def test_pack_by_hand() -> None:
+    # "abc" "d" "efghi", each with EOS (id 1), in windows of 4: [abc$] [d$ef] [ghi$]; the third document is cut
+    # after "ef" and goes on from position 0.
+    windows = pack(["abc", "d", "efghi"], TOKENIZERS["eos"], 4)
+    a, b, c, d, e, f, g, h, i = TOKENIZERS["eos"].convert_tokens_to_ids(list("abcdefghi"))
+    assert windows.ids_WT.tolist() == [[a, b, c, 1], [d, 1, e, f], [g, h, i, 1]]
+    assert windows.positions_WT.tolist() == [[0, 1, 2, 3], [0, 1, 0, 1], [0, 1, 2, 3]]
+    assert windows.tokens_W == (3, 2, 3)
+
+
+def test_the_last_window_is_padded_with_unscored_tokens() -> None:
+    windows = pack(["abcd"], TOKENIZERS["eos"], 3)
+    assert windows.ids_WT[1].tolist()[2:] == [0]
+    assert windows.positions_WT.tolist() == [[0, 1, 2], [0, 1, 0]]
+    assert windows.tokens_W == (2, 1)
+
+
+def test_windows_that_score_nothing_are_left_out() -> None:
+    assert len(pack(["a", "b", "c"], TOKENIZERS["neither"], 2)) == 0
+    assert pack(["a", "b", "cd"], TOKENIZERS["neither"], 2).tokens_W == (1,)
+
+
+def test_a_document_that_ends_with_eos_gets_no_second() -> None:
+    plain, marked = (pack([text], TOKENIZERS["eos"], 4) for text in ("abc", "abc</s>"))
+    assert plain.digest == marked.digest
+
+
+def test_the_digest_changes_with_any_token() -> None:
+    windows = pack(["abcdefgh"], TOKENIZERS["eos"], 3)
+    for place in np.ndindex(windows.ids_WT.shape):
+        ids_WT = windows.ids_WT.copy()
+        ids_WT[place] += 1
+        assert Windows(ids_WT, windows.positions_WT, windows.scored_WT).digest != windows.digest
+
+
+# -- tokenizers -------------------------------------------------------------------------------------------------
+
+
+def test_tokenizer_digests_tell_tokenizers_apart_and_survive_use_and_disk(tmp_path: Path) -> None:
+    digests = {kind: tokenizer_digest(tokenizer) for kind, tokenizer in TOKENIZERS.items()}
+    assert digests["eos"] != digests["merges"] != digests["bos and eos"]
+    tokenizer = make_tokenizer()
+    tokenizer("abcdef", truncation=True, max_length=2)
+    assert tokenizer_digest(tokenizer) == digests["eos"]
+    tokenizer.save_pretrained(tmp_path)
+    assert tokenizer_digest(load_tokenizer(tmp_path)) == digests["eos"]
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"model": 1}', "\ud800"])
+def test_an_unreadable_tokenizer_is_told(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_bytes(content.encode(errors="surrogatepass"))
+    with pytest.raises(InputError, match="tokenizer can't be read"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_missing_folder_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        load_tokenizer(tmp_path / "nowhere")
+
+
+# -- reading ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [EXOTIC, "plain", " leading and trailing \n", "\N{NO-BREAK SPACE}x"])
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_text_comes_through_untouched(tmp_path: Path, text: str, ascii_only: bool) -> None:
+    lines = tmp_path / "lines.jsonl"
+    lines.write_bytes((json.dumps({"text": text, "id": 1}, ensure_ascii=ascii_only) + "\n").encode())
+    whole = tmp_path / "whole.txt"
+    whole.write_bytes(text.encode())
+    assert read_documents(lines) == read_documents(whole) == [text]
+
+
+def test_empty_documents_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": " \\n"}\n{"text": ""}\n{"text": "b"}')
+    assert read_documents(path) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "mend"),
+    [
+        ("missing.jsonl", None, "no such file"),
+        ("table.csv", b"a,b", "must be a .jsonl"),
+        ("latin.txt", b"caf\xe9", "UTF-8 text; byte 3"),
+        ("latin.jsonl", b'{"text": "caf\xe9"}', "must be UTF-8"),
+        ("empty.txt", b"", "has no text"),
+        ("blank.txt", b" \n\t", "has no text"),
+        ("empty.jsonl", b"", "has no text"),
+        ("blank.jsonl", b'{"text": " "}\n', "has no text"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not valid JSON"),
+        ("deep.jsonl", b"[" * 100_000, "line 1 is not valid JSON"),
+        ("list.jsonl", b'{"text": "a"}\n\n["text"]', "line 3 must be a JSON object"),
+        ("other.jsonl", b'{"body": "a"}', 'line 1 must be a JSON object with a "text"'),
+        ("number.jsonl", b'{"text": 5}', "line 1 must be a JSON object"),
+        ("half.jsonl", b'{"text": "\\ud800"}', "line 1 holds half of a surrogate pair"),
+    ],
+)
+def test_bad_files_are_told_in_one_line(tmp_path: Path, name: str, content: bytes | None, mend: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        read_documents(tmp_path / name, "distributions.code.validation")
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / name}: distributions.code.validation")
+    assert mend in message and "\n" not in message
+
+
+def test_a_folder_is_no_data_file(tmp_path: Path) -> None:
+    (tmp_path / "folder.txt").mkdir()
+    with pytest.raises(InputError, match="can't be read"):
+        read_documents(tmp_path / "folder.txt")
+
+
+# -- corpora ----------------------------------------------------------------------------------------------------
+
+
+def build(
+    tmp_path: Path,
+    documents: list[str],
+    held_out: list[str] | None = None,
+    name: str = "code",
+    tokenizer: PreTrainedTokenizerFast = TOKENIZERS["eos"],
+    **evaluation: Any,
+) -> tuple[Corpus, Corpus]:
+    """Corpora of documents; each is one letter, repeated, so that a window's documents can be read off."""
+    distribution = Distribution(
+        checkpoint=tmp_path,
+        validation=write(tmp_path / "val.jsonl", documents),
+        held_out=None if held_out is None else write(tmp_path / "held.jsonl", held_out),
+    )
+    settings: dict[str, Any] = {"window": 8, "windows": 12, "held_out": 6} | evaluation
+    return build_corpora(name, distribution, EvaluationSection(**settings), tokenizer)
+
+
+DOCUMENTS = [letter * (5 + 7 * index % 40) for index, letter in enumerate(LETTERS)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("counts", [(12, 6), (1, 30), (30, 1)])
+def test_no_document_is_in_both_splits(tmp_path: Path, seed: int, counts: tuple[int, int]) -> None:
+    search, held_out = build(tmp_path, DOCUMENTS * 2, seed=seed, windows=counts[0], held_out=counts[1])
+    assert (search.split, held_out.split) == (SEARCH, HELD_OUT)
+    assert (len(search.windows), len(held_out.windows)) == counts
+    assert letters(search.windows) and letters(held_out.windows)
+    assert not letters(search.windows) & letters(held_out.windows)
+    for corpus in (search, held_out):
+        assert corpus.windows.ids_WT.shape[1] == 8
+        assert (corpus.windows.ids_WT > 0).all(), "only full windows are drawn"
+
+
+def test_documents_are_taken_once(tmp_path: Path) -> None:
+    once, thrice = build(tmp_path, DOCUMENTS), build(tmp_path, DOCUMENTS * 3)
+    assert [corpus.key for corpus in once] == [corpus.key for corpus in thrice]
+
+
+def test_a_held_out_file_loses_what_search_sees(tmp_path: Path) -> None:
+    search, held_out = build(tmp_path, DOCUMENTS[:26], DOCUMENTS[13:])
+    assert letters(search.windows) <= set(LETTERS[:26])
+    assert letters(held_out.windows) <= set(LETTERS[26:])
+
+
+def test_keys_do_not_depend_on_names_or_orders(tmp_path: Path) -> None:
+    keys = [corpus.key for corpus in build(tmp_path, DOCUMENTS)]
+    assert keys == [corpus.key for corpus in build(tmp_path, DOCUMENTS[::-1], name="other")]
+    assert keys[0] != keys[1]
+
+
+def test_permuting_the_distributions_changes_no_window(tmp_path: Path) -> None:
+    data = {"code": DOCUMENTS, "math": [document[:7] + "." for document in DOCUMENTS], "web": DOCUMENTS[::2]}
+
+    def digests(names: list[str]) -> dict[tuple[str, str], str]:
+        corpora = [corpus for name in names for corpus in build(tmp_path, data[name], name=name)]
+        return {(corpus.distribution, corpus.split): corpus.windows.digest for corpus in corpora}
+
+    assert digests(["code", "math", "web"]) == digests(["web", "code", "math"])
+
+
+def test_the_order_is_seeded(tmp_path: Path) -> None:
+    # A hundred equal windows: only the seed decides which of them come first, and which split they are in.
+    first, again, other = (build(tmp_path, DOCUMENTS, seed=seed) for seed in (1, 1, 2))
+    for a, b, c in zip(first, again, other, strict=True):
+        assert a.key == b.key != c.key
+
+
+def test_the_key_is_of_windows_and_tokenizer(tmp_path: Path) -> None:
+    # Without spaces or merging pairs in the text, both tokenizers give the same ids.
+    plain, merging = (build(tmp_path, DOCUMENTS, tokenizer=TOKENIZERS[kind]) for kind in ("eos", "merges"))
+    for a, b in zip(plain, merging, strict=True):
+        assert a.windows.digest == b.windows.digest and a.key != b.key
+
+
+@pytest.mark.parametrize(
+    ("asked", "field", "file"),
+    [
+        ({"windows": 500}, "evaluation.windows = 500", "val.jsonl"),
+        ({"held_out": 500}, "evaluation.held_out = 500", "held.jsonl"),
+    ],
+)
+def test_too_little_text_is_told(tmp_path: Path, asked: dict[str, int], field: str, file: str) -> None:
+    # 26 documents of 6 tokens (5 letters, EOS) are 156 tokens: 19 windows of 8.
+    five = [letter * 5 for letter in LETTERS]
+    with pytest.raises(InputError, match="text for 19 windows of 8 tokens; ask for fewer") as caught:
+        build(tmp_path, five[:26], five[26:], **asked)
+    assert str(caught.value).startswith(f"{tmp_path / file}: {field}: ")
+
+
+@pytest.mark.parametrize(
+    ("documents", "held_out", "mend"),
+    [
+        (["a" * 900] * 3, None, "one document can't be divided"),
+        (DOCUMENTS, DOCUMENTS[:9], "each document stands in"),
+    ],
+)
+def test_splits_that_cannot_be_made_are_told(
+    tmp_path: Path, documents: list[str], held_out: list[str] | None, mend: str
+) -> None:
+    with pytest.raises(InputError, match=mend):
+        build(tmp_path, documents, held_out)

@@ -1,0 +1,184 @@
+"""Laws of fine-tuning: what the loss is, same job same bits, whole or not at all, finished means made from the same."""
+
+import dataclasses
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dem_opt.assets import Settings, make_assets
+from dem_opt.corpus import pack, read_documents
+from dem_opt.errors import InputError
+from dem_opt.finetune import RECORD, FineTuneJob, fine_tune, is_finished, save_checkpoint, train_model
+
+TINY = Settings(
+    characters=(16_000, 2_000, 2_000),
+    base_characters=16_000,
+    vocabulary=300,
+    hidden=32,
+    layers=1,
+    heads=2,
+    feed_forward=64,
+    window=32,
+    base_steps=5,
+    batch_size=4,
+)
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_assets(tmp_path_factory.mktemp("assets"), 0, settings=TINY).parent
+
+
+@pytest.fixture
+def job(assets: Path, tmp_path: Path) -> FineTuneJob:
+    return FineTuneJob(
+        name="math",
+        base=assets / "models" / "base",
+        train=assets / "data" / "math.train.jsonl",
+        out=tmp_path / "math",
+        window=TINY.window,
+        steps=8,
+        learning_rate=3e-3,
+        batch_size=4,
+        seed=0,
+    )
+
+
+def bits(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_a_job_travels_unchanged(job: FineTuneJob) -> None:
+    assert pickle.loads(pickle.dumps(job)) == job
+
+
+def test_same_job_same_bits(job: FineTuneJob, tmp_path: Path) -> None:
+    again = dataclasses.replace(job, out=tmp_path / "again")
+    other = dataclasses.replace(job, out=tmp_path / "other", seed=1)
+    losses = [fine_tune(each).last_loss for each in (job, again, other)]
+    assert bits(job.out) == bits(again.out) != bits(other.out)
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_fine_tune_lowers_its_own_loss_and_loads(job: FineTuneJob) -> None:
+    made = fine_tune(dataclasses.replace(job, steps=30))
+    assert made.last_loss < made.first_loss - 0.2
+    assert (made.path, made.steps, made.tokens) == (job.out, 30, 30 * 4 * TINY.window)
+    base = AutoModelForCausalLM.from_pretrained(job.base)
+    model = AutoModelForCausalLM.from_pretrained(job.out)
+    assert model.config.use_cache == base.config.use_cache
+    assert {n: p.dtype for n, p in model.named_parameters()} == {n: p.dtype for n, p in base.named_parameters()}
+    base_tokenizer, tokenizer = (AutoTokenizer.from_pretrained(folder) for folder in (job.base, job.out))
+    assert tokenizer.get_vocab() == base_tokenizer.get_vocab()
+
+
+def test_the_loss_is_the_mean_nll_of_scored_tokens_of_separate_documents(job: FineTuneJob) -> None:
+    """One batch of all windows: the loss is Σ nats / Σ tokens over the documents' fragments, each fed by itself."""
+    tokenizer = AutoTokenizer.from_pretrained(job.base)
+    windows = pack(read_documents(job.train)[:6], tokenizer, job.window)
+    model = AutoModelForCausalLM.from_pretrained(job.base)
+    nats, tokens = 0.0, 0
+    for ids_T, positions_T, scored_T in zip(windows.ids_WT, windows.positions_WT, windows.scored_WT, strict=True):
+        starts = [t for t in range(job.window) if positions_T[t] == 0] + [job.window]
+        for start, end in zip(starts[:-1], starts[1:], strict=True):
+            if scored_T[start:end].any():
+                ids_BT = torch.from_numpy(ids_T[None, start:end])
+                with torch.no_grad():
+                    logprobs_TV = model(ids_BT, use_cache=False).logits[0].log_softmax(-1)
+                nats -= logprobs_TV[:-1].gather(1, ids_BT[0, 1:, None]).sum().item()
+                tokens += end - start - 1
+    (loss,) = train_model(model, windows, 1, 1e-3, len(windows), seed=0)
+    assert tokens == sum(windows.tokens_W)
+    assert loss == pytest.approx(nats / tokens, rel=1e-5)
+
+
+def replaced_data(job: FineTuneJob, tmp_path: Path) -> FineTuneJob:
+    data = tmp_path / "other.jsonl"
+    data.write_text(job.train.read_text(encoding="utf-8") + '{"text": "more"}\n', encoding="utf-8")
+    return dataclasses.replace(job, train=data)
+
+
+def replaced_base(job: FineTuneJob, tmp_path: Path) -> FineTuneJob:
+    model = AutoModelForCausalLM.from_pretrained(job.base)
+    with torch.no_grad():
+        next(model.parameters())[0, 0] += 1
+    save_checkpoint(tmp_path / "base", model, AutoTokenizer.from_pretrained(job.base), {})
+    return dataclasses.replace(job, base=tmp_path / "base")
+
+
+def replaced(**settings: float) -> Callable[[FineTuneJob, Path], FineTuneJob]:
+    return lambda job, tmp_path: dataclasses.replace(job, **settings)  # type: ignore[arg-type]
+
+
+CHANGES = {
+    "data": replaced_data,
+    "base": replaced_base,
+    "window": replaced(window=16),
+    "steps": replaced(steps=3),
+    "learning_rate": replaced(learning_rate=1e-3),
+    "batch_size": replaced(batch_size=2),
+    "seed": replaced(seed=1),
+}
+
+
+def test_finished_means_made_from_the_same(job: FineTuneJob, tmp_path: Path) -> None:
+    job = dataclasses.replace(job, steps=2)
+    assert not is_finished(job)
+    fine_tune(job)
+    assert is_finished(job)
+    assert {name for name, change in CHANGES.items() if is_finished(change(job, tmp_path))} == set()
+
+
+def test_a_finished_job_is_replaced_by_one_of_other_settings(job: FineTuneJob) -> None:
+    first, second = (dataclasses.replace(job, steps=steps) for steps in (2, 3))
+    fine_tune(first)
+    before = bits(job.out)
+    fine_tune(second)
+    assert is_finished(second) and not is_finished(first)
+    assert bits(job.out) != before
+
+
+def test_too_little_data_is_the_users_mistake(job: FineTuneJob, tmp_path: Path) -> None:
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"text": "a few words"}\n', encoding="utf-8")
+    with pytest.raises(InputError, match=r"short.jsonl: batch_size = 4: makes 1 windows of 32 tokens"):
+        fine_tune(dataclasses.replace(job, train=short))
+    assert not job.out.exists()
+
+
+@pytest.mark.parametrize("field", ["base", "train"])
+def test_missing_files_are_the_users_mistake(job: FineTuneJob, tmp_path: Path, field: str) -> None:
+    fine_tune(dataclasses.replace(job, steps=1))
+    with pytest.raises(InputError, match=rf"{field}: no such file"):
+        is_finished(dataclasses.replace(job, **{field: tmp_path / "missing"}))
+
+
+def test_a_loss_that_is_not_finite_stops_and_leaves_nothing(job: FineTuneJob) -> None:
+    with pytest.raises(RuntimeError, match=r"training loss is (nan|inf) at step \d: lower learning_rate"):
+        fine_tune(dataclasses.replace(job, learning_rate=1e30))
+    assert list(job.out.parent.iterdir()) == []
+
+
+def test_a_foreign_checkpoint_is_not_overwritten(job: FineTuneJob) -> None:
+    job.out.mkdir()
+    (job.out / "model.safetensors").write_bytes(b"somebody's")
+    with pytest.raises(InputError, match="move it away"):
+        fine_tune(job)
+    assert bits(job.out) == b"somebody's"
+
+
+def test_an_interrupted_save_leaves_the_earlier_checkpoint(job: FineTuneJob) -> None:
+    fine_tune(dataclasses.replace(job, steps=1))
+    before, record = bits(job.out), json.loads((job.out / RECORD).read_text(encoding="utf-8"))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(job.base), AutoTokenizer.from_pretrained(job.base)
+    with pytest.raises(TypeError):
+        save_checkpoint(job.out, model, tokenizer, {RECORD: object()})
+    assert bits(job.out) == before
+    assert json.loads((job.out / RECORD).read_text(encoding="utf-8")) == record
+    save_checkpoint(job.out, model, tokenizer, {RECORD: record})
+    assert [path.name for path in job.out.parent.iterdir()] == [job.out.name]
