@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -53,10 +54,11 @@ class Server:
     def check(self, secrets: Sequence[str]) -> None:
         """Raises InputError with the server's last words, secrets masked, where it has ended."""
         if self.process.poll() is not None:
-            words = self.log.read_text(encoding="utf-8", errors="replace").strip().rsplit("\n", 1)[-1]
+            words = _last_words(self.log.read_text(encoding="utf-8", errors="replace"))
             for secret in secrets:
                 words = words.replace(secret, "***")
-            raise InputError(self.name, None, None, f"ended with status {self.process.returncode}: {shorten(words, 300)}")
+            status = self.process.returncode
+            raise InputError(self.name, None, None, f"ended with status {status}: {shorten(words, 300)}")
 
     def stop(self) -> None:
         """Ends the whole process group: asked first, killed after a while."""
@@ -76,10 +78,10 @@ def running(storage_url: str, mlflow_uri: str, artifacts: Path | None = None) ->
 
     storage_url  the study's database, which must exist
     mlflow_uri   MLflow's database; where it is a server's address already, that one is used and none started
-    artifacts    folder of the artifacts that MLflow is to serve itself; those that runs keep as files of their own
-                 are found without it
+    artifacts    folder of the artifacts that MLflow is to serve itself; those that runs keep as
+                 files of their own are found without it
 
-    Raises InputError where a program is not installed, the database is missing, or a server ends or stays silent.
+    Raises InputError where a program is not installed, the database is missing, a server ends or is silent.
     """
     with _servers(storage_url, mlflow_uri, artifacts) as (addresses, _):
         yield addresses
@@ -92,9 +94,9 @@ def serve(
     announce: Callable[[str], None],
     open_browser: bool = False,
 ) -> None:
-    """Runs both servers and announces their addresses; returns when interrupted (Ctrl-C, SIGTERM or SIGHUP), both stopped.
+    """Runs both servers and announces their addresses, until interrupted: Ctrl-C, SIGTERM or SIGHUP.
 
-    Raises InputError as `running` does, and where a server ends by itself.
+    For a program's main thread.  Raises InputError as `running` does, and where a server ends by itself.
     """
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
@@ -116,7 +118,9 @@ def serve(
 
 
 @contextmanager
-def _servers(storage_url: str, mlflow_uri: str, artifacts: Path | None) -> Iterator[tuple[Addresses, Callable[[], None]]]:
+def _servers(
+    storage_url: str, mlflow_uri: str, artifacts: Path | None
+) -> Iterator[tuple[Addresses, Callable[[], None]]]:
     """The addresses, and a check that all servers still live."""
     _must_exist(storage_url)
     secrets = [password for url in (storage_url, mlflow_uri) if (password := urlsplit(url).password)]
@@ -133,7 +137,10 @@ def _servers(storage_url: str, mlflow_uri: str, artifacts: Path | None) -> Itera
                 server.check(secrets)
 
         _wait(servers, check)
-        yield Addresses(servers[0].address, _without_login(mlflow_uri) if remote else servers[1].address), check
+        yield (
+            Addresses(servers[0].address, _without_login(mlflow_uri) if remote else servers[1].address),
+            check,
+        )
 
 
 def _optuna_dashboard(storage_url: str, port: int, folder: Path) -> AbstractContextManager[Server]:
@@ -141,12 +148,22 @@ def _optuna_dashboard(storage_url: str, port: int, folder: Path) -> AbstractCont
     config = folder / "optuna-dashboard.toml"
     config.touch(mode=0o600)
     config.write_text(f"[optuna_dashboard]\nstorage = {json.dumps(storage_url)}\n", encoding="utf-8")
-    options = ["--from-config", str(config), "--host", LOOPBACK, "--port", str(port), "--server", "wsgiref", "--quiet"]
+    options = [
+        "--from-config",
+        str(config),
+        "--host",
+        LOOPBACK,
+        "--port",
+        str(port),
+        "--server",
+        "wsgiref",
+        "--quiet",
+    ]
     return _started("optuna-dashboard", options, {}, port, folder)
 
 
 def _mlflow(uri: str, artifacts: Path | None, port: int, folder: Path) -> AbstractContextManager[Server]:
-    """MLflow's server with one worker, no job runners and no telemetry; the URI goes through the environment."""
+    """MLflow's server with one worker, no job runners, no telemetry; the URI goes through the environment."""
     options = ["--host", LOOPBACK, "--port", str(port), "--workers", "1"]
     options += ["--artifacts-destination", str((artifacts or folder).resolve())]
     settings = {
@@ -158,11 +175,15 @@ def _mlflow(uri: str, artifacts: Path | None, port: int, folder: Path) -> Abstra
 
 
 @contextmanager
-def _started(program: str, options: Sequence[str], settings: dict[str, str], port: int, folder: Path) -> Iterator[Server]:
+def _started(
+    program: str, options: Sequence[str], settings: dict[str, str], port: int, folder: Path
+) -> Iterator[Server]:
     """The program of this Python's environment as a server, stopped when the block ends."""
     path = Path(sys.executable).parent / program
     if not path.exists():
-        raise InputError(path, None, None, f"is missing; install it with `{sys.executable} -m pip install {program}`")
+        raise InputError(
+            path, None, None, f"is missing; install it with `{sys.executable} -m pip install {program}`"
+        )
     log = folder / f"{program}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -208,6 +229,12 @@ def _without_login(url: str) -> str:
     """The URL without user name and password."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def _last_words(log: str) -> str:
+    """The first error that a log names, which is the cause of those after it; else its last line."""
+    lines = log.strip().splitlines() or ["(no output)"]
+    return next((line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)), lines[-1])
 
 
 def _free_ports(count: int) -> list[int]:

@@ -22,7 +22,7 @@ def publish(url: str, study_name: str, figures: Mapping[str, go.Figure], note: s
             save_plotly_graph_object(study, figure, graph_object_id=name)
         save_note(study, note)
     except KeyError:
-        raise InputError(None, "study", study_name, "no such study in the database; `dem-opt run` makes it") from None
+        raise InputError(None, "study", study_name, "not in the database; `dem-opt run` makes it") from None
     finally:
         storage.remove_session()
         storage.engine.dispose()

@@ -1,7 +1,6 @@
-"""The offline report: a Summary as one HTML page that needs no network, and its tables for the terminal too."""
+"""The offline report: a Summary as one HTML page that needs no network, and its tables, for terminals too."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -9,19 +8,18 @@ from importlib.resources import files
 from math import exp
 from pathlib import Path
 from string import Template
-from tempfile import NamedTemporaryFile
+from tempfile import TemporaryDirectory
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from dashboards.figures import all_figures
+from dashboards.look import ABSENT
 from dem_opt.errors import InputError
 from dem_opt.records import Margin, Standing, Summary
 
 SPLITS = {"search": "search split", "held_out": "held-out split"}
 """The splits, and what a reader calls them."""
-
-ABSENT = "–"
 
 
 @dataclass(frozen=True)
@@ -37,19 +35,22 @@ class Table:
 
 
 def final_table(summary: Summary, split: str) -> Table:
-    """The standings on one split: NLL of each distribution and their weighted mean in nats per token, perplexity
-    exp(mean), evaluations, forward tokens and seconds spent."""
+    """The standings on one split: NLL of each distribution and their weighted mean in nats per token.
+
+    Then perplexity exp(mean), and the evaluations, forward tokens and seconds that were spent.
+    """
     headers = ("composite", *summary.weights, "mean", "perplexity", "evals", "tokens", "seconds")
     nll = [_nll_of(standing, split, list(summary.weights)) for standing in summary.standings]
     rows = tuple(_row(standing, values) for standing, values in zip(summary.standings, nll, strict=True))
     columns = zip(*nll, strict=True)
     lowest = {(row, column) for column, values in enumerate(columns, start=1) for row in _lowest(values)}
     mean = len(summary.weights) + 1
-    return Table(headers, rows, frozenset(lowest | {(row, mean + 1) for row, column in lowest if column == mean}))
+    perplexity = {(row, mean + 1) for row, column in lowest if column == mean}
+    return Table(headers, rows, frozenset(lowest | perplexity))
 
 
 def margin_table(summary: Summary) -> Table:
-    """The winner's margin over each rival in nats per token with its 95% paired interval, and what it shows."""
+    """The winner's margin over each rival in nats per token, its 95% paired interval, and what that shows."""
     headers = ("rival", *(f"{words} [95% interval]" for words in SPLITS.values()), "the winner is")
     rivals = dict.fromkeys(margin.rival for margin in summary.margins)
     found = {(margin.rival, margin.split): margin for margin in summary.margins}
@@ -58,15 +59,20 @@ def margin_table(summary: Summary) -> Table:
 
 
 def study_note(summary: Summary, links: Mapping[str, str]) -> str:
-    """The study in Markdown, for Optuna Dashboard's note: what is optimized, the best so far, and links by name."""
+    """The study in Markdown, for Optuna Dashboard's note: what is optimized, the best, links by name."""
     winner = summary.winner
     weights = {} if winner.coefficients is None else winner.coefficients.weights
     trials = ", ".join(f"{len(records)} {algorithm} trials" for algorithm, records in summary.trials.items())
+    table = [
+        "| distribution | coefficient |",
+        "|---|---|",
+        *(f"| `{name}` | {w:.3f} |" for name, w in weights.items()),
+    ]
     lines = [
-        "**Objective:** weighted mean NLL over distributions on the search split, in nats per token (lower is better).",
+        "**Objective:** weighted mean NLL over distributions, search split, nats per token: low is good.",
         f"**Done:** {trials or 'no trials'}.",
         f"**Best:** `{winner.label}`, {_number(winner.objective.get('search'))} nats per token.",
-        "\n".join(["| distribution | coefficient |", "|---|---|", *(f"| `{name}` | {w:.3f} |" for name, w in weights.items())]),
+        "\n".join(table),
         *(f"[{name}]({target})" for name, target in links.items()),
     ]
     return "\n\n".join(lines)
@@ -80,14 +86,10 @@ def write_report(summary: Summary, path: Path) -> None:
     page = render(summary)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=path.name, delete=False) as file:
-            try:
-                file.write(page)
-                file.close()
-                Path(file.name).chmod(0o644)
-                os.replace(file.name, path)
-            finally:
-                Path(file.name).unlink(missing_ok=True)
+        with TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+            whole = Path(folder) / path.name
+            whole.write_text(page, encoding="utf-8")
+            whole.replace(path)
     except OSError as error:
         raise InputError(path, None, None, f"the report can't be written ({error.strerror})") from None
 
@@ -96,12 +98,17 @@ def render(summary: Summary) -> str:
     """The page as text: the answer, the search, how to reproduce it."""
     figures = all_figures(summary)
     page = Template(files("dashboards").joinpath("report.html").read_text(encoding="utf-8"))
+    tables = [
+        _html_table(final_table(summary, split), f"NLL in nats per token, {SPLITS[split]}")
+        for split in SPLITS
+    ]
+    above = "Rival minus winner in mean NLL, nats per token; above 0 the winner is better"
     return page.substitute(
         study=escape(summary.study),
         answer=_answer(summary),
         coefficients=_figure("coefficients", figures),
-        tables="".join(_html_table(final_table(summary, split), f"NLL in nats per token, {words}") for split, words in SPLITS.items()),
-        margins=_html_table(margin_table(summary), "Rival minus winner in mean NLL, nats per token; above 0 the winner is better"),
+        tables="".join(tables),
+        margins=_html_table(margin_table(summary), above),
         change=_figure("change", figures),
         search="".join(_figure(name, figures) for name in ("best-so-far", "simplex")),
         trials=_html_table(_trial_table(summary), "Trials by algorithm"),
@@ -115,24 +122,28 @@ def _answer(summary: Summary) -> str:
     """The winner in two sentences."""
     winner, base = summary.winner, summary.standings[0]
     told = "the base alone" if winner.coefficients is None else str(winner.coefficients)
-    scores = [
-        f"{_number(winner.objective[split])} nats per token on the {words} (the base: {_number(base.objective.get(split))})"
+    found = [
+        (words, _number(winner.objective.get(split)), _number(base.objective.get(split)))
         for split, words in SPLITS.items()
-        if split in winner.objective
     ]
-    return f"<strong>{escape(winner.label)}</strong>: {escape(told)}.<br>Mean NLL {escape(', '.join(scores) or ABSENT)}."
+    scores = ", ".join(
+        f"{nll} nats per token on the {words} (the base: {of_base})" for words, nll, of_base in found
+    )
+    return f"<strong>{escape(winner.label)}</strong>: {escape(told)}.<br>Mean NLL {escape(scores)}."
 
 
 def _trial_table(summary: Summary) -> Table:
     """How many trials of each algorithm were scored, and why others failed."""
+    headers = ("algorithm", "scored", "failed", "reasons", "seconds evaluating", "seconds proposing")
     rows = []
     for algorithm, records in summary.trials.items():
         failed = [record for record in records if record.objective is None]
         reasons = "; ".join(dict.fromkeys(record.reason or "unknown" for record in failed)) or ABSENT
         seconds = sum(record.evaluation.merge_seconds + record.evaluation.score_seconds for record in records)
         proposing = sum(record.propose_seconds for record in records)
-        rows.append((algorithm, str(len(records) - len(failed)), str(len(failed)), reasons, f"{seconds:.1f}", f"{proposing:.1f}"))
-    return Table(("algorithm", "scored", "failed", "reasons", "seconds evaluating", "seconds proposing"), tuple(rows))
+        counts = (str(len(records) - len(failed)), str(len(failed)))
+        rows.append((algorithm, *counts, reasons, f"{seconds:.1f}", f"{proposing:.1f}"))
+    return Table(headers, tuple(rows))
 
 
 def _nll_of(standing: Standing, split: str, names: Sequence[str]) -> list[float | None]:
@@ -189,7 +200,8 @@ def _html_table(table: Table, caption: str) -> str:
         for row, texts in enumerate(table.rows)
     )
     return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{escape(caption)}"><table><caption>{escape(caption)}</caption>'
+        f'<div class="wide" tabindex="0" role="region" aria-label="{escape(caption)}">'
+        f"<table><caption>{escape(caption)}</caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -197,7 +209,8 @@ def _html_table(table: Table, caption: str) -> str:
 def _cell(text: str, row: int, column: int, table: Table) -> str:
     if column == 0:
         return f'<th scope="row"><span>{escape(text)}</span></th>'
-    return f"<td><strong>{escape(text)}</strong></td>" if (row, column) in table.lowest else f"<td>{escape(text)}</td>"
+    shown = f"<strong>{escape(text)}</strong>" if (row, column) in table.lowest else escape(text)
+    return f"<td>{shown}</td>"
 
 
 def _figure(name: str, figures: Mapping[str, go.Figure]) -> str:
@@ -210,7 +223,8 @@ def _figure(name: str, figures: Mapping[str, go.Figure]) -> str:
 
 
 def _facts(facts: Mapping[str, str]) -> str:
-    return "".join(f"<dt>{escape(label)}</dt><dd><pre>{escape(str(value))}</pre></dd>" for label, value in facts.items())
+    shown = [(escape(label), escape(str(value))) for label, value in facts.items()]
+    return "".join(f"<dt>{label}</dt><dd><pre>{value}</pre></dd>" for label, value in shown)
 
 
 def _embedded(value: object) -> str:

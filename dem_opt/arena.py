@@ -1,14 +1,13 @@
 """Base, vectors and the live model in flat segments; the merge kernel.
 
-Parameters lie one after the other in segments, one segment for each pair of stored and live dtype.  A segment
-holds the values of each stored checkpoint as they are, and the live model's, which its parameters are views of.
+Parameters lie one after the other in segments, one for each pair of stored and live dtype.  A segment holds
+the values of each stored checkpoint as they are, and the live model's, which its parameters are views of.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,22 +19,22 @@ from dem_opt.simplex import UNIT
 ALIGNMENT = 64
 """Every parameter starts at a multiple of this many elements, so at least of as many bytes."""
 
-CPU_BLOCK = 2**16
-"""Elements merged at once on a CPU: float32 scratch of this size stays in cache and costs no bandwidth."""
+CPU_BLOCK = 2**17
+"""Elements that a CPU thread merges at once: float32 scratch of this size stays in cache."""
 
-DEVICE_BLOCK = 2**26
-"""Elements merged at once elsewhere: so many that launching kernels costs nothing, well below 2**31."""
+DEVICE_BLOCK = 2**24
+"""Elements merged at once elsewhere: enough to hide the launching of kernels, and below 2**31."""
 
 
 class Arena:
-    """Stored checkpoints and a live model on one device; `merge` makes the live model any composite of them."""
+    """Stored checkpoints and a live model on one device; `merge` makes the model any composite of them."""
 
     def __init__(
         self, model: PreTrainedModel, stored: Sequence[StoredModel], device: torch.device | str = "cpu"
     ) -> None:
-        """Load every stored checkpoint, each straight to its place, and make the model's parameters live views.
+        """Load every checkpoint straight to its place, and make the model's parameters views of live memory.
 
-        The dtypes of the model's parameters are the evaluation's.  Checkpoints must fit each other (`check_fit`).
+        The dtypes of the model's parameters are the evaluation's.  The checkpoints must fit (`check_fit`).
         """
         self.device = torch.device(device)
         self._segments = _lay_out(model, stored[0], self.device)
@@ -84,37 +83,42 @@ class Arena:
 class MergeKernel:
     """The one place where weights are summed, block by block through scratch memory that is allocated once.
 
-    Multiplication and addition are rounded separately.  `add_(x, alpha=w)` may fuse them in its vector loop and not
-    in the loop's tail, and then a weight's bits would depend on its position, the block size and the threads.
+    Multiplication and addition are rounded separately.  `add_(x, alpha=w)` may fuse them in its vector loop
+    and not in the loop's tail, and then a weight's bits would depend on its position, on blocks and threads.
     """
 
     def __init__(self, device: torch.device | str = "cpu", block: int | None = None) -> None:
-        """Scratch for `block` elements, by default as many as suit the device; the bits are the same for any."""
-        self.block = block or (CPU_BLOCK if torch.device(device).type == "cpu" else DEVICE_BLOCK)
+        """Scratch for `block` elements; by default as many as suit the device.  The bits are the same."""
+        on_cpu = torch.device(device).type == "cpu"
+        self.block = block or (CPU_BLOCK * torch.get_num_threads() if on_cpu else DEVICE_BLOCK)
         self._sum_P = torch.empty(self.block, dtype=torch.float32, device=device)
         self._term_P = torch.empty(self.block, dtype=torch.float32, device=device)
 
     def merge(self, out_P: Tensor, terms: Sequence[tuple[int, Tensor]]) -> None:
-        """out = sum_n (units_n / 1e9) x_n  over flat tensors of one dtype, rounded to it, then cast to out's.
+        """out = sum_n (units_n / 1e9) x_n  over flat tensors of one dtype, rounded to it, cast to out's.
 
-        Terms are (units of 1e-9, values), summed in the order given; coefficients are rounded to float32.
+        Terms are (units of 1e-9, values), summed in the order given.  Coefficients are rounded to float32.
         """
         if len(terms) == 1 and terms[0][0] == UNIT:
             out_P.copy_(terms[0][1])
             return
-        weighted = [(float(np.float32(units / UNIT)), x_P) for units, x_P in terms]
+        weights = [units / UNIT for units, _ in terms]
+        weights_N1 = torch.split(torch.tensor(weights, dtype=torch.float32, device=out_P.device), 1)
         for start in range(0, len(out_P), self.block):
             block = slice(start, start + self.block)
-            self._merge_block(out_P[block], [(weight, x_P[block]) for weight, x_P in weighted])
+            self._merge_block(out_P[block], weights_N1, [x_P[block] for _, x_P in terms])
 
-    def _merge_block(self, out_P: Tensor, terms: Sequence[tuple[float, Tensor]]) -> None:
-        """The same for one block that fits the scratch."""
-        sum_P, term_P = self._sum_P[: len(out_P)], self._term_P[: len(out_P)]
-        _multiply(terms[0][1], terms[0][0], sum_P)
-        for weight, x_P in terms[1:]:
-            _multiply(x_P, weight, term_P)
-            sum_P.add_(term_P)
-        out_P.copy_(sum_P.to(terms[0][1].dtype))
+    def _merge_block(self, out_P: Tensor, weights_N1: Sequence[Tensor], stored_NP: Sequence[Tensor]) -> None:
+        """The same for one block that fits the scratch.  A float32 weight makes every product float32."""
+        stored_dtype = stored_NP[0].dtype
+        in_place = out_P.dtype == stored_dtype == torch.float32
+        sum_P = out_P if in_place else self._sum_P[: len(out_P)]
+        term_P = self._term_P[: len(out_P)]
+        torch.mul(stored_NP[0], weights_N1[0], out=sum_P)
+        for weight_1, x_P in zip(weights_N1[1:], stored_NP[1:], strict=True):
+            sum_P.add_(torch.mul(x_P, weight_1, out=term_P))
+        if not in_place:
+            out_P.copy_(sum_P.to(stored_dtype))
 
 
 def merged_parameters(
@@ -145,7 +149,7 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Segment:
-    """Parameters of one stored and one live dtype: values of N checkpoints by content hash, and the live ones."""
+    """Parameters of one stored and one live dtype: of N checkpoints by content hash, and the live ones."""
 
     dtype: torch.dtype
     places: Sequence[_Place]
@@ -172,11 +176,3 @@ def _lay_out(model: PreTrainedModel, stored: StoredModel, device: torch.device) 
         _Segment(group[0], places, sizes[group], torch.zeros(sizes[group], dtype=group[1], device=device), {})
         for group, places in groups.items()
     ]
-
-
-def _multiply(x_P: Tensor, weight: float, out_P: Tensor) -> None:
-    """out = weight * x in float32, rounded once."""
-    if x_P.dtype == torch.float32:
-        torch.mul(x_P, weight, out=out_P)
-    else:
-        out_P.copy_(x_P).mul_(weight)

@@ -27,7 +27,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """The dtypes a merge can combine, by safetensors' names."""
 
 _CHUNK = 2**15
-"""Elements hashed at once: they stay in cache between the two passes, and are too few for torch to start threads."""
+"""Elements hashed at once: they stay in cache between two passes, too few for torch to start threads."""
 
 _SHOWN = 3
 """Mismatches told in full before the rest are counted."""
@@ -79,8 +79,8 @@ class Architecture:
 def read_header(folder: Path, field: str) -> Header:
     """The tensors of a checkpoint folder, from its safetensors headers alone.
 
-    Raises InputError for a folder or file that is missing, unreadable or truncated, for pickled weights, for a
-    shard outside the folder, and for tensors that are not of a dtype in DTYPES.
+    Raises InputError for a folder or file that is missing, unreadable or truncated, for pickled weights, for
+    a shard outside the folder, and for tensors that are not of a dtype in DTYPES.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in _weight_files(folder, field):
@@ -139,15 +139,16 @@ def check_fit(architecture: Architecture, base: Header, other: Header) -> None:
     if ours != theirs:
         found.append(f"its config.json has a vocabulary (vocab_size) of {theirs}, the base's of {ours}")
     if found:
-        raise InputError(other.folder, other.field, None, f"does not fit the base {base.folder}: {_tell(found)}")
+        mend = f"does not fit the base {base.folder}: {_tell(found)}"
+        raise InputError(other.folder, other.field, None, mend)
     _check_ties(other, architecture)
 
 
 def content_hash(folder: Path, field: str = "checkpoint") -> str:
     """SHA-256 over name, dtype, shape and digest of every tensor, in order of name.
 
-    Sharding and file names change nothing, and neither does config.json, which is no part of the content.  Hashes
-    are kept in the user's cache folder by path, size, time and inode of the files.
+    Sharding and file names change nothing, and neither does config.json, which is no part of the content.
+    Hashes are kept in the user's cache folder by path, size, time and inode of the files.
 
     Raises InputError for NaN or infinite weights, and what `read_header` raises.
     """
@@ -156,24 +157,36 @@ def content_hash(folder: Path, field: str = "checkpoint") -> str:
     known = _read_cache().get(str(folder.resolve()))
     if isinstance(known, dict) and known.get("files") == stamp and isinstance(known.get("content"), str):
         return str(known["content"])
-    content = _hash_tensors(header)
+    content = hash_tensors(header)
     _write_cache(_read_cache() | {str(folder.resolve()): {"files": stamp, "content": content}})
     return content
 
 
+def hash_tensors(header: Header) -> str:
+    """The content hash from the bytes, past the cache: one digest for each tensor, many tensors at a time.
+
+    Raises InputError for NaN or infinite weights.
+    """
+    content = hashlib.sha256()
+    names = sorted(header.tensors)
+    with ThreadPoolExecutor() as threads:
+        digests = threads.map(lambda named: _digest(*named, header), _tensors(header, names))
+        for name, digest in zip(names, digests, strict=True):
+            stored = header.tensors[name]
+            content.update(repr((name, stored.dtype, stored.shape, digest)).encode())
+    return content.hexdigest()
+
+
 def read_parameters(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """The named tensors in the order of `names`, mapped from the files, which are read where a tensor is."""
-    header = read_header(folder, "checkpoint")
-    with _Files() as files:
-        for name in names:
-            yield name, files.tensor(name, header.tensors[name])
+    return _tensors(read_header(folder, "checkpoint"), names)
 
 
 def empty_model(folder: Path, dtype: torch.dtype, field: str = "base") -> PreTrainedModel:
     """The model that the folder's config describes, for evaluation, with parameters that have no memory yet.
 
-    Buffers that no checkpoint stores (rotary frequencies) are right.  Each parameter is one zero, expanded, and is
-    to be replaced through `parameter.data`.  Raises InputError for a config that transformers can't make a model of.
+    Buffers that no checkpoint stores (rotary frequencies) are right.  Each parameter is one zero, expanded, to
+    be replaced through `parameter.data`.  Raises InputError for a config that no such model can be made of.
     """
     model = _construct(folder, field, dtype, "cpu")
     for parameter in model.parameters():
@@ -207,7 +220,7 @@ def _weight_files(folder: Path, field: str) -> list[Path]:
     if (folder / INDEX).is_file():
         return _shards(folder / INDEX, field)
     if any(path for pattern in PICKLED for path in folder.glob(pattern)):
-        raise InputError(folder, field, None, "has pickled weights only, which can run code: save safetensors")
+        raise InputError(folder, field, None, "has pickled weights only: save it as safetensors")
     raise InputError(folder, field, None, f"has no weights: neither {WEIGHTS} nor {INDEX}")
 
 
@@ -247,7 +260,7 @@ def _stored(file: Path, field: str, name: str, entry: Mapping[str, Any], data: i
     start, end = entry["data_offsets"]
     tensor = StoredTensor(entry["dtype"], tuple(entry["shape"]), file, start, end)
     if tensor.dtype not in DTYPES:
-        mend = f"tensor {name} is {tensor.dtype}: only {', '.join(DTYPES)} can be merged, not quantized weights"
+        mend = f"tensor {name} is {tensor.dtype}: only {', '.join(DTYPES)} can be merged"
         raise InputError(file, field, None, mend)
     if end > data:
         mend = f"truncated: tensor {name} ends at byte {end} of {data}; copy or save it again"
@@ -317,47 +330,19 @@ def _check_tokenizer(base: Header, architecture: Architecture) -> None:
 
 def _check_ties(header: Header, architecture: Architecture) -> None:
     """Raise InputError where a weight that the config ties is stored twice with different values."""
-    with _Files() as files:
-        for alias, name in architecture.aliases.items():
-            if alias not in header.tensors:
-                continue
-            one, two = (files.tensor(key, header.tensors[key]) for key in (alias, name))
+    for alias, name in architecture.aliases.items():
+        if alias in header.tensors:
+            (_, one), (_, two) = _tensors(header, (alias, name))
             if one.dtype != two.dtype or not torch.equal(one, two):
                 mend = f"{alias} and {name} differ, but config.json ties them: set tie_word_embeddings to false"
                 raise InputError(header.folder, header.field, None, mend)
 
 
-class _Files:
-    """Open safetensors files, each mapped once."""
-
-    def __init__(self) -> None:
-        self._open: dict[Path, Any] = {}
-
-    def __enter__(self) -> "_Files":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._open.values():
-            file.__exit__(None, None, None)
-
-    def tensor(self, name: str, stored: StoredTensor) -> Tensor:
-        """A tensor over the mapped bytes."""
-        if stored.file not in self._open:
-            self._open[stored.file] = safe_open(stored.file, framework="pt").__enter__()  # type: ignore[no-untyped-call]
-        tensor: Tensor = self._open[stored.file].get_tensor(name)
-        return tensor
-
-
-def _hash_tensors(header: Header) -> str:
-    """The content hash, from the bytes: one digest for each tensor, many tensors at a time."""
-    with _Files() as files, ThreadPoolExecutor() as threads:
-        tensors = {name: files.tensor(name, stored) for name, stored in sorted(header.tensors.items())}
-        digests = threads.map(lambda name: _digest(name, tensors[name], header), tensors)
-        content = hashlib.sha256()
-        for name, digest in zip(tensors, digests, strict=True):
-            stored = header.tensors[name]
-            content.update(repr((name, stored.dtype, stored.shape, digest)).encode())
-    return content.hexdigest()
+def _tensors(header: Header, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors by name over the mapped bytes of the files, each of which is opened once."""
+    files = {file: safe_open(file, framework="pt") for file in header.files}  # type: ignore[no-untyped-call]
+    for name in names:
+        yield name, files[header.tensors[name].file].get_tensor(name)
 
 
 def _digest(name: str, tensor: Tensor, header: Header) -> str:
@@ -367,7 +352,7 @@ def _digest(name: str, tensor: Tensor, header: Header) -> str:
         if not chunk.isfinite().all():
             mend = f"tensor {name} has NaN or infinite values: train it again with a lower learning rate"
             raise InputError(header.tensors[name].file, header.field, None, mend)
-        digest.update(chunk.view(torch.uint8).numpy())
+        digest.update(chunk.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

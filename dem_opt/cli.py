@@ -1,11 +1,11 @@
 """dem-opt: quickstart | check | train | run | compare | score | merge | export | report | dashboard."""
 
 import argparse
-import json
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,12 @@ from dem_opt import __version__, terminal
 from dem_opt.errors import EvaluationError, InputError
 
 if TYPE_CHECKING:
+    from dem_opt.records import Summary
     from dem_opt.study import Study
 
 DONE, OTHER, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+
+Command = Callable[[argparse.Namespace], None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,34 +46,226 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dem-opt {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, command: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help)
+    def add(name: str, command: Command, words: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=words, description=words)
         sub.set_defaults(command=command)
-        if name != "quickstart":
-            sub.add_argument("study", type=Path, metavar="STUDY", help="the study file")
         return sub
 
-    quickstart = add("quickstart", _quickstart, "make a small base, data and a study here, and do the whole main job")
+    quickstart = add("quickstart", _quickstart, "make a small base, data and a study, and do the whole main job")
     quickstart.add_argument("folder", type=Path, nargs="?", default=Path("quickstart"), metavar="DIR")
     quickstart.add_argument("--seed", type=int, default=0, help="seeds data, base, fine-tunes and search")
-    add("check", _check, "read headers only: do the checkpoints fit together, is the data there")
-    add("train", _train, "fine-tune the checkpoints that are missing, one for each distribution")
-    add("run", _run, "optimize; run again, it goes on where it stopped")
+    check = add("check", _check, "read headers only: do the checkpoints fit together")
+    train = add("train", _train, "fine-tune the checkpoints that are missing, one for each distribution")
+    run = add("run", _run, "optimize; run again, it goes on where it stopped")
     compare = add("compare", _compare, "run several algorithms over one ledger, and print one table")
     compare.add_argument("--algorithms", default="grid,random,simplex-gp", help="separated by commas")
     score = add("score", _score, "perplexities of one composite, or of any model, on the study's corpora")
     which = score.add_mutually_exclusive_group(required=True)
     which.add_argument("--weights", help="coefficients, such as code=.3,math=.7")
-    which.add_argument("--model", type=Path, help="a model folder")
+    which.add_argument("--model", type=Path, metavar="DIR", help="a model's folder")
     merge = add("merge", _merge, "write the composite of given coefficients")
     merge.add_argument("--weights", required=True, help="coefficients, such as code=.3,math=.7")
-    merge.add_argument("--out", type=Path, required=True, help="the folder to write")
     export = add("export", _export, "write the winner, prove it from disk, register it as champion")
-    export.add_argument("--out", type=Path, required=True, help="the folder to write")
     report = add("report", _report, "write one offline HTML page")
-    report.add_argument("--out", type=Path, help="the page to write (OUTPUT/report.html)")
-    dashboard = add("dashboard", _dashboard, "serve Optuna Dashboard and MLflow for this study on loopback")
+    report.add_argument("--out", type=Path, metavar="FILE", help="the page; OUTPUT/report.html unless given")
+    dashboard = add("dashboard", _dashboard, "serve Optuna Dashboard and MLflow for this study, on loopback")
     dashboard.add_argument("--open", action="store_true", help="open both in a browser")
-    for sub in (check_like for name, check_like in commands.choices.items() if name in ("run", "compare", "score", "report")):
+    for sub in (merge, export):
+        sub.add_argument("--out", type=Path, metavar="DIR", required=True, help="the folder to write")
+    for sub in (run, compare, score):
         sub.add_argument("--json", action="store_true", help="print the answer as JSON")
+    for sub in (check, train, run, compare, score, merge, export, report, dashboard):
+        sub.add_argument("study", type=Path, metavar="STUDY", help="the study file")
     return parser
+
+
+def _check(given: argparse.Namespace) -> None:
+    from dem_opt.config import load
+    from dem_opt.sources import check_files
+
+    config = load(given.study)
+    headers = check_files(config, given.study)
+    sizes = [sum(tensor.end - tensor.start for tensor in header.tensors.values()) for header in headers.values()]
+    rows = [
+        (name, str(header.folder), f"{size:,}") for (name, header), size in zip(headers.items(), sizes, strict=True)
+    ]
+    terminal.table("The checkpoints fit together", ("checkpoint", "folder", "bytes"), rows)
+    terminal.say(f"A resident holds them all and the live model: {sum(sizes) + sizes[0]:,} bytes, and activations.")
+
+
+def _train(given: argparse.Namespace) -> None:
+    with terminal.Progressing() as watching:
+        made = _study(given, watching).train()
+    terminal.say(f"{len(made)} checkpoints trained." if made else "Every distribution has its checkpoint.")
+
+
+def _run(given: argparse.Namespace) -> None:
+    with terminal.Progressing(quiet=given.json) as watching:
+        study = _study(given, watching)
+        study.run()
+    _conclude(study, given)
+
+
+def _compare(given: argparse.Namespace) -> None:
+    with terminal.Progressing(quiet=given.json) as watching:
+        study = _study(given, watching)
+        study.compare(given.algorithms.split(","))
+    _conclude(study, given)
+
+
+def _conclude(study: "Study", given: argparse.Namespace) -> None:
+    """Print what was found, and put the figures into Optuna Dashboard."""
+    from dashboards.figures import all_figures
+    from dashboards.publish import publish
+    from dashboards.report import study_note
+
+    summary = study.summary()
+    for records in summary.trials.values():
+        publish(study.config.storage, records[0].study, all_figures(summary), study_note(summary, {}))
+    if given.json:
+        terminal.say_json(_as_data(summary))
+    else:
+        _print_tables(summary)
+
+
+def _print_tables(summary: "Summary") -> None:
+    from dashboards.report import SPLITS, final_table, margin_table
+
+    for split, words in SPLITS.items():
+        made = final_table(summary, split)
+        terminal.table(f"NLL in nats per token, {words}", made.headers, made.rows, strong=len(made.rows) - 1)
+    margins = margin_table(summary)
+    terminal.table("Rival minus winner in mean NLL, nats per token", margins.headers, margins.rows)
+    winner = summary.winner
+    terminal.say(f"The winner: {winner.label}: {winner.coefficients}")
+
+
+def _score(given: argparse.Namespace) -> None:
+    with terminal.Progressing(quiet=given.json) as watching:
+        study = _study(given, watching)
+        if given.model:
+            scores = study.score_model(given.model)
+        else:
+            scores = study.score(_weights(given.weights))
+    told = {
+        split: {
+            name: {"nll": one.nll, "perplexity": one.perplexity, "tokens": one.tokens} for name, one in by_name.items()
+        }
+        for split, by_name in scores.items()
+    }
+    if given.json:
+        terminal.say_json(told)
+        return
+    rows = [
+        (f"{name}, {split}", f"{one['nll']:.4f}", f"{one['perplexity']:.3f}", f"{one['tokens']:,}")
+        for split, by_name in told.items()
+        for name, one in by_name.items()
+    ]
+    terminal.table("Scores", ("corpus", "NLL in nats per token", "perplexity", "scored tokens"), rows)
+
+
+def _merge(given: argparse.Namespace) -> None:
+    _study(given).merge(_weights(given.weights), given.out)
+    terminal.say(f"Written and compared from disk: {given.out}")
+
+
+def _export(given: argparse.Namespace) -> None:
+    with terminal.Progressing() as watching:
+        champion = _study(given, watching).export(given.out)
+    terminal.say(f"{champion.standing.label}: {champion.standing.coefficients}")
+    terminal.say(f"Written, compared from disk bit by bit, scored again: {given.out}")
+    if champion.version is not None:
+        terminal.say(f"Registered in MLflow: version {champion.version}, alias champion")
+
+
+def _report(given: argparse.Namespace) -> None:
+    from dashboards.report import write_report
+
+    study = _study(given)
+    out = given.out or study.config.output / "report.html"
+    write_report(study.summary(), out)
+    terminal.say(f"Written: {out}")
+
+
+def _dashboard(given: argparse.Namespace) -> None:
+    from dashboards.launcher import serve
+    from dem_opt.config import load
+
+    config = load(given.study)
+    serve(config.storage, config.tracking.uri, config.output / "artifacts", terminal.say, given.open)
+
+
+def _quickstart(given: argparse.Namespace) -> None:
+    """Make the assets, then do with the study what any user would, by the same commands."""
+    from dem_opt.assets import make_assets
+    from dem_opt.config import load
+    from dem_opt.pool import RayCompute
+
+    began = perf_counter()
+    seconds: dict[str, float] = {}
+    path = make_assets(given.folder, given.seed, terminal.say)
+    seconds["data, tokenizer and base"] = perf_counter() - began
+    with RayCompute(load(path).compute):
+        for words in ("train", "run", "compare --algorithms grid", f"export --out {given.folder / 'best'}", "report"):
+            terminal.say(f"\n$ dem-opt {words} {path}")
+            started = perf_counter()
+            part = _parser().parse_args([*shlex.split(words), str(path)])
+            part.command(part)
+            seconds[words.split()[0]] = perf_counter() - started
+    rows = [(name, f"{spent:.0f}") for name, spent in seconds.items()]
+    terminal.table("Where the time went", ("part", "seconds"), [*rows, ("in all", f"{perf_counter() - began:.0f}")])
+    terminal.say(f"Look at it:            dem-opt dashboard {path}")
+    terminal.say(f"Read it:               {load(path).output / 'report.html'}")
+    terminal.say(f"Use the winner:        AutoModelForCausalLM.from_pretrained({str(given.folder / 'best')!r})")
+
+
+def _study(given: argparse.Namespace, watching: terminal.Progressing | None = None) -> "Study":
+    from dem_opt.study import Study
+
+    return Study.load(given.study, watching)
+
+
+def _weights(text: str) -> dict[str, float]:
+    """Coefficients from code=.3,math=.7 .
+
+    Raises InputError for a part that is not a name, an equals sign and a number, and for a name given twice.
+    """
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, number = part.strip().rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise InputError(None, "--weights", text, f"{part!r} is not NAME=NUMBER; write code=.3,math=.7")
+        if name in weights:
+            raise InputError(None, "--weights", text, f"{name!r} stands twice")
+        weights[name] = weight
+    return weights
+
+
+def _as_data(summary: "Summary") -> dict[str, Any]:
+    """A summary for programs: NLL and objective in nats per token."""
+    return {
+        "study": summary.study,
+        "winner": summary.winner.label,
+        "standings": [
+            {
+                "label": one.label,
+                "role": one.role,
+                "algorithm": one.algorithm,
+                "coefficients": one.coefficients and one.coefficients.weights,
+                "objective": dict(one.objective),
+                "nll": {
+                    split: {name: score.nll for name, score in scores.items()} for split, scores in one.scores.items()
+                },
+                "evaluations": one.evaluations,
+                "forward_tokens": one.forward_tokens,
+                "seconds": one.seconds,
+            }
+            for one in summary.standings
+        ],
+        "margins": [asdict(margin) for margin in summary.margins],
+        "trials": {algorithm: len(records) for algorithm, records in summary.trials.items()},
+    }

@@ -160,7 +160,9 @@ class StudyConfig(_Section):
         if weights is not None:
             for name in weights:
                 if name not in self.distributions:
-                    raise ValueError(f"objective.weights.{name}: no such distribution; {nearest(name, self.distributions)}")
+                    raise ValueError(
+                        f"objective.weights.{name}: no such distribution; {nearest(name, self.distributions)}"
+                    )
             if not any(weights.values()):
                 raise ValueError("objective.weights: at least one weight must be above 0")
         return self
@@ -217,7 +219,9 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def _database(url: Any, folder: Path) -> Any:
@@ -230,7 +234,9 @@ def _database(url: Any, folder: Path) -> Any:
 def _in_the_users_words(path: Path, error: ValidationError) -> InputError:
     """The first of pydantic's findings as one line."""
     finding = error.errors()[0]
-    field = ".".join(str(part) for part in finding["loc"] if not str(part).startswith(("literal", "constrained", "function")))
+    field = ".".join(
+        str(part) for part in finding["loc"] if not str(part).startswith(("literal", "constrained", "function"))
+    )
     value, kind = finding["input"], finding["type"]
     if kind == "extra_forbidden":
         known = _known_keys(StudyConfig, finding["loc"][:-1])

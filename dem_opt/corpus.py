@@ -25,7 +25,7 @@ HELD_OUT = "held_out"
 SURPLUS = 8
 """Windows are drawn from at most this many times those asked for, so that a large file costs no more time."""
 
-_ENCODED_AT_ONCE = 256
+_CHARACTERS_AT_ONCE = 2**16
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -66,9 +66,7 @@ def read_documents(path: Path, field: str | None = None) -> list[str]:
     with a "text" string, and where no document is left.
     """
     if path.suffix not in (".jsonl", ".txt"):
-        mend = (
-            'must be a .jsonl file (a JSON object with a "text" on each line) or a .txt file (one document)'
-        )
+        mend = 'must be a .jsonl file (a JSON object with a "text" on each line) or a .txt file (one document)'
         raise InputError(path, field, None, mend)
     try:
         content = path.read_bytes().decode("utf-8-sig")
@@ -127,9 +125,9 @@ def pack(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, window: i
 def _encode(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     """Each document's token ids with EOS at the end, encoded in batches as they are asked for."""
     end = tokenizer.eos_token_id
-    for first in range(0, len(documents), _ENCODED_AT_ONCE):
+    for batch in _batches(documents):
         encoding = tokenizer(
-            list(documents[first : first + _ENCODED_AT_ONCE]),
+            batch,
             truncation=False,
             padding=False,
             return_attention_mask=False,
@@ -138,6 +136,20 @@ def _encode(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Ite
         )
         for ids in encoding["input_ids"]:
             yield ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+
+def _batches(documents: Sequence[str]) -> Iterator[list[str]]:
+    """The documents in their order, each batch closed by the one that fills it."""
+    batch: list[str] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document)
+        if characters >= _CHARACTERS_AT_ONCE:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _stream(encoded: Sequence[list[int]]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -150,9 +162,8 @@ def _stream(encoded: Sequence[list[int]]) -> tuple[NDArray[np.int64], NDArray[np
 
 
 def _windows(ids_S: NDArray[np.int64], starts_S: NDArray[np.bool_], window: int) -> Windows:
-    """A stream of whole windows, cut: a token's position is its distance from the last start."""
-    ids_WT, starts_WT = ids_S.reshape(-1, window), starts_S.reshape(-1, window).copy()
-    starts_WT[:, 0] = True
+    """A stream of whole windows, cut: a token's position is its distance from the last start in its window."""
+    ids_WT, starts_WT = ids_S.reshape(-1, window), starts_S.reshape(-1, window)
     places_T = np.arange(window)
     positions_WT = places_T - np.maximum.accumulate(np.where(starts_WT, places_T, 0), axis=1)
     windows = Windows(ids_WT, positions_WT, positions_WT > 0)
@@ -183,18 +194,14 @@ def build_corpora(
         HELD_OUT: _draw(held_out, tokenizer, evaluation, "held_out", held_out_path),
     }
     identity = tokenizer_digest(tokenizer)
-    keys = {
-        split: sha256(f"{windows.digest} {identity}".encode()).hexdigest() for split, windows in drawn.items()
-    }
+    keys = {split: sha256(f"{windows.digest} {identity}".encode()).hexdigest() for split, windows in drawn.items()}
     return (
         Corpus(name, SEARCH, keys[SEARCH], drawn[SEARCH]),
         Corpus(name, HELD_OUT, keys[HELD_OUT], drawn[HELD_OUT]),
     )
 
 
-def _split(
-    name: str, distribution: Distribution, evaluation: EvaluationSection
-) -> tuple[list[str], list[str]]:
+def _split(name: str, distribution: Distribution, evaluation: EvaluationSection) -> tuple[list[str], list[str]]:
     """Search and held-out documents, distinct, in seeded order."""
     field = f"distributions.{name}.validation"
     documents = _ordered(read_documents(distribution.validation, field), evaluation.seed)
@@ -245,9 +252,7 @@ def _draw(
     return _take(available, np.random.default_rng(evaluation.seed).permutation(len(available))[:wanted])
 
 
-def _full_windows(
-    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, window: int, most: int
-) -> Windows:
+def _full_windows(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, window: int, most: int) -> Windows:
     """The first windows without padding, at most `most`; documents beyond them are not encoded."""
     encoded, tokens = [], 0
     for ids in _encode(documents, tokenizer):

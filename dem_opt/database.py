@@ -4,17 +4,17 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from socket import gethostname
+from threading import Event, Thread
 from typing import Any
 from uuid import uuid4
 
 from sqlalchemy import (
     URL,
     Connection,
-    Engine,
     MetaData,
     create_engine,
     delete,
@@ -25,6 +25,7 @@ from sqlalchemy import (
     text,
     update,
 )
+from sqlalchemy import Engine as Engine
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -44,7 +45,7 @@ _SQLITE = """
 """
 _PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 _CONNECT_SECONDS = 5
-_CREATING = 0x64656D5F6F7074
+_CREATING = 0x64656D
 _PASSWORD = re.compile(r"(?<=://)([^/:@]*):.*(?=@)")
 _SECRET = re.compile(r"(?<=[?&])((?:\w*password|passwd|pwd|token|secret)=)[^&#]*", re.IGNORECASE)
 
@@ -127,10 +128,7 @@ class Lease:
         self._engine, self._study, self._token = engine, study, uuid4().hex
 
     def renew(self) -> None:
-        """Says that this driver is alive; due more often than every 60 seconds.
-
-        Raises InputError where another driver has taken the study over.
-        """
+        """Says that this driver is alive; raises InputError where another driver has taken the study over."""
         with self._engine.begin() as connection:
             statement = update(_Holder).where(*self._mine).values(renewed=_now(connection))
             if connection.execute(statement).rowcount == 0:
@@ -164,6 +162,12 @@ class Lease:
         process = {"host": gethostname(), "pid": pid, "started": _started(pid) or ""}
         return {"token": self._token, "since": now, "renewed": now, **process}
 
+    def _beat(self, ended: Event) -> None:
+        """Renews now and then.  That the lease is lost, the driver learns from its own renewal."""
+        while not ended.wait(SILENCE / 4):
+            with suppress(InputError, DBAPIError):
+                self.renew()
+
     def _release(self) -> None:
         with self._engine.begin() as connection:
             connection.execute(delete(_Holder).where(*self._mine))
@@ -173,15 +177,21 @@ class Lease:
 def holding(engine: Engine, study: str) -> Iterator[Lease]:
     """Holds the lease of `study`: one driver at a time.
 
-    A holder on this host whose process is gone is succeeded at once, one on another host after 60 seconds
-    without a renewal.  Raises InputError, which says who and since when, where the holder is alive.
+    A thread renews it while it is held.  A holder on this host whose process is gone is succeeded at once,
+    one on another host after 60 seconds without a renewal.  Raises InputError, which says who and since when,
+    where the holder is alive.
     """
     create_missing(engine, _Tables.metadata)
     lease = Lease(engine, study)
     lease._take()
+    ended = Event()
+    beating = Thread(target=lease._beat, args=[ended], daemon=True)
+    beating.start()
     try:
         yield lease
     finally:
+        ended.set()
+        beating.join()
         lease._release()
 
 

@@ -1,13 +1,14 @@
 """base + data -> one fine-tuned checkpoint per distribution (or one for a mixture).
 
-A fine-tuning minimizes the mean negative log-likelihood over the scored tokens of packed windows, with AdamW and a
-cosine schedule, through transformers' Trainer.  A checkpoint folder appears under its own name only when it is
-complete, with a record of what it was made from beside the weights.
+A fine-tuning minimizes the mean negative log-likelihood over the scored tokens of packed windows, with AdamW
+and a cosine schedule, by transformers' Trainer.  A checkpoint folder appears under its own name only when it
+is complete, with a record of what it was made from beside the weights.
 """
 
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterable
@@ -19,7 +20,6 @@ import torch
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PrinterCallback,
     Trainer,
@@ -29,7 +29,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from dem_opt.corpus import pack, read_documents
+from dem_opt.corpus import load_tokenizer, pack, read_documents
 from dem_opt.errors import InputError
 from dem_opt.records import Windows
 
@@ -44,8 +44,8 @@ WARMUP = 0.1
 class FineTuneJob:
     """One fine-tuning: picklable, and importable with `fine_tune` by a worker.
 
-    `base` is a Hugging Face folder, `train` a data file, `out` the folder to be written.  `window` counts tokens,
-    `batch_size` windows in a step; `seed` orders the windows.
+    `base` is a Hugging Face folder, `train` a data file, `out` the folder to be written.  `window` counts
+    tokens, `batch_size` windows in a step; `seed` orders the windows.
     """
 
     name: str
@@ -61,8 +61,11 @@ class FineTuneJob:
 
 @dataclass(frozen=True)
 class FineTuned:
-    """What a fine-tuning gave: losses are nats per scored token of the first and last batch, `tokens` those of the
-    windows it went through, padding included."""
+    """What a fine-tuning gave.
+
+    Losses are nats per scored token of the first and last batch; `tokens` are all those that went through the
+    model, padding included.
+    """
 
     path: Path
     steps: int
@@ -75,23 +78,24 @@ class FineTuned:
 def fine_tune(job: FineTuneJob) -> FineTuned:
     """Fine-tune the base on the job's data and write the checkpoint, in the thread count the process has.
 
-    Same job, same number of threads, same bits.  An earlier checkpoint of `dem-opt train` at `job.out` is replaced.
+    Same job, same number of threads, same bits.  An earlier checkpoint of `dem-opt train` at `job.out` is
+    replaced.
 
-    Raises InputError for data that is unreadable or too small for one batch, and for an `out` that somebody else
-    made; RuntimeError when the loss is not finite.
+    Raises InputError for data that is unreadable or too small for one batch, and for an `out` that somebody
+    else made; RuntimeError when the loss is not finite.
     """
     started = time.perf_counter()
-    _refuse_foreign(job.out)
-    tokenizer = AutoTokenizer.from_pretrained(job.base)
+    _check_out(job.out)
+    made_from, tokenizer = _made_from(job), load_tokenizer(job.base)
     windows = pack(read_documents(job.train), tokenizer, job.window)
-    if len(windows.ids_WT) < job.batch_size:
-        mend = f"makes {len(windows.ids_WT)} windows of {job.window} tokens: give more text or a smaller batch"
-        raise InputError(job.train, "batch_size", job.batch_size, mend)
-    model = AutoModelForCausalLM.from_pretrained(job.base, dtype="auto")
+    if len(windows) < job.batch_size:
+        mend = f"makes {len(windows)} windows of {job.window} tokens: give more text or a smaller batch"
+        raise InputError(job.train, "fine_tuning.batch_size", job.batch_size, mend)
+    model = AutoModelForCausalLM.from_pretrained(job.base, dtype="auto", local_files_only=True)
     losses = train_model(model, windows, job.steps, job.learning_rate, job.batch_size, job.seed)
     tokens = job.steps * job.batch_size * job.window
     made = FineTuned(job.out, job.steps, tokens, time.perf_counter() - started, losses[0], losses[-1])
-    record = {"made_from": _made_from(job), "result": asdict(made) | {"path": job.out.name}}
+    record = {"made_from": made_from, "result": asdict(made) | {"path": job.out.name}}
     save_checkpoint(job.out, model, tokenizer, {RECORD: record})
     return made
 
@@ -110,8 +114,8 @@ def train_model(
 ) -> list[float]:
     """Train the model in place and return the loss of each step, in nats per scored token.
 
-    The windows go round in an order drawn from the seed, as often as the steps need; incomplete batches are dropped.
-    Raises RuntimeError, naming the step, when a loss is not finite.
+    The windows go round in an order drawn from the seed, as often as the steps need; incomplete batches are
+    dropped.  Raises RuntimeError, naming the step, when a loss is not finite.
     """
     arguments = TrainingArguments(
         output_dir="unused",
@@ -140,7 +144,7 @@ def train_model(
 
 
 def save_checkpoint(out: Path, model: Any, tokenizer: Any, records: dict[str, Any]) -> None:
-    """Write model (safetensors), tokenizer and JSON records by file name into a folder, whole or not at all."""
+    """Write model (safetensors), tokenizer and JSON records by file name to a folder, whole or not at all."""
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
@@ -225,7 +229,13 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _refuse_foreign(out: Path) -> None:
-    """Raise InputError where `out` holds something that no fine-tuning of this project wrote."""
+def _check_out(out: Path) -> None:
+    """Raise InputError where `out` can't be written, or holds what no fine-tuning of this project wrote."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(out.parent, "checkpoint", None, f"can't be made ({error.strerror})") from None
+    if not os.access(out.parent, os.W_OK):
+        raise InputError(out.parent, "checkpoint", None, "can't be written: change its permissions or name another")
     if out.exists() and _read_record(out) is None:
         raise InputError(out, "checkpoint", None, "exists and was not made by `dem-opt train`: move it away")

@@ -2,8 +2,10 @@
 
 import logging
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from time import monotonic, sleep
 from typing import Any, Protocol, Self, TypeVar
 
 from dem_opt.config import Compute as ComputeSettings
@@ -12,6 +14,12 @@ from dem_opt.records import Evaluation, Failure, Request, ResidentSpec
 
 ATTEMPTS = 3
 """How often a request is sent out before the death of its resident counts as its failure."""
+
+KNOCK = 5.0
+"""Seconds in which a cluster's address must answer."""
+
+PAUSE = 0.2
+"""Seconds between two questions whether a resident that died is back."""
 
 
 class Worker(Protocol):
@@ -76,18 +84,23 @@ class InProcessPool:
 
 
 class _Actor:
-    """One resident in a process of its own.  It loads on first use, so a restarted one loads again."""
+    """One resident in a process of its own.  It loads on first use, so a restarted one loads again.
 
-    def __init__(self, build: Build, spec: ResidentSpec) -> None:
-        self._build, self._spec = build, spec
+    `held` is a list of the one reference to the spec: arguments that are references themselves do not survive
+    a restart with certainty.
+    """
+
+    def __init__(self, build: Build, held: list[Any]) -> None:
+        self._build, self._held = build, held
         self._worker: Worker | None = None
 
     def ready(self) -> int:
         """Load; the number of CPU threads that torch uses here."""
+        import ray
         import torch
 
         if self._worker is None:
-            self._worker = self._build(self._spec)
+            self._worker = self._build(ray.get(self._held[0]))
         return torch.get_num_threads()
 
     def evaluate(self, request: Request) -> Evaluation | Failure:
@@ -109,11 +122,11 @@ class RayPool:
 
         self._ray = ray
         count, resources = _share(ray.cluster_resources(), residents)
-        held = ray.put(spec)
-        actor = ray.remote(_Actor).options(max_restarts=ATTEMPTS, max_task_retries=0, **resources)
-        self._actors = [actor.remote(build, held) for _ in range(count)]
+        self._held, self._patience = [ray.put(spec)], patience
+        actor = ray.remote(_Actor).options(max_restarts=-1, max_task_retries=0, **resources)
+        self._actors = [actor.remote(build, self._held) for _ in range(count)]
         self._running: dict[Any, tuple[Any, Request, int]] = {}
-        self.threads = self._wait_until_ready(patience, resources)
+        self.threads = self._wait_until_ready(resources)
 
     @property
     def capacity(self) -> int:
@@ -128,13 +141,14 @@ class RayPool:
         """The next answer of any resident, the oldest request first where several are ready."""
         while True:
             (done, *_), _ = self._ray.wait(list(self._running), num_returns=1)
-            _, request, attempt = self._running.pop(done)
+            actor, request, attempt = self._running.pop(done)
             try:
                 answer: Evaluation | Failure = _get(self._ray, done)
                 return request, answer
             except self._ray.exceptions.RayActorError as error:
                 if attempt == ATTEMPTS:
                     return request, Failure(f"its resident died {ATTEMPTS} times: {_first_line(error)}")
+                self._revive(actor)
                 self._send(request, attempt + 1)
 
     def close(self) -> None:
@@ -147,15 +161,27 @@ class RayPool:
         actor = min(self._actors, key=busy.count)
         self._running[actor.evaluate.remote(request)] = (actor, request, attempt)
 
-    def _wait_until_ready(self, patience: float, resources: dict[str, int]) -> list[int]:
+    def _revive(self, actor: Any) -> None:
+        """Wait until a resident that died is back: until then whatever is sent to it comes back at once."""
+        deadline = monotonic() + self._patience
+        while True:
+            try:
+                _get(self._ray, actor.ready.remote())
+                return
+            except self._ray.exceptions.RayActorError:
+                if monotonic() > deadline:
+                    raise
+                sleep(PAUSE)
+
+    def _wait_until_ready(self, resources: dict[str, int]) -> list[int]:
         pending = [actor.ready.remote() for actor in self._actors]
-        done, late = self._ray.wait(pending, num_returns=len(pending), timeout=patience)
+        done, late = self._ray.wait(pending, num_returns=len(pending), timeout=self._patience)
         threads = [_get(self._ray, reference) for reference in done]
         if late:
             raise InputError(
                 None,
                 "compute.patience",
-                patience,
+                self._patience,
                 f"{len(late)} of {len(pending)} residents were not ready in this many seconds; each needs {resources}, "
                 f"free now: {self._ray.available_resources()}",
             )
@@ -179,11 +205,15 @@ def _share(cluster: dict[str, float], residents: int | None) -> tuple[int, dict[
     if gpus:
         count = residents or gpus
         if count > gpus:
-            raise InputError(None, "compute.residents", residents, f"the cluster has {gpus} GPUs, one for each resident")
+            raise InputError(
+                None, "compute.residents", residents, f"the cluster has {gpus} GPUs, one for each resident"
+            )
         return count, {"num_gpus": 1, "num_cpus": max(cpus // (count + 1), 1)}
     count = residents or 1
     if count > cpus:
-        raise InputError(None, "compute.residents", residents, f"the cluster has {cpus} CPUs, at least one for each resident")
+        raise InputError(
+            None, "compute.residents", residents, f"the cluster has {cpus} CPUs, at least one for each resident"
+        )
     return count, {"num_gpus": 0, "num_cpus": cpus // count}
 
 
@@ -288,11 +318,23 @@ class RayCompute:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         dashboard = {"include_dashboard": False} if address == "local" else {}
+        _knock(address)
         try:
             self._ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **dashboard)
         except (ConnectionError, ValueError) as error:
             mend = f"no Ray answers there ({_first_line(error)})"
             raise InputError(None, "compute.ray", address, mend) from None
+
+
+def _knock(address: str) -> None:
+    """Whether anything listens at HOST:PORT; Ray itself would try for minutes, and then end the process."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if not (host and port.isdecimal()):
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=KNOCK).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(None, "compute.ray", address, f"nothing listens there ({error})") from None
 
 
 def _first_line(error: BaseException) -> str:

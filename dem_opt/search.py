@@ -85,7 +85,7 @@ class Search:
     def adopt(self) -> list[Proposal]:
         """The trials that a driver left running, in the order of their numbers.
 
-        Those whose coefficients are incomplete, because it died while proposing, are told as failed and don't count.
+        Those that it died while proposing have not all coefficients: they are told as failed, and don't count.
         """
         running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         for trial in running:
@@ -103,7 +103,7 @@ class Search:
         return Proposal(trial.number, from_parameters(trial.params, self._space), perf_counter() - began)
 
     def tell(self, number: int, objective: float | None, attributes: Mapping[str, Any]) -> None:
-        """Finishes a trial with its objective in nats per token, or as failed: None, and attributes["reason"].
+        """Finishes a trial with its objective in nats per token, or as failed: None, attributes["reason"].
 
         A finished trial stays as it is.  Raises ValueError for an objective that is not finite.
         """

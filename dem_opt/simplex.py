@@ -111,7 +111,9 @@ class Space:
 
     def vertices(self) -> list[Coefficients]:
         """The corners: all of the total on one distribution, in the order of `names`."""
-        return [self.from_units([self.total_units * (i == j) for j in range(self.dimension)]) for i in range(self.dimension)]
+        return [
+            self.from_units([self.total_units * (i == j) for j in range(self.dimension)]) for i in range(self.dimension)
+        ]
 
     def centroid(self) -> Coefficients:
         """Equal coefficients (to a unit): the uniform average."""
@@ -154,4 +156,3 @@ def project(point_K: NDArray[np.float64], total: float) -> NDArray[np.float64]:
     support = int(np.nonzero(descending_K * count_K > excess_K)[0][-1])
     projected_K: NDArray[np.float64] = np.maximum(point_K - excess_K[support] / (support + 1), 0.0)
     return projected_K
-

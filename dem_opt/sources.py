@@ -41,7 +41,9 @@ class Sources:
     def question(self) -> Question:
         """The question by content."""
         evaluation = self.config.evaluation
-        settings = {f"evaluation.{name}": getattr(evaluation, name) for name in ("window", "windows", "held_out", "seed")}
+        settings = {
+            f"evaluation.{name}": getattr(evaluation, name) for name in ("window", "windows", "held_out", "seed")
+        }
         settings |= {"evaluation.batch": self.batch_tokens, "evaluation.dtype": self.dtype}
         return Question(
             base=self.base.content,

@@ -21,7 +21,6 @@ from dem_opt.records import (
 from dem_opt.search import Proposal, Search, Trial
 from dem_opt.simplex import Coefficients, Space
 
-
 CARRIED_OVER = 10
 """How many composites of an earlier generation a new one begins with."""
 

@@ -1,7 +1,6 @@
-"""The loop, and what wires the rooms together."""
+"""All that can be done with a study file, and what wires the rooms together."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -11,18 +10,16 @@ from typing import Self
 from dem_opt import config as study_file
 from dem_opt.config import StudyConfig
 from dem_opt.database import Engine, Lease, connect, holding, masked
-from dem_opt.errors import EvaluationError, InputError
-from dem_opt.export import Export, model_card, prove, write_composite
+from dem_opt.driver import Driver
+from dem_opt.errors import InputError
+from dem_opt.export import Export, ExportError, model_card, prove, write_composite
 from dem_opt.finetune import RECORD, FineTuned, FineTuneJob, fine_tune, is_finished
 from dem_opt.ledger import Ledger, StudyRow
-from dem_opt.pool import Compute, Pool, RayCompute
+from dem_opt.pool import Compute, RayCompute
 from dem_opt.question import SPLITS, Question, changes, refuse_other_scoring
 from dem_opt.records import (
     Composite,
-    Evaluation,
-    Failure,
     Observer,
-    Request,
     ResidentSpec,
     Score,
     Silence,
@@ -31,23 +28,24 @@ from dem_opt.records import (
     TrialRecord,
 )
 from dem_opt.resident import build
-from dem_opt.search import Proposal, Search, study_names
+from dem_opt.search import Search, study_names
 from dem_opt.simplex import Coefficients
 from dem_opt.sources import Sources, gather
 from dem_opt.standings import (
-    attributes,
     carried_over,
     entries,
     finished,
     is_known,
     recall,
     summarize,
-    trial_record,
 )
 from dem_opt.tracking import MlflowTracker, Tracker
 
 ALGORITHMS = ("simplex-gp", "grid", "random")
 """Whose trials the final table looks for."""
+
+SAME_SCORE = 1e-5
+"""Relative difference up to which two float32 forward passes of one model agree."""
 
 LIBRARIES = ("torch", "transformers", "optuna", "mlflow", "ray", "dem-opt")
 
@@ -56,73 +54,12 @@ Scores = Mapping[str, Mapping[str, Score]]
 
 
 @dataclass(frozen=True)
-class Driver:
-    """One driver at work: the rooms it has opened, and the question they answer."""
+class Champion:
+    """The winner as it was exported; `version` is its number in MLflow, None where MLflow could not be reached."""
 
-    question: Question
-    ledger: Ledger
-    pool: Pool
-    observer: Observer
-
-    def optimize(self, search: Search, lookahead: int, tracker: Tracker, lease: Lease) -> None:
-        """Ask, look up or score, record, tell, log, until every planned trial is told.
-
-        Trials that a dead driver left come first, under their own numbers.  What is written, in this order: the
-        ledger, Optuna, the tracker; so a crash at any point loses no score and repeats none.
-        """
-        adopted = deque(search.adopt())
-        flying: dict[int, Proposal] = {}
-        while True:
-            while len(flying) < self.pool.capacity + lookahead:
-                proposal = adopted.popleft() if adopted else search.ask()
-                if proposal is None:
-                    break
-                composite = self.question.composite(proposal.coefficients)
-                if request := self._request(proposal.number, composite, "search"):
-                    self.pool.submit(request)
-                    flying[proposal.number] = proposal
-                else:
-                    self._finish(proposal, Evaluation({}), search, tracker)
-            if not flying:
-                return
-            request, answer = self.pool.next_done()
-            self._record(request, answer)
-            self._finish(flying.pop(request.ticket), answer, search, tracker)
-            lease.renew()
-
-    def measure(self, composites: Iterable[Composite], split: str) -> None:
-        """Score what the ledger lacks of these composites on a split.
-
-        Raises EvaluationError where one can't be scored.
-        """
-        requests = [self._request(ticket, one, split) for ticket, one in enumerate(dict.fromkeys(composites))]
-        wanted = [request for request in requests if request is not None]
-        for request in wanted:
-            self.pool.submit(request)
-        for _ in wanted:
-            request, answer = self.pool.next_done()
-            self._record(request, answer)
-            if isinstance(answer, Failure):
-                raise EvaluationError(f"{dict(request.composite.terms)} can't be scored: {answer.reason}")
-
-    def _request(self, ticket: int, composite: Composite, split: str) -> Request | None:
-        """What is to be asked of a resident: the scores that the ledger lacks; None where it has them all."""
-        keys = self.question.keys(split)
-        known = self.ledger.look_up(composite, keys, self.question.scoring)
-        missing = tuple(key for key in keys if key not in known)
-        return Request(ticket, composite, missing) if missing else None
-
-    def _record(self, request: Request, answer: Evaluation | Failure) -> None:
-        if isinstance(answer, Evaluation):
-            seconds = answer.merge_seconds + answer.score_seconds
-            scoring = self.question.scoring
-            self.ledger.record(request.composite, answer.scores, scoring, answer.forward_tokens, seconds)
-
-    def _finish(self, proposal: Proposal, answer: Evaluation | Failure, search: Search, tracker: Tracker) -> None:
-        record = trial_record(self.ledger, self.question, search.name, proposal, answer)
-        search.tell(proposal.number, record.objective, attributes(record))
-        tracker.trial_ended(record)
-        self.observer.trial_ended(record, search.told, search.planned)
+    standing: Standing
+    export: Export
+    version: str | None
 
 
 class Study:
@@ -200,14 +137,41 @@ class Study:
 
         return self._score(alone)
 
-    def merge(self, weights: Mapping[str, float], out: Path) -> None:
+    def merge(self, weights: Mapping[str, float], out: Path) -> Export:
         """Write the composite of these coefficients as a checkpoint folder, its bits compared from disk."""
+        coefficients = self.config.space.check(weights, self._where, "--weights")
+        sources = gather(self.config, "cpu", self._where)
+        return self._write(sources, coefficients, out, (), prove)
 
-    def export(self, out: Path) -> Export:
+    def export(self, out: Path) -> Champion:
         """Write the winner as a checkpoint folder, prove it from disk, register it.
 
-        Its bits are compared with a fresh merge, and it is scored again, before it counts.
+        Its bits are compared with a fresh merge and its scores with the ledger's before the folder gets its name.
         """
+        with self._compute as compute, self._open() as (_, ledger):
+            row = self._row(ledger)
+            sources = gather(self.config, compute.device, self._where)
+            question = sources.question()
+            if row.question != question.asked():
+                raise InputError(
+                    self._where, None, None, f"has changed since it was run; first: dem-opt run {self._where}"
+                )
+            summary = self._summarize(ledger, question, row.generation)
+            winner = summary.winner
+            assert winner.coefficients is not None
+
+            def approve(written: Export) -> None:
+                prove(written)
+                spec = sources.spec_of(written.path, "export")
+                with self._driver(compute, spec, question, ledger) as driver:
+                    for split in SPLITS:
+                        driver.measure([Composite.single(spec.base.content)], split)
+                        _refuse_other_scores(
+                            recall(ledger, question, Composite.single(spec.base.content), split), winner, split
+                        )
+
+            export = self._write(sources, winner.coefficients, out, summary.standings, approve)
+            return Champion(winner, export, self._register(summary, export, row.generation))
 
     def summary(self) -> Summary:
         """What the study has found so far, from its database alone.
@@ -239,9 +203,7 @@ class Study:
             engine.dispose()
 
     @contextmanager
-    def _driver(
-        self, compute: Compute, spec: ResidentSpec, question: Question, ledger: Ledger
-    ) -> Iterator[Driver]:
+    def _driver(self, compute: Compute, spec: ResidentSpec, question: Question, ledger: Ledger) -> Iterator[Driver]:
         """A driver whose residents are ready."""
         with closing(compute.residents(build, spec)) as pool:
             yield Driver(question, ledger, pool, self._observer)
@@ -293,6 +255,54 @@ class Study:
         trials = self._trials(ledger, question, generation)
         return summarize(self.config.name, ledger, question, self.config.space, trials, self._facts(question))
 
+    def _write(
+        self,
+        sources: Sources,
+        coefficients: Coefficients,
+        out: Path,
+        standings: Sequence[Standing],
+        approve: Callable[[Export], None],
+    ) -> Export:
+        question = sources.question()
+        contents = {"base": question.base, **question.experts}
+        card = model_card(self.config.name, coefficients, contents, _libraries(), standings)
+        return write_composite(
+            sources.base.path, sources.folders(), question.composite(coefficients), out, card, approve
+        )
+
+    def _register(self, summary: Summary, export: Export, generation: int) -> str | None:
+        """The winner's version in MLflow, under its algorithm's run; None where MLflow can't be reached."""
+        winner = summary.winner
+        settings = self.config.search.model_copy(update={"algorithm": winner.algorithm})
+        name = self._optuna_name(winner.algorithm, generation)
+        metrics = {f"{split}.objective_nll": nll for split, nll in winner.objective.items()}
+        for split, scores in winner.scores.items():
+            metrics |= {f"{split}.perplexity.{name}": score.perplexity for name, score in scores.items()}
+        tags = {"composite": export.composite.key, "content": export.content, "coefficients": str(winner.coefficients)}
+        with closing(self._tracker(Search(self.config.storage, name, self.config.space, settings))) as tracker:
+            return tracker.register(export.path, metrics, tags)
+
+    def _tracker(self, search: Search) -> Tracker:
+        """MLflow for one Optuna study."""
+        tracking = self.config.tracking
+        parameters = {
+            "base": str(self.config.base),
+            "distributions": ", ".join(self.config.distributions),
+            "total": str(self.config.simplex.total),
+            **{f"evaluation.{name}": str(value) for name, value in self.config.evaluation.model_dump().items()},
+            **_libraries(),
+        }
+        return MlflowTracker(
+            tracking.uri,
+            tracking.experiment,
+            self.config.name,
+            search.name,
+            search.uid,
+            self.config.output / "artifacts",
+            parameters,
+            self._observer.milestone,
+        )
+
     def _optuna_name(self, algorithm: str, generation: int) -> str:
         return f"{self.config.name}/{algorithm}" + (f"#{generation}" if generation > 1 else "")
 
@@ -322,11 +332,28 @@ class Study:
             "MLflow": masked(self.config.tracking.uri),
             **{f"{name}: {path}": content for name, (path, content) in contents.items()},
             **{name: value for name, value in question.settings.items()},
-            **{library: version(library) for library in LIBRARIES},
+            **_libraries(),
             "go on, or repeat": f"dem-opt run {self._where}",
         }
+
+
+def _refuse_other_scores(again: Mapping[str, Score], winner: Standing, split: str) -> None:
+    """Raise ExportError where the exported folder scores otherwise than the winner did.
+
+    Its bits are the winner's, so its scores are, up to what another number of threads changes in float32 sums.
+    """
+    for name, score in winner.scores[split].items():
+        if abs(again[name].nll - score.nll) > SAME_SCORE * score.nll:
+            raise ExportError(
+                f"the exported model scores {again[name].nll!r} nats per token on {name}, {split}, "
+                f"the winner {score.nll!r}"
+            )
 
 
 def _is_wanted(job: FineTuneJob) -> bool:
     """Whether a checkpoint is missing, or was made by `train` from other data or settings."""
     return not job.out.exists() or ((job.out / RECORD).exists() and not is_finished(job))
+
+
+def _libraries() -> dict[str, str]:
+    return {library: version(library) for library in LIBRARIES}

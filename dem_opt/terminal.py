@@ -1,5 +1,7 @@
 """What people see while they wait and at the end: progress, plain lines, tables, one-line errors."""
 
+import json
+import sys
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
@@ -39,13 +41,19 @@ def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], str
     _out.print(made)
 
 
+def say_json(data: object) -> None:
+    """An answer for programs, on standard output."""
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+
+
 class Progressing:
     """An observer: a progress bar for each algorithm on a terminal, plain lines elsewhere.
 
-    A context: the bar is drawn while it is open.
+    A context: the bar is drawn while it is open.  When quiet, everything goes to standard error.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
+        self._console = _err if quiet else _out
         self._best: dict[str, TrialRecord] = {}
         self._tasks: dict[str, TaskID] = {}
         self._progress = Progress(
@@ -54,8 +62,8 @@ class Progressing:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[best]}"),
-            console=_out,
-            disable=not _out.is_terminal,
+            console=self._console,
+            disable=not self._console.is_terminal,
         )
 
     def __enter__(self) -> Self:
@@ -72,17 +80,17 @@ class Progressing:
         better = self._take(record)
         best = self._best.get(record.study)
         shown = "no trial has a score yet" if best is None else f"best {best.objective:.4f} nats: {best.coefficients}"
-        if _out.is_terminal:
+        if self._console.is_terminal:
             task = self._task(record.study)
             self._progress.update(task, completed=done, total=planned, best=escape(shown))
         elif better or done == planned or done * LINES // planned > (done - 1) * LINES // planned:
-            say(f"{record.study}: {done} of {planned} trials; {shown}")
+            self.milestone(f"{record.study}: {done} of {planned} trials; {shown}")
         if record.reason:
             self.milestone(f"{record.study}: trial {record.number} failed: {record.reason}")
 
     def milestone(self, message: str) -> None:
         """A line above the bar."""
-        say(message)
+        self._console.print(escape(message), soft_wrap=True)
 
     def _take(self, record: TrialRecord) -> bool:
         """Whether the trial is its study's best so far."""

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from hashlib import file_digest, sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, final
 
 from dem_opt.database import connect, masked
@@ -22,13 +23,16 @@ T = TypeVar("T")
 CHAMPION = "champion"
 """The registered model's alias that points at the winner."""
 
-PATIENCE = 60.0
+PATIENCE = 180.0
 """Seconds that `close` waits for what is still queued."""
 
-_STUDY, _UID, _TRIAL, _REASON, _CONTENT = (
-    f"dem_opt.{tag}" for tag in ("study", "uid", "trial", "reason", "content")
-)
+PAGE = 1000
+"""Runs that are asked of MLflow at a time."""
+
+_STUDY, _UID, _CONTENT = "dem_opt.study", "dem_opt.uid", "dem_opt.content"
+_TRIAL, _REASON = "dem_opt.trial", "dem_opt.reason"
 _PARENT = "mlflow.parentRunId"
+_SQLITE = "sqlite:///"
 _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -77,8 +81,9 @@ class MlflowTracker:
     """A study in MLflow: one parent run, a child run for each trial, the winner as a registered model.
 
     All of MLflow, its import included, happens in one thread of its own.  Whatever fails there becomes one
-    warning for each outage; a later `reconcile`, by the next run of the study at the latest, logs what is missing.
+    warning for each outage; the next `reconcile` logs what is missing.
 
+    model             the name under which the winner is registered
     study, study_uid  name and unique identity of the Optuna study: together they find the parent run again
     artifacts         where a new experiment in a database keeps its files; a server decides for itself
     parameters        of the parent run; MLflow keeps the first value of each
@@ -89,13 +94,14 @@ class MlflowTracker:
         self,
         uri: str,
         experiment: str,
+        model: str,
         study: str,
         study_uid: str,
         artifacts: Path,
         parameters: Mapping[str, str],
         warn: Callable[[str], None],
     ) -> None:
-        self._open = partial(_Runs, uri, experiment, study, study_uid, artifacts, parameters)
+        self._open = partial(_Runs, uri, experiment, model, study, study_uid, artifacts, parameters)
         self._name, self._warn = f"MLflow at {masked(uri)}", warn
         self._runs: _Runs | None = None
         self._out = False
@@ -112,7 +118,7 @@ class MlflowTracker:
         self._submit(lambda: self._opened().log_all(known))
 
     def register(self, folder: Path, metrics: Mapping[str, float], tags: Mapping[str, str]) -> str | None:
-        """Registers a checkpoint folder under the study's name, with the alias "champion".
+        """Registers a checkpoint folder under the model's name, with the alias "champion".
 
         Waits for it.  A folder of the same content is registered once: its first version becomes the champion
         again.  None where MLflow failed.
@@ -120,7 +126,7 @@ class MlflowTracker:
         return self._submit(lambda: self._opened().register(folder, metrics, tags)).result()
 
     def close(self) -> None:
-        """Waits at most 60 seconds for the queue, and ends the parent run."""
+        """Waits at most PATIENCE seconds for the queue, and ends the parent run."""
         ended = self._submit(self._end)
         wait([ended], PATIENCE)
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -165,18 +171,21 @@ class _Runs:
         self,
         uri: str,
         experiment: str,
+        model: str,
         study: str,
         study_uid: str,
         artifacts: Path,
         parameters: Mapping[str, str],
     ) -> None:
+        self._mlflow = _import_mlflow()
+        if uri.startswith(_SQLITE):
+            _make_database(self._mlflow, Path(uri.removeprefix(_SQLITE)))
         if in_database := uri.startswith(("sqlite", "postgresql")):
             connect(uri, "tracking.uri").dispose()
-        self._mlflow = _import_mlflow()
         self._client = self._mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
         location = artifacts.absolute().as_uri() if in_database else None
         self._experiment = self._find_experiment(experiment, location)
-        self._model = study.partition("#")[0]
+        self._model = model
         self._parent = self._find_parent(study, study_uid)
         self._set_parameters(parameters)
         self._logged: set[int] = set()
@@ -192,13 +201,9 @@ class _Runs:
         if record.number in self._logged:
             return
         run = self._begun.get(record.number) or self._begin(record)
-        values = self._mlflow.entities
-        params = [
-            values.Param(f"w.{name}", str(weight)) for name, weight in record.coefficients.weights.items()
-        ]
-        metrics = [
-            values.Metric(key, value, run.start_time, record.number) for key, value in _metrics(record)
-        ]
+        values, weights = self._mlflow.entities, record.coefficients.weights
+        params = [values.Param(f"w.{name}", str(weight)) for name, weight in weights.items()]
+        metrics = [values.Metric(*metric, run.start_time, record.number) for metric in _metrics(record)]
         self._client.log_batch(run.run_id, metrics, params)
         self._client.set_terminated(run.run_id, "FAILED" if record.objective is None else "FINISHED")
         self._logged.add(record.number)
@@ -246,13 +251,12 @@ class _Runs:
     def _find_parent(self, study: str, uid: str) -> "Run":
         """The study's run, found by its tags and running again, or made."""
         found = self._search(f"tags.`{_STUDY}` = '{study}' and tags.`{_UID}` = '{uid}'")
-        if not found:
-            run: Run = self._client.create_run(
-                self._experiment, tags={_STUDY: study, _UID: uid}, run_name=study
-            )
-            return run
-        self._client.update_run(found[-1].info.run_id, "RUNNING")
-        return found[-1]
+        tags = {_STUDY: study, _UID: uid}
+        run: Run = (
+            found[-1] if found else self._client.create_run(self._experiment, tags=tags, run_name=study)
+        )
+        self._client.update_run(run.info.run_id, "RUNNING")
+        return run
 
     def _set_parameters(self, parameters: Mapping[str, str]) -> None:
         """Adds the parameters that the parent lacks: MLflow's are written once."""
@@ -265,7 +269,9 @@ class _Runs:
         runs = self._search(f"tags.`{_PARENT}` = '{self._parent.info.run_id}'")
         ended = {"FINISHED", "FAILED"}
         for run in sorted(runs, key=lambda run: run.info.status not in ended):
-            number = int(run.data.tags.get(_TRIAL, -1))
+            if _TRIAL not in run.data.tags:
+                continue
+            number = int(run.data.tags[_TRIAL])
             if number in self._logged or number in self._begun:
                 self._client.delete_run(run.info.run_id)
             elif run.info.status in ended:
@@ -285,7 +291,7 @@ class _Runs:
         runs: list[Run] = []
         token = None
         while True:
-            page = self._client.search_runs([self._experiment], wanted, max_results=1000, page_token=token)
+            page = self._client.search_runs([self._experiment], wanted, max_results=PAGE, page_token=token)
             runs.extend(page)
             if not (token := page.token):
                 return runs
@@ -300,6 +306,17 @@ def _import_mlflow() -> Any:
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     return mlflow
+
+
+def _make_database(mlflow: Any, path: Path) -> None:
+    """MLflow's tables in a new file, whole or not at all: MLflow can't go on with a file that it left half-made."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        uri = f"{_SQLITE}{folder}/new.db"
+        mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri).search_experiments(max_results=1)
+        Path(folder, "new.db").rename(path)
 
 
 def _metrics(record: TrialRecord) -> list[tuple[str, float]]:

@@ -66,10 +66,8 @@ def write(path: Path, documents: list[str]) -> Path:
 
 
 def letters(windows: Windows) -> set[str]:
-    return set(TOKENIZERS["eos"].decode(windows.ids_WT.flatten().tolist())) & set(LETTERS)
-
-
-# -- pack -------------------------------------------------------------------------------------------------------
+    """The letters in windows: each document of the corpora below is one letter, repeated."""
+    return set(TOKENIZERS["eos"].decode(windows.ids_WT.flatten().tolist(), skip_special_tokens=True))
 
 
 @pytest.mark.parametrize("window", [2, 3, 7, 64, 1000])
@@ -77,30 +75,37 @@ def letters(windows: Windows) -> set[str]:
 def test_pack_lays_documents_end_to_end(kind: str, window: int) -> None:
     tokenizer = TOKENIZERS[kind]
     documents = ["the first, longer than a window of seven", "two", EXOTIC, "the others"] * 5
-    encoded = [encode(tokenizer, document) for document in documents]
+    stream = [(token, place > 0) for text in documents for place, token in enumerate(encode(tokenizer, text))]
+    stream += [(0, False)] * (-len(stream) % window)
+    ids, positions = [], []
+    for first in range(0, len(stream), window):
+        position, restarting = -1, []
+        for _, goes_on in stream[first : first + window]:
+            position = position + 1 if goes_on else 0
+            restarting.append(position)
+        if any(restarting):
+            ids.append([token for token, _ in stream[first : first + window]])
+            positions.append(restarting)
     windows = pack(documents, tokenizer, window)
-    stream = [token for ids in encoded for token in ids]
-    starts = {sum(len(ids) for ids in encoded[:k]) for k in range(len(encoded))}
-    laid = windows.ids_WT.flatten()
-    kept = len(stream) if len(stream) % window != 1 else len(stream) - 1
-    assert windows.ids_WT.shape == (-(-kept // window), window)
-    assert laid[:kept].tolist() == stream[:kept]
-    distance = 0
-    for place, position in enumerate(windows.positions_WT.flatten()):
-        restarts = place % window == 0 or place in starts or place >= kept
-        distance = 0 if restarts else distance + 1
-        assert position == distance
+    assert windows.ids_WT.tolist() == ids
+    assert windows.positions_WT.tolist() == positions
     assert (windows.scored_WT == (windows.positions_WT > 0)).all()
 
 
 def test_pack_by_hand() -> None:
-    # "abc" "d" "efghi", each with EOS (id 1), in windows of 4: [abc$] [d$ef] [ghi$]; the third document is cut
-    # after "ef" and goes on from position 0.
+    # "abc" "d" "efghi", each with EOS (id 1), in windows of 4: [abc$] [d$ef] [ghi$]; the third document is
+    # cut after "ef" and goes on from position 0.
     windows = pack(["abc", "d", "efghi"], TOKENIZERS["eos"], 4)
     a, b, c, d, e, f, g, h, i = TOKENIZERS["eos"].convert_tokens_to_ids(list("abcdefghi"))
     assert windows.ids_WT.tolist() == [[a, b, c, 1], [d, 1, e, f], [g, h, i, 1]]
     assert windows.positions_WT.tolist() == [[0, 1, 2, 3], [0, 1, 0, 1], [0, 1, 2, 3]]
     assert windows.tokens_W == (3, 2, 3)
+
+
+def test_text_of_several_batches_keeps_its_order() -> None:
+    documents = [letter * 50_000 for letter in "abcde"]
+    stream = [token for text in documents for token in encode(TOKENIZERS["eos"], text)]
+    assert pack(documents, TOKENIZERS["eos"], 1000).ids_WT.flatten()[: len(stream)].tolist() == stream
 
 
 def test_the_last_window_is_padded_with_unscored_tokens() -> None:
@@ -128,9 +133,6 @@ def test_the_digest_changes_with_any_token() -> None:
         assert Windows(ids_WT, windows.positions_WT, windows.scored_WT).digest != windows.digest
 
 
-# -- tokenizers -------------------------------------------------------------------------------------------------
-
-
 def test_tokenizer_digests_tell_tokenizers_apart_and_survive_use_and_disk(tmp_path: Path) -> None:
     digests = {kind: tokenizer_digest(tokenizer) for kind, tokenizer in TOKENIZERS.items()}
     assert digests["eos"] != digests["merges"] != digests["bos and eos"]
@@ -152,9 +154,6 @@ def test_an_unreadable_tokenizer_is_told(tmp_path: Path, content: str | None) ->
 def test_a_missing_folder_is_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
         load_tokenizer(tmp_path / "nowhere")
-
-
-# -- reading ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", [EXOTIC, "plain", " leading and trailing \n", "\N{NO-BREAK SPACE}x"])
@@ -208,22 +207,19 @@ def test_a_folder_is_no_data_file(tmp_path: Path) -> None:
         read_documents(tmp_path / "folder.txt")
 
 
-# -- corpora ----------------------------------------------------------------------------------------------------
-
-
 def build(
     tmp_path: Path,
     documents: list[str],
-    held_out: list[str] | None = None,
+    others: list[str] | None = None,
     name: str = "code",
     tokenizer: PreTrainedTokenizerFast = TOKENIZERS["eos"],
     **evaluation: Any,
 ) -> tuple[Corpus, Corpus]:
-    """Corpora of documents; each is one letter, repeated, so that a window's documents can be read off."""
+    """Corpora of a validation file and, where there are others, a held-out file."""
     distribution = Distribution(
         checkpoint=tmp_path,
         validation=write(tmp_path / "val.jsonl", documents),
-        held_out=None if held_out is None else write(tmp_path / "held.jsonl", held_out),
+        held_out=None if others is None else write(tmp_path / "held.jsonl", others),
     )
     settings: dict[str, Any] = {"window": 8, "windows": 12, "held_out": 6} | evaluation
     return build_corpora(name, distribution, EvaluationSection(**settings), tokenizer)
@@ -273,10 +269,24 @@ def test_permuting_the_distributions_changes_no_window(tmp_path: Path) -> None:
 
 
 def test_the_order_is_seeded(tmp_path: Path) -> None:
-    # A hundred equal windows: only the seed decides which of them come first, and which split they are in.
-    first, again, other = (build(tmp_path, DOCUMENTS, seed=seed) for seed in (1, 1, 2))
+    # Documents of 7 letters and EOS fill a window of 8 each, and all 52 are drawn.
+    evenly: dict[str, Any] = {"windows": 26, "held_out": 26}
+    documents = [letter * 7 for letter in LETTERS]
+    first, again, other = (build(tmp_path, documents, seed=seed, **evenly) for seed in (1, 1, 2))
     for a, b, c in zip(first, again, other, strict=True):
-        assert a.key == b.key != c.key
+        assert a.key == b.key
+        assert letters(a.windows) != letters(c.windows)
+
+
+def test_the_draw_is_seeded(tmp_path: Path) -> None:
+    # One document is cut into a window of each letter, so only the draw can order them.
+    document = "".join(letter * 8 for letter in LETTERS)
+    drawn = []
+    for seed in (1, 1, 2):
+        search, _ = build(tmp_path, [document], ["." * 80], seed=seed)
+        drawn.append(search.windows.ids_WT[:, 0].tolist())
+        assert len(set(drawn[-1])) == 12
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_the_key_is_of_windows_and_tokenizer(tmp_path: Path) -> None:

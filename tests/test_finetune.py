@@ -1,16 +1,19 @@
-"""Laws of fine-tuning: what the loss is, same job same bits, whole or not at all, finished means made from the same."""
+"""Laws of fine-tuning: what the loss is, same job same bits, whole or not at all, what finished means."""
 
 import dataclasses
 import json
 import pickle
+import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dem_opt.assets import Settings, make_assets
+from dem_opt.assets import Settings, generated_documents, make_tokenizer, untrained_base, write_corpora
+from dem_opt.assets.generated import math_problem
 from dem_opt.corpus import pack, read_documents
 from dem_opt.errors import InputError
 from dem_opt.finetune import RECORD, FineTuneJob, fine_tune, is_finished, save_checkpoint, train_model
@@ -31,15 +34,22 @@ TINY = Settings(
 
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_assets(tmp_path_factory.mktemp("assets"), 0, settings=TINY).parent
+    """An untrained base, and math problems to train it on."""
+    folder = tmp_path_factory.mktemp("assets")
+    splits = generated_documents(math_problem, TINY.characters, random.Random(0))
+    write_corpora(folder, {"math": splits})
+    tokenizer = make_tokenizer({"math": splits}, TINY.vocabulary)
+    model = untrained_base(TINY, len(tokenizer), tokenizer.eos_token_id, seed=0)
+    save_checkpoint(folder / "base", model, tokenizer, {})
+    return folder
 
 
 @pytest.fixture
 def job(assets: Path, tmp_path: Path) -> FineTuneJob:
     return FineTuneJob(
         name="math",
-        base=assets / "models" / "base",
-        train=assets / "data" / "math.train.jsonl",
+        base=assets / "base",
+        train=assets / "math.train.jsonl",
         out=tmp_path / "math",
         window=TINY.window,
         steps=8,
@@ -72,26 +82,24 @@ def test_a_fine_tune_lowers_its_own_loss_and_loads(job: FineTuneJob) -> None:
     base = AutoModelForCausalLM.from_pretrained(job.base)
     model = AutoModelForCausalLM.from_pretrained(job.out)
     assert model.config.use_cache == base.config.use_cache
-    assert {n: p.dtype for n, p in model.named_parameters()} == {n: p.dtype for n, p in base.named_parameters()}
+    assert [(n, p.dtype) for n, p in model.named_parameters()] == [(n, p.dtype) for n, p in base.named_parameters()]
     base_tokenizer, tokenizer = (AutoTokenizer.from_pretrained(folder) for folder in (job.base, job.out))
     assert tokenizer.get_vocab() == base_tokenizer.get_vocab()
 
 
 def test_the_loss_is_the_mean_nll_of_scored_tokens_of_separate_documents(job: FineTuneJob) -> None:
-    """One batch of all windows: the loss is Σ nats / Σ tokens over the documents' fragments, each fed by itself."""
+    """One batch of all windows: the loss is all nats / all tokens over the fragments, each fed by itself."""
     tokenizer = AutoTokenizer.from_pretrained(job.base)
     windows = pack(read_documents(job.train)[:6], tokenizer, job.window)
     model = AutoModelForCausalLM.from_pretrained(job.base)
     nats, tokens = 0.0, 0
-    for ids_T, positions_T, scored_T in zip(windows.ids_WT, windows.positions_WT, windows.scored_WT, strict=True):
-        starts = [t for t in range(job.window) if positions_T[t] == 0] + [job.window]
-        for start, end in zip(starts[:-1], starts[1:], strict=True):
-            if scored_T[start:end].any():
-                ids_BT = torch.from_numpy(ids_T[None, start:end])
-                with torch.no_grad():
-                    logprobs_TV = model(ids_BT, use_cache=False).logits[0].log_softmax(-1)
-                nats -= logprobs_TV[:-1].gather(1, ids_BT[0, 1:, None]).sum().item()
-                tokens += end - start - 1
+    for ids_T, positions_T in zip(windows.ids_WT, windows.positions_WT, strict=True):
+        for fragment_T in np.split(ids_T, np.flatnonzero(positions_T == 0)[1:]):
+            ids_BT = torch.from_numpy(fragment_T[None])
+            with torch.no_grad():
+                logprobs_TV = model(ids_BT, use_cache=False).logits[0].log_softmax(-1)
+            nats -= logprobs_TV[:-1].gather(1, ids_BT[0, 1:, None]).sum().item()
+            tokens += len(fragment_T) - 1
     (loss,) = train_model(model, windows, 1, 1e-3, len(windows), seed=0)
     assert tokens == sum(windows.tokens_W)
     assert loss == pytest.approx(nats / tokens, rel=1e-5)
@@ -146,7 +154,7 @@ def test_a_finished_job_is_replaced_by_one_of_other_settings(job: FineTuneJob) -
 def test_too_little_data_is_the_users_mistake(job: FineTuneJob, tmp_path: Path) -> None:
     short = tmp_path / "short.jsonl"
     short.write_text('{"text": "a few words"}\n', encoding="utf-8")
-    with pytest.raises(InputError, match=r"short.jsonl: batch_size = 4: makes 1 windows of 32 tokens"):
+    with pytest.raises(InputError, match=r"short.jsonl: fine_tuning.batch_size = 4: makes 1 windows of 32 tokens"):
         fine_tune(dataclasses.replace(job, train=short))
     assert not job.out.exists()
 
@@ -154,14 +162,22 @@ def test_too_little_data_is_the_users_mistake(job: FineTuneJob, tmp_path: Path) 
 @pytest.mark.parametrize("field", ["base", "train"])
 def test_missing_files_are_the_users_mistake(job: FineTuneJob, tmp_path: Path, field: str) -> None:
     fine_tune(dataclasses.replace(job, steps=1))
-    with pytest.raises(InputError, match=rf"{field}: no such file"):
-        is_finished(dataclasses.replace(job, **{field: tmp_path / "missing"}))
+    missing = dataclasses.replace(job, **{field: tmp_path / "missing"})
+    for ask in (is_finished, fine_tune):
+        with pytest.raises(InputError, match=rf"{field}: no such file"):
+            ask(missing)
+    assert is_finished(dataclasses.replace(job, steps=1))
 
 
 def test_a_loss_that_is_not_finite_stops_and_leaves_nothing(job: FineTuneJob) -> None:
     with pytest.raises(RuntimeError, match=r"training loss is (nan|inf) at step \d: lower learning_rate"):
         fine_tune(dataclasses.replace(job, learning_rate=1e30))
     assert list(job.out.parent.iterdir()) == []
+
+
+def test_a_place_that_cant_be_written_is_found_before_the_training(job: FineTuneJob) -> None:
+    with pytest.raises(InputError, match="can't be made"):
+        fine_tune(dataclasses.replace(job, out=job.train / "math", steps=10**9))
 
 
 def test_a_foreign_checkpoint_is_not_overwritten(job: FineTuneJob) -> None:

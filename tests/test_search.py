@@ -86,7 +86,7 @@ def test_a_trial_keeps_exact_units_and_what_was_told(url: str, name: str, algori
 
 
 @pytest.mark.parametrize("total", [0.5, 2 / 3, 1.0, 1.7])
-def test_vertices_of_any_total_survive_the_storage(url: str, total: float) -> None:
+def test_vertices_of_any_total_survive_the_storage(url: str, name: str, total: float) -> None:
     space = Space(("a", "b"), total)
     search = Search(url, f"{name}/scaled", space, config.Search())
     proposals = [search.ask(), search.ask()]
@@ -162,7 +162,7 @@ def test_a_finished_trial_stays_as_it_is(url: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("objective", [float("nan"), float("inf")])
-def test_an_objective_is_finite(url: str, objective: float) -> None:
+def test_an_objective_is_finite(url: str, name: str, objective: float) -> None:
     search = open_search(url, name)
     search.ask()
     with pytest.raises(ValueError, match="objective of trial 0"):

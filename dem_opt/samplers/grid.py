@@ -14,9 +14,7 @@ class Grid:
     def __init__(self, space: Space, divisions: int) -> None:
         self._lattice = tuple(space.lattice(divisions))
 
-    def propose(
-        self, trials: Sequence[Trial], begin: Sequence[Coefficients], rng: np.random.Generator
-    ) -> Coefficients:
+    def propose(self, trials: Sequence[Trial], begin: Sequence[Coefficients], rng: np.random.Generator) -> Coefficients:
         """The first lattice point that no trial has.  Raises ValueError where there is none left."""
         taken = {trial.coefficients for trial in trials}
         for point in self._lattice:

@@ -60,7 +60,7 @@ def start(study: Study, space: Space) -> list[Coefficients]:
 
 
 def distributions(space: Space) -> dict[str, BaseDistribution]:
-    """Optuna's view of the space: one parameter for each coefficient.  That they have a sum is ours to keep."""
+    """Optuna's view of the space: a parameter for each coefficient.  It knows nothing of their sum."""
     return {name: FloatDistribution(0.0, space.total_units / UNIT) for name in space.names}
 
 

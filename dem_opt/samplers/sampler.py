@@ -16,9 +16,7 @@ from dem_opt.simplex import Coefficients, Space
 class Proposer(Protocol):
     """A way of searching: a pure function of what the study holds and of a random generator."""
 
-    def propose(
-        self, trials: Sequence[Trial], begin: Sequence[Coefficients], rng: np.random.Generator
-    ) -> Coefficients:
+    def propose(self, trials: Sequence[Trial], begin: Sequence[Coefficients], rng: np.random.Generator) -> Coefficients:
         """The next point.
 
         trials  all that have their coefficients, in the order of their numbers
@@ -29,8 +27,8 @@ class Proposer(Protocol):
 class SimplexSampler(BaseSampler):
     """A proposer as an Optuna sampler.
 
-    Its randomness comes from (seed, number of trials with coefficients) and from nothing else, so a resumed study
-    proposes what an uninterrupted one would have.
+    Its randomness comes from (seed, number of trials with coefficients) and from nothing else, so a resumed
+    study proposes what an uninterrupted one would have.
     """
 
     def __init__(self, space: Space, proposer: Proposer, seed: int) -> None:

@@ -15,8 +15,6 @@ class Uniform:
 
     space: Space
 
-    def propose(
-        self, trials: Sequence[Trial], begin: Sequence[Coefficients], rng: np.random.Generator
-    ) -> Coefficients:
+    def propose(self, trials: Sequence[Trial], begin: Sequence[Coefficients], rng: np.random.Generator) -> Coefficients:
         """A draw, whatever was found so far."""
         return self.space.sample(rng)

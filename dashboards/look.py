@@ -1,0 +1,107 @@
+"""What all figures share: one palette, how names are shown, the words a figure carries."""
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from numpy.typing import NDArray
+
+from dem_opt.errors import shorten
+from dem_opt.simplex import Coefficients
+
+ALGORITHM_COLORS = {
+    "simplex-gp": "#0072B2",
+    "grid": "#D98200",
+    "random": "#7F7F7F",
+    "tpe": "#009E73",
+    "cmaes": "#CC79A7",
+    "gradient": "#D55E00",
+}
+"""Okabe and Ito's colours, orange darkened to be seen on white."""
+
+OTHER_ALGORITHM = "#332288"
+SYMBOLS = {"simplex-gp": "circle", "grid": "square", "random": "diamond"}
+OUTLINE = "#7F7F7F"
+WINNER = "#D55E00"
+
+DISTRIBUTION_COLORS = (
+    *("#4477AA", "#CC6677", "#117733", "#DDCC77", "#88CCEE"),
+    *("#AA4499", "#44AA99", "#999933", "#882255"),
+)
+"""Tol's muted colours, in the study file's order; repeated after nine."""
+
+DIVERGING = ((0.0, "#5AAEE8"), (0.5, "#F7F7F7"), (1.0, "#E69F4C"))
+"""Blue where the NLL fell, orange where it rose: told apart with any colour vision, light behind numbers."""
+
+SEQUENTIAL = ((0.0, "#2F6FDB"), (0.5, "#9A9CA3"), (1.0, "#F2D16B"))
+"""Low NLL blue, high NLL yellow, by way of grey: seen on white and on black."""
+
+MOST_POINTS = 1000
+"""Points drawn of one algorithm at most, in any figure."""
+
+ABSENT = "-"
+"""A value that was not measured."""
+
+
+def color(algorithm: str) -> str:
+    """The algorithm's colour."""
+    return ALGORITHM_COLORS.get(algorithm, OTHER_ALGORITHM)
+
+
+def label(name: str, length: int = 22) -> str:
+    """A user's name as plotly, which reads tags and $TeX$ in every text, is to show it; cut in the middle."""
+    return escape(shorten(name, length), quote=False).replace("$", "&#36;")
+
+
+def told(coefficients: Coefficients | None) -> str:
+    """Coefficients above 0 in one line of plain text."""
+    if coefficients is None:
+        return "the base alone"
+    return ", ".join(
+        f"{shorten(name, 16)} {weight:.3f}" for name, weight in coefficients.weights.items() if weight
+    )
+
+
+def signed(value: float | None) -> str:
+    """A difference to three decimals."""
+    return ABSENT if value is None else f"{value:+.3f}"
+
+
+def name_ticks(names: Sequence[str]) -> dict[str, Any]:
+    """An axis of names at 0, 1, 2...: numbers as positions, so that names which look alike do not merge."""
+    places, texts = list(range(len(names))), [label(name) for name in names]
+    return {"tickmode": "array", "tickvals": places, "ticktext": texts, "showgrid": False}
+
+
+def spread(count: int, most: int) -> NDArray[np.int64]:
+    """Indices below `count`: all of them, or `most` evenly spread with both ends."""
+    indices: NDArray[np.int64] = np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
+    return indices
+
+
+def finish(figure: go.Figure, title: str, reading: str, description: str, height: int) -> go.Figure:
+    """The figure with its title, its words and the common look.
+
+    reading      how the figure is read; a caption
+    description  what it shows; a text alternative
+    height       pixels; above some 450, Optuna Dashboard cuts a plot off
+    """
+    axis = {"gridcolor": "#E3E3E3", "zeroline": False, "linecolor": "#9A9A9A", "automargin": True}
+    has_legend = any(trace.name for trace in figure.data)
+    figure.update_xaxes(axis)
+    figure.update_yaxes(axis)
+    figure.update_layout(
+        template="none",
+        title={"text": title, "x": 0.0, "xanchor": "left", "y": 0.98, "yanchor": "top", "font": {"size": 15}},
+        meta={"reading": reading, "description": description},
+        font={"family": "system-ui, sans-serif", "size": 13, "color": "#222222"},
+        paper_bgcolor="#FFFFFF",
+        plot_bgcolor="rgba(0,0,0,0)",
+        margin={"l": 60, "r": 20, "t": 85 if has_legend else 45, "b": 60},
+        legend={"orientation": "h", "x": 0, "y": 1 - 28 / height, "yref": "container", "yanchor": "top"},
+        height=height,
+        dragmode=False,
+    )
+    return figure

@@ -1,0 +1,200 @@
+"""Where the trials lie on the simplex, coloured by their NLL."""
+
+from collections.abc import Callable, Mapping, Sequence
+from math import cos, pi, sin
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from numpy.typing import NDArray
+
+from dashboards.look import (
+    MOST_POINTS,
+    OUTLINE,
+    SEQUENTIAL,
+    SYMBOLS,
+    WINNER,
+    color,
+    finish,
+    label,
+    spread,
+    told,
+)
+from dem_opt.records import Standing, Summary, TrialRecord
+from dem_opt.simplex import Coefficients
+
+Shown = Mapping[str, Sequence[TrialRecord]]
+"""The scored trials to draw, by algorithm."""
+
+
+def simplex_map(summary: Summary) -> go.Figure:
+    """Where the trials lie, coloured by their NLL on the search split (nats per token).
+
+    One or two distributions: NLL against a coefficient.  Three: a ternary plot.  More: a regular polygon in
+    barycentric coordinates, where a composite stands at  sum_i w_i v_i / sum_i w_i  between the corners v_i.
+    """
+    shown = {algorithm: _thinned(records) for algorithm, records in summary.trials.items()}
+    count = len(summary.weights)
+    draw: Callable[[go.Figure, Summary, Shown], None]
+    draw = _draw_line if count <= 2 else _draw_ternary if count == 3 else _draw_polygon
+    figure = go.Figure()
+    draw(figure, summary, shown)
+    drawn = sum(map(len, shown.values()))
+    scored = sum(record.objective is not None for records in summary.trials.values() for record in records)
+    where = "at its coefficient" if count <= 2 else "nearer to a corner the more it has of that distribution"
+    reading = f"{drawn} of {scored} scored trials, each {where}; the star is the winner."
+    description = f"The winner is {summary.winner.label}: {told(summary.winner.coefficients)}."
+    return finish(figure, "Trials on the simplex", reading, description, 450)
+
+
+def barycentric(
+    coefficients: Sequence[Coefficients], names: Sequence[str], corners_K2: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Composites in the polygon, [R, 2]: the mean of its corners weighted by the coefficients."""
+    weights_RK = np.array([[each.weights[name] for name in names] for each in coefficients]).reshape(
+        -1, len(names)
+    )
+    points_R2: NDArray[np.float64] = weights_RK / weights_RK.sum(axis=1, keepdims=True) @ corners_K2
+    return points_R2.round(4)
+
+
+def _draw_line(figure: go.Figure, summary: Summary, shown: Shown) -> None:
+    """NLL against the coefficient of the first distribution."""
+    first = next(iter(summary.weights))
+    for algorithm, records in shown.items():
+        weights = [record.coefficients.weights[first] for record in records]
+        series = _series(algorithm, records) | _legend_key(algorithm)
+        figure.add_scatter(x=weights, y=_objectives(records), **series)
+    winner = summary.winner
+    if winner.coefficients is not None and "search" in winner.objective:
+        figure.add_scatter(
+            x=[winner.coefficients.weights[first]], y=[winner.objective["search"]], **_star(winner)
+        )
+    figure.update_xaxes(title=f"coefficient of {label(first)}")
+    figure.update_yaxes(title="NLL on the search split (nats per token)")
+
+
+def _draw_ternary(figure: go.Figure, summary: Summary, shown: Shown) -> None:
+    """Three coefficients as a ternary plot."""
+    corners = dict(zip("abc", summary.weights, strict=True))
+    for algorithm, records in shown.items():
+        weights = [record.coefficients.weights for record in records]
+        points = {corner: [each[name] for each in weights] for corner, name in corners.items()}
+        marker = _nll_marker(algorithm, records)
+        figure.add_scatterternary(**points, marker=marker, cliponaxis=False, **_series(algorithm, records))
+        figure.add_scatterternary(a=[None], b=[None], c=[None], **_legend_key(algorithm))
+    total = 1.0
+    if summary.winner.coefficients is not None:
+        best = summary.winner.coefficients.weights
+        total = sum(best.values())
+        star = {corner: [best[name]] for corner, name in corners.items()}
+        figure.add_scatterternary(**star, cliponaxis=False, **_star(summary.winner))
+    axes = {
+        f"{corner}axis": {"title": {"text": label(name)}, "nticks": 5} for corner, name in corners.items()
+    }
+    figure.update_layout(
+        ternary={"sum": total, "bgcolor": "rgba(0,0,0,0)", **axes}, coloraxis=_nll_axis(shown)
+    )
+
+
+def _draw_polygon(figure: go.Figure, summary: Summary, shown: Shown) -> None:
+    """Any number of coefficients in a regular polygon, a corner for each distribution."""
+    names = list(summary.weights)
+    corners_K2 = _corners(len(names))
+    outline_x, outline_y = np.vstack([corners_K2, corners_K2[:1]]).T.tolist()
+    line = {"color": OUTLINE, "width": 1}
+    figure.add_scatter(x=outline_x, y=outline_y, mode="lines", line=line, hoverinfo="skip", showlegend=False)
+    for algorithm, records in shown.items():
+        x, y = barycentric([record.coefficients for record in records], names, corners_K2).T.tolist()
+        figure.add_scatter(x=x, y=y, marker=_nll_marker(algorithm, records), **_series(algorithm, records))
+        figure.add_scatter(x=[None], y=[None], **_legend_key(algorithm))
+    if summary.winner.coefficients is not None:
+        x, y = barycentric([summary.winner.coefficients], names, corners_K2).T.tolist()
+        figure.add_scatter(x=x, y=y, **_star(summary.winner))
+    for name, corner in zip(names, corners_K2.tolist(), strict=True):
+        figure.add_annotation(text=label(name, 15), showarrow=False, **_beside(*corner))
+    reach = 1.2 * float(corners_K2.max())
+    figure.update_xaxes(visible=False, range=[-reach, reach])
+    figure.update_yaxes(visible=False, range=[-reach, reach], scaleanchor="x")
+    figure.update_layout(coloraxis=_nll_axis(shown))
+
+
+def _corners(count: int) -> NDArray[np.float64]:
+    """Corners of a regular polygon, clockwise; an even one lies on a side, which leaves room for labels."""
+    top = pi / 2 + (pi / count if count % 2 == 0 else 0)
+    angles = [top - 2 * pi * i / count for i in range(count)]
+    return np.array([(cos(angle), sin(angle)) for angle in angles]).round(4)
+
+
+def _beside(x: float, y: float) -> dict[str, Any]:
+    """Where a corner's label stands: left or right of the corners at the sides, above or below the others."""
+    if abs(y) < 0.6:
+        return {"x": 1.06 * x, "y": y, "xanchor": "left" if x > 0 else "right"}
+    return {"x": x, "y": 1.06 * y, "yanchor": "bottom" if y > 0 else "top"}
+
+
+def _series(algorithm: str, records: Sequence[TrialRecord]) -> dict[str, Any]:
+    """What an algorithm's points have in common."""
+    texts = [
+        f"trial {each.number}: {each.objective:.4f}<br>{label(told(each.coefficients), 200)}"
+        for each in records
+    ]
+    common = {"mode": "markers", "legendgroup": label(algorithm), "showlegend": False}
+    return {**common, "hovertext": texts, "hoverinfo": "text"}
+
+
+def _legend_key(algorithm: str) -> dict[str, Any]:
+    """A trace's entry in the legend: points coloured by NLL have no one colour to stand there."""
+    marker = {"color": color(algorithm), "symbol": SYMBOLS.get(algorithm, "circle"), "size": 8}
+    name = label(algorithm)
+    return {"mode": "markers", "name": name, "legendgroup": name, "showlegend": True, "marker": marker}
+
+
+def _star(winner: Standing) -> dict[str, Any]:
+    text = f"the winner<br>{label(told(winner.coefficients), 200)}"
+    marker = {"symbol": "star", "size": 17, "color": WINNER, "line": {"width": 1, "color": "white"}}
+    return {
+        "mode": "markers",
+        "marker": marker,
+        "showlegend": False,
+        "hovertext": [text],
+        "hoverinfo": "text",
+    }
+
+
+def _nll_marker(algorithm: str, records: Sequence[TrialRecord]) -> dict[str, Any]:
+    """Markers coloured by NLL, shaped by algorithm; the grid's are smaller, as it is the background."""
+    is_grid = algorithm == "grid"
+    return {
+        "color": _objectives(records),
+        "coloraxis": "coloraxis",
+        "symbol": SYMBOLS.get(algorithm, "circle"),
+        "size": 7 if is_grid else 11,
+        "line": {"width": 1, "color": OUTLINE if is_grid else color(algorithm)},
+    }
+
+
+def _nll_axis(shown: Shown) -> dict[str, Any]:
+    """Colours of NLL, saturated above the third quartile: so the neighbourhood of the best is told apart."""
+    objectives = [objective for records in shown.values() for objective in _objectives(records)]
+    low, high = (min(objectives), float(np.quantile(objectives, 0.75))) if objectives else (0.0, 1.0)
+    title = {"text": "NLL (nats per token)", "side": "top"}
+    bar = {"title": title, "orientation": "h", "y": -0.16, "yanchor": "top", "thickness": 10}
+    return {"colorscale": SEQUENTIAL, "cmin": low, "cmax": max(high, low + 1e-6), "colorbar": bar}
+
+
+def _thinned(records: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """Scored trials, worst first so that the best lie on top.
+
+    MOST_POINTS of them at most: the best half, and others evenly spread over the rest of the ranking.
+    """
+    ranked = sorted(
+        (each for each in records if each.objective is not None), key=lambda each: each.objective or 0.0
+    )
+    half = MOST_POINTS // 2
+    rest = ranked[half:]
+    return [*ranked[:half], *(rest[i] for i in spread(len(rest), half))][::-1]
+
+
+def _objectives(records: Sequence[TrialRecord]) -> list[float]:
+    return [round(record.objective, 6) for record in records if record.objective is not None]

@@ -1,0 +1,85 @@
+"""The loop: ask, look up or score, record, tell, log."""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dem_opt.database import Lease
+from dem_opt.errors import EvaluationError
+from dem_opt.ledger import Ledger
+from dem_opt.pool import Pool
+from dem_opt.question import Question
+from dem_opt.records import Composite, Evaluation, Failure, Observer, Request
+from dem_opt.search import Proposal, Search
+from dem_opt.standings import attributes, trial_record
+from dem_opt.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Driver:
+    """One driver at work: the rooms it has opened, and the question they answer."""
+
+    question: Question
+    ledger: Ledger
+    pool: Pool
+    observer: Observer
+
+    def optimize(self, search: Search, lookahead: int, tracker: Tracker, lease: Lease) -> None:
+        """Ask, look up or score, record, tell, log, until every planned trial is told.
+
+        Trials that a dead driver left come first, under their own numbers.  What is written, in this order: the
+        ledger, Optuna, the tracker; so a crash at any point loses no score and repeats none.
+        """
+        adopted = deque(search.adopt())
+        flying: dict[int, Proposal] = {}
+        while True:
+            while len(flying) < self.pool.capacity + lookahead:
+                proposal = adopted.popleft() if adopted else search.ask()
+                if proposal is None:
+                    break
+                composite = self.question.composite(proposal.coefficients)
+                if request := self._request(proposal.number, composite, "search"):
+                    self.pool.submit(request)
+                    flying[proposal.number] = proposal
+                else:
+                    self._finish(proposal, Evaluation({}), search, tracker)
+            if not flying:
+                return
+            request, answer = self.pool.next_done()
+            self._record(request, answer)
+            self._finish(flying.pop(request.ticket), answer, search, tracker)
+            lease.renew()
+
+    def measure(self, composites: Iterable[Composite], split: str) -> None:
+        """Score what the ledger lacks of these composites on a split.
+
+        Raises EvaluationError where one can't be scored.
+        """
+        requests = [self._request(ticket, one, split) for ticket, one in enumerate(dict.fromkeys(composites))]
+        wanted = [request for request in requests if request is not None]
+        for request in wanted:
+            self.pool.submit(request)
+        for _ in wanted:
+            request, answer = self.pool.next_done()
+            self._record(request, answer)
+            if isinstance(answer, Failure):
+                raise EvaluationError(f"{dict(request.composite.terms)} can't be scored: {answer.reason}")
+
+    def _request(self, ticket: int, composite: Composite, split: str) -> Request | None:
+        """What is to be asked of a resident: the scores that the ledger lacks; None where it has them all."""
+        keys = self.question.keys(split)
+        known = self.ledger.look_up(composite, keys, self.question.scoring)
+        missing = tuple(key for key in keys if key not in known)
+        return Request(ticket, composite, missing) if missing else None
+
+    def _record(self, request: Request, answer: Evaluation | Failure) -> None:
+        if isinstance(answer, Evaluation):
+            seconds = answer.merge_seconds + answer.score_seconds
+            scoring = self.question.scoring
+            self.ledger.record(request.composite, answer.scores, scoring, answer.forward_tokens, seconds)
+
+    def _finish(self, proposal: Proposal, answer: Evaluation | Failure, search: Search, tracker: Tracker) -> None:
+        record = trial_record(self.ledger, self.question, search.name, proposal, answer)
+        search.tell(proposal.number, record.objective, attributes(record))
+        tracker.trial_ended(record)
+        self.observer.trial_ended(record, search.told, search.planned)

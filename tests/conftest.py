@@ -1,0 +1,28 @@
+"""What tests share: a cache folder of their own, and one Ray for all that need it."""
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+CPUS = 2
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Content hashes are cached in a folder that is gone afterwards, by residents in other processes too."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def ray_session(own_cache):
+    """One Ray of two CPUs on this machine."""
+    import ray
+
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(address="local", num_cpus=CPUS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    yield ray
+    ray.shutdown()

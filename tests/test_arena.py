@@ -1,0 +1,255 @@
+"""Laws of merging, over architectures x dtypes x composites."""
+
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from dem_opt.arena import ALIGNMENT, Arena, MergeKernel, merged_parameters
+from dem_opt.checkpoints import content_hash, empty_model
+from dem_opt.records import Composite, StoredModel
+from dem_opt.simplex import UNIT, Coefficients
+
+ARCHITECTURES = ("llama tied", "llama untied", "gpt2")
+DTYPES = ("float32", "bfloat16", "mixed")
+
+UNITS = [
+    (0, 3 * 10**8, 7 * 10**8),
+    (25 * 10**7, 25 * 10**7, 5 * 10**8),
+    (-5 * 10**8, 10**9, 5 * 10**8),
+    (333333333, 333333333, 333333334),
+    (0, 1, 999999999),
+]
+"""Coefficients of base, a and b in units of 1e-9."""
+
+
+def make(architecture, dtype, seed):
+    torch.manual_seed(seed)
+    if architecture == "gpt2":
+        config = GPT2Config(
+            vocab_size=83, n_embd=20, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0
+        )
+        model = GPT2LMHeadModel(config)
+    else:
+        config = LlamaConfig(
+            vocab_size=83,
+            hidden_size=20,
+            intermediate_size=36,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            tie_word_embeddings=architecture == "llama tied",
+        )
+        model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+            parameter.view(-1)[:3] = torch.tensor([-0.0, 1e-39, -1e4])
+            parameter.data = parameter.to(stored_dtype(dtype, name))
+    return model
+
+
+def stored_dtype(dtype, name):
+    if dtype == "mixed":
+        return torch.float32 if "norm" in name or ".ln_" in name else torch.bfloat16
+    return getattr(torch, dtype)
+
+
+class World:
+    """Three checkpoints of one architecture on disk: base, a and b."""
+
+    def __init__(self, folder, architecture, dtype):
+        self.architecture, self.dtype = architecture, dtype
+        self.weights, self.stored = [], []
+        for seed, name in enumerate(("base", "a", "b")):
+            model = make(architecture, dtype, seed)
+            model.save_pretrained(folder / name)
+            self.stored.append(StoredModel(folder / name, content_hash(folder / name)))
+            self.weights.append({name: tensor.detach() for name, tensor in model.named_parameters()})
+
+    @property
+    def folders(self):
+        return {model.content: model.path for model in self.stored}
+
+    def arena(self, stored=None, dtype=torch.float32):
+        model = empty_model(self.stored[0].path, dtype)
+        return Arena(model, stored or self.stored), model
+
+    def composite(self, units):
+        return Composite.of({model.content: count for model, count in zip(self.stored, units, strict=True)})
+
+
+@pytest.fixture(scope="module", params=[(one, two) for one in ARCHITECTURES for two in DTYPES], ids="-".join)
+def world(request, tmp_path_factory):
+    return World(tmp_path_factory.mktemp("world"), *request.param)
+
+
+def values(model):
+    """The model's parameters, copied."""
+    return {name: parameter.clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same_bits(ones, others):
+    assert ones.keys() == others.keys()
+    for name, one in ones.items():
+        other = others[name]
+        assert one.dtype == other.dtype and one.shape == other.shape, name
+        assert torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("live", [torch.float32, torch.bfloat16])
+def test_a_single_term_is_that_checkpoint_bit_for_bit(world, live):
+    arena, model = world.arena(dtype=live)
+    for stored, weights in zip(world.stored, world.weights, strict=True):
+        arena.merge(Composite.single(stored.content))
+        assert_same_bits(values(model), {name: tensor.to(live) for name, tensor in weights.items()})
+
+
+def test_zero_coefficients_give_the_base_and_one_gives_the_expert(world):
+    base, a, b = world.stored
+    experts = {"a": a.content, "b": b.content}
+    arena, model = world.arena()
+    for units, index in (((0, 0), 0), ((UNIT, 0), 1), ((0, UNIT), 2)):
+        arena.merge(Composite.edited(base.content, experts, Coefficients((("a", units[0]), ("b", units[1])))))
+        assert_same_bits(values(model), {name: tensor.float() for name, tensor in world.weights[index].items()})
+
+
+@pytest.mark.parametrize("units", UNITS)
+def test_merging_has_no_memory(world, units):
+    arena, model = world.arena()
+    arena.merge(world.composite(units))
+    first = values(model)
+    arena.merge(world.composite((UNIT, 0, 0)))
+    arena.merge(world.composite(units[::-1]))
+    arena.merge(world.composite(units))
+    assert_same_bits(values(model), first)
+
+
+@pytest.mark.parametrize("units", UNITS)
+def test_the_order_of_the_checkpoints_changes_no_bit(world, units):
+    merged = []
+    for stored in (world.stored, world.stored[::-1]):
+        arena, model = world.arena(stored)
+        arena.merge(world.composite(units))
+        merged.append(values(model))
+    assert_same_bits(*merged)
+
+
+@pytest.mark.parametrize("units", UNITS)
+def test_merging_agrees_with_float64(world, units):
+    """Rounding N coefficients, N products and N - 1 sums to float32 (u = 2^-24) leaves at most
+    (N + 1) u sum |w x|, to first order; rounding to the stored dtype adds half an ulp of what it rounds."""
+    merged = dict(merged_parameters(list(world.weights[0]), world.folders, world.composite(units)))
+    for name, out in merged.items():
+        terms = [count / UNIT * tensor[name].double() for count, tensor in zip(units, world.weights, strict=True)]
+        exact, size = sum(terms), sum(term.abs() for term in terms)
+        bound = (len(terms) + 1) * 2**-24 * size * (1 + 2**-20) + 2**-149
+        if out.dtype == torch.bfloat16:
+            bound = bound + 2**-8 * (exact.abs() + bound)
+        assert (out.double() - exact).abs().le(bound).all(), name
+
+
+@pytest.mark.parametrize("units", UNITS)
+def test_streaming_from_files_gives_the_arenas_bits_in_the_stored_dtype(world, units):
+    arena, model = world.arena()
+    arena.merge(world.composite(units))
+    merged = dict(merged_parameters(list(world.weights[0]), world.folders, world.composite(units)))
+    assert {name: tensor.dtype for name, tensor in merged.items()} == {
+        name: stored_dtype(world.dtype, name) for name in world.weights[0]
+    }
+    assert_same_bits(values(model), {name: tensor.float() for name, tensor in merged.items()})
+
+
+def test_the_forward_pass_is_that_of_the_checkpoint(world):
+    arena, model = world.arena()
+    ids = torch.randint(83, (2, 9), generator=torch.Generator().manual_seed(0))
+    for stored in world.stored:
+        reference = AutoModelForCausalLM.from_pretrained(stored.path, dtype=torch.float32)
+        arena.merge(Composite.single(stored.content))
+        assert torch.equal(model(ids).logits, reference(ids).logits)
+
+
+def test_parameters_are_aligned_views_of_one_memory_for_each_stored_dtype_tied_ones_once(world):
+    _, model = world.arena()
+    parameters = list(model.parameters())
+    memories = {parameter.untyped_storage().data_ptr(): parameter.untyped_storage() for parameter in parameters}
+    assert len(memories) == (2 if world.dtype == "mixed" else 1)
+    elements = sum(memory.nbytes() for memory in memories.values()) // 4
+    numel = sum(parameter.numel() for parameter in parameters)
+    assert numel <= elements < numel + ALIGNMENT * len(parameters)
+    assert all(parameter.storage_offset() % ALIGNMENT == 0 for parameter in parameters)
+    tied = model.get_output_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    assert tied == (world.architecture != "llama untied")
+
+
+def test_the_base_need_not_be_stored(world):
+    everything, expected = world.arena()
+    experts, model = world.arena(world.stored[1:])
+    composite = world.composite((0, 4 * 10**8, 6 * 10**8))
+    everything.merge(composite)
+    experts.merge(composite)
+    assert_same_bits(values(model), values(expected))
+    with pytest.raises(KeyError):
+        experts.merge(world.composite((UNIT, 0, 0)))
+
+
+def test_a_merge_needs_no_file(tmp_path):
+    world = World(tmp_path, "llama tied", "bfloat16")
+    arena, model = world.arena()
+    arena.merge(world.composite(UNITS[0]))
+    before = values(model)
+    for stored in world.stored:
+        shutil.rmtree(stored.path)
+    arena.merge(world.composite((UNIT, 0, 0)))
+    arena.merge(world.composite(UNITS[0]))
+    assert_same_bits(values(model), before)
+
+
+def terms(elements, dtype):
+    generator = torch.Generator().manual_seed(1)
+    weights = (2 * 10**8, 5 * 10**8, 299999999, 1)
+    return [(units, torch.randn(elements, generator=generator).to(dtype)) for units in weights]
+
+
+def run(kernel, parts, live=torch.float32):
+    out = torch.empty(len(parts[0][1]), dtype=live)
+    kernel.merge(out, parts)
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block", [1, 7, 64, 1000, 2**15])
+def test_blocks_change_no_bit(dtype, block):
+    parts = terms(1003, dtype)
+    assert torch.equal(run(MergeKernel(block=block), parts), run(MergeKernel(), parts))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("start", [1, 5, 33, 900])
+def test_a_value_does_not_depend_on_its_position(dtype, start):
+    parts = terms(1003, dtype)
+    shifted = [(units, x[start:]) for units, x in parts]
+    assert torch.equal(run(MergeKernel(), shifted), run(MergeKernel(), parts)[start:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_change_no_bit(dtype):
+    parts = terms(300_007, dtype)
+    before, merged = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            merged.append(run(MergeKernel(), parts))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*merged)
+
+
+@pytest.mark.parametrize("live", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_composite_is_rounded_to_the_stored_dtype_and_then_cast(dtype, live):
+    """In float32: 1 * 0.5 + 0.00390625 * 0.5 = 0.501953125, which bfloat16 (8 bits) rounds to 0.5, the even one."""
+    parts = [(UNIT // 2, torch.tensor([1.0], dtype=dtype)), (UNIT // 2, torch.tensor([2.0**-8], dtype=dtype))]
+    expected = 0.5 if torch.bfloat16 in (dtype, live) else 0.501953125
+    assert run(MergeKernel(), parts, live).item() == expected

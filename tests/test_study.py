@@ -1,0 +1,236 @@
+"""Laws of whole studies, in process over a tiny world: one ledger, one winner, nothing measured twice."""
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import worlds
+import yaml
+from transformers import AutoModelForCausalLM
+
+from dem_opt.checkpoints import content_hash
+from dem_opt.errors import InputError
+from dem_opt.pool import InProcessCompute
+from dem_opt.records import Silence
+from dem_opt.resident import Resident
+from dem_opt.study import Study
+
+GRID = {"algorithm": "random", "trials": 5, "divisions": 4}
+
+
+class Witness:
+    """An observer that remembers."""
+
+    def __init__(self):
+        self.records, self.lines = [], []
+
+    def trial_ended(self, record, done, planned):
+        self.records.append(record)
+
+    def milestone(self, message):
+        self.lines.append(message)
+
+
+@pytest.fixture
+def untracked(monkeypatch):
+    """No MLflow: its laws are tested with tracking, and a fresh database costs seconds."""
+    from dem_opt.tracking import NoTracker
+
+    monkeypatch.setattr(Study, "_tracker", lambda study, search: NoTracker())
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """Counts the evaluations of every (composite, corpus)."""
+    counts: Counter = Counter()
+    original = Resident.evaluate
+
+    def counting(resident, request):
+        counts.update((request.composite, key) for key in request.corpora)
+        return original(resident, request)
+
+    monkeypatch.setattr(Resident, "evaluate", counting)
+    return counts
+
+
+def open_study(path: Path, observer=None) -> Study:
+    return Study.load(path, observer or Silence(), InProcessCompute())
+
+
+def edit(path: Path, change) -> Path:
+    content = yaml.safe_load(path.read_text())
+    change(content)
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def test_grid_and_search_share_every_measurement(tmp_path, untracked, evaluated):
+    study = open_study(worlds.study(tmp_path, search=GRID))
+    summary = study.compare(["grid", "random", "simplex-gp"])
+    assert evaluated and set(evaluated.values()) == {1}
+    before = sum(evaluated.values())
+    again = study.compare(["simplex-gp", "random", "grid"])
+    assert sum(evaluated.values()) == before
+    assert [one.objective for one in again.standings] == [one.objective for one in summary.standings]
+    assert len(summary.trials["grid"]) == 15
+
+
+def test_the_winner_is_the_search_splits_best(tmp_path, untracked):
+    study = open_study(worlds.study(tmp_path, search=GRID))
+    winner = study.run()
+    summary = study.compare(["grid"])
+    bests = [one for one in summary.standings if one.role == "best"]
+    assert summary.winner == min(bests, key=lambda one: one.objective["search"])
+    trials = [record for records in summary.trials.values() for record in records]
+    assert summary.winner.objective["search"] == min(record.objective for record in trials)
+    assert winner.coefficients in [record.coefficients for record in summary.trials["random"]]
+
+
+def test_the_order_of_the_study_file_changes_no_bit(tmp_path, untracked):
+    search = {"algorithm": "simplex-gp", "trials": 6}
+    winners = []
+    for names in (("code", "math", "prose"), ("prose", "code", "math")):
+        study = open_study(worlds.study(tmp_path / names[0], names, search=search))
+        study.run()
+        winners.append([(r.coefficients, r.objective) for r in study.summary().trials["simplex-gp"]])
+    assert winners[0] == winners[1]
+
+
+def test_a_study_that_grows_scores_only_the_new_corpus_on_what_it_carries_over(tmp_path, untracked, evaluated):
+    path = worlds.study(tmp_path, search=GRID)
+    open_study(path).compare(["random"])
+    old = set(evaluated)
+    old_composites, old_corpora = {composite for composite, _ in old}, {key for _, key in old}
+    evaluated.clear()
+    watching = Witness()
+    grown = open_study(worlds.study(tmp_path, ("code", "math", "prose", "records"), search=GRID), watching)
+    grown.compare(["simplex-gp"])
+    assert not old & set(evaluated), "what was measured stands"
+    for composite, key in evaluated:
+        assert composite not in old_composites or key not in old_corpora
+    carried = [record for record in watching.records[:10] if record.coefficients.units["records"] == 0]
+    assert carried and all(record.scores["code"] for record in carried)
+    assert any("distributions.records is new" in line and "generation 2" in line for line in watching.lines)
+
+
+def test_another_weighting_needs_no_forward_pass_for_what_is_measured(tmp_path, untracked, evaluated):
+    path = worlds.study(tmp_path, search=GRID)
+    open_study(path).compare(["grid"])
+    evaluated.clear()
+    weighted = open_study(edit(path, lambda study: study.update(objective={"weights": {"code": 1}})))
+    summary = weighted.compare(["grid"])
+    assert not evaluated
+    assert summary.winner.objective["search"] == summary.winner.scores["search"]["code"].nll
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda study: study["evaluation"].update(window=16), "evaluation.window = '16'"),
+        (lambda study: study["evaluation"].update(windows=3), "evaluation.windows = '3'"),
+        (lambda study: study["evaluation"].update(seed=1), "evaluation.seed = '1'"),
+        (lambda study: study["evaluation"].update(batch=64), "evaluation.batch = '64'"),
+        (lambda study: study["evaluation"].update(dtype="bfloat16"), "evaluation.dtype = 'bfloat16'"),
+        (
+            lambda study: study["distributions"]["code"].update(validation="data/math.jsonl"),
+            "distributions.code.held_out",
+        ),
+    ],
+)
+def test_a_change_of_scoring_is_refused_and_named(tmp_path, untracked, change, field):
+    path = worlds.study(tmp_path, search=GRID | {"trials": 1})
+    open_study(path).run()
+    with pytest.raises(InputError) as refusal:
+        open_study(edit(path, change)).run()
+    assert field in str(refusal.value) and "would not compare" in str(refusal.value)
+
+
+def test_a_trial_calls_forward_once_for_each_batch_and_opens_no_file(tmp_path, untracked, monkeypatch):
+    # 3 distributions of 4 windows of 32 tokens, 64 tokens to a batch: 3 x 2 calls.
+    path = worlds.study(tmp_path, search=GRID)
+    edit(path, lambda study: study["evaluation"].update(batch=64))
+    calls, opened, original = [], [], Resident.evaluate
+
+    def watched(resident, request):
+        handle = resident._model.register_forward_hook(lambda *_: calls.append(request.ticket))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("builtins.open", lambda *arguments, **_: opened.append(arguments))
+            patch.setattr("safetensors.safe_open", lambda *arguments, **_: opened.append(arguments))
+            answer = original(resident, request)
+        handle.remove()
+        if len(request.corpora) == 3:
+            assert calls.count(request.ticket) == 6
+        calls.clear()
+        return answer
+
+    monkeypatch.setattr(Resident, "evaluate", watched)
+    open_study(path).run()
+    assert opened == []
+
+
+def test_a_score_is_that_of_the_composite_and_of_a_model(tmp_path, untracked):
+    study = open_study(worlds.study(tmp_path, search=GRID))
+    study.merge({"code": 0.25, "math": 0.75}, tmp_path / "merged")
+    composite = study.score({"code": 0.25, "math": 0.75})
+    model = study.score_model(tmp_path / "merged")
+    vertex, single = study.score({"code": 1}), study.score_model(tmp_path / "models/code")
+    assert composite == model and vertex == single
+    assert composite.keys() == {"search", "held_out"} and composite["search"].keys() == {"code", "math", "prose"}
+
+
+def test_the_winner_is_exported_proved_and_registered(tmp_path):
+    study = open_study(worlds.study(tmp_path, search=GRID))
+    winner = study.run()
+    champion = study.export(tmp_path / "best")
+    assert champion.standing == winner and champion.version == "1"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "best")
+    weights = winner.coefficients.weights
+    for name, parameter in model.named_parameters():
+        terms = [
+            weight * AutoModelForCausalLM.from_pretrained(tmp_path / "models" / one).get_parameter(name).double()
+            for one, weight in weights.items()
+        ]
+        assert torch.allclose(parameter.double(), sum(terms), rtol=0, atol=1e-6)
+    assert "coefficient" in (tmp_path / "best/README.md").read_text()
+    assert study.export(tmp_path / "best").version == "1", "the same model is registered once"
+
+
+def test_a_model_that_can_not_be_proved_leaves_nothing(tmp_path, untracked, monkeypatch):
+    from dem_opt import export as exports
+    from dem_opt import study as studies
+
+    study = open_study(worlds.study(tmp_path, search=GRID))
+    study.run()
+
+    def tampered(written):
+        weights = next(written.path.glob("*.safetensors"))
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+        exports.prove(written)
+
+    monkeypatch.setattr(studies, "prove", tampered)
+    with pytest.raises(exports.ExportError):
+        study.export(tmp_path / "best")
+    assert not [path for path in tmp_path.iterdir() if "best" in path.name]
+
+
+def test_a_checkpoint_that_changes_under_a_study_begins_a_generation(tmp_path, untracked):
+    path = worlds.study(tmp_path, search=GRID)
+    open_study(path).run()
+    before = content_hash(tmp_path / "models/code")
+    shutil.rmtree(tmp_path / "models/code")
+    worlds.save_model(tmp_path / "models/code", seed=99)
+    assert content_hash(tmp_path / "models/code") != before
+    watching = Witness()
+    study = open_study(path, watching)
+    study.run()
+    assert any("distributions.code has changed" in line for line in watching.lines)
+    assert len(study.summary().trials["random"]) == 5
+
+
+def test_a_report_of_nothing_says_what_to_do_first(tmp_path):
+    with pytest.raises(InputError, match="dem-opt run"):
+        open_study(worlds.study(tmp_path)).summary()

@@ -1,0 +1,72 @@
+"""Cheap stand-ins for residents, importable by Ray's workers: what a pool does is not about models."""
+
+import os
+from math import nan
+from pathlib import Path
+
+from dem_opt.errors import InputError
+from dem_opt.records import Evaluation, Request, ResidentSpec, Score
+
+
+class Echo:
+    """Answers with a score made of the ticket; some tickets fail."""
+
+    def __init__(self, spec: ResidentSpec) -> None:
+        self.batch_tokens = spec.batch_tokens
+
+    def evaluate(self, request: Request) -> Evaluation:
+        nats = nan if request.ticket % 7 == 5 else float(request.ticket)
+        return Evaluation({key: Score((nats,), (1,)) for key in request.corpora}, forward_tokens=self.batch_tokens)
+
+
+class Mortal(Echo):
+    """Dies in the middle of ticket 3, once: the file in the spec's path tells that it has."""
+
+    def __init__(self, spec: ResidentSpec) -> None:
+        super().__init__(spec)
+        self.grave = Path(spec.base.path)
+
+    def evaluate(self, request: Request) -> Evaluation:
+        if request.ticket == 3 and not self.grave.exists():
+            self.grave.write_text("died here")
+            os._exit(1)
+        return super().evaluate(request)
+
+
+class Doomed(Echo):
+    """Dies whenever it is asked for ticket 3."""
+
+    def evaluate(self, request: Request) -> Evaluation:
+        if request.ticket == 3:
+            os._exit(1)
+        return super().evaluate(request)
+
+
+class Broken(Echo):
+    """Has a bug."""
+
+    def evaluate(self, request: Request) -> Evaluation:
+        raise ZeroDivisionError("a bug")
+
+
+def refuse(spec: ResidentSpec) -> Echo:
+    raise InputError(spec.base.path, "base", None, "is no model")
+
+
+def threads(spec: ResidentSpec) -> "Threads":
+    return Threads(spec)
+
+
+class Threads(Echo):
+    """Tells how many threads torch has where it lives."""
+
+    def evaluate(self, request: Request) -> Evaluation:
+        import torch
+
+        return Evaluation({key: Score((float(torch.get_num_threads()),), (1,)) for key in request.corpora})
+
+
+def double(job: int) -> int:
+    if job == 13:
+        raise InputError(None, "job", job, "unlucky")
+    return 2 * job
