@@ -89,12 +89,11 @@ def _draw_ternary(figure: go.Figure, summary: Summary, shown: Shown) -> None:
         total = sum(best.values())
         star = {corner: [best[name]] for corner, name in corners.items()}
         figure.add_scatterternary(**star, cliponaxis=False, **_star(summary.winner))
+    frame = {"sum": total, "bgcolor": "rgba(0,0,0,0)", "domain": {"x": [0.08, 0.92]}}
     axes = {
         f"{corner}axis": {"title": {"text": label(name)}, "nticks": 5} for corner, name in corners.items()
     }
-    figure.update_layout(
-        ternary={"sum": total, "bgcolor": "rgba(0,0,0,0)", **axes}, coloraxis=_nll_axis(shown)
-    )
+    figure.update_layout(ternary={**frame, **axes}, coloraxis=_nll_axis(shown))
 
 
 def _draw_polygon(figure: go.Figure, summary: Summary, shown: Shown) -> None:

@@ -6,12 +6,14 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -25,6 +27,9 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """The dtypes a merge can combine, by safetensors' names."""
+
+CONFIG_ERRORS = (ValueError, LookupError, TypeError, AttributeError, OSError, ImportError, StrictDataclassError)
+"""What transformers raises for configs that it can make no model of."""
 
 _CHUNK = 2**15
 """Elements hashed at once: they stay in cache between two passes, too few for torch to start threads."""
@@ -120,7 +125,7 @@ def check_base(base: Header) -> Architecture:
     stored = {name: shape for name, (shape, _) in _forms(base, architecture).items()}
     found = _differences(architecture.parameters, stored, architecture.embedding)
     if found:
-        mend = f"not the weights of a {architecture.name}: {_tell(found)}"
+        mend = f"not the parameters of a {architecture.name}, or renamed on loading: {_tell(found)}"
         raise InputError(base.folder, base.field, None, mend)
     _check_ties(base, architecture)
     _check_tokenizer(base, architecture)
@@ -202,7 +207,7 @@ def _construct(folder: Path, field: str, dtype: torch.dtype, device: str) -> Pre
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with no_init_weights(), torch.device(device):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-    except (ValueError, KeyError, TypeError, OSError, ImportError, AttributeError) as error:
+    except CONFIG_ERRORS as error:
         mend = f"no causal language model can be made of it: {shorten(' '.join(str(error).split()), 200)}"
         raise InputError(folder / "config.json", field, None, mend) from None
     model.tie_weights()
@@ -381,9 +386,7 @@ def _write_cache(known: Mapping[str, Any]) -> None:
     """Replace the cache at once; a cache that can't be written is done without."""
     file = _cache_file()
     partial = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
+    with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(known), encoding="utf-8")
         partial.replace(file)
-    except OSError:
-        partial.unlink(missing_ok=True)

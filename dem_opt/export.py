@@ -80,11 +80,18 @@ class Export:
     content: str
 
 
-def write_composite(base: Path, folders: Mapping[str, Path], composite: Composite, out: Path, card: str) -> Export:
-    """Write a composite as a Hugging Face folder in the base's dtypes, whole or not at all.
+def write_composite(
+    base: Path,
+    folders: Mapping[str, Path],
+    composite: Composite,
+    out: Path,
+    card: str,
+    approve: Callable[[Export], None],
+) -> Export:
+    """Write a composite as a Hugging Face folder in the base's dtypes, whole and approved or not at all.
 
     Config, generation config and tokenizer are the base's; `card` becomes README.md.  Tied weights are written
-    once.  An earlier export at `out` is replaced.
+    once.  The folder gets its name, in the place of an earlier export, when `approve` has seen it and not raised.
 
     Raises InputError where `out` holds anything else or can't be written, and where a checkpoint's content is no
     longer what `folders` says.
@@ -96,12 +103,16 @@ def write_composite(base: Path, folders: Mapping[str, Path], composite: Composit
             raise InputError(folder, None, None, "its weights have changed since they were scored; run again")
     header = read_header(base, "base")
     names = list(read_architecture(header).parameters)
-    with _whole(out, _size(header, names)) as partial:
-        _write_weights(partial, _plan(header, names), used, composite)
-        _copy(base, partial)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+    with _in_place_of(out) as partial:
+        with _told(out):
+            partial.mkdir(parents=True)
+            _refuse_full(out, partial, _size(header, names))
+            _write_weights(partial, _plan(header, names), used, composite)
+            _copy(base, partial)
+            (partial / "README.md").write_text(card, encoding="utf-8")
         content = hash_tensors(read_header(partial, "export"))
-        _write_json(partial / MARKER, _provenance(composite, content))
+        with _told(out):
+            _write_json(partial / MARKER, _provenance(composite, content))
         written = Export(partial, base, used, composite, content)
         approve(written)
     return replace(written, path=out)
@@ -192,27 +203,44 @@ def _refuse(out: Path, inputs: Sequence[Path]) -> None:
         raise InputError(out, None, None, "is a file: name a folder")
 
 
+def _refuse_full(out: Path, partial: Path, size: int) -> None:
+    """Raise InputError where the disk has no room for so many bytes of weights."""
+    free = shutil.disk_usage(partial).free
+    if free < size:
+        mend = f"needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: name another disk"
+        raise InputError(out, None, None, mend)
+
+
 @contextmanager
-def _whole(out: Path, size: int) -> Iterator[Path]:
-    """A folder beside `out` that takes its place when all went well, and is gone when not."""
-    partial, former = (out.with_name(f".{out.name}.{state}") for state in ("partial", "former"))
+def _told(out: Path) -> Iterator[None]:
+    """What the system refuses while writing, as an InputError."""
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        free = shutil.disk_usage(partial).free
-        if free < size:
-            mend = f"needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: name another disk"
-            raise InputError(out, None, None, mend)
-        yield partial
-        if out.exists():
-            shutil.rmtree(former, ignore_errors=True)
-            out.rename(former)
-        partial.rename(out)
+        yield
     except OSError as error:
         raise InputError(out, None, None, f"can't be written ({error.strerror or error})") from error
+
+
+@contextmanager
+def _in_place_of(out: Path) -> Iterator[Path]:
+    """The name of a folder beside `out` that takes its place when all went well, and is gone when not."""
+    partial, former = (out.with_name(f".{out.name}.{state}") for state in ("partial", "former"))
+    _settle(out, partial, former)
+    try:
+        yield partial
+        with _told(out):
+            if out.exists():
+                out.rename(former)
+            partial.rename(out)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(former, ignore_errors=True)
+        _settle(out, partial, former)
+
+
+def _settle(out: Path, partial: Path, former: Path) -> None:
+    """Clear away what an export, or one that was killed, left; `out` comes back if it was moved for nothing."""
+    if former.is_dir() and not out.exists():
+        former.rename(out)
+    for folder in (partial, former):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _size(header: Header, names: Sequence[str]) -> int:

@@ -134,6 +134,16 @@ class Ledger:
             connection.execute(insert_into(self._engine, _Composite).values(terms).on_conflict_do_nothing())
             connection.execute(insert_into(self._engine, _Score).on_conflict_do_nothing(), rows)
 
+    def seconds(self, composite: Composite, corpora: Collection[str], scoring: str) -> float:
+        """What measuring a composite on these corpora took; one evaluation of several corpora counts once."""
+        evaluations = (
+            select(_Score.created, _Score.seconds)
+            .where(_Score.composite == composite.key, _Score.scoring == scoring, _Score.corpus.in_(corpora))
+            .distinct()
+        )
+        with Session(self._engine) as session:
+            return sum(seconds for _, seconds in session.execute(evaluations))
+
     def composites(self, scoring: str) -> list[Composite]:
         """The composites with any score under `scoring`, in the order they were first recorded."""
         measured = (

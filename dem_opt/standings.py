@@ -74,7 +74,7 @@ def recorded(ledger: Ledger, question: Question, study: str, trial: Trial) -> Tr
 
 @dataclass(frozen=True)
 class Entry:
-    """A composite that gets a line of the table, and what it cost to find."""
+    """A composite that gets a line of the table, and what it cost to find: seconds of its own where None."""
 
     label: str
     role: str
@@ -82,7 +82,7 @@ class Entry:
     coefficients: Coefficients | None
     composite: Composite
     evaluations: int = 1
-    seconds: float = 0.0
+    seconds: float | None = None
 
 
 def entries(question: Question, space: Space, trials: Mapping[str, Sequence[TrialRecord]]) -> list[Entry]:
@@ -153,7 +153,9 @@ def _standing(ledger: Ledger, question: Question, entry: Entry) -> Standing:
         objective={split: mean_nll(scores[split], question.weights) for split in SPLITS},
         evaluations=entry.evaluations,
         forward_tokens=entry.evaluations * one_pass,
-        seconds=entry.seconds,
+        seconds=ledger.seconds(entry.composite, question.keys("search"), question.scoring)
+        if entry.seconds is None
+        else entry.seconds,
     )
 
 

@@ -316,7 +316,8 @@ def _make_database(mlflow: Any, path: Path) -> None:
     with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         uri = f"{_SQLITE}{folder}/new.db"
         mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri).search_experiments(max_results=1)
-        Path(folder, "new.db").rename(path)
+        if not path.exists():
+            Path(folder, "new.db").rename(path)
 
 
 def _metrics(record: TrialRecord) -> list[tuple[str, float]]:

@@ -34,6 +34,10 @@ from dem_opt.errors import InputError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
+SMALL = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+SMALL |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+WIDE = SMALL | {"intermediate_size": 24, "num_key_value_heads": 1, "head_dim": 8}
+
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
@@ -169,8 +173,15 @@ def test_a_config_that_makes_no_model_is_refused(other, case):
 
 def test_a_base_whose_weights_are_not_its_configs_is_refused(other):
     configure(other, num_hidden_layers=2)
-    with pytest.raises(InputError, match=r"not the weights of a LlamaForCausalLM: .*layers\.1\..* is missing"):
+    with pytest.raises(InputError, match=r"not the parameters of a LlamaForCausalLM, .*layers\.1\..* is missing"):
         check_base(read_header(other, "base"))
+
+
+def test_an_architecture_that_renames_weights_on_loading_is_refused(tmp_path):
+    config = GPTNeoXConfig(**SMALL, intermediate_size=24)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"renamed on loading: lm_head.weight is missing; embed_out.weight is unknown"):
+        check_base(read_header(tmp_path, "base"))
 
 
 def test_a_tokenizer_with_ids_beyond_the_embedding_is_refused(other):
@@ -335,9 +346,6 @@ def test_weights_that_are_not_finite_are_refused_every_time(other, dtype, value)
         assert refused.value.field == "distributions.code.checkpoint"
 
 
-SMALL = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-SMALL |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-WIDE = SMALL | {"intermediate_size": 24, "num_key_value_heads": 1, "head_dim": 8}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 1e4,
@@ -352,7 +360,6 @@ CONFIGS = {
     "gpt2": GPT2Config(**SMALL),
     "mistral": MistralConfig(**WIDE),
     "gemma2": Gemma2Config(**WIDE),
-    "neox": GPTNeoXConfig(**SMALL, intermediate_size=24),
     "falcon": FalconConfig(**SMALL),
 }
 

@@ -234,13 +234,19 @@ def test_a_lease_is_renewed_while_it_is_held(engine: Engine, monkeypatch: pytest
         assert renewed.wait(30)
 
 
-def test_a_locked_new_file_is_waited_for(tmp_path: Path) -> None:
-    """Where another connection holds a file that is not WAL yet, SQLite may not wait, but give up at once."""
+def test_a_new_file_that_another_is_writing_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite gives up at once where a file is to become WAL while another connection has reserved it."""
     path = tmp_path / "study.db"
-    other = sqlite3.connect(path, check_same_thread=False)
-    other.execute("BEGIN EXCLUSIVE")
-    timer = threading.Timer(0.3, other.rollback)
-    timer.start()
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            other.rollback()
+
+    monkeypatch.setattr("time.sleep", pause)
     connect(f"sqlite:///{path}").dispose()
-    timer.join()
     other.close()
+    assert len(pauses) == 3 and pauses == sorted(pauses)

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,8 @@ def make(
     settings = {
         "uri": uri,
         "experiment": request.node.name,
-        "study": f"study.{abs(hash(request.node.name))}#1",
+        "model": tmp_path.name,
+        "study": f"{tmp_path.name}/simplex-gp#2",
         "study_uid": "uid",
         "artifacts": tmp_path / "artifacts",
         "parameters": {"seed": "0"},
@@ -262,13 +263,12 @@ def test_more_distributions_than_mlflow_takes_at_once(make: Make, logged: Callab
 
 
 @pytest.fixture
-def download(uri: str) -> Iterator[Callable[[str], Path]]:
+def download(uri: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
     """Gets a registered model's folder as a user would."""
     import mlflow
 
-    mlflow.set_tracking_uri(uri)
-    yield lambda name: Path(mlflow.artifacts.download_artifacts(f"models:/{name}@champion"))
-    mlflow.set_tracking_uri(None)  # type: ignore[arg-type]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return lambda name: Path(mlflow.artifacts.download_artifacts(f"models:/{name}@champion"))
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -282,7 +282,7 @@ def test_the_champion_is_the_folder_last_registered_and_each_content_one_version
     copy = folder(tmp_path / "c", "{}")
     name = "a.model-with_marks"
     for which, version in [(first, "1"), (copy, "1"), (second, "2"), (second, "2"), (first, "1")]:
-        tracker = make(study=f"{name}#3")
+        tracker = make(model=name)
         assert tracker.register(which, {"held_out.nll.code": 0.5}, {"dem_opt.key": "value"}) == version
         tracker.close()
         assert contents(download(name)) == contents(which)
