@@ -14,7 +14,7 @@ from dem_opt import __version__, terminal
 from dem_opt.errors import EvaluationError, InputError
 
 if TYPE_CHECKING:
-    from dem_opt.records import Summary
+    from dem_opt.records import Score, Summary
     from dem_opt.study import Study
 
 DONE, OTHER, MISTAKE, INTERRUPTED = 0, 1, 2, 130
@@ -143,10 +143,7 @@ def _print_tables(summary: "Summary") -> None:
 def _score(given: argparse.Namespace) -> None:
     with terminal.Progressing(quiet=given.json) as watching:
         study = _study(given, watching)
-        if given.model:
-            scores = study.score_model(given.model)
-        else:
-            scores = study.score(_weights(given.weights))
+        scores = study.score_model(given.model) if given.model else study.score(_weights(given.weights))
     told = {
         split: {
             name: {"nll": one.nll, "perplexity": one.perplexity, "tokens": one.tokens} for name, one in by_name.items()
@@ -243,6 +240,11 @@ def _weights(text: str) -> dict[str, float]:
             raise InputError(None, "--weights", text, f"{name!r} stands twice")
         weights[name] = weight
     return weights
+
+
+def _score_data(score: "Score") -> dict[str, float]:
+    """A score for programs: NLL in nats per token."""
+    return {"nll": score.nll, "perplexity": score.perplexity, "tokens": score.tokens}
 
 
 def _as_data(summary: "Summary") -> dict[str, Any]:

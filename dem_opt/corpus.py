@@ -14,13 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dem_opt.config import Distribution, EvaluationSection
 from dem_opt.errors import InputError
+from dem_opt.question import HELD_OUT, SEARCH
 from dem_opt.records import Corpus, Windows
-
-SEARCH = "search"
-"""The split that proposals and the choice of the winner see."""
-
-HELD_OUT = "held_out"
-"""The split that only reports."""
 
 SURPLUS = 8
 """Windows are drawn from at most this many times those asked for, so that a large file costs no more time."""

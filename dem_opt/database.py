@@ -151,7 +151,8 @@ class Lease:
             seen = connection.execute(select(_Holder.__table__).where(this)).one_or_none()
             if seen is None:
                 fresh = insert_into(self._engine, _Holder).values(study=self._study, **self._me(now))
-                return connection.execute(fresh.on_conflict_do_nothing()).rowcount == 1
+                counted = fresh.on_conflict_do_nothing().execution_options(preserve_rowcount=True)
+                return connection.execute(counted).rowcount == 1
             if _is_alive(seen, now):
                 raise InputError(None, "study", self._study, _held_by(seen))
             same = (this, _Holder.token == seen.token, _Holder.renewed == seen.renewed)

@@ -8,8 +8,8 @@ from dem_opt.database import Lease
 from dem_opt.errors import EvaluationError
 from dem_opt.ledger import Ledger
 from dem_opt.pool import Pool
-from dem_opt.question import Question
-from dem_opt.records import Composite, Evaluation, Failure, Observer, Request
+from dem_opt.question import SEARCH, Question
+from dem_opt.records import Composite, Evaluation, Failure, Observer, Request, Score
 from dem_opt.search import Proposal, Search
 from dem_opt.standings import attributes, trial_record
 from dem_opt.tracking import Tracker
@@ -38,7 +38,7 @@ class Driver:
                 if proposal is None:
                     break
                 composite = self.question.composite(proposal.coefficients)
-                if request := self._request(proposal.number, composite, "search"):
+                if request := self._request(proposal.number, composite, SEARCH):
                     self.pool.submit(request)
                     flying[proposal.number] = proposal
                 else:
@@ -64,6 +64,17 @@ class Driver:
             self._record(request, answer)
             if isinstance(answer, Failure):
                 raise EvaluationError(f"{dict(request.composite.terms)} can't be scored: {answer.reason}")
+
+    def score_afresh(self, composite: Composite, split: str) -> dict[str, Score]:
+        """Scores of a composite by distribution, measured whatever the ledger has, and not recorded.
+
+        Raises EvaluationError where it can't be scored.
+        """
+        self.pool.submit(Request(0, composite, self.question.keys(split)))
+        _, answer = self.pool.next_done()
+        if isinstance(answer, Failure):
+            raise EvaluationError(f"{dict(composite.terms)} can't be scored: {answer.reason}")
+        return {name: answer.scores[key] for name, key in self.question.corpora[split].items()}
 
     def _request(self, ticket: int, composite: Composite, split: str) -> Request | None:
         """What is to be asked of a resident: the scores that the ledger lacks; None where it has them all."""

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -117,8 +118,21 @@ def train_model(
     The windows go round in an order drawn from the seed, as often as the steps need; incomplete batches are
     dropped.  Raises RuntimeError, naming the step, when a loss is not finite.
     """
-    arguments = TrainingArguments(
-        output_dir="unused",
+    losses = _Losses()
+    kept, model.config.use_cache = model.config.use_cache, False
+    with TemporaryDirectory() as scratch:
+        arguments = _arguments(scratch, steps, learning_rate, batch_size, seed)
+        trainer = Trainer(model, arguments, train_dataset=_Examples(windows), callbacks=[losses])
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    model.config.use_cache = kept
+    return losses.nats
+
+
+def _arguments(scratch: str, steps: int, learning_rate: float, batch_size: int, seed: int) -> TrainingArguments:
+    """The Trainer's settings: it logs every step to its callbacks alone, and writes only to `scratch`."""
+    return TrainingArguments(
+        output_dir=scratch,
         max_steps=steps,
         per_device_train_batch_size=batch_size,
         learning_rate=learning_rate,
@@ -134,13 +148,6 @@ def train_model(
         report_to="none",
         disable_tqdm=True,
     )
-    losses = _Losses()
-    kept, model.config.use_cache = model.config.use_cache, False
-    trainer = Trainer(model, arguments, train_dataset=_Examples(windows), callbacks=[losses])
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    model.config.use_cache = kept
-    return losses.nats
 
 
 def save_checkpoint(out: Path, model: Any, tokenizer: Any, records: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import numpy as np
-from sqlalchemy import Engine, ForeignKey, String, UniqueConstraint, func, inspect, select
+from sqlalchemy import BigInteger, Engine, ForeignKey, String, UniqueConstraint, func, inspect, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from dem_opt.database import create_missing, insert_into, masked
@@ -54,7 +54,7 @@ class _Score(_Tables):
     windows: Mapped[int]
     nats_W: Mapped[bytes]
     tokens_W: Mapped[bytes]
-    forward_tokens: Mapped[int]
+    forward_tokens: Mapped[int] = mapped_column(BigInteger)
     seconds: Mapped[float]
     created: Mapped[str]
 

@@ -74,9 +74,7 @@ def _documents(windows: Windows) -> Iterator[tuple[int, int, int]]:
                 yield window, start, end
 
 
-def score(
-    model: PreTrainedModel, windows: PreparedWindows, batch_tokens: int, isolates: bool
-) -> tuple[Score, int]:
+def score(model: PreTrainedModel, windows: PreparedWindows, batch_tokens: int, isolates: bool) -> tuple[Score, int]:
     """Nats per window,  -sum_t ln p(x_t | x_<t of its own document),  and the tokens through the model.
 
     One forward call for each batch of at most `batch_tokens` tokens (at least one window), batches being the
@@ -168,9 +166,7 @@ def isolates_documents(model: PreTrainedModel) -> bool:
     text_1T = torch.randint(vocabulary, (1, 20), generator=generator).to(device)
     before_2T = torch.randint(vocabulary, (2, 12), generator=generator).to(device)
     positions_1T = torch.cat([torch.arange(12), torch.arange(20)])[None].to(device)
-    packed_2TV = _logits(
-        model, torch.cat([before_2T, text_1T.expand(2, -1)], dim=1), positions_1T.expand(2, -1)
-    )
+    packed_2TV = _logits(model, torch.cat([before_2T, text_1T.expand(2, -1)], dim=1), positions_1T.expand(2, -1))
     alone_TV = _logits(model, text_1T, positions_1T[:, 12:])[0]
     first_TV, second_TV = packed_2TV[:, 12:]
     return torch.equal(first_TV, second_TV) and _near(first_TV, alone_TV)

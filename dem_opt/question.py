@@ -8,7 +8,15 @@ from dem_opt.errors import InputError
 from dem_opt.records import Composite
 from dem_opt.simplex import Coefficients
 
-SPLITS = ("search", "held_out")
+SEARCH = "search"
+"""The split that proposals and the choice of the winner see."""
+
+HELD_OUT = "held_out"
+"""The split that only reports."""
+
+SPLITS = (SEARCH, HELD_OUT)
+
+_FIELDS = {SEARCH: "validation", HELD_OUT: "held_out"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ class Question:
     def scored(self) -> dict[str, str]:
         """What makes scores comparable: a change is refused."""
         corpora = {
-            f"distributions.{name}.{'validation' if split == 'search' else 'held_out'}": key
+            f"distributions.{name}.{_FIELDS[split]}": key
             for split, by_name in self.corpora.items()
             for name, key in by_name.items()
         }
@@ -64,7 +72,6 @@ class Question:
     def recall(cls, asked: Mapping[str, str], scored: Mapping[str, str]) -> "Question":
         """The question that `asked` and `scored` describe."""
         prefix, weight = "distributions.", "objective.weights."
-        validation, held_out = ".validation", ".held_out"
         return cls(
             base=asked["base"],
             experts={key.removeprefix(prefix): value for key, value in asked.items() if key.startswith(prefix)},
@@ -72,11 +79,10 @@ class Question:
             weights={key.removeprefix(weight): float(value) for key, value in asked.items() if key.startswith(weight)},
             corpora={
                 split: {
-                    key.removeprefix(prefix).removesuffix(suffix): value
-                    for key, value in scored.items()
-                    if key.startswith(prefix) and key.endswith(suffix)
+                    name: scored[f"{prefix}{name}.{field}"]
+                    for name in (key.removeprefix(prefix) for key in asked if key.startswith(prefix))
                 }
-                for split, suffix in zip(SPLITS, (validation, held_out), strict=True)
+                for split, field in _FIELDS.items()
             },
             settings={key: value for key, value in scored.items() if not key.startswith(prefix)},
         )

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dem_opt.checkpoints import DTYPES, Header, check_base, check_fit, content_hash, read_header
@@ -18,19 +18,31 @@ BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Sources:
-    """Everything that a study reads, on the device kind ("cpu" or "cuda") that it will run on.
+    """Everything that a study reads.
 
+    stored   what most of the base's tensors are, as torch names the dtype
     experts  by distribution
-    dtype    the evaluation's, as torch names it
+    device   the kind of device that residents get, "cpu" or "cuda"
     """
 
     config: StudyConfig
-    device: str
-    dtype: str
+    stored: str
     base: StoredModel
     experts: Mapping[str, StoredModel]
     corpora: tuple[Corpus, ...]
     tokenizer: str
+    device: str = "cpu"
+
+    def on(self, device: str) -> "Sources":
+        """The same for residents on another kind of device."""
+        return replace(self, device=device)
+
+    @property
+    def dtype(self) -> str:
+        """The evaluation's: auto is float32 on CPU (bfloat16 is about three times slower there), else the base's."""
+        if self.config.evaluation.dtype != "auto":
+            return self.config.evaluation.dtype
+        return "float32" if self.device == "cpu" else self.stored
 
     @property
     def batch_tokens(self) -> int:
@@ -66,15 +78,18 @@ class Sources:
         """Checkpoint folders by content hash."""
         return {model.content: model.path for model in (self.base, *self.experts.values())}
 
-    def spec_of(self, folder: Path, field: str = "--model") -> ResidentSpec:
-        """What a resident holds that scores another model on this study's corpora.
+    def other(self, folder: Path, field: str) -> StoredModel:
+        """Another model, to be scored on this study's corpora.
 
         Raises InputError for a model that is damaged, or whose tokenizer is not the base's.
         """
         check_base(read_header(folder, field))
         if tokenizer_digest(load_tokenizer(folder)) != self.tokenizer:
             raise InputError(folder, field, None, "its tokenizer is not the base's, so perplexities would not compare")
-        model = StoredModel(folder, content_hash(folder, field))
+        return StoredModel(folder, content_hash(folder, field))
+
+    def spec_of(self, model: StoredModel) -> ResidentSpec:
+        """What a resident holds that scores one other model."""
         return ResidentSpec(model, (), self.corpora, self.dtype, self.batch_tokens)
 
 
@@ -96,7 +111,7 @@ def check_files(config: StudyConfig, where: object) -> dict[str, Header]:
     return headers
 
 
-def gather(config: StudyConfig, device: str, where: object) -> Sources:
+def gather(config: StudyConfig, where: object) -> Sources:
     """Check, tokenize and hash all that a study names.
 
     Raises InputError, naming file and field, before anything is loaded or written.
@@ -110,8 +125,7 @@ def gather(config: StudyConfig, device: str, where: object) -> Sources:
     )
     return Sources(
         config=config,
-        device=device,
-        dtype=_dtype(config, headers["base"], device),
+        stored=_dtype(headers["base"]),
         base=StoredModel(config.base, content_hash(config.base, "base")),
         experts={
             name: StoredModel(one.checkpoint, content_hash(one.checkpoint, f"distributions.{name}.checkpoint"))
@@ -122,11 +136,7 @@ def gather(config: StudyConfig, device: str, where: object) -> Sources:
     )
 
 
-def _dtype(config: StudyConfig, base: Header, device: str) -> str:
-    """The evaluation's dtype: auto is float32 on CPU (bfloat16 is about three times slower there), else what most tensors have."""
-    if config.evaluation.dtype != "auto":
-        return config.evaluation.dtype
-    if device == "cpu":
-        return "float32"
-    stored = Counter(tensor.dtype for tensor in base.tensors.values())
-    return str(DTYPES[stored.most_common(1)[0][0]]).removeprefix("torch.")
+def _dtype(base: Header) -> str:
+    """The dtype of most tensors."""
+    counts = Counter(tensor.dtype for tensor in base.tensors.values())
+    return str(DTYPES[counts.most_common(1)[0][0]]).removeprefix("torch.")

@@ -6,7 +6,7 @@ from typing import Any
 
 from dem_opt.intervals import difference
 from dem_opt.ledger import Ledger
-from dem_opt.question import SPLITS, Question
+from dem_opt.question import SEARCH, SPLITS, Question
 from dem_opt.records import (
     Composite,
     Evaluation,
@@ -45,7 +45,7 @@ def trial_record(
         return TrialRecord(
             study, proposal.number, coefficients, None, propose_seconds=proposal.seconds, reason=answer.reason
         )
-    scores = recall(ledger, question, question.composite(coefficients), "search")
+    scores = recall(ledger, question, question.composite(coefficients), SEARCH)
     objective = mean_nll(scores, question.weights)
     return TrialRecord(study, proposal.number, coefficients, objective, scores, answer, proposal.seconds)
 
@@ -132,16 +132,26 @@ def summarize(
     trials: Mapping[str, Sequence[TrialRecord]],
     facts: Mapping[str, str],
 ) -> Summary:
-    """All that the table, the figures and the report are made from.  Every entry must be in the ledger in full."""
-    standings = tuple(_standing(ledger, question, entry) for entry in entries(question, space, trials))
+    """All that the table, the figures and the report are made from.
+
+    While a study runs, what is not measured yet is left out: composites on the search split, scores on the other.
+    """
+    found = [entry for entry in entries(question, space, trials) if is_known(ledger, question, entry.composite, SEARCH)]
+    standings = tuple(_standing(ledger, question, entry) for entry in found)
     winner = standings[-1]
-    margins = tuple(_margin(question, rival, winner, split) for split in SPLITS for rival in standings[:-1])
+    pairs = [(split, rival) for split in SPLITS for rival in standings[:-1]]
+    margins = tuple(
+        _margin(question, rival, winner, split)
+        for split, rival in pairs
+        if split in rival.objective and split in winner.objective
+    )
     frozen = {algorithm: tuple(records) for algorithm, records in trials.items()}
     return Summary(study, question.weights, standings, margins, frozen, facts)
 
 
 def _standing(ledger: Ledger, question: Question, entry: Entry) -> Standing:
-    scores = {split: recall(ledger, question, entry.composite, split) for split in SPLITS}
+    known = [split for split in SPLITS if is_known(ledger, question, entry.composite, split)]
+    scores = {split: recall(ledger, question, entry.composite, split) for split in known}
     settings = question.settings
     one_pass = len(question.weights) * int(settings["evaluation.windows"]) * int(settings["evaluation.window"])
     return Standing(
@@ -150,10 +160,10 @@ def _standing(ledger: Ledger, question: Question, entry: Entry) -> Standing:
         algorithm=entry.algorithm,
         coefficients=entry.coefficients,
         scores=scores,
-        objective={split: mean_nll(scores[split], question.weights) for split in SPLITS},
+        objective={split: mean_nll(scores[split], question.weights) for split in known},
         evaluations=entry.evaluations,
         forward_tokens=entry.evaluations * one_pass,
-        seconds=ledger.seconds(entry.composite, question.keys("search"), question.scoring)
+        seconds=ledger.seconds(entry.composite, question.keys(SEARCH), question.scoring)
         if entry.seconds is None
         else entry.seconds,
     )
@@ -185,7 +195,7 @@ def carried_over(ledger: Ledger, question: Question, space: Space, most: int = C
         if units.keys() <= names.keys() and sum(units.values()) == space.total_units:
             by_name = {names[content]: count for content, count in units.items()}
             point = space.from_units([by_name.get(name, 0) for name in space.names])
-            scores = recall(ledger, question, composite, "search")
+            scores = recall(ledger, question, composite, SEARCH)
             weights = {name: question.weights[name] for name in scores}
             if any(weights.values()):
                 ranked.append((-len(scores), mean_nll(scores, weights), composite.key, point))

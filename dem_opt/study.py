@@ -16,7 +16,7 @@ from dem_opt.export import Export, ExportError, model_card, prove, write_composi
 from dem_opt.finetune import RECORD, FineTuned, FineTuneJob, fine_tune, is_finished
 from dem_opt.ledger import Ledger, StudyRow
 from dem_opt.pool import Compute, RayCompute
-from dem_opt.question import SPLITS, Question, changes, refuse_other_scoring
+from dem_opt.question import SEARCH, SPLITS, Question, changes, refuse_other_scoring
 from dem_opt.records import (
     Composite,
     Observer,
@@ -24,6 +24,7 @@ from dem_opt.records import (
     Score,
     Silence,
     Standing,
+    StoredModel,
     Summary,
     TrialRecord,
 )
@@ -88,11 +89,13 @@ class Study:
 
     def compare(self, algorithms: Sequence[str]) -> Summary:
         """Optimize with each algorithm over one ledger, and score the final table's composites on both splits."""
-        with self._compute as compute, self._open() as (engine, ledger), holding(engine, self.config.name) as lease:
-            sources = gather(self.config, compute.device, self._where)
-            question = sources.question()
+        sources = gather(self.config, self._where)
+        name = self.config.name
+        with self._open() as (engine, ledger), holding(engine, name) as lease, self._compute as compute:
+            question = sources.on(compute.device).question()
             generation, start = self._enter(ledger, question)
-            with self._driver(compute, sources.spec(), question, ledger) as driver:
+            with self._driver(compute, sources.on(compute.device).spec(), question, ledger) as driver:
+                driver.measure([Composite.single(question.base)], SEARCH)
                 for algorithm in algorithms:
                     self._optimize(driver, algorithm, generation, start, lease)
                 found = entries(question, self.config.space, self._trials(ledger, question, generation))
@@ -126,52 +129,45 @@ class Study:
     def score(self, weights: Mapping[str, float]) -> Scores:
         """Scores of one composite by split and distribution; what the ledger has is not measured again."""
         coefficients = self.config.space.check(weights, self._where, "--weights")
-        return self._score(lambda sources: (sources.spec(), sources.question().composite(coefficients)))
+        sources = gather(self.config, self._where)
+        return self._score(sources, sources.question().composite(coefficients))
 
     def score_model(self, folder: Path) -> Scores:
         """Scores of any model that has the base's tokenizer, by split and distribution."""
-
-        def alone(sources: Sources) -> tuple[ResidentSpec, Composite]:
-            model = sources.other(folder)
-            return sources.spec_of(model), Composite.single(model.content)
-
-        return self._score(alone)
+        sources = gather(self.config, self._where)
+        model = sources.other(folder, "--model")
+        return self._score(sources, Composite.single(model.content), model)
 
     def merge(self, weights: Mapping[str, float], out: Path) -> Export:
         """Write the composite of these coefficients as a checkpoint folder, its bits compared from disk."""
         coefficients = self.config.space.check(weights, self._where, "--weights")
-        sources = gather(self.config, "cpu", self._where)
-        return self._write(sources, coefficients, out, (), prove)
+        return self._write(gather(self.config, self._where), coefficients, out, (), prove)
 
     def export(self, out: Path) -> Champion:
         """Write the winner as a checkpoint folder, prove it from disk, register it.
 
-        Its bits are compared with a fresh merge and its scores with the ledger's before the folder gets its name.
+        Its bits are compared with a fresh merge and its scores with the winner's before the folder gets its name.
         """
-        with self._compute as compute, self._open() as (_, ledger):
-            row = self._row(ledger)
-            sources = gather(self.config, compute.device, self._where)
+        files = gather(self.config, self._where)
+        with self._open() as (_, ledger), self._compute as compute:
+            sources, row = files.on(compute.device), self._row(ledger)
             question = sources.question()
             if row.question != question.asked():
-                raise InputError(
-                    self._where, None, None, f"has changed since it was run; first: dem-opt run {self._where}"
-                )
+                mend = f"has changed since it was run; first: dem-opt run {self._where}"
+                raise InputError(self._where, None, None, mend)
             summary = self._summarize(ledger, question, row.generation)
-            winner = summary.winner
-            assert winner.coefficients is not None
 
             def approve(written: Export) -> None:
                 prove(written)
-                spec = sources.spec_of(written.path, "export")
-                with self._driver(compute, spec, question, ledger) as driver:
+                model = sources.other(written.path, "export")
+                with self._driver(compute, sources.spec_of(model), question, ledger) as driver:
                     for split in SPLITS:
-                        driver.measure([Composite.single(spec.base.content)], split)
-                        _refuse_other_scores(
-                            recall(ledger, question, Composite.single(spec.base.content), split), winner, split
-                        )
+                        again = driver.score_afresh(Composite.single(model.content), split)
+                        _refuse_other_scores(again, summary.winner, split)
 
-            export = self._write(sources, winner.coefficients, out, summary.standings, approve)
-            return Champion(winner, export, self._register(summary, export, row.generation))
+            assert summary.winner.coefficients is not None
+            export = self._write(sources, summary.winner.coefficients, out, summary.standings, approve)
+            return Champion(summary.winner, export, self._register(summary.winner, export, row.generation))
 
     def summary(self) -> Summary:
         """What the study has found so far, from its database alone.
@@ -180,14 +176,18 @@ class Study:
         """
         with self._open() as (_, ledger):
             row = self._row(ledger)
-            return self._summarize(ledger, Question.recall(row.question, row.scoring), row.generation)
+            question = Question.recall(row.question, row.scoring)
+            if not any(self._trials(ledger, question, row.generation).values()):
+                raise self._nothing_yet()
+            return self._summarize(ledger, question, row.generation)
 
-    def _score(self, choose: Callable[[Sources], tuple[ResidentSpec, Composite]]) -> Scores:
-        with self._compute as compute, self._open() as (_, ledger):
-            sources = gather(self.config, compute.device, self._where)
+    def _score(self, files: Sources, composite: Composite, model: StoredModel | None = None) -> Scores:
+        """Scores of a composite of the study's checkpoints, or of another model; what the ledger lacks is measured."""
+        with self._open() as (_, ledger), self._compute as compute:
+            sources = files.on(compute.device)
             question = sources.question()
-            spec, composite = choose(sources)
             if not all(is_known(ledger, question, composite, split) for split in SPLITS):
+                spec = sources.spec() if model is None else sources.spec_of(model)
                 with self._driver(compute, spec, question, ledger) as driver:
                     for split in SPLITS:
                         driver.measure([composite], split)
@@ -270,9 +270,8 @@ class Study:
             sources.base.path, sources.folders(), question.composite(coefficients), out, card, approve
         )
 
-    def _register(self, summary: Summary, export: Export, generation: int) -> str | None:
+    def _register(self, winner: Standing, export: Export, generation: int) -> str | None:
         """The winner's version in MLflow, under its algorithm's run; None where MLflow can't be reached."""
-        winner = summary.winner
         settings = self.config.search.model_copy(update={"algorithm": winner.algorithm})
         name = self._optuna_name(winner.algorithm, generation)
         metrics = {f"{split}.objective_nll": nll for split, nll in winner.objective.items()}
@@ -309,8 +308,11 @@ class Study:
     def _row(self, ledger: Ledger) -> StudyRow:
         row = ledger.study(self.config.name)
         if row is None:
-            raise InputError(self._where, None, None, f"nothing measured yet; first: dem-opt run {self._where}")
+            raise self._nothing_yet()
         return row
+
+    def _nothing_yet(self) -> InputError:
+        return InputError(self._where, None, None, f"nothing is measured yet; first: dem-opt run {self._where}")
 
     def _fine_tunings(self) -> list[FineTuneJob]:
         """A job for each distribution that has training data."""

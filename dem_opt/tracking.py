@@ -145,9 +145,7 @@ class MlflowTracker:
             return done.result()
         if not self._out:
             reason = shorten(masked(f"{type(error).__name__}: {error}".splitlines()[0]), 300)
-            self._warn(
-                f"{self._name} failed ({reason}); the study goes on, the next run logs what is missing"
-            )
+            self._warn(f"{self._name} failed ({reason}); the study goes on, the next run logs what is missing")
         self._out, self._runs = True, None
         return None
 
@@ -252,9 +250,7 @@ class _Runs:
         """The study's run, found by its tags and running again, or made."""
         found = self._search(f"tags.`{_STUDY}` = '{study}' and tags.`{_UID}` = '{uid}'")
         tags = {_STUDY: study, _UID: uid}
-        run: Run = (
-            found[-1] if found else self._client.create_run(self._experiment, tags=tags, run_name=study)
-        )
+        run: Run = found[-1] if found else self._client.create_run(self._experiment, tags=tags, run_name=study)
         self._client.update_run(run.info.run_id, "RUNNING")
         return run
 

@@ -75,8 +75,13 @@ def test_same_job_same_bits(job: FineTuneJob, tmp_path: Path) -> None:
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_a_fine_tune_lowers_its_own_loss_and_loads(job: FineTuneJob) -> None:
+def test_a_fine_tune_lowers_its_own_loss_and_loads(
+    job: FineTuneJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     made = fine_tune(dataclasses.replace(job, steps=30))
+    assert list(Path().iterdir()) == [], "writes to its own folder alone"
     assert made.last_loss < made.first_loss - 0.2
     assert (made.path, made.steps, made.tokens) == (job.out, 30, 30 * 4 * TINY.window)
     base = AutoModelForCausalLM.from_pretrained(job.base)

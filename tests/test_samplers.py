@@ -230,7 +230,10 @@ def test_a_quadratic_is_known_from_few_values() -> None:
     rng = np.random.default_rng(0)
     form = rng.normal(size=(3, 3))
     points, others = rng.dirichlet(np.ones(3), 10), rng.dirichlet(np.ones(3), 100)
-    quadratic = lambda x: ((x @ form) * x).sum(axis=1)  # noqa: E731
+
+    def quadratic(x: Array) -> Array:
+        return np.asarray(((x @ form) * x).sum(axis=1))
+
     error = gp.fit(points, quadratic(points)).mean(others) - quadratic(others)
     assert np.abs(error).max() < 1e-2 * quadratic(others).std()
 

@@ -16,7 +16,7 @@ from dem_opt.simplex import Coefficients, Space
 
 ALGORITHMS = ["simplex-gp", "grid", "random"]
 SPACE = Space(("code", "math", "prose"))
-TRIALS = 9
+TRIALS = 7
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def open_search(url: str, name: str, algorithm: str = "simplex-gp", **settings: object) -> Search:
-    chosen = config.Search.model_validate({"algorithm": algorithm, "trials": TRIALS, "divisions": 3, **settings})
+    chosen = config.Search.model_validate({"algorithm": algorithm, "trials": TRIALS, "divisions": 2, **settings})
     return Search(url, name, SPACE, chosen)
 
 
@@ -63,8 +63,8 @@ def die_while_asking(url: str, name: str) -> None:
 def test_asks_what_is_planned_and_no_more(url: str, name: str, algorithm: str) -> None:
     search = open_search(url, name, algorithm)
     proposals = list(play(search))
-    # C(3 + 3 - 1, 3 - 1) = 10 points of the lattice
-    planned = 10 if algorithm == "grid" else TRIALS
+    # C(2 + 3 - 1, 3 - 1) = 6 points of the lattice
+    planned = 6 if algorithm == "grid" else TRIALS
     assert len(proposals) == search.planned == search.told == planned
     assert search.ask() is None
     storage, study_id = storage_of(url, name)
@@ -100,7 +100,7 @@ def uninterrupted(request: pytest.FixtureRequest, url: str) -> tuple[str, list[C
 
 
 @pytest.mark.parametrize("death", ["between trials", "while asking", "while scoring"])
-@pytest.mark.parametrize("after", [1, 6])
+@pytest.mark.parametrize("after", [1, 5])
 def test_a_resumed_study_proposes_what_an_uninterrupted_one_does(
     url: str, name: str, uninterrupted: tuple[str, list[Coefficients]], death: str, after: int
 ) -> None:

@@ -9,6 +9,9 @@ import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+logging.disable_progress_bar()
 
 VOCABULARY = 320
 WORDS = "alpha beta gamma delta count of in for and while return print value list sum nine seven two".split()

@@ -1,0 +1,169 @@
+"""The command line: what a user did wrong is told in one line, and nothing is half-written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import worlds
+import yaml
+from safetensors.torch import load_file, save_file
+
+from dem_opt.cli import main
+from dem_opt.study import Study
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A tiny study that is all right, with two trials."""
+    return worlds.study(tmp_path_factory.mktemp("world"), search={"algorithm": "random", "trials": 2}).parent
+
+
+@pytest.fixture
+def world(template, tmp_path):
+    """A copy of it to spoil."""
+    shutil.copytree(template, tmp_path / "world")
+    return tmp_path / "world"
+
+
+@pytest.fixture
+def untracked(monkeypatch):
+    from dem_opt.tracking import NoTracker
+
+    monkeypatch.setattr(Study, "_tracker", lambda study, search: NoTracker())
+
+
+def edit(world: Path, **changes) -> None:
+    path = world / "study.yaml"
+    study = yaml.safe_load(path.read_text())
+    for field, value in changes.items():
+        *sections, last = field.split("__")
+        section = study
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[last] = value
+    path.write_text(yaml.safe_dump(study, sort_keys=False))
+
+
+def weights_of(world: Path, name: str) -> Path:
+    return world / "models" / name / "model.safetensors"
+
+
+def spoil_value(world: Path, value: float) -> None:
+    tensors = load_file(weights_of(world, "math"))
+    tensors["model.norm.weight"][3] = value
+    save_file(tensors, weights_of(world, "math"), metadata={"format": "pt"})
+
+
+def other_shape(world: Path) -> None:
+    shutil.rmtree(world / "models/math")
+    worlds.save_model(world / "models/math", seed=5, hidden=8)
+
+
+def other_vocabulary(world: Path) -> None:
+    tensors = load_file(weights_of(world, "math"))
+    tensors["model.embed_tokens.weight"] = torch.zeros(321, 16)
+    save_file(tensors, weights_of(world, "math"), metadata={"format": "pt"})
+
+
+def truncate(world: Path) -> None:
+    content = weights_of(world, "math").read_bytes()
+    weights_of(world, "math").write_bytes(content[:-100])
+
+
+MISTAKES = {
+    "misspelt key": (lambda world: edit(world, serch={}), "serch", "did you mean 'search'?"),
+    "no base": (lambda world: edit(world, base="models/bass"), "base", "models/bass"),
+    "no checkpoint": (lambda world: shutil.rmtree(world / "models/math"), "distributions.math.checkpoint", "math"),
+    "other shape": (other_shape, "distributions.math.checkpoint", "does not fit the base"),
+    "other vocabulary": (other_vocabulary, "distributions.math.checkpoint", "vocabulary"),
+    "NaN": (lambda world: spoil_value(world, float("nan")), "distributions.math.checkpoint", "model.norm.weight"),
+    "infinite": (lambda world: spoil_value(world, float("inf")), "distributions.math.checkpoint", "model.norm.weight"),
+    "truncated": (truncate, "distributions.math.checkpoint", "model.safetensors"),
+    "empty data": (lambda world: (world / "data/math.jsonl").write_text(""), "distributions.math.validation", "no text"),
+    "no data": (lambda world: (world / "data/math.jsonl").unlink(), "distributions.math.validation", "no such file"),
+    "no text": (
+        lambda world: (world / "data/math.jsonl").write_bytes(b'{"text": "\xff\xfe"}'),
+        "distributions.math.validation",
+        "UTF-8",
+    ),
+    "small corpus": (lambda world: edit(world, evaluation__windows=4000), "evaluation.windows = 4000", "windows of"),
+    "zero trials": (lambda world: edit(world, search__trials=0), "search.trials = 0", "greater than 0"),
+    "unwritable output": (lambda world: edit(world, output="study.yaml/inside"), "storage", "study.yaml"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing(world, capsys, untracked, mistake):
+    spoil, field, said = MISTAKES[mistake]
+    spoil(world)
+    before = sorted(world.rglob("*"))
+    assert main(["run", str(world / "study.yaml")]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("dem-opt: ") and told.err.count("\n") == 1
+    assert field in told.err and said in told.err
+    assert sorted(world.rglob("*")) == before, "nothing half-written"
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ("code=-0.5,math=1.5", "--weights.code = -0.5"),
+        ("code=0.5,math=0.4", "sums to 0.9"),
+        ("code=0.5,mathe=0.5", "did you mean 'math'?"),
+        ("code", "NAME=NUMBER"),
+        ("code=half", "NAME=NUMBER"),
+        ("code=0.5,code=0.5", "stands twice"),
+    ],
+)
+@pytest.mark.parametrize("command", ["score", "merge"])
+def test_coefficients_that_are_no_point_are_refused(world, capsys, command, weights, said):
+    out = ["--out", str(world / "out")] if command == "merge" else []
+    assert main([command, str(world / "study.yaml"), "--weights", weights, *out]) == 2
+    assert said in capsys.readouterr().err
+    assert not (world / "out").exists()
+
+
+def test_an_export_into_a_folder_of_somebody_else_is_refused(world, capsys):
+    assert main(["merge", str(world / "study.yaml"), "--weights", "code=1", "--out", str(world / "data")]) == 2
+    assert "name another folder" in capsys.readouterr().err
+
+
+def test_a_change_of_scoring_under_a_study_is_refused(world, capsys, untracked, ray_session):
+    assert main(["run", str(world / "study.yaml")]) == 0
+    edit(world, evaluation__window=16)
+    assert main(["run", str(world / "study.yaml")]) == 2
+    assert "evaluation.window = '16'" in capsys.readouterr().err
+
+
+def test_run_score_and_report_say_what_they_found(world, capsys, untracked, ray_session):
+    study = str(world / "study.yaml")
+    assert main(["run", study, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    labels = [standing["label"] for standing in found["standings"]]
+    assert labels == ["base", "code", "math", "prose", "uniform", "best of random"]
+    assert found["trials"] == {"random": 2} and len(found["margins"]) == 10
+    assert main(["score", study, "--weights", "code=1", "--json"]) == 0
+    score = json.loads(capsys.readouterr().out)
+    assert score["search"] == found["standings"][1]["scores"]["search"]
+    assert main(["report", study]) == 0
+    assert (world / "runs/tiny/report.html").stat().st_size > 100_000
+    assert main(["run", study]) == 0
+    table = capsys.readouterr().out
+    assert "best of random" in table and max(len(line) for line in table.splitlines()) <= 120
+
+
+def test_check_reads_headers_alone(world, capsys):
+    assert main(["check", str(world / "study.yaml")]) == 0
+    assert "fit together" in capsys.readouterr().out
+
+
+def test_an_interrupt_says_how_to_go_on(world, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Study, "compare", interrupted)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    assert main(["run", str(world / "study.yaml")]) == 130
+    assert f"dem-opt run {world / 'study.yaml'}" in capsys.readouterr().err
