@@ -91,9 +91,7 @@ def change_heat_map(summary: Summary, split: str = "held_out") -> go.Figure:
     figure.update_xaxes(name_ticks(names), title="distribution", tickangle=slant)
     figure.update_yaxes(name_ticks([standing.label for standing in others]), autorange="reversed")
     title = f"NLL change, {split.replace('_', '-')} split"
-    reading = (
-        "NLL minus the base's, nats per token: negative is better. Colours saturate at the largest gain."
-    )
+    reading = "NLL minus the base's, nats per token: negative is better. Colours saturate at the largest gain."
     rows = [_told_change(standing, names, row) for standing, row in zip(others, change, strict=True)]
     words = "; ".join(rows) or "only the base was scored"
     return finish(figure, title, reading, f"{words}.", 170 + 34 * len(others))

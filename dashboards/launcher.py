@@ -181,9 +181,7 @@ def _started(
     """The program of this Python's environment as a server, stopped when the block ends."""
     path = Path(sys.executable).parent / program
     if not path.exists():
-        raise InputError(
-            path, None, None, f"is missing; install it with `{sys.executable} -m pip install {program}`"
-        )
+        raise InputError(path, None, None, f"is missing; install it with `{sys.executable} -m pip install {program}`")
     log = folder / f"{program}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -59,9 +59,7 @@ def told(coefficients: Coefficients | None) -> str:
     """Coefficients above 0 in one line of plain text."""
     if coefficients is None:
         return "the base alone"
-    return ", ".join(
-        f"{shorten(name, 16)} {weight:.3f}" for name, weight in coefficients.weights.items() if weight
-    )
+    return ", ".join(f"{shorten(name, 16)} {weight:.3f}" for name, weight in coefficients.weights.items() if weight)
 
 
 def signed(value: float | None) -> str:

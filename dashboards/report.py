@@ -98,10 +98,7 @@ def render(summary: Summary) -> str:
     """The page as text: the answer, the search, how to reproduce it."""
     figures = all_figures(summary)
     page = Template(files("dashboards").joinpath("report.html").read_text(encoding="utf-8"))
-    tables = [
-        _html_table(final_table(summary, split), f"NLL in nats per token, {SPLITS[split]}")
-        for split in SPLITS
-    ]
+    tables = [_html_table(final_table(summary, split), f"NLL in nats per token, {SPLITS[split]}") for split in SPLITS]
     above = "Rival minus winner in mean NLL, nats per token; above 0 the winner is better"
     return page.substitute(
         study=escape(summary.study),
@@ -126,9 +123,7 @@ def _answer(summary: Summary) -> str:
         (words, _number(winner.objective.get(split)), _number(base.objective.get(split)))
         for split, words in SPLITS.items()
     ]
-    scores = ", ".join(
-        f"{nll} nats per token on the {words} (the base: {of_base})" for words, nll, of_base in found
-    )
+    scores = ", ".join(f"{nll} nats per token on the {words} (the base: {of_base})" for words, nll, of_base in found)
     return f"<strong>{escape(winner.label)}</strong>: {escape(told)}.<br>Mean NLL {escape(scores)}."
 
 

@@ -51,9 +51,7 @@ def barycentric(
     coefficients: Sequence[Coefficients], names: Sequence[str], corners_K2: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Composites in the polygon, [R, 2]: the mean of its corners weighted by the coefficients."""
-    weights_RK = np.array([[each.weights[name] for name in names] for each in coefficients]).reshape(
-        -1, len(names)
-    )
+    weights_RK = np.array([[each.weights[name] for name in names] for each in coefficients]).reshape(-1, len(names))
     points_R2: NDArray[np.float64] = weights_RK / weights_RK.sum(axis=1, keepdims=True) @ corners_K2
     return points_R2.round(4)
 
@@ -67,9 +65,7 @@ def _draw_line(figure: go.Figure, summary: Summary, shown: Shown) -> None:
         figure.add_scatter(x=weights, y=_objectives(records), **series)
     winner = summary.winner
     if winner.coefficients is not None and "search" in winner.objective:
-        figure.add_scatter(
-            x=[winner.coefficients.weights[first]], y=[winner.objective["search"]], **_star(winner)
-        )
+        figure.add_scatter(x=[winner.coefficients.weights[first]], y=[winner.objective["search"]], **_star(winner))
     figure.update_xaxes(title=f"coefficient of {label(first)}")
     figure.update_yaxes(title="NLL on the search split (nats per token)")
 
@@ -90,9 +86,7 @@ def _draw_ternary(figure: go.Figure, summary: Summary, shown: Shown) -> None:
         star = {corner: [best[name]] for corner, name in corners.items()}
         figure.add_scatterternary(**star, cliponaxis=False, **_star(summary.winner))
     frame = {"sum": total, "bgcolor": "rgba(0,0,0,0)", "domain": {"x": [0.08, 0.92]}}
-    axes = {
-        f"{corner}axis": {"title": {"text": label(name)}, "nticks": 5} for corner, name in corners.items()
-    }
+    axes = {f"{corner}axis": {"title": {"text": label(name)}, "nticks": 5} for corner, name in corners.items()}
     figure.update_layout(ternary={**frame, **axes}, coloraxis=_nll_axis(shown))
 
 
@@ -134,10 +128,7 @@ def _beside(x: float, y: float) -> dict[str, Any]:
 
 def _series(algorithm: str, records: Sequence[TrialRecord]) -> dict[str, Any]:
     """What an algorithm's points have in common."""
-    texts = [
-        f"trial {each.number}: {each.objective:.4f}<br>{label(told(each.coefficients), 200)}"
-        for each in records
-    ]
+    texts = [f"trial {each.number}: {each.objective:.4f}<br>{label(told(each.coefficients), 200)}" for each in records]
     common = {"mode": "markers", "legendgroup": label(algorithm), "showlegend": False}
     return {**common, "hovertext": texts, "hoverinfo": "text"}
 
@@ -187,9 +178,7 @@ def _thinned(records: Sequence[TrialRecord]) -> list[TrialRecord]:
 
     MOST_POINTS of them at most: the best half, and others evenly spread over the rest of the ranking.
     """
-    ranked = sorted(
-        (each for each in records if each.objective is not None), key=lambda each: each.objective or 0.0
-    )
+    ranked = sorted((each for each in records if each.objective is not None), key=lambda each: each.objective or 0.0)
     half = MOST_POINTS // 2
     rest = ranked[half:]
     return [*ranked[:half], *(rest[i] for i in spread(len(rest), half))][::-1]

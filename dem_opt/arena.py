@@ -19,8 +19,9 @@ from dem_opt.simplex import UNIT
 ALIGNMENT = 64
 """Every parameter starts at a multiple of this many elements, so at least of as many bytes."""
 
-CPU_BLOCK = 2**17
-"""Elements that a CPU thread merges at once: float32 scratch of this size stays in cache."""
+CPU_BLOCK = 2**19
+"""Elements merged at once on a CPU: few enough that float32 scratch stays in cache, and many, because threads wait
+for each other after every operation."""
 
 DEVICE_BLOCK = 2**24
 """Elements merged at once elsewhere: enough to hide the launching of kernels, and below 2**31."""
@@ -89,15 +90,15 @@ class MergeKernel:
 
     def __init__(self, device: torch.device | str = "cpu", block: int | None = None) -> None:
         """Scratch for `block` elements; by default as many as suit the device.  The bits are the same."""
-        on_cpu = torch.device(device).type == "cpu"
-        self.block = block or (CPU_BLOCK * torch.get_num_threads() if on_cpu else DEVICE_BLOCK)
+        self.block = block or (CPU_BLOCK if torch.device(device).type == "cpu" else DEVICE_BLOCK)
         self._sum_P = torch.empty(self.block, dtype=torch.float32, device=device)
         self._term_P = torch.empty(self.block, dtype=torch.float32, device=device)
 
     def merge(self, out_P: Tensor, terms: Sequence[tuple[int, Tensor]]) -> None:
         """out = sum_n (units_n / 1e9) x_n  over flat tensors of one dtype, rounded to it, cast to out's.
 
-        Terms are (units of 1e-9, values), summed in the order given.  Coefficients are rounded to float32.
+        Terms are (units of 1e-9, values), summed in the order given.  Coefficients are rounded to float32.  A single
+        term is copied, which keeps its bits even where the processor flushes denormal numbers to zero.
         """
         if len(terms) == 1 and terms[0][0] == UNIT:
             out_P.copy_(terms[0][1])

@@ -175,7 +175,7 @@ def hash_tensors(header: Header) -> str:
     content = hashlib.sha256()
     names = sorted(header.tensors)
     with ThreadPoolExecutor() as threads:
-        digests = threads.map(lambda named: _digest(*named, header), _tensors(header, names))
+        digests = threads.map(lambda item: _digest(header, item[0], item[1]), _tensors(header, names))
         for name, digest in zip(names, digests, strict=True):
             stored = header.tensors[name]
             content.update(repr((name, stored.dtype, stored.shape, digest)).encode())
@@ -345,12 +345,12 @@ def _check_ties(header: Header, architecture: Architecture) -> None:
 
 def _tensors(header: Header, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """Tensors by name over the mapped bytes of the files, each of which is opened once."""
-    files = {file: safe_open(file, framework="pt") for file in header.files}  # type: ignore[no-untyped-call]
+    files: dict[Path, Any] = {file: safe_open(file, framework="pt") for file in header.files}
     for name in names:
         yield name, files[header.tensors[name].file].get_tensor(name)
 
 
-def _digest(name: str, tensor: Tensor, header: Header) -> str:
+def _digest(header: Header, name: str, tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, all of whose values must be finite."""
     digest = hashlib.sha256()
     for chunk in torch.split(tensor.reshape(-1), _CHUNK):

@@ -144,12 +144,7 @@ def _score(given: argparse.Namespace) -> None:
     with terminal.Progressing(quiet=given.json) as watching:
         study = _study(given, watching)
         scores = study.score_model(given.model) if given.model else study.score(_weights(given.weights))
-    told = {
-        split: {
-            name: {"nll": one.nll, "perplexity": one.perplexity, "tokens": one.tokens} for name, one in by_name.items()
-        }
-        for split, by_name in scores.items()
-    }
+    told = {split: {name: _score_data(one) for name, one in by_name.items()} for split, by_name in scores.items()}
     if given.json:
         terminal.say_json(told)
         return
@@ -259,8 +254,9 @@ def _as_data(summary: "Summary") -> dict[str, Any]:
                 "algorithm": one.algorithm,
                 "coefficients": one.coefficients and one.coefficients.weights,
                 "objective": dict(one.objective),
-                "nll": {
-                    split: {name: score.nll for name, score in scores.items()} for split, scores in one.scores.items()
+                "scores": {
+                    split: {name: _score_data(score) for name, score in scores.items()}
+                    for split, scores in one.scores.items()
                 },
                 "evaluations": one.evaluations,
                 "forward_tokens": one.forward_tokens,

@@ -1,7 +1,9 @@
 """Laws of merging, over architectures x dtypes x composites."""
 
+import functools
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -206,6 +208,17 @@ def test_a_merge_needs_no_file(tmp_path):
     assert_same_bits(values(model), before)
 
 
+def test_a_single_term_is_exact_where_denormals_are_flushed(tmp_path):
+    world = World(tmp_path, "llama tied", "float32")
+    arena, model = world.arena()
+    try:
+        torch.set_flush_denormal(True)
+        arena.merge(Composite.single(world.stored[1].content))
+    finally:
+        torch.set_flush_denormal(False)
+    assert_same_bits(values(model), world.weights[1])
+
+
 def terms(elements, dtype):
     generator = torch.Generator().manual_seed(1)
     weights = (2 * 10**8, 5 * 10**8, 299999999, 1)
@@ -216,6 +229,16 @@ def run(kernel, parts, live=torch.float32):
     out = torch.empty(len(parts[0][1]), dtype=live)
     kernel.merge(out, parts)
     return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_and_sums_are_rounded_one_at_a_time(dtype):
+    """numpy's float32 arithmetic fuses nothing."""
+    parts = terms(1003, dtype)
+    products = [np.float32(units / UNIT) * x.float().numpy() for units, x in parts]
+    expected = functools.reduce(np.add, products)
+    assert expected.dtype == np.float32
+    assert torch.equal(run(MergeKernel(), parts), torch.from_numpy(expected).to(dtype).float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -235,7 +258,7 @@ def test_a_value_does_not_depend_on_its_position(dtype, start):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_threads_change_no_bit(dtype):
-    parts = terms(300_007, dtype)
+    parts = terms(700_007, dtype)
     before, merged = torch.get_num_threads(), []
     try:
         for threads in (1, 2):

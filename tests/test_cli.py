@@ -81,7 +81,11 @@ MISTAKES = {
     "NaN": (lambda world: spoil_value(world, float("nan")), "distributions.math.checkpoint", "model.norm.weight"),
     "infinite": (lambda world: spoil_value(world, float("inf")), "distributions.math.checkpoint", "model.norm.weight"),
     "truncated": (truncate, "distributions.math.checkpoint", "model.safetensors"),
-    "empty data": (lambda world: (world / "data/math.jsonl").write_text(""), "distributions.math.validation", "no text"),
+    "empty data": (
+        lambda world: (world / "data/math.jsonl").write_text(""),
+        "distributions.math.validation",
+        "no text",
+    ),
     "no data": (lambda world: (world / "data/math.jsonl").unlink(), "distributions.math.validation", "no such file"),
     "no text": (
         lambda world: (world / "data/math.jsonl").write_bytes(b'{"text": "\xff\xfe"}'),

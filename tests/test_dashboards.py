@@ -73,19 +73,14 @@ def a_summary(
         if failed or number % 5 == 4:
             return TrialRecord(study, number, coefficients, None, reason=f"window <0> is nan {study}")
         found = scores()
-        return TrialRecord(
-            study, number, coefficients, mean_nll(found, weights), found, Evaluation({}, 900, 0.1, 0.2)
-        )
+        return TrialRecord(study, number, coefficients, mean_nll(found, weights), found, Evaluation({}, 900, 0.1, 0.2))
 
     def standing(label: str, role: str, coefficients: Coefficients | None, algorithm: str = "") -> Standing:
         found = {split: scores() for split in report.SPLITS}
         objective = {split: mean_nll(each, weights) for split, each in found.items()}
         return Standing(label, role, algorithm, coefficients, found, objective, 1, 900, 0.3)
 
-    found = {
-        name: tuple(trial(i, space.sample(rng)) for i in range(trials))
-        for name in ("grid", "simplex-gp", "new")
-    }
+    found = {name: tuple(trial(i, space.sample(rng)) for i in range(trials)) for name in ("grid", "simplex-gp", "new")}
     standings = [standing("base", "base", None)]
     if baselines:
         standings += [
@@ -94,12 +89,8 @@ def a_summary(
         standings += [standing("uniform", "uniform", space.centroid())]
     if not failed and trials:
         standings += [standing(label, "best", space.sample(rng), "simplex-gp")]
-    margins = [
-        Margin(each.label, split, 0.1, -0.1, 0.3) for each in standings[:-1] for split in report.SPLITS
-    ]
-    return Summary(
-        study, weights, tuple(standings), tuple(margins), found, {"study": study, "command": "dem-opt run"}
-    )
+    margins = [Margin(each.label, split, 0.1, -0.1, 0.3) for each in standings[:-1] for split in report.SPLITS]
+    return Summary(study, weights, tuple(standings), tuple(margins), found, {"study": study, "command": "dem-opt run"})
 
 
 class Page(HTMLParser):
@@ -151,9 +142,7 @@ def test_nothing_a_user_wrote_is_read_as_markup(case: dict[str, object]) -> None
 
 
 @cases
-def test_the_report_is_whole_and_asks_the_network_for_nothing(
-    case: dict[str, object], tmp_path: Path
-) -> None:
+def test_the_report_is_whole_and_asks_the_network_for_nothing(case: dict[str, object], tmp_path: Path) -> None:
     summary = a_summary(**case)
     path = tmp_path / "out" / "report.html"
     report.write_report(summary, path)
@@ -168,9 +157,7 @@ def test_the_report_is_whole_and_asks_the_network_for_nothing(
     assert all(plot["aria-label"] for plot in plots)
     written = " ".join(page.texts)
     assert all(name in written for name in summary.weights)
-    assert all(
-        row[-2] in written for split in report.SPLITS for row in report.final_table(summary, split).rows
-    )
+    assert all(row[-2] in written for split in report.SPLITS for row in report.final_table(summary, split).rows)
     embedded = next(text for text in page.texts if text.startswith('{"coefficients"'))
     assert set(json.loads(embedded)) == set(figures.all_figures(summary))
 
@@ -271,9 +258,7 @@ def test_the_heat_map_shows_the_change_against_the_base() -> None:
         Standing("best", "best", "grid", None, {"held_out": {"a": high, "b": low}}, {}, 1, 1, 0.0),
     )
     heat = figures.change_heat_map(Summary("s", {"a": 1.0, "b": 1.0}, standings, (), {}, {})).data[0]
-    assert [list(row) for row in heat.z] == [[0.0, -1.0]] and [list(row) for row in heat.text] == [
-        ["+0.000", "-1.000"]
-    ]
+    assert [list(row) for row in heat.z] == [[0.0, -1.0]] and [list(row) for row in heat.text] == [["+0.000", "-1.000"]]
     assert (heat.zmin, heat.zmax) == (-1.0, 1.0)
 
 
@@ -304,18 +289,12 @@ def test_publishing_again_replaces(storage: str) -> None:
     for case in (CASES["eight"], CASES["two"]):
         summary = a_summary(**case)
         made = figures.all_figures(summary)
-        publish.publish(
-            storage, "example", made, report.study_note(summary, {"MLflow": "http://127.0.0.1:5000/"})
-        )
+        publish.publish(storage, "example", made, report.study_note(summary, {"MLflow": "http://127.0.0.1:5000/"}))
         attributes = dashboard_attributes(storage)
         plots = _custom_plot_data.get_plotly_graph_objects(attributes)
         assert {name: go.Figure(json.loads(text)) for name, text in plots.items()} == made
         note = _note.get_note_from_system_attrs(attributes, None)["body"]
-        assert (
-            "nats per token" in note
-            and summary.winner.label in note
-            and "[MLflow](http://127.0.0.1:5000/)" in note
-        )
+        assert "nats per token" in note and summary.winner.label in note and "[MLflow](http://127.0.0.1:5000/)" in note
 
 
 def test_publishing_to_an_unknown_study_says_so(storage: str) -> None:
@@ -357,9 +336,7 @@ def port_is_free(address: str) -> bool:
         return probe.connect_ex((launcher.LOOPBACK, urlsplit(address).port or 0)) != 0
 
 
-needs_proc = pytest.mark.skipif(
-    not Path("/proc/self/environ").exists(), reason="no /proc to look for processes in"
-)
+needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="no /proc to look for processes in")
 
 
 @needs_proc
@@ -449,7 +426,5 @@ def test_a_password_is_not_in_the_last_words(tmp_path: Path) -> None:
     log.write_text("can't reach postgresql+psycopg://me:s3cret@host/db\n")
     with subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"]) as process:
         process.wait()
-    with pytest.raises(
-        InputError, match=r"ended with status 3: can't reach postgresql\+psycopg://me:\*\*\*@host/db"
-    ):
+    with pytest.raises(InputError, match=r"ended with status 3: can't reach postgresql\+psycopg://me:\*\*\*@host/db"):
         launcher.Server("optuna-dashboard", "http://127.0.0.1:1/", process, log).check(["s3cret"])

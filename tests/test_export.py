@@ -203,11 +203,15 @@ def test_an_export_that_is_interrupted_or_not_approved_leaves_what_was_there(fre
 
 @pytest.mark.parametrize("state", ["partial", "former"])
 def test_what_a_killed_export_left_is_settled_by_the_next(fresh, tmp_path, state):
-    """Killed while writing, a partial folder is left; killed between two renames, the former export."""
+    """Killed while writing, a partial folder is left; killed between two renames, the former export, which counts."""
     out = tmp_path / "out"
     write(fresh, out)
+    before = files(out)
     out.rename(tmp_path / f".out.{state}")
-    prove(write(fresh, out, Composite.single(fresh[2].content), approve=prove))
+    with pytest.raises(KeyboardInterrupt):
+        write(fresh, out, Composite.single(fresh[2].content), approve=interrupted)
+    assert not out.exists() if state == "partial" else files(out) == before
+    prove(write(fresh, out, Composite.single(fresh[2].content)))
     assert {path.name for path in tmp_path.iterdir()} == {"models", "out"}
 
 

@@ -31,9 +31,7 @@ NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "llama": lambda: LlamaConfig(**HEADS, **NO_TOKENS, intermediate_size=64, initializer_range=0.3),
     "gpt2": lambda: GPT2Config(**HEADS, **NO_TOKENS, n_positions=64, initializer_range=0.3),
-    "opt": lambda: OPTConfig(
-        **HEADS, ffn_dim=64, max_position_embeddings=64, word_embed_proj_dim=32, init_std=0.3
-    ),
+    "opt": lambda: OPTConfig(**HEADS, ffn_dim=64, max_position_embeddings=64, word_embed_proj_dim=32, init_std=0.3),
     "bloom": lambda: BloomConfig(**HEADS, **NO_TOKENS, initializer_range=0.3),
     "mamba": lambda: MambaConfig(**SIZES, **NO_TOKENS, state_size=8, initializer_range=0.3),
     "lfm2": lambda: Lfm2Config(

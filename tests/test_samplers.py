@@ -108,6 +108,22 @@ def test_running_trials_are_not_proposed_again(algorithm: str, space: Space) -> 
     assert len({trial.coefficients for trial in history(study, space)}) == 3 + len(several)
 
 
+@pytest.mark.parametrize("size", [3, 8])
+def test_trials_that_run_together_keep_their_distance(size: int) -> None:
+    space = Space(tuple("abcdefgh"[:size]))
+    centre = np.linspace(0.2, 1, size) / np.linspace(0.2, 1, size).sum()
+    points = [(point, space.point(point)) for point in space.landmarks()]
+    trials = [
+        Trial(i, p, "complete", ((x - centre) ** 2).sum() + 0.3 * np.sin(5 * x[0])) for i, (p, x) in enumerate(points)
+    ]
+    for number in range(size + 1, size + 6):
+        proposal = SimplexGP(space).propose(trials, [], np.random.default_rng([0, number]))
+        trials.append(Trial(number, proposal, "running"))
+    together = np.array([space.point(trial.coefficients) for trial in trials[size + 1 :]])
+    apart = np.abs(together[:, None] - together[None]).max(axis=-1)
+    assert apart[~np.eye(5, dtype=bool)].min() > 0.01
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_failed_trials_and_duplicates_do_no_harm(algorithm: str) -> None:
     space = SPACES[-2]

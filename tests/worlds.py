@@ -77,9 +77,7 @@ def study(folder: Path, names: tuple[str, ...] = ("code", "math", "prose"), **se
     content: dict[str, Any] = {
         "name": "tiny",
         "base": "models/base",
-        "distributions": {
-            name: {"checkpoint": f"models/{name}", "validation": f"data/{name}.jsonl"} for name in names
-        },
+        "distributions": {name: {"checkpoint": f"models/{name}", "validation": f"data/{name}.jsonl"} for name in names},
         "evaluation": {"window": 32, "windows": 4, "held_out": 4},
         "search": {"algorithm": "random", "trials": 6},
     }
