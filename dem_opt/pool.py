@@ -46,6 +46,13 @@ class Pool(Protocol):
         """Let all residents go."""
 
 
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+}
+"""Ray's environment, where the user has not set it: no reports to anybody, no chatter among our lines."""
+
 Build = Callable[[ResidentSpec], Worker]
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -315,8 +322,8 @@ class RayCompute:
                 yield job, error
 
     def _connect(self, address: str) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        for name, value in SETTINGS.items():
+            os.environ.setdefault(name, value)
         dashboard = {"include_dashboard": False} if address == "local" else {}
         _knock(address)
         try:

@@ -144,15 +144,17 @@ class Space:
         return self.nearest(draws_K / draws_K.sum() * self.total)
 
 
-def project(point_K: NDArray[np.float64], total: float) -> NDArray[np.float64]:
-    """The Euclidean projection of a point on {w >= 0, sum w = total}.
+def project(points_MK: NDArray[np.float64], total: float) -> NDArray[np.float64]:
+    """The Euclidean projection of points (shape [..., K]) on {w >= 0, sum w = total}.
 
     max(x - t, 0) with the one t that makes the sum right, found by sorting (Held, Wolfe, Crowder 1974).  Exact
     zeros come out as exact zeros, so a projected gradient step reaches faces and corners.
     """
-    descending_K = np.sort(point_K)[::-1]
-    excess_K = np.cumsum(descending_K) - total
-    count_K = np.arange(1, len(point_K) + 1)
-    support = int(np.nonzero(descending_K * count_K > excess_K)[0][-1])
-    projected_K: NDArray[np.float64] = np.maximum(point_K - excess_K[support] / (support + 1), 0.0)
-    return projected_K
+    descending_MK = -np.sort(-points_MK, axis=-1)
+    excess_MK = np.cumsum(descending_MK, axis=-1) - total
+    counts_K = np.arange(1, points_MK.shape[-1] + 1)
+    positive_MK = descending_MK * counts_K > excess_MK
+    support_M1 = len(counts_K) - 1 - np.argmax(positive_MK[..., ::-1], axis=-1, keepdims=True)
+    threshold_M1 = np.take_along_axis(excess_MK, support_M1, axis=-1) / (support_M1 + 1)
+    projected_MK: NDArray[np.float64] = np.maximum(points_MK - threshold_M1, 0.0)
+    return projected_MK

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from dem_opt.pool import SETTINGS
+
 CPUS = 2
 
 
@@ -20,9 +22,7 @@ def ray_session(own_cache):
     """One Ray of two CPUs on this machine."""
     import ray
 
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.update(SETTINGS | {"PYTHONPATH": str(Path(__file__).parent)})
     ray.init(address="local", num_cpus=CPUS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield ray
     ray.shutdown()

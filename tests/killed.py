@@ -1,4 +1,4 @@
-"""Runs a tiny study, killed at a boundary and then again to its end, for every boundary; prints what came of each.
+"""Runs a tiny study, killed at a boundary and then again to its end, for every boundary; writes what came of each.
 
 Each driver is a process of its own, forked before torch or MLflow has started a thread.
 """
@@ -101,7 +101,7 @@ def main(root: Path) -> None:
         found[str(name)] = {"exits": [*exits, drive(folder, None)]}
     for name, told in found.items():
         told |= outcome(root / name.replace(" ", "-"))
-    print(json.dumps(found))
+    sys.stdout.write(json.dumps(found))
 
 
 if __name__ == "__main__":

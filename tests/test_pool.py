@@ -108,7 +108,8 @@ def test_residents_that_find_no_room_are_told_in_time(ray_session):
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nonsense"])
 def test_an_address_where_nothing_answers_is_told_at_once(address):
     code = (
-        "from dem_opt.config import Compute; from dem_opt.pool import RayCompute; from dem_opt.errors import InputError\n"
+        "from dem_opt.config import Compute; from dem_opt.errors import InputError\n"
+        "from dem_opt.pool import RayCompute\n"
         f"try: RayCompute(Compute(ray={address!r})).__enter__()\nexcept InputError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

@@ -19,7 +19,6 @@ from dem_opt.samplers.simplex_gp import (
     log_expected_improvement,
     log_h,
     maximize,
-    project_rows,
 )
 from dem_opt.simplex import Coefficients, Space, project
 
@@ -314,7 +313,7 @@ def test_believed_points_change_no_mean_and_leave_no_doubt() -> None:
 
 def test_rows_are_projected_as_points_are() -> None:
     points = np.random.default_rng(0).normal(size=(200, 5)) * np.geomspace(0.01, 10, 200)[:, None]
-    assert (project_rows(points) == np.array([project(point, 1.0) for point in points])).all()
+    assert (project(points, 1.0) == np.array([project(point, 1.0) for point in points])).all()
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])

@@ -246,6 +246,18 @@ def test_a_tracker_recovers_from_an_outage(
     assert len(warnings) == 1
 
 
+def test_a_run_that_failed_in_the_middle_is_gone_on_with(
+    make: Make, logged: Callable[[], Logged], warnings: list[str]
+) -> None:
+    """MLflow creates the run, and then refuses a parameter whose name has more than 250 characters."""
+    tracker = make()
+    tracker.trial_ended(trial(1, coefficients=Space(("x" * 300,)).centroid()))
+    run(tracker, [trial(0)], [trial(1)])
+    assert len(warnings) == 1
+    assert logged().numbers == [0, 1]
+    assert logged().statuses == {"FINISHED"}
+
+
 def test_a_study_that_was_made_anew_has_a_run_of_its_own(make: Make, logged: Callable[[], Logged]) -> None:
     for uid in ("first", "second", "first"):
         run(make(study_uid=uid), [trial(0)])

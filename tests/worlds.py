@@ -14,7 +14,22 @@ from transformers.utils import logging
 logging.disable_progress_bar()
 
 VOCABULARY = 320
-WORDS = "alpha beta gamma delta count of in for and while return print value list sum nine seven two".split()
+WORDS = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "count",
+    "of",
+    "in",
+    "for",
+    "and",
+    "while",
+    "return",
+    "print",
+    "value",
+    "list",
+]
 
 
 def documents(seed: int, count: int = 60) -> list[str]:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import erfcx, ndtr
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from threadpoolctl import threadpool_limits
 
 from dem_opt.samplers import gp
 from dem_opt.samplers.history import Trial
-from dem_opt.simplex import Coefficients, Space
+from dem_opt.simplex import Coefficients, Space, project
 
 Array = NDArray[np.float64]
 
@@ -136,7 +136,7 @@ def _starts(ranked_NK: Array, rng: np.random.Generator) -> Array:
     best_MK = np.resize(ranked_NK[:4], (_STARTS, dimension))
     radius_M1 = np.exp(rng.uniform(np.log(1e-4), np.log(0.1), (_STARTS, 1)))
     shaken_MK = best_MK + radius_M1 * rng.normal(size=best_MK.shape)
-    return project_rows(np.concatenate([uniform_MK, sparse_MK, shaken_MK]))
+    return project(np.concatenate([uniform_MK, sparse_MK, shaken_MK]), 1.0)
 
 
 def maximize(function: Callable[[Array], tuple[Array, Array]], starts_MK: Array) -> Array:
@@ -151,7 +151,7 @@ def maximize(function: Callable[[Array], tuple[Array, Array]], starts_MK: Array)
     step_M = 0.1 / _norm(gradient_MK)
     for _ in range(_STEPS):
         step_M = np.minimum(step_M, _LONGEST / _norm(gradient_MK))
-        moved_MK = project_rows(points_MK + step_M[:, None] * gradient_MK)
+        moved_MK = project(points_MK + step_M[:, None] * gradient_MK, 1.0)
         new_value_M, new_gradient_MK = _along(function, moved_MK)
         change_MK = moved_MK - points_MK
         accepted_M = new_value_M >= value_M + 1e-4 * (gradient_MK * change_MK).sum(axis=1)
@@ -174,15 +174,3 @@ def _along(function: Callable[[Array], tuple[Array, Array]], points_MK: Array) -
 def _norm(gradient_MK: Array) -> Array:
     norm_M: Array = np.maximum(np.linalg.norm(gradient_MK, axis=1), 1e-12)
     return norm_M
-
-
-def project_rows(points_MK: Array) -> Array:
-    """`dem_opt.simplex.project` on the unit simplex, for each row."""
-    descending_MK = -np.sort(-points_MK, axis=1)
-    excess_MK = np.cumsum(descending_MK, axis=1) - 1
-    counts_K = np.arange(1, points_MK.shape[1] + 1)
-    positive_MK = descending_MK * counts_K > excess_MK
-    support_M1 = len(counts_K) - 1 - np.argmax(positive_MK[:, ::-1], axis=1, keepdims=True)
-    threshold_M1 = np.take_along_axis(excess_MK, support_M1, axis=1) / (support_M1 + 1)
-    projected_MK: Array = np.maximum(points_MK - threshold_M1, 0.0)
-    return projected_MK
