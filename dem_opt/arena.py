@@ -19,7 +19,7 @@ from dem_opt.simplex import UNIT
 ALIGNMENT = 64
 """Every parameter starts at a multiple of this many elements, so at least of as many bytes."""
 
-CPU_BLOCK = 2**20
+CPU_BLOCK = 2**19
 """Elements merged at once on a CPU: few enough that float32 scratch stays in cache, and many, because threads wait
 for each other after every operation."""
 

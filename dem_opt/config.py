@@ -167,6 +167,12 @@ class StudyConfig(_Section):
                 raise ValueError("objective.weights: at least one weight must be above 0")
         return self
 
+    @model_validator(mode="after")
+    def _check_databases(self) -> Self:
+        if self.storage == self.tracking.uri:
+            raise ValueError("tracking.uri: must be another database than storage: Optuna and MLflow claim the same tables")
+        return self
+
     @property
     def space(self) -> Space:
         """The coefficient space."""

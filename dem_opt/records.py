@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
-from math import exp, fsum, isfinite
+from math import exp, fsum, inf, isfinite
 from pathlib import Path
 from typing import Protocol
 
@@ -129,8 +129,8 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp(NLL)."""
-        return exp(self.nll)
+        """exp(NLL), infinite where that is beyond a float."""
+        return exp(self.nll) if self.nll < 709 else inf
 
 
 def mean_nll(scores: Mapping[str, Score], weights: Mapping[str, float]) -> float:

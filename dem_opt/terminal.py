@@ -77,13 +77,14 @@ class Progressing:
 
     def trial_ended(self, record: TrialRecord, done: int, planned: int) -> None:
         """Moves the bar, or prints a line for a new best and for every tenth of the way."""
-        better = self._take(record)
-        best = self._best.get(record.study)
-        shown = "no trial has a score yet" if best is None else f"best {best.objective:.4f} nats: {best.coefficients}"
+        before = self._shown(record.study)
+        best = self._best.get(record.study, record)
+        if record.objective is not None and (best.objective is None or record.objective <= best.objective):
+            self._best[record.study] = record
+        shown = self._shown(record.study)
         if self._console.is_terminal:
-            task = self._task(record.study)
-            self._progress.update(task, completed=done, total=planned, best=escape(shown))
-        elif better or done == planned or done * LINES // planned > (done - 1) * LINES // planned:
+            self._progress.update(self._task(record.study), completed=done, total=planned, best=escape(shown))
+        elif shown != before or done == planned or done * LINES // planned > (done - 1) * LINES // planned:
             self.milestone(f"{record.study}: {done} of {planned} trials; {shown}")
         if record.reason:
             self.milestone(f"{record.study}: trial {record.number} failed: {record.reason}")
@@ -92,13 +93,10 @@ class Progressing:
         """A line above the bar."""
         self._console.print(escape(message), soft_wrap=True)
 
-    def _take(self, record: TrialRecord) -> bool:
-        """Whether the trial is its study's best so far."""
-        best = self._best.get(record.study)
-        if record.objective is None or (best and best.objective is not None and best.objective <= record.objective):
-            return False
-        self._best[record.study] = record
-        return True
+    def _shown(self, study: str) -> str:
+        """The best so far, to a ten-thousandth of a nat."""
+        best = self._best.get(study)
+        return "no trial has a score yet" if best is None else f"best {best.objective:.4f} nats per token"
 
     def _task(self, study: str) -> TaskID:
         if study not in self._tasks:

@@ -90,6 +90,7 @@ def test_a_learning_rate_may_be_written_in_any_notation(tmp_path):
         ("objective.weights", {"cod": 1}, "objective.weights.cod: no such distribution; did you mean 'code'?"),
         ("objective.weights", {"code": 0}, "objective.weights: at least one"),
         ("objective.weights", {"code": -1}, "objective.weights.code = -1: "),
+        ("tracking.uri", "sqlite:///runs/example/study.db", "tracking.uri: must be another database"),
         ("evaluation.window", 1, "evaluation.window = 1: "),
         ("evaluation.batch", "big", "evaluation.batch = 'big': "),
     ],

@@ -195,3 +195,12 @@ def test_the_tables_of_a_newer_version_are_refused_and_left_alone(engine: Engine
     assert rows(engine, "dem_schema") == 1
     with engine.connect() as connection:
         assert not engine.dialect.has_table(connection, "dem_study")
+
+
+def test_the_seconds_of_an_evaluation_count_once(engine: Engine) -> None:
+    ledger, score = Ledger(engine), Score((1.0,), (1,))
+    ledger.record(composite(0), {"one": score, "two": score}, "scoring", forward_tokens=2**40, seconds=2.0)
+    ledger.record(composite(0), {"one": score, "three": score}, "scoring", seconds=0.5)
+    for corpora, seconds in [(["one", "two"], 2.0), (["one", "two", "three"], 2.5), (["three"], 0.5), (["four"], 0)]:
+        assert ledger.seconds(composite(0), corpora, "scoring") == seconds
+    assert ledger.seconds(composite(0), ["one"], "another") == 0

@@ -54,6 +54,7 @@ def test_perplexity_weighs_windows_by_their_tokens():
     score = Score((6.0, 2.0), (2, 2))
     assert score.nll == 2.0 and score.perplexity == pytest.approx(exp(2))
     assert Score((log(7) * 3,), (3,)).perplexity == pytest.approx(7)
+    assert Score((1e6,), (1,)).perplexity == inf
 
 
 def test_the_objective_is_the_weighted_mean_of_distributions():
