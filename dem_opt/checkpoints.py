@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.utils import logging
 
 from dem_opt.errors import InputError, shorten
 
@@ -199,6 +200,11 @@ def empty_model(folder: Path, dtype: torch.dtype, field: str = "base") -> PreTra
         parameter.data = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
     model.train(False)
     return model
+
+
+def silence_transformers() -> None:
+    """Let transformers load and save without progress bars of its own."""
+    logging.disable_progress_bar()
 
 
 def _construct(folder: Path, field: str, dtype: torch.dtype, device: str) -> PreTrainedModel:

@@ -109,7 +109,7 @@ def _run(given: argparse.Namespace) -> None:
 def _compare(given: argparse.Namespace) -> None:
     with terminal.Progressing(quiet=given.json) as watching:
         study = _study(given, watching)
-        study.compare(given.algorithms.split(","))
+        study.compare([name.strip() for name in given.algorithms.split(",")])
     _conclude(study, given)
 
 

@@ -170,7 +170,9 @@ class StudyConfig(_Section):
     @model_validator(mode="after")
     def _check_databases(self) -> Self:
         if self.storage == self.tracking.uri:
-            raise ValueError("tracking.uri: must be another database than storage: Optuna and MLflow claim the same tables")
+            raise ValueError(
+                "tracking.uri: must be another database than storage: Optuna and MLflow claim the same tables"
+            )
         return self
 
     @property
@@ -218,7 +220,7 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML 1.1 that refuses repeated keys and reads 3e-4 as a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)

@@ -23,6 +23,7 @@ from dem_opt.checkpoints import (
     hash_tensors,
     read_architecture,
     read_header,
+    silence_transformers,
 )
 from dem_opt.errors import InputError
 from dem_opt.records import Composite, Standing
@@ -128,6 +129,7 @@ def prove(export: Export) -> None:
         raise ExportError(f"{export.path}: its weights are not those that were written")
     dtypes = {tensor.dtype for tensor in header.tensors.values()}
     dtype = "auto" if len(dtypes) == 1 else torch.float32
+    silence_transformers()
     model = AutoModelForCausalLM.from_pretrained(export.path, local_files_only=True, dtype=dtype)
     loaded = dict(model.named_parameters())
     names = list(read_architecture(read_header(export.base, "base")).parameters)

@@ -49,9 +49,8 @@ class Pool(Protocol):
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
-"""Ray's environment, where the user has not set it: no reports to anybody, no chatter among our lines."""
+"""Ray's environment where the user has not set it: no reports, and its coming rule for tasks without a GPU."""
 
 Build = Callable[[ResidentSpec], Worker]
 Job = TypeVar("Job")
@@ -91,30 +90,25 @@ class InProcessPool:
 
 
 class _Actor:
-    """One resident in a process of its own.  It loads on first use, so a restarted one loads again.
+    """One resident in a process of its own.
 
-    `held` is a list of the one reference to the spec: arguments that are references themselves do not survive
-    a restart with certainty.
+    What it holds comes by `load`, not by its constructor: Ray keeps no large constructor arguments for a restart.
     """
 
-    def __init__(self, build: Build, held: list[Any]) -> None:
-        self._build, self._held = build, held
+    def __init__(self) -> None:
         self._worker: Worker | None = None
 
-    def ready(self) -> int:
-        """Load; the number of CPU threads that torch uses here."""
-        import ray
+    def load(self, build: Build, spec: ResidentSpec) -> int:
+        """Load, where that is not done; the number of CPU threads that torch uses here."""
         import torch
 
         if self._worker is None:
-            self._worker = self._build(ray.get(self._held[0]))
+            self._worker = build(spec)
         return torch.get_num_threads()
 
-    def evaluate(self, request: Request) -> Evaluation | Failure:
-        """An answer; failures to evaluate are values, bugs are exceptions."""
-        self.ready()
-        assert self._worker is not None
-        return _answer(self._worker, request)
+    def evaluate(self, request: Request) -> Evaluation | Failure | None:
+        """An answer; None after a restart, before it is loaded again.  Bugs are exceptions."""
+        return None if self._worker is None else _answer(self._worker, request)
 
 
 class RayPool:
@@ -125,13 +119,11 @@ class RayPool:
     """
 
     def __init__(self, build: Build, spec: ResidentSpec, residents: int | None, patience: float) -> None:
-        import ray
-
-        self._ray = ray
+        ray = self._ray = _import_ray()
         count, resources = _share(ray.cluster_resources(), residents)
-        self._held, self._patience = [ray.put(spec)], patience
+        self._content, self._patience = (build, ray.put(spec)), patience
         actor = ray.remote(_Actor).options(max_restarts=-1, max_task_retries=0, **resources)
-        self._actors = [actor.remote(build, self._held) for _ in range(count)]
+        self._actors = [actor.remote() for _ in range(count)]
         self._running: dict[Any, tuple[Any, Request, int]] = {}
         self.threads = self._wait_until_ready(resources)
 
@@ -150,13 +142,15 @@ class RayPool:
             (done, *_), _ = self._ray.wait(list(self._running), num_returns=1)
             actor, request, attempt = self._running.pop(done)
             try:
-                answer: Evaluation | Failure = _get(self._ray, done)
-                return request, answer
+                answer: Evaluation | Failure | None = _get(self._ray, done)
             except self._ray.exceptions.RayActorError as error:
                 if attempt == ATTEMPTS:
                     return request, Failure(f"its resident died {ATTEMPTS} times: {_first_line(error)}")
-                self._revive(actor)
-                self._send(request, attempt + 1)
+                attempt, answer = attempt + 1, None
+            if answer is not None:
+                return request, answer
+            self._revive(actor)
+            self._send(request, attempt)
 
     def close(self) -> None:
         """End the actors."""
@@ -169,11 +163,11 @@ class RayPool:
         self._running[actor.evaluate.remote(request)] = (actor, request, attempt)
 
     def _revive(self, actor: Any) -> None:
-        """Wait until a resident that died is back: until then whatever is sent to it comes back at once."""
+        """Wait until a resident that died is back and loaded: until then whatever is sent to it comes back at once."""
         deadline = monotonic() + self._patience
         while True:
             try:
-                _get(self._ray, actor.ready.remote())
+                _get(self._ray, actor.load.remote(*self._content))
                 return
             except self._ray.exceptions.RayActorError:
                 if monotonic() > deadline:
@@ -181,7 +175,7 @@ class RayPool:
                 sleep(PAUSE)
 
     def _wait_until_ready(self, resources: dict[str, int]) -> list[int]:
-        pending = [actor.ready.remote() for actor in self._actors]
+        pending = [actor.load.remote(*self._content) for actor in self._actors]
         done, late = self._ray.wait(pending, num_returns=len(pending), timeout=self._patience)
         threads = [_get(self._ray, reference) for reference in done]
         if late:
@@ -193,6 +187,13 @@ class RayPool:
                 f"free now: {self._ray.available_resources()}",
             )
         return threads
+
+
+def _import_ray() -> Any:
+    """Ray, whose own types don't know what its decorators make."""
+    import ray
+
+    return ray
 
 
 def _get(ray: Any, reference: Any) -> Any:
@@ -282,9 +283,7 @@ class RayCompute:
         self._connected_here = False
 
     def __enter__(self) -> Self:
-        import ray
-
-        self._ray = ray
+        ray = self._ray = _import_ray()
         if not ray.is_initialized():
             self._connect(self._settings.ray)
             self._connected_here = True

@@ -6,7 +6,7 @@ from hashlib import sha256
 
 from dem_opt.errors import InputError
 from dem_opt.records import Composite
-from dem_opt.simplex import Coefficients
+from dem_opt.simplex import Coefficients, Space
 
 SEARCH = "search"
 """The split that proposals and the choice of the winner see."""
@@ -35,6 +35,11 @@ class Question:
     weights: Mapping[str, float]
     corpora: Mapping[str, Mapping[str, str]]
     settings: Mapping[str, str]
+
+    @property
+    def space(self) -> Space:
+        """The coefficient space."""
+        return Space(tuple(self.experts), self.total)
 
     def composite(self, coefficients: Coefficients) -> Composite:
         """The composite of coefficients, by content."""

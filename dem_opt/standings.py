@@ -19,7 +19,7 @@ from dem_opt.records import (
     mean_nll,
 )
 from dem_opt.search import Proposal, Search, Trial
-from dem_opt.simplex import Coefficients, Space
+from dem_opt.simplex import Coefficients
 
 CARRIED_OVER = 10
 """How many composites of an earlier generation a new one begins with."""
@@ -85,8 +85,9 @@ class Entry:
     seconds: float | None = None
 
 
-def entries(question: Question, space: Space, trials: Mapping[str, Sequence[TrialRecord]]) -> list[Entry]:
+def entries(question: Question, trials: Mapping[str, Sequence[TrialRecord]]) -> list[Entry]:
     """Base, single fine-tunes, uniform average and each algorithm's best, the best of these last."""
+    space = question.space
     baselines = [Entry("base", "base", "", None, Composite.single(question.base))]
     for name, vertex in zip(space.names, space.vertices(), strict=True):
         baselines.append(Entry(name, "single", "", vertex, question.composite(vertex)))
@@ -128,7 +129,6 @@ def summarize(
     study: str,
     ledger: Ledger,
     question: Question,
-    space: Space,
     trials: Mapping[str, Sequence[TrialRecord]],
     facts: Mapping[str, str],
 ) -> Summary:
@@ -136,7 +136,7 @@ def summarize(
 
     While a study runs, what is not measured yet is left out: composites on the search split, scores on the other.
     """
-    found = [entry for entry in entries(question, space, trials) if is_known(ledger, question, entry.composite, SEARCH)]
+    found = [entry for entry in entries(question, trials) if is_known(ledger, question, entry.composite, SEARCH)]
     standings = tuple(_standing(ledger, question, entry) for entry in found)
     winner = standings[-1]
     pairs = [(split, rival) for split in SPLITS for rival in standings[:-1]]
@@ -180,14 +180,14 @@ def finished(ledger: Ledger, question: Question, search: Search) -> list[TrialRe
     return [recorded(ledger, question, search.name, trial) for trial in told]
 
 
-def carried_over(ledger: Ledger, question: Question, space: Space, most: int = CARRIED_OVER) -> list[Coefficients]:
+def carried_over(ledger: Ledger, question: Question, most: int = CARRIED_OVER) -> list[Coefficients]:
     """The best composites of the ledger that the question's space still contains, as its coefficients.
 
     A composite of an earlier question is a point of this one where it uses no other checkpoint: the face w_new = 0
     of a simplex that has grown, or what is left of one that has shrunk.  Those with the most corpora scored come
     first, by their mean over these; where only new corpora are missing, only they are measured.
     """
-    names = {content: name for name, content in question.experts.items()}
+    space, names = question.space, {content: name for name, content in question.experts.items()}
     ranked = []
     for composite in ledger.composites(question.scoring):
         units = dict(composite.terms)

@@ -11,7 +11,7 @@ from dem_opt import config as study_file
 from dem_opt.config import StudyConfig
 from dem_opt.database import Engine, Lease, connect, holding, masked
 from dem_opt.driver import Driver
-from dem_opt.errors import InputError
+from dem_opt.errors import InputError, nearest
 from dem_opt.export import Export, ExportError, model_card, prove, write_composite
 from dem_opt.finetune import RECORD, FineTuned, FineTuneJob, fine_tune, is_finished
 from dem_opt.ledger import Ledger, StudyRow
@@ -89,6 +89,11 @@ class Study:
 
     def compare(self, algorithms: Sequence[str]) -> Summary:
         """Optimize with each algorithm over one ledger, and score the final table's composites on both splits."""
+        for algorithm in algorithms:
+            if algorithm not in ALGORITHMS:
+                raise InputError(
+                    self._where, "algorithm", algorithm, f"no such algorithm; {nearest(algorithm, ALGORITHMS)}"
+                )
         sources = gather(self.config, self._where)
         name = self.config.name
         with self._open() as (engine, ledger), holding(engine, name) as lease, self._compute as compute:
@@ -98,7 +103,7 @@ class Study:
                 driver.measure([Composite.single(question.base)], SEARCH)
                 for algorithm in algorithms:
                     self._optimize(driver, algorithm, generation, start, lease)
-                found = entries(question, self.config.space, self._trials(ledger, question, generation))
+                found = entries(question, self._trials(ledger, question, generation))
                 for split in SPLITS:
                     driver.measure([entry.composite for entry in found], split)
             return self._summarize(ledger, question, generation)
@@ -108,9 +113,11 @@ class Study:
 
         A checkpoint that `train` did not make is left alone.  Raises the first failure, after the others ended.
         """
-        jobs = [job for job in self._fine_tunings() if _is_wanted(job)]
         done: dict[str, FineTuned] = {}
         failures: list[Exception] = []
+        jobs = [job for job in self._fine_tunings() if _is_wanted(job)]
+        if not jobs:
+            return done
         with self._compute as compute:
             for job, result in compute.jobs(fine_tune, jobs):
                 if isinstance(result, Exception):
@@ -155,7 +162,7 @@ class Study:
             if row.question != question.asked():
                 mend = f"has changed since it was run; first: dem-opt run {self._where}"
                 raise InputError(self._where, None, None, mend)
-            summary = self._summarize(ledger, question, row.generation)
+            summary = self._found(ledger, question, row.generation)
 
             def approve(written: Export) -> None:
                 prove(written)
@@ -176,10 +183,7 @@ class Study:
         """
         with self._open() as (_, ledger):
             row = self._row(ledger)
-            question = Question.recall(row.question, row.scoring)
-            if not any(self._trials(ledger, question, row.generation).values()):
-                raise self._nothing_yet()
-            return self._summarize(ledger, question, row.generation)
+            return self._found(ledger, Question.recall(row.question, row.scoring), row.generation)
 
     def _score(self, files: Sources, composite: Composite, model: StoredModel | None = None) -> Scores:
         """Scores of a composite of the study's checkpoints, or of another model; what the ledger lacks is measured."""
@@ -221,7 +225,7 @@ class Study:
         refuse_other_scoring(self._where, row.scoring, scored)
         generation = row.generation + (row.question != asked)
         ledger.enter_study(StudyRow(name, generation, row.scoring | scored, asked))
-        start = carried_over(ledger, question, self.config.space) if generation > 1 else []
+        start = carried_over(ledger, question) if generation > 1 else []
         if row.question != asked:
             self._observer.milestone(
                 f"{name} now asks another question ({changes(row.question, asked)}): generation {generation} begins "
@@ -247,13 +251,20 @@ class Study:
         for algorithm in ALGORITHMS:
             if (name := self._optuna_name(algorithm, generation)) in there:
                 settings = self.config.search.model_copy(update={"algorithm": algorithm})
-                search = Search(url, name, self.config.space, settings)
+                search = Search(url, name, question.space, settings)
                 found[algorithm] = tuple(finished(ledger, question, search))
         return found
 
     def _summarize(self, ledger: Ledger, question: Question, generation: int) -> Summary:
         trials = self._trials(ledger, question, generation)
-        return summarize(self.config.name, ledger, question, self.config.space, trials, self._facts(question))
+        return summarize(self.config.name, ledger, question, trials, self._facts(question))
+
+    def _found(self, ledger: Ledger, question: Question, generation: int) -> Summary:
+        """The summary of a study that has a best trial; InputError where it has none yet."""
+        summary = self._summarize(ledger, question, generation)
+        if summary.winner.role != "best":
+            raise self._nothing_yet()
+        return summary
 
     def _write(
         self,
@@ -325,15 +336,15 @@ class Study:
 
     def _facts(self, question: Question) -> dict[str, str]:
         """What reproduces the study: where its parts are, their content, and with what it was run."""
-        contents = {"base": (self.config.base, question.base)}
-        for name, one in self.config.distributions.items():
-            contents[name] = (one.checkpoint, question.experts[name])
+        folders = {name: one.checkpoint for name, one in self.config.distributions.items()}
+        contents = {f"{name}: {folders.get(name, 'gone')}": content for name, content in question.experts.items()}
         return {
             "study file": str(self._where),
             "storage": masked(self.config.storage),
             "MLflow": masked(self.config.tracking.uri),
-            **{f"{name}: {path}": content for name, (path, content) in contents.items()},
-            **{name: value for name, value in question.settings.items()},
+            f"base: {self.config.base}": question.base,
+            **contents,
+            **question.settings,
             **_libraries(),
             "go on, or repeat": f"dem-opt run {self._where}",
         }
@@ -344,7 +355,7 @@ def _refuse_other_scores(again: Mapping[str, Score], winner: Standing, split: st
 
     Its bits are the winner's, so its scores are, up to what another number of threads changes in float32 sums.
     """
-    for name, score in winner.scores[split].items():
+    for name, score in winner.scores.get(split, {}).items():
         if abs(again[name].nll - score.nll) > SAME_SCORE * score.nll:
             raise ExportError(
                 f"the exported model scores {again[name].nll!r} nats per token on {name}, {split}, "

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -17,7 +18,7 @@ WIDTH = 100
 LINES = 10
 """Plain lines of progress for each algorithm, besides those for a new best."""
 
-_out = Console(highlight=False)
+_out = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
 _err = Console(stderr=True, highlight=False)
 
 
@@ -33,7 +34,7 @@ def complain(text: str) -> None:
 
 def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], strong: int | None = None) -> None:
     """A table whose first column is text and whose others are numbers; row `strong` stands out."""
-    made = Table(title=escape(title), title_justify="left", title_style="bold", width=None, pad_edge=False)
+    made = Table(title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, header in enumerate(headers):
         made.add_column(escape(header), justify="right" if index else "left", overflow="fold")
     for index, row in enumerate(rows):

@@ -9,9 +9,10 @@ import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import logging
 
-logging.disable_progress_bar()
+from dem_opt.checkpoints import silence_transformers
+
+silence_transformers()
 
 VOCABULARY = 320
 WORDS = [

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dem_opt.assets.generated import json_record, math_problem
 from dem_opt.assets.library import library_documents, split_modules, topic_documents, within
+from dem_opt.checkpoints import silence_transformers
 from dem_opt.corpus import pack
 from dem_opt.errors import InputError
 from dem_opt.finetune import save_checkpoint, train_model
@@ -171,6 +172,7 @@ def make_tokenizer(corpora: Corpora, vocabulary: int) -> PreTrainedTokenizerFast
 
 def make_base(out: Path, corpora: Corpora, settings: Settings, seed: int) -> None:
     """Train tokenizer and base on the mixture of the training texts and save both (float32)."""
+    silence_transformers()
     tokenizer = make_tokenizer(corpora, settings.vocabulary)
     model = untrained_base(settings, len(tokenizer), tokenizer.eos_token_id, seed)
     windows = pack(mixture_documents(corpora, settings, seed), tokenizer, settings.window)
