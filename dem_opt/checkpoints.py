@@ -204,7 +204,7 @@ def empty_model(folder: Path, dtype: torch.dtype, field: str = "base") -> PreTra
 
 def silence_transformers() -> None:
     """Let transformers load and save without progress bars of its own."""
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _construct(folder: Path, field: str, dtype: torch.dtype, device: str) -> PreTrainedModel:

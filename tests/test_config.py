@@ -138,3 +138,10 @@ def test_a_file_that_is_not_there_or_not_text_is_named(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match=r"binary.yaml: the study file must be UTF-8"):
         load(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "studies").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_study_of_the_gallery_loads(path):
+    assert load(path).name == path.stem

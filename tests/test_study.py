@@ -11,7 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from dem_opt.checkpoints import content_hash
-from dem_opt.errors import InputError
+from dem_opt.errors import EvaluationError, InputError
 from dem_opt.pool import InProcessCompute
 from dem_opt.records import Silence
 from dem_opt.resident import Resident
@@ -229,6 +229,27 @@ def test_a_checkpoint_that_changes_under_a_study_begins_a_generation(tmp_path, u
     study.run()
     assert any("distributions.code has changed" in line for line in watching.lines)
     assert len(study.summary().trials["random"]) == 5
+
+
+def test_a_composite_that_can_not_be_scored_fails_alone(tmp_path, untracked, monkeypatch):
+    original = Resident.evaluate
+
+    def failing(resident, request):
+        if request.ticket == 2 and len(request.corpora) == 3:
+            raise EvaluationError("the loss of window 0 is nan")
+        return original(resident, request)
+
+    monkeypatch.setattr(Resident, "evaluate", failing)
+    study = open_study(worlds.study(tmp_path, search=GRID))
+    study.compare(["grid"])
+    trials = study.summary().trials["grid"]
+    assert [record.number for record in trials if record.objective is None] == [2]
+    assert trials[2].reason == "the loss of window 0 is nan" and len(trials) == 15
+
+
+def test_an_unknown_algorithm_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"algorithm = 'gird': no such algorithm; did you mean 'grid'\?"):
+        open_study(worlds.study(tmp_path)).compare(["gird"])
 
 
 def test_a_report_of_nothing_says_what_to_do_first(tmp_path):

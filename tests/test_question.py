@@ -1,0 +1,56 @@
+"""Laws of a question: it knows content, it comes back from what is written of it, it guards what compares."""
+
+import pytest
+
+from dem_opt.errors import InputError
+from dem_opt.question import Question, changes, refuse_other_scoring
+
+
+def question(**fields) -> Question:
+    known = {
+        "base": "hash-0",
+        "experts": {"code": "hash-1", "a.validation": "hash-2"},
+        "total": 1.0,
+        "weights": {"code": 1.0, "a.validation": 0.3},
+        "corpora": {
+            "search": {"code": "corpus-1", "a.validation": "corpus-2"},
+            "held_out": {"code": "corpus-3", "a.validation": "corpus-4"},
+        },
+        "settings": {"evaluation.dtype": "float32", "evaluation.batch": "4096", "device": "cpu", "tokenizer": "t"},
+    }
+    return Question(**known | fields)
+
+
+def test_a_question_comes_back_from_what_is_written_of_it():
+    assert Question.recall(question().asked(), question().scored()) == question()
+
+
+@pytest.mark.parametrize(
+    ("field", "same"),
+    [("evaluation.dtype", False), ("evaluation.batch", False), ("device", False), ("tokenizer", True)],
+)
+def test_the_scoring_key_sees_what_changes_nats_and_is_not_in_a_corpus(field, same):
+    other = question(settings=question().settings | {field: "other"})
+    assert (other.scoring == question().scoring) is same
+
+
+@pytest.mark.parametrize("field", list(question().scored()))
+def test_every_change_of_scoring_is_refused_by_its_name(field):
+    with pytest.raises(InputError) as refusal:
+        refuse_other_scoring("study.yaml", question().scored(), question().scored() | {field: "other"})
+    assert str(refusal.value).startswith(f"study.yaml: {field}")
+
+
+def test_what_only_one_of_two_knows_is_no_change():
+    old, new = question().scored(), question().scored()
+    refuse_other_scoring(None, old, new | {"distributions.new.validation": "corpus-9"})
+    refuse_other_scoring(None, old | {"distributions.gone.validation": "corpus-9"}, new)
+
+
+def test_changes_are_told_by_name():
+    old = question().asked()
+    new = {key: value for key, value in old.items() if key != "distributions.code"} | {
+        "base": "hash-9",
+        "distributions.more": "hash-8",
+    }
+    assert changes(old, new) == "base has changed, distributions.code has gone, distributions.more is new"
