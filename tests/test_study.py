@@ -11,10 +11,13 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from dem_opt.checkpoints import content_hash
+from dem_opt.config import load
 from dem_opt.errors import EvaluationError, InputError
 from dem_opt.pool import InProcessCompute
+from dem_opt.question import SEARCH
 from dem_opt.records import Silence
 from dem_opt.resident import Resident
+from dem_opt.sources import gather
 from dem_opt.study import Study
 
 GRID = {"algorithm": "random", "trials": 5, "divisions": 4}
@@ -57,6 +60,11 @@ def evaluated(monkeypatch):
 
 def open_study(path: Path, observer=None) -> Study:
     return Study.load(path, observer or Silence(), InProcessCompute())
+
+
+def search_keys(path: Path) -> tuple[str, ...]:
+    """Corpus keys of the search split."""
+    return gather(load(path), path).question().keys(SEARCH)
 
 
 def edit(path: Path, change) -> Path:
@@ -121,7 +129,7 @@ def test_another_weighting_needs_no_forward_pass_for_what_is_measured(tmp_path, 
     evaluated.clear()
     weighted = open_study(edit(path, lambda study: study.update(objective={"weights": {"code": 1}})))
     summary = weighted.compare(["grid"])
-    assert not evaluated
+    assert not {key for _, key in evaluated} & set(search_keys(path)), "held-out reports on another winner"
     assert summary.winner.objective["search"] == summary.winner.scores["search"]["code"].nll
 
 
@@ -232,15 +240,16 @@ def test_a_checkpoint_that_changes_under_a_study_begins_a_generation(tmp_path, u
 
 
 def test_a_composite_that_can_not_be_scored_fails_alone(tmp_path, untracked, monkeypatch):
-    original = Resident.evaluate
+    path, original = worlds.study(tmp_path, search=GRID), Resident.evaluate
+    keys = search_keys(path)
 
     def failing(resident, request):
-        if request.ticket == 2 and len(request.corpora) == 3:
+        if request.ticket == 2 and request.corpora == keys:
             raise EvaluationError("the loss of window 0 is nan")
         return original(resident, request)
 
     monkeypatch.setattr(Resident, "evaluate", failing)
-    study = open_study(worlds.study(tmp_path, search=GRID))
+    study = open_study(path)
     study.compare(["grid"])
     trials = study.summary().trials["grid"]
     assert [record.number for record in trials if record.objective is None] == [2]
