@@ -27,7 +27,7 @@ from dem_opt.search import Search
 
 SEARCH = {"algorithm": "simplex-gp", "trials": 8, "seed": 3}
 BOUNDARIES: dict[str, tuple[Any, str, int]] = {
-    "mid-ask": (optuna.storages.RDBStorage, "set_trial_param", 6 * 3 - 1),
+    "mid-ask": (optuna.storages._CachedStorage, "set_trial_param", 6 * 3 - 1),
     "scored": (Resident, "evaluate", 6),
     "ledger written": (Ledger, "record", 6),
     "told": (Search, "tell", 6),
