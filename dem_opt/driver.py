@@ -28,26 +28,32 @@ class Driver:
         """Ask, look up or score, record, tell, log, until every planned trial is told.
 
         Trials that a dead driver left come first, under their own numbers.  What is written, in this order: the
-        ledger, Optuna, the tracker; so a crash at any point loses no score and repeats none.
+        ledger, Optuna, the tracker; so a crash at any point loses no score and repeats none.  A score is recorded
+        as it comes; trials are told in the order in which they were asked for, so what is proposed depends on the
+        number of residents and never on which of them is faster.
         """
         adopted = deque(search.adopt())
-        flying: dict[int, Proposal] = {}
+        flying: deque[Proposal] = deque()
+        answers: dict[int, Evaluation | Failure] = {}
         while True:
             while len(flying) < self.pool.capacity + lookahead:
                 proposal = adopted.popleft() if adopted else search.ask()
                 if proposal is None:
                     break
+                flying.append(proposal)
                 composite = self.question.composite(proposal.coefficients)
                 if request := self._request(proposal.number, composite, SEARCH):
                     self.pool.submit(request)
-                    flying[proposal.number] = proposal
                 else:
-                    self._finish(proposal, Evaluation({}), search, tracker)
+                    answers[proposal.number] = Evaluation({})
             if not flying:
                 return
-            request, answer = self.pool.next_done()
-            self._record(request, answer)
-            self._finish(flying.pop(request.ticket), answer, search, tracker)
+            oldest = flying.popleft()
+            while oldest.number not in answers:
+                request, answer = self.pool.next_done()
+                self._record(request, answer)
+                answers[request.ticket] = answer
+            self._finish(oldest, answers.pop(oldest.number), search, tracker)
             lease.renew()
 
     def measure(self, composites: Iterable[Composite], split: str) -> None:

@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 
 from dem_opt import config, database
 from dem_opt.samplers import make_sampler
-from dem_opt.samplers.history import ATTRIBUTES, START, Trial, from_parameters, history, is_whole
+from dem_opt.samplers.history import ATTRIBUTES, START, History, Trial, from_parameters, is_whole
 from dem_opt.simplex import Coefficients, Space
 
 __all__ = ["METRIC", "Proposal", "Search", "Trial"]
@@ -37,6 +37,7 @@ class Search:
     """One Optuna study over a space of coefficients, opened, or created where there is none of that name.
 
     start  points to propose first; written down when the study is created and not looked at afterwards
+    told   how many trials are finished: those there were at the last `ask`, and those told here since
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Search:
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.name, self._space, self._search = name, space, search
-        self._sampler = make_sampler(search, space)
+        self._sampler, self._history = make_sampler(search, space), History(space)
         self._storage = _open(url)
         self._study = optuna.create_study(
             study_name=name,
@@ -55,6 +56,7 @@ class Search:
         )
         self._study_id = self._storage.get_study_id_from_name(name)
         self.uid = self._introduce(start)
+        self.told = _finished(self.trials())
 
     def _introduce(self, start: Sequence[Coefficients]) -> str:
         """Writes what a new study lacks; the uid comes last and tells that nothing is lacking."""
@@ -77,11 +79,6 @@ class Search:
             return self._space.lattice_size(self._search.divisions)
         return self._search.trials if self._space.dimension > 1 else 1
 
-    @property
-    def told(self) -> int:
-        """How many trials are finished."""
-        return sum(trial.state != "running" for trial in self.trials())
-
     def adopt(self) -> list[Proposal]:
         """The trials that a driver left running, in the order of their numbers.
 
@@ -91,12 +88,15 @@ class Search:
         for trial in running:
             if not is_whole(trial, self._space):
                 self.tell(trial.number, None, {"reason": "interrupted while it was being proposed"})
+        self.told = _finished(self.trials())
         whole = (trial for trial in running if is_whole(trial, self._space))
         return [Proposal(trial.number, from_parameters(trial.params, self._space)) for trial in whole]
 
     def ask(self) -> Proposal | None:
         """The next trial to evaluate; None where all that are planned have been proposed."""
-        if len(self.trials()) >= self.planned:
+        trials = self.trials()
+        self.told = _finished(trials)
+        if len(trials) >= self.planned:
             return None
         began = perf_counter()
         trial = self._study.ask(self._sampler.distributions)
@@ -116,15 +116,15 @@ class Search:
         self._storage.set_trial_user_attr(trial_id, ATTRIBUTES, dict(attributes))
         state = TrialState.FAIL if objective is None else TrialState.COMPLETE
         self._study.tell(number, objective, state=state)
+        self.told += 1
 
     def trials(self) -> list[Trial]:
         """All trials that have their coefficients, in the order of their numbers."""
-        return history(self._study, self._space)
+        return self._history(self._study)
 
-    def best(self) -> Trial | None:
-        """The complete trial of the lowest objective, the earlier one of equals; None before there is any."""
-        ranked = [(trial.objective, trial.number, trial) for trial in self.trials() if trial.objective is not None]
-        return min(ranked)[-1] if ranked else None
+
+def _finished(trials: Sequence[Trial]) -> int:
+    return sum(trial.state != "running" for trial in trials)
 
 
 def _open(url: str) -> RDBStorage:

@@ -40,7 +40,7 @@ from dem_opt.standings import (
     recall,
     summarize,
 )
-from dem_opt.tracking import MlflowTracker, Tracker
+from dem_opt.tracking import MlflowTracker, Place, Tracker
 
 ALGORITHMS = ("simplex-gp", "grid", "random")
 """Whose trials the final table looks for."""
@@ -302,16 +302,16 @@ class Study:
             **{f"evaluation.{name}": str(value) for name, value in self.config.evaluation.model_dump().items()},
             **_libraries(),
         }
-        return MlflowTracker(
-            tracking.uri,
-            tracking.experiment,
-            self.config.name,
-            search.name,
-            search.uid,
-            self.config.output / "artifacts",
-            parameters,
-            self._observer.milestone,
+        place = Place(
+            uri=tracking.uri,
+            experiment=tracking.experiment,
+            model=self.config.name,
+            study=search.name,
+            uid=search.uid,
+            artifacts=self.config.output / "artifacts",
+            parameters=parameters,
         )
+        return MlflowTracker(place, self._observer.milestone)
 
     def _optuna_name(self, algorithm: str, generation: int) -> str:
         return f"{self.config.name}/{algorithm}" + (f"#{generation}" if generation > 1 else "")

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from functools import partial
 from hashlib import file_digest, sha256
 from pathlib import Path
@@ -58,22 +59,23 @@ class Tracker(Protocol):
         """Waits for what is still to be written, but not for ever."""
 
 
-@final
-class NoTracker:
-    """A tracker that writes nothing."""
+@dataclass(frozen=True)
+class Place:
+    """Where and as what a study is written down.
 
-    def trial_ended(self, record: TrialRecord) -> None:
-        """Nothing."""
+    model       the name under which the winner is registered
+    study, uid  name and unique identity of the Optuna study: together they find the parent run again
+    artifacts   where a new experiment in a database keeps its files; a server decides for itself
+    parameters  of the parent run; MLflow keeps the first value of each
+    """
 
-    def reconcile(self, records: Sequence[TrialRecord]) -> None:
-        """Nothing."""
-
-    def register(self, folder: Path, metrics: Mapping[str, float], tags: Mapping[str, str]) -> str | None:
-        """Nothing."""
-        return None
-
-    def close(self) -> None:
-        """Nothing."""
+    uri: str
+    experiment: str
+    model: str
+    study: str
+    uid: str
+    artifacts: Path
+    parameters: Mapping[str, str]
 
 
 @final
@@ -83,26 +85,12 @@ class MlflowTracker:
     All of MLflow, its import included, happens in one thread of its own.  Whatever fails there becomes one
     warning for each outage; the next `reconcile` logs what is missing.
 
-    model             the name under which the winner is registered
-    study, study_uid  name and unique identity of the Optuna study: together they find the parent run again
-    artifacts         where a new experiment in a database keeps its files; a server decides for itself
-    parameters        of the parent run; MLflow keeps the first value of each
-    warn              is called with one line, from the thread
+    warn  is called with one line, from the thread
     """
 
-    def __init__(
-        self,
-        uri: str,
-        experiment: str,
-        model: str,
-        study: str,
-        study_uid: str,
-        artifacts: Path,
-        parameters: Mapping[str, str],
-        warn: Callable[[str], None],
-    ) -> None:
-        self._open = partial(_Runs, uri, experiment, model, study, study_uid, artifacts, parameters)
-        self._name, self._warn = f"MLflow at {masked(uri)}", warn
+    def __init__(self, place: Place, warn: Callable[[str], None]) -> None:
+        self._open = partial(_Runs, place)
+        self._name, self._warn = f"MLflow at {masked(place.uri)}", warn
         self._runs: _Runs | None = None
         self._out = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
@@ -165,27 +153,18 @@ class _Runs:
     Of the trials MLflow has, `_logged` are finished and `_begun` were left in the middle.
     """
 
-    def __init__(
-        self,
-        uri: str,
-        experiment: str,
-        model: str,
-        study: str,
-        study_uid: str,
-        artifacts: Path,
-        parameters: Mapping[str, str],
-    ) -> None:
+    def __init__(self, place: Place) -> None:
         self._mlflow = _import_mlflow()
-        if uri.startswith(_SQLITE):
-            _make_database(self._mlflow, Path(uri.removeprefix(_SQLITE)))
-        if in_database := uri.startswith(("sqlite", "postgresql")):
-            connect(uri, "tracking.uri").dispose()
-        self._client = self._mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
-        location = artifacts.absolute().as_uri() if in_database else None
-        self._experiment = self._find_experiment(experiment, location)
-        self._model = model
-        self._parent = self._find_parent(study, study_uid)
-        self._set_parameters(parameters)
+        if place.uri.startswith(_SQLITE):
+            _make_database(self._mlflow, Path(place.uri.removeprefix(_SQLITE)))
+        if in_database := place.uri.startswith(("sqlite", "postgresql")):
+            connect(place.uri, "tracking.uri").dispose()
+        self._client = self._mlflow.MlflowClient(tracking_uri=place.uri, registry_uri=place.uri)
+        location = place.artifacts.absolute().as_uri() if in_database else None
+        self._experiment = self._find_experiment(place.experiment, location)
+        self._model = place.model
+        self._parent = self._find_parent(place.study, place.uid)
+        self._set_parameters(place.parameters)
         self._logged: set[int] = set()
         self._begun: dict[int, RunInfo] = {}
         self._find_children()

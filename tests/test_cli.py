@@ -9,6 +9,7 @@ import torch
 import worlds
 import yaml
 from safetensors.torch import load_file, save_file
+from untracked import Untracked
 
 from dem_opt.cli import main
 from dem_opt.study import Study
@@ -29,9 +30,7 @@ def world(template, tmp_path):
 
 @pytest.fixture
 def untracked(monkeypatch):
-    from dem_opt.tracking import NoTracker
-
-    monkeypatch.setattr(Study, "_tracker", lambda study, search: NoTracker())
+    monkeypatch.setattr(Study, "_tracker", lambda study, search: Untracked())
 
 
 def edit(world: Path, **changes) -> None:

@@ -12,7 +12,7 @@ from scipy.special import ndtr
 
 from dem_opt.config import Search
 from dem_opt.samplers import gp, make_sampler
-from dem_opt.samplers.history import Trial, distributions, from_parameters, history, parameters
+from dem_opt.samplers.history import History, Trial, distributions, from_parameters, parameters
 from dem_opt.samplers.simplex_gp import (
     OBSERVATIONS,
     SimplexGP,
@@ -104,7 +104,7 @@ def test_running_trials_are_not_proposed_again(algorithm: str, space: Space) -> 
     study = study_of(algorithm, space)
     play(study, space, 3)
     several = [ask(study, space)[1] for _ in range(2 if algorithm == "grid" else space.dimension + 2)]
-    assert len({trial.coefficients for trial in history(study, space)}) == 3 + len(several)
+    assert len({trial.coefficients for trial in History(space)(study)}) == 3 + len(several)
 
 
 @pytest.mark.parametrize("size", [3, 8])
@@ -129,7 +129,7 @@ def test_failed_trials_and_duplicates_do_no_harm(algorithm: str) -> None:
     study = study_of(algorithm, space)
     add(study, space, [*space.landmarks(), *space.landmarks()], TrialState.COMPLETE)
     add(study, space, list(islice(space.lattice(4), 20)), TrialState.FAIL)
-    known = {trial.coefficients for trial in history(study, space)}
+    known = {trial.coefficients for trial in History(space)(study)}
     for _ in range(3):
         trial, coefficients = ask(study, space)
         assert coefficients not in known
@@ -145,7 +145,7 @@ def test_nothing_told_yet_still_gives_proposals(state: TrialState) -> None:
         trial, _ = ask(study, space)
         if state is TrialState.FAIL:
             study.tell(trial, state=state)
-    assert len({trial.coefficients for trial in history(study, space)}) == 7
+    assert len({trial.coefficients for trial in History(space)(study)}) == 7
 
 
 def test_equal_values_everywhere_give_proposals() -> None:

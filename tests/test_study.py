@@ -9,6 +9,7 @@ import torch
 import worlds
 import yaml
 from transformers import AutoModelForCausalLM
+from untracked import Untracked
 
 from dem_opt.checkpoints import content_hash
 from dem_opt.config import load
@@ -39,9 +40,7 @@ class Witness:
 @pytest.fixture
 def untracked(monkeypatch):
     """No MLflow: its laws are tested with tracking, and a fresh database costs seconds."""
-    from dem_opt.tracking import NoTracker
-
-    monkeypatch.setattr(Study, "_tracker", lambda study, search: NoTracker())
+    monkeypatch.setattr(Study, "_tracker", lambda study, search: Untracked())
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from dem_opt import tracking
 from dem_opt.records import Evaluation, Score, TrialRecord
 from dem_opt.simplex import Space
-from dem_opt.tracking import MlflowTracker, NoTracker, Tracker
+from dem_opt.tracking import MlflowTracker, Place, Tracker
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 
@@ -60,12 +60,11 @@ def make(
         "experiment": request.node.name,
         "model": tmp_path.name,
         "study": f"{tmp_path.name}/simplex-gp#2",
-        "study_uid": "uid",
+        "uid": "uid",
         "artifacts": tmp_path / "artifacts",
         "parameters": {"seed": "0"},
-        "warn": warnings.append,
     }
-    return lambda **changed: MlflowTracker(**{**settings, **changed})
+    return lambda **changed: MlflowTracker(Place(**{**settings, **changed}), warnings.append)
 
 
 @pytest.fixture
@@ -118,12 +117,12 @@ def test_mlflow_is_not_imported_before_it_is_needed() -> None:
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
-@pytest.mark.parametrize("where", ["nowhere", "store", "closed port", "file that is no database"])
+@pytest.mark.parametrize("where", ["store", "closed port", "file that is no database"])
 def test_no_tracker_raises(where: str, make: Make, tmp_path: Path, warnings: list[str]) -> None:
     (tmp_path / "words").write_text("words " * 1000)
     uris = {"closed port": CLOSED, "file that is no database": f"sqlite:///{tmp_path}/words"}
     changed = {"uri": uris[where]} if where in uris else {}
-    tracker: Tracker = NoTracker() if where == "nowhere" else make(**changed)
+    tracker: Tracker = make(**changed)
     tracker.reconcile([trial(0)])
     tracker.trial_ended(trial(1))
     tracker.trial_ended(failed(2))
@@ -260,7 +259,7 @@ def test_a_run_that_failed_in_the_middle_is_gone_on_with(
 
 def test_a_study_that_was_made_anew_has_a_run_of_its_own(make: Make, logged: Callable[[], Logged]) -> None:
     for uid in ("first", "second", "first"):
-        run(make(study_uid=uid), [trial(0)])
+        run(make(uid=uid), [trial(0)])
     assert len(logged().parents) == 2
     assert logged().numbers == [0, 0]
 

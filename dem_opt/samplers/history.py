@@ -39,13 +39,29 @@ class Trial:
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
 
-def history(study: Study, space: Space) -> list[Trial]:
-    """The trials that have all their coefficients, in the order of their numbers.
+@dataclass
+class History:
+    """A study's trials that have all their coefficients.
 
-    Others (the driver died while proposing) are passed over, so that nothing depends on them.
+    Others (the driver died while proposing) are passed over, so that nothing depends on them.  Finished trials never
+    change, and are read once.
     """
-    frozen = study.get_trials(deepcopy=False, states=tuple(_STATES))
-    return [_read(trial, space) for trial in frozen if is_whole(trial, space)]
+
+    space: Space
+    _finished: dict[int, Trial] = field(default_factory=dict)
+
+    def __call__(self, study: Study) -> list[Trial]:
+        """The trials in the order of their numbers."""
+        frozen = study.get_trials(deepcopy=False, states=tuple(_STATES))
+        return [self._read(trial) for trial in frozen if is_whole(trial, self.space)]
+
+    def _read(self, frozen: FrozenTrial) -> Trial:
+        if (known := self._finished.get(frozen.number)) is not None:
+            return known
+        trial = _trial(frozen, self.space)
+        if trial.state != "running":
+            self._finished[trial.number] = trial
+        return trial
 
 
 def is_whole(trial: FrozenTrial, space: Space) -> bool:
@@ -74,7 +90,7 @@ def from_parameters(params: Mapping[str, Any], space: Space) -> Coefficients:
     return space.from_units([round(params[name] * UNIT) for name in space.names])
 
 
-def _read(trial: FrozenTrial, space: Space) -> Trial:
+def _trial(trial: FrozenTrial, space: Space) -> Trial:
     state = _STATES[trial.state]
     objective = trial.value if state == "complete" else None
     attributes = trial.user_attrs.get(ATTRIBUTES, {})

@@ -9,7 +9,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 
-from dem_opt.samplers.history import Trial, distributions, history, parameters, start
+from dem_opt.samplers.history import History, Trial, distributions, parameters, start
 from dem_opt.simplex import Coefficients, Space
 
 
@@ -33,6 +33,7 @@ class SimplexSampler(BaseSampler):
 
     def __init__(self, space: Space, proposer: Proposer, seed: int) -> None:
         self._space, self._proposer, self._seed = space, proposer, seed
+        self._history = History(space)
         self.distributions = distributions(space)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -43,7 +44,7 @@ class SimplexSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The next point's coefficients."""
-        trials = history(study, self._space)
+        trials = self._history(study)
         rng = np.random.default_rng([self._seed, len(trials)])
         return parameters(self._proposer.propose(trials, start(study, self._space), rng))
 

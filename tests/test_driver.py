@@ -1,0 +1,66 @@
+"""Laws of the loop: what is proposed follows from what was told, and never from which resident is faster."""
+
+import random
+from pathlib import Path
+
+import pytest
+import worlds
+from untracked import Untracked
+
+from dem_opt.config import load
+from dem_opt.database import connect, holding
+from dem_opt.driver import Driver
+from dem_opt.ledger import Ledger
+from dem_opt.records import Evaluation, Failure, Request, Silence
+from dem_opt.resident import build
+from dem_opt.search import Search
+from dem_opt.sources import gather
+
+
+class Jumbled:
+    """A pool whose answers come in an order drawn from a seed."""
+
+    def __init__(self, resident, capacity: int, seed: int):
+        self.capacity, self._resident = capacity, resident
+        self._rng, self._waiting = random.Random(seed), []
+
+    def submit(self, request: Request) -> None:
+        self._waiting.append(request)
+
+    def next_done(self) -> tuple[Request, Evaluation | Failure]:
+        request = self._waiting.pop(self._rng.randrange(len(self._waiting)))
+        return request, self._resident.evaluate(request)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A study's settings, its question, and a resident that answers it."""
+    path = worlds.study(tmp_path_factory.mktemp("driver"), search={"algorithm": "simplex-gp", "trials": 9, "seed": 1})
+    config = load(path)
+    sources = gather(config, path)
+    return config, sources.question(), build(sources.spec())
+
+
+def trials(world, folder: Path, pool, lookahead: int) -> list:
+    """Coefficients and objectives, in the order of their numbers, of a search with these residents."""
+    config, question, _ = world
+    url = f"sqlite:///{folder / 'study.db'}"
+    folder.mkdir()
+    engine = connect(url)
+    search = Search(url, "jumbled", config.space, config.search)
+    with holding(engine, "jumbled") as lease:
+        Driver(question, Ledger(engine), pool, Silence()).optimize(search, lookahead, Untracked(), lease)
+    engine.dispose()
+    return [(trial.number, trial.coefficients, trial.objective) for trial in search.trials()]
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 4])
+@pytest.mark.parametrize("lookahead", [0, 1, 2])
+def test_the_order_of_answers_changes_no_trial(world, tmp_path, capacity, lookahead):
+    first, second = (
+        trials(world, tmp_path / str(seed), Jumbled(world[2], capacity, seed), lookahead) for seed in (0, 1)
+    )
+    assert len(first) == 9 and first == second

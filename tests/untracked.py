@@ -1,0 +1,22 @@
+"""A tracker that writes nothing: what MLflow does has tests of its own, and a fresh database costs seconds."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dem_opt.records import TrialRecord
+
+
+class Untracked:
+    """Writes nothing."""
+
+    def trial_ended(self, record: TrialRecord) -> None:
+        pass
+
+    def reconcile(self, records: Sequence[TrialRecord]) -> None:
+        pass
+
+    def register(self, folder: Path, metrics: Mapping[str, float], tags: Mapping[str, str]) -> str | None:
+        return None
+
+    def close(self) -> None:
+        pass
