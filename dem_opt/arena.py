@@ -1,18 +1,20 @@
 """Base, vectors and the live model in flat segments; the merge kernel.
 
-Parameters lie one after the other in segments, one for each pair of stored and live dtype.  A segment holds
-the values of each stored checkpoint as they are, and the live model's, which its parameters are views of.
+Parameters lie one after the other in segments, one for each combination of stored and live dtypes.  A segment holds
+the values of each stored checkpoint as they are, and the live model's, which its parameters are views of.  Adapters
+stay factored: what they make of a parameter is computed when a composite needs it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dem_opt.checkpoints import DTYPES, read_header, read_parameters
+from dem_opt.adapters import Edit, load_edits, read_adapter
+from dem_opt.checkpoints import DTYPES, read_header, read_tensors
+from dem_opt.models import Architecture, describe, parameter_of, read_parameters, stored_dtypes
 from dem_opt.records import Composite, StoredModel
 from dem_opt.simplex import UNIT
 
@@ -35,40 +37,61 @@ class Arena:
     ) -> None:
         """Load every checkpoint straight to its place, and make the model's parameters views of live memory.
 
-        The dtypes of the model's parameters are the evaluation's.  The checkpoints must fit (`check_fit`).
+        The dtypes of the model's parameters are the evaluation's; composites are rounded to those of the first
+        checkpoint.  All must fit (`check_fit`, `check_adapter`).
         """
         self.device = torch.device(device)
-        self._segments = _lay_out(model, stored[0], self.device)
-        for checkpoint in {one.content: one for one in stored}.values():
-            self._load(checkpoint)
+        distinct = list({one.content: one for one in stored}.values())
+        architecture = describe(model)
+        whole = [one for one in distinct if one.base is None]
+        self._segments = _lay_out(model, architecture, whole, self.device)
+        for checkpoint in whole:
+            self._load(architecture, checkpoint)
+        self._edited = {one.content: self._edits_of(one) for one in distinct if one.base is not None}
         self._adopt(model)
         self._kernel = MergeKernel(self.device)
 
     @property
-    def contents(self) -> frozenset[str]:
-        """Content hashes of the checkpoints that are stored."""
-        return frozenset(self._segments[0].stored_NP)
+    def nbytes(self) -> int:
+        """Bytes of everything that is stored, and of the live model."""
+        flat = [x.nbytes for segment in self._segments for x in (segment.live_P, *segment.stored_NP.values())]
+        return sum(flat) + sum(edit.nbytes for _, edits in self._edited.values() for edit in edits.values())
 
     def merge(self, composite: Composite) -> None:
         """Make the live model  Theta_D = sum_n (units_n / 1e9) Theta_n , always from the stored checkpoints.
 
-        Summed in float32 in the composite's order, rounded once to the stored dtype, cast to the live one.
-        A single term is copied as it is.  Raises KeyError for content that is not stored.
+        Summed in float32 in the composite's order, rounded once to the first checkpoint's dtype, cast to the live
+        one.  A single term is copied as it is.  Raises KeyError for content that is not stored.
         """
+        factored = any(content in self._edited for content, _ in composite.terms)
         for segment in self._segments:
-            terms = [(units, segment.stored_NP[content]) for content, units in composite.terms]
-            self._kernel.merge(segment.live_P, terms)
+            for part in segment.places if factored else [segment.whole]:
+                terms = [(units, self._values(content, segment, part)) for content, units in composite.terms]
+                self._kernel.merge(segment.live_P[part.slice], terms, segment.dtype)
 
-    def _load(self, checkpoint: StoredModel) -> None:
+    def _values(self, content: str, segment: "_Segment", place: "_Place") -> Tensor:
+        """A checkpoint's values at a place, flat; those of an adapter are computed."""
+        if content not in self._edited:
+            return segment.stored_NP[content][place.slice]
+        base, edits = self._edited[content]
+        values_P = segment.stored_NP[base][place.slice]
+        return edits[place.name].apply(values_P.view(place.shape)).reshape(-1) if place.name in edits else values_P
+
+    def _load(self, architecture: Architecture, checkpoint: StoredModel) -> None:
         """Copy a checkpoint's parameters from its files to their places."""
         places = {place.name: (place, segment) for segment in self._segments for place in segment.places}
         for segment in self._segments:
-            stored_P = torch.zeros(segment.size, dtype=segment.dtype, device=self.device)
-            segment.stored_NP[checkpoint.content] = stored_P
-        for name, tensor in read_parameters(checkpoint.path, places):
+            dtype = segment.dtypes[checkpoint.content]
+            segment.stored_NP[checkpoint.content] = torch.zeros(segment.size, dtype=dtype, device=self.device)
+        for name, tensor in read_parameters(architecture, checkpoint.path, places):
             place, segment = places[name]
-            assert (tensor.dtype, tensor.shape) == (segment.dtype, place.shape), f"{name}: {checkpoint.path}"
+            assert tensor.shape == place.shape, f"{name}: {checkpoint.path}"
             segment.view(segment.stored_NP[checkpoint.content], place).copy_(tensor)
+
+    def _edits_of(self, adapter: StoredModel) -> tuple[str, dict[str, Edit]]:
+        """The base that an adapter edits, and its edits."""
+        assert adapter.base is not None
+        return adapter.base, load_edits(read_adapter(adapter.path, "adapter"), self.device)
 
     def _adopt(self, model: PreTrainedModel) -> None:
         """Make the model's parameters views of the live segments, and move its buffers to the device."""
@@ -94,8 +117,8 @@ class MergeKernel:
         self._sum_P = torch.empty(self.block, dtype=torch.float32, device=device)
         self._term_P = torch.empty(self.block, dtype=torch.float32, device=device)
 
-    def merge(self, out_P: Tensor, terms: Sequence[tuple[int, Tensor]]) -> None:
-        """out = sum_n (units_n / 1e9) x_n  over flat tensors of one dtype, rounded to it, cast to out's.
+    def merge(self, out_P: Tensor, terms: Sequence[tuple[int, Tensor]], dtype: torch.dtype) -> None:
+        """out = sum_n (units_n / 1e9) x_n  over flat tensors, rounded to `dtype`, cast to out's.
 
         Terms are (units of 1e-9, values), summed in the order given.  Coefficients are rounded to float32.  A single
         term is copied, which keeps its bits even where the processor flushes denormal numbers to zero.
@@ -107,36 +130,99 @@ class MergeKernel:
         weights_N1 = torch.split(torch.tensor(weights, dtype=torch.float32, device=out_P.device), 1)
         for start in range(0, len(out_P), self.block):
             block = slice(start, start + self.block)
-            self._merge_block(out_P[block], weights_N1, [x_P[block] for _, x_P in terms])
+            self._merge_block(out_P[block], weights_N1, [x_P[block] for _, x_P in terms], dtype)
 
-    def _merge_block(self, out_P: Tensor, weights_N1: Sequence[Tensor], stored_NP: Sequence[Tensor]) -> None:
+    def _merge_block(
+        self, out_P: Tensor, weights_N1: Sequence[Tensor], stored_NP: Sequence[Tensor], dtype: torch.dtype
+    ) -> None:
         """The same for one block that fits the scratch.  A float32 weight makes every product float32."""
-        stored_dtype = stored_NP[0].dtype
-        in_place = out_P.dtype == stored_dtype == torch.float32
+        in_place = out_P.dtype == dtype == torch.float32
         sum_P = out_P if in_place else self._sum_P[: len(out_P)]
         term_P = self._term_P[: len(out_P)]
         torch.mul(stored_NP[0], weights_N1[0], out=sum_P)
         for weight_1, x_P in zip(weights_N1[1:], stored_NP[1:], strict=True):
             sum_P.add_(torch.mul(x_P, weight_1, out=term_P))
         if not in_place:
-            out_P.copy_(sum_P.to(stored_dtype))
+            out_P.copy_(sum_P.to(dtype))
+
+
+Named = Iterator[tuple[str, Tensor]]
 
 
 def merged_parameters(
-    names: Sequence[str], folders: Mapping[str, Path], composite: Composite
-) -> Iterator[tuple[str, Tensor]]:
-    """A composite's parameters one at a time, in the stored dtype, straight from the files: the arena's bits.
+    architecture: Architecture,
+    base: StoredModel,
+    stored: Mapping[str, StoredModel],
+    composite: Composite,
+    dtype: torch.dtype | None = None,
+) -> Named:
+    """A composite's parameters one at a time, straight from the files: the arena's bits.
 
-    `folders` maps content hashes to checkpoint folders.  No more than one parameter is held in memory.
+    `stored` holds checkpoints and adapters by content.  Each parameter has the base's dtype, or its own where the
+    composite is a single checkpoint.  Given a `dtype`, the float32 sums are rounded to that once, and to no other.
     """
-    kernel = MergeKernel()
-    readers = [read_parameters(folders[content], names) for content, _ in composite.terms]
+    dtypes = stored_dtypes(architecture, base.path)
+    readers = [_parameters(architecture, base, stored[content]) for content, _ in composite.terms]
+    return _merge_each(readers, composite, dtypes, dtype)
+
+
+def merged_tensors(
+    architecture: Architecture,
+    base: StoredModel,
+    stored: Mapping[str, StoredModel],
+    composite: Composite,
+    names: Sequence[str],
+    dtype: torch.dtype | None = None,
+) -> Named:
+    """The same for tensors as the base stores them, under its names, before anything is fused.
+
+    Fusing only moves values, so what is fused from merged tensors is what would be merged from fused ones.
+    """
+    header = read_header(base.path, "base")
+    dtypes = {name: DTYPES[header.tensors[name].dtype] for name in names}
+    readers = [_tensors(architecture, base, names, stored[content]) for content, _ in composite.terms]
+    return _merge_each(readers, composite, dtypes, dtype)
+
+
+def _merge_each(
+    readers: Sequence[Named], composite: Composite, dtypes: Mapping[str, torch.dtype], dtype: torch.dtype | None
+) -> Named:
+    """Merge what the readers of a composite's terms give, one tensor after the other."""
+    kernel, alone = MergeKernel(), len(composite.terms) == 1
     for tensors in zip(*readers, strict=True):
         name, first = tensors[0]
-        merged = torch.empty(first.shape, dtype=first.dtype)
+        merged = torch.empty(first.shape, dtype=dtype or (first.dtype if alone else dtypes[name]))
         terms = [(units, x.reshape(-1)) for (_, units), (_, x) in zip(composite.terms, tensors, strict=True)]
-        kernel.merge(merged.view(-1), terms)
+        kernel.merge(merged.view(-1), terms, merged.dtype)
         yield name, merged
+
+
+def _parameters(architecture: Architecture, base: StoredModel, model: StoredModel) -> Named:
+    """A checkpoint's parameters, or an adapter's."""
+    names = list(architecture.parameters)
+    if model.base is None:
+        return read_parameters(architecture, model.path, names)
+    return _edited(model, read_parameters(architecture, base.path, names), {name: name for name in names})
+
+
+def _tensors(architecture: Architecture, base: StoredModel, names: Sequence[str], model: StoredModel) -> Named:
+    """What a checkpoint, or an adapter, has in the place of the base's stored tensors."""
+    header = read_header(base.path, "base")
+    parameters = parameter_of(architecture, header)
+    if model.base is not None:
+        return _edited(model, read_tensors(header, names), parameters)
+    other = read_header(model.path, "checkpoint")
+    layout = architecture.layout(other)
+    theirs = [name if parameters[name] in layout.fused else layout.sources[parameters[name]][0] for name in names]
+    return ((name, tensor) for name, (_, tensor) in zip(names, read_tensors(other, theirs), strict=True))
+
+
+def _edited(model: StoredModel, values: Named, parameters: Mapping[str, str]) -> Named:
+    """The base's values with an adapter's edits; `parameters` tells which parameter a value is of."""
+    edits = load_edits(read_adapter(model.path, "adapter"))
+    for name, tensor in values:
+        edit = edits.get(parameters[name])
+        yield name, tensor if edit is None else edit.apply(tensor)
 
 
 @dataclass(frozen=True)
@@ -147,33 +233,57 @@ class _Place:
     shape: torch.Size
     start: int
 
+    @property
+    def slice(self) -> slice:
+        """Its elements."""
+        return slice(self.start, self.start + self.shape.numel())
+
 
 @dataclass(frozen=True)
 class _Segment:
-    """Parameters of one stored and one live dtype: of N checkpoints by content hash, and the live ones."""
+    """Parameters that are alike in dtype: of N checkpoints by content hash, and the live ones.
+
+    dtype   what composites are rounded to
+    dtypes  what each checkpoint stores, by content
+    """
 
     dtype: torch.dtype
+    dtypes: Mapping[str, torch.dtype]
     places: Sequence[_Place]
     size: int
     live_P: Tensor
     stored_NP: dict[str, Tensor]
 
+    @property
+    def whole(self) -> _Place:
+        """All of it."""
+        return _Place("", torch.Size([self.size]), 0)
+
     def view(self, flat_P: Tensor, place: _Place) -> Tensor:
         """One parameter's part of a flat tensor."""
-        return flat_P[place.start : place.start + place.shape.numel()].view(place.shape)
+        return flat_P[place.slice].view(place.shape)
 
 
-def _lay_out(model: PreTrainedModel, stored: StoredModel, device: torch.device) -> list[_Segment]:
+def _lay_out(
+    model: PreTrainedModel, architecture: Architecture, stored: Sequence[StoredModel], device: torch.device
+) -> list[_Segment]:
     """Empty segments for a model's parameters, in the order of `named_parameters()` (tied weights once)."""
-    tensors = read_header(stored.path, "checkpoint").tensors
-    groups: dict[tuple[torch.dtype, torch.dtype], list[_Place]] = {}
-    sizes: dict[tuple[torch.dtype, torch.dtype], int] = {}
+    dtypes = {one.content: stored_dtypes(architecture, one.path) for one in stored}
+    groups: dict[tuple[torch.dtype, ...], list[_Place]] = {}
+    sizes: dict[tuple[torch.dtype, ...], int] = {}
     for name, parameter in model.named_parameters():
-        group = DTYPES[tensors[name].dtype], parameter.dtype
+        group = (*(by_name[name] for by_name in dtypes.values()), parameter.dtype)
         start = sizes.get(group, 0)
         groups.setdefault(group, []).append(_Place(name, parameter.shape, start))
         sizes[group] = start + -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
     return [
-        _Segment(group[0], places, sizes[group], torch.zeros(sizes[group], dtype=group[1], device=device), {})
+        _Segment(
+            dtype=group[0],
+            dtypes=dict(zip(dtypes, group, strict=False)),
+            places=places,
+            size=sizes[group],
+            live_P=torch.zeros(sizes[group], dtype=group[-1], device=device),
+            stored_NP={},
+        )
         for group, places in groups.items()
     ]

@@ -84,7 +84,7 @@ def _check(given: argparse.Namespace) -> None:
     from dem_opt.sources import check_files
 
     config = load(given.study)
-    headers = check_files(config, given.study)
+    headers = check_files(config, given.study).headers
     sizes = [sum(tensor.end - tensor.start for tensor in header.tensors.values()) for header in headers.values()]
     rows = [
         (name, str(header.folder), f"{size:,}") for (name, header), size in zip(headers.items(), sizes, strict=True)

@@ -35,18 +35,59 @@ def _from_here(value: Path | str | None, info: ValidationInfo) -> Path | None:
 StudyPath = Annotated[Path, Field(strict=False)]
 
 
+class ModelSource(_Section):
+    """A model or an adapter: a folder, or a hub id and its revision.  A path alone is a folder."""
+
+    path: StudyPath | None = None
+    hub: Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")] | None = None
+    revision: str | None = None
+
+    _paths = field_validator("path", mode="before")(_from_here)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, data: Any) -> Any:
+        return {"path": data} if isinstance(data, str | Path) else data
+
+    @model_validator(mode="after")
+    def _check_place(self) -> Self:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("must be a path, or a mapping with `hub:` and `revision:`")
+        if self.path is not None and self.revision is not None:
+            raise ValueError("revision: belongs to a `hub:`, a folder has none")
+        return self
+
+    def __str__(self) -> str:
+        return str(self.path) if self.hub is None else f"{self.hub}@{self.revision or 'main'}"
+
+
 class Distribution(_Section):
-    """One data distribution: its fine-tuned checkpoint and its data.
+    """One data distribution: its fine-tune, which is a checkpoint or an adapter of the base, and its data.
 
     train is for `dem-opt train` only.  Without held_out, the validation documents are divided in two.
     """
 
-    checkpoint: StudyPath
+    checkpoint: ModelSource | None = None
+    adapter: ModelSource | None = None
     train: StudyPath | None = None
     validation: StudyPath
     held_out: StudyPath | None = None
 
-    _paths = field_validator("checkpoint", "train", "validation", "held_out", mode="before")(_from_here)
+    _paths = field_validator("train", "validation", "held_out", mode="before")(_from_here)
+
+    @model_validator(mode="after")
+    def _check_expert(self) -> Self:
+        if (self.checkpoint is None) == (self.adapter is None):
+            raise ValueError("must have a `checkpoint:` or an `adapter:`, and not both")
+        return self
+
+    @property
+    def expert(self) -> tuple[Literal["checkpoint", "adapter"], ModelSource]:
+        """Which of the two it has, and where."""
+        if self.checkpoint is not None:
+            return "checkpoint", self.checkpoint
+        assert self.adapter is not None
+        return "adapter", self.adapter
 
 
 class SimplexSection(_Section):
@@ -123,7 +164,7 @@ class StudyConfig(_Section):
     """A whole study file, resolved: absolute paths, defaults filled in."""
 
     name: Name
-    base: StudyPath
+    base: ModelSource
     distributions: Annotated[dict[Name, Distribution], Field(min_length=1)]
     simplex: SimplexSection = SimplexSection()
     objective: Objective = Objective()
@@ -135,7 +176,7 @@ class StudyConfig(_Section):
     fine_tuning: FineTuning = FineTuning()
     output: StudyPath
 
-    _paths = field_validator("base", "output", mode="before")(_from_here)
+    _paths = field_validator("output", mode="before")(_from_here)
 
     @model_validator(mode="before")
     @classmethod

@@ -3,11 +3,11 @@
 Shape suffixes as in records; R rows of logits, L tokens of the longest document in a batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from itertools import pairwise
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ ROWS = 512
 
 _UNSCORED = -100
 
+Reading = Literal["packed", "separate", "paired"]
+"""How documents are given to a model: packed in windows, one a row, or one pair of source and target a row."""
+
 
 @dataclass(frozen=True, eq=False)
 class PreparedWindows:
@@ -32,24 +35,41 @@ class PreparedWindows:
     positions_WT positions, restarting where a document starts
     targets_WT   the token to be predicted after each token, -100 where that is not scored
     tokens_W     scored tokens of each window
-    documents    (window, start, end) of each document that scores anything, longest first
+    documents    each document that scores anything, longest first
     """
 
     ids_WT: Tensor
     positions_WT: Tensor
     targets_WT: Tensor
     tokens_W: tuple[int, ...]
-    documents: tuple[tuple[int, int, int], ...]
+    documents: tuple["_Document", ...]
+
+
+@dataclass(frozen=True)
+class _Document:
+    """Where a document lies: tokens start to end of a window; those before `first` are not scored."""
+
+    window: int
+    start: int
+    first: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.start
 
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """What one forward call sees, and the window that each row counts for; no positions are plain ones."""
+    """What one forward call is given, what it is to predict, and the window that each row counts for."""
 
-    ids_BT: Tensor
-    positions_BT: Tensor | None
+    inputs: Mapping[str, Tensor]
     targets_BT: Tensor
     window_B: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens through the model, padding included."""
+        return sum(ids.numel() for name, ids in self.inputs.items() if name.endswith("input_ids"))
 
 
 def prepare(windows: Windows, device: torch.device) -> PreparedWindows:
@@ -61,41 +81,58 @@ def prepare(windows: Windows, device: torch.device) -> PreparedWindows:
         torch.tensor(windows.positions_WT, device=device),
         torch.tensor(targets_WT, device=device),
         windows.tokens_W,
-        tuple(sorted(_documents(windows), key=lambda place: place[1] - place[2])),
+        tuple(sorted(_documents(windows), key=len, reverse=True)),
     )
 
 
-def _documents(windows: Windows) -> Iterator[tuple[int, int, int]]:
-    """(window, start, end) of each document of at least two tokens; padding is documents of one token."""
+def _documents(windows: Windows) -> Iterator[_Document]:
+    """The documents that score anything; padding is documents of one token."""
     length = windows.ids_WT.shape[1]
     for window, positions_T in enumerate(windows.positions_WT):
         for start, end in pairwise([*np.flatnonzero(positions_T == 0).tolist(), length]):
-            if end - start > 1:
-                yield window, start, end
+            scored = np.flatnonzero(windows.scored_WT[window, start:end])
+            if len(scored):
+                yield _Document(window, start, start + int(scored[0]), end)
 
 
-def score(model: PreTrainedModel, windows: PreparedWindows, batch_tokens: int, isolates: bool) -> tuple[Score, int]:
+def reading(model: PreTrainedModel) -> Reading:
+    """How a model is given documents, which is the same for all weights of an architecture."""
+    if model.config.is_encoder_decoder:
+        return "paired"
+    return "packed" if isolates_documents(model) else "separate"
+
+
+def score(model: PreTrainedModel, windows: PreparedWindows, batch_tokens: int, reading: Reading) -> tuple[Score, int]:
     """Nats per window,  -sum_t ln p(x_t | x_<t of its own document),  and the tokens through the model.
 
-    One forward call for each batch of at most `batch_tokens` tokens (at least one window), batches being the
-    same at every call.  Where the architecture isolates packed documents, rows are windows and positions
-    restart; where it does not, rows are documents, padded at the end, which a causal model's earlier tokens
-    do not see.  Cross-entropy is taken in float32 and summed in float64.
+    One forward call for each batch of at most `batch_tokens` tokens (at least one row), batches being the
+    same at every call.  Packed: rows are windows and positions restart.  Separate: rows are documents, padded at
+    the end, which a causal model's earlier tokens do not see.  Paired: the encoder reads what stands before a
+    document's first scored token, the decoder predicts the rest from its start token on.  Cross-entropy is taken
+    in float32 and summed in float64.
 
     Raises EvaluationError where a window's nats are not finite.
     """
-    batches = _packed(windows, batch_tokens) if isolates else _separate(windows, batch_tokens)
     nats: list[Tensor] = []
     window_R: list[int] = []
     forward_tokens = 0
     with torch.inference_mode():
-        for batch in batches:
-            nats.append(_nats(_logits(model, batch.ids_BT, batch.positions_BT), batch.targets_BT))
+        for batch in _batches(model, windows, batch_tokens, reading):
+            nats.append(_nats(_logits(model, **batch.inputs), batch.targets_BT))
             window_R.extend(batch.window_B)
-            forward_tokens += batch.ids_BT.numel()
+            forward_tokens += batch.tokens
         nats_R = torch.cat(nats).cpu().numpy()
     nats_W = np.bincount(window_R, weights=nats_R, minlength=len(windows.tokens_W))
     return Score(tuple(nats_W.tolist()), windows.tokens_W), forward_tokens
+
+
+def _batches(model: PreTrainedModel, windows: PreparedWindows, batch_tokens: int, reading: Reading) -> Iterator[_Batch]:
+    """Rows of the kind that the model reads."""
+    if reading == "packed":
+        yield from _packed(windows, batch_tokens)
+        return
+    for documents in _alike(windows.documents, batch_tokens):
+        yield _separate(windows, documents) if reading == "separate" else _paired(model, windows, documents)
 
 
 def _packed(windows: PreparedWindows, batch_tokens: int) -> Iterator[_Batch]:
@@ -104,37 +141,48 @@ def _packed(windows: PreparedWindows, batch_tokens: int) -> Iterator[_Batch]:
     rows = max(1, batch_tokens // length)
     for first in range(0, count, rows):
         part = slice(first, first + rows)
-        yield _Batch(
-            windows.ids_WT[part],
-            windows.positions_WT[part],
-            windows.targets_WT[part],
-            tuple(range(count)[part]),
-        )
+        inputs = {"input_ids": windows.ids_WT[part], "position_ids": windows.positions_WT[part]}
+        yield _Batch(inputs, windows.targets_WT[part], tuple(range(count)[part]))
 
 
-def _separate(windows: PreparedWindows, batch_tokens: int) -> Iterator[_Batch]:
-    """One document a row, longest first, each batch as wide as its first row."""
+def _alike(documents: Sequence[_Document], batch_tokens: int) -> Iterator[Sequence[_Document]]:
+    """Documents of like length together, as many as fit when padded to the longest, which comes first."""
     first = 0
-    while first < len(windows.documents):
-        _, start, end = windows.documents[first]
-        rows = max(1, batch_tokens // (end - start))
-        places = windows.documents[first : first + rows]
-        ids = [windows.ids_WT[window, start:end] for window, start, end in places]
-        targets = [windows.targets_WT[window, start:end] for window, start, end in places]
-        yield _Batch(
-            pad_sequence(ids, batch_first=True),
-            None,
-            pad_sequence(targets, batch_first=True, padding_value=_UNSCORED),
-            tuple(window for window, _, _ in places),
-        )
+    while first < len(documents):
+        rows = max(1, batch_tokens // len(documents[first]))
+        yield documents[first : first + rows]
         first += rows
 
 
-def _logits(model: PreTrainedModel, ids_BT: Tensor, positions_BT: Tensor | None) -> Tensor:
-    """Logits [B, T, V], without a cache (with it packed documents leak) and without an attention mask."""
+def _separate(windows: PreparedWindows, documents: Sequence[_Document]) -> _Batch:
+    """One document a row."""
+    ids = [windows.ids_WT[one.window, one.start : one.end] for one in documents]
+    targets = [windows.targets_WT[one.window, one.start : one.end] for one in documents]
+    return _Batch({"input_ids": _padded(ids)}, _padded(targets, _UNSCORED), tuple(one.window for one in documents))
+
+
+def _paired(model: PreTrainedModel, windows: PreparedWindows, documents: Sequence[_Document]) -> _Batch:
+    """One pair a row.  What predicts a token stands one place before it: the start token, then the target's own."""
+    sources = [windows.ids_WT[one.window, one.start : one.first] for one in documents]
+    targets = [windows.targets_WT[one.window, one.first - 1 : one.end - 1] for one in documents]
+    decoded = [windows.ids_WT[one.window, one.first : one.end - 1] for one in documents]
+    start_1 = windows.ids_WT.new_tensor([model.config.decoder_start_token_id])
+    inputs = {
+        "input_ids": _padded(sources),
+        "attention_mask": _padded([torch.ones_like(ids) for ids in sources]),
+        "decoder_input_ids": _padded([torch.cat([start_1, ids]) for ids in decoded]),
+    }
+    return _Batch(inputs, _padded(targets, _UNSCORED), tuple(one.window for one in documents))
+
+
+def _padded(rows: Sequence[Tensor], value: int = 0) -> Tensor:
+    return pad_sequence(list(rows), batch_first=True, padding_value=value)
+
+
+def _logits(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
+    """Logits [B, T, V], without a cache (with it packed documents leak); a causal model gets no attention mask."""
     assert not model.training, "dropout would make logits random"
-    positions = {} if positions_BT is None else {"position_ids": positions_BT}
-    logits_BTV: Tensor = model(ids_BT, use_cache=False, **positions).logits
+    logits_BTV: Tensor = model(**inputs, use_cache=False).logits
     return logits_BTV
 
 
@@ -166,8 +214,9 @@ def isolates_documents(model: PreTrainedModel) -> bool:
     text_1T = torch.randint(vocabulary, (1, 20), generator=generator).to(device)
     before_2T = torch.randint(vocabulary, (2, 12), generator=generator).to(device)
     positions_1T = torch.cat([torch.arange(12), torch.arange(20)])[None].to(device)
-    packed_2TV = _logits(model, torch.cat([before_2T, text_1T.expand(2, -1)], dim=1), positions_1T.expand(2, -1))
-    alone_TV = _logits(model, text_1T, positions_1T[:, 12:])[0]
+    packed_2T = torch.cat([before_2T, text_1T.expand(2, -1)], dim=1)
+    packed_2TV = _logits(model, input_ids=packed_2T, position_ids=positions_1T.expand(2, -1))
+    alone_TV = _logits(model, input_ids=text_1T, position_ids=positions_1T[:, 12:])[0]
     first_TV, second_TV = packed_2TV[:, 12:]
     return torch.equal(first_TV, second_TV) and _near(first_TV, alone_TV)
 

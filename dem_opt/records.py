@@ -173,10 +173,14 @@ class Failure:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A checkpoint folder and the hash of its content."""
+    """A checkpoint or adapter folder and the hash of its content.
+
+    base  for an adapter: the content of the base that it edits
+    """
 
     path: Path
     content: str
+    base: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

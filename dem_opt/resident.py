@@ -4,10 +4,12 @@ from time import perf_counter
 
 import torch
 
+from dem_opt.adapters import read_adapter
 from dem_opt.arena import Arena
-from dem_opt.checkpoints import content_hash, empty_model
+from dem_opt.checkpoints import content_hash
 from dem_opt.errors import InputError
-from dem_opt.perplexity import isolates_documents, prepare, score
+from dem_opt.models import empty_model
+from dem_opt.perplexity import prepare, reading, score
 from dem_opt.records import Composite, Evaluation, Request, ResidentSpec, Score, StoredModel
 
 
@@ -26,7 +28,7 @@ class Resident:
         self._model = empty_model(spec.base.path, getattr(torch, spec.dtype))
         self._arena = Arena(self._model, stored, device)
         self._arena.merge(Composite.single(spec.base.content))
-        self._isolates = isolates_documents(self._model)
+        self._reading = reading(self._model)
         self._windows = {corpus.key: prepare(corpus.windows, device) for corpus in spec.corpora}
         self._batch_tokens = spec.batch_tokens
 
@@ -42,7 +44,7 @@ class Resident:
         scores: dict[str, Score] = {}
         forward_tokens = 0
         for key in request.corpora:
-            scores[key], tokens = score(self._model, self._windows[key], self._batch_tokens, self._isolates)
+            scores[key], tokens = score(self._model, self._windows[key], self._batch_tokens, self._reading)
             forward_tokens += tokens
         return Evaluation(scores, forward_tokens, merged - started, perf_counter() - merged)
 
@@ -53,7 +55,8 @@ def build(spec: ResidentSpec) -> Resident:
 
 
 def _refuse_changed(model: StoredModel) -> None:
-    if content_hash(model.path) != model.content:
+    now = content_hash(model.path) if model.base is None else read_adapter(model.path, "adapter").content(model.base)
+    if now != model.content:
         raise InputError(model.path, None, None, "its weights have changed since the study began to load; run again")
 
 

@@ -5,15 +5,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dem_opt.checkpoints import DTYPES, Header, check_base, check_fit, content_hash, read_header
-from dem_opt.config import StudyConfig
+from dem_opt.adapters import check_adapter, read_adapter
+from dem_opt.checkpoints import DTYPES, Header, content_hash, read_header
+from dem_opt.config import Distribution, StudyConfig
 from dem_opt.corpus import build_corpora, load_tokenizer, tokenizer_digest
 from dem_opt.errors import InputError
+from dem_opt.hub import locate
+from dem_opt.models import Architecture, check_base, check_fit
 from dem_opt.question import SPLITS, Question
 from dem_opt.records import Corpus, ResidentSpec, StoredModel
 
 BATCH_TOKENS = 4096
 """Tokens in one forward call where the study says `batch: auto`."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """The headers of a study's checkpoints and adapters, which fit together: the base's as "base", others by name."""
+
+    config: StudyConfig
+    architecture: Architecture
+    headers: Mapping[str, Header]
 
 
 @dataclass(frozen=True)
@@ -74,9 +86,9 @@ class Sources:
         """What a resident of this study holds."""
         return ResidentSpec(self.base, tuple(self.experts.values()), self.corpora, self.dtype, self.batch_tokens)
 
-    def folders(self) -> dict[str, Path]:
-        """Checkpoint folders by content hash."""
-        return {model.content: model.path for model in (self.base, *self.experts.values())}
+    def models(self) -> dict[str, StoredModel]:
+        """Base and experts by content."""
+        return {model.content: model for model in (self.base, *self.experts.values())}
 
     def other(self, folder: Path, field: str) -> StoredModel:
         """Another model, to be scored on this study's corpora.
@@ -93,22 +105,35 @@ class Sources:
         return ResidentSpec(model, (), self.corpora, self.dtype, self.batch_tokens)
 
 
-def check_files(config: StudyConfig, where: object) -> dict[str, Header]:
-    """Headers of the base ("base") and every checkpoint, which must fit together; reads no weights.
+def check_files(config: StudyConfig, where: object) -> Files:
+    """Headers of the base and of every checkpoint and adapter, which must fit together; reads no weights.
 
     Raises InputError for what is missing, damaged, or of another shape than the base.
     """
-    base = read_header(config.base, "base")
+    base = read_header(locate(config.base, "base"), "base")
     architecture = check_base(base)
     headers = {"base": base}
     for name, distribution in config.distributions.items():
-        field = f"distributions.{name}.checkpoint"
-        if not distribution.checkpoint.exists() and distribution.train is not None:
-            mend = f"no such folder; `dem-opt train {where}` makes it"
-            raise InputError(where, field, str(distribution.checkpoint), mend)
-        headers[name] = read_header(distribution.checkpoint, field)
-        check_fit(architecture, base, headers[name])
-    return headers
+        headers[name] = _check_expert(architecture, base, name, distribution, where)
+    return Files(config, architecture, headers)
+
+
+def _check_expert(
+    architecture: Architecture, base: Header, name: str, distribution: Distribution, where: object
+) -> Header:
+    """The header of a distribution's checkpoint or adapter, which must fit the base."""
+    kind, source = distribution.expert
+    field = f"distributions.{name}.{kind}"
+    folder = locate(source, field)
+    if kind == "adapter":
+        adapter = read_adapter(folder, field)
+        check_adapter(architecture, base, adapter)
+        return adapter.header
+    if not folder.exists() and distribution.train is not None:
+        raise InputError(where, field, str(folder), f"no such folder; `dem-opt train {where}` makes it")
+    header = read_header(folder, field)
+    check_fit(architecture, base, header)
+    return header
 
 
 def gather(config: StudyConfig, where: object) -> Sources:
@@ -116,24 +141,32 @@ def gather(config: StudyConfig, where: object) -> Sources:
 
     Raises InputError, naming file and field, before anything is loaded or written.
     """
-    headers = check_files(config, where)
-    tokenizer = load_tokenizer(config.base)
+    files = check_files(config, where)
+    folder = files.headers["base"].folder
+    tokenizer = load_tokenizer(folder)
     corpora = tuple(
         corpus
         for name, distribution in config.distributions.items()
         for corpus in build_corpora(name, distribution, config.evaluation, tokenizer)
     )
+    base = StoredModel(folder, content_hash(folder, "base"))
     return Sources(
         config=config,
-        stored=_dtype(headers["base"]),
-        base=StoredModel(config.base, content_hash(config.base, "base")),
-        experts={
-            name: StoredModel(one.checkpoint, content_hash(one.checkpoint, f"distributions.{name}.checkpoint"))
-            for name, one in config.distributions.items()
-        },
+        stored=_dtype(files.headers["base"]),
+        base=base,
+        experts={name: _expert(one, files.headers[name], base) for name, one in config.distributions.items()},
         corpora=corpora,
         tokenizer=tokenizer_digest(tokenizer),
     )
+
+
+def _expert(distribution: Distribution, header: Header, base: StoredModel) -> StoredModel:
+    """A distribution's checkpoint or adapter with its content."""
+    kind, _ = distribution.expert
+    if kind == "adapter":
+        content = read_adapter(header.folder, header.field).content(base.content)
+        return StoredModel(header.folder, content, base.content)
+    return StoredModel(header.folder, content_hash(header.folder, header.field))
 
 
 def _dtype(base: Header) -> str:

@@ -14,6 +14,7 @@ from dem_opt.driver import Driver
 from dem_opt.errors import InputError, nearest
 from dem_opt.export import Export, ExportError, model_card, prove, write_composite
 from dem_opt.finetune import RECORD, FineTuned, FineTuneJob, fine_tune, is_finished
+from dem_opt.hub import locate
 from dem_opt.ledger import Ledger, StudyRow
 from dem_opt.pool import Compute, RayCompute
 from dem_opt.question import SEARCH, SPLITS, Question, changes, refuse_other_scoring
@@ -328,15 +329,16 @@ class Study:
     def _fine_tunings(self) -> list[FineTuneJob]:
         """A job for each distribution that has training data."""
         settings, window = self.config.fine_tuning, self.config.evaluation.window
+        base = locate(self.config.base, "base")
         return [
-            FineTuneJob(name, self.config.base, one.train, one.checkpoint, window, **settings.model_dump())
+            FineTuneJob(name, base, one.train, one.checkpoint.path, window, **settings.model_dump())
             for name, one in self.config.distributions.items()
-            if one.train is not None
+            if one.train is not None and one.checkpoint is not None and one.checkpoint.path is not None
         ]
 
     def _facts(self, question: Question) -> dict[str, str]:
         """What reproduces the study: where its parts are, their content, and with what it was run."""
-        folders = {name: one.checkpoint for name, one in self.config.distributions.items()}
+        folders = {name: one.expert[1] for name, one in self.config.distributions.items()}
         contents = {f"{name}: {folders.get(name, 'gone')}": content for name, content in question.experts.items()}
         return {
             "study file": str(self._where),

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = [
     {"errors", "simplex", "records", "config", "question", "intervals"},
-    {"checkpoints", "arena", "corpus", "database"},
+    {"checkpoints", "models", "adapters", "arena", "corpus", "database", "hub"},
     {"perplexity", "ledger"},
     {"resident", "samplers", "finetune", "sources"},
     {"pool", "search", "tracking"},
@@ -32,7 +32,12 @@ ALLOWED = {
     ("question", "records"),
     ("question", "simplex"),
     ("intervals", "records"),
+    ("models", "checkpoints"),
+    ("adapters", "checkpoints"),
+    ("adapters", "models"),
     ("arena", "checkpoints"),
+    ("arena", "models"),
+    ("arena", "adapters"),
     ("cli", "terminal"),
 }
 
@@ -46,8 +51,20 @@ DOORS = {
     "yaml": {"config"},
     "pydantic": {"config"},
     "dashboards": {"cli"},
-    "torch": {"checkpoints", "arena", "perplexity", "resident", "finetune", "assets", "export", "pool"},
-    "transformers": {"checkpoints", "arena", "corpus", "perplexity", "finetune", "assets", "export"},
+    "huggingface_hub": {"hub", "models"},
+    "torch": {
+        "checkpoints",
+        "models",
+        "adapters",
+        "arena",
+        "perplexity",
+        "resident",
+        "finetune",
+        "assets",
+        "export",
+        "pool",
+    },
+    "transformers": {"models", "arena", "corpus", "perplexity", "finetune", "assets", "export"},
 }
 """Who may import what, at the top of a module or inside its functions."""
 

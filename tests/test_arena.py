@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from dem_opt.arena import ALIGNMENT, Arena, MergeKernel, merged_parameters
-from dem_opt.checkpoints import content_hash, empty_model
+from dem_opt.checkpoints import content_hash, read_header
+from dem_opt.models import empty_model, read_architecture
 from dem_opt.records import Composite, StoredModel
 from dem_opt.simplex import UNIT, Coefficients
 
@@ -70,9 +71,11 @@ class World:
             self.stored.append(StoredModel(folder / name, content_hash(folder / name)))
             self.weights.append({name: tensor.detach() for name, tensor in model.named_parameters()})
 
-    @property
-    def folders(self):
-        return {model.content: model.path for model in self.stored}
+    def merged(self, composite):
+        """The composite's parameters, streamed from the files."""
+        architecture = read_architecture(read_header(self.stored[0].path, "base"))
+        by_content = {model.content: model for model in self.stored}
+        return dict(merged_parameters(architecture, self.stored[0], by_content, composite))
 
     def arena(self, stored=None, dtype=torch.float32):
         model = empty_model(self.stored[0].path, dtype)
@@ -142,7 +145,7 @@ def test_the_order_of_the_checkpoints_changes_no_bit(world, units):
 def test_merging_agrees_with_float64(world, units):
     """Rounding N coefficients, N products and N - 1 sums to float32 (u = 2^-24) leaves at most
     (N + 1) u sum |w x|, to first order; rounding to the stored dtype adds half an ulp of what it rounds."""
-    merged = dict(merged_parameters(list(world.weights[0]), world.folders, world.composite(units)))
+    merged = world.merged(world.composite(units))
     for name, out in merged.items():
         terms = [count / UNIT * tensor[name].double() for count, tensor in zip(units, world.weights, strict=True)]
         exact, size = sum(terms), sum(term.abs() for term in terms)
@@ -156,7 +159,7 @@ def test_merging_agrees_with_float64(world, units):
 def test_streaming_from_files_gives_the_arenas_bits_in_the_stored_dtype(world, units):
     arena, model = world.arena()
     arena.merge(world.composite(units))
-    merged = dict(merged_parameters(list(world.weights[0]), world.folders, world.composite(units)))
+    merged = world.merged(world.composite(units))
     assert {name: tensor.dtype for name, tensor in merged.items()} == {
         name: stored_dtype(world.dtype, name) for name in world.weights[0]
     }
@@ -170,6 +173,29 @@ def test_the_forward_pass_is_that_of_the_checkpoint(world):
         reference = AutoModelForCausalLM.from_pretrained(stored.path, dtype=torch.float32)
         arena.merge(Composite.single(stored.content))
         assert torch.equal(model(ids).logits, reference(ids).logits)
+
+
+MIXED = [("bfloat16", "float32"), ("float32", "bfloat16"), ("bfloat16", "mixed"), ("mixed", "float16")]
+
+
+@pytest.mark.parametrize(("base", "expert"), MIXED)
+def test_checkpoints_of_other_dtypes_are_stored_as_they_are_and_sums_rounded_to_the_bases(tmp_path, base, expert):
+    ours, theirs = World(tmp_path / "ours", "llama tied", base), World(tmp_path / "theirs", "llama tied", expert)
+    ours.stored[1], ours.weights[1] = theirs.stored[1], theirs.weights[1]
+    arena, model = ours.arena()
+    for stored, weights in zip(ours.stored, ours.weights, strict=True):
+        arena.merge(Composite.single(stored.content))
+        assert_same_bits(values(model), {name: tensor.float() for name, tensor in weights.items()})
+        assert_same_bits(ours.merged(Composite.single(stored.content)), weights)
+    composite = ours.composite((0, 4 * 10**8, 6 * 10**8))
+    arena.merge(composite)
+    streamed = ours.merged(composite)
+    assert {name: tensor.dtype for name, tensor in streamed.items()} == {
+        name: stored_dtype(base, name) for name in streamed
+    }
+    assert_same_bits(values(model), {name: tensor.float() for name, tensor in streamed.items()})
+    everything = [tensor for weights in ours.weights for tensor in weights.values()]
+    assert arena.nbytes < 1.3 * sum(x.nbytes for x in everything) + 4 * sum(x.numel() for x in streamed.values())
 
 
 def test_parameters_are_aligned_views_of_one_memory_for_each_stored_dtype_tied_ones_once(world):
@@ -227,7 +253,7 @@ def terms(elements, dtype):
 
 def run(kernel, parts, live=torch.float32):
     out = torch.empty(len(parts[0][1]), dtype=live)
-    kernel.merge(out, parts)
+    kernel.merge(out, parts, parts[0][1].dtype)
     return out
 
 

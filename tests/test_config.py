@@ -38,9 +38,9 @@ def changed(where: str, value: object) -> dict:
 
 def test_relative_paths_start_at_the_file(tmp_path):
     config = load(write(tmp_path, STUDY))
-    assert config.base == tmp_path / "models/base"
-    assert config.distributions["code"].checkpoint == tmp_path / "models/code"
-    assert config.distributions["math"].checkpoint == Path("/models/math")
+    assert config.base.path == tmp_path / "models/base"
+    assert config.distributions["code"].checkpoint.path == tmp_path / "models/code"
+    assert config.distributions["math"].checkpoint.path == Path("/models/math")
     assert config.output == tmp_path / "runs/example"
     assert config.storage == f"sqlite:///{tmp_path}/runs/example/study.db"
     assert config.tracking.uri == f"sqlite:///{tmp_path}/runs/example/mlflow.db"
@@ -103,7 +103,7 @@ def test_what_a_study_may_not_say_is_refused_in_one_line(tmp_path, where, value,
     assert message.startswith(f"{path}: ") and said in message and "\n" not in message
 
 
-@pytest.mark.parametrize("missing", ["name", "base", "distributions", "distributions.code.checkpoint"])
+@pytest.mark.parametrize("missing", ["name", "base", "distributions", "distributions.code.validation"])
 def test_what_is_missing_is_named(tmp_path, missing):
     study = copy.deepcopy(STUDY)
     *sections, last = missing.split(".")
@@ -145,3 +145,51 @@ def test_a_file_that_is_not_there_or_not_text_is_named(tmp_path):
 )
 def test_every_study_of_the_gallery_loads(path):
     assert load(path).name == path.stem
+
+
+MODELS = {
+    "adapters/code": ("adapters/code", None, None),
+    "{path: adapters/code}": ("adapters/code", None, None),
+    "{hub: somebody/code}": (None, "somebody/code", None),
+    "{hub: somebody/code, revision: v2}": (None, "somebody/code", "v2"),
+}
+
+
+@pytest.mark.parametrize("written", MODELS)
+@pytest.mark.parametrize("kind", ["checkpoint", "adapter"])
+def test_a_fine_tune_is_a_checkpoint_or_an_adapter_in_a_folder_or_on_a_hub(tmp_path, kind, written):
+    study = copy.deepcopy(STUDY)
+    del study["distributions"]["code"]["checkpoint"]
+    study["distributions"]["code"][kind] = yaml.safe_load(written)
+    path, hub, revision = MODELS[written]
+    found, source = load(write(tmp_path, study)).distributions["code"].expert
+    assert found == kind
+    assert (source.path, source.hub, source.revision) == (path and tmp_path / path, hub, revision)
+
+
+BAD_MODELS = {
+    "{}": "must be a path, or a mapping with `hub:`",
+    "{path: a, hub: b/c}": "must be a path, or a mapping with `hub:`",
+    "{path: a, revision: v2}": "revision: belongs to a `hub:`",
+    "{hub: a/b/c}": "should match pattern",
+    "{hubb: a/b}": "hubb = 'a/b': unknown key; did you mean 'hub'",
+    "3": "",
+}
+
+
+@pytest.mark.parametrize("written", BAD_MODELS)
+def test_a_model_that_is_nowhere_is_told(tmp_path, written):
+    study = copy.deepcopy(STUDY)
+    study["base"] = yaml.safe_load(written)
+    with pytest.raises(InputError, match="base") as refused:
+        load(write(tmp_path, study))
+    assert BAD_MODELS[written] in str(refused.value)
+
+
+@pytest.mark.parametrize("given", [[], ["checkpoint", "adapter"]])
+def test_a_fine_tune_is_one_thing(tmp_path, given):
+    study = copy.deepcopy(STUDY)
+    del study["distributions"]["code"]["checkpoint"]
+    study["distributions"]["code"] |= dict.fromkeys(given, "models/code")
+    with pytest.raises(InputError, match="a `checkpoint:` or an `adapter:`, and not both"):
+        load(write(tmp_path, study))

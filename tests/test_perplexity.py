@@ -43,7 +43,7 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     ),
 }
 ISOLATING = {"llama", "gpt2"}
-CASES = [(name, False) for name in CONFIGS] + [(name, True) for name in sorted(ISOLATING)]
+CASES = [(name, "separate") for name in CONFIGS] + [(name, "packed") for name in sorted(ISOLATING)]
 
 # Lengths of the documents in each window; what is missing to TOKENS is padding.
 LAYOUT = [[24], [3, 1, 20], [1, 1, 10, 2, 10], [7], [12, 12], [5, 6, 2], [23, 1]] * 4
@@ -76,8 +76,8 @@ def on_cpu(windows: Windows) -> PreparedWindows:
 WINDOWS = on_cpu(make_windows(LAYOUT))
 
 
-def measure(name: str, isolates: bool, windows: PreparedWindows = WINDOWS, batch_tokens: int = 96) -> Score:
-    return score(make_model(name), windows, batch_tokens, isolates)[0]
+def measure(name: str, reading: str, windows: PreparedWindows = WINDOWS, batch_tokens: int = 96) -> Score:
+    return score(make_model(name), windows, batch_tokens, reading)[0]
 
 
 measured = cache(measure)
@@ -86,12 +86,12 @@ measured = cache(measure)
 def one_by_one(model: PreTrainedModel, windows: PreparedWindows) -> NDArray[np.float64]:
     """Nats per window in float64, each document through the model by itself."""
     nats_W = np.zeros(len(windows.tokens_W))
-    for window, start, end in windows.documents:
-        ids_1T = windows.ids_WT[window : window + 1, start:end]
+    for document in windows.documents:
+        ids_1T = windows.ids_WT[document.window : document.window + 1, document.start : document.end]
         with torch.no_grad():
             logits_TV = model(ids_1T, use_cache=False).logits[0, :-1].double()
         logprobs_T = logits_TV.log_softmax(-1).gather(1, ids_1T[0, 1:, None])
-        nats_W[window] -= logprobs_T.sum().item()
+        nats_W[document.window] -= logprobs_T.sum().item()
     return nats_W
 
 
@@ -99,47 +99,47 @@ def near(expected: object, relative: float = 1e-6) -> object:
     return pytest.approx(expected, rel=relative)
 
 
-@pytest.mark.parametrize(("name", "isolates"), CASES)
-def test_uniform_logits_give_the_vocabulary_size(name: str, isolates: bool) -> None:
+@pytest.mark.parametrize(("name", "reading"), CASES)
+def test_uniform_logits_give_the_vocabulary_size(name: str, reading: str) -> None:
     model = make_model(name)
     model.get_output_embeddings().weight.data.zero_()
-    assert score(model, WINDOWS, 96, isolates)[0].perplexity == near(VOCABULARY)
+    assert score(model, WINDOWS, 96, reading)[0].perplexity == near(VOCABULARY)
 
 
-@pytest.mark.parametrize(("name", "isolates"), CASES)
-def test_packed_documents_score_as_separate_ones(name: str, isolates: bool) -> None:
+@pytest.mark.parametrize(("name", "reading"), CASES)
+def test_packed_documents_score_as_separate_ones(name: str, reading: str) -> None:
     expected_W = one_by_one(make_model(name), WINDOWS)
-    assert measured(name, isolates).nats_W == near(tuple(expected_W), 1e-5)
-    assert measured(name, isolates).tokens_W == make_windows(LAYOUT).tokens_W
+    assert measured(name, reading).nats_W == near(tuple(expected_W), 1e-5)
+    assert measured(name, reading).tokens_W == make_windows(LAYOUT).tokens_W
 
 
 @pytest.mark.parametrize("batch_tokens", [TOKENS, 7 * TOKENS + 1, 10**6])
-@pytest.mark.parametrize(("name", "isolates"), CASES)
-def test_batch_size_does_not_matter(name: str, isolates: bool, batch_tokens: int) -> None:
+@pytest.mark.parametrize(("name", "reading"), CASES)
+def test_batch_size_does_not_matter(name: str, reading: str, batch_tokens: int) -> None:
     assert len(LAYOUT) * TOKENS > ROWS, "the largest batch is more than one part of logits"
-    other = measure(name, isolates, batch_tokens=batch_tokens)
-    assert other.nats_W == near(measured(name, isolates).nats_W)
+    other = measure(name, reading, batch_tokens=batch_tokens)
+    assert other.nats_W == near(measured(name, reading).nats_W)
 
 
 @pytest.mark.parametrize(("length", "pad"), [(TOKENS, 77), (TOKENS + 9, 0), (TOKENS + 9, 77)])
-@pytest.mark.parametrize(("name", "isolates"), CASES)
-def test_padding_does_not_matter(name: str, isolates: bool, length: int, pad: int) -> None:
+@pytest.mark.parametrize(("name", "reading"), CASES)
+def test_padding_does_not_matter(name: str, reading: str, length: int, pad: int) -> None:
     padded = on_cpu(make_windows(LAYOUT, length, pad))
-    assert measure(name, isolates, padded).nats_W == near(measured(name, isolates).nats_W)
+    assert measure(name, reading, padded).nats_W == near(measured(name, reading).nats_W)
 
 
-@pytest.mark.parametrize(("name", "isolates"), CASES)
-def test_the_nll_is_the_models_own_loss(name: str, isolates: bool) -> None:
+@pytest.mark.parametrize(("name", "reading"), CASES)
+def test_the_nll_is_the_models_own_loss(name: str, reading: str) -> None:
     model, text = make_model(name), on_cpu(make_windows([[TOKENS]]))
     with torch.no_grad():
         loss = model(text.ids_WT, labels=text.ids_WT).loss.item()
-    assert score(model, text, 96, isolates)[0].nll == near(loss)
+    assert score(model, text, 96, reading)[0].nll == near(loss)
 
 
 @pytest.mark.parametrize("name", sorted(ISOLATING))
 def test_scoring_again_gives_the_same_bits(name: str) -> None:
-    for isolates in (True, False):
-        assert measure(name, isolates) == measure(name, isolates)
+    for reading in ("packed", "separate"):
+        assert measure(name, reading) == measure(name, reading)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -150,16 +150,21 @@ def test_architectures_that_leak_are_known(name: str, dtype: torch.dtype) -> Non
 
 def test_a_leak_would_show() -> None:
     separate = one_by_one(make_model("opt"), WINDOWS)
-    assert measure("opt", isolates=True).nats_W != near(tuple(separate), 1e-3)
+    assert measure("opt", reading="packed").nats_W != near(tuple(separate), 1e-3)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize(("name", "isolates"), CASES)
-def test_a_loss_that_is_not_finite_is_no_score(name: str, isolates: bool, value: float) -> None:
+@pytest.mark.parametrize(("name", "reading"), CASES)
+def test_a_loss_that_is_not_finite_is_no_score(name: str, reading: str, value: float) -> None:
     model = make_model(name)
     model.get_output_embeddings().weight.data[3] = value
     with pytest.raises(EvaluationError, match="the loss of window"):
-        score(model, WINDOWS, 96, isolates)
+        score(model, WINDOWS, 96, reading)
+
+
+def watch(model: PreTrainedModel, calls: list[torch.Size]) -> None:
+    """Let every forward call add the shape of its token ids."""
+    model.register_forward_pre_hook(lambda _, __, named: calls.append(named["input_ids"].shape), with_kwargs=True)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, TOKENS, 3 * TOKENS, 5 * TOKENS + 1, 10**6])
@@ -167,8 +172,8 @@ def test_the_model_is_called_once_for_each_batch(batch_tokens: int) -> None:
     # Windows per call are floor(batch_tokens / T), at least 1.
     calls: list[torch.Size] = []
     model = make_model("llama")
-    model.register_forward_pre_hook(lambda module, arguments: calls.append(arguments[0].shape))
-    _, tokens = score(model, WINDOWS, batch_tokens, isolates=True)
+    watch(model, calls)
+    _, tokens = score(model, WINDOWS, batch_tokens, reading="packed")
     rows = max(1, batch_tokens // TOKENS)
     assert len(calls) == -(-len(LAYOUT) // rows)
     assert all(shape[1] == TOKENS and shape[0] <= rows for shape in calls)
@@ -179,8 +184,8 @@ def test_the_model_is_called_once_for_each_batch(batch_tokens: int) -> None:
 def test_separate_documents_fill_batches_too(batch_tokens: int) -> None:
     calls: list[torch.Size] = []
     model = make_model("opt")
-    model.register_forward_pre_hook(lambda module, arguments: calls.append(arguments[0].shape))
-    _, tokens = score(model, WINDOWS, batch_tokens, isolates=False)
+    watch(model, calls)
+    _, tokens = score(model, WINDOWS, batch_tokens, reading="separate")
     assert all(shape[0] == 1 or shape.numel() <= batch_tokens for shape in calls)
     assert sum(shape[0] for shape in calls) == len(WINDOWS.documents)
     assert tokens == sum(shape.numel() for shape in calls)
@@ -188,4 +193,4 @@ def test_separate_documents_fill_batches_too(batch_tokens: int) -> None:
 
 def test_a_model_in_training_is_refused() -> None:
     with pytest.raises(AssertionError, match="dropout"):
-        score(make_model("gpt2").train(), WINDOWS, 96, isolates=True)
+        score(make_model("gpt2").train(), WINDOWS, 96, reading="packed")

@@ -19,10 +19,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dem_opt.assets.generated import json_record, math_problem
 from dem_opt.assets.library import library_documents, split_modules, topic_documents, within
-from dem_opt.checkpoints import silence_transformers
 from dem_opt.corpus import pack
 from dem_opt.errors import InputError
 from dem_opt.finetune import save_checkpoint, train_model
+from dem_opt.models import silence_transformers
 
 DISTRIBUTIONS = ("code", "math", "prose", "records")
 SPLITS = ("train", "val", "held_out")

@@ -1,0 +1,192 @@
+"""Laws of every architecture: what is loaded, merged, scored and written is what transformers makes of it."""
+
+from functools import cached_property
+
+import numpy as np
+import pytest
+import torch
+import zoo
+
+from dem_opt.arena import Arena, merged_parameters
+from dem_opt.checkpoints import content_hash, read_header
+from dem_opt.models import check_base, check_fit, describe, empty_model, load_model
+from dem_opt.perplexity import prepare, reading, score
+from dem_opt.records import Composite, StoredModel, Windows
+from dem_opt.simplex import UNIT
+
+UNITS = (-2 * 10**8, 5 * 10**8, 7 * 10**8)
+PACKED = {"llama", "llama tied", "gpt2", "mistral", "qwen2", "qwen3", "gemma", "gemma2, soft-capped", "gemma3"} | {
+    "phi",
+    "phi3",
+    "gpt_neox",
+}
+"""Architectures that keep packed documents apart; of the others, mixtures of experts do so on some devices only."""
+
+
+class World:
+    """Base, a and b of one architecture on disk."""
+
+    def __init__(self, folder, name, dtype=torch.float32):
+        self.name = name
+        self.stored = []
+        for seed, part in enumerate(("base", "a", "b")):
+            path = zoo.save(folder / part, name, seed, dtype)
+            self.stored.append(StoredModel(path, content_hash(path)))
+        self.architecture = check_base(read_header(self.stored[0].path, "base"))
+
+    @cached_property
+    def references(self):
+        """The checkpoints as transformers loads them."""
+        return [load_model(one.path, torch.float32) for one in self.stored]
+
+    def arena(self):
+        model = empty_model(self.stored[0].path, torch.float32)
+        return Arena(model, self.stored), model
+
+    def composite(self, units=UNITS):
+        return Composite.of({one.content: count for one, count in zip(self.stored, units, strict=True)})
+
+    def by_content(self):
+        return {one.content: one for one in self.stored}
+
+
+@pytest.fixture(scope="module", params=zoo.MODELS)
+def world(request, tmp_path_factory):
+    return World(tmp_path_factory.mktemp("zoo"), request.param)
+
+
+def inputs(model):
+    """Two rows of tokens, and what else a model of this kind is called with."""
+    ids = torch.randint(3, zoo.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+    return (
+        {"input_ids": ids, "decoder_input_ids": ids.flip(1)} if model.config.is_encoder_decoder else {"input_ids": ids}
+    )
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(**inputs(model), use_cache=False).logits
+
+
+def test_a_checkpoint_fits_its_own_base(world):
+    base, *others = (read_header(one.path, "base") for one in world.stored)
+    for other in others:
+        check_fit(world.architecture, base, other)
+
+
+def test_a_vertex_is_the_checkpoint_to_the_bit(world):
+    arena, model = world.arena()
+    for one, reference in zip(world.stored, world.references, strict=True):
+        arena.merge(Composite.single(one.content))
+        theirs = dict(reference.named_parameters())
+        assert all(torch.equal(mine, theirs[name]) for name, mine in model.named_parameters())
+        torch.testing.assert_close(logits(model), logits(reference), rtol=1e-5, atol=1e-6)
+
+
+def test_a_composite_agrees_with_float64(world):
+    """As in the arena's own law: rounding N terms leaves at most (N + 1) 2^-24 sum |w x|, to first order."""
+    arena, model = world.arena()
+    arena.merge(world.composite())
+    references = [dict(one.named_parameters()) for one in world.references]
+    for name, mine in model.named_parameters():
+        terms = [units / UNIT * one[name].double() for units, one in zip(UNITS, references, strict=True)]
+        bound = 4 * 2**-24 * sum(term.abs() for term in terms) * (1 + 2**-20) + 2**-149
+        assert (mine.double() - sum(terms)).abs().le(bound).all(), name
+
+
+def test_streaming_gives_the_arenas_bits(world):
+    arena, model = world.arena()
+    arena.merge(world.composite())
+    streamed = dict(merged_parameters(world.architecture, world.stored[0], world.by_content(), world.composite()))
+    assert streamed.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(mine, streamed[name]) for name, mine in model.named_parameters())
+
+
+def windows(layout, length=24, seed=0):
+    """Random documents of these lengths in each window; a pair's source is its first third."""
+    rng = np.random.default_rng(seed)
+    ids_WT = rng.integers(3, zoo.VOCABULARY, (len(layout), length))
+    positions_WT = np.zeros_like(ids_WT)
+    for window, lengths in enumerate(layout):
+        places = [place for document in lengths for place in range(document)]
+        positions_WT[window, : len(places)] = places
+    return ids_WT, positions_WT
+
+
+def text(layout):
+    ids_WT, positions_WT = windows(layout)
+    return Windows(ids_WT, positions_WT, positions_WT > 0)
+
+
+def pairs(layout):
+    ids_WT, positions_WT = windows(layout)
+    scored_WT = np.zeros(ids_WT.shape, dtype=bool)
+    for window, lengths in enumerate(layout):
+        start = 0
+        for document in lengths:
+            scored_WT[window, start + max(document // 3, 1) : start + document] = True
+            start += document
+    return Windows(ids_WT, positions_WT, scored_WT)
+
+
+def make_windows(model, layout):
+    return prepare((pairs if model.config.is_encoder_decoder else text)(layout), torch.device("cpu"))
+
+
+def near(expected, relative=2e-5):
+    return pytest.approx(expected, rel=relative)
+
+
+def test_the_nll_is_the_models_own_loss(world):
+    """transformers' loss is the mean over the labels; a pair's labels are its target, text's all but the first."""
+    model = world.references[0]
+    made = make_windows(model, [[12]])
+    ids_1T = made.ids_WT[:, :12]
+    if model.config.is_encoder_decoder:
+        called = {"input_ids": ids_1T[:, :4], "labels": ids_1T[:, 4:]}
+    else:
+        called = {"input_ids": ids_1T, "labels": ids_1T}
+    with torch.inference_mode():
+        loss = model(**called, use_cache=False).loss.item()
+    assert score(model, made, 96, reading(model))[0].nll == near(loss)
+
+
+LAYOUT = [[24], [3, 9, 12], [2, 2, 15], [7], [12, 12], [5, 6, 2]]
+
+
+def test_documents_do_not_see_each_other(world):
+    """Each window scores what its documents score by themselves, in a window of their own."""
+    model = world.references[0]
+    made = make_windows(model, LAYOUT)
+    together, _ = score(model, made, 96, reading(model))
+    alone = [score(model, make_one(made, document), 96, reading(model))[0].nats_W[0] for document in made.documents]
+    expected_W = np.bincount([one.window for one in made.documents], weights=alone)
+    assert together.nats_W == near(tuple(expected_W))
+
+
+def make_one(made, document):
+    """Windows that hold one document."""
+    part = np.s_[document.window : document.window + 1, document.start : document.end]
+    ids_1T = made.ids_WT[part].numpy()
+    scored_1T = np.zeros(ids_1T.shape, dtype=bool)
+    scored_1T[:, document.first - document.start :] = True
+    return prepare(Windows(ids_1T, np.arange(ids_1T.shape[1])[None], scored_1T), torch.device("cpu"))
+
+
+def test_who_reads_packed_windows(world):
+    kind = reading(world.references[0])
+    if world.name in zoo.MODELS and zoo.MODELS[world.name][0] in ("t5", "bart"):
+        assert kind == "paired"
+    elif world.name in PACKED:
+        assert kind == "packed"
+    elif "moe" not in world.name and world.name not in ("mixtral", "olmoe"):
+        assert kind == "separate"
+
+
+def test_the_description_does_not_depend_on_the_device_of_construction(world):
+    made = describe(world.references[0])
+    assert (made.parameters, made.aliases, made.buffers) == (
+        world.architecture.parameters,
+        world.architecture.aliases,
+        world.architecture.buffers,
+    )
