@@ -94,11 +94,12 @@ class MergeKernel:
         self._sum_P = torch.empty(self.block, dtype=torch.float32, device=device)
         self._term_P = torch.empty(self.block, dtype=torch.float32, device=device)
 
-    def merge(self, out_P: Tensor, terms: Sequence[tuple[int, Tensor]]) -> None:
+    def merge(self, out_P: Tensor, terms: Sequence[tuple[int, Tensor]], rounded: torch.dtype | None = None) -> None:
         """out = sum_n (units_n / 1e9) x_n  over flat tensors of one dtype, rounded to it, cast to out's.
 
         Terms are (units of 1e-9, values), summed in the order given.  Coefficients are rounded to float32.  A single
-        term is copied, which keeps its bits even where the processor flushes denormal numbers to zero.
+        term is copied, which keeps its bits even where the processor flushes denormal numbers to zero.  Where
+        `rounded` is given, sums are rounded to that dtype and not to that of the terms.
         """
         if len(terms) == 1 and terms[0][0] == UNIT:
             out_P.copy_(terms[0][1])
@@ -107,35 +108,38 @@ class MergeKernel:
         weights_N1 = torch.split(torch.tensor(weights, dtype=torch.float32, device=out_P.device), 1)
         for start in range(0, len(out_P), self.block):
             block = slice(start, start + self.block)
-            self._merge_block(out_P[block], weights_N1, [x_P[block] for _, x_P in terms])
+            self._merge_block(out_P[block], weights_N1, [x_P[block] for _, x_P in terms], rounded)
 
-    def _merge_block(self, out_P: Tensor, weights_N1: Sequence[Tensor], stored_NP: Sequence[Tensor]) -> None:
+    def _merge_block(
+        self, out_P: Tensor, weights_N1: Sequence[Tensor], stored_NP: Sequence[Tensor], rounded: torch.dtype | None
+    ) -> None:
         """The same for one block that fits the scratch.  A float32 weight makes every product float32."""
-        stored_dtype = stored_NP[0].dtype
-        in_place = out_P.dtype == stored_dtype == torch.float32
+        rounded = rounded or stored_NP[0].dtype
+        in_place = out_P.dtype == rounded == torch.float32
         sum_P = out_P if in_place else self._sum_P[: len(out_P)]
         term_P = self._term_P[: len(out_P)]
         torch.mul(stored_NP[0], weights_N1[0], out=sum_P)
         for weight_1, x_P in zip(weights_N1[1:], stored_NP[1:], strict=True):
             sum_P.add_(torch.mul(x_P, weight_1, out=term_P))
         if not in_place:
-            out_P.copy_(sum_P.to(stored_dtype))
+            out_P.copy_(sum_P.to(rounded))
 
 
 def merged_parameters(
-    names: Sequence[str], folders: Mapping[str, Path], composite: Composite
+    names: Sequence[str], folders: Mapping[str, Path], composite: Composite, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """A composite's parameters one at a time, in the stored dtype, straight from the files: the arena's bits.
 
-    `folders` maps content hashes to checkpoint folders.  No more than one parameter is held in memory.
+    In another `dtype`, the float32 sums are rounded to it once, and never to the stored dtype before.  `folders`
+    maps content hashes to checkpoint folders.  No more than one parameter is held in memory.
     """
     kernel = MergeKernel()
     readers = [read_parameters(folders[content], names) for content, _ in composite.terms]
     for tensors in zip(*readers, strict=True):
         name, first = tensors[0]
-        merged = torch.empty(first.shape, dtype=first.dtype)
+        merged = torch.empty(first.shape, dtype=dtype or first.dtype)
         terms = [(units, x.reshape(-1)) for (_, units), (_, x) in zip(composite.terms, tensors, strict=True)]
-        kernel.merge(merged.view(-1), terms)
+        kernel.merge(merged.view(-1), terms, dtype)
         yield name, merged
 
 

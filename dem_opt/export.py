@@ -1,21 +1,22 @@
 """The winner as a checkpoint folder, proved from disk."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import exp
+from math import prod
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dem_opt.arena import merged_parameters
 from dem_opt.checkpoints import (
+    DTYPES,
     INDEX,
     WEIGHTS,
     Header,
@@ -25,9 +26,9 @@ from dem_opt.checkpoints import (
     read_header,
     silence_transformers,
 )
-from dem_opt.errors import InputError
-from dem_opt.records import Composite, Standing
-from dem_opt.simplex import UNIT, Coefficients
+from dem_opt.errors import InputError, nearest
+from dem_opt.records import Composite, Score
+from dem_opt.simplex import UNIT
 
 MARKER = "dem_opt.json"
 """The file of an exported folder that says what it was made from; a folder that has it may be written again."""
@@ -50,15 +51,11 @@ COPIED = (
 """What an export takes over from the base's folder, where the base has it."""
 
 
-FRONT_MATTER = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- merge
-- distribution-edited-model
-- dem_opt
----"""
-"""What model hubs read of a card."""
+SAME_SCORE = 1e-5
+"""Relative difference up to which two float32 forward passes of one model agree."""
+
+Scores = Mapping[str, Mapping[str, Score]]
+"""By split, then by distribution."""
 
 
 class ExportError(RuntimeError):
@@ -72,6 +69,7 @@ class Export:
     base     the base's folder, which gave config and tokenizer
     folders  checkpoint folders by content hash, at least those of the composite's terms
     content  the content hash of the written weights
+    dtype    what all sums were rounded to; None where each was rounded to its base tensor's dtype
     """
 
     path: Path
@@ -79,6 +77,18 @@ class Export:
     folders: Mapping[str, Path]
     composite: Composite
     content: str
+    dtype: torch.dtype | None = None
+
+
+def output_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype of a name such as "bfloat16".
+
+    Raises InputError for one that can't be written.
+    """
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+    if name is not None and name not in known:
+        raise InputError(None, "--dtype", name, nearest(name, known))
+    return known[name] if name else None
 
 
 def write_composite(
@@ -86,17 +96,20 @@ def write_composite(
     folders: Mapping[str, Path],
     composite: Composite,
     out: Path,
-    card: str,
-    approve: Callable[[Export], None],
+    approve: Callable[[Export], Mapping[str, str]],
+    dtype: torch.dtype | None = None,
 ) -> Export:
-    """Write a composite as a Hugging Face folder in the base's dtypes, whole and approved or not at all.
+    """Write a composite as a Hugging Face folder, whole and approved or not at all.
 
-    Config, generation config and tokenizer are the base's; `card` becomes README.md.  Tied weights are written
-    once.  The folder gets its name, in the place of an earlier export, when `approve` has seen it and not raised.
+    Weights have the base's dtypes, or all of them `dtype`, to which the float32 sums are rounded once.  Config
+    (but for its dtype), generation config and tokenizer are the base's.  Tied weights are written once.  When
+    `approve` has seen it and not raised, the texts that it gives are written beside them by name, and the folder
+    gets its own name, in the place of an earlier export.
 
-    Raises InputError where `out` holds anything else or can't be written, and where a checkpoint's content is no
-    longer what `folders` says.
+    Raises InputError where `out` holds anything else or can't be written, where a checkpoint's content is no
+    longer what `folders` says, and where a weight is beyond the dtype's range.
     """
+    out = out.absolute()
     used = {content: folders[content] for content, _ in composite.terms}
     _refuse(out, [base, *used.values()])
     for content, folder in used.items():
@@ -107,15 +120,19 @@ def write_composite(
     with _in_place_of(out) as partial:
         with _told(out):
             partial.mkdir(parents=True)
-            _refuse_full(out, partial, _size(header, names))
-            _write_weights(partial, _plan(header, names), used, composite)
+            _refuse_full(out, partial, _size(header, names, dtype))
+            _write_weights(partial, _plan(header, names, dtype), used, composite, dtype)
             _copy(base, partial)
-            (partial / "README.md").write_text(card, encoding="utf-8")
+            if dtype is not None:
+                _declare(partial / "config.json", dtype)
         content = hash_tensors(read_header(partial, "export"))
         with _told(out):
             _write_json(partial / MARKER, _provenance(composite, content))
-        written = Export(partial, base, used, composite, content)
-        approve(written)
+        written = Export(partial, base, used, composite, content, dtype)
+        texts = approve(written)
+        with _told(out):
+            for name, text in texts.items():
+                (partial / name).write_text(text, encoding="utf-8")
     return replace(written, path=out)
 
 
@@ -135,64 +152,23 @@ def prove(export: Export) -> None:
     names = list(read_architecture(read_header(export.base, "base")).parameters)
     if unlike := sorted(loaded.keys() ^ set(names)):
         raise ExportError(f"{export.path}: does not load with the base's parameters: {unlike[0]}")
-    for name, merged in merged_parameters(names, export.folders, export.composite):
+    for name, merged in merged_parameters(names, export.folders, export.composite, export.dtype):
         if not _same_bits(loaded[name].detach(), merged):
             raise ExportError(f"{export.path}: {name} does not load as it was merged")
 
 
-def model_card(
-    name: str,
-    coefficients: Coefficients,
-    contents: Mapping[str, str],
-    libraries: Mapping[str, str],
-    standings: Sequence[Standing] = (),
-) -> str:
-    """The README of an export: formula, coefficients, scores on both splits, provenance.
+def prove_scores(again: Scores, scores: Scores) -> None:
+    """Raise ExportError where a written folder scores otherwise than its composite did.
 
-    contents   content hash by name, "base" among the distributions
-    libraries  versions by name
-    standings  the lines of the table of scores; none where nothing was scored
+    The bits are the same, so the scores are, up to what another number of threads changes in float32 sums.
     """
-    weights = {"base": coefficients.base_units / UNIT, **coefficients.weights}
-    terms = [[name, f"{weight:.9f}", contents[name]] for name, weight in weights.items()]
-    scores = [_scores(split, standings) for split in (standings[0].objective if standings else ())]
-    parts = [
-        FRONT_MATTER,
-        f"# {_plain(name)}",
-        "A distribution-edited model: the weighted sum of models fine-tuned from one base, each on one data\n"
-        "distribution, with coefficients chosen by the perplexity of the sum.",
-        "    Theta_D = Theta + sum_i w_i (Theta_i - Theta)",
-        "## Coefficients",
-        _table(["model", "coefficient", "content (SHA-256)"], terms),
-        *scores,
-        "## Made with",
-        _table(["library", "version"], [list(item) for item in libraries.items()]),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _scores(split: str, standings: Sequence[Standing]) -> str:
-    """The table of one split: NLL for each distribution and their weighted mean, and the mean's perplexity."""
-    names = list(standings[0].scores[split])
-    rows = []
-    for one in standings:
-        mean = one.objective[split]
-        nlls = [f"{one.scores[split][name].nll:.4f}" for name in names]
-        rows.append([one.label, *nlls, f"{mean:.4f}", f"{exp(mean):.3f}"])
-    title = f"## Scores on the {_plain(split.replace('_', '-'))} split\n\nNLL in nats per token."
-    return f"{title}\n\n{_table(['composite', *names, 'mean', 'perplexity of the mean'], rows)}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    shown = [cells if cells[0] == "---" else [_plain(cell) for cell in cells] for cells in lines]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in shown)
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown and HTML show as it is, on one line."""
-    return re.sub(r"([\\`*_{}\[\]<>&|#~$!])", r"\\\1", " ".join(text.split()))
+    pairs = [(split, name, score) for split, by_name in scores.items() for name, score in by_name.items()]
+    for split, name, score in pairs:
+        other = again[split][name]
+        if abs(other.nll - score.nll) > SAME_SCORE * score.nll:
+            raise ExportError(
+                f"the exported model scores {other.nll!r} nats per token on {name}, {split}, the winner {score.nll!r}"
+            )
 
 
 def _refuse(out: Path, inputs: Sequence[Path]) -> None:
@@ -218,8 +194,9 @@ def _told(out: Path) -> Iterator[None]:
     """What the system refuses while writing, as an InputError."""
     try:
         yield
-    except OSError as error:
-        raise InputError(out, None, None, f"can't be written ({error.strerror or error})") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(out, None, None, f"can't be written ({reason})") from error
 
 
 @contextmanager
@@ -245,16 +222,17 @@ def _settle(out: Path, partial: Path, former: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _size(header: Header, names: Sequence[str]) -> int:
-    """Bytes of the named tensors."""
-    return sum(header.tensors[name].end - header.tensors[name].start for name in names)
+def _size(header: Header, names: Sequence[str], dtype: torch.dtype | None) -> int:
+    """Bytes of the named tensors in a dtype, their own unless one is given."""
+    stored = [header.tensors[name] for name in names]
+    return sum(prod(tensor.shape) * (dtype or DTYPES[tensor.dtype]).itemsize for tensor in stored)
 
 
-def _plan(header: Header, names: Sequence[str]) -> dict[str, list[str]]:
+def _plan(header: Header, names: Sequence[str], dtype: torch.dtype | None) -> dict[str, list[str]]:
     """The names that go into each weight file, in order."""
     shards: list[list[str]] = [[]]
     for name in names:
-        if shards[-1] and _size(header, [*shards[-1], name]) > SHARD_BYTES:
+        if shards[-1] and _size(header, [*shards[-1], name], dtype) > SHARD_BYTES:
             shards.append([])
         shards[-1].append(name)
     if len(shards) == 1:
@@ -263,17 +241,30 @@ def _plan(header: Header, names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _write_weights(
-    folder: Path, plan: Mapping[str, Sequence[str]], folders: Mapping[str, Path], composite: Composite
+    folder: Path,
+    plan: Mapping[str, Sequence[str]],
+    folders: Mapping[str, Path],
+    composite: Composite,
+    dtype: torch.dtype | None,
 ) -> None:
     """Merge and write one weight file after the other, and the index where there are several."""
     total = 0
     for file, names in plan.items():
-        tensors = dict(merged_parameters(names, folders, composite))
+        tensors = dict(merged_parameters(names, folders, composite, dtype))
+        _refuse_infinite(tensors)
         total += sum(tensor.nbytes for tensor in tensors.values())
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if len(plan) > 1:
         weight_map = {name: file for file, names in plan.items() for name in names}
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _refuse_infinite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise InputError for a tensor whose sums are beyond the range of its dtype."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(None, "--dtype", dtype, f"{name} is beyond its range: choose bfloat16 or float32")
 
 
 def _copy(base: Path, folder: Path) -> None:
@@ -283,6 +274,13 @@ def _copy(base: Path, folder: Path) -> None:
             shutil.copytree(path, folder / path.name)
         else:
             shutil.copyfile(path, folder / path.name)
+
+
+def _declare(config: Path, dtype: torch.dtype) -> None:
+    """Let a config name this dtype, under the key that it has (`torch_dtype` until transformers 5)."""
+    data = json.loads(config.read_text(encoding="utf-8"))
+    keys = [key for key in ("dtype", "torch_dtype") if key in data] or ["dtype"]
+    _write_json(config, data | dict.fromkeys(keys, str(dtype).removeprefix("torch.")))
 
 
 def _provenance(composite: Composite, content: str) -> dict[str, object]:
