@@ -14,22 +14,29 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
+from dem_opt.declared import read_config, refuse_endless, refuse_quantized
 from dem_opt.errors import InputError, shorten
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MOST_HEADER_BYTES = 10**8
+"""The longest header that safetensors reads."""
+
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """The dtypes a merge can combine, by safetensors' names."""
 
-CONFIG_ERRORS = (ValueError, LookupError, TypeError, AttributeError, OSError, ImportError, StrictDataclassError)
+CONFIG_ERRORS = (
+    *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError),
+    *(OSError, ImportError, StrictDataclassError),
+)
 """What transformers raises for configs that it can make no model of."""
 
 _CHUNK = 2**15
@@ -85,11 +92,13 @@ class Architecture:
 def read_header(folder: Path, field: str) -> Header:
     """The tensors of a checkpoint folder, from its safetensors headers alone.
 
-    Raises InputError for a folder or file that is missing, unreadable or truncated, for pickled weights, for
-    a shard outside the folder, and for tensors that are not of a dtype in DTYPES.
+    Raises InputError for a folder or file that is missing, unreadable or truncated, for pickled or quantized
+    weights, for a shard outside the folder, and for tensors that are not of a dtype in DTYPES.
     """
     tensors: dict[str, StoredTensor] = {}
-    for file in _weight_files(folder, field):
+    files = _weight_files(folder, field)
+    refuse_quantized(folder, field)
+    for file in files:
         for name, tensor in _read_file_header(file, field).items():
             if name in tensors:
                 raise InputError(file, field, name, f"this tensor also stands in {tensors[name].file.name}")
@@ -102,8 +111,9 @@ def read_header(folder: Path, field: str) -> Header:
 def read_architecture(header: Header) -> Architecture:
     """Parameter names, shapes and ties of the model that the folder's config describes.
 
-    Raises InputError for a config that transformers can't make a causal language model of.
+    Raises InputError for a config that transformers can't make a causal language model of, or can't finish one of.
     """
+    refuse_endless(header.folder, header.field, len(header.tensors))
     model = _construct(header.folder, header.field, torch.float32, "meta")
     parameters = dict(model.named_parameters())
     names = {id(parameter): name for name, parameter in parameters.items()}
@@ -141,7 +151,7 @@ def check_fit(architecture: Architecture, base: Header, other: Header) -> None:
     """
     expected, stored = (_forms(header, architecture) for header in (base, other))
     found = _differences(expected, stored, architecture.embedding)
-    ours, theirs = _vocabulary(base), _vocabulary(other)
+    ours, theirs = (read_config(one.folder, one.field).get("vocab_size") for one in (base, other))
     if ours != theirs:
         found.append(f"its config.json has a vocabulary (vocab_size) of {theirs}, the base's of {ours}")
     if found:
@@ -222,7 +232,7 @@ def _construct(folder: Path, field: str, dtype: torch.dtype, device: str) -> Pre
 
 def _weight_files(folder: Path, field: str) -> list[Path]:
     """The safetensors files of a checkpoint folder."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(folder, field, None, "no such folder")
     if not (folder / "config.json").is_file():
         raise InputError(folder, field, None, "has no config.json: name a folder in Hugging Face's format")
@@ -239,12 +249,12 @@ def _shards(index: Path, field: str) -> list[Path]:
     """The files that an index names, which must lie in its folder."""
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(index, field, None, "unreadable: an index is JSON with a `weight_map`") from None
     for name in sorted(names, key=str):
         if not isinstance(name, str) or Path(name).name != name:
             raise InputError(index, field, name, "names a shard outside its own folder")
-        if not (index.parent / name).is_file():
+        if not os.path.isfile(index.parent / name):
             raise InputError(index, field, name, "names a shard that is not there: copy the checkpoint again")
     return [index.parent / name for name in sorted(names)]
 
@@ -254,16 +264,18 @@ def _read_file_header(file: Path, field: str) -> dict[str, StoredTensor]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = struct.unpack("<Q", stream.read(8))[0] if size >= 8 else size
-        if length > size - 8:
+        if length > min(size - 8, MOST_HEADER_BYTES):
             raise InputError(file, field, None, "truncated or not a safetensors file: copy or save it again")
         text = stream.read(length)
     try:
         entries = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
-        return {name: _stored(file, field, name, entry, size - 8 - length) for name, entry in entries.items()}
+        tensors = {name: _stored(file, field, name, entry, size - 8 - length) for name, entry in entries.items()}
+        safe_open(file, framework="pt")
     except InputError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError):
         raise InputError(file, field, None, "unreadable safetensors header: copy or save it again") from None
+    return tensors
 
 
 def _stored(file: Path, field: str, name: str, entry: Mapping[str, Any], data: int) -> StoredTensor:
@@ -311,16 +323,6 @@ def _tell(found: list[str]) -> str:
     return "; ".join(found[:_SHOWN]) + more
 
 
-def _vocabulary(header: Header) -> object:
-    """vocab_size as config.json has it."""
-    file = header.folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        return config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
-    except (ValueError, AttributeError):
-        raise InputError(file, header.field, None, "not valid JSON") from None
-
-
 def _check_tokenizer(base: Header, architecture: Architecture) -> None:
     """Raise InputError where tokenizer.json has an id that the embedding has no row for."""
     file = base.folder / "tokenizer.json"
@@ -331,7 +333,7 @@ def _check_tokenizer(base: Header, architecture: Architecture) -> None:
         vocabulary, added = tokenizer["model"].get("vocab", {}), tokenizer.get("added_tokens") or []
         ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
         highest = max([-1, *ids, *(token["id"] for token in added)])
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(file, base.field, None, "unreadable tokenizer: copy or save it again") from None
     rows = architecture.parameters[architecture.embedding][0]
     if highest >= rows:

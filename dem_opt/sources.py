@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from os.path import exists
 from pathlib import Path
 
 from dem_opt.checkpoints import DTYPES, Header, check_base, check_fit, content_hash, read_header
@@ -103,7 +104,7 @@ def check_files(config: StudyConfig, where: object) -> dict[str, Header]:
     headers = {"base": base}
     for name, distribution in config.distributions.items():
         field = f"distributions.{name}.checkpoint"
-        if not distribution.checkpoint.exists() and distribution.train is not None:
+        if not exists(distribution.checkpoint) and distribution.train is not None:
             mend = f"no such folder; `dem-opt train {where}` makes it"
             raise InputError(where, field, str(distribution.checkpoint), mend)
         headers[name] = read_header(distribution.checkpoint, field)

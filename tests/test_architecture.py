@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = [
-    {"errors", "simplex", "records", "config", "question", "intervals"},
+    {"errors", "simplex", "records", "config", "declared", "question", "intervals"},
     {"checkpoints", "arena", "corpus", "database"},
     {"perplexity", "ledger"},
     {"resident", "samplers", "finetune", "sources"},
@@ -28,6 +28,7 @@ ALLOWED = {
     ("records", "simplex"),
     ("config", "errors"),
     ("config", "simplex"),
+    ("declared", "errors"),
     ("question", "errors"),
     ("question", "records"),
     ("question", "simplex"),
