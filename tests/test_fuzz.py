@@ -199,7 +199,7 @@ def test_a_damaged_study_file_is_told_in_one_line(world, capsys, batch):
         b"name",
         b"? [a]\n: b",
         b"name: &a [*a]",
-        b"[" * 100_000,
+        b"[" * 20_000,
         b"a: &a {x: 1}\n"
         + b"".join(
             b"k%d: &k%d {<<: [%s]}\n" % (n, n, b", ".join([b"*k%d" % (n - 1)] * 9) if n else b"*a") for n in range(12)

@@ -208,7 +208,7 @@ def rolling(ids, prefix):
 
 
 @needs_lm_eval
-def test_a_documents_nats_are_those_of_lm_evaluation_harness(tmp_path):
+def test_a_documents_nats_are_those_of_lm_evaluation_harness(tmp_path, record_property):
     path = worlds.study(tmp_path, names=("code", "math"))
     out = tmp_path / "out"
     Study.load(path, Silence(), InProcessCompute()).merge({"code": 0.4, "math": 0.6}, out)
@@ -237,5 +237,6 @@ def test_a_documents_nats_are_those_of_lm_evaluation_harness(tmp_path):
     for text in texts:
         windows = rolling(tokenizer(text)["input_ids"], tokenizer.eos_token_id)
         ours, _ = score(live, prepare(windows, torch.device("cpu")), 4096, isolates=True)
+        record_property("relative difference", f"{abs(sum(ours.nats_W) / theirs[text] - 1):.1e}")
         assert sum(ours.nats_W) == pytest.approx(theirs[text], rel=1e-4), text
         assert sum(ours.tokens_W) == len(tokenizer(text)["input_ids"])
