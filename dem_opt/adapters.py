@@ -8,15 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from math import sqrt
+from os.path import isdir
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from dem_opt.checkpoints import DTYPES, Header, hash_tensors, read_file_header, read_json, read_tensors
+from dem_opt.checkpoints import DTYPES, Header, content_hash, hash_tensors, read_file_header, read_json, read_tensors
 from dem_opt.errors import InputError
 from dem_opt.models import Architecture, read_parameters
+from dem_opt.records import StoredModel
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -127,7 +129,7 @@ def read_adapter(folder: Path, field: str) -> Adapter:
 
     Raises InputError for what is missing or damaged, and for kinds of adapters that are not supported.
     """
-    if not folder.is_dir():
+    if not isdir(folder):
         raise InputError(folder, field, None, "no such folder")
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -170,6 +172,16 @@ def load_edits(adapter: Adapter, device: torch.device | str = "cpu") -> dict[str
             stored[names["A"]], stored[names["B"]], adapter.scale(parameter), adapter.transposed(parameter), magnitude
         )
     return edits
+
+
+def content_of(model: StoredModel, field: str = "checkpoint") -> str:
+    """The content hash that a checkpoint's or an adapter's files have now.
+
+    Raises InputError for NaN or infinite weights.
+    """
+    if model.base is None:
+        return content_hash(model.path, field)
+    return read_adapter(model.path, field).content(model.base)
 
 
 def _check_config(folder: Path, field: str) -> dict[str, Any]:

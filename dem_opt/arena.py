@@ -121,7 +121,8 @@ class MergeKernel:
         """out = sum_n (units_n / 1e9) x_n  over flat tensors, rounded to `dtype`, cast to out's.
 
         Terms are (units of 1e-9, values), summed in the order given.  Coefficients are rounded to float32.  A single
-        term is copied, which keeps its bits even where the processor flushes denormal numbers to zero.
+        term is copied, which keeps its bits even where the processor flushes denormal numbers to zero.  Where
+        `rounded` is given, sums are rounded to that dtype and not to that of the terms.
         """
         if len(terms) == 1 and terms[0][0] == UNIT:
             out_P.copy_(terms[0][1])

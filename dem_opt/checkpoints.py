@@ -13,13 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dem_opt.declared import refuse_quantized
 from dem_opt.errors import InputError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MOST_HEADER_BYTES = 10**8
+"""The longest header that safetensors reads."""
+
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -65,11 +69,13 @@ class Header:
 def read_header(folder: Path, field: str) -> Header:
     """The tensors of a checkpoint folder, from its safetensors headers alone.
 
-    Raises InputError for a folder or file that is missing, unreadable or truncated, for pickled weights, for
-    a shard outside the folder.
+    Raises InputError for a folder or file that is missing, unreadable or truncated, for pickled or quantized
+    weights, and for a shard outside the folder.
     """
     tensors: dict[str, StoredTensor] = {}
-    for file in _weight_files(folder, field):
+    files = _weight_files(folder, field)
+    refuse_quantized(folder, field)
+    for file in files:
         for name, tensor in read_file_header(file, field).items():
             if name in tensors:
                 raise InputError(file, field, name, f"this tensor also stands in {tensors[name].file.name}")
@@ -135,7 +141,7 @@ def read_json(file: Path, field: str) -> dict[str, Any]:
 
 def _weight_files(folder: Path, field: str) -> list[Path]:
     """The safetensors files of a checkpoint folder."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(folder, field, None, "no such folder")
     if not (folder / "config.json").is_file():
         raise InputError(folder, field, None, "has no config.json: name a folder in Hugging Face's format")
@@ -152,12 +158,12 @@ def _shards(index: Path, field: str) -> list[Path]:
     """The files that an index names, which must lie in its folder."""
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(index, field, None, "unreadable: an index is JSON with a `weight_map`") from None
     for name in sorted(names, key=str):
         if not isinstance(name, str) or Path(name).name != name:
             raise InputError(index, field, name, "names a shard outside its own folder")
-        if not (index.parent / name).is_file():
+        if not os.path.isfile(index.parent / name):
             raise InputError(index, field, name, "names a shard that is not there: copy the checkpoint again")
     return [index.parent / name for name in sorted(names)]
 
@@ -167,16 +173,18 @@ def read_file_header(file: Path, field: str) -> dict[str, StoredTensor]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = struct.unpack("<Q", stream.read(8))[0] if size >= 8 else size
-        if length > size - 8:
+        if length > min(size - 8, MOST_HEADER_BYTES):
             raise InputError(file, field, None, "truncated or not a safetensors file: copy or save it again")
         text = stream.read(length)
     try:
         entries = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
-        return {name: _stored(file, field, name, entry, size - 8 - length) for name, entry in entries.items()}
+        tensors = {name: _stored(file, field, name, entry, size - 8 - length) for name, entry in entries.items()}
+        safe_open(file, framework="pt")
     except InputError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError):
         raise InputError(file, field, None, "unreadable safetensors header: copy or save it again") from None
+    return tensors
 
 
 def _stored(file: Path, field: str, name: str, entry: Mapping[str, Any], data: int) -> StoredTensor:

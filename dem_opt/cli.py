@@ -14,7 +14,9 @@ from dem_opt import __version__, terminal
 from dem_opt.errors import EvaluationError, InputError
 
 if TYPE_CHECKING:
-    from dem_opt.records import Score, Summary
+    from dem_opt.export import Export
+    from dem_opt.records import Score, Standing, Summary
+    from dem_opt.simplex import Coefficients
     from dem_opt.study import Study
 
 DONE, OTHER, MISTAKE, INTERRUPTED = 0, 1, 2, 130
@@ -72,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     dashboard.add_argument("--open", action="store_true", help="open both in a browser")
     for sub in (merge, export):
         sub.add_argument("--out", type=Path, metavar="DIR", required=True, help="the folder to write")
-    for sub in (run, compare, score):
+        sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="what to write, not the base's")
+    for sub in (run, compare, score, merge, export):
         sub.add_argument("--json", action="store_true", help="print the answer as JSON")
     for sub in (check, train, run, compare, score, merge, export, report, dashboard):
         sub.add_argument("study", type=Path, metavar="STUDY", help="the study file")
@@ -157,15 +160,32 @@ def _score(given: argparse.Namespace) -> None:
 
 
 def _merge(given: argparse.Namespace) -> None:
-    _study(given).merge(_weights(given.weights), given.out)
+    weights = _weights(given.weights)
+    study = _study(given)
+    written = study.merge(weights, given.out, given.dtype)
+    if given.json:
+        coefficients = study.config.space.check(weights, given.study, "--weights")
+        terminal.say_json(_written_data(given, written, coefficients))
+        return
     terminal.say(f"Written and compared from disk: {given.out}")
 
 
 def _export(given: argparse.Namespace) -> None:
-    with terminal.Progressing() as watching:
-        champion = _study(given, watching).export(given.out)
-    terminal.say(f"{champion.standing.label}: {champion.standing.coefficients}")
+    with terminal.Progressing(quiet=given.json) as watching:
+        champion = _study(given, watching).export(given.out, given.dtype)
+    winner, exported = champion.standing, champion.exported
+    if given.json:
+        assert winner.coefficients is not None
+        written = _written_data(given, champion.export, winner.coefficients)
+        terminal.say_json(written | _standing_data(exported) | {"version": champion.version})
+        return
+    terminal.say(f"{winner.label}: {winner.coefficients}")
     terminal.say(f"Written, compared from disk bit by bit, scored again: {given.out}")
+    if given.dtype:
+        for split, nll in exported.objective.items():
+            terminal.say(
+                f"Mean NLL on {split} in {given.dtype}: {winner.objective[split]:.6f} -> {nll:.6f} nats per token"
+            )
     if champion.version is not None:
         terminal.say(f"Registered in MLflow: version {champion.version}, alias champion")
 
@@ -242,6 +262,26 @@ def _score_data(score: "Score") -> dict[str, float]:
     return {"nll": score.nll, "perplexity": score.perplexity, "tokens": score.tokens}
 
 
+def _written_data(given: argparse.Namespace, export: "Export", coefficients: "Coefficients") -> dict[str, Any]:
+    """A written folder for programs; `coefficients` are those of the distributions, the base has the rest."""
+    return {
+        "path": str(given.out),
+        "content": export.content,
+        "dtype": given.dtype,
+        "coefficients": coefficients.weights,
+        "objective": {},
+        "scores": {},
+    }
+
+
+def _standing_data(one: "Standing") -> dict[str, Any]:
+    """Scores and objective of a composite for programs: NLL and objective in nats per token."""
+    scores = {
+        split: {name: _score_data(score) for name, score in by_name.items()} for split, by_name in one.scores.items()
+    }
+    return {"objective": dict(one.objective), "scores": scores}
+
+
 def _as_data(summary: "Summary") -> dict[str, Any]:
     """A summary for programs: NLL and objective in nats per token."""
     return {
@@ -253,11 +293,7 @@ def _as_data(summary: "Summary") -> dict[str, Any]:
                 "role": one.role,
                 "algorithm": one.algorithm,
                 "coefficients": one.coefficients and one.coefficients.weights,
-                "objective": dict(one.objective),
-                "scores": {
-                    split: {name: _score_data(score) for name, score in scores.items()}
-                    for split, scores in one.scores.items()
-                },
+                **_standing_data(one),
                 "evaluations": one.evaluations,
                 "forward_tokens": one.forward_tokens,
                 "seconds": one.seconds,

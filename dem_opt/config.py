@@ -1,14 +1,14 @@
 """What a study file may say: strict, checked on load, every error names the field and the mend."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from dem_opt.errors import InputError, nearest
+from dem_opt.errors import InputError, nearest, shorten
 from dem_opt.simplex import Space
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -16,6 +16,12 @@ Positive = Annotated[int, Field(gt=0)]
 PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 _LOCAL_SQLITE = "sqlite:///"
+
+_MOST_KEYS = 10_000
+"""Keys of one mapping of the study file, where `<<` merges others into it."""
+
+_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""What PyYAML raises for text that is no YAML, and for tags and numbers that it can't make a value of."""
 
 
 class _Section(BaseModel):
@@ -187,7 +193,9 @@ class StudyConfig(_Section):
         folder: Path = (info.context or {}).get("folder", Path())
         data = dict(data)
         name = data.get("name")
-        output = data.setdefault("output", f"runs/{name}")
+        output = data.setdefault("output", f"runs/{name if isinstance(name, str) else ''}")
+        if not isinstance(output, str):
+            return data
         data["storage"] = _database(data.get("storage", f"{_LOCAL_SQLITE}{output}/study.db"), folder)
         tracking = data.get("tracking") or {}
         if isinstance(tracking, dict):
@@ -250,8 +258,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(path, None, None, f"the study file can't be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise InputError(path, None, None, "the study file must be UTF-8 text") from None
-    except yaml.YAMLError as error:
-        raise InputError(path, None, None, f"not valid YAML: {' '.join(str(error).split())}") from None
+    except _YAML_ERRORS as error:
+        raise InputError(path, None, None, f"not valid YAML: {shorten(' '.join(str(error).split()), 300)}") from None
     if not isinstance(data, dict):
         raise InputError(path, None, data, "a study file is a mapping that begins with `name:`")
     return data
@@ -261,11 +269,22 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML 1.1 that refuses repeated keys and reads 3e-4 as a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if isinstance(key, Hashable):
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key!r} stands twice", node.start_mark
+                    )
+                seen.add(key)
         return super().construct_mapping(node, deep=deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merges `<<: *alias`, up to a size that no study has: aliases of aliases grow exponentially."""
+        super().flatten_mapping(node)
+        if len(node.value) > _MOST_KEYS:
+            raise yaml.constructor.ConstructorError(None, None, "`<<` merges too many keys", node.start_mark)
 
 
 _Loader.add_implicit_resolver(

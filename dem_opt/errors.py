@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from reprlib import Repr
 
 
 class InputError(ValueError):
     """The user's mistake, told in one line: where, which field, which value, and the mend.
 
-    Parts that do not apply are None.  `value` is shown as written (`repr`), shortened to 80 characters.
+    Parts that do not apply are None.  `value` is shown as written (`repr`), shortened to 80 characters.  What
+    would break the line, or steer a terminal, is shown escaped.
     """
 
     def __init__(self, where: object, field: str | None, value: object, mend: str) -> None:
@@ -15,13 +17,31 @@ class InputError(ValueError):
         super().__init__(where, field, value, mend)
 
     def __str__(self) -> str:
-        shown = None if self.value is None else shorten(repr(self.value))
+        shown = None if self.value is None else _shown(self.value)
         subject = " = ".join(part for part in (self.field, shown) if part is not None)
-        return ": ".join(part for part in (str(self.where or ""), subject, self.mend) if part)
+        text = ": ".join(part for part in (str(self.where or ""), subject, self.mend) if part)
+        return shorten(_printable(text), 2000)
 
 
 class EvaluationError(RuntimeError):
     """A composite could not be scored (a non-finite loss, say); the study goes on without it."""
+
+
+_REPR = Repr()
+_REPR.maxstring = _REPR.maxother = 200
+
+
+def _shown(value: object) -> str:
+    """A value as written, of bounded length and depth: a few aliases in YAML can stand for more than memory holds."""
+    try:
+        return shorten(_REPR.repr(value))
+    except ValueError:
+        return "a number of too many digits"
+
+
+def _printable(text: str) -> str:
+    """`text` with control characters and half surrogate pairs escaped."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def shorten(text: str, length: int = 80) -> str:

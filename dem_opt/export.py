@@ -1,33 +1,25 @@
 """The winner as a checkpoint folder, proved from disk."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import exp
+from math import prod
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from dem_opt.arena import merged_parameters
-from dem_opt.checkpoints import (
-    INDEX,
-    WEIGHTS,
-    Header,
-    content_hash,
-    hash_tensors,
-    read_architecture,
-    read_header,
-    silence_transformers,
-)
-from dem_opt.errors import InputError
-from dem_opt.records import Composite, Standing
-from dem_opt.simplex import UNIT, Coefficients
+from dem_opt.adapters import content_of
+from dem_opt.arena import merged_tensors
+from dem_opt.checkpoints import DTYPES, INDEX, WEIGHTS, Header, hash_tensors, read_header, read_tensors
+from dem_opt.errors import InputError, nearest
+from dem_opt.models import Architecture, load_model, parameter_of, read_architecture, stored_dtypes, stored_names
+from dem_opt.records import Composite, Score, StoredModel
+from dem_opt.simplex import UNIT
 
 MARKER = "dem_opt.json"
 """The file of an exported folder that says what it was made from; a folder that has it may be written again."""
@@ -50,15 +42,11 @@ COPIED = (
 """What an export takes over from the base's folder, where the base has it."""
 
 
-FRONT_MATTER = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- merge
-- distribution-edited-model
-- dem_opt
----"""
-"""What model hubs read of a card."""
+SAME_SCORE = 1e-5
+"""Relative difference up to which two float32 forward passes of one model agree."""
+
+Scores = Mapping[str, Mapping[str, Score]]
+"""By split, then by distribution."""
 
 
 class ExportError(RuntimeError):
@@ -69,130 +57,138 @@ class ExportError(RuntimeError):
 class Export:
     """A composite on disk.
 
-    base     the base's folder, which gave config and tokenizer
-    folders  checkpoint folders by content hash, at least those of the composite's terms
+    base     gave config, tokenizer and the form in which weights are stored
+    stored   checkpoints and adapters by content, those of the composite's terms
     content  the content hash of the written weights
+    dtype    what all sums were rounded to; None where each was rounded to its base tensor's dtype
     """
 
     path: Path
-    base: Path
-    folders: Mapping[str, Path]
+    base: StoredModel
+    stored: Mapping[str, StoredModel]
     composite: Composite
     content: str
+    dtype: torch.dtype | None = None
+
+
+def output_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype of a name such as "bfloat16".
+
+    Raises InputError for one that can't be written.
+    """
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+    if name is not None and name not in known:
+        raise InputError(None, "--dtype", name, nearest(name, known))
+    return known[name] if name else None
 
 
 def write_composite(
-    base: Path,
-    folders: Mapping[str, Path],
+    base: StoredModel,
+    stored: Mapping[str, StoredModel],
     composite: Composite,
     out: Path,
-    card: str,
-    approve: Callable[[Export], None],
+    approve: Callable[[Export], Mapping[str, str]],
+    dtype: torch.dtype | None = None,
 ) -> Export:
-    """Write a composite as a Hugging Face folder in the base's dtypes, whole and approved or not at all.
+    """Write a composite as a Hugging Face folder, whole and approved or not at all.
 
-    Config, generation config and tokenizer are the base's; `card` becomes README.md.  Tied weights are written
-    once.  The folder gets its name, in the place of an earlier export, when `approve` has seen it and not raised.
+    Weights are stored as the base stores them, in its dtypes, or all of them in `dtype`, to which the float32 sums
+    are rounded once; a single checkpoint keeps its own.  Config (but for its dtype), generation config, tokenizer
+    and stored buffers are the base's.  Tied weights are written once.  When `approve` has seen it and not raised,
+    the texts that it gives are written beside them by name, and the folder gets its own name, in the place of an
+    earlier export.
 
-    Raises InputError where `out` holds anything else or can't be written, and where a checkpoint's content is no
-    longer what `folders` says.
+    Raises InputError where `out` holds anything else or can't be written, where a checkpoint's content is no
+    longer what `stored` says, and where a weight is beyond the dtype's range.
     """
-    used = {content: folders[content] for content, _ in composite.terms}
-    _refuse(out, [base, *used.values()])
-    for content, folder in used.items():
-        if content_hash(folder) != content:
-            raise InputError(folder, None, None, "its weights have changed since they were scored; run again")
-    header = read_header(base, "base")
-    names = list(read_architecture(header).parameters)
+    out = out.absolute()
+    used = {content: stored[content] for content, _ in composite.terms}
+    _refuse(out, [base.path, *(model.path for model in used.values())])
+    for model in (base, *used.values()):
+        if content_of(model) != model.content:
+            raise InputError(model.path, None, None, "its weights have changed since they were scored; run again")
+    header = read_header(base.path, "base")
+    architecture = read_architecture(header)
+    declared = dtype or _own_dtype(architecture, base, used, composite)
+    written = Export(out, base, used, composite, "", dtype)
     with _in_place_of(out) as partial:
         with _told(out):
             partial.mkdir(parents=True)
-            _refuse_full(out, partial, _size(header, names))
-            _write_weights(partial, _plan(header, names), used, composite)
-            _copy(base, partial)
-            (partial / "README.md").write_text(card, encoding="utf-8")
+            names = stored_names(architecture, header)
+            _refuse_full(out, partial, _size(header, names, declared))
+            _write_weights(partial, architecture, header, _plan(header, names, declared), written)
+            _copy(base.path, partial)
+            if declared is not None:
+                _declare(partial / "config.json", declared)
         content = hash_tensors(read_header(partial, "export"))
         with _told(out):
             _write_json(partial / MARKER, _provenance(composite, content))
-        written = Export(partial, base, used, composite, content)
-        approve(written)
-    return replace(written, path=out)
+        texts = approve(replace(written, path=partial, content=content))
+        with _told(out):
+            for name, text in texts.items():
+                (partial / name).write_text(text, encoding="utf-8")
+    return replace(written, content=content)
+
+
+def _own_dtype(
+    architecture: Architecture, base: StoredModel, used: Mapping[str, StoredModel], composite: Composite
+) -> torch.dtype | None:
+    """The dtype of a composite that is one checkpoint, where that is not the base's."""
+    if len(composite.terms) > 1 or base.content in used:
+        return None
+    (model,) = used.values()
+    dtypes = set(stored_dtypes(architecture, (model if model.base is None else base).path).values())
+    alike = dtypes == set(stored_dtypes(architecture, base.path).values())
+    return None if alike or len(dtypes) > 1 else dtypes.pop()
 
 
 def prove(export: Export) -> None:
-    """Load the folder through transformers and compare every parameter with a fresh merge, bit for bit.
+    """Compare every tensor on disk with a fresh merge, bit for bit, and load the folder through transformers.
 
-    Raises ExportError naming the first tensor that differs.
+    What is loaded must be the stored tensors, but where transformers fuses several into one.  Raises ExportError
+    naming the first tensor that differs.
     """
-    header = read_header(export.path, "export")
+    header, original = read_header(export.path, "export"), read_header(export.base.path, "base")
     if hash_tensors(header) != export.content:
         raise ExportError(f"{export.path}: its weights are not those that were written")
-    dtypes = {tensor.dtype for tensor in header.tensors.values()}
-    dtype = "auto" if len(dtypes) == 1 else torch.float32
-    silence_transformers()
-    model = AutoModelForCausalLM.from_pretrained(export.path, local_files_only=True, dtype=dtype)
-    loaded = dict(model.named_parameters())
-    names = list(read_architecture(read_header(export.base, "base")).parameters)
-    if unlike := sorted(loaded.keys() ^ set(names)):
-        raise ExportError(f"{export.path}: does not load with the base's parameters: {unlike[0]}")
-    for name, merged in merged_parameters(names, export.folders, export.composite):
-        if not _same_bits(loaded[name].detach(), merged):
-            raise ExportError(f"{export.path}: {name} does not load as it was merged")
+    architecture = read_architecture(original)
+    names, parameters = stored_names(architecture, original), parameter_of(architecture, original)
+    fused = architecture.layout(original).fused
+    loaded = _loaded(architecture, export.path, header)
+    fresh = merged_tensors(architecture, export.base, export.stored, export.composite, names, export.dtype)
+    for (name, stored), (_, merged) in zip(read_tensors(header, names), fresh, strict=True):
+        if stored.dtype != merged.dtype or not _same_bits(stored, merged):
+            raise ExportError(f"{export.path}: {name} is not what was merged")
+        parameter = parameters[name]
+        if parameter not in fused and not _same_bits(loaded[parameter], merged):
+            raise ExportError(f"{export.path}: {parameter} does not load as it was merged")
 
 
-def model_card(
-    name: str,
-    coefficients: Coefficients,
-    contents: Mapping[str, str],
-    libraries: Mapping[str, str],
-    standings: Sequence[Standing] = (),
-) -> str:
-    """The README of an export: formula, coefficients, scores on both splits, provenance.
+def _loaded(architecture: Architecture, folder: Path, header: Header) -> dict[str, Tensor]:
+    """The parameters of an exported folder as transformers loads them.
 
-    contents   content hash by name, "base" among the distributions
-    libraries  versions by name
-    standings  the lines of the table of scores; none where nothing was scored
+    Raises ExportError where they are not the base's.
     """
-    weights = {"base": coefficients.base_units / UNIT, **coefficients.weights}
-    terms = [[name, f"{weight:.9f}", contents[name]] for name, weight in weights.items()]
-    scores = [_scores(split, standings) for split in (standings[0].objective if standings else ())]
-    parts = [
-        FRONT_MATTER,
-        f"# {_plain(name)}",
-        "A distribution-edited model: the weighted sum of models fine-tuned from one base, each on one data\n"
-        "distribution, with coefficients chosen by the perplexity of the sum.",
-        "    Theta_D = Theta + sum_i w_i (Theta_i - Theta)",
-        "## Coefficients",
-        _table(["model", "coefficient", "content (SHA-256)"], terms),
-        *scores,
-        "## Made with",
-        _table(["library", "version"], [list(item) for item in libraries.items()]),
-    ]
-    return "\n\n".join(parts) + "\n"
+    alike = len({tensor.dtype for tensor in header.tensors.values()}) == 1
+    model = load_model(folder, "auto" if alike else torch.float32)
+    loaded = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    if unlike := sorted(loaded.keys() ^ architecture.parameters.keys()):
+        raise ExportError(f"{folder}: does not load with the base's parameters: {unlike[0]}")
+    return loaded
 
 
-def _scores(split: str, standings: Sequence[Standing]) -> str:
-    """The table of one split: NLL for each distribution and their weighted mean, and the mean's perplexity."""
-    names = list(standings[0].scores[split])
-    rows = []
-    for one in standings:
-        mean = one.objective[split]
-        nlls = [f"{one.scores[split][name].nll:.4f}" for name in names]
-        rows.append([one.label, *nlls, f"{mean:.4f}", f"{exp(mean):.3f}"])
-    title = f"## Scores on the {_plain(split.replace('_', '-'))} split\n\nNLL in nats per token."
-    return f"{title}\n\n{_table(['composite', *names, 'mean', 'perplexity of the mean'], rows)}"
+def prove_scores(again: Scores, scores: Scores) -> None:
+    """Raise ExportError where a written folder scores otherwise than its composite did.
 
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    shown = [cells if cells[0] == "---" else [_plain(cell) for cell in cells] for cells in lines]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in shown)
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown and HTML show as it is, on one line."""
-    return re.sub(r"([\\`*_{}\[\]<>&|#~$!])", r"\\\1", " ".join(text.split()))
+    The bits are the same, so the scores are, up to what another number of threads changes in float32 sums.
+    """
+    pairs = [(split, name, score) for split, by_name in scores.items() for name, score in by_name.items()]
+    for split, name, score in pairs:
+        other = again[split][name]
+        if abs(other.nll - score.nll) > SAME_SCORE * score.nll:
+            raise ExportError(
+                f"the exported model scores {other.nll!r} nats per token on {name}, {split}, the winner {score.nll!r}"
+            )
 
 
 def _refuse(out: Path, inputs: Sequence[Path]) -> None:
@@ -218,8 +214,9 @@ def _told(out: Path) -> Iterator[None]:
     """What the system refuses while writing, as an InputError."""
     try:
         yield
-    except OSError as error:
-        raise InputError(out, None, None, f"can't be written ({error.strerror or error})") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(out, None, None, f"can't be written ({reason})") from error
 
 
 @contextmanager
@@ -245,16 +242,17 @@ def _settle(out: Path, partial: Path, former: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _size(header: Header, names: Sequence[str]) -> int:
-    """Bytes of the named tensors."""
-    return sum(header.tensors[name].end - header.tensors[name].start for name in names)
+def _size(header: Header, names: Sequence[str], dtype: torch.dtype | None) -> int:
+    """Bytes of the named tensors in a dtype, their own unless one is given."""
+    stored = [header.tensors[name] for name in names]
+    return sum(prod(tensor.shape) * (dtype or DTYPES[tensor.dtype]).itemsize for tensor in stored)
 
 
-def _plan(header: Header, names: Sequence[str]) -> dict[str, list[str]]:
+def _plan(header: Header, names: Sequence[str], dtype: torch.dtype | None) -> dict[str, list[str]]:
     """The names that go into each weight file, in order."""
     shards: list[list[str]] = [[]]
     for name in names:
-        if shards[-1] and _size(header, [*shards[-1], name]) > SHARD_BYTES:
+        if shards[-1] and _size(header, [*shards[-1], name], dtype) > SHARD_BYTES:
             shards.append([])
         shards[-1].append(name)
     if len(shards) == 1:
@@ -263,17 +261,30 @@ def _plan(header: Header, names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _write_weights(
-    folder: Path, plan: Mapping[str, Sequence[str]], folders: Mapping[str, Path], composite: Composite
+    folder: Path, architecture: Architecture, base: Header, plan: Mapping[str, Sequence[str]], export: Export
 ) -> None:
-    """Merge and write one weight file after the other, and the index where there are several."""
-    total = 0
+    """Merge and write one weight file after the other, the base's buffers in the first, and the index of several."""
+    buffers = dict(read_tensors(base, architecture.layout(base).buffers.values()))
+    written = {}
     for file, names in plan.items():
-        tensors = dict(merged_parameters(names, folders, composite))
-        total += sum(tensor.nbytes for tensor in tensors.values())
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        merged = merged_tensors(architecture, export.base, export.stored, export.composite, names, export.dtype)
+        tensors = dict(merged)
+        _refuse_infinite(tensors)
+        written[file] = tensors.keys() | buffers.keys()
+        save_file(tensors | buffers, folder / file, metadata={"format": "pt"})
+        buffers = {}
     if len(plan) > 1:
-        weight_map = {name: file for file, names in plan.items() for name in names}
+        weight_map = {name: file for file, names in written.items() for name in sorted(names)}
+        total = sum((folder / file).stat().st_size for file in plan)
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _refuse_infinite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise InputError for a tensor whose sums are beyond the range of its dtype."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(None, "--dtype", dtype, f"{name} is beyond its range: choose bfloat16 or float32")
 
 
 def _copy(base: Path, folder: Path) -> None:
@@ -283,6 +294,13 @@ def _copy(base: Path, folder: Path) -> None:
             shutil.copytree(path, folder / path.name)
         else:
             shutil.copyfile(path, folder / path.name)
+
+
+def _declare(config: Path, dtype: torch.dtype) -> None:
+    """Let a config name this dtype, under the key that it has (`torch_dtype` until transformers 5)."""
+    data = json.loads(config.read_text(encoding="utf-8"))
+    keys = [key for key in ("dtype", "torch_dtype") if key in data] or ["dtype"]
+    _write_json(config, data | dict.fromkeys(keys, str(dtype).removeprefix("torch.")))
 
 
 def _provenance(composite: Composite, content: str) -> dict[str, object]:

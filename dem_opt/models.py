@@ -18,9 +18,13 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from dem_opt.checkpoints import DTYPES, Header, read_header, read_json, read_tensors
+from dem_opt.declared import read_config, refuse_endless
 from dem_opt.errors import InputError, shorten
 
-CONFIG_ERRORS = (ValueError, LookupError, TypeError, AttributeError, OSError, ImportError, StrictDataclassError)
+CONFIG_ERRORS = (
+    *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError),
+    *(OSError, ImportError, StrictDataclassError),
+)
 """What transformers raises for configs that it can make no model of."""
 
 _SHOWN = 10
@@ -136,8 +140,9 @@ class Layout:
 def read_architecture(header: Header) -> Architecture:
     """Parameter names, shapes and ties of the model that the folder's config describes.
 
-    Raises InputError for a config that transformers can't make a language model of.
+    Raises InputError for a config that transformers can't make a language model of, or can't finish one of.
     """
+    refuse_endless(header.folder, header.field, len(header.tensors))
     return describe(_construct(header.folder, header.field, torch.float32, "meta"))
 
 
@@ -193,7 +198,7 @@ def check_fit(architecture: Architecture, base: Header, other: Header) -> None:
         for name in sorted(ours.fused | theirs.fused)
         if ours.sources.get(name) != theirs.sources.get(name) and name in theirs.sources
     ]
-    vocabulary, own = _vocabulary(base), _vocabulary(other)
+    vocabulary, own = (read_config(one.folder, one.field).get("vocab_size") for one in (base, other))
     if own != vocabulary:
         found.append(f"its config.json has a vocabulary (vocab_size) of {own}, the base's of {vocabulary}")
     if found:
@@ -338,13 +343,6 @@ def _tell(found: list[str]) -> str:
     """The first differences, and a count of the others."""
     more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     return "; ".join(found[:_SHOWN]) + more
-
-
-def _vocabulary(header: Header) -> object:
-    """vocab_size as config.json has it."""
-    config = read_json(header.folder / "config.json", header.field)
-    text = config.get("text_config")
-    return config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
 
 
 def _check_tokenizer(base: Header, architecture: Architecture) -> None:

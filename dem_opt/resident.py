@@ -4,9 +4,8 @@ from time import perf_counter
 
 import torch
 
-from dem_opt.adapters import read_adapter
+from dem_opt.adapters import content_of
 from dem_opt.arena import Arena
-from dem_opt.checkpoints import content_hash
 from dem_opt.errors import InputError
 from dem_opt.models import empty_model
 from dem_opt.perplexity import prepare, reading, score
@@ -55,8 +54,7 @@ def build(spec: ResidentSpec) -> Resident:
 
 
 def _refuse_changed(model: StoredModel) -> None:
-    now = content_hash(model.path) if model.base is None else read_adapter(model.path, "adapter").content(model.base)
-    if now != model.content:
+    if content_of(model) != model.content:
         raise InputError(model.path, None, None, "its weights have changed since the study began to load; run again")
 
 

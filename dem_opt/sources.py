@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from os.path import exists
 from pathlib import Path
 
 from dem_opt.adapters import check_adapter, read_adapter
@@ -129,7 +130,7 @@ def _check_expert(
         adapter = read_adapter(folder, field)
         check_adapter(architecture, base, adapter)
         return adapter.header
-    if not folder.exists() and distribution.train is not None:
+    if not exists(folder) and distribution.train is not None:
         raise InputError(where, field, str(folder), f"no such folder; `dem-opt train {where}` makes it")
     header = read_header(folder, field)
     check_fit(architecture, base, header)

@@ -1,7 +1,7 @@
 """Trials and composites with their scores: read back from the ledger, and ranked in the final table."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dem_opt.intervals import difference
@@ -167,6 +167,14 @@ def _standing(ledger: Ledger, question: Question, entry: Entry) -> Standing:
         if entry.seconds is None
         else entry.seconds,
     )
+
+
+def rescored(
+    one: Standing, label: str, scores: Mapping[str, Mapping[str, Score]], weights: Mapping[str, float]
+) -> Standing:
+    """A line for another form of the same composite, with the scores of that form."""
+    objective = {split: mean_nll(by_name, weights) for split, by_name in scores.items()}
+    return replace(one, label=label, scores=scores, objective=objective)
 
 
 def _margin(question: Question, rival: Standing, winner: Standing, split: str) -> Margin:

@@ -2,17 +2,18 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Self
 
 from dem_opt import config as study_file
+from dem_opt.card import texts
 from dem_opt.config import StudyConfig
 from dem_opt.database import Engine, Lease, connect, holding, masked
 from dem_opt.driver import Driver
 from dem_opt.errors import InputError, nearest
-from dem_opt.export import Export, ExportError, model_card, prove, write_composite
+from dem_opt.export import Export, output_dtype, prove, prove_scores, write_composite
 from dem_opt.finetune import RECORD, FineTuned, FineTuneJob, fine_tune, is_finished
 from dem_opt.hub import locate
 from dem_opt.ledger import Ledger, StudyRow
@@ -39,15 +40,13 @@ from dem_opt.standings import (
     finished,
     is_known,
     recall,
+    rescored,
     summarize,
 )
 from dem_opt.tracking import MlflowTracker, Place, Tracker
 
 ALGORITHMS = ("simplex-gp", "grid", "random")
 """Whose trials the final table looks for."""
-
-SAME_SCORE = 1e-5
-"""Relative difference up to which two float32 forward passes of one model agree."""
 
 LIBRARIES = ("torch", "transformers", "optuna", "mlflow", "ray", "dem-opt")
 
@@ -57,9 +56,15 @@ Scores = Mapping[str, Mapping[str, Score]]
 
 @dataclass(frozen=True)
 class Champion:
-    """The winner as it was exported; `version` is its number in MLflow, None where MLflow could not be reached."""
+    """The winner as it was exported.
+
+    standing  as it was scored in the study
+    exported  as the written folder scores: the same, but where another dtype was asked for
+    version   its number in MLflow, None where MLflow could not be reached
+    """
 
     standing: Standing
+    exported: Standing
     export: Export
     version: str | None
 
@@ -146,15 +151,25 @@ class Study:
         model = sources.other(folder, "--model")
         return self._score(sources, Composite.single(model.content), model)
 
-    def merge(self, weights: Mapping[str, float], out: Path) -> Export:
-        """Write the composite of these coefficients as a checkpoint folder, its bits compared from disk."""
-        coefficients = self.config.space.check(weights, self._where, "--weights")
-        return self._write(gather(self.config, self._where), coefficients, out, (), prove)
+    def merge(self, weights: Mapping[str, float], out: Path, dtype: str | None = None) -> Export:
+        """Write the composite of these coefficients as a checkpoint folder, its bits compared from disk.
 
-    def export(self, out: Path) -> Champion:
+        In `dtype` ("bfloat16", say) where one is given, else in the base's.
+        """
+        coefficients = self.config.space.check(weights, self._where, "--weights")
+        sources = gather(self.config, self._where)
+
+        def approve(written: Export) -> Mapping[str, str]:
+            prove(written)
+            return self._texts(sources, coefficients, dtype)
+
+        return _write(sources, coefficients, out, approve, dtype)
+
+    def export(self, out: Path, dtype: str | None = None) -> Champion:
         """Write the winner as a checkpoint folder, prove it from disk, register it.
 
         Its bits are compared with a fresh merge and its scores with the winner's before the folder gets its name.
+        In another `dtype` its scores may differ; they are told beside the winner's.
         """
         files = gather(self.config, self._where)
         with self._open() as (_, ledger), self._compute as compute:
@@ -164,18 +179,25 @@ class Study:
                 mend = f"has changed since it was run; first: dem-opt run {self._where}"
                 raise InputError(self._where, None, None, mend)
             summary = self._found(ledger, question, row.generation)
+            winner = exported = summary.winner
+            coefficients = winner.coefficients
+            assert coefficients is not None
 
-            def approve(written: Export) -> None:
+            def approve(written: Export) -> Mapping[str, str]:
+                nonlocal exported
                 prove(written)
                 model = sources.other(written.path, "export")
                 with self._driver(compute, sources.spec_of(model), question, ledger) as driver:
-                    for split in SPLITS:
-                        again = driver.score_afresh(Composite.single(model.content), split)
-                        _refuse_other_scores(again, summary.winner, split)
+                    again = {split: driver.score_afresh(Composite.single(model.content), split) for split in SPLITS}
+                if dtype is None:
+                    prove_scores(again, winner.scores)
+                    return self._texts(sources, coefficients, dtype, summary)
+                exported = rescored(winner, f"exported in {dtype}", again, question.weights)
+                shown = replace(summary, standings=(*summary.standings, exported))
+                return self._texts(sources, coefficients, dtype, shown)
 
-            assert summary.winner.coefficients is not None
-            export = self._write(sources, summary.winner.coefficients, out, summary.standings, approve)
-            return Champion(summary.winner, export, self._register(summary.winner, export, row.generation))
+            export = _write(sources, coefficients, out, approve, dtype)
+            return Champion(winner, exported, export, self._register(exported, export, row.generation))
 
     def summary(self) -> Summary:
         """What the study has found so far, from its database alone.
@@ -267,20 +289,13 @@ class Study:
             raise self._nothing_yet()
         return summary
 
-    def _write(
-        self,
-        sources: Sources,
-        coefficients: Coefficients,
-        out: Path,
-        standings: Sequence[Standing],
-        approve: Callable[[Export], None],
-    ) -> Export:
-        question = sources.question()
-        contents = {"base": question.base, **question.experts}
-        card = model_card(self.config.name, coefficients, contents, _libraries(), standings)
-        return write_composite(
-            sources.base.path, sources.folders(), question.composite(coefficients), out, card, approve
-        )
+    def _texts(
+        self, sources: Sources, coefficients: Coefficients, dtype: str | None, summary: Summary | None = None
+    ) -> dict[str, str]:
+        """What is written beside an export's weights, by file name."""
+        folder = Path(str(self._where)).resolve().parent
+        found = (summary.standings, summary.margins) if summary else ((), ())
+        return texts(sources, coefficients, folder, _libraries(), dtype, *found)
 
     def _register(self, winner: Standing, export: Export, generation: int) -> str | None:
         """The winner's version in MLflow, under its algorithm's run; None where MLflow can't be reached."""
@@ -352,17 +367,15 @@ class Study:
         }
 
 
-def _refuse_other_scores(again: Mapping[str, Score], winner: Standing, split: str) -> None:
-    """Raise ExportError where the exported folder scores otherwise than the winner did.
-
-    Its bits are the winner's, so its scores are, up to what another number of threads changes in float32 sums.
-    """
-    for name, score in winner.scores.get(split, {}).items():
-        if abs(again[name].nll - score.nll) > SAME_SCORE * score.nll:
-            raise ExportError(
-                f"the exported model scores {again[name].nll!r} nats per token on {name}, {split}, "
-                f"the winner {score.nll!r}"
-            )
+def _write(
+    sources: Sources,
+    coefficients: Coefficients,
+    out: Path,
+    approve: Callable[[Export], Mapping[str, str]],
+    dtype: str | None,
+) -> Export:
+    composite = sources.question().composite(coefficients)
+    return write_composite(sources.base, sources.models(), composite, out, approve, output_dtype(dtype))
 
 
 def _is_wanted(job: FineTuneJob) -> bool:

@@ -11,7 +11,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from untracked import Untracked
 
+from dem_opt.checkpoints import content_hash
 from dem_opt.cli import main
+from dem_opt.pool import InProcessCompute
 from dem_opt.study import Study
 
 
@@ -155,6 +157,38 @@ def test_run_score_and_report_say_what_they_found(world, capsys, untracked, ray_
     assert main(["run", study]) == 0
     table = capsys.readouterr().out
     assert "best of random" in table and max(len(line) for line in table.splitlines()) <= 120
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Residents without Ray."""
+    monkeypatch.setattr("dem_opt.study.RayCompute", lambda settings: InProcessCompute())
+
+
+def test_merge_and_export_tell_programs_what_they_wrote(world, capsys, untracked, in_process):
+    study, out = str(world / "study.yaml"), str(world / "out")
+    assert main(["merge", study, "--weights", "code=0.25,math=0.75", "--out", out, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["coefficients"] == {"code": 0.25, "math": 0.75, "prose": 0.0}
+    assert told["path"] == out and told["content"] == content_hash(Path(out)) and told["scores"] == {}
+    assert main(["run", study, "--json"]) == 0
+    winner = json.loads(capsys.readouterr().out)["standings"][-1]
+    for dtype, options in ((None, []), ("bfloat16", ["--dtype", "bfloat16"])):
+        assert main(["export", study, "--out", out, "--json", *options]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["coefficients"] == winner["coefficients"] and told["dtype"] == dtype
+        assert told["content"] == content_hash(Path(out)) and told["version"] is None
+        assert (told["scores"] == winner["scores"]) == (dtype is None)
+        assert told["objective"] == pytest.approx(winner["objective"], rel=1e-3)
+
+
+def test_an_export_in_another_dtype_says_what_it_costs(world, capsys, untracked, in_process):
+    study, out = str(world / "study.yaml"), world / "out"
+    assert main(["run", study]) == 0
+    assert main(["export", study, "--out", str(out), "--dtype", "float16"]) == 0
+    told = capsys.readouterr().out
+    assert "Mean NLL on search in float16" in told and "Mean NLL on held_out in float16" in told
+    assert "| exported in float16 |" in (out / "README.md").read_text()
 
 
 def test_check_reads_headers_alone(world, capsys):

@@ -2,21 +2,25 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import worlds
-import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from dem_opt import export
 from dem_opt.arena import Arena
 from dem_opt.checkpoints import INDEX, WEIGHTS, content_hash, empty_model, read_architecture, read_header
 from dem_opt.errors import InputError
-from dem_opt.export import MARKER, ExportError, model_card, prove, write_composite
-from dem_opt.records import Composite, Score, Standing, StoredModel
-from dem_opt.simplex import UNIT, Coefficients
+from dem_opt.export import MARKER, ExportError, output_dtype, prove, write_composite
+from dem_opt.records import Composite, StoredModel
+from dem_opt.simplex import UNIT
 
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 CARD = "# A card, with an umlaut: ü\n"
@@ -61,9 +65,14 @@ def composite(stored, units=(0, 4 * 10**8, 6 * 10**8)):
     return Composite.of({model.content: count for model, count in zip(stored, units, strict=True)})
 
 
-def write(stored, out, merged=None, card=CARD, approve=lambda written: None):
+def write(stored, out, merged=None, card=CARD, approve=lambda written: None, dtype=None):
     folders = {model.content: model.path for model in stored}
-    return write_composite(stored[0].path, folders, merged or composite(stored), out, card, approve)
+
+    def approved(written):
+        approve(written)
+        return {"README.md": card}
+
+    return write_composite(stored[0].path, folders, merged or composite(stored), out, approved, output_dtype(dtype))
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 12_000])
@@ -109,6 +118,90 @@ def test_an_export_brings_config_tokenizer_and_card(fresh, tmp_path):
         "coefficients": {fresh[1].content: 0.4, fresh[2].content: 0.6},
         "content": written.content,
     }
+
+
+def exact(stored, units, name):
+    """A composite's parameter in float32, every product and every sum rounded once, in the order of content."""
+    terms = sorted((model.content, count, model.path) for model, count in zip(stored, units, strict=True) if count)
+    total = None
+    for _, count, path in terms:
+        term = load_file(path / WEIGHTS)[name].float() * torch.tensor(count / UNIT, dtype=torch.float32)
+        total = term if total is None else total + term
+    return total
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("units", [(0, 4 * 10**8, 6 * 10**8), (-(10**8), 6 * 10**8, 5 * 10**8), (0, UNIT, 0)])
+def test_another_dtype_is_rounded_to_once(stored, tmp_path, units, dtype):
+    written = write(stored, tmp_path / "out", composite(stored, units), dtype=dtype)
+    prove(written)
+    wanted = output_dtype(dtype)
+    for name, tensor in load_file(tmp_path / "out" / WEIGHTS).items():
+        assert tensor.dtype == wanted, name
+        assert torch.equal(tensor, exact(stored, units, name).to(wanted)), name
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == wanted
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype", None])
+def test_the_config_names_the_dtype_under_its_own_key(fresh, tmp_path, key):
+    file = fresh[0].path / "config.json"
+    config = json.loads(file.read_text())
+    del config["dtype"]
+    file.write_text(json.dumps(config | ({key: "float32"} if key else {})))
+    write(fresh, tmp_path / "out", dtype="bfloat16")
+    told = json.loads((tmp_path / "out/config.json").read_text())
+    assert told == config | {key or "dtype": "bfloat16"}
+
+
+def test_an_unknown_dtype_and_one_that_is_too_small_are_refused(fresh, tmp_path):
+    with pytest.raises(InputError, match="did you mean"):
+        output_dtype("float8")
+    tensors = load_file(fresh[1].path / WEIGHTS)
+    tensors["model.norm.weight"][0] = 1e6
+    save_file(tensors, fresh[1].path / WEIGHTS, metadata={"format": "pt"})
+    stored = [replace(model, content=content_hash(model.path)) for model in fresh]
+    with pytest.raises(InputError, match=r"--dtype = 'float16': model.norm.weight"):
+        write(stored, tmp_path / "out", dtype="float16")
+    assert {path.name for path in tmp_path.iterdir()} == {"models"}
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_the_same_composite_is_written_with_the_same_bytes(fresh, tmp_path, dtype):
+    for name in ("one", "two"):
+        write(fresh, tmp_path / name, dtype=dtype)
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+def test_a_write_that_fails_in_the_middle_is_told_and_leaves_nothing(fresh, tmp_path, monkeypatch):
+    """What safetensors raises on a full disk is no OSError."""
+
+    def full(tensors, file, metadata):
+        Path(file).write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(export, "save_file", full)
+    with pytest.raises(InputError, match="No space left"):
+        write(fresh, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"models"}
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_an_export_that_is_killed_leaves_nothing_half_written(fresh, tmp_path, earlier):
+    """SIGKILL after the first of two weight files, after the last, and after a rename.
+
+    The one rename of a first export gives it its name; the first of two moves the earlier export out of the way.
+    """
+    out = tmp_path / "out"
+    former = write(fresh, out).content if earlier else None
+    command = [sys.executable, str(Path(__file__).with_name("killed_export.py")), str(out)]
+    command += [str(model.path) for model in fresh]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    left = json.loads(done.stdout)
+    again = write(fresh, out, composite(fresh, (UNIT // 2, UNIT // 4, UNIT // 4)))
+    prove(again)
+    assert left == {"first file": former, "last file": former, "renaming": None if earlier else again.content}
+    assert {path.name for path in tmp_path.iterdir()} == {"models", "out"}
 
 
 def flip_last_bit(out):
@@ -221,43 +314,3 @@ def test_a_checkpoint_that_was_changed_since_is_not_exported(fresh, tmp_path):
         write(fresh, tmp_path / "out")
     assert refused.value.where == fresh[1].path
     assert not (tmp_path / "out").exists()
-
-
-def standing(label, coefficients, nll):
-    scores = {"code": Score((nll, nll), (1, 1)), "math": Score((2 * nll,), (1,))}
-    both = {"search": scores, "held_out": scores}
-    objective = {"search": 1.5 * nll, "held_out": 1.5 * nll}
-    return Standing(label, "best", "random", coefficients, both, objective, 1, 2, 3.0)
-
-
-def test_a_card_tells_coefficients_scores_and_provenance():
-    coefficients = Coefficients((("code", 3 * 10**8), ("math", 6 * 10**8)))
-    contents = {"base": "ba5e", "code": "c0de", "math": "3a7b"}
-    card = model_card("study", coefficients, contents, {"torch": "2.13.0"}, [standing("winner", coefficients, 2.0)])
-    _, head, body = card.split("---\n", 2)
-    assert yaml.safe_load(head)["library_name"] == "transformers"
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines() if line[:1] == "|"]
-    for row in (["base", "0.100000000", "ba5e"], ["code", "0.300000000", "c0de"], ["math", "0.600000000", "3a7b"]):
-        assert row in rows
-    assert rows.count(["winner", "2.0000", "4.0000", "3.0000", "20.086"]) == 2
-    assert ["torch", "2.13.0"] in rows
-    assert "search split" in body and "held-out split" in body
-
-
-def test_a_card_without_scores_says_none():
-    coefficients = Coefficients((("code", UNIT),))
-    card = model_card("study", coefficients, {"base": "ba5e", "code": "c0de"}, {})
-    assert "split" not in card and "0.000000000" in card
-
-
-def test_what_users_write_shows_as_it_is_in_a_card():
-    coefficients = Coefficients((("code", 10**9), ("math", 0)))
-    label = "a|b <script>alert(1)</script> [x](http://y) `z`\n# not a title"
-    card = model_card(
-        label, coefficients, dict.fromkeys(("base", "code", "math"), label), {}, [standing(label, coefficients, 1.0)]
-    )
-    assert "<script" not in card.replace("\\<script", "")
-    assert "\n# not a title" not in card
-    shown = [line for line in card.splitlines() if line.startswith("| ") and "script" in line]
-    assert len(shown) == 5
-    assert all(line.count("|") - line.count("\\|") in (4, 6) for line in shown)
