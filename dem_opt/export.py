@@ -265,18 +265,18 @@ def _write_weights(
 ) -> None:
     """Merge and write one weight file after the other, the base's buffers in the first, and the index of several."""
     buffers = dict(read_tensors(base, architecture.layout(base).buffers.values()))
-    written = {}
+    written: dict[str, str] = {}
+    total = 0
     for file, names in plan.items():
         merged = merged_tensors(architecture, export.base, export.stored, export.composite, names, export.dtype)
-        tensors = dict(merged)
+        tensors = dict(merged) | buffers
         _refuse_infinite(tensors)
-        written[file] = tensors.keys() | buffers.keys()
-        save_file(tensors | buffers, folder / file, metadata={"format": "pt"})
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        written |= dict.fromkeys(tensors, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
         buffers = {}
     if len(plan) > 1:
-        weight_map = {name: file for file, names in written.items() for name in sorted(names)}
-        total = sum((folder / file).stat().st_size for file in plan)
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": written})
 
 
 def _refuse_infinite(tensors: Mapping[str, Tensor]) -> None:

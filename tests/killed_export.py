@@ -13,7 +13,7 @@ import torch
 
 from dem_opt import export
 from dem_opt.checkpoints import content_hash
-from dem_opt.records import Composite
+from dem_opt.records import Composite, StoredModel
 from dem_opt.simplex import UNIT
 
 POINTS = {"first file": ("save_file", 1), "last file": ("save_file", 2), "renaming": ("rename", 1)}
@@ -33,13 +33,13 @@ def die_after(owner: object, name: str, calls: int) -> None:
     setattr(owner, name, dying)
 
 
-def write(point: str, base: Path, folders: dict[str, Path], composite: Composite, out: Path) -> int:
+def write(point: str, base: StoredModel, stored: dict[str, StoredModel], composite: Composite, out: Path) -> int:
     """One export's life in a process of its own; its exit status, -9 where it was killed."""
     if pid := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     name, calls = POINTS[point]
     die_after(export if name == "save_file" else Path, name, calls)
-    export.write_composite(base, folders, composite, out, lambda written: {})
+    export.write_composite(base, stored, composite, out, lambda written: {})
     os._exit(0)
 
 
@@ -47,12 +47,12 @@ def main(out: Path, paths: list[Path]) -> None:
     torch.set_num_threads(1)
     contents = [content_hash(path) for path in paths]
     composite = Composite.of(dict(zip(contents, (UNIT // 2, UNIT // 4, UNIT // 4), strict=True)))
-    folders = dict(zip(contents, paths, strict=True))
+    stored = {content: StoredModel(path, content) for content, path in zip(contents, paths, strict=True)}
     size = sum(file.stat().st_size for file in paths[0].glob("*.safetensors"))
     export.SHARD_BYTES = size * 2 // 3
     left = {}
     for point in POINTS:
-        assert write(point, paths[0], folders, composite, out) == -signal.SIGKILL, point
+        assert write(point, stored[contents[0]], stored, composite, out) == -signal.SIGKILL, point
         left[point] = content_hash(out) if out.exists() else None
     sys.stdout.write(json.dumps(left))
 

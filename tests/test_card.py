@@ -6,7 +6,7 @@ import yaml
 
 from dem_opt.card import Ingredient, licence, model_card, recipe, resolved
 from dem_opt.config import load
-from dem_opt.records import Margin, Score, Standing
+from dem_opt.records import Margin, Score, Standing, StoredModel
 from dem_opt.simplex import UNIT, Coefficients
 
 UNITS = {"base": 10**8, "code": 3 * 10**8, "math": 6 * 10**8}
@@ -17,7 +17,7 @@ def ingredients(folder, units=UNITS, licences=()):
     made = []
     for name, count in units.items():
         (folder / name).mkdir(parents=True)
-        made.append(Ingredient(name, folder / name, f"{name}-content", count))
+        made.append(Ingredient(name, StoredModel(folder / name, f"{name}-content"), count))
     for one, stated in zip(made, licences, strict=False):
         (one.path / "README.md").write_text(f"---\nlicense: {stated}\ntags: [x]\n---\n# A model\n")
     return made
@@ -84,7 +84,7 @@ def test_what_did_not_go_in_is_no_base_model_and_its_licence_does_not_count(tmp_
 def test_a_folder_in_a_hubs_cache_has_the_hubs_name(tmp_path):
     folder = tmp_path / "models--some--model-7b" / "snapshots" / "0123"
     folder.mkdir(parents=True)
-    card = model_card("study", [Ingredient("base", folder, "x", UNIT)], {})
+    card = model_card("study", [Ingredient("base", StoredModel(folder, "x"), UNIT)], {})
     assert front(card)["base_model"] == ["some/model-7b"]
 
 
@@ -97,7 +97,7 @@ def test_a_licence_file_is_pointed_at(tmp_path):
 
 def test_what_users_write_shows_as_it_is_in_a_card(tmp_path):
     label = "a|b <script>alert(1)</script> [x](http://y) `z`\n# not a title"
-    made = [Ingredient(label, one.path, label, one.units) for one in ingredients(tmp_path)]
+    made = [Ingredient(label, StoredModel(one.path, label), one.units) for one in ingredients(tmp_path)]
     (made[0].path / "README.md").write_text("---\nlicense: '<script>'\n---\n")
     card = model_card(label, made, {}, standings=[standing(label, 1.0)], margins=[Margin(label, label, 1, 0, 2)])
     assert "<script" not in card.replace("\\<script", "")
@@ -110,7 +110,7 @@ def test_what_users_write_shows_as_it_is_in_a_card(tmp_path):
 def test_a_recipe_is_the_formula_in_absolute_paths(tmp_path):
     worlds.save_model(tmp_path / "base", seed=0)
     others = ingredients(tmp_path / "more", {"code": 3 * 10**8, "math": 0})
-    made = [Ingredient("base", tmp_path / "more/../base", "x", 7 * 10**8), *others]
+    made = [Ingredient("base", StoredModel(tmp_path / "more/../base", "x"), 7 * 10**8), *others]
     assert yaml.safe_load(recipe(made)) == {
         "merge_method": "task_arithmetic",
         "base_model": str(tmp_path / "base"),

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from dem_opt import export
 from dem_opt.arena import Arena
-from dem_opt.checkpoints import INDEX, WEIGHTS, content_hash, empty_model, read_architecture, read_header
+from dem_opt.checkpoints import INDEX, WEIGHTS, content_hash, read_header
 from dem_opt.errors import InputError
 from dem_opt.export import MARKER, ExportError, output_dtype, prove, write_composite
+from dem_opt.models import empty_model, read_architecture
 from dem_opt.records import Composite, StoredModel
 from dem_opt.simplex import UNIT
 
@@ -66,13 +67,13 @@ def composite(stored, units=(0, 4 * 10**8, 6 * 10**8)):
 
 
 def write(stored, out, merged=None, card=CARD, approve=lambda written: None, dtype=None):
-    folders = {model.content: model.path for model in stored}
+    by_content = {model.content: model for model in stored}
 
     def approved(written):
         approve(written)
         return {"README.md": card}
 
-    return write_composite(stored[0].path, folders, merged or composite(stored), out, approved, output_dtype(dtype))
+    return write_composite(stored[0], by_content, merged or composite(stored), out, approved, output_dtype(dtype))
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 12_000])

@@ -31,12 +31,13 @@ from transformers import (
 )
 
 from dem_opt.card import Ingredient, recipe
-from dem_opt.checkpoints import check_base, content_hash, read_header
+from dem_opt.checkpoints import content_hash, read_header
 from dem_opt.errors import InputError
 from dem_opt.export import write_composite
+from dem_opt.models import check_base
 from dem_opt.perplexity import prepare, score
 from dem_opt.pool import InProcessCompute
-from dem_opt.records import Composite, Silence, Windows
+from dem_opt.records import Composite, Silence, StoredModel, Windows
 from dem_opt.simplex import UNIT
 from dem_opt.study import Study
 
@@ -140,13 +141,14 @@ def test_a_merge_is_that_of_mergekit(tmp_path, record_property, make, tied, unit
     except InputError as refused:
         pytest.skip(str(refused))
     contents = [content_hash(folder) for folder in folders]
+    stored = [StoredModel(*one) for one in zip(folders, contents, strict=True)]
     shares = (UNIT - sum(units), *units)
     names = ("base", "a", "b", "c")
-    ingredients = [Ingredient(*one) for one in zip(names, folders, contents, shares, strict=True)]
+    ingredients = [Ingredient(*one) for one in zip(names, stored, shares, strict=True)]
     composite = Composite.of(dict(zip(contents, shares, strict=True)))
-    places = dict(zip(contents, folders, strict=True))
+    places = {model.content: model for model in stored}
     texts = {"mergekit.yaml": recipe(ingredients)}
-    write_composite(folders[0], places, composite, tmp_path / "ours", lambda written: texts)
+    write_composite(stored[0], places, composite, tmp_path / "ours", lambda written: texts)
     theirs, ours = mergekit(tmp_path / "ours/mergekit.yaml", tmp_path / "theirs"), weights(tmp_path / "ours")
     apart, our_errors, their_errors = [], [], []
     for name, tensor in ours.items():
@@ -174,7 +176,7 @@ def test_the_recipe_beside_an_export_gives_the_exported_weights(tmp_path, dtype,
     told = yaml.safe_load((out / "mergekit.yaml").read_text())
     theirs, ours = mergekit(out / "mergekit.yaml", tmp_path / "theirs"), weights(out)
     parts = [(told["base_model"], 1 - total), *((one["model"], one["parameters"]["weight"]) for one in told["models"])]
-    ingredients = [Ingredient("", Path(folder), "", round(weight * UNIT)) for folder, weight in parts]
+    ingredients = [Ingredient("", StoredModel(Path(folder), ""), round(weight * UNIT)) for folder, weight in parts]
     for name, tensor in ours.items():
         assert tensor.dtype == theirs[name].dtype, name
         _, ulp = distance(ingredients, name)
