@@ -7,10 +7,11 @@ from pathlib import Path
 
 from dem_opt.checkpoints import DTYPES, Header, check_base, check_fit, content_hash, read_header
 from dem_opt.config import StudyConfig
-from dem_opt.corpus import build_corpora, load_tokenizer, tokenizer_digest
+from dem_opt.corpus import build_corpora
 from dem_opt.errors import InputError
 from dem_opt.question import SPLITS, Question
 from dem_opt.records import Corpus, ResidentSpec, StoredModel
+from dem_opt.tokens import load_tokenizer, tokenizer_digest
 
 BATCH_TOKENS = 4096
 """Tokens in one forward call where the study says `batch: auto`."""
@@ -120,8 +121,8 @@ def gather(config: StudyConfig, where: object) -> Sources:
     tokenizer = load_tokenizer(config.base)
     corpora = tuple(
         corpus
-        for name, distribution in config.distributions.items()
-        for corpus in build_corpora(name, distribution, config.evaluation, tokenizer)
+        for name, data in config.corpora.items()
+        for corpus in build_corpora(name, data, config.evaluation, tokenizer)
     )
     return Sources(
         config=config,

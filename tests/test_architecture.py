@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = [
     {"errors", "simplex", "records", "config", "question", "intervals"},
-    {"checkpoints", "arena", "corpus", "database"},
+    {"checkpoints", "arena", "documents", "tokens", "corpus", "database"},
     {"perplexity", "ledger"},
     {"resident", "samplers", "finetune", "sources"},
     {"pool", "search", "tracking"},
@@ -33,6 +33,9 @@ ALLOWED = {
     ("question", "simplex"),
     ("intervals", "records"),
     ("arena", "checkpoints"),
+    ("tokens", "documents"),
+    ("corpus", "documents"),
+    ("corpus", "tokens"),
     ("cli", "terminal"),
 }
 
@@ -46,8 +49,11 @@ DOORS = {
     "yaml": {"config"},
     "pydantic": {"config"},
     "dashboards": {"cli"},
+    "datasets": {"documents"},
+    "pyarrow": {"documents"},
+    "jinja2": {"tokens"},
     "torch": {"checkpoints", "arena", "perplexity", "resident", "finetune", "assets", "export", "pool"},
-    "transformers": {"checkpoints", "arena", "corpus", "perplexity", "finetune", "assets", "export"},
+    "transformers": {"checkpoints", "arena", "tokens", "corpus", "perplexity", "finetune", "assets", "export"},
 }
 """Who may import what, at the top of a module or inside its functions."""
 
@@ -120,7 +126,7 @@ def test_every_module_opens_with_a_sentence_and_fits_a_sitting(path):
 
 @pytest.mark.parametrize("room", LIGHT)
 def test_the_ground_floor_and_help_load_without_torch(room):
-    heavy = "torch transformers ray mlflow optuna sqlalchemy"
+    heavy = "torch transformers datasets ray mlflow optuna sqlalchemy"
     code = f"import sys, dem_opt.{room}; print([name for name in '{heavy}'.split() if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -7,18 +7,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dem_opt.config import Distribution, EvaluationSection
-from dem_opt.corpus import (
-    HELD_OUT,
-    SEARCH,
-    build_corpora,
-    load_tokenizer,
-    pack,
-    read_documents,
-    tokenizer_digest,
-)
+from dem_opt.config import DataFile, Distribution, EvaluationSection
+from dem_opt.corpus import HELD_OUT, SEARCH, build_corpora, pack
 from dem_opt.errors import InputError
 from dem_opt.records import Corpus, Windows
+from dem_opt.tokens import load_tokenizer, tokenizer_digest
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 EXOTIC = "\u2028\x85\x00 \U0001f469\u200d\U0001f52c \u202etes\u0301t\ufeff \U0010ffff\r\n\t"
@@ -133,80 +126,6 @@ def test_the_digest_changes_with_any_token() -> None:
         assert Windows(ids_WT, windows.positions_WT, windows.scored_WT).digest != windows.digest
 
 
-def test_tokenizer_digests_tell_tokenizers_apart_and_survive_use_and_disk(tmp_path: Path) -> None:
-    digests = {kind: tokenizer_digest(tokenizer) for kind, tokenizer in TOKENIZERS.items()}
-    assert digests["eos"] != digests["merges"] != digests["bos and eos"]
-    tokenizer = make_tokenizer()
-    tokenizer("abcdef", truncation=True, max_length=2)
-    assert tokenizer_digest(tokenizer) == digests["eos"]
-    tokenizer.save_pretrained(tmp_path)
-    assert tokenizer_digest(load_tokenizer(tmp_path)) == digests["eos"]
-
-
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"model": 1}', "\ud800"])
-def test_an_unreadable_tokenizer_is_told(tmp_path: Path, content: str | None) -> None:
-    if content is not None:
-        (tmp_path / "tokenizer.json").write_bytes(content.encode(errors="surrogatepass"))
-    with pytest.raises(InputError, match="tokenizer can't be read"):
-        load_tokenizer(tmp_path)
-
-
-def test_a_missing_folder_is_told(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such folder"):
-        load_tokenizer(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("text", [EXOTIC, "plain", " leading and trailing \n", "\N{NO-BREAK SPACE}x"])
-@pytest.mark.parametrize("ascii_only", [True, False])
-def test_text_comes_through_untouched(tmp_path: Path, text: str, ascii_only: bool) -> None:
-    lines = tmp_path / "lines.jsonl"
-    lines.write_bytes((json.dumps({"text": text, "id": 1}, ensure_ascii=ascii_only) + "\n").encode())
-    whole = tmp_path / "whole.txt"
-    whole.write_bytes(text.encode())
-    assert read_documents(lines) == read_documents(whole) == [text]
-
-
-def test_empty_documents_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": " \\n"}\n{"text": ""}\n{"text": "b"}')
-    assert read_documents(path) == ["a", "b"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "mend"),
-    [
-        ("missing.jsonl", None, "no such file"),
-        ("table.csv", b"a,b", "must be a .jsonl"),
-        ("latin.txt", b"caf\xe9", "UTF-8 text; byte 3"),
-        ("latin.jsonl", b'{"text": "caf\xe9"}', "must be UTF-8"),
-        ("empty.txt", b"", "has no text"),
-        ("blank.txt", b" \n\t", "has no text"),
-        ("empty.jsonl", b"", "has no text"),
-        ("blank.jsonl", b'{"text": " "}\n', "has no text"),
-        ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not valid JSON"),
-        ("deep.jsonl", b"[" * 100_000, "line 1 is not valid JSON"),
-        ("list.jsonl", b'{"text": "a"}\n\n["text"]', "line 3 must be a JSON object"),
-        ("other.jsonl", b'{"body": "a"}', 'line 1 must be a JSON object with a "text"'),
-        ("number.jsonl", b'{"text": 5}', "line 1 must be a JSON object"),
-        ("half.jsonl", b'{"text": "\\ud800"}', "line 1 holds half of a surrogate pair"),
-    ],
-)
-def test_bad_files_are_told_in_one_line(tmp_path: Path, name: str, content: bytes | None, mend: str) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError) as caught:
-        read_documents(tmp_path / name, "distributions.code.validation")
-    message = str(caught.value)
-    assert message.startswith(f"{tmp_path / name}: distributions.code.validation")
-    assert mend in message and "\n" not in message
-
-
-def test_a_folder_is_no_data_file(tmp_path: Path) -> None:
-    (tmp_path / "folder.txt").mkdir()
-    with pytest.raises(InputError, match="can't be read"):
-        read_documents(tmp_path / "folder.txt")
-
-
 def build(
     tmp_path: Path,
     documents: list[str],
@@ -218,8 +137,8 @@ def build(
     """Corpora of a validation file and, where there are others, a held-out file."""
     distribution = Distribution(
         checkpoint=tmp_path,
-        validation=write(tmp_path / "val.jsonl", documents),
-        held_out=None if others is None else write(tmp_path / "held.jsonl", others),
+        validation=DataFile(path=write(tmp_path / "val.jsonl", documents)),
+        held_out=None if others is None else DataFile(path=write(tmp_path / "held.jsonl", others)),
     )
     settings: dict[str, Any] = {"window": 8, "windows": 12, "held_out": 6} | evaluation
     return build_corpora(name, distribution, EvaluationSection(**settings), tokenizer)

@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dem_opt.assets import Settings, generated_documents, make_tokenizer, untrained_base, write_corpora
 from dem_opt.assets.generated import math_problem
-from dem_opt.corpus import pack, read_documents
+from dem_opt.config import DataFile
+from dem_opt.corpus import pack
+from dem_opt.documents import read_documents
 from dem_opt.errors import InputError
 from dem_opt.finetune import RECORD, FineTuneJob, fine_tune, is_finished, save_checkpoint, train_model
 
@@ -49,7 +51,7 @@ def job(assets: Path, tmp_path: Path) -> FineTuneJob:
     return FineTuneJob(
         name="math",
         base=assets / "base",
-        train=assets / "math.train.jsonl",
+        train=DataFile(path=assets / "math.train.jsonl"),
         out=tmp_path / "math",
         window=TINY.window,
         steps=8,
@@ -112,8 +114,8 @@ def test_the_loss_is_the_mean_nll_of_scored_tokens_of_separate_documents(job: Fi
 
 def replaced_data(job: FineTuneJob, tmp_path: Path) -> FineTuneJob:
     data = tmp_path / "other.jsonl"
-    data.write_text(job.train.read_text(encoding="utf-8") + '{"text": "more"}\n', encoding="utf-8")
-    return dataclasses.replace(job, train=data)
+    data.write_text(job.train.path.read_text(encoding="utf-8") + '{"text": "more"}\n', encoding="utf-8")
+    return dataclasses.replace(job, train=DataFile(path=data))
 
 
 def replaced_base(job: FineTuneJob, tmp_path: Path) -> FineTuneJob:
@@ -160,14 +162,15 @@ def test_too_little_data_is_the_users_mistake(job: FineTuneJob, tmp_path: Path) 
     short = tmp_path / "short.jsonl"
     short.write_text('{"text": "a few words"}\n', encoding="utf-8")
     with pytest.raises(InputError, match=r"short.jsonl: fine_tuning.batch_size = 4: makes 1 windows of 32 tokens"):
-        fine_tune(dataclasses.replace(job, train=short))
+        fine_tune(dataclasses.replace(job, train=DataFile(path=short)))
     assert not job.out.exists()
 
 
 @pytest.mark.parametrize("field", ["base", "train"])
 def test_missing_files_are_the_users_mistake(job: FineTuneJob, tmp_path: Path, field: str) -> None:
     fine_tune(dataclasses.replace(job, steps=1))
-    missing = dataclasses.replace(job, **{field: tmp_path / "missing"})
+    nowhere = tmp_path / "missing"
+    missing = dataclasses.replace(job, **{field: nowhere if field == "base" else DataFile(path=nowhere)})
     for ask in (is_finished, fine_tune):
         with pytest.raises(InputError, match=rf"{field}: no such file"):
             ask(missing)
@@ -182,7 +185,7 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_nothing(job: FineTuneJob) ->
 
 def test_a_place_that_cant_be_written_is_found_before_the_training(job: FineTuneJob) -> None:
     with pytest.raises(InputError, match="can't be made"):
-        fine_tune(dataclasses.replace(job, out=job.train / "math", steps=10**9))
+        fine_tune(dataclasses.replace(job, out=job.train.path / "math", steps=10**9))
 
 
 def test_a_foreign_checkpoint_is_not_overwritten(job: FineTuneJob) -> None:
