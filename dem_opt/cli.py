@@ -254,6 +254,7 @@ def _as_data(summary: "Summary") -> dict[str, Any]:
                 "algorithm": one.algorithm,
                 "coefficients": one.coefficients and one.coefficients.weights,
                 "objective": dict(one.objective),
+                "violation": one.violation,
                 "scores": {
                     split: {name: _score_data(score) for name, score in scores.items()}
                     for split, scores in one.scores.items()

@@ -6,7 +6,8 @@ document of every line.  Parquet is read through `datasets`, streaming: nothing 
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from glob import escape
 from tempfile import TemporaryDirectory
@@ -18,6 +19,7 @@ from dem_opt.errors import InputError, nearest
 ROLES = ("system", "user", "assistant", "tool")
 """Who may speak in a conversation."""
 
+_ROWS_AT_ONCE = 1000
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -94,7 +96,8 @@ def read_documents(data: DataFile, field: str | None = None) -> list[Document]:
     if not data.path.is_file():
         raise reader.error("can't be read (not a file)" if data.path.exists() else "no such file")
     try:
-        documents = [_document(row, reader) for row in _READERS[data.path.suffix](reader)]
+        with closing(_READERS[data.path.suffix](reader)) as rows:
+            documents = [_document(row, reader) for row in rows]
     except OSError as error:
         raise reader.error(f"can't be read ({error.strerror or _first_line(error)})") from None
     documents = [document for document in documents if _scored_text(document).strip()]
@@ -111,14 +114,14 @@ def _scored_text(document: Document) -> str:
     return "".join(turn.content for turn in document.turns if turn.role == "assistant")
 
 
-def _whole_file(reader: _Reader) -> Iterator[_Row]:
+def _whole_file(reader: _Reader) -> Generator[_Row]:
     """A .txt file: one document of format text."""
     if reader.data.format != "text":
         raise reader.error(f"a .txt file is one document of format text, not {reader.data.format}")
     yield _Row({reader.data.text: _decoded(reader)}, "the file", None)
 
 
-def _lines(reader: _Reader) -> Iterator[_Row]:
+def _lines(reader: _Reader) -> Generator[_Row]:
     """The lines that are not blank; only line feeds end a line: JSON strings may hold other separators."""
     for number, line in enumerate(_decoded(reader).split("\n"), start=1):
         if line.strip():
@@ -140,7 +143,7 @@ def _decoded(reader: _Reader) -> str:
         raise reader.error(f"must be UTF-8 text; byte {error.start} is not") from None
 
 
-def _parquet(reader: _Reader) -> Iterator[_Row]:
+def _parquet(reader: _Reader) -> Generator[_Row]:
     """The rows of a Parquet file, the format's columns alone."""
     import datasets
     from pyarrow import ArrowException, parquet
@@ -153,7 +156,8 @@ def _parquet(reader: _Reader) -> Iterator[_Row]:
             if column not in known:
                 raise reader.error(f"has no column of this name; {nearest(column, known)}", column)
         with TemporaryDirectory() as cache:
-            rows = datasets.IterableDataset.from_parquet(escape(str(path)), columns=columns, cache_dir=cache)
+            options = {"columns": columns, "batch_size": _ROWS_AT_ONCE, "cache_dir": cache}
+            rows = datasets.IterableDataset.from_parquet(escape(str(path)), **options)
             for number, entry in enumerate(rows, start=1):
                 yield _Row(entry, f"row {number}", {column: entry[column] for column in columns})
     except ArrowException as error:
@@ -164,7 +168,7 @@ def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0].rstrip(" .:")
 
 
-_READERS: Mapping[str, Callable[[_Reader], Iterator[_Row]]] = {
+_READERS: Mapping[str, Callable[[_Reader], Generator[_Row]]] = {
     ".jsonl": _lines,
     ".parquet": _parquet,
     ".txt": _whole_file,

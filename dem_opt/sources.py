@@ -1,5 +1,6 @@
 """A study's files, checked against each other and hashed: what its question and its residents are made from."""
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from dem_opt.tokens import load_tokenizer, tokenizer_digest
 
 BATCH_TOKENS = 4096
 """Tokens in one forward call where the study says `batch: auto`."""
+
+_POSITIONS = ("max_position_embeddings", "n_positions")
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Sources:
             },
             settings={name: str(value) for name, value in settings.items()}
             | {"tokenizer": self.tokenizer, "device": self.device},
+            protect=self.config.objective.protect,
         )
 
     def spec(self) -> ResidentSpec:
@@ -101,6 +105,7 @@ def check_files(config: StudyConfig, where: object) -> dict[str, Header]:
     """
     base = read_header(config.base, "base")
     architecture = check_base(base)
+    _check_window(config, where)
     headers = {"base": base}
     for name, distribution in config.distributions.items():
         field = f"distributions.{name}.checkpoint"
@@ -110,6 +115,19 @@ def check_files(config: StudyConfig, where: object) -> dict[str, Header]:
         headers[name] = read_header(distribution.checkpoint, field)
         check_fit(architecture, base, headers[name])
     return headers
+
+
+def _check_window(config: StudyConfig, where: object) -> None:
+    """Raise InputError where a window has more tokens than the base has positions.
+
+    GPT-2 and its like call them n_positions, which is no limit to T5 and its like; a config may name no limit.
+    """
+    described = json.loads((config.base / "config.json").read_text(encoding="utf-8"))
+    names = ("max_position_embeddings",) if described.get("is_encoder_decoder") else _POSITIONS
+    positions = next((described[name] for name in names if isinstance(described.get(name), int)), None)
+    if positions is not None and config.evaluation.window > positions:
+        mend = f"the base has {positions} positions, as its config.json says; ask for shorter windows"
+        raise InputError(where, "evaluation.window", config.evaluation.window, mend)
 
 
 def gather(config: StudyConfig, where: object) -> Sources:

@@ -56,9 +56,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def _is_unreadable(error: Exception) -> bool:
     """Whether an error of loading means bad files; the tokenizers library raises plain `Exception` for these."""
-    return type(error) is Exception or isinstance(
-        error, OSError | ValueError | KeyError | TypeError | ImportError | AttributeError
-    )
+    return type(error) is Exception or isinstance(error, OSError | ValueError | KeyError | TypeError | ImportError)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> str:
