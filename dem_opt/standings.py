@@ -121,7 +121,7 @@ def _best_entry(question: Question, best: TrialRecord, told: Sequence[TrialRecor
     seconds = sum(
         trial.evaluation.merge_seconds + trial.evaluation.score_seconds + trial.propose_seconds for trial in told
     )
-    algorithm = best.study.rpartition("/")[2]
+    algorithm = best.study.rpartition("/")[2].partition("#")[0]
     return Entry(
         f"best of {algorithm}",
         "best",

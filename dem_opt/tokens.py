@@ -56,7 +56,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def _is_unreadable(error: Exception) -> bool:
     """Whether an error of loading means bad files; the tokenizers library raises plain `Exception` for these."""
-    return type(error) is Exception or isinstance(error, OSError | ValueError | KeyError | TypeError | ImportError)
+    return type(error) is Exception or isinstance(
+        error, OSError | ValueError | KeyError | TypeError | ImportError | AttributeError
+    )
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> str:

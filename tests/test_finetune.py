@@ -1,16 +1,18 @@
 """Laws of fine-tuning: what the loss is, same job same bits, whole or not at all, what finished means."""
 
 import dataclasses
+import functools
 import json
 import pickle
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from dem_opt.assets import Settings, generated_documents, make_tokenizer, untrained_base, write_corpora
 from dem_opt.assets.generated import math_problem
@@ -110,6 +112,71 @@ def test_the_loss_is_the_mean_nll_of_scored_tokens_of_separate_documents(job: Fi
     (loss,) = train_model(model, windows, 1, 1e-3, len(windows), seed=0)
     assert tokens == sum(windows.tokens_W)
     assert loss == pytest.approx(nats / tokens, rel=1e-5)
+
+
+TEMPLATE = (
+    "{% for turn in messages %}<{{ turn.role }}>"
+    "{% if turn.role == 'assistant' %}{% generation %}{{ turn.content }}.{% endgeneration %}"
+    "{% else %}{{ turn.content }}{% endif %}{% endfor %}"
+)
+
+ASKED: dict[str, dict[str, object]] = {
+    "prompt_completion": {"prompt": "what is it?", "completion": "an answer"},
+    "messages": {
+        "messages": [{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "an answer"}]
+    },
+}
+"""A line of each format; with EOS or the template's full stop, the answer alone is learnt."""
+
+
+def asked(job: FineTuneJob, tmp_path: Path, form: str) -> FineTuneJob:
+    """A job on data of a format, and a base with a chat template."""
+    data, base = tmp_path / f"{form}.jsonl", tmp_path / "talking"
+    data.write_text((json.dumps(ASKED[form]) + "\n") * 12, encoding="utf-8")
+    shutil.copytree(job.base, base, dirs_exist_ok=True)
+    (base / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    file = DataFile.model_validate({"path": data, "format": form})
+    return dataclasses.replace(job, train=file, base=base, batch_size=1, steps=2)
+
+
+@pytest.mark.parametrize("form", ASKED)
+def test_prompts_are_not_learnt(job: FineTuneJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """Labels are the tokens of the answers, and -100 on all others."""
+    job, seen = asked(job, tmp_path, form), []
+    original = LlamaForCausalLM.forward
+
+    @functools.wraps(original)
+    def watched(model: LlamaForCausalLM, *arguments: object, **given: object) -> object:
+        seen.append({name: given[name].clone() for name in ("input_ids", "labels", "position_ids")})
+        return original(model, *arguments, **given)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", watched)
+    made = fine_tune(job)
+    tokenizer = AutoTokenizer.from_pretrained(job.base)
+    end = tokenizer.eos_token if form == "prompt_completion" else "."
+    for batch in seen:
+        assert ((batch["labels"] == -100) | (batch["labels"] == batch["input_ids"])).all()
+        learnt = [tokenizer.decode(labels[labels >= 0]) for labels in batch["labels"]]
+        assert learnt and all(text == f"an answer{end}" * text.count("answer") and text for text in learnt)
+    assert is_finished(job) and made.steps == 2
+
+
+@pytest.mark.parametrize("form", ASKED)
+def test_another_format_column_or_template_is_another_job(job: FineTuneJob, tmp_path: Path, form: str) -> None:
+    job = asked(job, tmp_path, form)
+    fine_tune(job)
+    columns = [{"path": job.train.path, "format": form, column: "other"} for column in job.train.columns]
+    for data in [{"path": job.train.path}, {"path": job.train.path, "text": "other"}, *columns]:
+        assert not is_finished(dataclasses.replace(job, train=DataFile.model_validate(data)))
+    (job.base / "chat_template.jinja").write_text("{# the same #}" + TEMPLATE, encoding="utf-8")
+    assert is_finished(job) is (form == "prompt_completion")
+
+
+def test_the_record_of_plain_texts_has_no_format(job: FineTuneJob) -> None:
+    """As in records from before there were formats, which stay valid."""
+    fine_tune(dataclasses.replace(job, steps=1))
+    record = json.loads((job.out / RECORD).read_text(encoding="utf-8"))
+    assert set(record["made_from"]) == {"base", "train", "settings"}
 
 
 def replaced_data(job: FineTuneJob, tmp_path: Path) -> FineTuneJob:
