@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dem_opt.config import DataFile, Distribution, EvaluationSection, General
 from dem_opt.documents import Chat, Document, Pair, identity, read_documents
-from dem_opt.errors import InputError
+from dem_opt.errors import InputError, located
 from dem_opt.question import HELD_OUT, SEARCH
 from dem_opt.records import Corpus, Windows
 from dem_opt.tokens import Tokens, encode_chats, encode_pairs, encode_texts, rendered, tokenizer_digest
@@ -198,7 +198,8 @@ class _Builder:
             mend = "one document can't be divided into search and held-out; add documents or a held_out file"
             raise InputError(path, field, None, mend)
         share = self.evaluation.windows / (self.evaluation.windows + self.evaluation.held_out)
-        ends = np.cumsum([len(rendered(document, self.tokenizer)) for document in documents])
+        with located(path):
+            ends = np.cumsum([len(rendered(document, self.tokenizer)) for document in documents])
         cut = int(np.abs(ends[:-1] - share * ends[-1]).argmin()) + 1
         return documents[:cut], documents[cut:]
 
@@ -212,7 +213,8 @@ class _Builder:
     ) -> Corpus:
         """As many windows as `field` of the evaluation asks for, drawn from those of the documents."""
         wanted: int = getattr(self.evaluation, field)
-        available = self.windows(documents, SURPLUS * wanted)
+        with located(file.path):
+            available = self.windows(documents, SURPLUS * wanted)
         if len(available) < wanted:
             mend = (
                 f"the split has text for {len(available)} windows of {self.evaluation.window} tokens; "

@@ -1,6 +1,7 @@
 """What a user is told: mistakes they can mend, and work that could not be done."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -18,6 +19,17 @@ class InputError(ValueError):
         shown = None if self.value is None else shorten(repr(self.value))
         subject = " = ".join(part for part in (self.field, shown) if part is not None)
         return ": ".join(part for part in (str(self.where or ""), subject, self.mend) if part)
+
+
+@contextmanager
+def located(where: object) -> Iterator[None]:
+    """Gives its place to an InputError that names none."""
+    try:
+        yield
+    except InputError as error:
+        if error.where is not None:
+            raise
+        raise InputError(where, error.field, error.value, error.mend) from None
 
 
 class EvaluationError(RuntimeError):

@@ -33,7 +33,7 @@ from transformers import (
 from dem_opt.config import DataFile
 from dem_opt.corpus import pack
 from dem_opt.documents import read_documents
-from dem_opt.errors import InputError
+from dem_opt.errors import InputError, located
 from dem_opt.records import Windows
 from dem_opt.tokens import load_tokenizer
 
@@ -91,7 +91,8 @@ def fine_tune(job: FineTuneJob) -> FineTuned:
     started = time.perf_counter()
     _check_out(job.out)
     made_from, tokenizer = _made_from(job), load_tokenizer(job.base)
-    windows = pack(read_documents(job.train, "train"), tokenizer, job.window)
+    with located(job.train.path):
+        windows = pack(read_documents(job.train, "train"), tokenizer, job.window)
     if len(windows) < job.batch_size:
         mend = f"makes {len(windows)} windows of {job.window} tokens: give more text or a smaller batch"
         raise InputError(job.train.path, "fine_tuning.batch_size", job.batch_size, mend)

@@ -125,8 +125,9 @@ def encode_chats(chats: Iterable[Chat], tokenizer: PreTrainedTokenizerBase) -> I
     That is what stands within {% generation %} where the template has such marks.  Where it has none, it is what
     an assistant's turn adds to the conversation before it and the generation prompt.
 
-    Raises InputError where the tokenizer has no chat template, where that refuses a conversation, and where
-    it has no marks and what it makes of the first turns is not the beginning of what it makes of all.
+    Raises InputError where the tokenizer has no chat template, and where that has no marks and what it makes of
+    the first turns is not the beginning of what it makes of all.  Where it refuses a conversation, the error
+    names no file, since this room knows of none.
     """
     template = _template(tokenizer)
     encode = _by_marks if tokenizer.is_fast and _GENERATION.search(template) else _by_prefixes
@@ -157,8 +158,8 @@ def _end(turns: tuple[Turn, ...], whole: list[int], tokenizer: PreTrainedTokeniz
     ids = _turn_ids(turns, tokenizer, add_generation_prompt=prompted)
     if whole[: len(ids)] != ids:
         mend = (
-            "the template rewrites earlier turns, so the assistant's tokens can't be told; "
-            "mark them in it with {% generation %}, or give pairs: format prompt_completion"
+            "the template rewrites earlier turns, or a token spans where a turn begins, so the assistant's tokens "
+            "can't be told; mark them in it with {% generation %}, or give pairs: format prompt_completion"
         )
         raise InputError(tokenizer.name_or_path, "chat_template", None, mend)
     return len(ids)
@@ -167,7 +168,7 @@ def _end(turns: tuple[Turn, ...], whole: list[int], tokenizer: PreTrainedTokeniz
 def _turn_ids(turns: tuple[Turn, ...], tokenizer: PreTrainedTokenizerBase, **how: Any) -> list[int]:
     if not turns:
         mend = "begins with the assistant, which needs a chat template with {% generation %}"
-        raise InputError(tokenizer.name_or_path, "messages", None, f"a conversation {mend}")
+        raise InputError(None, "messages", None, f"a conversation {mend}")
     return list(_apply_template(turns, tokenizer, return_dict=True, **how)["input_ids"])
 
 
@@ -178,8 +179,8 @@ def _apply_template(turns: tuple[Turn, ...], tokenizer: PreTrainedTokenizerBase,
         return tokenizer.apply_chat_template(conversation, chat_template=template, **how)
     except (TemplateError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        mend = f"the template refuses a conversation ({reason})"
-        raise InputError(tokenizer.name_or_path, "chat_template", [turn.role for turn in turns], mend) from None
+        mend = f"the chat template refuses a conversation ({reason})"
+        raise InputError(None, "messages", [turn.role for turn in turns], mend) from None
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -323,6 +323,20 @@ def test_a_chat_template_changes_the_key_of_conversations_alone(tmp_path: Path, 
     assert (keys[0] == keys[1]) is (form != "chats")
 
 
+@pytest.mark.parametrize("divided", [True, False])
+def test_a_conversation_that_can_not_be_encoded_is_told_with_its_file(tmp_path: Path, divided: bool) -> None:
+    path = WRITERS["jsonl"](tmp_path / "a.jsonl", letter_entries("chats"))
+    file = DataFile(path=path, format="messages")
+    other = DataFile(path=write(tmp_path / "b.jsonl", DOCUMENTS))
+    tokenizer = talking()
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    data = General(validation=file, held_out=None if divided else other)
+    with pytest.raises(
+        InputError, match=r"a.jsonl: messages = \['user', .*: the chat template refuses a conv.* \(no\)"
+    ):
+        build_corpora("web", data, EvaluationSection(window=64, windows=6, held_out=3), tokenizer)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_an_encoder_decoder_takes_pairs_alone(tmp_path: Path, form: str) -> None:
     entries = letter_entries(form)
