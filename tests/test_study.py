@@ -5,10 +5,12 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import pyarrow
 import pytest
 import torch
 import worlds
 import yaml
+from pyarrow import parquet
 from transformers import AutoModelForCausalLM
 from untracked import Untracked
 
@@ -157,6 +159,29 @@ def test_a_general_corpus_is_scored_and_changes_no_objective(tmp_path, untracked
     assert all(set(standing.scores[SEARCH]) == {"code", "math", "prose", "web"} for standing in after.standings)
     assert after.distributions == ("code", "math", "prose") and list(after.weights) == [*after.distributions, "web"]
     assert study.summary() == after
+
+
+def test_a_study_may_mix_kinds_of_files_and_formats(tmp_path, untracked):
+    path = worlds.study(tmp_path, search=GRID | {"trials": 2})
+    (tmp_path / "models/base/chat_template.jinja").write_text(
+        "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    texts = [(text[:20], text[20:60]) for text in worlds.documents(9)]
+    chats = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in texts]
+    parquet.write_table(pyarrow.table({"chat": chats}), tmp_path / "data/chats.parquet")
+    pairs = [json.dumps({"prompt": a, "completion": b}) for a, b in texts]
+    (tmp_path / "data/pairs.jsonl").write_text("\n".join(pairs))
+
+    def mix(study):
+        by_name = study["distributions"]
+        by_name["code"]["validation"] = {"path": "data/chats.parquet", "format": "messages", "messages": "chat"}
+        by_name["math"]["validation"] = {"path": "data/pairs.jsonl", "format": "prompt_completion"}
+        study["evaluation"]["window"] = 64
+
+    winner = open_study(edit(path, mix)).run()
+    tokens = {name: score.tokens for name, score in winner.scores[SEARCH].items()}
+    assert tokens["prose"] > 3 * 63 and all(0 < tokens[name] < 4 * 63 for name in ("code", "math"))
 
 
 def test_an_objective_may_name_a_general_corpus(tmp_path, untracked):
