@@ -41,7 +41,7 @@ def coefficients_bar(summary: Summary) -> go.Figure:
     """The winner's coefficients w_i, a bar for each distribution in the study's order; 0 for the base."""
     winner = summary.winner
     given = {} if winner.coefficients is None else winner.coefficients.weights
-    weights = {name: given.get(name, 0.0) for name in summary.weights}
+    weights = {name: given.get(name, 0.0) for name in summary.distributions}
     palette = [DISTRIBUTION_COLORS[i % len(DISTRIBUTION_COLORS)] for i in range(len(weights))]
     figure = go.Figure()
     figure.add_bar(
@@ -100,11 +100,12 @@ def change_heat_map(summary: Summary, split: str = "held_out") -> go.Figure:
 def best_so_far(summary: Summary) -> go.Figure:
     """Best objective on the search split (nats per token) against evaluations spent, by algorithm.
 
+    Where protected corpora got worse than they may, the objective is that with the penalty.
     The grid has no order of its own: its line is the expectation over all orders, `expected_best`.
     """
     figure, words = go.Figure(), []
     for algorithm, records in summary.trials.items():
-        objectives = [record.objective for record in records if record.objective is not None]
+        objectives = [record.penalized for record in records if record.penalized is not None]
         if objectives:
             _add_progress(figure, algorithm, objectives)
             words.append(f"{algorithm} reached {min(objectives):.4f} in {len(objectives)} evaluations")

@@ -35,9 +35,10 @@ class Table:
 
 
 def final_table(summary: Summary, split: str) -> Table:
-    """The standings on one split: NLL of each distribution and their weighted mean in nats per token.
+    """The standings on one split: NLL of each corpus and the distributions' weighted mean in nats per token.
 
-    Then perplexity exp(mean), and the evaluations, forward tokens and seconds that were spent.
+    Then perplexity exp(mean), and the evaluations, forward tokens and seconds that were spent.  A composite that
+    violates what is protected, on the search split, says by how many nats per token.
     """
     headers = ("composite", *summary.weights, "mean", "perplexity", "evals", "tokens", "seconds")
     nll = [_nll_of(standing, split, list(summary.weights)) for standing in summary.standings]
@@ -151,7 +152,8 @@ def _row(standing: Standing, nll: Sequence[float | None]) -> tuple[str, ...]:
     mean = nll[-1]
     perplexity = ABSENT if mean is None else f"{exp(mean):.3f}"
     cost = (f"{standing.evaluations:,}", _compact(standing.forward_tokens), f"{standing.seconds:.1f}")
-    return (standing.label, *map(_number, nll), perplexity, *cost)
+    over = f" (protect: +{standing.violation:.3f} over)" if standing.violation else ""
+    return (standing.label + over, *map(_number, nll), perplexity, *cost)
 
 
 def _lowest(values: Iterable[float | None]) -> list[int]:

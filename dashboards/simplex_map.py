@@ -34,7 +34,7 @@ def simplex_map(summary: Summary) -> go.Figure:
     barycentric coordinates, where a composite stands at  sum_i w_i v_i / sum_i w_i  between the corners v_i.
     """
     shown = {algorithm: _thinned(records) for algorithm, records in summary.trials.items()}
-    count = len(summary.weights)
+    count = len(summary.distributions)
     draw: Callable[[go.Figure, Summary, Shown], None]
     draw = _draw_line if count <= 2 else _draw_ternary if count == 3 else _draw_polygon
     figure = go.Figure()
@@ -58,7 +58,7 @@ def barycentric(
 
 def _draw_line(figure: go.Figure, summary: Summary, shown: Shown) -> None:
     """NLL against the coefficient of the first distribution."""
-    first = next(iter(summary.weights))
+    first = next(iter(summary.distributions))
     for algorithm, records in shown.items():
         weights = [record.coefficients.weights[first] for record in records]
         series = _series(algorithm, records) | _legend_key(algorithm)
@@ -72,7 +72,7 @@ def _draw_line(figure: go.Figure, summary: Summary, shown: Shown) -> None:
 
 def _draw_ternary(figure: go.Figure, summary: Summary, shown: Shown) -> None:
     """Three coefficients as a ternary plot."""
-    corners = dict(zip("abc", summary.weights, strict=True))
+    corners = dict(zip("abc", summary.distributions, strict=True))
     for algorithm, records in shown.items():
         weights = [record.coefficients.weights for record in records]
         points = {corner: [each[name] for each in weights] for corner, name in corners.items()}
@@ -92,7 +92,7 @@ def _draw_ternary(figure: go.Figure, summary: Summary, shown: Shown) -> None:
 
 def _draw_polygon(figure: go.Figure, summary: Summary, shown: Shown) -> None:
     """Any number of coefficients in a regular polygon, a corner for each distribution."""
-    names = list(summary.weights)
+    names = list(summary.distributions)
     corners_K2 = _corners(len(names))
     outline_x, outline_y = np.vstack([corners_K2, corners_K2[:1]]).T.tolist()
     line = {"color": OUTLINE, "width": 1}

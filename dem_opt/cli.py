@@ -294,6 +294,7 @@ def _as_data(summary: "Summary") -> dict[str, Any]:
                 "algorithm": one.algorithm,
                 "coefficients": one.coefficients and one.coefficients.weights,
                 **_standing_data(one),
+                "violation": one.violation,
                 "evaluations": one.evaluations,
                 "forward_tokens": one.forward_tokens,
                 "seconds": one.seconds,

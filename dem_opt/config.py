@@ -3,10 +3,19 @@
 import re
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from dem_opt.errors import InputError, nearest, shorten
 from dem_opt.simplex import Space
@@ -14,6 +23,7 @@ from dem_opt.simplex import Space
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 Positive = Annotated[int, Field(gt=0)]
 PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 _LOCAL_SQLITE = "sqlite:///"
 
@@ -39,6 +49,51 @@ def _from_here(value: Path | str | None, info: ValidationInfo) -> Path | None:
 
 
 StudyPath = Annotated[Path, Field(strict=False)]
+Column = Annotated[str, Field(min_length=1)]
+_COLUMNS = {"text": ("text",), "prompt_completion": ("prompt", "completion"), "messages": ("messages",)}
+
+
+class DataFile(_Section):
+    """A file of documents (.jsonl, .parquet or .txt), and in which columns its format finds them.
+
+    A path alone is a file of format text.  Only the columns of the format may be named.
+    """
+
+    path: StudyPath
+    format: Literal["text", "prompt_completion", "messages"] = "text"
+    text: Column = "text"
+    prompt: Column = "prompt"
+    completion: Column = "completion"
+    messages: Column = "messages"
+
+    _paths = field_validator("path", mode="before")(_from_here)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, data: Any) -> Any:
+        if isinstance(data, str | Path):
+            return {"path": data}
+        if not isinstance(data, Mapping | cls):
+            raise ValueError(f"must be a path, or a mapping with `path:` and `format:`, not {data!r}")
+        return data
+
+    @model_validator(mode="after")
+    def _check_columns(self) -> Self:
+        for column in sorted(set().union(*_COLUMNS.values()) & self.model_fields_set - set(self.columns)):
+            raise ValueError(f"{column}: not a column of format {self.format}, which has {' and '.join(self.columns)}")
+        return self
+
+    @model_serializer
+    def _as_written(self) -> str | dict[str, str]:
+        """A path alone where everything else is as it would be."""
+        if self.columns == {"text": "text"}:
+            return str(self.path)
+        return {"path": str(self.path), "format": self.format} | self.columns
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The name in the file of each column that the format has."""
+        return {column: getattr(self, column) for column in _COLUMNS[self.format]}
 
 
 class ModelSource(_Section):
@@ -63,6 +118,13 @@ class ModelSource(_Section):
             raise ValueError("revision: belongs to a `hub:`, a folder has none")
         return self
 
+    @model_serializer
+    def _as_written(self) -> str | dict[str, str]:
+        """A path alone, or a hub id with its revision."""
+        if self.hub is None:
+            return str(self.path)
+        return {"hub": self.hub} | ({"revision": self.revision} if self.revision else {})
+
     def __str__(self) -> str:
         return str(self.path) if self.hub is None else f"{self.hub}@{self.revision or 'main'}"
 
@@ -75,11 +137,9 @@ class Distribution(_Section):
 
     checkpoint: ModelSource | None = None
     adapter: ModelSource | None = None
-    train: StudyPath | None = None
-    validation: StudyPath
-    held_out: StudyPath | None = None
-
-    _paths = field_validator("train", "validation", "held_out", mode="before")(_from_here)
+    train: DataFile | None = None
+    validation: DataFile
+    held_out: DataFile | None = None
 
     @model_validator(mode="after")
     def _check_expert(self) -> Self:
@@ -96,6 +156,19 @@ class Distribution(_Section):
         return "adapter", self.adapter
 
 
+class General(_Section):
+    """A corpus without a vector of its own; a data file alone is its validation."""
+
+    validation: DataFile
+    held_out: DataFile | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_file(cls, data: Any) -> Any:
+        alone = not isinstance(data, Mapping | cls) or (isinstance(data, Mapping) and "path" in data)
+        return {"validation": data} if alone else data
+
+
 class SimplexSection(_Section):
     """The coefficient space: coefficients of at least 0 that sum to `total`."""
 
@@ -103,9 +176,14 @@ class SimplexSection(_Section):
 
 
 class Objective(_Section):
-    """The objective's weights by distribution; equal where none are given, 0 for a name left out."""
+    """What is minimized, and what must not get worse.
 
-    weights: dict[Name, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None
+    weights  by distribution or general corpus; equal for distributions where none are given, 0 for a name left out
+    protect  the most nats per token above the base, by distribution or general corpus
+    """
+
+    weights: dict[Name, NotNegative] | None = None
+    protect: dict[Name, NotNegative] = Field(default_factory=dict)
 
 
 class EvaluationSection(_Section):
@@ -172,6 +250,7 @@ class StudyConfig(_Section):
     name: Name
     base: ModelSource
     distributions: Annotated[dict[Name, Distribution], Field(min_length=1)]
+    general: dict[Name, General] = Field(default_factory=dict)
     simplex: SimplexSection = SimplexSection()
     objective: Objective = Objective()
     evaluation: EvaluationSection = EvaluationSection()
@@ -204,16 +283,17 @@ class StudyConfig(_Section):
         return data
 
     @model_validator(mode="after")
-    def _check_weights(self) -> Self:
-        weights = self.objective.weights
-        if weights is not None:
-            for name in weights:
-                if name not in self.distributions:
-                    raise ValueError(
-                        f"objective.weights.{name}: no such distribution; {nearest(name, self.distributions)}"
-                    )
-            if not any(weights.values()):
-                raise ValueError("objective.weights: at least one weight must be above 0")
+    def _check_names(self) -> Self:
+        for name in self.general:
+            if name in self.distributions:
+                raise ValueError(f"general.{name}: a distribution has this name; choose another")
+        for field in ("weights", "protect"):
+            for name in getattr(self.objective, field) or ():
+                if name not in self.corpora:
+                    known = nearest(name, self.corpora)
+                    raise ValueError(f"objective.{field}.{name}: no such distribution or general corpus; {known}")
+        if not any(self.weights.values()):
+            raise ValueError("objective.weights: at least one weight must be above 0")
         return self
 
     @model_validator(mode="after")
@@ -230,10 +310,17 @@ class StudyConfig(_Section):
         return Space(tuple(self.distributions), self.simplex.total)
 
     @property
+    def corpora(self) -> dict[str, Distribution | General]:
+        """Whatever has validation data: the distributions, then the general corpora."""
+        return {**self.distributions, **self.general}
+
+    @property
     def weights(self) -> dict[str, float]:
-        """The objective's weight of each distribution."""
+        """The objective's weight of each distribution and general corpus."""
         given = self.objective.weights
-        return {name: 1.0 if given is None else given.get(name, 0.0) for name in self.distributions}
+        if given is None:
+            given = dict.fromkeys(self.distributions, 1.0)
+        return {name: given.get(name, 0.0) for name in self.corpora}
 
 
 def load(path: Path) -> StudyConfig:
@@ -300,8 +387,9 @@ def _database(url: Any, folder: Path) -> Any:
 
 
 def _in_the_users_words(path: Path, error: ValidationError) -> InputError:
-    """The first of pydantic's findings as one line."""
-    finding = error.errors()[0]
+    """One of pydantic's findings as one line: an unknown key, which is often why another is missing, or the first."""
+    findings = error.errors()
+    finding = next((one for one in findings if one["type"] == "extra_forbidden"), findings[0])
     field = ".".join(
         str(part) for part in finding["loc"] if not str(part).startswith(("literal", "constrained", "function"))
     )
@@ -316,11 +404,19 @@ def _in_the_users_words(path: Path, error: ValidationError) -> InputError:
     return InputError(path, field, value, finding["msg"])
 
 
-def _known_keys(section: Any, loc: tuple[int | str, ...]) -> Mapping[str, Any]:
-    """The keys of the section at `loc`."""
-    for part in loc:
-        if isinstance(section, type) and issubclass(section, BaseModel) and part in section.model_fields:
-            section = section.model_fields[str(part)].annotation
-        else:
-            section = Distribution
-    return section.model_fields if isinstance(section, type) and issubclass(section, BaseModel) else {}
+def _known_keys(section: type[BaseModel], loc: tuple[int | str, ...]) -> Mapping[str, Any]:
+    """The keys of the section at `loc`, in which a field of named sections is followed by a name."""
+    parts = iter(loc)
+    for part in parts:
+        annotation = section.model_fields[str(part)].annotation
+        if get_origin(annotation) is dict:
+            next(parts, None)
+        section = _section(annotation) or section
+    return section.model_fields
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section that an annotation is, holds by name, or may be."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_section, get_args(annotation))), None)

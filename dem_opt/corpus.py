@@ -1,150 +1,112 @@
-"""Text -> fixed, hashed windows of token ids, split into search and held-out."""
+"""Documents -> fixed, hashed windows of token ids, split into search and held-out."""
 
-import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from dem_opt.config import Distribution, EvaluationSection
-from dem_opt.errors import InputError
+from dem_opt.config import DataFile, Distribution, EvaluationSection, General
+from dem_opt.documents import Chat, Document, Pair, identity, read_documents
+from dem_opt.errors import InputError, located
 from dem_opt.question import HELD_OUT, SEARCH
 from dem_opt.records import Corpus, Windows
+from dem_opt.tokens import Tokens, encode_chats, encode_pairs, encode_texts, rendered, tokenizer_digest
 
 SURPLUS = 8
 """Windows are drawn from at most this many times those asked for, so that a large file costs no more time."""
 
-_CHARACTERS_AT_ONCE = 2**16
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
+def pack(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, window: int, paired: bool = False
+) -> Windows:
+    """Documents of one format in windows of `window` tokens (ids_WT, positions_WT, scored_WT).
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder, from its files alone.
+    Texts are laid end to end.  A text is encoded as its tokenizer does it (with BOS, say, where it adds one),
+    without truncation, and ends with EOS where the tokenizer has one, so that its end is predicted too.  Where
+    a window ends within a text, the rest goes on in the next window as a fragment of its own.
 
-    Raises InputError when the folder is missing or its tokenizer can't be read.
+    Pairs and conversations stay whole: each stands in the window of the one before it or, where that has not
+    the room, begins the next.  One that is longer than a window loses the beginning of what stands before its
+    first scored token, all but one token, and then its end.  `paired` encodes pairs for an encoder-decoder.
+
+    Windows are padded at their end; those that score nothing are left out.  Raises InputError for
+    conversations that can't be encoded.
     """
-    if not folder.is_dir():
-        raise InputError(folder, None, None, "no such folder")
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(folder, None, None, f"its tokenizer can't be read ({reason})") from error
-    return tokenizer
+    if _are_texts(documents):
+        return _pack_texts(list(encode_texts(documents, tokenizer)), tokenizer, window)
+    rows = _rows(_encode(documents, tokenizer, paired), window)
+    return _fill(rows, window, _pad(tokenizer))
 
 
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what turns text into ids; truncation and padding, which calls switch, are left out."""
-    if tokenizer.is_fast:
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        identity = {key: value for key, value in state.items() if key not in ("truncation", "padding")}
-    else:
-        identity = {"vocabulary": tokenizer.get_vocab(), "special": tokenizer.special_tokens_map}
-    return sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+def _are_texts(documents: Sequence[Document]) -> TypeGuard[Sequence[str]]:
+    return all(isinstance(document, str) for document in documents)
 
 
-def read_documents(path: Path, field: str | None = None) -> list[str]:
-    """The documents of a UTF-8 file in its order: each line's "text" of a .jsonl, or a .txt as one document.
-
-    Documents of white space alone are left out; all others come through as they are.  A byte order mark at
-    the file's start is no text.  `field` is the study file's field that named the path.
-
-    Raises InputError for a file that is missing, unreadable or not UTF-8, for a line that is no JSON object
-    with a "text" string, and where no document is left.
-    """
-    if path.suffix not in (".jsonl", ".txt"):
-        mend = 'must be a .jsonl file (a JSON object with a "text" on each line) or a .txt file (one document)'
-        raise InputError(path, field, None, mend)
-    try:
-        content = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(path, field, None, "no such file") from None
-    except OSError as error:
-        raise InputError(path, field, None, f"can't be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise InputError(path, field, None, f"must be UTF-8 text; byte {error.start} is not") from None
-    documents = [content] if path.suffix == ".txt" else _texts(content, path, field)
-    documents = [document for document in documents if document.strip()]
-    if not documents:
-        raise InputError(path, field, None, "has no text; give at least one document that is not empty")
-    return documents
+def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
+    return int(tokenizer.pad_token_id or 0)
 
 
-def _texts(content: str, path: Path, field: str | None) -> list[str]:
-    """The "text" of each line that is not blank; only line feeds end a line: JSON strings may hold others."""
-    lines = enumerate(content.split("\n"), start=1)
-    return [_text(line, number, path, field) for number, line in lines if line.strip()]
+def _encode(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, paired: bool) -> Iterable[Tokens]:
+    """Pairs or conversations as they are asked for, those that score nothing left out."""
+    pairs = [document for document in documents if isinstance(document, Pair)]
+    chats = [document for document in documents if isinstance(document, Chat)]
+    assert len(documents) in (len(pairs), len(chats)), "documents of one format"
+    encoded = encode_pairs(pairs, tokenizer, paired) if pairs else encode_chats(chats, tokenizer)
+    return (tokens for tokens in encoded if tokens.scored_L.any())
 
 
-def _text(line: str, number: int, path: Path, field: str | None) -> str:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(path, field, line, f"line {number} is not valid JSON ({error})") from None
-    text = entry.get("text") if isinstance(entry, dict) else None
-    if not isinstance(text, str):
-        mend = f'line {number} must be a JSON object with a "text" that is a string'
-        raise InputError(path, field, line, mend)
-    if _SURROGATE.search(text):
-        raise InputError(path, field, line, f"line {number} holds half of a surrogate pair, which is no text")
-    return text
-
-
-def pack(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, window: int) -> Windows:
-    """Documents laid end to end in windows of `window` tokens (ids_WT, positions_WT, scored_WT).
-
-    A document is encoded as its tokenizer does it (with BOS, say, where it adds one), without truncation, and
-    ends with EOS where the tokenizer has one, so that its end is predicted too.  Where a window ends within a
-    document, the rest goes on in the next window as a fragment of its own.  The last window is padded.
-    Windows that score nothing are left out.
-    """
-    encoded = list(_encode(documents, tokenizer))
+def _pack_texts(encoded: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, window: int) -> Windows:
     ids_S, starts_S = _stream(encoded)
     missing = -len(ids_S) % window
-    pad = tokenizer.pad_token_id or 0
     return _windows(
-        np.pad(ids_S, (0, missing), constant_values=pad),
+        np.pad(ids_S, (0, missing), constant_values=_pad(tokenizer)),
         np.pad(starts_S, (0, missing), constant_values=True),
         window,
     )
 
 
-def _encode(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Each document's token ids with EOS at the end, encoded in batches as they are asked for."""
-    end = tokenizer.eos_token_id
-    for batch in _batches(documents):
-        encoding = tokenizer(
-            batch,
-            truncation=False,
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        for ids in encoding["input_ids"]:
-            yield ids if end is None or ids[-1:] == [end] else [*ids, end]
+def _rows(encoded: Iterable[Tokens], window: int, most: int | None = None) -> list[list[Tokens]]:
+    """The documents of each window, at most `most` windows; documents beyond them are not encoded."""
+    rows: list[list[Tokens]] = []
+    room = 0
+    for tokens in encoded:
+        fitted = _fit(tokens, window)
+        if len(fitted) > room:
+            if len(rows) == most:
+                break
+            rows.append([])
+            room = window
+        rows[-1].append(fitted)
+        room -= len(fitted)
+    return rows
 
 
-def _batches(documents: Sequence[str]) -> Iterator[list[str]]:
-    """The documents in their order, each batch closed by the one that fills it."""
-    batch: list[str] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document)
-        if characters >= _CHARACTERS_AT_ONCE:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+def _fit(tokens: Tokens, window: int) -> Tokens:
+    """At most `window` tokens: first those before the first scored token go, all but one, then the last ones."""
+    before = max(int(tokens.scored_L.argmax()) - 1, 0)
+    start = min(before, max(len(tokens) - window, 0))
+    return Tokens(tokens.ids_L[start : start + window], tokens.scored_L[start : start + window])
+
+
+def _fill(rows: Sequence[Sequence[Tokens]], window: int, pad: int) -> Windows:
+    """Whole documents as windows: positions restart with each, padding has position 0."""
+    ids_WT = np.full((len(rows), window), pad, dtype=np.int64)
+    positions_WT = np.zeros((len(rows), window), dtype=np.int64)
+    scored_WT = np.zeros((len(rows), window), dtype=np.bool_)
+    for row, documents in enumerate(rows):
+        start = 0
+        for tokens in documents:
+            place = slice(start, start + len(tokens))
+            ids_WT[row, place], scored_WT[row, place] = tokens.ids_L, tokens.scored_L
+            positions_WT[row, place] = np.arange(len(tokens))
+            start = place.stop
+    return Windows(ids_WT, positions_WT, scored_WT)
 
 
 def _stream(encoded: Sequence[list[int]]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -170,87 +132,113 @@ def _take(windows: Windows, chosen_W: NDArray[np.int64]) -> Windows:
 
 
 def build_corpora(
-    name: str, distribution: Distribution, evaluation: EvaluationSection, tokenizer: PreTrainedTokenizerBase
+    name: str,
+    data: Distribution | General,
+    evaluation: EvaluationSection,
+    tokenizer: PreTrainedTokenizerBase,
+    paired: bool = False,
 ) -> tuple[Corpus, Corpus]:
-    """The search and the held-out corpus of a distribution, which share no document.
+    """The search and the held-out corpus of a distribution or a general corpus, which share no document.
 
     Documents are taken once and ordered by a seeded hash of their text, so neither the name nor the order of
     distributions or lines matters.  With a held_out file each split has its own file, and what stands in the
     validation file too is left out of held-out.  Without one, the validation documents are divided, by
-    characters, in the proportion windows : held_out.  Each split's windows are drawn from the full windows of
-    its documents; the order of the draw is their fixed order.
+    characters, in the proportion windows : held_out.  Each split's windows are drawn from the windows that
+    `pack` makes of its documents (of texts, from those without padding); the order of the draw is their fixed
+    order.  A corpus's key hashes windows and tokenizer, and with conversations the chat template.
+
+    `paired`: for an encoder-decoder, whose documents must be pairs.
 
     Raises InputError for unreadable files, for a single document to be divided, and for too little text.
     """
-    search, held_out = _split(name, distribution, evaluation)
-    held_out_path = distribution.held_out or distribution.validation
-    drawn = {
-        SEARCH: _draw(search, tokenizer, evaluation, "windows", distribution.validation),
-        HELD_OUT: _draw(held_out, tokenizer, evaluation, "held_out", held_out_path),
-    }
-    identity = tokenizer_digest(tokenizer)
-    keys = {split: sha256(f"{windows.digest} {identity}".encode()).hexdigest() for split, windows in drawn.items()}
+    section = "general" if isinstance(data, General) else "distributions"
+    files = {SEARCH: data.validation, HELD_OUT: data.held_out or data.validation}
+    for split, file in files.items():
+        if paired and file.format != "prompt_completion":
+            field = f"{section}.{name}.{split if data.held_out and split == HELD_OUT else 'validation'}.format"
+            raise InputError(file.path, field, file.format, "an encoder-decoder needs pairs: format prompt_completion")
+    builder = _Builder(evaluation, tokenizer, paired)
+    search, held_out = builder.split(f"{section}.{name}", data)
     return (
-        Corpus(name, SEARCH, keys[SEARCH], drawn[SEARCH]),
-        Corpus(name, HELD_OUT, keys[HELD_OUT], drawn[HELD_OUT]),
+        builder.corpus(name, SEARCH, search, "windows", files[SEARCH]),
+        builder.corpus(name, HELD_OUT, held_out, "held_out", files[HELD_OUT]),
     )
 
 
-def _split(name: str, distribution: Distribution, evaluation: EvaluationSection) -> tuple[list[str], list[str]]:
-    """Search and held-out documents, distinct, in seeded order."""
-    field = f"distributions.{name}.validation"
-    documents = _ordered(read_documents(distribution.validation, field), evaluation.seed)
-    if distribution.held_out is None:
-        share = evaluation.windows / (evaluation.windows + evaluation.held_out)
-        return _divide(documents, share, distribution.validation, field)
-    field = f"distributions.{name}.held_out"
-    held_out = _ordered(read_documents(distribution.held_out, field), evaluation.seed)
-    seen = set(documents)
-    unseen = [document for document in held_out if document not in seen]
-    if not unseen:
-        mend = f"each document stands in {distribution.validation} too; give some that search does not see"
-        raise InputError(distribution.held_out, field, None, mend)
-    return documents, unseen
+@dataclass(frozen=True)
+class _Builder:
+    """What the corpora of a study have in common."""
+
+    evaluation: EvaluationSection
+    tokenizer: PreTrainedTokenizerBase
+    paired: bool
+
+    def split(self, section: str, data: Distribution | General) -> tuple[list[Document], list[Document]]:
+        """Search and held-out documents, distinct, in seeded order."""
+        documents = self.ordered(data.validation, f"{section}.validation")
+        if data.held_out is None:
+            return self.divide(documents, data.validation.path, f"{section}.validation")
+        held_out = self.ordered(data.held_out, f"{section}.held_out")
+        seen = set(documents)
+        unseen = [document for document in held_out if document not in seen]
+        if not unseen:
+            mend = f"each document stands in {data.validation.path} too; give some that search does not see"
+            raise InputError(data.held_out.path, f"{section}.held_out", None, mend)
+        return documents, unseen
+
+    def ordered(self, file: DataFile, field: str) -> list[Document]:
+        """Distinct documents of a file in the order of a seeded hash of their text."""
+        seed = self.evaluation.seed
+        distinct = set(read_documents(file, field))
+        return sorted(distinct, key=lambda document: sha256(f"{seed}\n{identity(document)}".encode()).digest())
+
+    def divide(self, documents: list[Document], path: Path, field: str) -> tuple[list[Document], list[Document]]:
+        """Cut so that the first part's share of characters is nearest to that of windows; both hold a document."""
+        if len(documents) < 2:
+            mend = "one document can't be divided into search and held-out; add documents or a held_out file"
+            raise InputError(path, field, None, mend)
+        share = self.evaluation.windows / (self.evaluation.windows + self.evaluation.held_out)
+        with located(path):
+            ends = np.cumsum([len(rendered(document, self.tokenizer)) for document in documents])
+        cut = int(np.abs(ends[:-1] - share * ends[-1]).argmin()) + 1
+        return documents[:cut], documents[cut:]
+
+    def corpus(
+        self,
+        name: str,
+        split: str,
+        documents: Sequence[Document],
+        field: Literal["windows", "held_out"],
+        file: DataFile,
+    ) -> Corpus:
+        """As many windows as `field` of the evaluation asks for, drawn from those of the documents."""
+        wanted: int = getattr(self.evaluation, field)
+        with located(file.path):
+            available = self.windows(documents, SURPLUS * wanted)
+        if len(available) < wanted:
+            mend = (
+                f"the split has text for {len(available)} windows of {self.evaluation.window} tokens; "
+                "ask for fewer, shorten evaluation.window or add text"
+            )
+            raise InputError(file.path, f"evaluation.{field}", wanted, mend)
+        drawn = np.random.default_rng(self.evaluation.seed).permutation(len(available))[:wanted]
+        windows = _take(available, drawn)
+        made_by = tokenizer_digest(self.tokenizer, chat=file.format == "messages")
+        return Corpus(name, split, sha256(f"{windows.digest} {made_by}".encode()).hexdigest(), windows)
+
+    def windows(self, documents: Sequence[Document], most: int) -> Windows:
+        """The first windows, at most `most`; documents beyond them are not encoded."""
+        window = self.evaluation.window
+        if _are_texts(documents):
+            return _full_windows(encode_texts(documents, self.tokenizer), window, most)
+        rows = _rows(_encode(documents, self.tokenizer, self.paired), window, most)
+        return _fill(rows, window, _pad(self.tokenizer))
 
 
-def _ordered(documents: Sequence[str], seed: int) -> list[str]:
-    """Distinct documents in the order of a seeded hash of their text."""
-    return sorted(set(documents), key=lambda document: sha256(f"{seed}\n{document}".encode()).digest())
-
-
-def _divide(documents: list[str], share: float, path: Path, field: str) -> tuple[list[str], list[str]]:
-    """Cut so that the first part's characters are nearest to `share` of all; both parts hold a document."""
-    if len(documents) < 2:
-        mend = "one document can't be divided into search and held-out; add documents or a held_out file"
-        raise InputError(path, field, None, mend)
-    ends = np.cumsum([len(document) for document in documents])
-    cut = int(np.abs(ends[:-1] - share * ends[-1]).argmin()) + 1
-    return documents[:cut], documents[cut:]
-
-
-def _draw(
-    documents: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    evaluation: EvaluationSection,
-    field: Literal["windows", "held_out"],
-    path: Path,
-) -> Windows:
-    """As many windows as `field` of the evaluation asks for, drawn from the full windows of the documents."""
-    wanted: int = getattr(evaluation, field)
-    available = _full_windows(documents, tokenizer, evaluation.window, SURPLUS * wanted)
-    if len(available) < wanted:
-        mend = (
-            f"the split has text for {len(available)} windows of {evaluation.window} tokens; "
-            "ask for fewer, shorten evaluation.window or add text"
-        )
-        raise InputError(path, f"evaluation.{field}", wanted, mend)
-    return _take(available, np.random.default_rng(evaluation.seed).permutation(len(available))[:wanted])
-
-
-def _full_windows(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, window: int, most: int) -> Windows:
-    """The first windows without padding, at most `most`; documents beyond them are not encoded."""
+def _full_windows(texts: Iterable[list[int]], window: int, most: int) -> Windows:
+    """The first windows without padding, at most `most`; texts beyond them are not encoded."""
     encoded, tokens = [], 0
-    for ids in _encode(documents, tokenizer):
+    for ids in texts:
         encoded.append(ids)
         tokens += len(ids)
         if tokens >= most * window:

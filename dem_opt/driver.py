@@ -97,6 +97,6 @@ class Driver:
 
     def _finish(self, proposal: Proposal, answer: Evaluation | Failure, search: Search, tracker: Tracker) -> None:
         record = trial_record(self.ledger, self.question, search.name, proposal, answer)
-        search.tell(proposal.number, record.objective, attributes(record))
+        search.tell(proposal.number, record.penalized, attributes(record))
         tracker.trial_ended(record)
         self.observer.trial_ended(record, search.told, search.planned)

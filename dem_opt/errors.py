@@ -1,6 +1,7 @@
 """What a user is told: mistakes they can mend, and work that could not be done."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from reprlib import Repr
 
@@ -21,6 +22,17 @@ class InputError(ValueError):
         subject = " = ".join(part for part in (self.field, shown) if part is not None)
         text = ": ".join(part for part in (str(self.where or ""), subject, self.mend) if part)
         return shorten(_printable(text), 2000)
+
+
+@contextmanager
+def located(where: object) -> Iterator[None]:
+    """Gives its place to an InputError that names none."""
+    try:
+        yield
+    except InputError as error:
+        if error.where is not None:
+            raise
+        raise InputError(where, error.field, error.value, error.mend) from None
 
 
 class EvaluationError(RuntimeError):

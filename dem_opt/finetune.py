@@ -30,9 +30,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from dem_opt.corpus import load_tokenizer, pack, read_documents
-from dem_opt.errors import InputError
+from dem_opt.config import DataFile
+from dem_opt.corpus import pack
+from dem_opt.documents import read_documents
+from dem_opt.errors import InputError, located
 from dem_opt.records import Windows
+from dem_opt.tokens import load_tokenizer
 
 RECORD = "fine_tuning.json"
 """The file of a checkpoint folder that says what it was made from."""
@@ -51,7 +54,7 @@ class FineTuneJob:
 
     name: str
     base: Path
-    train: Path
+    train: DataFile
     out: Path
     window: int
     steps: int
@@ -88,10 +91,11 @@ def fine_tune(job: FineTuneJob) -> FineTuned:
     started = time.perf_counter()
     _check_out(job.out)
     made_from, tokenizer = _made_from(job), load_tokenizer(job.base)
-    windows = pack(read_documents(job.train), tokenizer, job.window)
+    with located(job.train.path):
+        windows = pack(read_documents(job.train, "train"), tokenizer, job.window)
     if len(windows) < job.batch_size:
         mend = f"makes {len(windows)} windows of {job.window} tokens: give more text or a smaller batch"
-        raise InputError(job.train, "fine_tuning.batch_size", job.batch_size, mend)
+        raise InputError(job.train.path, "fine_tuning.batch_size", job.batch_size, mend)
     model = AutoModelForCausalLM.from_pretrained(job.base, dtype="auto", local_files_only=True)
     losses = train_model(model, windows, job.steps, job.learning_rate, job.batch_size, job.seed)
     tokens = job.steps * job.batch_size * job.window
@@ -213,18 +217,25 @@ class _Losses(TrainerCallback):
 
 
 def _made_from(job: FineTuneJob) -> dict[str, Any]:
-    """What decides the bits of a checkpoint: the base's files, the data's bytes and the settings."""
-    base = sorted(path for path in job.base.glob("*") if path.suffix in {".safetensors", ".json"})
-    for path, field in ((job.base / "config.json", "base"), (job.train, "train")):
+    """What decides the bits of a checkpoint: the base's files, the data's bytes and format, and the settings.
+
+    A chat template is part of the base where the data are conversations.  Texts in a column of that name have
+    no entry for their format.
+    """
+    kinds = {".safetensors", ".json"} | ({".jinja"} if job.train.format == "messages" else set())
+    base = sorted(path for path in job.base.glob("*") if path.suffix in kinds)
+    for path, field in ((job.base / "config.json", "base"), (job.train.path, "train")):
         if not path.is_file():
             raise InputError(path, field, None, "no such file")
     settings = asdict(job)
     chosen = ("window", "steps", "learning_rate", "batch_size", "seed")
-    return {
+    made_from = {
         "base": hash_files(base),
-        "train": hash_files([job.train]),
+        "train": hash_files([job.train.path]),
         "settings": {name: settings[name] for name in chosen},
     }
+    plain = job.train.columns == {"text": "text"}
+    return made_from if plain else {**made_from, "format": {job.train.format: job.train.columns}}
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:

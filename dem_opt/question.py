@@ -1,7 +1,7 @@
 """What a study asks, by content: base, experts and corpora as hashes, and what guards their comparison."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from hashlib import sha256
 
 from dem_opt.errors import InputError
@@ -24,9 +24,10 @@ class Question:
     """A study with every path replaced by the hash of its content.
 
     base, experts  content hashes of the checkpoints
-    total, weights the simplex's total and the objective's weights
-    corpora        by split, then by distribution: corpus keys
+    total, weights the simplex's total and the objective's weights, by distribution or general corpus
+    corpora        by split, then by distribution or general corpus: corpus keys
     settings       the evaluation's settings, as text by their name in the study file; `device` is cpu or cuda
+    protect        the most nats per token above the base, by distribution or general corpus
     """
 
     base: str
@@ -35,6 +36,7 @@ class Question:
     weights: Mapping[str, float]
     corpora: Mapping[str, Mapping[str, str]]
     settings: Mapping[str, str]
+    protect: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def space(self) -> Space:
@@ -52,7 +54,7 @@ class Question:
         return sha256(repr([(field, self.settings[field]) for field in fields]).encode()).hexdigest()
 
     def keys(self, split: str) -> tuple[str, ...]:
-        """Corpus keys of a split, in ascending order of distributions."""
+        """Corpus keys of a split, in ascending order of names."""
         return tuple(self.corpora[split][name] for name in sorted(self.corpora[split]))
 
     def asked(self) -> dict[str, str]:
@@ -62,35 +64,53 @@ class Question:
             **{f"distributions.{name}": content for name, content in self.experts.items()},
             "simplex.total": repr(self.total),
             **{f"objective.weights.{name}": repr(weight) for name, weight in self.weights.items()},
+            **{f"objective.protect.{name}": repr(allowance) for name, allowance in self.protect.items()},
+            **{field: key for field, key in self._files().items() if field.startswith("general.")},
         }
 
     def scored(self) -> dict[str, str]:
         """What makes scores comparable: a change is refused."""
-        corpora = {
-            f"distributions.{name}.{_FIELDS[split]}": key
+        distributions = {field: key for field, key in self._files().items() if field.startswith("distributions.")}
+        return {**self.settings, **distributions}
+
+    def _files(self) -> dict[str, str]:
+        """Corpus keys by the study file's fields."""
+        return {
+            f"{'distributions' if name in self.experts else 'general'}.{name}.{_FIELDS[split]}": key
             for split, by_name in self.corpora.items()
             for name, key in by_name.items()
         }
-        return {**self.settings, **corpora}
 
     @classmethod
     def recall(cls, asked: Mapping[str, str], scored: Mapping[str, str]) -> "Question":
         """The question that `asked` and `scored` describe."""
-        prefix, weight = "distributions.", "objective.weights."
+        experts, weights = _under("distributions.", asked), _under("objective.weights.", asked)
+        distributions, general = _under("distributions.", scored), _under("general.", asked)
         return cls(
             base=asked["base"],
-            experts={key.removeprefix(prefix): value for key, value in asked.items() if key.startswith(prefix)},
+            experts=experts,
             total=float(asked["simplex.total"]),
-            weights={key.removeprefix(weight): float(value) for key, value in asked.items() if key.startswith(weight)},
+            weights={name: float(weight) for name, weight in weights.items()},
             corpora={
                 split: {
-                    name: scored[f"{prefix}{name}.{field}"]
-                    for name in (key.removeprefix(prefix) for key in asked if key.startswith(prefix))
+                    name: (distributions if name in experts else general)[f"{name}.{field}"]
+                    for name in (*experts, *_without(f".{field}", general))
                 }
                 for split, field in _FIELDS.items()
             },
-            settings={key: value for key, value in scored.items() if not key.startswith(prefix)},
+            settings={key: value for key, value in scored.items() if not key.startswith("distributions.")},
+            protect={name: float(nats) for name, nats in _under("objective.protect.", asked).items()},
         )
+
+
+def _under(prefix: str, fields: Mapping[str, str]) -> dict[str, str]:
+    """Those fields that begin with a prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in fields.items() if key.startswith(prefix)}
+
+
+def _without(suffix: str, fields: Iterable[str]) -> list[str]:
+    """Those fields that end with a suffix, without it."""
+    return [field.removesuffix(suffix) for field in fields if field.endswith(suffix)]
 
 
 def refuse_other_scoring(where: object, old: Mapping[str, str], new: Mapping[str, str]) -> None:

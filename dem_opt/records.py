@@ -60,8 +60,9 @@ class Windows:
     """Token windows of one corpus in their fixed order.
 
     Positions restart at 0 where a document starts, which is what keeps packed documents apart.  A scored token
-    is predicted from the tokens before it in its own document; a document's first token and padding are not
-    scored.  Padding stands at the end of a window, has position 0 and is never scored.
+    is predicted from the tokens before it in its own document; a document's first token, prompts and padding
+    are not scored.  Padding stands at the end of a window, has position 0 and is never scored.  For an
+    encoder-decoder a document's tokens before its first scored one are the source, the others the target.
     """
 
     ids_WT: NDArray[np.int64]
@@ -90,7 +91,7 @@ class Windows:
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """One distribution's windows of one split.  `key` hashes windows and tokenizer."""
+    """One distribution's, or general corpus's, windows of one split.  `key` hashes windows and tokenizer."""
 
     distribution: str
     split: str
@@ -140,6 +141,23 @@ def mean_nll(scores: Mapping[str, Score], weights: Mapping[str, float]) -> float
     """
     used = {name: weight for name, weight in weights.items() if weight}
     return fsum(weight * scores[name].nll for name, weight in used.items()) / fsum(used.values())
+
+
+PENALTY = 10.0
+"""Nats per token added to what Optuna is told for each nat per token of violation.
+
+An exact penalty: where a nat of violation buys less than 10 nats of objective, the minimum of the sum is feasible,
+so the surrogate need not know the constraint.
+"""
+
+
+def violation(scores: Mapping[str, Score], base: Mapping[str, Score], protect: Mapping[str, float]) -> float:
+    """sum over protected corpora of max(0, NLL - NLL_base - allowance), in nats per token.
+
+    0 means feasible.  Corpora that one of the two has no score on are not looked at.
+    """
+    known = [name for name in protect if name in scores and name in base]
+    return fsum(max(0.0, scores[name].nll - base[name].nll - protect[name]) for name in known)
 
 
 @dataclass(frozen=True)
@@ -205,8 +223,9 @@ class TrialRecord:
     """One finished trial, as observers and trackers see it.
 
     objective  the weighted mean NLL on the search split in nats per token; None where the trial failed
-    scores     by distribution, on the search split
+    scores     by distribution or general corpus, on the search split
     measured   whether a forward pass was needed; False where the ledger had every score
+    violation  nats per token by which protected corpora exceed their allowance, on the search split; 0: feasible
     """
 
     study: str
@@ -217,6 +236,17 @@ class TrialRecord:
     evaluation: Evaluation = field(default_factory=lambda: Evaluation({}))
     propose_seconds: float = 0.0
     reason: str = ""
+    violation: float = 0.0
+
+    @property
+    def penalized(self) -> float | None:
+        """What is minimized: objective + PENALTY x violation, in nats per token."""
+        return None if self.objective is None else self.objective + PENALTY * self.violation
+
+    @property
+    def rank(self) -> tuple[float, float, int]:
+        """Lower is better: feasible trials by objective, then the others by violation."""
+        return self.violation, inf if self.objective is None else self.objective, self.number
 
     @property
     def measured(self) -> bool:
@@ -256,6 +286,7 @@ class Standing:
     evaluations     composites looked at, each counted once, whether or not the ledger had them already
     forward_tokens  tokens through the model that those evaluations stand for
     seconds         wall seconds that were spent on them
+    violation       nats per token by which protected corpora exceed their allowance, on the search split
     """
 
     label: str
@@ -267,6 +298,7 @@ class Standing:
     evaluations: int
     forward_tokens: int
     seconds: float
+    violation: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -284,7 +316,7 @@ class Margin:
 class Summary:
     """What a study found: all that figures, the table and the report are made from.
 
-    weights   the objective's weight of each distribution, in the study file's order
+    weights   the objective's weight of each distribution and general corpus, in the study file's order
     standings the final table, base first, the winner last
     margins   of the winner over every other standing, on both splits
     trials    by algorithm, in the order of their numbers
@@ -297,6 +329,12 @@ class Summary:
     margins: tuple[Margin, ...]
     trials: Mapping[str, tuple[TrialRecord, ...]]
     facts: Mapping[str, str]
+
+    @property
+    def distributions(self) -> tuple[str, ...]:
+        """The names that have a coefficient, in the study file's order; all where nothing has coefficients."""
+        found = [one.coefficients.weights for one in self.standings if one.coefficients is not None]
+        return tuple(name for name in self.weights if not found or name in found[0])
 
     @property
     def winner(self) -> Standing:

@@ -21,7 +21,7 @@ from dem_opt.simplex import Coefficients, Space
 __all__ = ["METRIC", "Proposal", "Search", "Trial"]
 
 METRIC = "nll"
-"""What Optuna calls the objective: the mean NLL in nats per token."""
+"""What Optuna calls the objective: the mean NLL in nats per token, with the penalty where a study protects corpora."""
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,19 @@ from pathlib import Path
 from dem_opt.adapters import check_adapter, read_adapter
 from dem_opt.checkpoints import DTYPES, Header, content_hash, read_header
 from dem_opt.config import Distribution, StudyConfig
-from dem_opt.corpus import build_corpora, load_tokenizer, tokenizer_digest
+from dem_opt.corpus import build_corpora
+from dem_opt.declared import read_config
 from dem_opt.errors import InputError
 from dem_opt.hub import locate
 from dem_opt.models import Architecture, check_base, check_fit
 from dem_opt.question import SPLITS, Question
 from dem_opt.records import Corpus, ResidentSpec, StoredModel
+from dem_opt.tokens import load_tokenizer, tokenizer_digest
 
 BATCH_TOKENS = 4096
 """Tokens in one forward call where the study says `batch: auto`."""
+
+_POSITIONS = ("max_position_embeddings", "n_positions")
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class Sources:
             },
             settings={name: str(value) for name, value in settings.items()}
             | {"tokenizer": self.tokenizer, "device": self.device},
+            protect=self.config.objective.protect,
         )
 
     def spec(self) -> ResidentSpec:
@@ -113,6 +118,7 @@ def check_files(config: StudyConfig, where: object) -> Files:
     """
     base = read_header(locate(config.base, "base"), "base")
     architecture = check_base(base)
+    _check_window(base.folder, config.evaluation.window, where)
     headers = {"base": base}
     for name, distribution in config.distributions.items():
         headers[name] = _check_expert(architecture, base, name, distribution, where)
@@ -137,6 +143,19 @@ def _check_expert(
     return header
 
 
+def _check_window(base: Path, window: int, where: object) -> None:
+    """Raise InputError where a window has more tokens than the base has positions.
+
+    GPT-2 and its like call them n_positions, which is no limit to T5 and its like; a config may name no limit.
+    """
+    described = read_config(base, "base")
+    names = _POSITIONS[:1] if described.get("is_encoder_decoder") else _POSITIONS
+    positions = next((described[name] for name in names if isinstance(described.get(name), int)), None)
+    if positions is not None and window > positions:
+        mend = f"the base has {positions} positions, as its config.json says; ask for shorter windows"
+        raise InputError(where, "evaluation.window", window, mend)
+
+
 def gather(config: StudyConfig, where: object) -> Sources:
     """Check, tokenize and hash all that a study names.
 
@@ -147,8 +166,8 @@ def gather(config: StudyConfig, where: object) -> Sources:
     tokenizer = load_tokenizer(folder)
     corpora = tuple(
         corpus
-        for name, distribution in config.distributions.items()
-        for corpus in build_corpora(name, distribution, config.evaluation, tokenizer)
+        for name, data in config.corpora.items()
+        for corpus in build_corpora(name, data, config.evaluation, tokenizer, files.architecture.paired)
     )
     base = StoredModel(folder, content_hash(folder, "base"))
     return Sources(

@@ -17,6 +17,7 @@ from dem_opt.records import (
     Summary,
     TrialRecord,
     mean_nll,
+    violation,
 )
 from dem_opt.search import Proposal, Search, Trial
 from dem_opt.simplex import Coefficients
@@ -36,6 +37,13 @@ def is_known(ledger: Ledger, question: Question, composite: Composite, split: st
     return len(recall(ledger, question, composite, split)) == len(question.corpora[split])
 
 
+def exceeded(ledger: Ledger, question: Question, scores: Mapping[str, Score]) -> float:
+    """The violation of scores on the search split, in nats per token, against the base's in the ledger."""
+    if not question.protect:
+        return 0.0
+    return violation(scores, recall(ledger, question, Composite.single(question.base), SEARCH), question.protect)
+
+
 def trial_record(
     ledger: Ledger, question: Question, study: str, proposal: Proposal, answer: Evaluation | Failure
 ) -> TrialRecord:
@@ -47,7 +55,10 @@ def trial_record(
         )
     scores = recall(ledger, question, question.composite(coefficients), SEARCH)
     objective = mean_nll(scores, question.weights)
-    return TrialRecord(study, proposal.number, coefficients, objective, scores, answer, proposal.seconds)
+    over = exceeded(ledger, question, scores)
+    return TrialRecord(
+        study, proposal.number, coefficients, objective, scores, answer, proposal.seconds, violation=over
+    )
 
 
 def attributes(record: TrialRecord) -> dict[str, Any]:
@@ -58,8 +69,10 @@ def attributes(record: TrialRecord) -> dict[str, Any]:
         "score_seconds": record.evaluation.score_seconds,
         "propose_seconds": record.propose_seconds,
     }
-    perplexities = {name: score.perplexity for name, score in record.scores.items()}
-    return costs | ({"reason": record.reason} if record.reason else {"perplexity": perplexities})
+    if record.reason:
+        return costs | {"reason": record.reason}
+    over = {"violation": record.violation} if record.violation else {}
+    return costs | over | {"perplexity": {name: score.perplexity for name, score in record.scores.items()}}
 
 
 def recorded(ledger: Ledger, question: Question, study: str, trial: Trial) -> TrialRecord:
@@ -94,8 +107,8 @@ def entries(question: Question, trials: Mapping[str, Sequence[TrialRecord]]) -> 
     if space.dimension > 1:
         centroid = space.centroid()
         baselines.append(Entry("uniform", "uniform", "", centroid, question.composite(centroid)))
-    bests = [(min(told, key=_rank), told) for told in map(_complete, trials.values()) if told]
-    bests.sort(key=lambda pair: _rank(pair[0]), reverse=True)
+    bests = [(min(told, key=lambda trial: trial.rank), told) for told in map(_complete, trials.values()) if told]
+    bests.sort(key=lambda pair: pair[0].rank, reverse=True)
     return baselines + [_best_entry(question, best, told) for best, told in bests]
 
 
@@ -103,17 +116,12 @@ def _complete(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
     return [trial for trial in trials if trial.objective is not None]
 
 
-def _rank(trial: TrialRecord) -> tuple[float, int]:
-    assert trial.objective is not None
-    return trial.objective, trial.number
-
-
 def _best_entry(question: Question, best: TrialRecord, told: Sequence[TrialRecord]) -> Entry:
     composites = {question.composite(trial.coefficients) for trial in told}
     seconds = sum(
         trial.evaluation.merge_seconds + trial.evaluation.score_seconds + trial.propose_seconds for trial in told
     )
-    algorithm = best.study.rpartition("/")[2]
+    algorithm = best.study.rpartition("/")[2].partition("#")[0]
     return Entry(
         f"best of {algorithm}",
         "best",
@@ -166,6 +174,7 @@ def _standing(ledger: Ledger, question: Question, entry: Entry) -> Standing:
         seconds=ledger.seconds(entry.composite, question.keys(SEARCH), question.scoring)
         if entry.seconds is None
         else entry.seconds,
+        violation=exceeded(ledger, question, scores.get(SEARCH, {})),
     )
 
 
@@ -193,7 +202,7 @@ def carried_over(ledger: Ledger, question: Question, most: int = CARRIED_OVER) -
 
     A composite of an earlier question is a point of this one where it uses no other checkpoint: the face w_new = 0
     of a simplex that has grown, or what is left of one that has shrunk.  Those with the most corpora scored come
-    first, by their mean over these; where only new corpora are missing, only they are measured.
+    first, by their violation and mean over these; where only new corpora are missing, only they are measured.
     """
     space, names = question.space, {content: name for name, content in question.experts.items()}
     ranked = []
@@ -206,5 +215,6 @@ def carried_over(ledger: Ledger, question: Question, most: int = CARRIED_OVER) -
             scores = recall(ledger, question, composite, SEARCH)
             weights = {name: question.weights[name] for name in scores}
             if any(weights.values()):
-                ranked.append((-len(scores), mean_nll(scores, weights), composite.key, point))
+                over = exceeded(ledger, question, scores)
+                ranked.append((-len(scores), over, mean_nll(scores, weights), composite.key, point))
     return [point for *_, point in sorted(ranked)[:most]]

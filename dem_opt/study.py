@@ -302,6 +302,7 @@ class Study:
         settings = self.config.search.model_copy(update={"algorithm": winner.algorithm})
         name = self._optuna_name(winner.algorithm, generation)
         metrics = {f"{split}.objective_nll": nll for split, nll in winner.objective.items()}
+        metrics |= {"search.protect_violation": winner.violation} if winner.violation else {}
         for split, scores in winner.scores.items():
             metrics |= {f"{split}.perplexity.{name}": score.perplexity for name, score in scores.items()}
         tags = {"composite": export.composite.key, "content": export.content, "coefficients": str(winner.coefficients)}

@@ -80,7 +80,7 @@ class Progressing:
         """Moves the bar, or prints a line for a new best and for every tenth of the way."""
         before = self._shown(record.study)
         best = self._best.get(record.study, record)
-        if record.objective is not None and (best.objective is None or record.objective <= best.objective):
+        if record.objective is not None and record.rank[:2] <= best.rank[:2]:
             self._best[record.study] = record
         shown = self._shown(record.study)
         if self._console.is_terminal:
@@ -97,7 +97,9 @@ class Progressing:
     def _shown(self, study: str) -> str:
         """The best so far, to a ten-thousandth of a nat."""
         best = self._best.get(study)
-        return "no trial has a score yet" if best is None else f"best {best.objective:.4f} nats per token"
+        if best is None:
+            return "no trial has a score yet"
+        return f"best {best.objective:.4f} nats per token" + (", protect violated" if best.violation else "")
 
     def _task(self, study: str) -> TaskID:
         if study not in self._tasks:

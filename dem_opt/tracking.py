@@ -306,6 +306,8 @@ def _metrics(record: TrialRecord) -> list[tuple[str, float]]:
     ]
     if record.objective is not None:
         metrics.append(("objective_nll", record.objective))
+    if record.violation:
+        metrics.append(("protect_violation", record.violation))
     for name, score in record.scores.items():
         metrics += [(f"nll.{name}", score.nll), (f"perplexity.{name}", score.perplexity)]
     return metrics

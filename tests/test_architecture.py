@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = [
     {"errors", "simplex", "records", "config", "declared", "question", "intervals"},
-    {"checkpoints", "models", "adapters", "arena", "corpus", "database", "hub"},
+    {"checkpoints", "models", "adapters", "arena", "documents", "tokens", "corpus", "database", "hub"},
     {"perplexity", "ledger"},
     {"resident", "samplers", "finetune", "sources"},
     {"pool", "search", "tracking"},
@@ -39,8 +39,15 @@ ALLOWED = {
     ("arena", "checkpoints"),
     ("arena", "models"),
     ("arena", "adapters"),
+    ("tokens", "documents"),
+    ("corpus", "documents"),
+    ("corpus", "tokens"),
     ("cli", "terminal"),
 }
+
+TENSORS = {"checkpoints", "models", "adapters", "arena", "perplexity", "resident", "finetune", "assets", "export"}
+TENSORS |= {"pool"}
+"""Rooms that work with torch."""
 
 DOORS = {
     "ray": {"pool"},
@@ -52,20 +59,12 @@ DOORS = {
     "yaml": {"config", "card"},
     "pydantic": {"config"},
     "dashboards": {"cli"},
+    "datasets": {"documents"},
+    "pyarrow": {"documents"},
+    "jinja2": {"tokens"},
     "huggingface_hub": {"hub", "models"},
-    "torch": {
-        "checkpoints",
-        "models",
-        "adapters",
-        "arena",
-        "perplexity",
-        "resident",
-        "finetune",
-        "assets",
-        "export",
-        "pool",
-    },
-    "transformers": {"models", "arena", "corpus", "perplexity", "finetune", "assets", "export"},
+    "torch": TENSORS,
+    "transformers": {"models", "arena", "tokens", "corpus", "perplexity", "finetune", "assets", "export"},
 }
 """Who may import what, at the top of a module or inside its functions."""
 
@@ -138,7 +137,7 @@ def test_every_module_opens_with_a_sentence_and_fits_a_sitting(path):
 
 @pytest.mark.parametrize("room", LIGHT)
 def test_the_ground_floor_and_help_load_without_torch(room):
-    heavy = "torch transformers ray mlflow optuna sqlalchemy"
+    heavy = "torch transformers datasets ray mlflow optuna sqlalchemy"
     code = f"import sys, dem_opt.{room}; print([name for name in '{heavy}'.split() if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -177,7 +177,7 @@ def test_the_study_file_is_an_ordinary_one(study: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(loaded.base)
     assert AutoModelForCausalLM.from_pretrained(loaded.base).config.vocab_size == len(tokenizer)
     for name, distribution in loaded.distributions.items():
-        assert distribution.train is not None and distribution.train.is_file()
+        assert distribution.train is not None and distribution.train.path.is_file()
         assert distribution.checkpoint == study.parent / "models" / name
         search, held_out = build_corpora(name, distribution, loaded.evaluation, tokenizer)
         assert (len(search.windows), len(held_out.windows)) == (SMALL.windows, SMALL.held_out_windows)

@@ -63,6 +63,45 @@ def test_weights_are_equal_unless_given(tmp_path):
     assert load(write(tmp_path, changed("objective.weights", {"math": 2}))).weights == {"code": 0.0, "math": 2.0}
 
 
+def test_general_corpora_weigh_nothing_unless_they_are_named(tmp_path):
+    study = STUDY | {"general": {"web": "data/web.jsonl"}}
+    assert load(write(tmp_path, study)).weights == {"code": 1.0, "math": 1.0, "web": 0.0}
+    named = load(write(tmp_path, study | {"objective": {"weights": {"code": 1, "web": 0.5}, "protect": {"web": 0}}}))
+    assert named.weights == {"code": 1.0, "math": 0.0, "web": 0.5}
+    assert named.objective.protect == {"web": 0.0}
+    assert named.space.names == ("code", "math")
+
+
+@pytest.mark.parametrize(
+    ("written", "columns"),
+    [
+        ("a.jsonl", {"text": "text"}),
+        ({"path": "a.jsonl"}, {"text": "text"}),
+        ({"path": "a.jsonl", "text": "body"}, {"text": "body"}),
+        ({"path": "a.jsonl", "format": "messages"}, {"messages": "messages"}),
+        (
+            {"path": "a.jsonl", "format": "prompt_completion", "prompt": "question"},
+            {"prompt": "question", "completion": "completion"},
+        ),
+    ],
+)
+@pytest.mark.parametrize("field", ["train", "validation", "held_out"])
+def test_a_data_file_is_a_path_or_a_mapping(tmp_path, field, written, columns):
+    data = getattr(load(write(tmp_path, changed(f"distributions.code.{field}", written))).distributions["code"], field)
+    assert (data.path, data.columns) == (tmp_path / "a.jsonl", columns)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("data", ["web.jsonl", {"path": "web.jsonl", "text": "body"}])
+def test_a_general_corpus_is_a_data_file_or_two(tmp_path, data, nested):
+    web = load(write(tmp_path, changed("general.web", {"validation": data} if nested else data))).general["web"]
+    assert web.validation.path == tmp_path / "web.jsonl" and web.held_out is None
+    both = {"validation": data, "held_out": "other.parquet"}
+    assert (
+        load(write(tmp_path, changed("general.web", both))).general["web"].held_out.path == tmp_path / "other.parquet"
+    )
+
+
 def test_a_learning_rate_may_be_written_in_any_notation(tmp_path):
     text = yaml.safe_dump(STUDY) + "fine_tuning: {learning_rate: 3e-4}\n"
     assert load(write(tmp_path, text)).fine_tuning.learning_rate == 3e-4
@@ -87,7 +126,54 @@ def test_a_learning_rate_may_be_written_in_any_notation(tmp_path):
         ("distributions", ["code"], "distributions = ['code']: "),
         ("storage", 5, "storage = 5: "),
         ("tracking", "here", "tracking = 'here': "),
-        ("objective.weights", {"cod": 1}, "objective.weights.cod: no such distribution; did you mean 'code'?"),
+        (
+            "objective.weights",
+            {"cod": 1},
+            "objective.weights.cod: no such distribution or general corpus; did you mean 'code'?",
+        ),
+        ("objective.protect", {"cod": 1}, "objective.protect.cod: no such distribution or general corpus; did you"),
+        ("objective.protect", {"code": -0.1}, "objective.protect.code = -0.1: "),
+        ("objective.protect", {"code": float("nan")}, "objective.protect.code = nan: "),
+        ("objective.protects", {}, "objective.protects = {}: unknown key; did you mean 'protect'?"),
+        ("general", {"code": "data/web.jsonl"}, "general.code: a distribution has this name; choose another"),
+        (
+            "general",
+            {"web": 5},
+            "general.web.validation: must be a path, or a mapping with `path:` and `format:`, not 5",
+        ),
+        (
+            "general",
+            {"web": {"validatoin": "a"}},
+            "general.web.validatoin = 'a': unknown key; did you mean 'validation'?",
+        ),
+        ("general", {"web": {"path": "a", "fromat": "text"}}, "unknown key; did you mean 'format'?"),
+        ("general", {"a b": "a"}, "general.a b"),
+        ("distributions.code.validation", 5, "distributions.code.validation: must be a path, or a mapping"),
+        ("distributions.code.validation", ["a"], "distributions.code.validation: must be a path, or a mapping"),
+        ("distributions.code.validation", {}, "distributions.code.validation.path: is required"),
+        ("distributions.code.validation", {"path": 5}, "distributions.code.validation.path = 5: "),
+        (
+            "distributions.code.train",
+            {"pth": "a"},
+            "distributions.code.train.pth = 'a': unknown key; did you mean 'path'?",
+        ),
+        (
+            "distributions.code.held_out",
+            {"path": "a", "format": "chat"},
+            "distributions.code.held_out.format = 'chat': ",
+        ),
+        (
+            "distributions.code.validation",
+            {"path": "a", "format": "messages", "prompt": "question"},
+            "distributions.code.validation: prompt: not a column of format messages, which has messages",
+        ),
+        (
+            "distributions.code.validation",
+            {"path": "a", "format": "prompt_completion", "text": "text"},
+            "distributions.code.validation: text: not a column of format prompt_completion, which has prompt and",
+        ),
+        ("distributions.code.validation", {"path": "a", "text": ""}, "distributions.code.validation.text = '': "),
+        ("distributions.validation", {"checkpoint": "a", "validaton": "b"}, "did you mean 'validation'?"),
         ("objective.weights", {"code": 0}, "objective.weights: at least one"),
         ("objective.weights", {"code": -1}, "objective.weights.code = -1: "),
         ("tracking.uri", "sqlite:///runs/example/study.db", "tracking.uri: must be another database"),

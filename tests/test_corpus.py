@@ -1,24 +1,24 @@
 import json
+import random
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from test_documents import WRITERS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dem_opt.config import Distribution, EvaluationSection
-from dem_opt.corpus import (
-    HELD_OUT,
-    SEARCH,
-    build_corpora,
-    load_tokenizer,
-    pack,
-    read_documents,
-    tokenizer_digest,
-)
+from dem_opt.config import DataFile, Distribution, EvaluationSection, General
+from dem_opt.corpus import HELD_OUT, SEARCH, build_corpora, pack
+from dem_opt.documents import Chat, Document, Pair, Turn
 from dem_opt.errors import InputError
+from dem_opt.perplexity import prepare, score
 from dem_opt.records import Corpus, Windows
+from dem_opt.tokens import encode_chats, encode_pairs
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 EXOTIC = "\u2028\x85\x00 \U0001f469\u200d\U0001f52c \u202etes\u0301t\ufeff \U0010ffff\r\n\t"
@@ -133,78 +133,219 @@ def test_the_digest_changes_with_any_token() -> None:
         assert Windows(ids_WT, windows.positions_WT, windows.scored_WT).digest != windows.digest
 
 
-def test_tokenizer_digests_tell_tokenizers_apart_and_survive_use_and_disk(tmp_path: Path) -> None:
-    digests = {kind: tokenizer_digest(tokenizer) for kind, tokenizer in TOKENIZERS.items()}
-    assert digests["eos"] != digests["merges"] != digests["bos and eos"]
+PAIR, CHAT = {"format": "prompt_completion"}, {"format": "messages"}
+FORMS: dict[str, dict[str, str]] = {"text": {}, "pairs": PAIR, "chats": CHAT}
+
+TEMPLATE = (
+    "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}</{{ turn.role }}>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def talking() -> PreTrainedTokenizerFast:
     tokenizer = make_tokenizer()
-    tokenizer("abcdef", truncation=True, max_length=2)
-    assert tokenizer_digest(tokenizer) == digests["eos"]
-    tokenizer.save_pretrained(tmp_path)
-    assert tokenizer_digest(load_tokenizer(tmp_path)) == digests["eos"]
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"model": 1}', "\ud800"])
-def test_an_unreadable_tokenizer_is_told(tmp_path: Path, content: str | None) -> None:
-    if content is not None:
-        (tmp_path / "tokenizer.json").write_bytes(content.encode(errors="surrogatepass"))
-    with pytest.raises(InputError, match="tokenizer can't be read"):
-        load_tokenizer(tmp_path)
+def letter_entries(form: str, letters: str = LETTERS) -> list[dict[str, Any]]:
+    """Lines of a format: in each document of pairs or chats, a completion of one letter, 5 to 44 times."""
+    words = {letter: letter * (5 + 7 * index % 40) for index, letter in enumerate(letters)}
+    if form == "text":
+        return [{"text": word} for word in words.values()]
+    if form == "pairs":
+        return [{"prompt": f"{number}?", "completion": word} for number, word in enumerate(words.values())]
+    turns = [[("user", f"{number}?"), ("assistant", word)] for number, word in enumerate(words.values())]
+    return [{"messages": [{"role": role, "content": content} for role, content in each]} for each in turns]
 
 
-def test_a_missing_folder_is_told(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such folder"):
-        load_tokenizer(tmp_path / "nowhere")
+def build_form(
+    path: Path, form: str, entries: list[dict[str, Any]], paired: bool = False, **evaluation: Any
+) -> tuple[Corpus, Corpus]:
+    """Corpora of one data file of a format, of the kind that the path's name says."""
+    WRITERS[path.suffix[1:]](path, entries)
+    data = General(validation=DataFile.model_validate({"path": path, **FORMS[form]}))
+    settings: dict[str, Any] = {"window": 64, "windows": 6, "held_out": 3} | evaluation
+    return build_corpora("web", data, EvaluationSection(**settings), talking(), paired)
 
 
-@pytest.mark.parametrize("text", [EXOTIC, "plain", " leading and trailing \n", "\N{NO-BREAK SPACE}x"])
-@pytest.mark.parametrize("ascii_only", [True, False])
-def test_text_comes_through_untouched(tmp_path: Path, text: str, ascii_only: bool) -> None:
-    lines = tmp_path / "lines.jsonl"
-    lines.write_bytes((json.dumps({"text": text, "id": 1}, ensure_ascii=ascii_only) + "\n").encode())
-    whole = tmp_path / "whole.txt"
-    whole.write_bytes(text.encode())
-    assert read_documents(lines) == read_documents(whole) == [text]
+def scored_letters(corpus: Corpus) -> set[str]:
+    text = TOKENIZERS["eos"].decode(corpus.windows.ids_WT[corpus.windows.scored_WT].tolist(), skip_special_tokens=True)
+    return set(text.replace("</assistant>", ""))
 
 
-def test_empty_documents_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": " \\n"}\n{"text": ""}\n{"text": "b"}')
-    assert read_documents(path) == ["a", "b"]
+def fragments(windows: Windows) -> Iterator[tuple[list[int], list[bool]]]:
+    """Ids and scores of each document, or part of one, in windows; padding is documents of one token."""
+    for ids_T, positions_T, scored_T in zip(windows.ids_WT, windows.positions_WT, windows.scored_WT, strict=True):
+        starts = [*np.flatnonzero(positions_T == 0), len(ids_T)]
+        for start, end in pairwise(starts):
+            yield ids_T[start:end].tolist(), scored_T[start:end].tolist()
 
 
+def random_documents(form: str, seed: int, count: int = 40) -> list[Document]:
+    """Documents of a format with lengths from none to more than a window of 48 tokens."""
+    rng = random.Random(seed)
+
+    def words(most: int) -> str:
+        return "".join(rng.choices("abc d.\n", k=rng.randint(0, most)))
+
+    if form == "text":
+        return [words(90) for _ in range(count)]
+    if form == "pairs":
+        return [Pair(words(60), words(40) + "!") for _ in range(count)]
+    turns = [[Turn("user", words(20)), Turn("assistant", words(20) + "!")] * rng.randint(1, 2) for _ in range(count)]
+    return [Chat(tuple(each)) for each in turns]
+
+
+@pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize(
-    ("name", "content", "mend"),
+    ("pair", "ids", "scored"),
     [
-        ("missing.jsonl", None, "no such file"),
-        ("table.csv", b"a,b", "must be a .jsonl"),
-        ("latin.txt", b"caf\xe9", "UTF-8 text; byte 3"),
-        ("latin.jsonl", b'{"text": "caf\xe9"}', "must be UTF-8"),
-        ("empty.txt", b"", "has no text"),
-        ("blank.txt", b" \n\t", "has no text"),
-        ("empty.jsonl", b"", "has no text"),
-        ("blank.jsonl", b'{"text": " "}\n', "has no text"),
-        ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not valid JSON"),
-        ("deep.jsonl", b"[" * 100_000, "line 1 is not valid JSON"),
-        ("list.jsonl", b'{"text": "a"}\n\n["text"]', "line 3 must be a JSON object"),
-        ("other.jsonl", b'{"body": "a"}', 'line 1 must be a JSON object with a "text"'),
-        ("number.jsonl", b'{"text": 5}', "line 1 must be a JSON object"),
-        ("half.jsonl", b'{"text": "\\ud800"}', "line 1 holds half of a surrogate pair"),
+        # Windows of 6; $ is EOS.  Whole, then the prompt loses its beginning, then the completion its end.
+        (Pair("ab", "cd"), "abcd$", "001 11".replace(" ", "")),
+        (Pair("abcdef", "gh"), "defgh$", "000111"),
+        (Pair("abcdef", "ghij"), "fghij$", "011111"),
+        (Pair("abcdef", "ghijklm"), "fghijk", "011111"),
+        (Pair("a", "ghijklm"), "aghijk", "011111"),
     ],
 )
-def test_bad_files_are_told_in_one_line(tmp_path: Path, name: str, content: bytes | None, mend: str) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError) as caught:
-        read_documents(tmp_path / name, "distributions.code.validation")
-    message = str(caught.value)
-    assert message.startswith(f"{tmp_path / name}: distributions.code.validation")
-    assert mend in message and "\n" not in message
+def test_long_pairs_by_hand(pair: Pair, ids: str, scored: str, paired: bool) -> None:
+    tokenizer = TOKENIZERS["eos"]
+    windows = pack([pair], tokenizer, 6, paired)
+    expected = tokenizer.convert_tokens_to_ids(["</s>" if token == "$" else token for token in ids])
+    assert windows.ids_WT.tolist() == [expected + [0] * (6 - len(ids))]
+    assert windows.scored_WT[0, : len(scored)].tolist() == [mark == "1" for mark in scored]
+    assert windows.tokens_W == (scored.count("1"),)
 
 
-def test_a_folder_is_no_data_file(tmp_path: Path) -> None:
-    (tmp_path / "folder.txt").mkdir()
-    with pytest.raises(InputError, match="can't be read"):
-        read_documents(tmp_path / "folder.txt")
+def test_an_unprompted_completion_is_cut_at_its_end_and_its_first_token_is_not_scored() -> None:
+    windows = pack([Pair("", "abcdefgh")], TOKENIZERS["eos"], 4)
+    assert TOKENIZERS["eos"].decode(windows.ids_WT[0]) == "abcd"
+    assert windows.scored_WT.tolist() == [[False, True, True, True]]
+
+
+def test_pairs_that_score_nothing_take_no_room() -> None:
+    windows = pack([Pair("ab", "c"), Pair("", "d"), Pair("ef", "g")], TOKENIZERS["neither"], 6)
+    assert TOKENIZERS["neither"].decode(windows.ids_WT[0]) == "abcefg"
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("form", ["pairs", "chats"])
+def test_pairs_and_chats_never_straddle_windows(form: str, seed: int) -> None:
+    """Each is one fragment, in order: itself where it fits into a window, else a part of a window's length."""
+    tokenizer, documents = talking(), random_documents(form, seed)
+    encode = {
+        "pairs": lambda: encode_pairs(documents, tokenizer, False),
+        "chats": lambda: encode_chats(documents, tokenizer),
+    }
+    found = [fragment for fragment in fragments(pack(documents, tokenizer, 48)) if any(fragment[1])]
+    expected = [tokens for tokens in encode[form]() if tokens.scored_L.any()]
+    assert len(found) == len(expected)
+    for (ids, scored), tokens in zip(found, expected, strict=True):
+        if len(tokens) <= 48:
+            assert (ids, scored) == (tokens.ids_L.tolist(), tokens.scored_L.tolist())
+        else:
+            assert len(ids) == 48 and not scored[0]
+            text, part = (tokenizer.decode(each) for each in (tokens.ids_L, ids))
+            assert part in text
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_packed_windows_score_what_separate_documents_do(form: str) -> None:
+    """Nats of each window: the model's own loss x scored tokens, summed over its documents fed by themselves."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.3,
+    )
+    model = LlamaForCausalLM(config).eval()
+    windows = pack(random_documents(form, seed=7), talking(), 48)
+    nats = 0.0
+    for ids, scored in fragments(windows):
+        if any(scored):
+            ids_BT = torch.tensor([ids])
+            labels_BT = ids_BT.masked_fill(~torch.tensor([scored]), -100)
+            with torch.inference_mode():
+                nats += model(ids_BT, labels=labels_BT).loss.item() * sum(scored)
+    for isolates in (True, False):
+        measured, _ = score(model, prepare(windows, torch.device("cpu")), 96, isolates)
+        assert sum(measured.nats_W) == pytest.approx(nats, rel=1e-5)
+        assert measured.tokens == sum(sum(scored) for _, scored in fragments(windows))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_kind_of_file_and_the_order_of_lines_change_no_corpus(tmp_path: Path, form: str) -> None:
+    entries = letter_entries(form)
+    keys = [corpus.key for corpus in build_form(tmp_path / "a.jsonl", form, entries)]
+    assert keys == [corpus.key for corpus in build_form(tmp_path / "b.parquet", form, entries[::-1])]
+    assert keys == [corpus.key for corpus in build_form(tmp_path / "c.jsonl", form, entries[7:] + entries)]
+    assert keys != [corpus.key for corpus in build_form(tmp_path / "d.jsonl", form, entries[::2])]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("form", FORMS)
+def test_splits_of_every_format_share_no_document_and_no_window(tmp_path: Path, form: str, seed: int) -> None:
+    corpora = build_form(tmp_path / "a.jsonl", form, letter_entries(form), seed=seed)
+    search, held_out = map(scored_letters, corpora)
+    assert search and held_out and not search & held_out and search | held_out <= set(LETTERS)
+    for corpus, count in zip(corpora, (6, 3), strict=True):
+        assert len({window.tobytes() for window in corpus.windows.ids_WT}) == len(corpus.windows) == count
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_draw_of_every_format_is_seeded(tmp_path: Path, form: str) -> None:
+    drawn = [build_form(tmp_path / "a.jsonl", form, letter_entries(form), seed=seed)[0].key for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_too_few_documents_of_every_format_are_told(tmp_path: Path, form: str) -> None:
+    with pytest.raises(InputError, match=r"evaluation.windows = 99: the split has text for \d+ windows of 64 tokens"):
+        build_form(tmp_path / "a.jsonl", form, letter_entries(form), windows=99)
+    with pytest.raises(InputError, match=r"general.web.validation: one document can't be divided"):
+        build_form(tmp_path / "a.jsonl", form, letter_entries(form, "a"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_chat_template_changes_the_key_of_conversations_alone(tmp_path: Path, form: str) -> None:
+    path = WRITERS["jsonl"](tmp_path / "a.jsonl", letter_entries(form))
+    data = General(validation=DataFile.model_validate({"path": path, **FORMS[form]}))
+    keys = []
+    for template in (TEMPLATE, "{# the same #}" + TEMPLATE):
+        tokenizer = talking()
+        tokenizer.chat_template = template
+        made = build_corpora("web", data, EvaluationSection(window=64, windows=6, held_out=3), tokenizer)
+        keys.append([corpus.key for corpus in made])
+    assert (keys[0] == keys[1]) is (form != "chats")
+
+
+@pytest.mark.parametrize("divided", [True, False])
+def test_a_conversation_that_can_not_be_encoded_is_told_with_its_file(tmp_path: Path, divided: bool) -> None:
+    path = WRITERS["jsonl"](tmp_path / "a.jsonl", letter_entries("chats"))
+    file = DataFile(path=path, format="messages")
+    other = DataFile(path=write(tmp_path / "b.jsonl", DOCUMENTS))
+    tokenizer = talking()
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    data = General(validation=file, held_out=None if divided else other)
+    with pytest.raises(
+        InputError, match=r"a.jsonl: messages = \['user', .*: the chat template refuses a conv.* \(no\)"
+    ):
+        build_corpora("web", data, EvaluationSection(window=64, windows=6, held_out=3), tokenizer)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_encoder_decoder_takes_pairs_alone(tmp_path: Path, form: str) -> None:
+    entries = letter_entries(form)
+    if form == "pairs":
+        causal, paired = (build_form(tmp_path / "a.jsonl", form, entries, paired=paired)[0] for paired in (False, True))
+        assert causal.key == paired.key, "this tokenizer encodes prompts and completions alike for both"
+    else:
+        with pytest.raises(InputError, match=r"general.web.validation.format = '\w+': an encoder-decoder needs pairs"):
+            build_form(tmp_path / "a.jsonl", form, entries, paired=True)
 
 
 def build(
@@ -218,8 +359,8 @@ def build(
     """Corpora of a validation file and, where there are others, a held-out file."""
     distribution = Distribution(
         checkpoint=tmp_path,
-        validation=write(tmp_path / "val.jsonl", documents),
-        held_out=None if others is None else write(tmp_path / "held.jsonl", others),
+        validation=DataFile(path=write(tmp_path / "val.jsonl", documents)),
+        held_out=None if others is None else DataFile(path=write(tmp_path / "held.jsonl", others)),
     )
     settings: dict[str, Any] = {"window": 8, "windows": 12, "held_out": 6} | evaluation
     return build_corpora(name, distribution, EvaluationSection(**settings), tokenizer)

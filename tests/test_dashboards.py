@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import permutations
 from math import exp
@@ -197,6 +198,34 @@ def test_the_final_table_says_nll_mean_and_perplexity() -> None:
         "-",
         "-",
     )
+
+
+def test_what_violates_protection_says_by_how_much() -> None:
+    summary = a_summary(("a", "b"))
+    *others, winner = summary.standings
+    over = replace(summary, standings=(*others, replace(winner, violation=0.0312)))
+    for split in report.SPLITS:
+        before, after = (report.final_table(each, split).rows for each in (summary, over))
+        assert after[-1] == (f"{winner.label} (protect: +0.031 over)", *before[-1][1:]) and after[:-1] == before[:-1]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_general_corpora_have_columns_and_no_coefficients(count: int) -> None:
+    summary = a_summary(("a", "b", "c", "d")[:count])
+    general = replace(summary, weights={**summary.weights, "web": 0.0})
+    assert report.final_table(general, "search").headers[count + 1] == "web"
+    plain, drawn = figures.all_figures(summary), figures.all_figures(general)
+    for name in ("coefficients", "best-so-far", "simplex"):
+        assert drawn[name] == plain[name]
+    assert len(drawn["change"].data[0].x) == count + 1
+
+
+def test_best_so_far_counts_violations_with_their_penalty() -> None:
+    summary = a_summary(("a", "b"))
+    records = {name: tuple(replace(each, violation=0.1) for each in trials) for name, trials in summary.trials.items()}
+    before, after = (figures.best_so_far(each).data for each in (summary, replace(summary, trials=records)))
+    for lower, higher in zip(before, after, strict=True):
+        assert np.asarray(higher.y) == pytest.approx(np.asarray(lower.y) + 1.0, abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,24 @@
 """Laws of fine-tuning: what the loss is, same job same bits, whole or not at all, what finished means."""
 
 import dataclasses
+import functools
 import json
 import pickle
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from dem_opt.assets import Settings, generated_documents, make_tokenizer, untrained_base, write_corpora
 from dem_opt.assets.generated import math_problem
-from dem_opt.corpus import pack, read_documents
+from dem_opt.config import DataFile
+from dem_opt.corpus import pack
+from dem_opt.documents import read_documents
 from dem_opt.errors import InputError
 from dem_opt.finetune import RECORD, FineTuneJob, fine_tune, is_finished, save_checkpoint, train_model
 
@@ -49,7 +53,7 @@ def job(assets: Path, tmp_path: Path) -> FineTuneJob:
     return FineTuneJob(
         name="math",
         base=assets / "base",
-        train=assets / "math.train.jsonl",
+        train=DataFile(path=assets / "math.train.jsonl"),
         out=tmp_path / "math",
         window=TINY.window,
         steps=8,
@@ -110,10 +114,75 @@ def test_the_loss_is_the_mean_nll_of_scored_tokens_of_separate_documents(job: Fi
     assert loss == pytest.approx(nats / tokens, rel=1e-5)
 
 
+TEMPLATE = (
+    "{% for turn in messages %}<{{ turn.role }}>"
+    "{% if turn.role == 'assistant' %}{% generation %}{{ turn.content }}.{% endgeneration %}"
+    "{% else %}{{ turn.content }}{% endif %}{% endfor %}"
+)
+
+ASKED: dict[str, dict[str, object]] = {
+    "prompt_completion": {"prompt": "what is it?", "completion": "an answer"},
+    "messages": {
+        "messages": [{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "an answer"}]
+    },
+}
+"""A line of each format; with EOS or the template's full stop, the answer alone is learnt."""
+
+
+def asked(job: FineTuneJob, tmp_path: Path, form: str) -> FineTuneJob:
+    """A job on data of a format, and a base with a chat template."""
+    data, base = tmp_path / f"{form}.jsonl", tmp_path / "talking"
+    data.write_text((json.dumps(ASKED[form]) + "\n") * 12, encoding="utf-8")
+    shutil.copytree(job.base, base, dirs_exist_ok=True)
+    (base / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    file = DataFile.model_validate({"path": data, "format": form})
+    return dataclasses.replace(job, train=file, base=base, batch_size=1, steps=2)
+
+
+@pytest.mark.parametrize("form", ASKED)
+def test_prompts_are_not_learnt(job: FineTuneJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """Labels are the tokens of the answers, and -100 on all others."""
+    job, seen = asked(job, tmp_path, form), []
+    original = LlamaForCausalLM.forward
+
+    @functools.wraps(original)
+    def watched(model: LlamaForCausalLM, *arguments: object, **given: object) -> object:
+        seen.append({name: given[name].clone() for name in ("input_ids", "labels", "position_ids")})
+        return original(model, *arguments, **given)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", watched)
+    made = fine_tune(job)
+    tokenizer = AutoTokenizer.from_pretrained(job.base)
+    end = tokenizer.eos_token if form == "prompt_completion" else "."
+    for batch in seen:
+        assert ((batch["labels"] == -100) | (batch["labels"] == batch["input_ids"])).all()
+        learnt = [tokenizer.decode(labels[labels >= 0]) for labels in batch["labels"]]
+        assert learnt and all(text == f"an answer{end}" * text.count("answer") and text for text in learnt)
+    assert is_finished(job) and made.steps == 2
+
+
+@pytest.mark.parametrize("form", ASKED)
+def test_another_format_column_or_template_is_another_job(job: FineTuneJob, tmp_path: Path, form: str) -> None:
+    job = asked(job, tmp_path, form)
+    fine_tune(job)
+    columns = [{"path": job.train.path, "format": form, column: "other"} for column in job.train.columns]
+    for data in [{"path": job.train.path}, {"path": job.train.path, "text": "other"}, *columns]:
+        assert not is_finished(dataclasses.replace(job, train=DataFile.model_validate(data)))
+    (job.base / "chat_template.jinja").write_text("{# the same #}" + TEMPLATE, encoding="utf-8")
+    assert is_finished(job) is (form == "prompt_completion")
+
+
+def test_the_record_of_plain_texts_has_no_format(job: FineTuneJob) -> None:
+    """As in records from before there were formats, which stay valid."""
+    fine_tune(dataclasses.replace(job, steps=1))
+    record = json.loads((job.out / RECORD).read_text(encoding="utf-8"))
+    assert set(record["made_from"]) == {"base", "train", "settings"}
+
+
 def replaced_data(job: FineTuneJob, tmp_path: Path) -> FineTuneJob:
     data = tmp_path / "other.jsonl"
-    data.write_text(job.train.read_text(encoding="utf-8") + '{"text": "more"}\n', encoding="utf-8")
-    return dataclasses.replace(job, train=data)
+    data.write_text(job.train.path.read_text(encoding="utf-8") + '{"text": "more"}\n', encoding="utf-8")
+    return dataclasses.replace(job, train=DataFile(path=data))
 
 
 def replaced_base(job: FineTuneJob, tmp_path: Path) -> FineTuneJob:
@@ -160,14 +229,15 @@ def test_too_little_data_is_the_users_mistake(job: FineTuneJob, tmp_path: Path) 
     short = tmp_path / "short.jsonl"
     short.write_text('{"text": "a few words"}\n', encoding="utf-8")
     with pytest.raises(InputError, match=r"short.jsonl: fine_tuning.batch_size = 4: makes 1 windows of 32 tokens"):
-        fine_tune(dataclasses.replace(job, train=short))
+        fine_tune(dataclasses.replace(job, train=DataFile(path=short)))
     assert not job.out.exists()
 
 
 @pytest.mark.parametrize("field", ["base", "train"])
 def test_missing_files_are_the_users_mistake(job: FineTuneJob, tmp_path: Path, field: str) -> None:
     fine_tune(dataclasses.replace(job, steps=1))
-    missing = dataclasses.replace(job, **{field: tmp_path / "missing"})
+    nowhere = tmp_path / "missing"
+    missing = dataclasses.replace(job, **{field: nowhere if field == "base" else DataFile(path=nowhere)})
     for ask in (is_finished, fine_tune):
         with pytest.raises(InputError, match=rf"{field}: no such file"):
             ask(missing)
@@ -182,7 +252,7 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_nothing(job: FineTuneJob) ->
 
 def test_a_place_that_cant_be_written_is_found_before_the_training(job: FineTuneJob) -> None:
     with pytest.raises(InputError, match="can't be made"):
-        fine_tune(dataclasses.replace(job, out=job.train / "math", steps=10**9))
+        fine_tune(dataclasses.replace(job, out=job.train.path / "math", steps=10**9))
 
 
 def test_a_foreign_checkpoint_is_not_overwritten(job: FineTuneJob) -> None:

@@ -11,11 +11,12 @@ def question(**fields) -> Question:
         "base": "hash-0",
         "experts": {"code": "hash-1", "a.validation": "hash-2"},
         "total": 1.0,
-        "weights": {"code": 1.0, "a.validation": 0.3},
+        "weights": {"code": 1.0, "a.validation": 0.3, "web": 0.0, "web.held_out": 0.5},
         "corpora": {
-            "search": {"code": "corpus-1", "a.validation": "corpus-2"},
-            "held_out": {"code": "corpus-3", "a.validation": "corpus-4"},
+            "search": {"code": "corpus-1", "a.validation": "corpus-2", "web": "corpus-5", "web.held_out": "corpus-6"},
+            "held_out": {"code": "corpus-3", "a.validation": "corpus-4", "web": "corpus-7", "web.held_out": "corpus-8"},
         },
+        "protect": {"web": 0.02, "code": 0.0},
         "settings": {"evaluation.dtype": "float32", "evaluation.batch": "4096", "device": "cpu", "tokenizer": "t"},
     }
     return Question(**known | fields)
@@ -39,6 +40,21 @@ def test_every_change_of_scoring_is_refused_by_its_name(field):
     with pytest.raises(InputError) as refusal:
         refuse_other_scoring("study.yaml", question().scored(), question().scored() | {field: "other"})
     assert str(refusal.value).startswith(f"study.yaml: {field}")
+
+
+def test_general_corpora_and_protection_are_asked_and_not_scored():
+    fields = {"general.web.validation", "general.web.held_out", "objective.protect.web", "objective.protect.code"}
+    assert fields <= question().asked().keys() and not fields & question().scored().keys()
+
+
+def test_a_question_without_them_is_written_as_it_always_was():
+    plain = question(
+        weights={"code": 1.0, "a.validation": 0.3},
+        corpora={split: dict(list(by_name.items())[:2]) for split, by_name in question().corpora.items()},
+        protect={},
+    )
+    assert Question.recall(plain.asked(), plain.scored()) == plain
+    assert not [key for key in plain.asked() if key.startswith(("general.", "objective.protect."))]
 
 
 def test_what_only_one_of_two_knows_is_no_change():

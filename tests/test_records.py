@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dem_opt.errors import EvaluationError
-from dem_opt.records import Composite, Score, Windows, mean_nll
+from dem_opt.records import Composite, Score, TrialRecord, Windows, mean_nll, violation
 from dem_opt.simplex import UNIT, Coefficients, Space
 
 EXPERTS = {"a": "hash-3", "b": "hash-1", "c": "hash-2"}
@@ -62,6 +62,29 @@ def test_the_objective_is_the_weighted_mean_of_distributions():
     assert mean_nll(scores, {"a": 1, "b": 1}) == 2.0
     assert mean_nll(scores, {"a": 1, "b": 3}) == 2.5
     assert mean_nll({"a": scores["a"]}, {"a": 1, "b": 0}) == 1.0
+
+
+def test_a_violation_is_what_exceeds_the_allowances_in_all():
+    # "a": 2.5 - 2 - 0.25 = 0.25 over; "b": 3 - 1 - 0.5 = 1.5 over; "c" is better than the base; "d" is not protected.
+    base = {name: Score((nll,), (1,)) for name, nll in {"a": 2.0, "b": 1.0, "c": 3.0, "d": 1.0}.items()}
+    scores = {name: Score((nll,), (1,)) for name, nll in {"a": 2.5, "b": 3.0, "c": 1.0, "d": 9.0}.items()}
+    assert violation(scores, base, {"a": 0.25, "b": 0.5, "c": 0.0}) == 1.75
+    assert (
+        violation(scores, base, {"c": 0.0}) == violation(scores, base, {}) == violation(base, base, {"a": 0.0}) == 0.0
+    )
+    assert violation(scores, base, {"b": 2.0}) == 0.0, "an allowance may be used up"
+    assert violation({"a": scores["a"]}, base, {"a": 0.25, "b": 0.5}) == 0.25, "what is not scored yet is not counted"
+
+
+def test_feasible_trials_rank_first_and_the_penalty_is_ten_for_one():
+    point = Space(("a", "b")).centroid()
+    trials = [
+        TrialRecord("s", number, point, objective, violation=over)
+        for number, (objective, over) in enumerate([(1.0, 0.5), (3.0, 0.0), (0.5, 0.6), (2.0, 0.0), (1.5, 0.5)])
+    ]
+    assert [trial.number for trial in sorted(trials, key=lambda trial: trial.rank)] == [3, 1, 0, 4, 2]
+    assert [trial.penalized for trial in trials] == [6.0, 3.0, 6.5, 2.0, 6.5]
+    assert TrialRecord("s", 0, point, None).penalized is None
 
 
 @pytest.mark.parametrize("field", ["ids_WT", "positions_WT", "scored_WT"])

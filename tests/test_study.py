@@ -1,13 +1,16 @@
 """Laws of whole studies, in process over a tiny world: one ledger, one winner, nothing measured twice."""
 
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
 
+import pyarrow
 import pytest
 import torch
 import worlds
 import yaml
+from pyarrow import parquet
 from transformers import AutoModelForCausalLM
 from untracked import Untracked
 
@@ -18,7 +21,8 @@ from dem_opt.pool import InProcessCompute
 from dem_opt.question import SEARCH
 from dem_opt.records import Silence
 from dem_opt.resident import Resident
-from dem_opt.sources import gather
+from dem_opt.search import Search, study_names
+from dem_opt.sources import _check_window, gather
 from dem_opt.study import Study
 
 GRID = {"algorithm": "random", "trials": 5, "divisions": 4}
@@ -130,6 +134,114 @@ def test_another_weighting_needs_no_forward_pass_for_what_is_measured(tmp_path, 
     summary = weighted.compare(["grid"])
     assert not {key for _, key in evaluated} & set(search_keys(path)), "held-out reports on another winner"
     assert summary.winner.objective["search"] == summary.winner.scores["search"]["code"].nll
+
+
+def add_general(path: Path, **objective) -> Path:
+    """The study with a general corpus "web", and an objective."""
+    worlds.write_documents(path.parent / "data/web.jsonl", worlds.documents(7))
+    return edit(path, lambda study: study.update(general={"web": "data/web.jsonl"}, objective=objective))
+
+
+def test_a_general_corpus_is_scored_and_changes_no_objective(tmp_path, untracked, evaluated):
+    path = worlds.study(tmp_path, search=GRID)
+    before = open_study(path).compare(["grid"])
+    old = set(evaluated)
+    evaluated.clear()
+    watching = Witness()
+    study = open_study(add_general(path), watching)
+    after = study.compare(["grid"])
+    assert not old & set(evaluated)
+    assert {key for _, key in evaluated} == set(gather(load(path), path).question().keys(SEARCH)) - {
+        k for _, k in old
+    } | {gather(load(path), path).question().corpora["held_out"]["web"]}, "only the new corpus is scored"
+    assert any("general.web.validation is new" in line and "generation 2" in line for line in watching.lines)
+    assert after.winner.objective == before.winner.objective and after.winner.coefficients == before.winner.coefficients
+    assert all(set(standing.scores[SEARCH]) == {"code", "math", "prose", "web"} for standing in after.standings)
+    assert after.distributions == ("code", "math", "prose") and list(after.weights) == [*after.distributions, "web"]
+    assert study.summary() == after
+
+
+def test_a_study_may_mix_kinds_of_files_and_formats(tmp_path, untracked):
+    path = worlds.study(tmp_path, search=GRID | {"trials": 2})
+    (tmp_path / "models/base/chat_template.jinja").write_text(
+        "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    texts = [(text[:20], text[20:60]) for text in worlds.documents(9)]
+    chats = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in texts]
+    parquet.write_table(pyarrow.table({"chat": chats}), tmp_path / "data/chats.parquet")
+    pairs = [json.dumps({"prompt": a, "completion": b}) for a, b in texts]
+    (tmp_path / "data/pairs.jsonl").write_text("\n".join(pairs))
+
+    def mix(study):
+        by_name = study["distributions"]
+        by_name["code"]["validation"] = {"path": "data/chats.parquet", "format": "messages", "messages": "chat"}
+        by_name["math"]["validation"] = {"path": "data/pairs.jsonl", "format": "prompt_completion"}
+        study["evaluation"]["window"] = 64
+
+    winner = open_study(edit(path, mix)).run()
+    tokens = {name: score.tokens for name, score in winner.scores[SEARCH].items()}
+    assert tokens["prose"] > 3 * 63 and all(0 < tokens[name] < 4 * 63 for name in ("code", "math"))
+
+
+def test_an_objective_may_name_a_general_corpus(tmp_path, untracked):
+    path = add_general(worlds.study(tmp_path, search=GRID), weights={"web": 2.0})
+    winner = open_study(path).run()
+    assert winner.objective[SEARCH] == winner.scores[SEARCH]["web"].nll
+
+
+@pytest.mark.parametrize(("algorithm", "name"), [("grid", "web"), ("simplex-gp", "code")])
+def test_protection_changes_the_winner_to_the_best_that_keeps_it(tmp_path, untracked, evaluated, algorithm, name):
+    """The allowance is the middle of what the free study's trials do to the corpus, so some keep it and some don't."""
+    path = add_general(worlds.study(tmp_path, search=GRID | {"algorithm": algorithm}))
+    free = open_study(path).compare([algorithm])
+    base = free.standings[0].scores[SEARCH][name].nll
+    excess = sorted(record.scores[name].nll - base for record in free.trials[algorithm])
+    best = free.winner.scores[SEARCH][name].nll - base
+    allowance = max((excess[0] + best) / 2, 0.0)
+    evaluated.clear()
+    study = open_study(add_general(path, protect={name: allowance}))
+    kept = study.compare([algorithm])
+    trials = kept.trials[algorithm]
+    for record in trials:
+        assert record.violation == pytest.approx(max(0.0, record.scores[name].nll - base - allowance), abs=1e-12)
+        assert record.penalized == pytest.approx(record.objective + 10 * record.violation)
+    feasible = [record for record in trials if record.violation == 0]
+    best = (
+        min(feasible, key=lambda r: r.objective) if feasible else min(trials, key=lambda r: (r.violation, r.objective))
+    )
+    assert (kept.winner.coefficients, kept.winner.violation) == (best.coefficients, best.violation)
+    if algorithm == "grid":
+        assert not [key for _, key in evaluated if key in search_keys(path)], "every composite was measured already"
+        assert feasible and kept.winner.coefficients != free.winner.coefficients
+        assert kept.winner.algorithm == "grid", "in its second generation too"
+        assert kept.winner.objective[SEARCH] > free.winner.objective[SEARCH]
+    told = {trial.number: trial.objective for trial in optuna_trials(path, study, algorithm)}
+    assert told == {record.number: record.penalized for record in trials}
+
+
+def optuna_trials(path: Path, study: Study, algorithm: str) -> list:
+    """What Optuna was told in the newest generation."""
+    names = [name for name in study_names(study.config.storage) if name.startswith(f"tiny/{algorithm}")]
+    settings = study.config.search.model_copy(update={"algorithm": algorithm})
+    return Search(study.config.storage, max(names), study.config.space, settings).trials()
+
+
+def test_every_change_of_what_is_protected_begins_a_generation(tmp_path, untracked, evaluated):
+    path = worlds.study(tmp_path, search=GRID)
+    open_study(add_general(path, protect={"web": 0.1})).run()
+    for generation, allowance in enumerate((0.2, 0.0), start=2):
+        watching = Witness()
+        open_study(add_general(path, protect={"web": allowance}), watching).run()
+        assert any(
+            "objective.protect.web has changed" in line and f"generation {generation} " in line
+            for line in watching.lines
+        )
+    worlds.write_documents(tmp_path / "data/other.jsonl", worlds.documents(8))
+    watching = Witness()
+    edit(path, lambda study: study.update(general={"web": "data/other.jsonl"}))
+    open_study(path, watching).run()
+    assert any("general.web.validation has changed" in line for line in watching.lines), "it is not refused"
 
 
 @pytest.mark.parametrize(
@@ -253,6 +365,31 @@ def test_a_composite_that_can_not_be_scored_fails_alone(tmp_path, untracked, mon
     trials = study.summary().trials["grid"]
     assert [record.number for record in trials if record.objective is None] == [2]
     assert trials[2].reason == "the loss of window 0 is nan" and len(trials) == 15
+
+
+@pytest.mark.parametrize("key", ["max_position_embeddings", "n_positions"])
+def test_a_window_longer_than_the_bases_positions_is_refused(tmp_path, key):
+    path = worlds.study(tmp_path)
+    edit(path, lambda study: study["evaluation"].update(window=65))
+    with pytest.raises(InputError, match=r"evaluation.window = 65: the base has 64 positions"):
+        gather(load(path), path)
+    config = tmp_path / "models/base/config.json"
+    described = json.loads(config.read_text())
+    del described["max_position_embeddings"]
+    config.write_text(json.dumps(described))
+    assert gather(load(path), path).corpora, "no limit is named"
+    config.write_text(json.dumps(described | {"n_positions": 64, "is_encoder_decoder": True}))
+    assert _window_is_checked(path) is False
+    config.write_text(json.dumps(described | {key: 64}))
+    assert _window_is_checked(path) is True
+
+
+def _window_is_checked(path: Path) -> bool:
+    try:
+        _check_window(load(path), path)
+    except InputError:
+        return True
+    return False
 
 
 def test_an_unknown_algorithm_is_named(tmp_path):

@@ -154,6 +154,12 @@ def test_a_trial_is_logged_with_all_that_is_known_of_it(make: Make, logged: Call
     assert parent.data.params == {"seed": "0"}
 
 
+def test_a_violation_stands_beside_the_plain_objective(make: Make, logged: Callable[[], Logged]) -> None:
+    run(make(), [], [trial(1, violation=0.25)])
+    (child,) = logged().children
+    assert (child.data.metrics["objective_nll"], child.data.metrics["protect_violation"]) == (0.625, 0.25)
+
+
 def test_a_failed_trial_says_why(make: Make, logged: Callable[[], Logged]) -> None:
     run(make(), [], [failed(0)])
     (child,) = logged().children
