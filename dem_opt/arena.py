@@ -49,6 +49,12 @@ class Arena:
         """Content hashes of the checkpoints that are stored."""
         return frozenset(self._segments[0].stored_NP)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the segments: the stored checkpoints and the live model."""
+        flats = [flat for one in self._segments for flat in (one.live_P, *one.stored_NP.values())]
+        return sum(flat.nbytes for flat in flats)
+
     def merge(self, composite: Composite) -> None:
         """Make the live model  Theta_D = sum_n (units_n / 1e9) Theta_n , always from the stored checkpoints.
 

@@ -35,7 +35,7 @@ CONFIG_ERRORS = (ValueError, LookupError, TypeError, AttributeError, OSError, Im
 _CHUNK = 2**15
 """Elements hashed at once: they stay in cache between two passes, too few for torch to start threads."""
 
-_SHOWN = 3
+_SHOWN = 10
 """Mismatches told in full before the rest are counted."""
 
 
@@ -159,13 +159,17 @@ def content_hash(folder: Path, field: str = "checkpoint") -> str:
     Raises InputError for NaN or infinite weights, and what `read_header` raises.
     """
     header = read_header(folder, field)
-    stamp = [[str(file.resolve()), *_stat(file)] for file in header.files]
-    known = _read_cache().get(str(folder.resolve()))
-    if isinstance(known, dict) and known.get("files") == stamp and isinstance(known.get("content"), str):
-        return str(known["content"])
-    content = hash_tensors(header)
-    _write_cache(_read_cache() | {str(folder.resolve()): {"files": stamp, "content": content}})
+    content = known_content(header)
+    if content is None:
+        content = hash_tensors(header)
+        _write_cache(_read_cache() | {str(folder.resolve()): {"files": _stamp(header), "content": content}})
     return content
+
+
+def known_content(header: Header) -> str | None:
+    """The content hash that the cache has for these very files; None where they have to be read for it."""
+    known = _read_cache().get(str(header.folder.resolve()))
+    return known.get("content") if isinstance(known, dict) and known.get("files") == _stamp(header) else None
 
 
 def hash_tensors(header: Header) -> str:
@@ -283,8 +287,7 @@ def _stored(file: Path, field: str, name: str, entry: Mapping[str, Any], data: i
 
 def _forms(header: Header, architecture: Architecture) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of every tensor that is not another name of a tied one."""
-    own = {name: tensor for name, tensor in header.tensors.items() if name not in architecture.aliases}
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()}
+    return {name: (one.shape, one.dtype) for name, one in header.tensors.items() if name not in architecture.aliases}
 
 
 def _differences(expected: Mapping[str, Any], stored: Mapping[str, Any], embedding: str) -> list[str]:
@@ -367,10 +370,11 @@ def _digest(header: Header, name: str, tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _stat(file: Path) -> tuple[int, int, int]:
-    """What changes when a file does: size, time of change in nanoseconds, inode."""
-    stat = file.stat()
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+def _stamp(header: Header) -> list[list[Any]]:
+    """What changes when a weight file does: path, size, time of change in nanoseconds, inode."""
+    return [
+        [str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns, stat.st_ino] for file in header.files
+    ]
 
 
 def _cache_file() -> Path:

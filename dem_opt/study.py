@@ -9,7 +9,7 @@ from typing import Self
 
 from dem_opt import config as study_file
 from dem_opt.config import StudyConfig
-from dem_opt.database import Engine, Lease, connect, holding, masked
+from dem_opt.database import Engine, Lease, connect, holding, is_there, masked
 from dem_opt.driver import Driver
 from dem_opt.errors import InputError, nearest
 from dem_opt.export import Export, ExportError, model_card, prove, write_composite
@@ -95,6 +95,8 @@ class Study:
                     self._where, "algorithm", algorithm, f"no such algorithm; {nearest(algorithm, ALGORITHMS)}"
                 )
         sources = gather(self.config, self._where)
+        for warning in sources.warnings():
+            self._observer.milestone(f"warning: {warning}")
         name = self.config.name
         with self._open() as (engine, ledger), holding(engine, name) as lease, self._compute as compute:
             question = sources.on(compute.device).question()
@@ -141,22 +143,22 @@ class Study:
 
     def score_model(self, folder: Path) -> Scores:
         """Scores of any model that has the base's tokenizer, by split and distribution."""
-        sources = gather(self.config, self._where)
+        sources = gather(self.config, self._where, resident=False)
         model = sources.other(folder, "--model")
         return self._score(sources, Composite.single(model.content), model)
 
     def merge(self, weights: Mapping[str, float], out: Path) -> Export:
         """Write the composite of these coefficients as a checkpoint folder, its bits compared from disk."""
         coefficients = self.config.space.check(weights, self._where, "--weights")
-        return self._write(gather(self.config, self._where), coefficients, out, (), prove)
+        return self._write(gather(self.config, self._where, resident=False), coefficients, out, (), prove)
 
     def export(self, out: Path) -> Champion:
         """Write the winner as a checkpoint folder, prove it from disk, register it.
 
         Its bits are compared with a fresh merge and its scores with the winner's before the folder gets its name.
         """
-        files = gather(self.config, self._where)
-        with self._open() as (_, ledger), self._compute as compute:
+        files = gather(self.config, self._where, resident=False)
+        with self._open_found() as ledger, self._compute as compute:
             sources, row = files.on(compute.device), self._row(ledger)
             question = sources.question()
             if row.question != question.asked():
@@ -181,7 +183,7 @@ class Study:
 
         Raises InputError where it has not been run.
         """
-        with self._open() as (_, ledger):
+        with self._open_found() as ledger:
             row = self._row(ledger)
             return self._found(ledger, Question.recall(row.question, row.scoring), row.generation)
 
@@ -203,6 +205,22 @@ class Study:
         engine = connect(self.config.storage)
         try:
             yield engine, Ledger(engine)
+        finally:
+            engine.dispose()
+
+    @contextmanager
+    def _open_found(self) -> Iterator[Ledger]:
+        """The ledger of a study that has been run; nothing is made where there is none.
+
+        Raises InputError where it has not been run.
+        """
+        if not is_there(self.config.storage):
+            raise self._nothing_yet()
+        engine = connect(self.config.storage)
+        try:
+            if not Ledger.is_in(engine):
+                raise self._nothing_yet()
+            yield Ledger(engine)
         finally:
             engine.dispose()
 

@@ -11,10 +11,10 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = [
     {"errors", "simplex", "records", "config", "question", "intervals"},
-    {"checkpoints", "arena", "corpus", "database"},
+    {"checkpoints", "arena", "corpus", "database", "machine"},
     {"perplexity", "ledger"},
-    {"resident", "samplers", "finetune", "sources"},
-    {"pool", "search", "tracking"},
+    {"resident", "samplers", "finetune", "plan", "sources"},
+    {"pool", "search", "tracking", "check"},
     {"standings", "export", "assets"},
     {"driver"},
     {"study"},
@@ -33,6 +33,7 @@ ALLOWED = {
     ("question", "simplex"),
     ("intervals", "records"),
     ("arena", "checkpoints"),
+    ("sources", "plan"),
     ("cli", "terminal"),
 }
 
@@ -46,7 +47,7 @@ DOORS = {
     "yaml": {"config"},
     "pydantic": {"config"},
     "dashboards": {"cli"},
-    "torch": {"checkpoints", "arena", "perplexity", "resident", "finetune", "assets", "export", "pool"},
+    "torch": {"checkpoints", "arena", "perplexity", "resident", "finetune", "machine", "plan", "assets", "export", "pool"},
     "transformers": {"checkpoints", "arena", "corpus", "perplexity", "finetune", "assets", "export"},
 }
 """Who may import what, at the top of a module or inside its functions."""

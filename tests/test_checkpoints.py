@@ -236,7 +236,7 @@ MISFITS = {
     "embed_tokens.weight is missing": lambda tensors: tensors.pop(EMBEDDING),
     "extra.weight is unknown": lambda tensors: tensors.update({"extra.weight": torch.ones(2)}),
     "differ, but config.json ties them": untie,
-    "and 15 more": rename_layers,
+    "and 8 more": rename_layers,
 }
 
 
