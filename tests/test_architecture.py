@@ -47,7 +47,18 @@ DOORS = {
     "yaml": {"config"},
     "pydantic": {"config"},
     "dashboards": {"cli"},
-    "torch": {"checkpoints", "arena", "perplexity", "resident", "finetune", "machine", "plan", "assets", "export", "pool"},
+    "torch": {
+        "checkpoints",
+        "arena",
+        "perplexity",
+        "resident",
+        "finetune",
+        "machine",
+        "plan",
+        "assets",
+        "export",
+        "pool",
+    },
     "transformers": {"checkpoints", "arena", "corpus", "perplexity", "finetune", "assets", "export"},
 }
 """Who may import what, at the top of a module or inside its functions."""
