@@ -372,9 +372,7 @@ def _digest(header: Header, name: str, tensor: Tensor) -> str:
 
 def _stamp(header: Header) -> list[list[Any]]:
     """What changes when a weight file does: path, size, time of change in nanoseconds, inode."""
-    return [
-        [str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns, stat.st_ino] for file in header.files
-    ]
+    return [[str(one.resolve()), (stat := one.stat()).st_size, stat.st_mtime_ns, stat.st_ino] for one in header.files]
 
 
 def _cache_file() -> Path:
