@@ -183,8 +183,8 @@ def _tracking(uri: str) -> tuple[str, list[str]]:
 
 
 def _duration(seconds: float) -> str:
-    """Seconds under two minutes, minutes under two hours, else hours."""
-    for size, unit in ((3600, "hours"), (60, "minutes")):
+    """In the largest unit of which there are two."""
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:,.0f} {unit}"
     return f"{seconds:.0f} seconds" if seconds >= 1 else "a second"

@@ -5,7 +5,7 @@ resident do, so it changes when they do.  Shape suffixes as in records; H is the
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -22,11 +22,15 @@ from dem_opt.perplexity import ROWS
 BATCH_TOKENS = 4096
 """Tokens in one forward call where the study says `batch: auto` and memory allows."""
 
-PROCESS = 650 * 10**6
-"""Bytes that Python, torch, transformers and Ray take in a resident's process (Linux, CPU; counted as its RSS)."""
+PROCESS = 450 * 10**6
+"""Bytes that Python, torch, transformers and Ray take in a resident's process before it loads (its RSS, on Linux)."""
 
 CONTEXT = 600 * 10**6
-"""Bytes that a process takes on a GPU before it stores anything: CUDA's context and the libraries' kernels."""
+"""Bytes that a process takes on a GPU before it stores anything: CUDA's context and the libraries' kernels.  Not
+measured: a round number above what is usual."""
+
+KEPT = 32 * 2**20
+"""The C library gives freed tensors of at least so many bytes back to the system, and may keep smaller ones (glibc)."""
 
 _WINDOW_BYTES = 41
 """Bytes of a token of a window: int64 ids, positions and targets, and the spec's own ids, positions and mask."""
@@ -75,6 +79,7 @@ class Plan:
     machine: Machine
     widths: Widths
     dtype: str
+    window: int
     batch_tokens: int
     call_tokens: int
     checkpoints: int
@@ -146,35 +151,31 @@ def make_plan(
     itemsize = _itemsize(dtype)
     widths, asked = read_widths(architecture, model), residents_asked(study.compute.residents, machine)
     unlike = list({identity(header): header for header in headers.values()}.values())
-    stored = [_flat(header, architecture) for header in unlike]
-    live = _flat(base, architecture, itemsize)
-    splits = given.windows + given.held_out
-    fixed = {
-        "stored": sum(stored),
-        "live": live,
-        "scratch": _scratch(base, itemsize, machine.device),
-        "windows": _WINDOW_BYTES * len(study.distributions) * splits * given.window,
-        "process": PROCESS if machine.device == "cpu" else CONTEXT,
-    }
+    held = _held(architecture, base, unlike, study, machine.device, itemsize)
     rows = max(given.windows, given.held_out)
+
+    def call_bytes(rows: int) -> int:
+        return activation_bytes(widths, rows, given.window, itemsize, machine.device)
+
     share = machine.total // asked if machine.device == "cpu" else machine.total
-    batch = _batch(widths, study, rows, itemsize, share - sum(fixed.values()))
-    passes = _passes(study)
+    free = share - sum(held.values())
+    batch = _batch(study, free, lambda batch: call_bytes(_rows(batch, given.window, rows)))
     return Plan(
         machine=machine,
         widths=widths,
         dtype=dtype,
+        window=given.window,
         batch_tokens=batch,
         checkpoints=len(unlike),
-        **fixed,
+        **held,
         call_tokens=_rows(batch, given.window, rows) * given.window,
-        activations=activation_bytes(widths, _rows(batch, given.window, rows), given.window, itemsize),
+        activations=call_bytes(_rows(batch, given.window, rows)),
         asked=asked,
         trial_tokens=len(study.distributions) * given.windows * given.window,
         report_tokens=len(study.distributions) * given.held_out * given.window,
-        **passes,
+        **_passes(study),
         token_flops=flops_per_token(architecture, model, widths, given.window),
-        merge_bytes=sum(stored) + live,
+        merge_bytes=held["stored"] + held["live"],
     )
 
 
@@ -184,11 +185,16 @@ def refuse_too_large(plan: Plan, where: object) -> None:
         return
     parts = f"{plan.checkpoints} checkpoints {sized(plan.stored)}, live model {sized(plan.live)}, "
     parts += f"activations {sized(plan.activations)}, the rest {sized(plan.scratch + plan.windows + plan.process)}"
-    fewer = "fewer residents, " if plan.asked > 1 and plan.machine.device == "cpu" else ""
-    half = "" if plan.dtype in ("bfloat16", "float16") else "evaluation.dtype bfloat16, "
+    mends = ["fewer distributions"]
+    if plan.dtype == "float32":
+        mends.insert(0, "evaluation.dtype bfloat16")
+    if plan.needed - plan.machine.available < plan.activations and plan.call_tokens > plan.window:
+        mends.insert(0, "a smaller evaluation.batch")
+    if plan.machine.device == "cpu" and plan.asked > 1:
+        mends.insert(0, "fewer residents")
     mend = (
         f"{plan.asked} x {sized(plan.resident)} are needed ({parts}), {sized(plan.machine.available)} of "
-        f"{sized(plan.machine.total)} are available: {fewer}a smaller evaluation.batch, {half}fewer distributions"
+        f"{sized(plan.machine.total)} are available; what would help: {', '.join(mends)}"
     )
     raise InputError(where, "compute.residents", plan.asked, mend)
 
@@ -242,25 +248,26 @@ def logits_bytes(widths: Widths, tokens: int, itemsize: int) -> int:
     return tokens * widths.vocabulary * itemsize * (2 if widths.capped else 1)
 
 
-def activation_bytes(widths: Widths, rows: int, window: int, itemsize: int) -> int:
+def activation_bytes(widths: Widths, rows: int, window: int, itemsize: int, device: str = "cpu") -> int:
     """The most bytes that a forward call on `rows` windows and its loss hold at once, in inference mode.
 
     The largest of three moments, for B T tokens:
-    attention   embedding, layer's input, its norm (3H); q, its output twice (3Q), k and v (2K), where heads share keys
-                their expansion (2Q); the mask and its float copy [B, T, T]; the scores where they are held
+    attention     embedding, layer's input, its norm (3H); q, its output twice (3Q), k and v (2K), where heads share
+                  keys their expansion (2Q); the mask and its float copy [B, T, T]; the scores where they are held
     feed-forward  embedding, layer's input, residual, its norm (4H); gate, up and their product (3I)
-    loss        the last hidden states (H); the logits [B, T, V]; ROWS of them in float32 and their log-softmax
+    loss          the last hidden states (H); the logits [B, T, V]; ROWS of them in float32 and their log-softmax;
+                  on a CPU also what the layers have freed and the allocator has kept
     """
     tokens, square = rows * window, rows * window**2
+    hidden, inner = tokens * widths.hidden * itemsize, tokens * widths.intermediate * itemsize
     shared = 2 * widths.queries if widths.keys < widths.queries else 0
-    attention = tokens * (3 * widths.hidden + 3 * widths.queries + 2 * widths.keys + shared) * itemsize
+    attention = 3 * hidden + tokens * (3 * widths.queries + 2 * widths.keys + shared) * itemsize
     attention += square * (1 + itemsize)
     attention += square * widths.heads * (2 * itemsize + 4) if widths.materialized else 0
-    forward = tokens * (4 * widths.hidden + 3 * widths.intermediate) * itemsize
+    kept = sum(count * size for count, size in ((4, hidden), (3, inner)) if device == "cpu" and size < KEPT)
     copies = 1 if itemsize == 4 else 2
-    loss = tokens * widths.hidden * itemsize + logits_bytes(widths, tokens, itemsize)
-    loss += copies * min(ROWS, tokens) * widths.vocabulary * 4
-    return max(attention, forward, loss)
+    loss = hidden + logits_bytes(widths, tokens, itemsize) + copies * min(ROWS, tokens) * widths.vocabulary * 4 + kept
+    return max(attention, 4 * hidden + 3 * inner, loss)
 
 
 def flops_per_token(architecture: Architecture, model: Mapping[str, Any], widths: Widths, window: int) -> float:
@@ -284,6 +291,25 @@ def sized(count: float) -> str:
         if count >= size / 10:
             return f"{count / size:,.1f} {unit}"
     return f"{count / 1000:,.1f} kB"
+
+
+def _held(
+    architecture: Architecture,
+    base: Header,
+    unlike: Sequence[Header],
+    study: StudyConfig,
+    device: str,
+    itemsize: int,
+) -> dict[str, int]:
+    """What a resident holds for life, in bytes, by field of the plan."""
+    given = study.evaluation
+    return {
+        "stored": sum(_flat(header, architecture) for header in unlike),
+        "live": _flat(base, architecture, itemsize),
+        "scratch": _scratch(base, itemsize, device),
+        "windows": _WINDOW_BYTES * len(study.distributions) * (given.windows + given.held_out) * given.window,
+        "process": PROCESS if device == "cpu" else CONTEXT,
+    }
 
 
 def _flat(header: Header, architecture: Architecture, itemsize: int | None = None) -> int:
@@ -313,13 +339,13 @@ def _rows(batch: int, window: int, windows: int) -> int:
     return min(max(1, batch // window), windows)
 
 
-def _batch(widths: Widths, study: StudyConfig, windows: int, itemsize: int, free: int) -> int:
-    """Tokens in one forward call at most; auto halves them until activations fit into `free` bytes."""
+def _batch(study: StudyConfig, free: int, needs: Callable[[int], int]) -> int:
+    """Tokens in one forward call at most; auto halves them until what they need fits into `free` bytes."""
     given, window = study.evaluation.batch, study.evaluation.window
     if not isinstance(given, str):
         return given
     batch = BATCH_TOKENS
-    while batch // 2 >= window and activation_bytes(widths, _rows(batch, window, windows), window, itemsize) > free:
+    while batch // 2 >= window and needs(batch) > free:
         batch //= 2
     return batch
 
