@@ -29,6 +29,9 @@ CONTEXT = 600 * 10**6
 """Bytes that a process takes on a GPU before it stores anything: CUDA's context and the libraries' kernels.  Not
 measured: a round number above what is usual."""
 
+PACE = 0.6
+"""The share of a matrix product's speed that a whole forward pass reaches: five runs of benchmarks/plan.py (LOG.md)."""
+
 KEPT = 32 * 2**20
 """The C library gives freed tensors of at least so many bytes back to the system, and may keep smaller ones (glibc)."""
 
@@ -122,13 +125,13 @@ class Plan:
     def seconds(self, speed: Speed) -> float:
         """Seconds of merging and scoring for the whole study.
 
-        Measured seconds for a token where there are any; else  tokens * FLOPs / speed + merges * bytes / bandwidth .
+        Measured seconds for a token where there are any; else  tokens * FLOPs / (PACE speed) + merges * bytes / bandwidth .
         Residents on GPUs divide it among them; those on a CPU divide the CPU.  Proposals, loading and hashing come
         on top.
         """
         if speed.token_seconds is None:
             merges = self.composites + self.reported
-            spent = self.tokens * self.token_flops / speed.flops + merges * self.merge_bytes / speed.bandwidth
+            spent = self.tokens * self.token_flops / (PACE * speed.flops) + merges * self.merge_bytes / speed.bandwidth
         else:
             spent = self.tokens * speed.token_seconds
         return spent / (self.asked if self.machine.device == "cuda" else 1)
