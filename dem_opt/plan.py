@@ -125,9 +125,9 @@ class Plan:
     def seconds(self, speed: Speed) -> float:
         """Seconds of merging and scoring for the whole study.
 
-        Measured seconds for a token where there are any; else  tokens * FLOPs / (PACE speed) + merges * bytes / bandwidth .
-        Residents on GPUs divide it among them; those on a CPU divide the CPU.  Proposals, loading and hashing come
-        on top.
+        Measured seconds for a token where there are any; else  tokens * FLOPs / (PACE speed) + merges * bytes /
+        bandwidth .  Residents on GPUs divide it among them; those on a CPU divide the CPU.  Proposals, loading and
+        hashing come on top.
         """
         if speed.token_seconds is None:
             merges = self.composites + self.reported
