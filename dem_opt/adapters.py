@@ -137,7 +137,7 @@ def read_adapter(folder: Path, field: str) -> Adapter:
             mend = "is pickled: save it as safetensors" if pickled and name == WEIGHTS else f"has no {name}"
             raise InputError(folder, field, None, mend)
     config = _check_config(folder, field)
-    header = Header(folder, field, read_file_header(folder / WEIGHTS, field))
+    header = Header(folder, field, read_file_header(folder / WEIGHTS, field), adapter=True)
     return _sort(header, config)
 
 

@@ -53,12 +53,13 @@ class StoredTensor:
 class Header:
     """What the headers of a checkpoint folder say: its tensors by name.
 
-    `field` is the field of the study file that named the folder, for messages.
+    `field` is the field of the study file that named the folder, for messages; `adapter`, whether it is one.
     """
 
     folder: Path
     field: str
     tensors: Mapping[str, StoredTensor]
+    adapter: bool = False
 
     @property
     def files(self) -> list[Path]:
@@ -94,13 +95,17 @@ def content_hash(folder: Path, field: str = "checkpoint") -> str:
     Raises InputError for NaN or infinite weights, and what `read_header` raises.
     """
     header = read_header(folder, field)
-    stamp = [[str(file.resolve()), *_stat(file)] for file in header.files]
-    known = _read_cache().get(str(folder.resolve()))
-    if isinstance(known, dict) and known.get("files") == stamp and isinstance(known.get("content"), str):
-        return str(known["content"])
-    content = hash_tensors(header)
-    _write_cache(_read_cache() | {str(folder.resolve()): {"files": stamp, "content": content}})
+    content = known_content(header)
+    if content is None:
+        content = hash_tensors(header)
+        _write_cache(_read_cache() | {str(folder.resolve()): {"files": _stamp(header), "content": content}})
     return content
+
+
+def known_content(header: Header) -> str | None:
+    """The content hash that the cache has for these very files; None where they have to be read for it."""
+    known = _read_cache().get(str(header.folder.resolve()))
+    return known.get("content") if isinstance(known, dict) and known.get("files") == _stamp(header) else None
 
 
 def hash_tensors(header: Header) -> str:
@@ -213,10 +218,9 @@ def _digest(header: Header, name: str, tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _stat(file: Path) -> tuple[int, int, int]:
-    """What changes when a file does: size, time of change in nanoseconds, inode."""
-    stat = file.stat()
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+def _stamp(header: Header) -> list[list[Any]]:
+    """What changes when a weight file does: path, size, time of change in nanoseconds, inode."""
+    return [[str(one.resolve()), (stat := one.stat()).st_size, stat.st_mtime_ns, stat.st_ino] for one in header.files]
 
 
 def _cache_file() -> Path:

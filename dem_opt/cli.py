@@ -14,7 +14,9 @@ from dem_opt import __version__, terminal
 from dem_opt.errors import EvaluationError, InputError
 
 if TYPE_CHECKING:
+    from dem_opt.check import Findings
     from dem_opt.export import Export
+    from dem_opt.plan import Plan
     from dem_opt.records import Score, Standing, Summary
     from dem_opt.simplex import Coefficients
     from dem_opt.study import Study
@@ -56,7 +58,11 @@ def _parser() -> argparse.ArgumentParser:
     quickstart = add("quickstart", _quickstart, "make a small base, data and a study, and do the whole main job")
     quickstart.add_argument("folder", type=Path, nargs="?", default=Path("quickstart"), metavar="DIR")
     quickstart.add_argument("--seed", type=int, default=0, help="seeds data, base, fine-tunes and search")
-    check = add("check", _check, "read headers only: do the checkpoints fit together")
+    check = add(
+        "check",
+        _check,
+        "read headers only: do the checkpoints fit together, does it fit in memory, how long will it take",
+    )
     train = add("train", _train, "fine-tune the checkpoints that are missing, one for each distribution")
     run = add("run", _run, "optimize; run again, it goes on where it stopped")
     compare = add("compare", _compare, "run several algorithms over one ledger, and print one table")
@@ -75,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (merge, export):
         sub.add_argument("--out", type=Path, metavar="DIR", required=True, help="the folder to write")
         sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="what to write, not the base's")
-    for sub in (run, compare, score, merge, export):
+    for sub in (check, run, compare, score, merge, export):
         sub.add_argument("--json", action="store_true", help="print the answer as JSON")
     for sub in (check, train, run, compare, score, merge, export, report, dashboard):
         sub.add_argument("study", type=Path, metavar="STUDY", help="the study file")
@@ -83,17 +89,63 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(given: argparse.Namespace) -> None:
+    from dem_opt.check import check, refuse
     from dem_opt.config import load
-    from dem_opt.sources import check_files
 
     config = load(given.study)
-    headers = check_files(config, given.study).headers
-    sizes = [sum(tensor.end - tensor.start for tensor in header.tensors.values()) for header in headers.values()]
+    found = check(config, given.study)
+    if given.json:
+        terminal.say_json(_findings_data(found))
+    else:
+        _print_findings(found)
+    refuse(found, config, given.study)
+
+
+def _print_findings(found: "Findings") -> None:
+    """A screen: what is on disk, what a resident holds, what the study takes, where it writes."""
+    from dem_opt.plan import sized
+
+    headers = ("checkpoint", "tensors", "parameters", "dtypes", "size", "hashed")
     rows = [
-        (name, str(header.folder), f"{size:,}") for (name, header), size in zip(headers.items(), sizes, strict=True)
+        (one.name, f"{one.tensors:,}", f"{one.parameters:,}", " ".join(one.dtypes), sized(one.bytes), _yes(one.hashed))
+        for one in found.checkpoints
     ]
-    terminal.table("The checkpoints fit together", ("checkpoint", "folder", "bytes"), rows)
-    terminal.say(f"A resident holds them all and the live model: {sum(sizes) + sizes[0]:,} bytes, and activations.")
+    terminal.table(f"The checkpoints fit together: {found.architecture}", headers, rows)
+    _print_memory(found.plan)
+    _print_passes(found.plan)
+    for line in found.lines():
+        terminal.say(line)
+
+
+def _print_memory(plan: "Plan") -> None:
+    from dem_opt.plan import sized
+
+    parts = [
+        (f"{plan.checkpoints} checkpoints as they are stored", plan.stored),
+        (f"the live model in {plan.dtype}", plan.live),
+        (f"activations and logits of {plan.call_tokens:,} tokens", plan.activations),
+        ("a merge's scratch, the windows", plan.scratch + plan.windows),
+        ("the process and its libraries", plan.process),
+        ("one resident", plan.resident),
+    ]
+    terminal.table(
+        "Memory at the peak (1 GB = 1e9 bytes)", ("part", "size"), [(part, sized(size)) for part, size in parts], 5
+    )
+
+
+def _print_passes(plan: "Plan") -> None:
+    rows = [
+        ("one composite on the search split", 1, plan.trial_tokens),
+        (f"base, {plan.trials} trials, baselines", plan.composites, plan.composites * plan.trial_tokens),
+        ("the final table on the held-out split", plan.reported, plan.reported * plan.report_tokens),
+        ("the whole study", plan.composites + plan.reported, plan.tokens),
+    ]
+    shown = [(part, f"{passes:,}", f"{tokens:,}") for part, passes, tokens in rows]
+    terminal.table("Forward passes at most", ("part", "composites", "forward tokens"), shown, 3)
+
+
+def _yes(is_so: bool) -> str:
+    return "yes" if is_so else "not yet"
 
 
 def _train(given: argparse.Namespace) -> None:
@@ -280,6 +332,13 @@ def _standing_data(one: "Standing") -> dict[str, Any]:
         split: {name: _score_data(score) for name, score in by_name.items()} for split, by_name in one.scores.items()
     }
     return {"objective": dict(one.objective), "scores": scores}
+
+
+def _findings_data(found: "Findings") -> dict[str, Any]:
+    """What was found, for programs: bytes, tokens and seconds."""
+    plan = found.plan
+    sums = {name: getattr(plan, name) for name in ("resident", "needed", "fitting", "tokens")}
+    return asdict(found) | {"plan": asdict(plan) | sums, "unhashed": found.unhashed}
 
 
 def _as_data(summary: "Summary") -> dict[str, Any]:

@@ -192,7 +192,7 @@ class EvaluationSection(_Section):
     window    tokens in a window
     windows   windows of the search split, for each distribution
     held_out  windows of the held-out split, for each distribution
-    batch     tokens in one forward call at most; auto: 4096
+    batch     tokens in one forward call at most; auto: 4096, halved until they fit into memory
     dtype     auto: float32 on CPU, the base's dtype on a GPU
     seed      orders the documents and draws the windows
     """

@@ -77,6 +77,45 @@ def connect(url: str, field: str = "storage") -> Engine:
     return engine
 
 
+def is_there(url: str) -> bool:
+    """Whether there is a database to connect to: a file for SQLite; a server answers for itself."""
+    parsed = _parse(url, "storage")
+    return parsed.get_backend_name() != "sqlite" or Path(str(parsed.database)).is_file()
+
+
+def probe(url: str, field: str = "storage") -> str:
+    """What `connect` would find, in a few words; writes nothing, makes no file.
+
+    Raises InputError as `connect` does where that is certain: a server that does not answer, a file that is no
+    database or that can't be written, a folder that can't be made.
+    """
+    parsed = _parse(url, field)
+    if parsed.get_backend_name() != "sqlite":
+        connect(url, field).dispose()
+        return "the server answers"
+    _refuse_nameless(parsed, field)
+    file = Path(str(parsed.database)).absolute()
+    place = next(one for one in (file, *file.parents) if one.exists())
+    if reason := _hindrance(file, place):
+        raise InputError(None, field, masked(url), reason)
+    return "is there" if place == file else "will be made"
+
+
+def _hindrance(file: Path, place: Path) -> str | None:
+    """Why no database can be at `file`, of which `place` is the part that exists; None where it can."""
+    if place != file and not place.is_dir():
+        return f"can't make {file.parent} ({place} is a file)"
+    if place == file and not (file.is_file() and _is_sqlite(file)):
+        return "the file can't be used as a database (it is not one)"
+    return None if os.access(place, os.W_OK) else f"{place} can't be written"
+
+
+def _is_sqlite(file: Path) -> bool:
+    """Whether a file begins as SQLite's do, or is empty."""
+    with file.open("rb") as stream:
+        return stream.read(16) in (b"", b"SQLite format 3\0")
+
+
 def tune(engine: Engine) -> None:
     """Gives every SQLite connection of `engine` WAL, synchronous=NORMAL, foreign keys, 30 s of patience."""
     if engine.dialect.name == "sqlite":
@@ -211,15 +250,20 @@ def _parse(url: str, field: str) -> URL:
 
 
 def _make_folder(url: URL, field: str) -> None:
-    """The folder of an SQLite file; a database in memory could not be resumed."""
+    """The folder of an SQLite file."""
+    _refuse_nameless(url, field)
     shown = masked(str(url))
-    if url.database in (None, "", ":memory:"):
-        raise InputError(None, field, shown, "names no file; write sqlite:///PATH")
     folder = Path(str(url.database)).parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(None, field, shown, f"can't make {folder} ({error.strerror})") from None
+
+
+def _refuse_nameless(url: URL, field: str) -> None:
+    """Raise InputError for a database in memory: it could not be resumed."""
+    if url.database in (None, "", ":memory:"):
+        raise InputError(None, field, masked(str(url)), "names no file; write sqlite:///PATH")
 
 
 def _set_pragmas(connection: Any, _record: object) -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from statistics import median
 
 import numpy as np
 from sqlalchemy import BigInteger, Engine, ForeignKey, String, UniqueConstraint, func, inspect, select
@@ -99,6 +100,11 @@ class Ledger:
         with engine.begin() as connection:
             connection.execute(insert_into(engine, _Schema).values(version=SCHEMA).on_conflict_do_nothing())
 
+    @staticmethod
+    def is_in(engine: Engine) -> bool:
+        """Whether a database has a ledger already."""
+        return bool(inspect(engine).has_table(_Study.__tablename__))
+
     def look_up(self, composite: Composite, corpora: Collection[str], scoring: str) -> dict[str, Score]:
         """The scores of `composite` by corpus key, of those among `corpora` that have been measured."""
         wanted = select(_Score).where(
@@ -143,6 +149,14 @@ class Ledger:
         )
         with Session(self._engine) as session:
             return sum(seconds for _, seconds in session.execute(evaluations))
+
+    def seconds_per_token(self, scoring: str) -> float | None:
+        """The median over evaluations of seconds for each forward token; None where nothing was measured."""
+        evaluations = select(_Score.created, _Score.seconds, _Score.forward_tokens).distinct()
+        wanted = evaluations.where(_Score.scoring == scoring, _Score.forward_tokens > 0)
+        with Session(self._engine) as session:
+            rates = [seconds / tokens for _, seconds, tokens in session.execute(wanted)]
+        return median(rates) if rates else None
 
     def composites(self, scoring: str) -> list[Composite]:
         """The composites with any score under `scoring`, in the order they were first recorded."""

@@ -1,25 +1,23 @@
 """A study's files, checked against each other and hashed: what its question and its residents are made from."""
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from os.path import exists
 from pathlib import Path
 
 from dem_opt.adapters import check_adapter, read_adapter
-from dem_opt.checkpoints import DTYPES, Header, content_hash, read_header
+from dem_opt.checkpoints import Header, content_hash, read_header
 from dem_opt.config import Distribution, StudyConfig
 from dem_opt.corpus import build_corpora
 from dem_opt.declared import read_config
 from dem_opt.errors import InputError
 from dem_opt.hub import locate
+from dem_opt.machine import this_machine
 from dem_opt.models import Architecture, check_base, check_fit
+from dem_opt.plan import BATCH_TOKENS, Plan, evaluation_dtype, make_plan, refuse_too_large, stored_dtype
 from dem_opt.question import SPLITS, Question
 from dem_opt.records import Corpus, ResidentSpec, StoredModel
 from dem_opt.tokens import load_tokenizer, tokenizer_digest
-
-BATCH_TOKENS = 4096
-"""Tokens in one forward call where the study says `batch: auto`."""
 
 _POSITIONS = ("max_position_embeddings", "n_positions")
 
@@ -32,14 +30,20 @@ class Files:
     architecture: Architecture
     headers: Mapping[str, Header]
 
+    def plan(self) -> Plan:
+        """What a study of them needs on this machine."""
+        model = read_config(self.headers["base"].folder, "base")
+        return make_plan(self.architecture, self.headers, model, self.config, this_machine())
+
 
 @dataclass(frozen=True)
 class Sources:
     """Everything that a study reads.
 
-    stored   what most of the base's tensors are, as torch names the dtype
-    experts  by distribution
-    device   the kind of device that residents get, "cpu" or "cuda"
+    stored        what most of the base's tensors are, as torch names the dtype
+    experts       by distribution
+    batch_tokens  tokens in one forward call at most: a part of the scoring, decided once
+    device        the kind of device that residents get, "cpu" or "cuda"
     """
 
     config: StudyConfig
@@ -48,6 +52,7 @@ class Sources:
     experts: Mapping[str, StoredModel]
     corpora: tuple[Corpus, ...]
     tokenizer: str
+    batch_tokens: int
     device: str = "cpu"
 
     def on(self, device: str) -> "Sources":
@@ -56,16 +61,12 @@ class Sources:
 
     @property
     def dtype(self) -> str:
-        """The evaluation's: auto is float32 on CPU (bfloat16 is about three times slower there), else the base's."""
-        if self.config.evaluation.dtype != "auto":
-            return self.config.evaluation.dtype
-        return "float32" if self.device == "cpu" else self.stored
+        """The evaluation's."""
+        return evaluation_dtype(self.config.evaluation.dtype, self.stored, self.device)
 
-    @property
-    def batch_tokens(self) -> int:
-        """Tokens in one forward call at most."""
-        batch = self.config.evaluation.batch
-        return BATCH_TOKENS if batch == "auto" else batch
+    def warnings(self) -> list[str]:
+        """What is no mistake but may surprise: checkpoints of the same content."""
+        return tell_twins({"base": self.base.content} | {name: one.content for name, one in self.experts.items()})
 
     def question(self) -> Question:
         """The question by content."""
@@ -101,7 +102,10 @@ class Sources:
 
         Raises InputError for a model that is damaged, or whose tokenizer is not the base's.
         """
-        check_base(read_header(folder, field))
+        header = read_header(folder, field)
+        files = Files(self.config, check_base(header), {"base": header})
+        if self.config.compute.ray == "local":
+            refuse_too_large(files.plan(), folder)
         if tokenizer_digest(load_tokenizer(folder)) != self.tokenizer:
             raise InputError(folder, field, None, "its tokenizer is not the base's, so perplexities would not compare")
         return StoredModel(folder, content_hash(folder, field))
@@ -156,12 +160,30 @@ def _check_window(base: Path, window: int, where: object) -> None:
         raise InputError(where, "evaluation.window", window, mend)
 
 
-def gather(config: StudyConfig, where: object) -> Sources:
+def tell_twins(identities: Mapping[str, str]) -> list[str]:
+    """A line for each checkpoint that is the base or another one, given what identifies each ("base" among them)."""
+    first: dict[str, str] = {}
+    told = []
+    for name, identity in identities.items():
+        other = first.setdefault(identity, name)
+        if other == "base" != name:
+            told.append(f"{name} is identical to the base: its distribution vector is zero")
+        elif other != name:
+            told.append(f"{name} and {other} have the same weights: nothing can tell their coefficients apart")
+    return told
+
+
+def gather(config: StudyConfig, where: object, resident: bool = True) -> Sources:
     """Check, tokenize and hash all that a study names.
+
+    resident  whether residents on this machine will hold all of it: then it has to fit
 
     Raises InputError, naming file and field, before anything is loaded or written.
     """
     files = check_files(config, where)
+    plan, here = files.plan(), config.compute.ray == "local"
+    if resident and here:
+        refuse_too_large(plan, where)
     folder = files.headers["base"].folder
     tokenizer = load_tokenizer(folder)
     corpora = tuple(
@@ -172,11 +194,12 @@ def gather(config: StudyConfig, where: object) -> Sources:
     base = StoredModel(folder, content_hash(folder, "base"))
     return Sources(
         config=config,
-        stored=_dtype(files.headers["base"]),
+        stored=stored_dtype(files.headers["base"]),
         base=base,
         experts={name: _expert(one, files.headers[name], base) for name, one in config.distributions.items()},
         corpora=corpora,
         tokenizer=tokenizer_digest(tokenizer),
+        batch_tokens=plan.batch_tokens if here or config.evaluation.batch != "auto" else BATCH_TOKENS,
     )
 
 
@@ -187,9 +210,3 @@ def _expert(distribution: Distribution, header: Header, base: StoredModel) -> St
         content = read_adapter(header.folder, header.field).content(base.content)
         return StoredModel(header.folder, content, base.content)
     return StoredModel(header.folder, content_hash(header.folder, header.field))
-
-
-def _dtype(base: Header) -> str:
-    """The dtype of most tensors."""
-    counts = Counter(tensor.dtype for tensor in base.tensors.values())
-    return str(DTYPES[counts.most_common(1)[0][0]]).removeprefix("torch.")

@@ -10,7 +10,7 @@ from typing import Self
 from dem_opt import config as study_file
 from dem_opt.card import texts
 from dem_opt.config import StudyConfig
-from dem_opt.database import Engine, Lease, connect, holding, masked
+from dem_opt.database import Engine, Lease, connect, holding, is_there, masked
 from dem_opt.driver import Driver
 from dem_opt.errors import InputError, nearest
 from dem_opt.export import Export, output_dtype, prove, prove_scores, write_composite
@@ -101,6 +101,8 @@ class Study:
                     self._where, "algorithm", algorithm, f"no such algorithm; {nearest(algorithm, ALGORITHMS)}"
                 )
         sources = gather(self.config, self._where)
+        for warning in sources.warnings():
+            self._observer.milestone(f"warning: {warning}")
         name = self.config.name
         with self._open() as (engine, ledger), holding(engine, name) as lease, self._compute as compute:
             question = sources.on(compute.device).question()
@@ -142,12 +144,12 @@ class Study:
     def score(self, weights: Mapping[str, float]) -> Scores:
         """Scores of one composite by split and distribution; what the ledger has is not measured again."""
         coefficients = self.config.space.check(weights, self._where, "--weights")
-        sources = gather(self.config, self._where)
+        sources = gather(self.config, self._where, resident=False)
         return self._score(sources, sources.question().composite(coefficients))
 
     def score_model(self, folder: Path) -> Scores:
         """Scores of any model that has the base's tokenizer, by split and distribution."""
-        sources = gather(self.config, self._where)
+        sources = gather(self.config, self._where, resident=False)
         model = sources.other(folder, "--model")
         return self._score(sources, Composite.single(model.content), model)
 
@@ -157,7 +159,7 @@ class Study:
         In `dtype` ("bfloat16", say) where one is given, else in the base's.
         """
         coefficients = self.config.space.check(weights, self._where, "--weights")
-        sources = gather(self.config, self._where)
+        sources = gather(self.config, self._where, resident=False)
 
         def approve(written: Export) -> Mapping[str, str]:
             prove(written)
@@ -171,8 +173,8 @@ class Study:
         Its bits are compared with a fresh merge and its scores with the winner's before the folder gets its name.
         In another `dtype` its scores may differ; they are told beside the winner's.
         """
-        files = gather(self.config, self._where)
-        with self._open() as (_, ledger), self._compute as compute:
+        files = gather(self.config, self._where, resident=False)
+        with self._open_found() as ledger, self._compute as compute:
             sources, row = files.on(compute.device), self._row(ledger)
             question = sources.question()
             if row.question != question.asked():
@@ -204,7 +206,7 @@ class Study:
 
         Raises InputError where it has not been run.
         """
-        with self._open() as (_, ledger):
+        with self._open_found() as ledger:
             row = self._row(ledger)
             return self._found(ledger, Question.recall(row.question, row.scoring), row.generation)
 
@@ -226,6 +228,22 @@ class Study:
         engine = connect(self.config.storage)
         try:
             yield engine, Ledger(engine)
+        finally:
+            engine.dispose()
+
+    @contextmanager
+    def _open_found(self) -> Iterator[Ledger]:
+        """The ledger of a study that has been run; nothing is made where there is none.
+
+        Raises InputError where it has not been run.
+        """
+        if not is_there(self.config.storage):
+            raise self._nothing_yet()
+        engine = connect(self.config.storage)
+        try:
+            if not Ledger.is_in(engine):
+                raise self._nothing_yet()
+            yield Ledger(engine)
         finally:
             engine.dispose()
 

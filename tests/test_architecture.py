@@ -11,10 +11,10 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = [
     {"errors", "simplex", "records", "config", "declared", "question", "intervals"},
-    {"checkpoints", "models", "adapters", "arena", "documents", "tokens", "corpus", "database", "hub"},
+    {"checkpoints", "models", "adapters", "arena", "documents", "tokens", "corpus", "database", "hub", "machine"},
     {"perplexity", "ledger"},
-    {"resident", "samplers", "finetune", "sources"},
-    {"pool", "search", "tracking"},
+    {"resident", "samplers", "finetune", "plan", "sources"},
+    {"pool", "search", "tracking", "check"},
     {"standings", "export", "card", "assets"},
     {"driver"},
     {"study"},
@@ -42,11 +42,12 @@ ALLOWED = {
     ("tokens", "documents"),
     ("corpus", "documents"),
     ("corpus", "tokens"),
+    ("sources", "plan"),
     ("cli", "terminal"),
 }
 
 TENSORS = {"checkpoints", "models", "adapters", "arena", "perplexity", "resident", "finetune", "assets", "export"}
-TENSORS |= {"pool"}
+TENSORS |= {"pool", "machine", "plan"}
 """Rooms that work with torch."""
 
 DOORS = {

@@ -111,6 +111,31 @@ def test_a_mistake_is_one_line_and_leaves_nothing(world, capsys, untracked, mist
     assert sorted(world.rglob("*")) == before, "nothing half-written"
 
 
+UNSEEN = {"NaN", "infinite", "no text", "small corpus"}
+"""Mistakes that only the weights and the texts themselves can tell."""
+
+
+@pytest.mark.parametrize("mistake", sorted(MISTAKES.keys() - UNSEEN))
+def test_a_check_tells_a_mistake_in_one_line(world, capsys, mistake):
+    spoil, field, said = MISTAKES[mistake]
+    spoil(world)
+    before = sorted(world.rglob("*"))
+    assert main(["check", str(world / "study.yaml")]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("dem-opt: ") and told.err.count("\n") == 1
+    assert field in told.err and said in told.err
+    assert sorted(world.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["report", "dashboard", "export"])
+def test_a_study_that_was_never_run_gets_no_folder(world, capsys, command):
+    before = sorted(world.rglob("*"))
+    out = ["--out", str(world / "out")] if command == "export" else []
+    assert main([command, str(world / "study.yaml"), *out]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert sorted(world.rglob("*")) == before
+
+
 @pytest.mark.parametrize(
     ("weights", "said"),
     [

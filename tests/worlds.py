@@ -1,7 +1,10 @@
 """A tiny world on disk: a base, checkpoints, texts and a study file, in a second and without training."""
 
 import json
+import os
 import random
+import struct
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +103,35 @@ def study(folder: Path, names: tuple[str, ...] = ("code", "math", "prose"), **se
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(content | sections, sort_keys=False), encoding="utf-8")
     return path
+
+
+def save_sparse(folder: Path, shards: int = 6) -> None:
+    """Llama 13B in bfloat16 as it would lie on disk: true config, index and headers, but files of holes."""
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        dtype="bfloat16",
+    )
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: list(one.shape) for name, one in LlamaForCausalLM(config).named_parameters()}
+    names, weight_map = sorted(shapes), {}
+    for number in range(shards):
+        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        _write_sparse(folder / file, {name: shapes[name] for name in names[number::shards]})
+        weight_map |= dict.fromkeys(names[number::shards], file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def _write_sparse(file: Path, shapes: dict[str, list[int]]) -> None:
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(file, 8 + len(text) + end)

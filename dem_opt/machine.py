@@ -1,0 +1,113 @@
+"""What this machine has: the memory that residents find, and its speed."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+
+_PROBE_SECONDS = 0.1
+_CONTAINERS: Sequence[tuple[str, str, str, str]] = (
+    ("memory.max", "memory.current", "memory.stat", "file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "cache"),
+)
+"""Under /sys/fs/cgroup, versions 2 and 1: limit, use, and where and under which name files in memory are counted."""
+
+_COPIED = 2**24
+"""Numbers that are copied to time memory: more than caches hold."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The memory that residents find here.
+
+    device     "cuda" where there is a GPU, else "cpu"
+    devices    the number of GPUs; 1 on a CPU
+    total      bytes of the smallest GPU, or of RAM (or of the container's share of it)
+    available  bytes of it that are free now; files that the system keeps in RAM count as free
+    """
+
+    device: str
+    devices: int
+    total: int
+    available: int
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast residents are; `source` says whence that is known.
+
+    flops             floating-point operations a second of a matrix product, in the evaluation's dtype
+    bandwidth         bytes a second, read and written
+    token_seconds     measured seconds of an evaluation (merge and score) for each forward token, where there are any
+    """
+
+    source: str
+    flops: float
+    bandwidth: float
+    token_seconds: float | None = None
+
+
+def this_machine() -> Machine:
+    """GPUs where torch finds any, else RAM."""
+    if torch.cuda.is_available():
+        memory = [torch.cuda.mem_get_info(index) for index in range(torch.cuda.device_count())]
+        return Machine("cuda", len(memory), min(total for _, total in memory), min(free for free, _ in memory))
+    return Machine("cpu", 1, *_ram())
+
+
+def probe(device: str, dtype: str, inner: int, outer: int) -> Speed:
+    """The speed of this machine: a matrix product of shapes like the model's, and a copy; 0.1 s each.
+
+    The product is  [rows, inner] x [inner, outer] , each cut to what is done in a few hundredths of a second.
+    """
+    rows, most = (512, 2048) if device == "cpu" else (8192, 8192)
+    inner, outer = min(inner, most), min(outer, most)
+    left = torch.ones(rows, inner, dtype=getattr(torch, dtype), device=device)
+    right = torch.ones(inner, outer, dtype=left.dtype, device=device)
+    flat = torch.ones(_COPIED, dtype=torch.float32, device=device)
+    into = torch.empty_like(flat)
+    product = _timed(lambda: torch.matmul(left, right), device)
+    copy = _timed(lambda: into.copy_(flat), device)
+    return Speed("a matrix product and a copy, timed now", 2 * rows * inner * outer / product, 2 * flat.nbytes / copy)
+
+
+def _timed(work: Callable[[], object], device: str) -> float:
+    """Seconds of one call: the median of those after the first, within _PROBE_SECONDS."""
+    spent: list[float] = []
+    began = perf_counter()
+    while len(spent) < 2 or perf_counter() - began < _PROBE_SECONDS:
+        started = perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        spent.append(perf_counter() - started)
+    return median(spent[1:])
+
+
+def _ram() -> tuple[int, int]:
+    """Bytes of memory, in all and available, of this machine or of the container that this is."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = total
+    if sys.platform == "linux":
+        lines = (line.split() for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+        available = {words[0]: int(words[1]) for words in lines}["MemAvailable:"] * 1024
+    limits = (_container(*names) for names in _CONTAINERS)
+    for limit, free in (one for one in limits if one is not None):
+        total, available = min(total, limit), min(available, free)
+    return total, available
+
+
+def _container(limit: str, use: str, stat: str, files: str) -> tuple[int, int] | None:
+    """Limit and free bytes of a control group; None where there is no limit."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        most, used = int((root / limit).read_text()), int((root / use).read_text())
+        counts = dict(line.split() for line in (root / stat).read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    return most, max(most - used + int(counts.get(files, 0)), 0)

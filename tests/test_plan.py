@@ -1,0 +1,365 @@
+"""Laws of the plan: its bytes are those of the tensors, its passes those of a resident, and a check changes nothing."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import worlds
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from dem_opt import checkpoints
+from dem_opt.arena import Arena
+from dem_opt.check import check
+from dem_opt.checkpoints import content_hash, known_content, read_header
+from dem_opt.cli import main
+from dem_opt.config import StudyConfig, load
+from dem_opt.database import connect
+from dem_opt.errors import InputError
+from dem_opt.ledger import Ledger, StudyRow
+from dem_opt.machine import Machine, Speed, this_machine
+from dem_opt.models import Architecture, empty_model, read_architecture
+from dem_opt.plan import (
+    BATCH_TOKENS,
+    PACE,
+    Plan,
+    Widths,
+    activation_bytes,
+    flops_per_token,
+    logits_bytes,
+    make_plan,
+    read_widths,
+    refuse_too_large,
+    residents_asked,
+    sized,
+)
+from dem_opt.pool import _share
+from dem_opt.question import SEARCH
+from dem_opt.records import Composite, Request, Score, StoredModel
+from dem_opt.resident import Resident
+from dem_opt.sources import check_files, gather, tell_twins
+
+LAPTOP = Machine("cpu", 1, 16 * 10**9, 12 * 10**9)
+GPUS = Machine("cuda", 4, 80 * 10**9, 79 * 10**9)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    return worlds.study(tmp_path_factory.mktemp("world")).parent
+
+
+@pytest.fixture
+def world(template, tmp_path):
+    """A tiny study to spoil."""
+    return shutil.copytree(template, tmp_path / "world")
+
+
+def configured(world: Path, **sections) -> StudyConfig:
+    """The study with some sections changed."""
+    path = world / "study.yaml"
+    study = yaml.safe_load(path.read_text())
+    for name, section in sections.items():
+        study[name] = study.get(name, {}) | section if isinstance(section, dict) else section
+    path.write_text(yaml.safe_dump(study, sort_keys=False))
+    return load(path)
+
+
+def plan_of(config: StudyConfig, machine: Machine = LAPTOP) -> Plan:
+    files = check_files(config, "study.yaml")
+    model = json.loads((config.base / "config.json").read_text())
+    return make_plan(files.architecture, files.headers, model, config, machine)
+
+
+def listing(folder: Path) -> dict[Path, bytes]:
+    """Everything below a folder, files with what is in them."""
+    return {path: path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+
+
+def save_models(folder: Path, names: list[str], dtype: torch.dtype, tied: bool) -> LlamaConfig:
+    """Random models with odd sizes; norms stay in float32 where the others are bfloat16."""
+    config = LlamaConfig(
+        vocab_size=83,
+        hidden_size=20,
+        intermediate_size=36,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=tied,
+    )
+    for seed, name in enumerate(names):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+        for parameter_name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(torch.float32 if "norm" in parameter_name else dtype)
+        model.save_pretrained(folder / name)
+    return config
+
+
+@pytest.mark.parametrize("live", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 3])
+def test_stored_and_live_bytes_are_those_of_the_arena(tmp_path, count, dtype, tied, live):
+    names = [f"tune{number}" for number in range(count)]
+    save_models(tmp_path, ["base", *names], dtype, tied)
+    distributions = {name: {"checkpoint": name, "validation": "none.jsonl"} for name in names}
+    study = {"name": "s", "base": "base", "distributions": distributions, "evaluation": {"dtype": live}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    plan = plan_of(load(tmp_path / "study.yaml"))
+    stored = [StoredModel(tmp_path / name, content_hash(tmp_path / name)) for name in ("base", *names)]
+    arena = Arena(empty_model(tmp_path / "base", getattr(torch, live)), stored)
+    assert plan.stored + plan.live == arena.nbytes and plan.checkpoints == count + 1
+
+
+def test_a_checkpoint_that_is_there_twice_is_stored_once(world):
+    shutil.rmtree(world / "models/math")
+    shutil.copytree(world / "models/code", world / "models/math")
+    config = load(world / "study.yaml")
+    unhashed = plan_of(config)
+    for name in ("code", "math"):
+        content_hash(world / "models" / name)
+    assert (unhashed.checkpoints, plan_of(config).checkpoints) == (4, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "window"), [(1, 7), (3, 16)])
+def test_logits_have_the_bytes_that_are_planned(template, dtype, rows, window):
+    folder = template / "models/base"
+    architecture = read_architecture(read_header(folder, "base"))
+    widths = read_widths(architecture, json.loads((folder / "config.json").read_text()))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    logits_BTV = model(torch.zeros(rows, window, dtype=torch.long)).logits
+    assert logits_bytes(widths, rows * window, dtype.itemsize) == logits_BTV.nbytes
+    assert logits_bytes(replace(widths, capped=True), rows * window, dtype.itemsize) == 2 * logits_BTV.nbytes
+    assert activation_bytes(widths, rows, window, dtype.itemsize) > logits_BTV.nbytes
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_flops_are_those_of_a_forward_pass(tmp_path, tied):
+    """Counted by torch, with attention as plain matrix products."""
+    config = save_models(tmp_path, ["base"], torch.float32, tied)
+    architecture = read_architecture(read_header(tmp_path / "base", "base"))
+    widths = read_widths(architecture, config.to_dict())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(torch.zeros(2, 16, dtype=torch.long), use_cache=False)
+    assert counter.get_total_flops() == 2 * 16 * flops_per_token(architecture, config.to_dict(), widths, 16)
+
+
+def test_of_experts_only_those_count_that_a_token_is_sent_to():
+    shapes = {"embed": (10, 4), "mlp.experts.up": (8, 4, 6), "router": (8, 4), "head": (10, 4)}
+    architecture = Architecture("Mixture", shapes, {}, "embed")
+    model = {"num_experts_per_tok": 2, "num_local_experts": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    widths = read_widths(architecture, model)
+    # 2 of 8 experts of 4 x 6, the router and the head; 4 L T Q of attention.
+    assert flops_per_token(architecture, model, widths, 5) == 2 * (2 * 24 + 32 + 40) + 4 * 1 * 5 * 4
+
+
+def test_a_resident_passes_the_tokens_that_are_planned(template):
+    config = load(template / "study.yaml")
+    sources = gather(config, "study.yaml")
+    keys = tuple(corpus.key for corpus in sources.corpora if corpus.split == SEARCH)
+    answer = Resident(sources.spec()).evaluate(Request(0, Composite.single(sources.base.content), keys))
+    assert answer.forward_tokens == plan_of(config).trial_tokens
+    assert sources.batch_tokens == plan_of(config).batch_tokens == BATCH_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("search", "composites"),
+    [
+        ({"algorithm": "random", "trials": 6}, 1 + 6 + 3 + 1),
+        ({"algorithm": "simplex-gp", "trials": 6}, 1 + 6),
+        ({"algorithm": "simplex-gp", "trials": 2}, 1 + 4),
+        ({"algorithm": "grid", "divisions": 4}, 1 + 15 + 1),
+    ],
+)
+def test_passes_are_base_trials_and_what_the_table_needs(world, search, composites):
+    plan = plan_of(configured(world, search=search))
+    assert (plan.composites, plan.reported) == (composites, 6)
+    assert plan.tokens == (composites + 6) * 3 * 4 * 32
+
+
+def test_thirteen_billion_parameters_six_times(tmp_path, monkeypatch):
+    """26 GB a checkpoint in bfloat16, 156 GB stored, 52 GB live in float32; no tensor is opened."""
+    names = [f"tune{number}" for number in range(5)]
+    for name in ("base", *names):
+        worlds.save_sparse(tmp_path / name)
+    distributions = {name: {"checkpoint": name, "validation": "texts.jsonl"} for name in names}
+    (tmp_path / "texts.jsonl").write_text('{"text": "a"}\n')
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({"name": "large", "base": "base", "distributions": distributions}))
+    monkeypatch.delattr(checkpoints, "safe_open")
+    found = check(load(path), path)
+    parameters = 2 * 32000 * 5120 + 40 * (4 * 5120**2 + 3 * 5120 * 13824 + 2 * 5120) + 5120
+    assert [one.parameters for one in found.checkpoints] == 6 * [parameters] == 6 * [13_015_864_320]
+    assert found.unhashed == found.plan.stored == 6 * 2 * parameters and found.export == 2 * parameters
+    assert found.plan.live == (4 if found.plan.dtype == "float32" else 2) * parameters
+    assert found.plan.trial_tokens == 5 * 64 * 1024 and found.plan.tokens == (1 + 40 + 8) * 5 * 64 * 1024
+    assert not any(tmp_path.glob("runs"))
+
+
+@pytest.mark.parametrize("machine", [LAPTOP, GPUS])
+@pytest.mark.parametrize("residents", [1, 2, 4])
+def test_what_does_not_fit_is_refused_with_its_sums(world, machine, residents):
+    plan = plan_of(configured(world, compute={"residents": residents}), machine)
+    expected = plan.resident * (residents if machine.device == "cpu" else 1)
+    assert plan.needed == expected
+    exact, short = (replace(plan, machine=replace(machine, available=size)) for size in (expected, expected - 1))
+    refuse_too_large(exact, "study.yaml")
+    assert exact.fitting == (residents if machine.device == "cpu" else 4)
+    with pytest.raises(InputError, match=r"are needed .* are available") as refused:
+        refuse_too_large(short, "study.yaml")
+    assert refused.value.field == "compute.residents" and sized(plan.resident) in str(refused.value)
+    assert short.fitting == (residents - 1 if machine.device == "cpu" else 0)
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 4])
+@pytest.mark.parametrize("asked", ["auto", 1, 2])
+def test_pool_and_plan_count_residents_alike(gpus, asked):
+    machine = Machine("cuda" if gpus else "cpu", max(gpus, 1), 10**9, 10**9)
+    cluster = {"CPU": 8.0} | ({"GPU": float(gpus)} if gpus else {})
+    planned = residents_asked(asked, machine)
+    if gpus and planned > gpus:
+        with pytest.raises(InputError):
+            _share(cluster, planned)
+    else:
+        assert _share(cluster, None if asked == "auto" else asked)[0] == planned
+
+
+@pytest.mark.parametrize("gigabytes", [64, 4, 3, 2.5, 2, 1])
+def test_batches_are_halved_until_they_fit(world, gigabytes):
+    """A vocabulary of two million makes logits the greatest part."""
+    machine = Machine("cpu", 1, int(gigabytes * 1e9), 10**12)
+    config = configured(world, evaluation={"windows": 64, "window": 32})
+    files = check_files(config, "study.yaml")
+    shapes = files.architecture.parameters | {files.architecture.embedding: (2 * 10**5, 16)}
+    architecture = replace(files.architecture, parameters=shapes)
+    plan = make_plan(architecture, files.headers, {"num_attention_heads": 2}, config, machine)
+    halves = [BATCH_TOKENS >> step for step in range(8)]
+    assert plan.batch_tokens in halves and plan.batch_tokens >= 32
+    if plan.batch_tokens > 32:
+        assert plan.resident <= machine.total
+    if plan.batch_tokens < BATCH_TOKENS:
+        double = min(2 * plan.batch_tokens // 32, 64)
+        assert plan.resident - plan.activations + activation_bytes(plan.widths, double, 32, 4) > machine.total
+    given = make_plan(architecture, files.headers, {}, configured(world, evaluation={"batch": 640}), machine)
+    assert given.batch_tokens == 640
+
+
+def test_seconds_are_flops_and_bytes_or_what_was_measured(template):
+    plan = plan_of(load(template / "study.yaml"))
+    merges = plan.composites + plan.reported
+    spent = plan.tokens * plan.token_flops / (PACE * 1e9) + merges * plan.merge_bytes / 1e6
+    assert plan.seconds(Speed("", 1e9, 1e6)) == pytest.approx(spent)
+    assert plan.seconds(Speed("", 0.0, 0.0, 0.25)) == 0.25 * plan.tokens
+    on_gpus = plan_of(load(template / "study.yaml"), GPUS)
+    assert on_gpus.seconds(Speed("", 0.0, 0.0, 0.25)) == 0.25 * plan.tokens / 4
+
+
+def test_a_check_uses_what_the_ledger_has_measured(world):
+    config = load(world / "study.yaml")
+    question = gather(config, "study.yaml").question()
+    engine = connect(config.storage)
+    ledger = Ledger(engine)
+    ledger.enter_study(StudyRow(config.name, 1, question.scored(), question.asked()))
+    scores = {key: Score((1.0,), (1,)) for key in question.keys(SEARCH)}
+    ledger.record(Composite.single(question.base), scores, question.scoring, 100, 50.0)
+    engine.dispose()
+    found = check(config, "study.yaml")
+    assert found.speed.token_seconds == 0.5 and found.seconds == 0.5 * found.plan.tokens
+
+
+@pytest.mark.parametrize("was_run", [False, True])
+def test_a_check_writes_nothing(world, capsys, was_run):
+    if was_run:
+        engine = connect(f"sqlite:///{world}/runs/tiny/study.db")
+        Ledger(engine)
+        engine.dispose()
+    before = listing(world)
+    assert main(["check", str(world / "study.yaml")]) == 0
+    assert listing(world) == before
+    told = capsys.readouterr().out
+    assert "fit together" in told and len(told.splitlines()) <= 50
+    assert main(["check", str(world / "study.yaml"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["plan"]["resident"] > found["plan"]["stored"] > 0 and len(found["checkpoints"]) == 4
+
+
+@pytest.mark.parametrize("command", ["check", "run", "compare", "score"])
+def test_a_study_too_large_for_this_machine_is_refused_before_it_loads(world, capsys, monkeypatch, command):
+    monkeypatch.setattr("dem_opt.sources.this_machine", lambda: Machine("cpu", 1, 10**8, 10**7))
+    monkeypatch.setattr("dem_opt.sources.content_hash", lambda *_: pytest.fail("read before it was refused"))
+    before = listing(world)
+    more = ["--weights", "code=1"] if command == "score" else []
+    assert main([command, str(world / "study.yaml"), *more]) == 2
+    told = capsys.readouterr().err
+    assert "compute.residents = 1" in told and "are available" in told and told.count("\n") == 1
+    assert listing(world) == before
+
+
+def test_a_merge_holds_no_resident_and_is_not_refused(world, monkeypatch):
+    monkeypatch.setattr("dem_opt.sources.this_machine", lambda: Machine("cpu", 1, 10**8, 10**7))
+    assert main(["merge", str(world / "study.yaml"), "--weights", "code=1", "--out", str(world / "out")]) == 0
+
+
+def test_content_is_known_once_it_was_hashed(world):
+    header = read_header(world / "models/code", "checkpoint")
+    assert known_content(header) is None
+    content = content_hash(header.folder)
+    assert known_content(header) == content
+
+
+def test_twins_are_named(world):
+    assert tell_twins({"base": "x", "a": "y", "b": "z"}) == []
+    assert tell_twins({"base": "x", "a": "x"}) == ["a is identical to the base: its distribution vector is zero"]
+    (told,) = tell_twins({"base": "x", "a": "y", "b": "y"})
+    assert "b and a have the same weights" in told
+    shutil.rmtree(world / "models/math")
+    shutil.copytree(world / "models/base", world / "models/math")
+    sources = gather(load(world / "study.yaml"), "study.yaml")
+    assert sources.warnings() == ["math is identical to the base: its distribution vector is zero"]
+    found = check(load(world / "study.yaml"), "study.yaml")
+    assert found.warnings == tuple(sources.warnings()) and found.unhashed == 0
+
+
+def test_another_tokenizer_is_told(world):
+    file = world / "models/math/tokenizer.json"
+    state = json.loads(file.read_text())
+    file.write_text(json.dumps(state | {"truncation": {"max_length": 8}}))
+    assert check(load(world / "study.yaml"), "study.yaml").warnings == ()
+    file.write_text(json.dumps(state | {"pre_tokenizer": None}))
+    (told,) = check(load(world / "study.yaml"), "study.yaml").warnings
+    assert told.startswith("math has another tokenizer")
+
+
+def test_tracking_that_can_not_be_reached_is_a_warning(world):
+    config = configured(world, tracking={"uri": "http://127.0.0.1:9"})
+    found = check(config, "study.yaml")
+    assert "can't be reached" in found.tracking and len(found.warnings) == 1
+
+
+def test_a_file_that_is_no_database_is_refused(world):
+    (world / "runs/tiny").mkdir(parents=True)
+    (world / "runs/tiny/study.db").write_text("not a database, but a text")
+    with pytest.raises(InputError, match="can't be used as a database"):
+        check(load(world / "study.yaml"), "study.yaml")
+
+
+def test_memory_is_what_the_system_says():
+    machine = this_machine()
+    assert 0 < machine.available <= machine.total and machine.devices >= 1
+
+
+def test_shared_keys_and_held_scores_cost_more():
+    widths = Widths(10, 64, 128, 1, 4, 64, 64, False, False)
+    fewer = activation_bytes(replace(widths, intermediate=1), 2, 64, 4)
+    assert activation_bytes(replace(widths, intermediate=1, materialized=True), 2, 64, 4) > fewer
+
+
+@pytest.mark.parametrize(("count", "told"), [(26e9, "26.0 GB"), (1e8, "0.1 GB"), (5e6, "5.0 MB"), (30_912, "30.9 kB")])
+def test_sizes_for_people(count, told):
+    assert sized(count) == told
