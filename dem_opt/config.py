@@ -1,11 +1,9 @@
 """What a study file may say: strict, checked on load, every error names the field and the mend."""
 
-import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -17,8 +15,9 @@ from pydantic import (
     model_validator,
 )
 
-from dem_opt.errors import InputError, nearest, shorten
+from dem_opt.errors import InputError, nearest
 from dem_opt.simplex import Space
+from dem_opt.strict_yaml import read_yaml
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 Positive = Annotated[int, Field(gt=0)]
@@ -26,12 +25,6 @@ PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 _LOCAL_SQLITE = "sqlite:///"
-
-_MOST_KEYS = 10_000
-"""Keys of one mapping of the study file, where `<<` merges others into it."""
-
-_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
-"""What PyYAML raises for text that is no YAML, and for tags and numbers that it can't make a value of."""
 
 
 class _Section(BaseModel):
@@ -328,55 +321,11 @@ def load(path: Path) -> StudyConfig:
 
     Raises InputError, in one line that names the field, for anything that the file may not say.
     """
-    data = _read_yaml(path)
+    data = read_yaml(path)
     try:
         return StudyConfig.model_validate(data, context={"folder": path.resolve().parent})
     except ValidationError as error:
         raise _in_the_users_words(path, error) from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    """The file's mapping; a key given twice is an error."""
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        raise InputError(path, None, None, "no such study file") from None
-    except OSError as error:
-        raise InputError(path, None, None, f"the study file can't be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise InputError(path, None, None, "the study file must be UTF-8 text") from None
-    except _YAML_ERRORS as error:
-        raise InputError(path, None, None, f"not valid YAML: {shorten(' '.join(str(error).split()), 300)}") from None
-    if not isinstance(data, dict):
-        raise InputError(path, None, data, "a study file is a mapping that begins with `name:`")
-    return data
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML 1.1 that refuses repeated keys and reads 3e-4 as a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if isinstance(key, Hashable):
-                if key in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key!r} stands twice", node.start_mark
-                    )
-                seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Merges `<<: *alias`, up to a size that no study has: aliases of aliases grow exponentially."""
-        super().flatten_mapping(node)
-        if len(node.value) > _MOST_KEYS:
-            raise yaml.constructor.ConstructorError(None, None, "`<<` merges too many keys", node.start_mark)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
 
 
 def _database(url: Any, folder: Path) -> Any:

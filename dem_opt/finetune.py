@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedModel,
     PrinterCallback,
@@ -91,6 +92,8 @@ def fine_tune(job: FineTuneJob) -> FineTuned:
     started = time.perf_counter()
     _check_out(job.out)
     made_from, tokenizer = _made_from(job), load_tokenizer(job.base)
+    if AutoConfig.from_pretrained(job.base, local_files_only=True).is_encoder_decoder:
+        raise InputError(job.base, "base", None, "is an encoder-decoder, which can't be trained here: name checkpoints")
     with located(job.train.path):
         windows = pack(read_documents(job.train, "train"), tokenizer, job.window)
     if len(windows) < job.batch_size:
@@ -112,6 +115,11 @@ def is_finished(job: FineTuneJob) -> bool:
     """
     record = _read_record(job.out)
     return record is not None and record.get("made_from") == _made_from(job)
+
+
+def is_wanted(job: FineTuneJob) -> bool:
+    """Whether the job's folder is missing, or was made by `train` from other data or settings."""
+    return not job.out.exists() or ((job.out / RECORD).exists() and not is_finished(job))
 
 
 def train_model(

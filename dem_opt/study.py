@@ -13,8 +13,8 @@ from dem_opt.config import StudyConfig
 from dem_opt.database import Engine, Lease, connect, holding, is_there, masked
 from dem_opt.driver import Driver
 from dem_opt.errors import InputError, nearest
-from dem_opt.export import Export, output_dtype, prove, prove_scores, write_composite
-from dem_opt.finetune import RECORD, FineTuned, FineTuneJob, fine_tune, is_finished
+from dem_opt.export import Export, Scores, output_dtype, prove, prove_scores, write_composite
+from dem_opt.finetune import FineTuned, FineTuneJob, fine_tune, is_wanted
 from dem_opt.hub import locate
 from dem_opt.ledger import Ledger, StudyRow
 from dem_opt.pool import Compute, RayCompute
@@ -23,7 +23,6 @@ from dem_opt.records import (
     Composite,
     Observer,
     ResidentSpec,
-    Score,
     Silence,
     Standing,
     StoredModel,
@@ -49,9 +48,6 @@ ALGORITHMS = ("simplex-gp", "grid", "random")
 """Whose trials the final table looks for."""
 
 LIBRARIES = ("torch", "transformers", "optuna", "mlflow", "ray", "dem-opt")
-
-Scores = Mapping[str, Mapping[str, Score]]
-"""By split, then by distribution."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +119,7 @@ class Study:
         """
         done: dict[str, FineTuned] = {}
         failures: list[Exception] = []
-        jobs = [job for job in self._fine_tunings() if _is_wanted(job)]
+        jobs = [job for job in self._fine_tunings() if is_wanted(job)]
         if not jobs:
             return done
         with self._compute as compute:
@@ -144,7 +140,7 @@ class Study:
     def score(self, weights: Mapping[str, float]) -> Scores:
         """Scores of one composite by split and distribution; what the ledger has is not measured again."""
         coefficients = self.config.space.check(weights, self._where, "--weights")
-        sources = gather(self.config, self._where, resident=False)
+        sources = gather(self.config, self._where)
         return self._score(sources, sources.question().composite(coefficients))
 
     def score_model(self, folder: Path) -> Scores:
@@ -395,11 +391,6 @@ def _write(
 ) -> Export:
     composite = sources.question().composite(coefficients)
     return write_composite(sources.base, sources.models(), composite, out, approve, output_dtype(dtype))
-
-
-def _is_wanted(job: FineTuneJob) -> bool:
-    """Whether a checkpoint is missing, or was made by `train` from other data or settings."""
-    return not job.out.exists() or ((job.out / RECORD).exists() and not is_finished(job))
 
 
 def _libraries() -> dict[str, str]:

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = [
-    {"errors", "simplex", "records", "config", "declared", "question", "intervals"},
+    {"errors", "simplex", "records", "strict_yaml", "config", "declared", "question", "intervals"},
     {"checkpoints", "models", "adapters", "arena", "documents", "tokens", "corpus", "database", "hub", "machine"},
     {"perplexity", "ledger"},
     {"resident", "samplers", "finetune", "plan", "sources"},
@@ -28,6 +28,8 @@ ALLOWED = {
     ("records", "simplex"),
     ("config", "errors"),
     ("config", "simplex"),
+    ("config", "strict_yaml"),
+    ("strict_yaml", "errors"),
     ("declared", "errors"),
     ("question", "errors"),
     ("question", "records"),
@@ -57,7 +59,7 @@ DOORS = {
     "sqlalchemy": {"database", "ledger"},
     "scipy": {"samplers"},
     "rich": {"terminal"},
-    "yaml": {"config", "card"},
+    "yaml": {"strict_yaml", "card"},
     "pydantic": {"config"},
     "dashboards": {"cli"},
     "datasets": {"documents"},
@@ -69,7 +71,7 @@ DOORS = {
 }
 """Who may import what, at the top of a module or inside its functions."""
 
-LIGHT = ["errors", "simplex", "records", "config", "declared", "question", "intervals", "cli"]
+LIGHT = ["errors", "simplex", "records", "strict_yaml", "config", "declared", "question", "intervals", "cli"]
 """What must load without torch, so that a study file is checked at once."""
 
 

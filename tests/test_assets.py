@@ -174,10 +174,10 @@ def test_the_study_file_is_an_ordinary_one(study: Path) -> None:
     assert sorted(loaded.distributions) == sorted(DISTRIBUTIONS)
     assert (loaded.search.algorithm, loaded.search.trials) == ("simplex-gp", SMALL.trials)
     assert loaded.fine_tuning.learning_rate == SMALL.fine_tuning_learning_rate
-    tokenizer = AutoTokenizer.from_pretrained(loaded.base)
-    assert AutoModelForCausalLM.from_pretrained(loaded.base).config.vocab_size == len(tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(loaded.base.path)
+    assert AutoModelForCausalLM.from_pretrained(loaded.base.path).config.vocab_size == len(tokenizer)
     for name, distribution in loaded.distributions.items():
         assert distribution.train is not None and distribution.train.path.is_file()
-        assert distribution.checkpoint == study.parent / "models" / name
+        assert distribution.checkpoint.path == study.parent / "models" / name
         search, held_out = build_corpora(name, distribution, loaded.evaluation, tokenizer)
         assert (len(search.windows), len(held_out.windows)) == (SMALL.windows, SMALL.held_out_windows)

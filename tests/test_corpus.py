@@ -271,8 +271,8 @@ def test_packed_windows_score_what_separate_documents_do(form: str) -> None:
             labels_BT = ids_BT.masked_fill(~torch.tensor([scored]), -100)
             with torch.inference_mode():
                 nats += model(ids_BT, labels=labels_BT).loss.item() * sum(scored)
-    for isolates in (True, False):
-        measured, _ = score(model, prepare(windows, torch.device("cpu")), 96, isolates)
+    for reading in ("packed", "separate"):
+        measured, _ = score(model, prepare(windows, torch.device("cpu")), 96, reading)
         assert sum(measured.nats_W) == pytest.approx(nats, rel=1e-5)
         assert measured.tokens == sum(sum(scored) for _, scored in fragments(windows))
 

@@ -9,6 +9,7 @@ import zoo
 
 from dem_opt.arena import Arena, merged_parameters
 from dem_opt.checkpoints import content_hash, read_header
+from dem_opt.export import prove, write_composite
 from dem_opt.models import check_base, check_fit, describe, empty_model, load_model
 from dem_opt.perplexity import prepare, reading, score
 from dem_opt.records import Composite, StoredModel, Windows
@@ -100,6 +101,21 @@ def test_streaming_gives_the_arenas_bits(world):
     streamed = dict(merged_parameters(world.architecture, world.stored[0], world.by_content(), world.composite()))
     assert streamed.keys() == dict(model.named_parameters()).keys()
     assert all(torch.equal(mine, streamed[name]) for name, mine in model.named_parameters())
+
+
+def test_an_export_is_proved_and_loads_as_the_composite(world, tmp_path):
+    written = write_composite(
+        world.stored[0], world.by_content(), world.composite(), tmp_path / "out", lambda written: {}
+    )
+    prove(written)
+    arena, model = world.arena()
+    arena.merge(world.composite())
+    loaded = load_model(tmp_path / "out", torch.float32)
+    theirs = dict(loaded.named_parameters())
+    assert all(torch.equal(mine, theirs[name]) for name, mine in model.named_parameters())
+    torch.testing.assert_close(logits(model), logits(loaded), rtol=1e-5, atol=1e-6)
+    base, out = (read_header(path, "a").tensors for path in (world.stored[0].path, tmp_path / "out"))
+    assert {name: one.shape for name, one in out.items()} == {name: one.shape for name, one in base.items()}
 
 
 def windows(layout, length=24, seed=0):

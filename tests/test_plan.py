@@ -12,7 +12,7 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from dem_opt import checkpoints
+from dem_opt import models
 from dem_opt.arena import Arena
 from dem_opt.check import check
 from dem_opt.checkpoints import content_hash, known_content, read_header
@@ -70,7 +70,7 @@ def configured(world: Path, **sections) -> StudyConfig:
 
 def plan_of(config: StudyConfig, machine: Machine = LAPTOP) -> Plan:
     files = check_files(config, "study.yaml")
-    model = json.loads((config.base / "config.json").read_text())
+    model = json.loads((config.base.path / "config.json").read_text())
     return make_plan(files.architecture, files.headers, model, config, machine)
 
 
@@ -152,7 +152,7 @@ def test_flops_are_those_of_a_forward_pass(tmp_path, tied):
 
 def test_of_experts_only_those_count_that_a_token_is_sent_to():
     shapes = {"embed": (10, 4), "mlp.experts.up": (8, 4, 6), "router": (8, 4), "head": (10, 4)}
-    architecture = Architecture("Mixture", shapes, {}, "embed")
+    architecture = Architecture("Mixture", shapes, aliases={}, buffers={}, embedding="embed", paired=False, _model=None)
     model = {"num_experts_per_tok": 2, "num_local_experts": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     widths = read_widths(architecture, model)
     # 2 of 8 experts of 4 x 6, the router and the head; 4 L T Q of attention.
@@ -192,7 +192,9 @@ def test_thirteen_billion_parameters_six_times(tmp_path, monkeypatch):
     (tmp_path / "texts.jsonl").write_text('{"text": "a"}\n')
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump({"name": "large", "base": "base", "distributions": distributions}))
-    monkeypatch.delattr(checkpoints, "safe_open")
+    monkeypatch.setattr(
+        models, "read_tensors", lambda _, names: iter([pytest.fail(f"{name} was read") for name in names])
+    )
     found = check(load(path), path)
     parameters = 2 * 32000 * 5120 + 40 * (4 * 5120**2 + 3 * 5120 * 13824 + 2 * 5120) + 5120
     assert [one.parameters for one in found.checkpoints] == 6 * [parameters] == 6 * [13_015_864_320]

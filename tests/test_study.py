@@ -386,7 +386,8 @@ def test_a_window_longer_than_the_bases_positions_is_refused(tmp_path, key):
 
 def _window_is_checked(path: Path) -> bool:
     try:
-        _check_window(load(path), path)
+        config = load(path)
+        _check_window(config.base.path, config.evaluation.window, path)
     except InputError:
         return True
     return False

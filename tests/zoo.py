@@ -1,6 +1,7 @@
 """Tiny random models of many architectures: adding one is a line of MODELS."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -64,16 +65,16 @@ MODELS = {
 }
 
 
-def config(name: str) -> PretrainedConfig:
+def config(name: str, **changes: Any) -> PretrainedConfig:
     """The configuration of a tiny model."""
     kind, settings = MODELS[name]
-    return AutoConfig.for_model(kind, **TOKENS, **settings)
+    return AutoConfig.for_model(kind, **TOKENS | settings | changes)
 
 
-def make(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def make(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A random model for evaluation, every weight of which is drawn anew (norms and biases are not 1 and 0)."""
     torch.manual_seed(seed)
-    made = config(name)
+    made = config(name, **changes)
     family = AutoModelForSeq2SeqLM if made.is_encoder_decoder else AutoModelForCausalLM
     model = family.from_config(made).eval()
     with torch.no_grad():
@@ -82,7 +83,7 @@ def make(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTra
     return model.to(dtype)
 
 
-def save(folder: Path, name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+def save(folder: Path, name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """The same on disk."""
-    make(name, seed, dtype).save_pretrained(folder)
+    make(name, seed, dtype, **changes).save_pretrained(folder)
     return folder
