@@ -7,9 +7,9 @@ BIN := .venv/bin
 quickstart: .venv/ready
 	$(BIN)/dem-opt quickstart quickstart
 
-## test: all tests
+## test: all tests, in two processes
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 ## check: lint, format and types
 check: .venv/ready

@@ -5,10 +5,14 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from dem_opt.pool import SETTINGS
 
 CPUS = 2
+
+torch.set_num_threads(1)
+"""Models are tiny, and tests run in several processes; Ray's workers have the threads that Ray gives them."""
 
 
 @pytest.fixture(autouse=True, scope="session")
