@@ -155,7 +155,8 @@ def _weight_files(folder: Path, field: str) -> list[Path]:
     if (folder / INDEX).is_file():
         return _shards(folder / INDEX, field)
     if any(path for pattern in PICKLED for path in folder.glob(pattern)):
-        raise InputError(folder, field, None, "has pickled weights only: save it as safetensors")
+        mend = "has pickled weights only: save it as safetensors, or allow them by `{path: FOLDER, pickled: true}`"
+        raise InputError(folder, field, None, mend)
     raise InputError(folder, field, None, f"has no weights: neither {WEIGHTS} nor {INDEX}")
 
 
@@ -223,10 +224,15 @@ def _stamp(header: Header) -> list[list[Any]]:
     return [[str(one.resolve()), (stat := one.stat()).st_size, stat.st_mtime_ns, stat.st_ino] for one in header.files]
 
 
+def cache_folder() -> Path:
+    """What is kept for this user: content hashes, converted checkpoints."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "dem_opt"
+
+
 def _cache_file() -> Path:
     """Where content hashes are kept."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "dem_opt" / "contents.json"
+    return cache_folder() / "contents.json"
 
 
 def _read_cache() -> dict[str, Any]:

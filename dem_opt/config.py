@@ -90,11 +90,15 @@ class DataFile(_Section):
 
 
 class ModelSource(_Section):
-    """A model or an adapter: a folder, or a hub id and its revision.  A path alone is a folder."""
+    """A model or an adapter: a folder, or a hub id and its revision.  A path alone is a folder.
+
+    pickled  whether pickled weights may be read, of which only tensors are accepted
+    """
 
     path: StudyPath | None = None
     hub: Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")] | None = None
     revision: str | None = None
+    pickled: bool = False
 
     _paths = field_validator("path", mode="before")(_from_here)
 
@@ -112,11 +116,12 @@ class ModelSource(_Section):
         return self
 
     @model_serializer
-    def _as_written(self) -> str | dict[str, str]:
-        """A path alone, or a hub id with its revision."""
-        if self.hub is None:
+    def _as_written(self) -> str | dict[str, Any]:
+        """A path alone where nothing else is said."""
+        if self.hub is None and not self.pickled:
             return str(self.path)
-        return {"hub": self.hub} | ({"revision": self.revision} if self.revision else {})
+        given = {"path": self.path and str(self.path), "hub": self.hub, "revision": self.revision}
+        return {key: value for key, value in given.items() if value} | ({"pickled": True} if self.pickled else {})
 
     def __str__(self) -> str:
         return str(self.path) if self.hub is None else f"{self.hub}@{self.revision or 'main'}"

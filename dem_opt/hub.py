@@ -7,6 +7,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from dem_opt.config import ModelSource
 from dem_opt.errors import InputError
+from dem_opt.pickled import converted
 
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
 """The files of a repository that are fetched: no pickled weights, no code."""
@@ -20,13 +21,16 @@ def locate(source: ModelSource, field: str) -> Path:
 
     Raises InputError for an id that is neither in the cache nor to be had.
     """
-    if source.hub is None:
-        assert source.path is not None
-        return source.path
+    folder = source.path if source.hub is None else _cached(source, source.hub, field)
+    assert folder is not None
+    return converted(folder, field) if source.pickled else folder
+
+
+def _cached(source: ModelSource, hub: str, field: str) -> Path:
+    """The cache's folder of a hub id, fetched where it is not there."""
+    wanted = [*WANTED, "*.bin"] if source.pickled else WANTED
     try:
-        return Path(
-            snapshot_download(source.hub, revision=source.revision, allow_patterns=WANTED, etag_timeout=PATIENCE)
-        )
+        return Path(snapshot_download(hub, revision=source.revision, allow_patterns=wanted, etag_timeout=PATIENCE))
     except LocalEntryNotFoundError:
         mend = "is not in the local cache, and the hub can't be reached: fetch it where it can, or name a folder"
     except HfHubHTTPError as error:

@@ -137,6 +137,19 @@ def test_a_factored_adapter_costs_its_factors(tmp_path):
     assert both - alone == stored
 
 
+def test_on_a_wide_layer_thirty_two_adapters_take_less_than_two_dense_vectors(tmp_path):
+    wide = {"hidden_size": 2048, "intermediate_size": 2048, "num_hidden_layers": 1, "num_attention_heads": 16}
+    path = zoo.save(tmp_path / "base", "llama", 0, torch.bfloat16, **wide, num_key_value_heads=16)
+    base = StoredModel(path, content_hash(path))
+    folder = make_adapter(path, tmp_path / "adapter", 1, target_modules="all-linear")
+    dense = Arena(empty_model(path, torch.bfloat16), [base, StoredModel(path, "another name")]).nbytes
+    alone = Arena(empty_model(path, torch.bfloat16), [base]).nbytes
+    adapter = StoredModel(folder, "adapter", base.content)
+    factored = Arena(empty_model(path, torch.bfloat16), [base, adapter]).nbytes
+    # The adapter made here has rank 4: one of rank 16 takes four times its bytes.
+    assert 32 * 4 * (factored - alone) < 2 * (dense - alone)
+
+
 def configure(folder, **changes):
     file = folder / CONFIG
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))

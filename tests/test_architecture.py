@@ -11,7 +11,19 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = [
     {"errors", "simplex", "records", "strict_yaml", "config", "declared", "question", "intervals"},
-    {"checkpoints", "models", "adapters", "arena", "documents", "tokens", "corpus", "database", "hub", "machine"},
+    {
+        "checkpoints",
+        "models",
+        "adapters",
+        "pickled",
+        "arena",
+        "documents",
+        "tokens",
+        "corpus",
+        "database",
+        "hub",
+        "machine",
+    },
     {"perplexity", "ledger"},
     {"resident", "samplers", "finetune", "plan", "sources"},
     {"pool", "search", "tracking", "check"},
@@ -36,6 +48,8 @@ ALLOWED = {
     ("question", "simplex"),
     ("intervals", "records"),
     ("models", "checkpoints"),
+    ("pickled", "checkpoints"),
+    ("hub", "pickled"),
     ("adapters", "checkpoints"),
     ("adapters", "models"),
     ("arena", "checkpoints"),
@@ -49,7 +63,7 @@ ALLOWED = {
 }
 
 TENSORS = {"checkpoints", "models", "adapters", "arena", "perplexity", "resident", "finetune", "assets", "export"}
-TENSORS |= {"pool", "machine", "plan"}
+TENSORS |= {"pickled", "pool", "machine", "plan"}
 """Rooms that work with torch."""
 
 DOORS = {
