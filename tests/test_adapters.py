@@ -121,6 +121,21 @@ def test_factors_give_the_bits_of_dense_checkpoints(tmp_path, dtype, units):
     assert all(torch.equal(factored[name], dense[name]) for name in dense)
 
 
+@pytest.mark.parametrize(("outputs", "inputs", "rank"), [(2048, 1024, 16), (999, 513, 7), (320, 16, 4)])
+def test_threads_change_no_bit_of_an_applied_adapter(outputs, inputs, rank):
+    generator, before = torch.Generator().manual_seed(0), torch.get_num_threads()
+    shapes = ((rank, inputs), (outputs, rank), (outputs, inputs))
+    down_RI, up_OR, base = (torch.randn(*shape, generator=generator) for shape in shapes)
+    made = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            made.append(LowRank(down_RI, up_OR, 0.5, False).apply(base))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*made)
+
+
 def test_a_factored_adapter_costs_its_factors(tmp_path):
     """32 adapters of rank 16 take less than two dense vectors from a hidden size of 2048 on.
 
