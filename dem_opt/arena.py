@@ -121,8 +121,7 @@ class MergeKernel:
         """out = sum_n (units_n / 1e9) x_n  over flat tensors, rounded to `dtype`, cast to out's.
 
         Terms are (units of 1e-9, values), summed in the order given.  Coefficients are rounded to float32.  A single
-        term is copied, which keeps its bits even where the processor flushes denormal numbers to zero.  Where
-        `rounded` is given, sums are rounded to that dtype and not to that of the terms.
+        term is copied, which keeps its bits even where the processor flushes denormal numbers to zero.
         """
         if len(terms) == 1 and terms[0][0] == UNIT:
             out_P.copy_(terms[0][1])
@@ -150,23 +149,6 @@ class MergeKernel:
 Named = Iterator[tuple[str, Tensor]]
 
 
-def merged_parameters(
-    architecture: Architecture,
-    base: StoredModel,
-    stored: Mapping[str, StoredModel],
-    composite: Composite,
-    dtype: torch.dtype | None = None,
-) -> Named:
-    """A composite's parameters one at a time, straight from the files: the arena's bits.
-
-    `stored` holds checkpoints and adapters by content.  Each parameter has the base's dtype, or its own where the
-    composite is a single checkpoint.  Given a `dtype`, the float32 sums are rounded to that once, and to no other.
-    """
-    dtypes = stored_dtypes(architecture, base.path)
-    readers = [_parameters(architecture, base, stored[content]) for content, _ in composite.terms]
-    return _merge_each(readers, composite, dtypes, dtype)
-
-
 def merged_tensors(
     architecture: Architecture,
     base: StoredModel,
@@ -175,9 +157,11 @@ def merged_tensors(
     names: Sequence[str],
     dtype: torch.dtype | None = None,
 ) -> Named:
-    """The same for tensors as the base stores them, under its names, before anything is fused.
+    """A composite's tensors one at a time, straight from the files, under the base's names for them: the arena's bits.
 
-    Fusing only moves values, so what is fused from merged tensors is what would be merged from fused ones.
+    `stored` holds checkpoints and adapters by content.  Each tensor has the base's dtype, or its own where the
+    composite is a single checkpoint.  Given a `dtype`, the float32 sums are rounded to that once, and to no other.
+    What transformers fuses on loading is merged as it is stored: fusing only moves values.
     """
     header = read_header(base.path, "base")
     dtypes = {name: DTYPES[header.tensors[name].dtype] for name in names}
@@ -196,14 +180,6 @@ def _merge_each(
         terms = [(units, x.reshape(-1)) for (_, units), (_, x) in zip(composite.terms, tensors, strict=True)]
         kernel.merge(merged.view(-1), terms, merged.dtype)
         yield name, merged
-
-
-def _parameters(architecture: Architecture, base: StoredModel, model: StoredModel) -> Named:
-    """A checkpoint's parameters, or an adapter's."""
-    names = list(architecture.parameters)
-    if model.base is None:
-        return read_parameters(architecture, model.path, names)
-    return _edited(model, read_parameters(architecture, base.path, names), {name: name for name in names})
 
 
 def _tensors(architecture: Architecture, base: StoredModel, names: Sequence[str], model: StoredModel) -> Named:

@@ -311,11 +311,11 @@ def _held(
     itemsize: int,
 ) -> dict[str, int]:
     """What a resident holds for life, in bytes, by field of the plan."""
-    given, factored = study.evaluation, any(one.adapter for one in unlike)
+    given, adapters = study.evaluation, sum(one.adapter for one in unlike)
     return {
         "stored": sum(_factored(one) if one.adapter else _flat(architecture, one) for one in unlike),
         "live": _flat(architecture, base, itemsize),
-        "scratch": _scratch(base, itemsize, device) + (_applied(architecture) if factored else 0),
+        "scratch": _scratch(base, itemsize, device) + _applied(architecture, adapters),
         "windows": _WINDOW_BYTES * len(study.corpora) * (given.windows + given.held_out) * given.window,
         "process": PROCESS if device == "cpu" else CONTEXT,
     }
@@ -335,10 +335,10 @@ def _factored(adapter: Header) -> int:
     return sum(one.end - one.start for one in adapter.tensors.values())
 
 
-def _applied(architecture: Architecture) -> int:
-    """Bytes while an adapter is applied to the largest parameter: product, sum and result in float32."""
+def _applied(architecture: Architecture, adapters: int) -> int:
+    """Bytes while adapters are applied to the largest parameter: what each makes of it, product and sum in float32."""
     sizes = (prod(shape) for name, shape in architecture.parameters.items() if name != architecture.embedding)
-    return 3 * 4 * max(sizes, default=0)
+    return (adapters + 2) * 4 * max(sizes, default=0) if adapters else 0
 
 
 def _scratch(base: Header, itemsize: int, device: str) -> int:

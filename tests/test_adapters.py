@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from dem_opt.adapters import CONFIG, WEIGHTS, LowRank, check_adapter, read_adapter
-from dem_opt.arena import Arena, merged_parameters, merged_tensors
+from dem_opt.arena import Arena, merged_tensors
 from dem_opt.checkpoints import content_hash, read_header
 from dem_opt.errors import InputError
 from dem_opt.models import check_base, empty_model, load_model, stored_names
@@ -91,7 +91,8 @@ def merged(world, stored, units):
     arena = Arena(model, [world.base, *stored])
     arena.merge(composite)
     by_content = {one.content: one for one in (world.base, *stored)}
-    streamed = merged_parameters(world.architecture, world.base, by_content, composite)
+    names = list(world.architecture.parameters)
+    streamed = merged_tensors(world.architecture, world.base, by_content, composite, names)
     mine = {name: parameter.detach() for name, parameter in model.named_parameters()}
     assert all(torch.equal(tensor.float(), mine[name]) for name, tensor in streamed)
     return mine

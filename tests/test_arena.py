@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from dem_opt.arena import ALIGNMENT, Arena, MergeKernel, merged_parameters
+from dem_opt.arena import ALIGNMENT, Arena, MergeKernel, merged_tensors
 from dem_opt.checkpoints import content_hash, read_header
 from dem_opt.models import empty_model, read_architecture
 from dem_opt.records import Composite, StoredModel
@@ -75,7 +75,8 @@ class World:
         """The composite's parameters, streamed from the files."""
         architecture = read_architecture(read_header(self.stored[0].path, "base"))
         by_content = {model.content: model for model in self.stored}
-        return dict(merged_parameters(architecture, self.stored[0], by_content, composite))
+        names = list(architecture.parameters)
+        return dict(merged_tensors(architecture, self.stored[0], by_content, composite, names))
 
     def arena(self, stored=None, dtype=torch.float32):
         model = empty_model(self.stored[0].path, dtype)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import zoo
 
-from dem_opt.arena import Arena, merged_parameters
+from dem_opt.arena import Arena
 from dem_opt.checkpoints import content_hash, read_header
 from dem_opt.export import prove, write_composite
 from dem_opt.models import check_base, check_fit, describe, empty_model, load_model
@@ -93,14 +93,6 @@ def test_a_composite_agrees_with_float64(world):
         terms = [units / UNIT * one[name].double() for units, one in zip(UNITS, references, strict=True)]
         bound = 4 * 2**-24 * sum(term.abs() for term in terms) * (1 + 2**-20) + 2**-149
         assert (mine.double() - sum(terms)).abs().le(bound).all(), name
-
-
-def test_streaming_gives_the_arenas_bits(world):
-    arena, model = world.arena()
-    arena.merge(world.composite())
-    streamed = dict(merged_parameters(world.architecture, world.stored[0], world.by_content(), world.composite()))
-    assert streamed.keys() == dict(model.named_parameters()).keys()
-    assert all(torch.equal(mine, streamed[name]) for name, mine in model.named_parameters())
 
 
 def test_an_export_is_proved_and_loads_as_the_composite(world, tmp_path):
