@@ -135,12 +135,41 @@ class Score:
 
 
 def mean_nll(scores: Mapping[str, Score], weights: Mapping[str, float]) -> float:
-    """The objective: the weighted mean over distributions of NLL, in nats per token.
+    """The weighted mean over distributions of NLL, in nats per token.
 
     Weights need not sum to 1.  Distributions of weight 0 are not looked at.
     """
     used = {name: weight for name, weight in weights.items() if weight}
     return fsum(weight * scores[name].nll for name, weight in used.items()) / fsum(used.values())
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimized, in nats per token: the weighted mean of NLL over distributions, or the largest regret.
+
+    weights  need not sum to 1; distributions of weight 0 are not looked at
+    own      of each distribution, the score of its own fine-tune: given, the objective is the largest regret
+
+        mean:  sum_i weight_i NLL_i / sum_i weight_i        worst:  max_i (NLL_i - NLL_i of the fine-tune on i)
+    """
+
+    weights: Mapping[str, float]
+    own: Mapping[str, Score] | None = None
+
+    def shares(self, scores: Mapping[str, Score]) -> dict[str, float]:
+        """d objective / d NLL by distribution: normalized weights, or 1 for the distribution that is worst off."""
+        used = {name: weight for name, weight in self.weights.items() if weight}
+        if self.own is None:
+            total = fsum(used.values())
+            return {name: weight / total for name, weight in used.items()}
+        regrets = {name: scores[name].nll - self.own[name].nll for name in used if name in self.own}
+        return {max(regrets, key=lambda name: regrets[name]): 1.0}
+
+    def __call__(self, scores: Mapping[str, Score]) -> float:
+        """The objective of these scores."""
+        if self.own is None:
+            return mean_nll(scores, self.weights)
+        return fsum(scores[name].nll - self.own[name].nll for name in self.shares(scores))
 
 
 PENALTY = 10.0
@@ -160,26 +189,48 @@ def violation(scores: Mapping[str, Score], base: Mapping[str, Score], protect: M
     return fsum(max(0.0, scores[name].nll - base[name].nll - protect[name]) for name in known)
 
 
+class Referee(Protocol):
+    """What decides, look by look, whether a trial goes on (racing)."""
+
+    def is_lost(self, scores: Mapping[str, Score]) -> bool:
+        """Whether a trial of which this much is known will not win."""
+
+
 @dataclass(frozen=True)
 class Request:
-    """What a resident is asked: a composite's nats on the named corpora.  `ticket` comes back unchanged."""
+    """What a resident is asked: a composite's nats on the named corpora.  `ticket` comes back unchanged.
+
+    known     scores that need not be measured again, by corpus; a short one is continued
+    race      given, scoring stops at the first look at which the trial is lost
+    gradient  whether the gradient is asked for too
+    """
 
     ticket: int
     composite: Composite
     corpora: tuple[str, ...]
+    known: Mapping[str, Score] = field(default_factory=dict)
+    race: Referee | None = None
+    gradient: bool = False
+
+
+Gradient = Mapping[str, float]
+"""By content of each expert i:  < d nats / d Theta_D , Theta_i - Theta > , nats summed over a corpus's windows."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """A resident's answer: a Score for each corpus key that was asked for, and what it took.
 
-    forward_tokens counts the tokens that went through the model, scored or not.
+    scores          short where the trial was stopped; what was known stands in them
+    forward_tokens  tokens that went forward through the model, scored or not
+    gradients       by corpus, where they were asked for
     """
 
     scores: Mapping[str, Score]
     forward_tokens: int = 0
     merge_seconds: float = 0.0
     score_seconds: float = 0.0
+    gradients: Mapping[str, Gradient] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -222,10 +273,13 @@ class ResidentSpec:
 class TrialRecord:
     """One finished trial, as observers and trackers see it.
 
-    objective  the weighted mean NLL on the search split in nats per token; None where the trial failed
-    scores     by distribution or general corpus, on the search split
+    objective  on the search split in nats per token; None where the trial failed
+    scores     by distribution or general corpus, on the search split; short where the trial was stopped
     measured   whether a forward pass was needed; False where the ledger had every score
     violation  nats per token by which protected corpora exceed their allowance, on the search split; 0: feasible
+    forwards   forward-equivalents that the trial stands for: 1 for all windows of the search split, whoever measured them
+    error      standard error of the objective in nats per token; 0 where all windows were scored, else the trial is partial
+    gradient   d penalized / d w_i in nats per token, by distribution, where it was measured
     """
 
     study: str
@@ -237,6 +291,14 @@ class TrialRecord:
     propose_seconds: float = 0.0
     reason: str = ""
     violation: float = 0.0
+    forwards: float = 1.0
+    error: float = 0.0
+    gradient: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the trial was stopped: its objective is an estimate, and it never wins."""
+        return self.error > 0
 
     @property
     def penalized(self) -> float | None:
@@ -245,7 +307,7 @@ class TrialRecord:
 
     @property
     def rank(self) -> tuple[float, float, int]:
-        """Lower is better: feasible trials by objective, then the others by violation."""
+        """Lower is better among whole trials: feasible ones by objective, then the others by violation."""
         return self.violation, inf if self.objective is None else self.objective, self.number
 
     @property

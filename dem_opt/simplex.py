@@ -1,4 +1,4 @@
-"""The coefficient space: check, lattice, vertices, centroid, uniform sampling, cube <-> simplex chart.
+"""The coefficient space: check, lattice, vertices, centroid, uniform sampling, shares of a unit simplex.
 
 Coefficients are counted in *units* of 1e-9 as Python integers, so that a sum of coefficients is exact: in
 floats 1 - sum(w) came out as 1e-16 on 30 of the 286 points of the step-0.1 lattice of four distributions.
@@ -6,8 +6,9 @@ floats 1 - sum(w) came out as 1e-16 on 30 of the 286 points of the step-0.1 latt
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
-from math import comb, isfinite
+from math import isfinite
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,18 +50,35 @@ class Coefficients:
         return ", ".join(f"{name} {weight:.3f}" for name, weight in self.weights.items())
 
 
+GIBBS = 30
+"""Steps of the chain that samples a space with caps, for each share."""
+
+
 @dataclass(frozen=True)
 class Space:
-    """The simplex  {w : w_i >= 0, sum_i w_i = total}  over named distributions.
+    """The coefficients  {w : lower_i <= w_i <= upper_i, least <= sum_i w_i <= total}  over named distributions.
+
+    bounds  (name, lower, upper) where not 0 to total; a fixed coefficient has lower = upper
+    least   the least total, where that is not the total itself
 
     Names are held in ascending order, so the order of a study file changes nothing.
+
+    Every space is a simplex to samplers: with the rest  R = total - sum_i lower_i , the *shares*
+
+        p_i = (w_i - lower_i) / R   of those that are free,    p_slack = (total - sum_i w_i) / R   where least < total
+
+    are at least 0, at most their caps, and sum to 1.  So corners, faces and an exact sum mean the same everywhere; the
+    slack is what the base gets beside 1 - total.
     """
 
     names: tuple[str, ...]
     total: float = 1.0
+    least: float | None = None
+    bounds: tuple[tuple[str, float, float], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple(sorted(self.names)))
+        object.__setattr__(self, "bounds", tuple(sorted(self.bounds)))
 
     @property
     def dimension(self) -> int:
@@ -68,26 +86,103 @@ class Space:
         return len(self.names)
 
     @property
+    def is_point(self) -> bool:
+        """Whether nothing is left to choose."""
+        return len(self.caps_F) < 2
+
+    @property
     def total_units(self) -> int:
-        """The total in units of 1e-9."""
+        """The greatest total in units of 1e-9."""
         return round(self.total * UNIT)
 
-    def from_units(self, units: Sequence[int]) -> Coefficients:
-        """Coefficients of whole units in the order of `names`, which must sum to the total."""
-        assert len(units) == self.dimension and sum(units) == self.total_units and min(units) >= 0, units
-        return Coefficients(tuple(zip(self.names, (int(unit) for unit in units), strict=True)))
+    @property
+    def least_units(self) -> int:
+        """The least total in units of 1e-9."""
+        return self.total_units if self.least is None else round(self.least * UNIT)
 
-    def nearest(self, point_K: NDArray[np.float64]) -> Coefficients:
-        """The coefficients nearest to a point: projected on the simplex, rounded to units with an exact total.
+    @cached_property
+    def _box_K2(self) -> NDArray[np.int64]:
+        """Lower and upper bound of every coefficient in units: the tightest that the total allows."""
+        given = {name: (round(lower * UNIT), round(upper * UNIT)) for name, lower, upper in self.bounds}
+        box_K2 = np.array([given.get(name, (0, self.total_units)) for name in self.names], dtype=np.int64)
+        spare = self.total_units - int(box_K2[:, 0].sum())
+        needed_K = box_K2[:, 1] - (int(box_K2[:, 1].sum()) - self.least_units)
+        return np.stack([np.maximum(box_K2[:, 0], needed_K), np.minimum(box_K2[:, 1], box_K2[:, 0] + spare)], axis=1)
+
+    @cached_property
+    def _free_K(self) -> NDArray[np.bool_]:
+        free_K: NDArray[np.bool_] = self._box_K2[:, 0] < self._box_K2[:, 1]
+        return free_K
+
+    @cached_property
+    def _rest_units(self) -> int:
+        """R in units: what is left to share out above the lower bounds."""
+        return self.total_units - int(self._box_K2[:, 0].sum())
+
+    @cached_property
+    def _cap_units_F(self) -> NDArray[np.int64]:
+        """The most units of each share: of the free coefficients in the order of `names`, then of the slack."""
+        widths_F = (self._box_K2[:, 1] - self._box_K2[:, 0])[self._free_K]
+        slack = self.total_units - self.least_units
+        return np.append(widths_F, slack) if slack else widths_F
+
+    @property
+    def caps_F(self) -> NDArray[np.float64]:
+        """The greatest share of each free coefficient in the order of `names`, then of the slack where there is any."""
+        return np.asarray(self._cap_units_F / max(self._rest_units, 1))
+
+    def shares(self, coefficients: Coefficients) -> NDArray[np.float64]:
+        """Coefficients as shares, which are at least 0, at most `caps_F`, and sum to 1."""
+        units = coefficients.units
+        above_K = np.array([units[name] for name in self.names]) - self._box_K2[:, 0]
+        shares_F = above_K[self._free_K]
+        if self.least_units < self.total_units:
+            shares_F = np.append(shares_F, self.total_units - sum(units.values()))
+        return np.asarray(shares_F / max(self._rest_units, 1))
+
+    def at(self, shares_F: NDArray[np.float64]) -> Coefficients:
+        """The coefficients nearest to shares: projected, then rounded to units with an exact total.
 
         Rounds down and gives what is missing to the largest remainders (Hamilton's method), lower index first.
         Thousandths of a unit are dropped before, so that 0.3, which is no binary fraction, comes out as 0.3.
         """
-        exact_K = np.round(project(np.asarray(point_K, dtype=np.float64), self.total) * UNIT, 3)
-        floor_K = np.floor(exact_K).astype(np.int64)
-        missing = self.total_units - int(floor_K.sum())
-        floor_K[np.argsort(floor_K - exact_K, kind="stable")[:missing]] += 1
-        return self.from_units(floor_K.tolist())
+        units_K = self._box_K2[:, 0].copy()
+        if len(shares_F):
+            exact_F = np.round(project(np.asarray(shares_F, dtype=np.float64), self.caps_F) * self._rest_units, 3)
+            floor_F = np.floor(exact_F).astype(np.int64)
+            missing = self._rest_units - int(floor_F.sum())
+            remainders_F = np.where(floor_F < self._cap_units_F, exact_F - floor_F, -1)
+            floor_F[np.argsort(-remainders_F, kind="stable")[:missing]] += 1
+            units_K[self._free_K] += floor_F[: int(self._free_K.sum())]
+        return self.from_units(units_K.tolist())
+
+    def jacobian(self) -> NDArray[np.float64]:
+        """d w / d p, [K, F]:  R for a free coefficient's own share, 0 elsewhere."""
+        jacobian_KF = np.zeros((self.dimension, len(self.caps_F)))
+        jacobian_KF[np.flatnonzero(self._free_K), np.arange(int(self._free_K.sum()))] = self._rest_units / UNIT
+        return jacobian_KF
+
+    def from_units(self, units: Sequence[int]) -> Coefficients:
+        """Coefficients of whole units in the order of `names`, which must lie in the space."""
+        assert len(units) == self.dimension and self.least_units <= sum(units) <= self.total_units, units
+        assert all(low <= unit <= high for unit, (low, high) in zip(units, self._box_K2.tolist(), strict=True)), units
+        return Coefficients(tuple(zip(self.names, (int(unit) for unit in units), strict=True)))
+
+    def contains(self, coefficients: Coefficients) -> bool:
+        """Whether coefficients lie in the space."""
+        units = coefficients.units
+        if units.keys() != set(self.names) or not self.least_units <= sum(units.values()) <= self.total_units:
+            return False
+        box = zip(self.names, self._box_K2.tolist(), strict=True)
+        return all(low <= units[name] <= high for name, (low, high) in box)
+
+    def nearest(self, point_K: NDArray[np.float64]) -> Coefficients:
+        """The coefficients nearest to a point."""
+        above_K = np.asarray(point_K, dtype=np.float64) * UNIT - self._box_K2[:, 0]
+        shares_F = above_K[self._free_K]
+        if self.least_units < self.total_units:
+            shares_F = np.append(shares_F, self._rest_units - above_K.sum())
+        return self.at(shares_F / max(self._rest_units, 1))
 
     def point(self, coefficients: Coefficients) -> NDArray[np.float64]:
         """Coefficients as an array in the order of `names`."""
@@ -97,64 +192,113 @@ class Space:
     def check(self, weights: Mapping[str, float], where: object = None, field: str = "weights") -> Coefficients:
         """Coefficients that a user wrote; names left out are 0.
 
-        Raises InputError for an unknown name, a negative or non-finite weight, and a sum off the total.
+        Raises InputError for an unknown name, a weight that is not finite or out of its bounds, and a sum off the total.
         """
         for name, weight in weights.items():
             if name not in self.names:
                 raise InputError(where, f"{field}.{name}", weight, f"no such distribution; {nearest(name, self.names)}")
             if not isfinite(weight) or weight < 0:
                 raise InputError(where, f"{field}.{name}", weight, "a coefficient is a number of at least 0")
-        total = sum(weights.values())
-        if abs(total - self.total) > TOLERANCE:
-            raise InputError(where, field, dict(weights), f"sums to {total:g}; coefficients must sum to {self.total:g}")
+        total, least = sum(weights.values()), self.least_units / UNIT
+        if not least - TOLERANCE <= total <= self.total + TOLERANCE:
+            wanted = f"{self.total:g}" if self.least is None else f"at least {least:g} and at most {self.total:g}"
+            raise InputError(where, field, dict(weights), f"sums to {total:g}; coefficients must sum to {wanted}")
+        for name, lower, upper in self.bounds:
+            if not lower - TOLERANCE <= weights.get(name, 0.0) <= upper + TOLERANCE:
+                mend = f"the study file bounds it to {lower:g} .. {upper:g}"
+                raise InputError(where, f"{field}.{name}", weights.get(name, 0.0), mend)
         return self.nearest(np.array([weights.get(name, 0.0) for name in self.names]))
 
+    @property
+    def _ordinary_total(self) -> float:
+        """The total nearest to 1: there a vertex is a fine-tune as it is."""
+        return min(max(1.0, self.least_units / UNIT), self.total)
+
     def vertices(self) -> list[Coefficients]:
-        """The corners: all of the total on one distribution, in the order of `names`."""
-        return [
-            self.from_units([self.total_units * (i == j) for j in range(self.dimension)]) for i in range(self.dimension)
-        ]
+        """The corners, or what the bounds leave of them: all of the total on one free distribution."""
+        corners_KK = np.eye(self.dimension) * self._ordinary_total
+        return [self.nearest(corner_K) for corner_K, free in zip(corners_KK, self._free_K, strict=True) if free]
 
     def centroid(self) -> Coefficients:
-        """Equal coefficients (to a unit): the uniform average."""
-        return self.nearest(np.full(self.dimension, self.total / self.dimension))
+        """Equal coefficients (to a unit): the uniform average, or what is nearest to it."""
+        return self.nearest(np.full(self.dimension, self._ordinary_total / self.dimension))
 
     def landmarks(self) -> list[Coefficients]:
-        """Vertices and centroid, each once: the composites that every study scores first."""
-        return list(dict.fromkeys([*self.vertices(), self.centroid()]))
+        """Vertices, centroid, and the base where it is a point of the space, each once: what every study scores first."""
+        base = Coefficients(tuple((name, 0) for name in self.names))
+        return list(dict.fromkeys([*[base][: self.contains(base)], *self.vertices(), self.centroid()]))
 
     def lattice(self, divisions: int) -> Iterator[Coefficients]:
-        """All points whose coefficients are multiples of total/divisions: C(divisions + K - 1, K - 1) of them.
+        """All points whose shares are multiples of 1/divisions: C(divisions + F - 1, F - 1) of them without caps.
 
-        Stars and bars: a point is a choice of K - 1 bars among divisions + K - 1 places.
+        Stars and bars: a point is a choice of F - 1 bars among divisions + F - 1 places.  Shares above the lower bounds
+        are Cornell's pseudo-components (Experiments with Mixtures, 2002, chapter 3).
         """
-        places = divisions + self.dimension - 1
-        for bars in combinations(range(places), self.dimension - 1):
-            edges = (-1, *bars, places)
-            stars_K = np.diff(edges) - 1
-            yield self.nearest(stars_K / divisions * self.total)
+        most_F = self._most_stars(divisions)
+        places = divisions + len(most_F) - 1
+        for bars in combinations(range(places), len(most_F) - 1) if len(most_F) else [()]:
+            stars_F = np.diff((-1, *bars, places))[: len(most_F)] - 1
+            if (stars_F <= most_F).all():
+                yield self.at(stars_F / divisions)
 
     def lattice_size(self, divisions: int) -> int:
-        """Number of lattice points, C(divisions + K - 1, K - 1)."""
-        return comb(divisions + self.dimension - 1, self.dimension - 1)
+        """Number of lattice points, counted without making them."""
+        ways = [1] + [0] * divisions
+        for most in self._most_stars(divisions).tolist():
+            ways = [sum(ways[max(0, stars - most) : stars + 1]) for stars in range(divisions + 1)]
+        return ways[divisions] if len(self.caps_F) else 1
+
+    def _most_stars(self, divisions: int) -> NDArray[np.int64]:
+        """The most steps that each share may take on the lattice."""
+        return np.asarray(self._cap_units_F * divisions // max(self._rest_units, 1))
 
     def sample(self, rng: np.random.Generator) -> Coefficients:
-        """A point drawn uniformly (Dirichlet with all parameters 1, by way of exponentials)."""
-        draws_K = rng.exponential(size=self.dimension)
-        return self.nearest(draws_K / draws_K.sum() * self.total)
+        """A point drawn uniformly over the shares: Dirichlet with all parameters 1, by way of exponentials.
+
+        Where caps bind, from there a chain of Gibbs' steps, each sharing two shares' sum out anew between them.
+        """
+        caps_F = self.caps_F
+        draws_F = rng.exponential(size=len(caps_F))
+        shares_F = draws_F / max(draws_F.sum(), 1e-300)
+        if len(caps_F) > 1 and (caps_F < 1).any():
+            shares_F = project(shares_F, caps_F)
+            for _ in range(GIBBS * len(caps_F)):
+                i, j = rng.choice(len(caps_F), size=2, replace=False)
+                both = shares_F[i] + shares_F[j]
+                least = max(0.0, both - caps_F[j])
+                shares_F[i] = rng.uniform(least, max(least, min(caps_F[i], both)))
+                shares_F[j] = both - shares_F[i]
+        return self.at(shares_F)
 
 
-def project(points_MK: NDArray[np.float64], total: float) -> NDArray[np.float64]:
-    """The Euclidean projection of points (shape [..., K]) on {w >= 0, sum w = total}.
+def project(points_MF: NDArray[np.float64], caps_F: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The Euclidean projection of points (shape [..., F]) on {0 <= p <= caps, sum p = 1}, whose caps sum to at least 1.
 
-    max(x - t, 0) with the one t that makes the sum right, found by sorting (Held, Wolfe, Crowder 1974).  Exact
-    zeros come out as exact zeros, so a projected gradient step reaches faces and corners.
+    clip(x - t, 0, caps) with the one t that makes the sum right (Held, Wolfe, Crowder 1974): the sum falls with t, and
+    is linear between the places x and x - caps where a share meets a bound.  Exact zeros and caps come out exactly,
+    so a projected gradient step reaches faces and corners.
     """
-    descending_MK = -np.sort(-points_MK, axis=-1)
-    excess_MK = np.cumsum(descending_MK, axis=-1) - total
-    counts_K = np.arange(1, points_MK.shape[-1] + 1)
-    positive_MK = descending_MK * counts_K > excess_MK
-    support_M1 = len(counts_K) - 1 - np.argmax(positive_MK[..., ::-1], axis=-1, keepdims=True)
-    threshold_M1 = np.take_along_axis(excess_MK, support_M1, axis=-1) / (support_M1 + 1)
-    projected_MK: NDArray[np.float64] = np.maximum(points_MK - threshold_M1, 0.0)
-    return projected_MK
+    points_MF = np.asarray(points_MF, dtype=np.float64)
+    if (caps_F >= 1).all():
+        return _project_uncapped(points_MF)
+    breaks_ME = np.sort(np.concatenate([points_MF, points_MF - caps_F], axis=-1), axis=-1)
+    sums_ME = np.clip(points_MF[..., None, :] - breaks_ME[..., None], 0, caps_F).sum(axis=-1)
+    left_M1 = np.maximum((sums_ME >= 1).sum(axis=-1, keepdims=True) - 1, 0)
+    right_M1 = np.minimum(left_M1 + 1, breaks_ME.shape[-1] - 1)
+    low_M1, high_M1 = (np.take_along_axis(sums_ME, at_M1, axis=-1) for at_M1 in (left_M1, right_M1))
+    start_M1, end_M1 = (np.take_along_axis(breaks_ME, at_M1, axis=-1) for at_M1 in (left_M1, right_M1))
+    part_M1 = np.divide(low_M1 - 1, low_M1 - high_M1, out=np.zeros_like(low_M1), where=low_M1 > high_M1)
+    clipped_MF: NDArray[np.float64] = np.clip(points_MF - (start_M1 + part_M1 * (end_M1 - start_M1)), 0, caps_F)
+    return clipped_MF
+
+
+def _project_uncapped(points_MF: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The same where no cap binds: t follows from the sorted shares alone."""
+    descending_MF = -np.sort(-points_MF, axis=-1)
+    excess_MF = np.cumsum(descending_MF, axis=-1) - 1
+    counts_F = np.arange(1, points_MF.shape[-1] + 1)
+    positive_MF = descending_MF * counts_F > excess_MF
+    support_M1 = len(counts_F) - 1 - np.argmax(positive_MF[..., ::-1], axis=-1, keepdims=True)
+    threshold_M1 = np.take_along_axis(excess_MF, support_M1, axis=-1) / (support_M1 + 1)
+    projected_MF: NDArray[np.float64] = np.maximum(points_MF - threshold_M1, 0.0)
+    return projected_MF

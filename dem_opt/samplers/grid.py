@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dem_opt.samplers.history import Trial
+from dem_opt.samplers.sampler import Choice, first_new
 from dem_opt.simplex import Coefficients, Space
 
 
@@ -14,10 +15,8 @@ class Grid:
     def __init__(self, space: Space, divisions: int) -> None:
         self._lattice = tuple(space.lattice(divisions))
 
-    def propose(self, trials: Sequence[Trial], begin: Sequence[Coefficients], rng: np.random.Generator) -> Coefficients:
+    def propose(self, trials: Sequence[Trial], begin: Sequence[Coefficients], rng: np.random.Generator) -> Choice:
         """The first lattice point that no trial has.  Raises ValueError where there is none left."""
-        taken = {trial.coefficients for trial in trials}
-        for point in self._lattice:
-            if point not in taken:
-                return point
+        if (choice := first_new(self._lattice, trials)) is not None:
+            return choice
         raise ValueError(f"all {len(self._lattice)} points of the lattice have been proposed")

@@ -38,6 +38,16 @@ class Trial:
     objective: float | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def error(self) -> float:
+        """Standard error of the objective in nats per token: above 0 where the trial was stopped, an estimate."""
+        return float(self.attributes.get("error", 0.0))
+
+    @property
+    def gradient(self) -> Mapping[str, float]:
+        """d objective / d w_i by distribution, in nats per token; empty where it was not measured."""
+        return dict(self.attributes.get("gradient", {}))
+
 
 @dataclass
 class History:

@@ -1,6 +1,7 @@
 """The Optuna sampler whose parameters are the coefficients themselves."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
@@ -13,10 +14,23 @@ from dem_opt.samplers.history import History, Trial, distributions, parameters, 
 from dem_opt.simplex import Coefficients, Space
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A proposer's next point.
+
+    expected   improvement of the objective that it expects, in nats per token; None where it has no opinion
+    is_known   whether this is a point that every study looks at first, or that this study was told to begin with
+    """
+
+    coefficients: Coefficients
+    expected: float | None = None
+    is_known: bool = False
+
+
 class Proposer(Protocol):
     """A way of searching: a pure function of what the study holds and of a random generator."""
 
-    def propose(self, trials: Sequence[Trial], begin: Sequence[Coefficients], rng: np.random.Generator) -> Coefficients:
+    def propose(self, trials: Sequence[Trial], begin: Sequence[Coefficients], rng: np.random.Generator) -> Choice:
         """The next point.
 
         trials  all that have their coefficients, in the order of their numbers
@@ -29,12 +43,15 @@ class SimplexSampler(BaseSampler):
 
     Its randomness comes from (seed, number of trials with coefficients) and from nothing else, so a resumed
     study proposes what an uninterrupted one would have.
+
+    last  what was proposed last
     """
 
     def __init__(self, space: Space, proposer: Proposer, seed: int) -> None:
         self._space, self._proposer, self._seed = space, proposer, seed
         self._history = History(space)
         self.distributions = distributions(space)
+        self.last: Choice | None = None
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """All coefficients, always: they are proposed together."""
@@ -46,10 +63,17 @@ class SimplexSampler(BaseSampler):
         """The next point's coefficients."""
         trials = self._history(study)
         rng = np.random.default_rng([self._seed, len(trials)])
-        return parameters(self._proposer.propose(trials, start(study, self._space), rng))
+        self.last = self._proposer.propose(trials, start(study, self._space), rng)
+        return parameters(self.last.coefficients)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> NoReturn:
         """Raises ValueError: a coefficient can't be drawn without the others."""
         raise ValueError(f"{param_name!r} with {param_distribution} is no coefficient of {self._space}")
+
+
+def first_new(points: Iterable[Coefficients], trials: Sequence[Trial]) -> Choice | None:
+    """The first of the points to begin with that no trial has."""
+    taken = {trial.coefficients for trial in trials}
+    return next((Choice(point, is_known=True) for point in points if point not in taken), None)

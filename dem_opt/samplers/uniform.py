@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dem_opt.samplers.history import Trial
+from dem_opt.samplers.sampler import Choice
 from dem_opt.simplex import Coefficients, Space
 
 
@@ -15,6 +16,6 @@ class Uniform:
 
     space: Space
 
-    def propose(self, trials: Sequence[Trial], begin: Sequence[Coefficients], rng: np.random.Generator) -> Coefficients:
+    def propose(self, trials: Sequence[Trial], begin: Sequence[Coefficients], rng: np.random.Generator) -> Choice:
         """A draw, whatever was found so far."""
-        return self.space.sample(rng)
+        return Choice(self.space.sample(rng))

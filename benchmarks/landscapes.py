@@ -1,0 +1,141 @@
+"""Real merge losses to search on: bases of a million parameters, their fine-tunes, and study files over them.
+
+A *world* is a base of one seed with fine-tunes of several lengths and seeds, made once in a folder.  A *landscape* is a
+study over some of a world's fine-tunes with an objective of its own.  Those of eight distributions have two fine-tunes on
+the same data as others (near-duplicates), one on scrambled text (harmful) and one on a corpus that nobody asks for; the
+last two have objective weight 0, so the optimum lies on a face.
+"""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from dem_opt.assets import QUICKSTART, make_assets
+from dem_opt.config import DataFile
+from dem_opt.finetune import FineTuneJob, fine_tune
+
+FOUR = ("code", "math", "prose", "records")
+
+
+@dataclass(frozen=True)
+class Tune:
+    """A fine-tune: on which data, how many steps, in which order of windows."""
+
+    data: str
+    steps: int
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """Its name among the world's models."""
+        return f"{self.data}-{self.steps}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """A study: fine-tunes by distribution, and the objective's weights where they are not equal."""
+
+    name: str
+    base_seed: int
+    tunes: dict[str, Tune]
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+def four(steps: int, seed: int) -> dict[str, Tune]:
+    """One fine-tune on each of the quickstart's distributions."""
+    return {data: Tune(data, steps, seed) for data in FOUR}
+
+
+def eight(steps: int, seed: int) -> dict[str, Tune]:
+    """Those, two near-duplicates, a harmful one, and one on a corpus that nobody asks for."""
+    return four(steps, seed) | {
+        "math-again": Tune("math", steps, seed + 10),
+        "prose-short": Tune("prose", steps // 2, seed),
+        "scrambled": Tune("scrambled", steps, seed),
+        "shouted": Tune("shouted", steps, seed),
+    }
+
+
+UNASKED = {"scrambled": 0.0, "shouted": 0.0}
+SIX = dict.fromkeys((*FOUR, "math-again", "prose-short"), 1.0) | UNASKED
+
+TUNED_ON = (
+    Landscape("tuned-4", 0, four(50, 0)),
+    Landscape("tuned-8", 0, eight(50, 0), SIX),
+)
+"""What the search's settings were chosen on."""
+
+REPORTED = (
+    Landscape("four-50", 1, four(50, 1)),
+    Landscape("four-25", 1, four(25, 2)),
+    Landscape("four-120", 1, four(120, 3)),
+    Landscape("four-50-weighted", 1, four(50, 1), {"code": 3.0, "math": 1.0, "prose": 2.0, "records": 0.5}),
+    Landscape("four-120-weighted", 1, four(120, 3), {"code": 1.0, "math": 0.2, "prose": 3.0, "records": 0.2}),
+    Landscape("eight-50", 1, eight(50, 1), SIX),
+    Landscape("eight-120", 1, eight(120, 3), SIX),
+    Landscape("eight-50-weighted", 1, eight(50, 1), SIX | {"code": 3.0, "prose": 2.0, "records": 0.0, "math": 0.5}),
+)
+"""What the figures are reported on; had no part in choosing settings."""
+
+
+def make_landscape(landscape: Landscape, folder: Path, say: Callable[[str], None], **sections: object) -> Path:
+    """The study file of a landscape, its world made where it is missing; `sections` go into the study file."""
+    world = folder / f"base-{landscape.base_seed}"
+    make_assets(world, landscape.base_seed, say)
+    _write_unasked(world)
+    for tune in landscape.tunes.values():
+        _train(world, tune, say)
+    study = {
+        "name": landscape.name,
+        "base": "models/base",
+        "distributions": {name: _distribution(tune) for name, tune in landscape.tunes.items()},
+        "objective": {"weights": landscape.weights} if landscape.weights else {},
+        "evaluation": {"window": QUICKSTART.window, "windows": QUICKSTART.windows, "held_out": 16, "seed": 0},
+        "storage": "sqlite:///runs/landscapes.db",
+        **sections,
+    }
+    path = world / f"{landscape.name}.yaml"
+    path.write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def _distribution(tune: Tune) -> dict[str, str]:
+    return {
+        "checkpoint": f"models/{tune.folder}",
+        "validation": f"data/{tune.data}.val.jsonl",
+        "held_out": f"data/{tune.data}.held_out.jsonl",
+    }
+
+
+def _train(world: Path, tune: Tune, say: Callable[[str], None]) -> None:
+    out = world / "models" / tune.folder
+    if out.exists():
+        return
+    say(f"fine-tuning {tune.folder}")
+    data = DataFile(path=world / "data" / f"{tune.data}.train.jsonl")
+    settings = {"window": QUICKSTART.window, "steps": tune.steps, "batch_size": QUICKSTART.batch_size}
+    rate = QUICKSTART.fine_tuning_learning_rate
+    fine_tune(
+        FineTuneJob(tune.folder, world / "models" / "base", data, out, learning_rate=rate, seed=tune.seed, **settings)
+    )
+
+
+def _write_unasked(world: Path) -> None:
+    """Prose with the words of each document in another order, and prose in capitals, split as the prose is."""
+    for split in ("train", "val", "held_out"):
+        lines = (world / "data" / f"prose.{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        texts = [json.loads(line)["text"] for line in lines]
+        rng = random.Random(f"scrambled {split}")
+        for name, change in (("scrambled", lambda text: _scramble(text, rng)), ("shouted", str.upper)):
+            written = "".join(json.dumps({"text": change(text)}) + "\n" for text in texts)
+            (world / "data" / f"{name}.{split}.jsonl").write_text(written, encoding="utf-8")
+
+
+def _scramble(text: str, rng: random.Random) -> str:
+    words = text.split()
+    rng.shuffle(words)
+    return " ".join(words)
