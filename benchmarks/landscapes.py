@@ -1,9 +1,9 @@
 """Real merge losses to search on: bases of a million parameters, their fine-tunes, and study files over them.
 
-A *world* is a base of one seed with fine-tunes of several lengths and seeds, made once in a folder.  A *landscape* is a
-study over some of a world's fine-tunes with an objective of its own.  Those of eight distributions have two fine-tunes on
-the same data as others (near-duplicates), one on scrambled text (harmful) and one on a corpus that nobody asks for; the
-last two have objective weight 0, so the optimum lies on a face.
+A *world* is a base of one seed with fine-tunes of several lengths and seeds, made once in a folder.  A *landscape* is
+a study over some of a world's fine-tunes with an objective of its own.  Those of eight distributions have two
+fine-tunes on the same data as others (near-duplicates), one on scrambled text (harmful) and one on a corpus that nobody
+asks for; the last two have objective weight 0, so the optimum lies on a face.
 """
 
 import json
@@ -127,15 +127,16 @@ def _train(world: Path, tune: Tune, say: Callable[[str], None]) -> None:
 def _write_unasked(world: Path) -> None:
     """Prose with the words of each document in another order, and prose in capitals, split as the prose is."""
     for split in ("train", "val", "held_out"):
+        if (world / "data" / f"shouted.{split}.jsonl").exists():
+            continue
         lines = (world / "data" / f"prose.{split}.jsonl").read_text(encoding="utf-8").splitlines()
         texts = [json.loads(line)["text"] for line in lines]
-        rng = random.Random(f"scrambled {split}")
-        for name, change in (("scrambled", lambda text: _scramble(text, rng)), ("shouted", str.upper)):
-            written = "".join(json.dumps({"text": change(text)}) + "\n" for text in texts)
-            (world / "data" / f"{name}.{split}.jsonl").write_text(written, encoding="utf-8")
+        changed = {"scrambled": _scrambled(texts, split), "shouted": [text.upper() for text in texts]}
+        for name, written in changed.items():
+            content = "".join(json.dumps({"text": text}) + "\n" for text in written)
+            (world / "data" / f"{name}.{split}.jsonl").write_text(content, encoding="utf-8")
 
 
-def _scramble(text: str, rng: random.Random) -> str:
-    words = text.split()
-    rng.shuffle(words)
-    return " ".join(words)
+def _scrambled(texts: list[str], split: str) -> list[str]:
+    rng = random.Random(f"scrambled {split}")
+    return [" ".join(rng.sample(words, len(words))) for words in map(str.split, texts)]

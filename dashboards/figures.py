@@ -6,33 +6,24 @@ part of a template.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
 
-import numpy as np
 import plotly.graph_objects as go
-from numpy.typing import NDArray
 
-from dashboards.look import (
-    DISTRIBUTION_COLORS,
-    DIVERGING,
-    MOST_POINTS,
-    color,
-    finish,
-    label,
-    name_ticks,
-    signed,
-    spread,
-)
+from dashboards.look import DISTRIBUTION_COLORS, DIVERGING, finish, name_ticks, signed
+from dashboards.progress import best_so_far, comparison_figure
 from dashboards.simplex_map import simplex_map
+from dem_opt.comparison import compare
 from dem_opt.records import Standing, Summary
 
 
 def all_figures(summary: Summary) -> dict[str, go.Figure]:
-    """Every figure under its stable id (a valid HTML id), in reading order."""
+    """Every figure under its stable id (a valid HTML id), in reading order; of several runs their comparison too."""
+    several = {"comparison": comparison_figure(compare(summary))} if len(summary.trials) > 1 else {}
     return {
         "coefficients": coefficients_bar(summary),
         "change": change_heat_map(summary),
         "best-so-far": best_so_far(summary),
+        **several,
         "simplex": simplex_map(summary),
     }
 
@@ -95,64 +86,6 @@ def change_heat_map(summary: Summary, split: str = "held_out") -> go.Figure:
     rows = [_told_change(standing, names, row) for standing, row in zip(others, change, strict=True)]
     words = "; ".join(rows) or "only the base was scored"
     return finish(figure, title, reading, f"{words}.", 170 + 34 * len(others))
-
-
-def best_so_far(summary: Summary) -> go.Figure:
-    """Best objective on the search split (nats per token) against evaluations spent, by algorithm.
-
-    Where protected corpora got worse than they may, the objective is that with the penalty.
-    The grid has no order of its own: its line is the expectation over all orders, `expected_best`.
-    """
-    figure, words = go.Figure(), []
-    for algorithm, records in summary.trials.items():
-        objectives = [record.penalized for record in records if record.penalized is not None]
-        if objectives:
-            _add_progress(figure, algorithm, objectives)
-            words.append(f"{algorithm} reached {min(objectives):.4f} in {len(objectives)} evaluations")
-    ticks = [digit * 10**power for power in range(7) for digit in (1, 2, 5)]
-    figure.update_xaxes(title="evaluations spent (log scale)", type="log", tickvals=ticks)
-    figure.update_yaxes(title="best NLL so far (nats per token)")
-    if not words:
-        place = {"xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5}
-        figure.add_annotation(text="no trial was scored", showarrow=False, **place)
-    reading = "The lowest mean NLL on the search split that an algorithm had found after so many evaluations."
-    description = f"NLL in nats per token: {'; '.join(words) or 'no trial was scored'}."
-    return finish(figure, "Best so far", reading, description, 420)
-
-
-def expected_best(objectives: Sequence[float], spent_S: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The best of k objectives drawn without replacement, expected over all orders, for each k in `spent_S`.
-
-    E_k = v_1 + sum_i (v_{i+1} - v_i) P(best of k > v_i),  P = C(n - i, k) / C(n, k),  v ascending, n values.
-    """
-    ascending_n = np.sort(np.asarray(objectives, dtype=np.float64))
-    n = len(ascending_n)
-    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
-    left_i = n - np.arange(1, n)
-    expected_S = np.empty(len(spent_S))
-    for place, k in enumerate(spent_S):
-        can = left_i >= k
-        log_choices = log_factorial[left_i[can]] - log_factorial[left_i[can] - k]
-        log_p = log_choices - log_factorial[n] + log_factorial[n - k]
-        expected_S[place] = ascending_n[0] + np.diff(ascending_n)[can] @ np.exp(log_p)
-    return expected_S
-
-
-def _add_progress(figure: go.Figure, algorithm: str, objectives: Sequence[float]) -> None:
-    """One algorithm's line: steps in the order of its trials, or the grid's expectation."""
-    is_grid = algorithm == "grid"
-    spent_S = spread(len(objectives), MOST_POINTS) + 1
-    lowest = np.array(list(accumulate(objectives, min)))
-    best_S = expected_best(objectives, spent_S) if is_grid else lowest[spent_S - 1]
-    figure.add_scatter(
-        x=spent_S.tolist(),
-        y=np.round(best_S, 6).tolist(),
-        name=label(algorithm) + (" (mean over orders)" if is_grid else ""),
-        mode="lines+markers" if len(spent_S) == 1 else "lines",
-        showlegend=True,
-        line={"color": color(algorithm), "width": 2.5, "shape": "linear" if is_grid else "hv"},
-        hovertemplate="%{y:.4f} after %{x}<extra></extra>",
-    )
 
 
 def _saturation(changes: Sequence[float]) -> float:

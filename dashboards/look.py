@@ -8,7 +8,9 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
+from dem_opt.comparison import algorithm_of
 from dem_opt.errors import shorten
+from dem_opt.records import Summary
 from dem_opt.simplex import Coefficients
 
 ALGORITHM_COLORS = {
@@ -17,12 +19,19 @@ ALGORITHM_COLORS = {
     "random": "#7F7F7F",
     "tpe": "#009E73",
     "cmaes": "#CC79A7",
-    "gradient": "#D55E00",
+    "gradient": "#3D9FD8",
 }
-"""Okabe and Ito's colours, orange darkened to be seen on white."""
+"""Okabe and Ito's colours, orange and sky blue darkened to be seen on white; vermillion is the winner's."""
 
 OTHER_ALGORITHM = "#332288"
-SYMBOLS = {"simplex-gp": "circle", "grid": "square", "random": "diamond"}
+SYMBOLS = {
+    "simplex-gp": "circle",
+    "grid": "square",
+    "random": "diamond",
+    "tpe": "triangle-up",
+    "cmaes": "cross",
+    "gradient": "triangle-down",
+}
 OUTLINE = "#7F7F7F"
 WINNER = "#D55E00"
 
@@ -45,9 +54,20 @@ ABSENT = "-"
 """A value that was not measured."""
 
 
-def color(algorithm: str) -> str:
-    """The algorithm's colour."""
-    return ALGORITHM_COLORS.get(algorithm, OTHER_ALGORITHM)
+def color(run: str) -> str:
+    """The colour of a run's algorithm."""
+    return ALGORITHM_COLORS.get(algorithm_of(run), OTHER_ALGORITHM)
+
+
+def rgba(hexadecimal: str, opacity: float) -> str:
+    """A colour of the palette, seen through."""
+    red, green, blue = (int(hexadecimal[place : place + 2], 16) for place in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{opacity})"
+
+
+def objective_words(summary: Summary) -> str:
+    """What the study minimizes, in nats per token."""
+    return "largest regret" if summary.worst else "mean NLL"
 
 
 def label(name: str, length: int = 22) -> str:
@@ -57,7 +77,7 @@ def label(name: str, length: int = 22) -> str:
 
 def told(coefficients: Coefficients | None) -> str:
     """Coefficients above 0 in one line of plain text."""
-    if coefficients is None:
+    if coefficients is None or not any(coefficients.units.values()):
         return "the base alone"
     return ", ".join(f"{shorten(name, 16)} {weight:.3f}" for name, weight in coefficients.weights.items() if weight)
 

@@ -1,11 +1,9 @@
-"""The offline report: a Summary as one HTML page that needs no network, and its tables, for terminals too."""
+"""The offline pages: a Summary as one HTML file that needs no network, the report or the comparison of its searches."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from html import escape
 from importlib.resources import files
-from math import exp
 from pathlib import Path
 from string import Template
 from tempfile import TemporaryDirectory
@@ -14,49 +12,21 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from dashboards.figures import all_figures
-from dashboards.look import ABSENT
+from dashboards.look import objective_words
+from dashboards.progress import comparison_figure
+from dashboards.tables import (
+    SPLITS,
+    Table,
+    comparison_table,
+    final_table,
+    margin_table,
+    number,
+    top_table,
+    trial_table,
+)
+from dem_opt.comparison import Comparison, compare
 from dem_opt.errors import InputError
-from dem_opt.records import Margin, Standing, Summary
-
-SPLITS = {"search": "search split", "held_out": "held-out split"}
-"""The splits, and what a reader calls them."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of texts, told the same in terminal and report.
-
-    lowest  cells (row, column) that hold the lowest NLL or perplexity of their column
-    """
-
-    headers: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    lowest: frozenset[tuple[int, int]] = frozenset()
-
-
-def final_table(summary: Summary, split: str) -> Table:
-    """The standings on one split: NLL of each corpus and the distributions' weighted mean in nats per token.
-
-    Then perplexity exp(mean), and the evaluations, forward tokens and seconds that were spent.  A composite that
-    violates what is protected, on the search split, says by how many nats per token.
-    """
-    headers = ("composite", *summary.weights, "mean", "perplexity", "evals", "tokens", "seconds")
-    nll = [_nll_of(standing, split, list(summary.weights)) for standing in summary.standings]
-    rows = tuple(_row(standing, values) for standing, values in zip(summary.standings, nll, strict=True))
-    columns = zip(*nll, strict=True)
-    lowest = {(row, column) for column, values in enumerate(columns, start=1) for row in _lowest(values)}
-    mean = len(summary.weights) + 1
-    perplexity = {(row, mean + 1) for row, column in lowest if column == mean}
-    return Table(headers, rows, frozenset(lowest | perplexity))
-
-
-def margin_table(summary: Summary) -> Table:
-    """The winner's margin over each rival in nats per token, its 95% paired interval, and what that shows."""
-    headers = ("rival", *(f"{words} [95% interval]" for words in SPLITS.values()), "the winner is")
-    rivals = dict.fromkeys(margin.rival for margin in summary.margins)
-    found = {(margin.rival, margin.split): margin for margin in summary.margins}
-    rows = [(rival, [found.get((rival, split)) for split in SPLITS]) for rival in rivals]
-    return Table(headers, tuple((rival, *map(_interval, pair), _verdict(pair)) for rival, pair in rows))
+from dem_opt.records import Summary
 
 
 def study_note(summary: Summary, links: Mapping[str, str]) -> str:
@@ -70,9 +40,9 @@ def study_note(summary: Summary, links: Mapping[str, str]) -> str:
         *(f"| `{name}` | {w:.3f} |" for name, w in weights.items()),
     ]
     lines = [
-        "**Objective:** weighted mean NLL over distributions, search split, nats per token: low is good.",
+        f"**Objective:** {objective_words(summary)} over distributions, search split, nats per token: low is good.",
         f"**Done:** {trials or 'no trials'}.",
-        f"**Best:** `{winner.label}`, {_number(winner.objective.get('search'))} nats per token.",
+        f"**Best:** `{winner.label}`, {number(winner.objective.get('search'))} nats per token.",
         "\n".join(table),
         *(f"[{name}]({target})" for name, target in links.items()),
     ]
@@ -84,120 +54,107 @@ def write_report(summary: Summary, path: Path) -> None:
 
     Raises InputError where the file can't be written.
     """
-    page = render(summary)
+    write(render(summary), path, "report")
+
+
+def write(text: str, path: Path, what: str) -> None:
+    """Writes a file, whole or not at all; `what` names it in the InputError where it can't be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
             whole = Path(folder) / path.name
-            whole.write_text(page, encoding="utf-8")
+            whole.write_text(text, encoding="utf-8")
             whole.replace(path)
     except OSError as error:
-        raise InputError(path, None, None, f"the report can't be written ({error.strerror})") from None
+        raise InputError(path, None, None, f"the {what} can't be written ({error.strerror})") from None
 
 
 def render(summary: Summary) -> str:
-    """The page as text: the answer, the search, how to reproduce it."""
+    """The report: the answer, the search, how to reproduce it."""
     figures = all_figures(summary)
-    page = Template(files("dashboards").joinpath("report.html").read_text(encoding="utf-8"))
-    tables = [_html_table(final_table(summary, split), f"NLL in nats per token, {SPLITS[split]}") for split in SPLITS]
-    above = "Rival minus winner in mean NLL, nats per token; above 0 the winner is better"
-    return page.substitute(
-        study=escape(summary.study),
+    searches = [name for name in ("best-so-far", "comparison", "simplex") if name in figures]
+    above = f"Rival minus winner in {objective_words(summary)}, nats per token; above 0 the winner is better"
+    best = f"The best by the search split: {objective_words(summary)} in nats per token"
+    several = [_comparison_table(compare(summary))] if "comparison" in figures else []
+    main = _template("report.html").substitute(
         answer=_answer(summary),
         coefficients=_figure("coefficients", figures),
-        tables="".join(tables),
+        tables="".join(
+            _html_table(final_table(summary, split), f"NLL in nats per token, {SPLITS[split]}") for split in SPLITS
+        ),
+        objective=_objective(summary),
         margins=_html_table(margin_table(summary), above),
         change=_figure("change", figures),
-        search="".join(_figure(name, figures) for name in ("best-so-far", "simplex")),
-        trials=_html_table(_trial_table(summary), "Trials by algorithm"),
+        top=_html_table(top_table(summary), best, "top"),
+        search="".join([*(_figure(name, figures) for name in searches), *several]),
+        trials=_html_table(trial_table(summary), "Trials by search", "words"),
         facts=_facts(summary.facts),
+    )
+    return _page(f"{summary.study}: best composite", f"{summary.study}: the best composite", main, figures)
+
+
+def render_comparison(summary: Summary, comparison: Comparison) -> str:
+    """The comparison: regret against cost, as a figure and a table, and what came of every run."""
+    figures = {"comparison": comparison_figure(comparison)}
+    runs = sum(len(row.runs) for row in comparison.rows)
+    main = _template("comparison.html").substitute(
+        answer=f"{runs} runs of {len(comparison.rows)} algorithms over one ledger. {_answer(summary)}",
+        figure=_figure("comparison", figures),
+        table=_comparison_table(comparison),
+        trials=_html_table(trial_table(summary), "Trials by search", "words"),
+        facts=_facts(summary.facts),
+    )
+    heading = f"{summary.study}: what its searches found for what they spent"
+    return _page(f"{summary.study}: comparison", heading, main, figures)
+
+
+def _page(title: str, heading: str, main: str, figures: Mapping[str, go.Figure]) -> str:
+    return _template("page.html").substitute(
+        title=escape(title),
+        heading=escape(heading),
+        main=main,
         figures=_embedded({name: figure.to_plotly_json() for name, figure in figures.items()}),
         plotly=get_plotlyjs(),
     )
 
 
+def _template(name: str) -> Template:
+    return Template(files("dashboards").joinpath(name).read_text(encoding="utf-8"))
+
+
 def _answer(summary: Summary) -> str:
     """The winner in two sentences."""
     winner, base = summary.winner, summary.standings[0]
-    told = "the base alone" if winner.coefficients is None else str(winner.coefficients)
+    shown = "the base alone" if winner.coefficients is None else str(winner.coefficients)
     found = [
-        (words, _number(winner.objective.get(split)), _number(base.objective.get(split)))
+        (words, number(winner.objective.get(split)), number(base.objective.get(split)))
         for split, words in SPLITS.items()
     ]
     scores = ", ".join(f"{nll} nats per token on the {words} (the base: {of_base})" for words, nll, of_base in found)
-    return f"<strong>{escape(winner.label)}</strong>: {escape(told)}.<br>Mean NLL {escape(scores)}."
+    what = objective_words(summary)
+    return f"<strong>{escape(winner.label)}</strong>: {escape(shown)}.<br>{what[0].upper()}{what[1:]} {escape(scores)}."
 
 
-def _trial_table(summary: Summary) -> Table:
-    """How many trials of each algorithm were scored, and why others failed."""
-    headers = ("algorithm", "scored", "failed", "reasons", "seconds evaluating", "seconds proposing")
-    rows = []
-    for algorithm, records in summary.trials.items():
-        failed = [record for record in records if record.objective is None]
-        reasons = "; ".join(dict.fromkeys(record.reason or "unknown" for record in failed)) or ABSENT
-        seconds = sum(record.evaluation.merge_seconds + record.evaluation.score_seconds for record in records)
-        proposing = sum(record.propose_seconds for record in records)
-        counts = (str(len(records) - len(failed)), str(len(failed)))
-        rows.append((algorithm, *counts, reasons, f"{seconds:.1f}", f"{proposing:.1f}"))
-    return Table(headers, tuple(rows))
+def _objective(summary: Summary) -> str:
+    """What the objective's column means."""
+    if summary.worst:
+        return "Regret on a distribution is the NLL minus that of its own fine-tune; what counts is the largest."
+    return "Perplexity is exp(mean NLL)."
 
 
-def _nll_of(standing: Standing, split: str, names: Sequence[str]) -> list[float | None]:
-    """NLL of each distribution, then the weighted mean; None where it was not scored."""
-    scores = standing.scores.get(split, {})
-    return [*(scores[name].nll if name in scores else None for name in names), standing.objective.get(split)]
+def _comparison_table(comparison: Comparison) -> str:
+    caption = "Regret in nats per token: median and quartiles over runs; of the grid the mean over orders"
+    return _html_table(comparison_table(comparison), caption)
 
 
-def _row(standing: Standing, nll: Sequence[float | None]) -> tuple[str, ...]:
-    mean = nll[-1]
-    perplexity = ABSENT if mean is None else f"{exp(mean):.3f}"
-    cost = (f"{standing.evaluations:,}", _compact(standing.forward_tokens), f"{standing.seconds:.1f}")
-    over = f" (protect: +{standing.violation:.3f} over)" if standing.violation else ""
-    return (standing.label + over, *map(_number, nll), perplexity, *cost)
-
-
-def _lowest(values: Iterable[float | None]) -> list[int]:
-    """Rows of the lowest value, among at least two."""
-    known = {row: value for row, value in enumerate(values) if value is not None}
-    return [row for row, value in known.items() if value == min(known.values())] if len(known) > 1 else []
-
-
-def _number(value: float | None) -> str:
-    return ABSENT if value is None else f"{value:.4f}"
-
-
-def _compact(count: int) -> str:
-    """A count in three figures or so: 950, 8.0k, 2.29M, 1.20G."""
-    for unit, sign, digits in ((10**9, "G", 2), (10**6, "M", 2), (10**3, "k", 1)):
-        if count >= unit:
-            return f"{count / unit:.{digits}f}{sign}"
-    return str(count)
-
-
-def _interval(margin: Margin | None) -> str:
-    return ABSENT if margin is None else f"{margin.mean:+.4f} [{margin.low:+.4f}, {margin.high:+.4f}]"
-
-
-def _verdict(margins: Sequence[Margin | None]) -> str:
-    """What the intervals show: one word where the splits agree, else a word for each."""
-    words = {
-        SPLITS[margin.split]: "better" if margin.low > 0 else "worse" if margin.high < 0 else "not told apart"
-        for margin in margins
-        if margin is not None
-    }
-    if len(set(words.values())) == 1:
-        return next(iter(words.values()))
-    return "; ".join(f"{split}: {word}" for split, word in words.items())
-
-
-def _html_table(table: Table, caption: str) -> str:
+def _html_table(table: Table, caption: str, kind: str = "") -> str:
     head = "".join(f'<th scope="col"><span>{escape(header)}</span></th>' for header in table.headers)
     body = "".join(
         "<tr>" + "".join(_cell(text, row, column, table) for column, text in enumerate(texts)) + "</tr>"
         for row, texts in enumerate(table.rows)
     )
     return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{escape(caption)}">'
+        f'<div class="wide {kind}" tabindex="0" role="region" aria-label="{escape(caption)}">'
         f"<table><caption>{escape(caption)}</caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )

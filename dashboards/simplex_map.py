@@ -1,4 +1,4 @@
-"""Where the trials lie on the simplex, coloured by their NLL."""
+"""Where the trials lie on the simplex, coloured by their objective."""
 
 from collections.abc import Callable, Mapping, Sequence
 from math import cos, pi, sin
@@ -17,23 +17,29 @@ from dashboards.look import (
     color,
     finish,
     label,
+    objective_words,
     spread,
     told,
 )
+from dem_opt.comparison import algorithm_of
 from dem_opt.records import Standing, Summary, TrialRecord
 from dem_opt.simplex import Coefficients
 
-Shown = Mapping[str, Sequence[TrialRecord]]
+Trial = tuple[str, TrialRecord]
+"""A scored trial, and the run that it is of."""
+
+Shown = Mapping[str, Sequence[Trial]]
 """The scored trials to draw, by algorithm."""
 
 
 def simplex_map(summary: Summary) -> go.Figure:
-    """Where the trials lie, coloured by their NLL on the search split (nats per token).
+    """Where the trials lie, coloured by their objective on the search split (nats per token).
 
+    Runs of one algorithm are drawn alike.  A trial that was stopped has an open marker, and the colour of its estimate.
     One or two distributions: NLL against a coefficient.  Three: a ternary plot.  More: a regular polygon in
     barycentric coordinates, where a composite stands at  sum_i w_i v_i / sum_i w_i  between the corners v_i.
     """
-    shown = {algorithm: _thinned(records) for algorithm, records in summary.trials.items()}
+    shown = _shown(summary)
     count = len(summary.distributions)
     draw: Callable[[go.Figure, Summary, Shown], None]
     draw = _draw_line if count <= 2 else _draw_ternary if count == 3 else _draw_polygon
@@ -42,7 +48,10 @@ def simplex_map(summary: Summary) -> go.Figure:
     drawn = sum(map(len, shown.values()))
     scored = sum(record.objective is not None for records in summary.trials.values() for record in records)
     where = "at its coefficient" if count <= 2 else "nearer to a corner the more it has of that distribution"
-    reading = f"{drawn} of {scored} scored trials, each {where}; the star is the winner."
+    reading = (
+        f"{drawn} of {scored} scored trials, each {where}; open ones were stopped early and show an estimate; "
+        "the star is the winner."
+    )
     description = f"The winner is {summary.winner.label}: {told(summary.winner.coefficients)}."
     return finish(figure, "Trials on the simplex", reading, description, 450)
 
@@ -57,27 +66,29 @@ def barycentric(
 
 
 def _draw_line(figure: go.Figure, summary: Summary, shown: Shown) -> None:
-    """NLL against the coefficient of the first distribution."""
+    """The objective against the coefficient of the first distribution."""
     first = next(iter(summary.distributions))
-    for algorithm, records in shown.items():
-        weights = [record.coefficients.weights[first] for record in records]
-        series = _series(algorithm, records) | _legend_key(algorithm)
-        figure.add_scatter(x=weights, y=_objectives(records), **series)
+    for algorithm, trials in shown.items():
+        weights = [record.coefficients.weights[first] for _, record in trials]
+        key = _legend_key(algorithm)
+        marker = key["marker"] | {"symbol": _symbols(algorithm, trials)}
+        figure.add_scatter(x=weights, y=_objectives(trials), **_series(algorithm, trials) | {"marker": marker})
+        figure.add_scatter(x=[None], y=[None], **key)
     winner = summary.winner
     if winner.coefficients is not None and "search" in winner.objective:
         figure.add_scatter(x=[winner.coefficients.weights[first]], y=[winner.objective["search"]], **_star(winner))
     figure.update_xaxes(title=f"coefficient of {label(first)}")
-    figure.update_yaxes(title="NLL on the search split (nats per token)")
+    figure.update_yaxes(title=f"{objective_words(summary)} on the search split (nats per token)")
 
 
 def _draw_ternary(figure: go.Figure, summary: Summary, shown: Shown) -> None:
     """Three coefficients as a ternary plot."""
     corners = dict(zip("abc", summary.distributions, strict=True))
-    for algorithm, records in shown.items():
-        weights = [record.coefficients.weights for record in records]
+    for algorithm, trials in shown.items():
+        weights = [record.coefficients.weights for _, record in trials]
         points = {corner: [each[name] for each in weights] for corner, name in corners.items()}
-        marker = _nll_marker(algorithm, records)
-        figure.add_scatterternary(**points, marker=marker, cliponaxis=False, **_series(algorithm, records))
+        marker = _objective_marker(algorithm, trials)
+        figure.add_scatterternary(**points, marker=marker, cliponaxis=False, **_series(algorithm, trials))
         figure.add_scatterternary(a=[None], b=[None], c=[None], **_legend_key(algorithm))
     total = 1.0
     if summary.winner.coefficients is not None:
@@ -87,7 +98,7 @@ def _draw_ternary(figure: go.Figure, summary: Summary, shown: Shown) -> None:
         figure.add_scatterternary(**star, cliponaxis=False, **_star(summary.winner))
     frame = {"sum": total, "bgcolor": "rgba(0,0,0,0)", "domain": {"x": [0.08, 0.92]}}
     axes = {f"{corner}axis": {"title": {"text": label(name)}, "nticks": 5} for corner, name in corners.items()}
-    figure.update_layout(ternary={**frame, **axes}, coloraxis=_nll_axis(shown))
+    figure.update_layout(ternary={**frame, **axes}, coloraxis=_objective_axis(summary, shown))
 
 
 def _draw_polygon(figure: go.Figure, summary: Summary, shown: Shown) -> None:
@@ -97,9 +108,9 @@ def _draw_polygon(figure: go.Figure, summary: Summary, shown: Shown) -> None:
     outline_x, outline_y = np.vstack([corners_K2, corners_K2[:1]]).T.tolist()
     line = {"color": OUTLINE, "width": 1}
     figure.add_scatter(x=outline_x, y=outline_y, mode="lines", line=line, hoverinfo="skip", showlegend=False)
-    for algorithm, records in shown.items():
-        x, y = barycentric([record.coefficients for record in records], names, corners_K2).T.tolist()
-        figure.add_scatter(x=x, y=y, marker=_nll_marker(algorithm, records), **_series(algorithm, records))
+    for algorithm, trials in shown.items():
+        x, y = barycentric([record.coefficients for _, record in trials], names, corners_K2).T.tolist()
+        figure.add_scatter(x=x, y=y, marker=_objective_marker(algorithm, trials), **_series(algorithm, trials))
         figure.add_scatter(x=[None], y=[None], **_legend_key(algorithm))
     if summary.winner.coefficients is not None:
         x, y = barycentric([summary.winner.coefficients], names, corners_K2).T.tolist()
@@ -109,7 +120,7 @@ def _draw_polygon(figure: go.Figure, summary: Summary, shown: Shown) -> None:
     reach = 1.2 * float(corners_K2.max())
     figure.update_xaxes(visible=False, range=[-reach, reach])
     figure.update_yaxes(visible=False, range=[-reach, reach], scaleanchor="x")
-    figure.update_layout(coloraxis=_nll_axis(shown))
+    figure.update_layout(coloraxis=_objective_axis(summary, shown))
 
 
 def _corners(count: int) -> NDArray[np.float64]:
@@ -126,18 +137,28 @@ def _beside(x: float, y: float) -> dict[str, Any]:
     return {"x": x, "y": 1.06 * y, "yanchor": "bottom" if y > 0 else "top"}
 
 
-def _series(algorithm: str, records: Sequence[TrialRecord]) -> dict[str, Any]:
+def _series(algorithm: str, trials: Sequence[Trial]) -> dict[str, Any]:
     """What an algorithm's points have in common."""
-    texts = [f"trial {each.number}: {each.objective:.4f}<br>{label(told(each.coefficients), 200)}" for each in records]
     common = {"mode": "markers", "legendgroup": label(algorithm), "showlegend": False}
-    return {**common, "hovertext": texts, "hoverinfo": "text"}
+    return {**common, "hovertext": [_hover(run, record) for run, record in trials], "hoverinfo": "text"}
+
+
+def _hover(run: str, record: TrialRecord) -> str:
+    found = f"{record.objective:.4f}" + (f" ± {record.error:.4f}, stopped early" if record.is_partial else "")
+    return f"{label(run)}, trial {record.number}: {found}<br>{label(told(record.coefficients), 200)}"
 
 
 def _legend_key(algorithm: str) -> dict[str, Any]:
-    """A trace's entry in the legend: points coloured by NLL have no one colour to stand there."""
+    """A trace's entry in the legend: points coloured by their objective have no one colour to stand there."""
     marker = {"color": color(algorithm), "symbol": SYMBOLS.get(algorithm, "circle"), "size": 8}
     name = label(algorithm)
     return {"mode": "markers", "name": name, "legendgroup": name, "showlegend": True, "marker": marker}
+
+
+def _symbols(algorithm: str, trials: Sequence[Trial]) -> list[str]:
+    """The algorithm's shape, open where a trial was stopped."""
+    shape = SYMBOLS.get(algorithm, "circle")
+    return [f"{shape}-open" if record.is_partial else shape for _, record in trials]
 
 
 def _star(winner: Standing) -> dict[str, Any]:
@@ -152,37 +173,46 @@ def _star(winner: Standing) -> dict[str, Any]:
     }
 
 
-def _nll_marker(algorithm: str, records: Sequence[TrialRecord]) -> dict[str, Any]:
-    """Markers coloured by NLL, shaped by algorithm; the grid's are smaller, as it is the background."""
+def _objective_marker(algorithm: str, trials: Sequence[Trial]) -> dict[str, Any]:
+    """Markers coloured by the objective, shaped by algorithm; the grid's are smaller, as it is the background."""
     is_grid = algorithm == "grid"
     return {
-        "color": _objectives(records),
+        "color": _objectives(trials),
         "coloraxis": "coloraxis",
-        "symbol": SYMBOLS.get(algorithm, "circle"),
+        "symbol": _symbols(algorithm, trials),
         "size": 7 if is_grid else 11,
         "line": {"width": 1, "color": OUTLINE if is_grid else color(algorithm)},
     }
 
 
-def _nll_axis(shown: Shown) -> dict[str, Any]:
-    """Colours of NLL, saturated above the third quartile: so the neighbourhood of the best is told apart."""
-    objectives = [objective for records in shown.values() for objective in _objectives(records)]
+def _objective_axis(summary: Summary, shown: Shown) -> dict[str, Any]:
+    """Colours of the objective, saturated above the third quartile: so the neighbourhood of the best is told apart."""
+    objectives = [objective for trials in shown.values() for objective in _objectives(trials)]
     low, high = (min(objectives), float(np.quantile(objectives, 0.75))) if objectives else (0.0, 1.0)
-    title = {"text": "NLL (nats per token)", "side": "top"}
+    title = {"text": f"{objective_words(summary)} (nats per token)", "side": "top"}
     bar = {"title": title, "orientation": "h", "y": -0.16, "yanchor": "top", "thickness": 10}
     return {"colorscale": SEQUENTIAL, "cmin": low, "cmax": max(high, low + 1e-6), "colorbar": bar}
 
 
-def _thinned(records: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """Scored trials, worst first so that the best lie on top.
+def _shown(summary: Summary) -> dict[str, list[Trial]]:
+    """The scored trials of each algorithm, thinned."""
+    by_algorithm: dict[str, list[Trial]] = {}
+    for run, records in summary.trials.items():
+        scored = [(run, record) for record in records if record.objective is not None]
+        by_algorithm.setdefault(algorithm_of(run), []).extend(scored)
+    return {algorithm: _thinned(trials) for algorithm, trials in by_algorithm.items()}
+
+
+def _thinned(trials: Sequence[Trial]) -> list[Trial]:
+    """Trials, those that were stopped first and the others worst first, so that the best lie on top.
 
     MOST_POINTS of them at most: the best half, and others evenly spread over the rest of the ranking.
     """
-    ranked = sorted((each for each in records if each.objective is not None), key=lambda each: each.objective or 0.0)
+    ranked = sorted(trials, key=lambda trial: (trial[1].is_partial, trial[1].objective or 0.0))
     half = MOST_POINTS // 2
     rest = ranked[half:]
     return [*ranked[:half], *(rest[i] for i in spread(len(rest), half))][::-1]
 
 
-def _objectives(records: Sequence[TrialRecord]) -> list[float]:
-    return [round(record.objective, 6) for record in records if record.objective is not None]
+def _objectives(trials: Sequence[Trial]) -> list[float]:
+    return [round(record.objective, 6) for _, record in trials if record.objective is not None]

@@ -6,10 +6,11 @@ stay factored: what they make of a parameter is computed when a composite needs 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dem_opt.adapters import Edit, load_edits, read_adapter
@@ -69,6 +70,39 @@ class Arena:
                 terms = [(units, self._values(content, segment, part)) for content, units in composite.terms]
                 self._kernel.merge(segment.live_P[part.slice], terms, segment.dtype)
 
+    @contextmanager
+    def reducing(self, base: str, experts: Sequence[str]) -> Iterator[dict[str, float]]:
+        """Where `backward` is called within, gradients G of the parameters are not kept; what is kept are the sums of
+
+            < G , Theta_i - Theta >   for each expert i, by content.
+
+        A parameter's gradient is reduced as soon as it is complete, and freed: there is never a second buffer as large
+        as the model.  The dictionary has the sums on leaving.
+        """
+        sums_N = torch.zeros(len(experts), dtype=torch.float64, device=self.device)
+        places: dict[Tensor, tuple[_Segment, _Place]] = {
+            self._parameters[place.name]: (segment, place) for segment in self._segments for place in segment.places
+        }
+
+        def reduce(parameter: Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            assert gradient is not None
+            base_P, *values_NP = (self._values(content, *places[parameter]) for content in (base, *experts))
+            sums_N.add_(inner(gradient.reshape(-1), base_P, values_NP, self._kernel.block))
+
+        hooks = [
+            parameter.requires_grad_().register_post_accumulate_grad_hook(reduce)  # type: ignore[no-untyped-call]
+            for parameter in places
+        ]
+        found: dict[str, float] = {}
+        try:
+            yield found
+        finally:
+            for hook, parameter in zip(hooks, places, strict=True):
+                hook.remove()
+                parameter.requires_grad_(False)
+        found.update(zip(experts, sums_N.tolist(), strict=True))
+
     def _values(self, content: str, segment: "_Segment", place: "_Place") -> Tensor:
         """A checkpoint's values at a place, flat; those of an adapter are computed."""
         if content not in self._edited:
@@ -95,10 +129,10 @@ class Arena:
 
     def _adopt(self, model: PreTrainedModel) -> None:
         """Make the model's parameters views of the live segments, and move its buffers to the device."""
-        parameters = dict(model.named_parameters())
+        self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         for segment in self._segments:
             for place in segment.places:
-                parameters[place.name].data = segment.view(segment.live_P, place)
+                self._parameters[place.name].data = segment.view(segment.live_P, place)
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.device))
@@ -144,6 +178,21 @@ class MergeKernel:
             sum_P.add_(torch.mul(x_P, weight_1, out=term_P))
         if not in_place:
             out_P.copy_(sum_P.to(dtype))
+
+
+def inner(gradient_P: Tensor, base_P: Tensor, stored_NP: Sequence[Tensor], block: int) -> Tensor:
+    """< g , x_n - x_0 >  for each n over flat tensors: in float32 for each block, summed in float64.
+
+    Differences are formed first, because those of inner products would cancel.  Block by block, gradient and base are
+    read once for all n.  A float64 gradient makes everything float64.
+    """
+    wide = torch.promote_types(gradient_P.dtype, torch.float32)
+    sums_N = torch.zeros(len(stored_NP), dtype=torch.float64, device=gradient_P.device)
+    for start in range(0, len(gradient_P), block):
+        part = slice(start, start + block)
+        g_P, x0_P = gradient_P[part].to(wide), base_P[part].to(wide)
+        sums_N += torch.stack([torch.dot(x_P[part] - x0_P, g_P) for x_P in stored_NP]).double()
+    return sums_N
 
 
 Named = Iterator[tuple[str, Tensor]]

@@ -5,23 +5,24 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dem_opt import __version__, terminal
+from dem_opt import __version__, answers, terminal
 from dem_opt.errors import EvaluationError, InputError
 
 if TYPE_CHECKING:
     from dem_opt.check import Findings
-    from dem_opt.export import Export
+    from dem_opt.comparison import Comparison
     from dem_opt.plan import Plan
-    from dem_opt.records import Score, Standing, Summary
-    from dem_opt.simplex import Coefficients
+    from dem_opt.records import Summary
     from dem_opt.study import Study
 
 DONE, OTHER, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+
+ALGORITHMS = "grid,random,simplex-gp"
+"""What is compared unless algorithms are named."""
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -65,8 +66,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     train = add("train", _train, "fine-tune the checkpoints that are missing, one for each distribution")
     run = add("run", _run, "optimize; run again, it goes on where it stopped")
-    compare = add("compare", _compare, "run several algorithms over one ledger, and print one table")
-    compare.add_argument("--algorithms", default="grid,random,simplex-gp", help="separated by commas")
+    compare = add(
+        "compare",
+        _compare,
+        "run several algorithms over one ledger: one table and one figure; or weigh anew what it has",
+    )
+    compare.add_argument("--algorithms", help="separated by commas; grid,random,simplex-gp unless given")
+    compare.add_argument("--seeds", type=int, help="runs of each algorithm; 1 unless given")
+    compare.add_argument(
+        "--reweight", metavar="WEIGHTS", help="run nothing: the best of what is measured, with code=2,math=1, say"
+    )
     score = add("score", _score, "perplexities of one composite, or of any model, on the study's corpora")
     which = score.add_mutually_exclusive_group(required=True)
     which.add_argument("--weights", help="coefficients, such as code=.3,math=.7")
@@ -95,7 +104,7 @@ def _check(given: argparse.Namespace) -> None:
     config = load(given.study)
     found = check(config, given.study)
     if given.json:
-        terminal.say_json(_findings_data(found))
+        terminal.say_json(answers.of_findings(found))
     else:
         _print_findings(found)
     refuse(found, config, given.study)
@@ -158,48 +167,103 @@ def _run(given: argparse.Namespace) -> None:
     with terminal.Progressing(quiet=given.json) as watching:
         study = _study(given, watching)
         study.run()
-    _conclude(study, given)
+    summary = _publish(study)
+    if given.json:
+        terminal.say_json(answers.of_summary(summary))
+    else:
+        _print_tables(summary)
 
 
 def _compare(given: argparse.Namespace) -> None:
+    if given.reweight is not None:
+        _reweight(given)
+        return
+    algorithms, seeds = given.algorithms or ALGORITHMS, 1 if given.seeds is None else given.seeds
+    if seeds < 1:
+        raise InputError(None, "--seeds", seeds, "an algorithm is run at least once")
     with terminal.Progressing(quiet=given.json) as watching:
         study = _study(given, watching)
-        study.compare([name.strip() for name in given.algorithms.split(",")])
-    _conclude(study, given)
+        study.compare([name.strip() for name in algorithms.split(",")], seeds)
+    _tell_comparison(_publish(study), study.config.output, given.json)
 
 
-def _conclude(study: "Study", given: argparse.Namespace) -> None:
-    """Print what was found, and put the figures into Optuna Dashboard."""
+def _publish(study: "Study") -> "Summary":
+    """What was found; its figures go into Optuna Dashboard."""
     from dashboards.figures import all_figures
     from dashboards.publish import publish
     from dashboards.report import study_note
 
     summary = study.summary()
-    for records in summary.trials.values():
-        publish(study.config.storage, records[0].study, all_figures(summary), study_note(summary, {}))
+    figures, note = all_figures(summary), study_note(summary, {})
+    for name in {records[0].study: None for records in summary.trials.values() if records}:
+        publish(study.config.storage, name, figures, note)
+    return summary
+
+
+def _tell_comparison(summary: "Summary", folder: Path, as_json: bool) -> None:
+    """Write the comparison as a page and for programs, then tell it."""
+    from dashboards.report import render_comparison, write
+    from dem_opt.comparison import compare
+
+    comparison = compare(summary)
+    page, data = folder / "comparison.html", folder / "comparison.json"
+    write(render_comparison(summary, comparison), page, "comparison")
+    write(terminal.as_json(answers.of_comparison(comparison)), data, "comparison")
+    if as_json:
+        terminal.say_json(answers.of_summary(summary) | {"comparison": answers.of_comparison(comparison)})
+        return
+    _print_tables(summary)
+    _print_comparison(comparison)
+    terminal.say(f"Written: {page} and {data}")
+
+
+def _reweight(given: argparse.Namespace) -> None:
+    """The best of what is measured under another weighting: nothing runs, nothing is written."""
+    if given.algorithms is not None or given.seeds is not None:
+        raise InputError(None, "--reweight", given.reweight, "runs nothing; leave --algorithms and --seeds out")
+    study = _study(given)
+    summary = study.reweighted(_weights(given.reweight, "--reweight"))
+    winner = summary.winner
     if given.json:
-        terminal.say_json(_as_data(summary))
-    else:
-        _print_tables(summary)
+        terminal.say_json(answers.of_summary(summary))
+        return
+    told = ", ".join(f"{name} {weight:g}" for name, weight in summary.weights.items())
+    terminal.say(f"With the weights {told}; nothing was measured.")
+    _print_tables(summary)
+    if "held_out" not in winner.objective and winner.coefficients is not None:
+        weights = answers.as_weights(winner.coefficients)
+        command = shlex.join(["dem-opt", "score", str(given.study), "--weights", weights])
+        terminal.say(f"It has no score on the held-out split yet. That costs one pass over it: {command}")
 
 
 def _print_tables(summary: "Summary") -> None:
-    from dashboards.report import SPLITS, final_table, margin_table
+    from dashboards.look import objective_words
+    from dashboards.tables import SPLITS, final_table, margin_table, top_table
 
     for split, words in SPLITS.items():
         made = final_table(summary, split)
         terminal.table(f"NLL in nats per token, {words}", made.headers, made.rows, strong=len(made.rows) - 1)
+    top, words = top_table(summary), objective_words(summary)
+    terminal.table(f"Top five by the search split: {words}, nats per token", top.headers, top.rows, words=top.words)
     margins = margin_table(summary)
-    terminal.table("Rival minus winner in mean NLL, nats per token", margins.headers, margins.rows)
+    terminal.table(f"Rival minus winner in {words}, nats per token", margins.headers, margins.rows)
     winner = summary.winner
     terminal.say(f"The winner: {winner.label}: {winner.coefficients}")
+
+
+def _print_comparison(comparison: "Comparison") -> None:
+    from dashboards.tables import comparison_table
+
+    made = comparison_table(comparison)
+    title = "Regret in nats per token: median [quartiles] over runs; of the grid the mean over orders"
+    terminal.table(title, made.headers, made.rows)
 
 
 def _score(given: argparse.Namespace) -> None:
     with terminal.Progressing(quiet=given.json) as watching:
         study = _study(given, watching)
         scores = study.score_model(given.model) if given.model else study.score(_weights(given.weights))
-    told = {split: {name: _score_data(one) for name, one in by_name.items()} for split, by_name in scores.items()}
+    told = {split: {name: answers.of_score(one) for name, one in by_name.items()} for split, by_name in scores.items()}
     if given.json:
         terminal.say_json(told)
         return
@@ -217,7 +281,7 @@ def _merge(given: argparse.Namespace) -> None:
     written = study.merge(weights, given.out, given.dtype)
     if given.json:
         coefficients = study.config.space.check(weights, given.study, "--weights")
-        terminal.say_json(_written_data(given, written, coefficients))
+        terminal.say_json(answers.of_export(given.out, given.dtype, written, coefficients))
         return
     terminal.say(f"Written and compared from disk: {given.out}")
 
@@ -228,8 +292,8 @@ def _export(given: argparse.Namespace) -> None:
     winner, exported = champion.standing, champion.exported
     if given.json:
         assert winner.coefficients is not None
-        written = _written_data(given, champion.export, winner.coefficients)
-        terminal.say_json(written | _standing_data(exported) | {"version": champion.version})
+        written = answers.of_export(given.out, given.dtype, champion.export, winner.coefficients)
+        terminal.say_json(written | answers.of_scores(exported) | {"version": champion.version})
         return
     terminal.say(f"{winner.label}: {winner.coefficients}")
     terminal.say(f"Written, compared from disk bit by bit, scored again: {given.out}")
@@ -289,8 +353,8 @@ def _study(given: argparse.Namespace, watching: terminal.Progressing | None = No
     return Study.load(given.study, watching)
 
 
-def _weights(text: str) -> dict[str, float]:
-    """Coefficients from code=.3,math=.7 .
+def _weights(text: str, option: str = "--weights") -> dict[str, float]:
+    """Numbers by name from code=.3,math=.7 .
 
     Raises InputError for a part that is not a name, an equals sign and a number, and for a name given twice.
     """
@@ -302,64 +366,8 @@ def _weights(text: str) -> dict[str, float]:
         except ValueError:
             equals = ""
         if not equals:
-            raise InputError(None, "--weights", text, f"{part!r} is not NAME=NUMBER; write code=.3,math=.7")
+            raise InputError(None, option, text, f"{part!r} is not NAME=NUMBER; write code=.3,math=.7")
         if name in weights:
-            raise InputError(None, "--weights", text, f"{name!r} stands twice")
+            raise InputError(None, option, text, f"{name!r} stands twice")
         weights[name] = weight
     return weights
-
-
-def _score_data(score: "Score") -> dict[str, float]:
-    """A score for programs: NLL in nats per token."""
-    return {"nll": score.nll, "perplexity": score.perplexity, "tokens": score.tokens}
-
-
-def _written_data(given: argparse.Namespace, export: "Export", coefficients: "Coefficients") -> dict[str, Any]:
-    """A written folder for programs; `coefficients` are those of the distributions, the base has the rest."""
-    return {
-        "path": str(given.out),
-        "content": export.content,
-        "dtype": given.dtype,
-        "coefficients": coefficients.weights,
-        "objective": {},
-        "scores": {},
-    }
-
-
-def _standing_data(one: "Standing") -> dict[str, Any]:
-    """Scores and objective of a composite for programs: NLL and objective in nats per token."""
-    scores = {
-        split: {name: _score_data(score) for name, score in by_name.items()} for split, by_name in one.scores.items()
-    }
-    return {"objective": dict(one.objective), "scores": scores}
-
-
-def _findings_data(found: "Findings") -> dict[str, Any]:
-    """What was found, for programs: bytes, tokens and seconds."""
-    plan = found.plan
-    sums = {name: getattr(plan, name) for name in ("resident", "needed", "fitting", "tokens")}
-    return asdict(found) | {"plan": asdict(plan) | sums, "unhashed": found.unhashed}
-
-
-def _as_data(summary: "Summary") -> dict[str, Any]:
-    """A summary for programs: NLL and objective in nats per token."""
-    return {
-        "study": summary.study,
-        "winner": summary.winner.label,
-        "standings": [
-            {
-                "label": one.label,
-                "role": one.role,
-                "algorithm": one.algorithm,
-                "coefficients": one.coefficients and one.coefficients.weights,
-                **_standing_data(one),
-                "violation": one.violation,
-                "evaluations": one.evaluations,
-                "forward_tokens": one.forward_tokens,
-                "seconds": one.seconds,
-            }
-            for one in summary.standings
-        ],
-        "margins": [asdict(margin) for margin in summary.margins],
-        "trials": {algorithm: len(records) for algorithm, records in summary.trials.items()},
-    }

@@ -9,10 +9,20 @@ from dem_opt.errors import EvaluationError
 from dem_opt.ledger import Ledger
 from dem_opt.pool import Pool
 from dem_opt.question import SEARCH, Question
+from dem_opt.racing import Race, replay
 from dem_opt.records import Composite, Evaluation, Failure, Observer, Request, Score
 from dem_opt.search import Proposal, Search
-from dem_opt.standings import attributes, trial_record
 from dem_opt.tracking import Tracker
+from dem_opt.trials import attributes, race_against, trial_record
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A proposal under way: against which rival it races, and whether its gradient is measured."""
+
+    proposal: Proposal
+    race: Race | None
+    gradient: bool
 
 
 @dataclass(frozen=True)
@@ -25,7 +35,7 @@ class Driver:
     observer: Observer
 
     def optimize(self, search: Search, lookahead: int, tracker: Tracker, lease: Lease) -> None:
-        """Ask, look up or score, record, tell, log, until every planned trial is told.
+        """Ask, look up or score, record, tell, log, until the search ends.
 
         Trials that a dead driver left come first, under their own numbers.  What is written, in this order: the
         ledger, Optuna, the tracker; so a crash at any point loses no score and repeats none.  A score is recorded
@@ -33,27 +43,27 @@ class Driver:
         number of residents and never on which of them is faster.
         """
         adopted = deque(search.adopt())
-        flying: deque[Proposal] = deque()
+        most = 1 if search.is_sequential else self.pool.capacity + lookahead
+        flying: deque[Flight] = deque()
         answers: dict[int, Evaluation | Failure] = {}
         while True:
-            while len(flying) < self.pool.capacity + lookahead:
+            while len(flying) < most:
                 proposal = adopted.popleft() if adopted else search.ask()
                 if proposal is None:
                     break
-                flying.append(proposal)
-                composite = self.question.composite(proposal.coefficients)
-                if request := self._request(proposal.number, composite, SEARCH):
+                flying.append(flight := self._plan(search, proposal, most))
+                if request := self._request_of(flight):
                     self.pool.submit(request)
                 else:
                     answers[proposal.number] = Evaluation({})
             if not flying:
                 return
             oldest = flying.popleft()
-            while oldest.number not in answers:
+            while oldest.proposal.number not in answers:
                 request, answer = self.pool.next_done()
                 self._record(request, answer)
                 answers[request.ticket] = answer
-            self._finish(oldest, answers.pop(oldest.number), search, tracker)
+            self._finish(oldest, answers.pop(oldest.proposal.number), search, tracker)
             lease.renew()
 
     def measure(self, composites: Iterable[Composite], split: str) -> None:
@@ -82,21 +92,54 @@ class Driver:
             raise EvaluationError(f"{dict(composite.terms)} can't be scored: {answer.reason}")
         return {name: answer.scores[key] for name, key in self.question.corpora[split].items()}
 
+    def _plan(self, search: Search, proposal: Proposal, most: int) -> Flight:
+        """How a proposal is measured.
+
+        Its rival is the best of the trials that were told when it was proposed with `most` in flight: a driver that
+        adopts it finds the same one.
+        """
+        race = None
+        if search.races and not search.is_known(proposal.coefficients):
+            race = race_against(self.ledger, self.question, search.incumbent(proposal.number - most + 1))
+        return Flight(proposal, race, search.measures_gradient(proposal.coefficients))
+
+    def _request_of(self, flight: Flight) -> Request | None:
+        """What is to be asked of a resident for a trial; None where the ledger has all of it."""
+        composite, keys = self.question.composite(flight.proposal.coefficients), self.question.keys(SEARCH)
+        number, scoring = flight.proposal.number, self.question.scoring
+        if flight.gradient:
+            known = self.ledger.gradients(composite, keys, scoring)
+            missing = tuple(key for key in keys if key not in known)
+            return Request(number, composite, missing, gradient=True) if missing else None
+        if flight.race is None:
+            return self._request(number, composite, SEARCH)
+        seen = self.ledger.look_up(composite, keys, scoring)
+        is_decided = replay(flight.race, seen, self.question.sizes(SEARCH)) is not None
+        return None if is_decided else Request(number, composite, keys, seen, flight.race)
+
     def _request(self, ticket: int, composite: Composite, split: str) -> Request | None:
-        """What is to be asked of a resident: the scores that the ledger lacks; None where it has them all."""
-        keys = self.question.keys(split)
+        """The scores that the ledger lacks of all windows; None where it has them all."""
+        keys, windows = self.question.keys(split), self.question.windows(split)
         known = self.ledger.look_up(composite, keys, self.question.scoring)
-        missing = tuple(key for key in keys if key not in known)
-        return Request(ticket, composite, missing) if missing else None
+        missing = tuple(key for key in keys if key not in known or len(known[key].nats_W) < windows)
+        return Request(ticket, composite, missing, known) if missing else None
 
     def _record(self, request: Request, answer: Evaluation | Failure) -> None:
         if isinstance(answer, Evaluation):
             seconds = answer.merge_seconds + answer.score_seconds
-            scoring = self.question.scoring
-            self.ledger.record(request.composite, answer.scores, scoring, answer.forward_tokens, seconds)
+            self.ledger.record(
+                request.composite,
+                answer.scores,
+                self.question.scoring,
+                answer.forward_tokens,
+                seconds,
+                answer.gradients,
+            )
 
-    def _finish(self, proposal: Proposal, answer: Evaluation | Failure, search: Search, tracker: Tracker) -> None:
-        record = trial_record(self.ledger, self.question, search.name, proposal, answer)
-        search.tell(proposal.number, record.penalized, attributes(record))
+    def _finish(self, flight: Flight, answer: Evaluation | Failure, search: Search, tracker: Tracker) -> None:
+        record = trial_record(
+            self.ledger, self.question, search.name, flight.proposal, answer, flight.race, flight.gradient
+        )
+        search.tell(record.number, record.penalized, attributes(record))
         tracker.trial_ended(record)
         self.observer.trial_ended(record, search.told, search.planned)

@@ -1,11 +1,12 @@
 """How sure a difference of two composites is: paired bootstrap intervals over windows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dem_opt.records import Score, mean_nll
+from dem_opt.records import Objective, Score
 
 RESAMPLES = 4000
 
@@ -20,7 +21,7 @@ class Difference:
 
 
 def difference(
-    left: Mapping[str, Score], right: Mapping[str, Score], weights: Mapping[str, float], seed: int = 0
+    left: Mapping[str, Score], right: Mapping[str, Score], objective: Objective, seed: int = 0
 ) -> Difference:
     """Objective of `left` minus objective of `right`, both scored on the same windows.
 
@@ -29,13 +30,28 @@ def difference(
     on one window go up and down together.  What the interval covers is the choice of windows, and nothing else.
     """
     rng = np.random.default_rng(seed)
-    total = sum(weights.values())
-    means_R = np.zeros(RESAMPLES)
-    for name in sorted(name for name, weight in weights.items() if weight):
+    names = sorted(name for name, weight in objective.weights.items() if weight)
+    sides: list[list[NDArray[np.float64]]] = [[], []]
+    for name in names:
         assert left[name].tokens_W == right[name].tokens_W, f"{name}: scored on different windows"
-        nats_W = np.subtract(left[name].nats_W, right[name].nats_W)
         tokens_W = np.array(left[name].tokens_W)
-        draws_RW = rng.integers(len(nats_W), size=(RESAMPLES, len(nats_W)))
-        means_R += weights[name] / total * nats_W[draws_RW].sum(axis=1) / tokens_W[draws_RW].sum(axis=1)
-    low, high = np.quantile(means_R, [0.025, 0.975])
-    return Difference(mean_nll(left, weights) - mean_nll(right, weights), float(low), float(high))
+        draws_RW = rng.integers(len(tokens_W), size=(RESAMPLES, len(tokens_W)))
+        tokens_R = tokens_W[draws_RW].sum(axis=1)
+        for side, scores in zip(sides, (left, right), strict=True):
+            nats_W = np.array(scores[name].nats_W)
+            if objective.own is not None:
+                nats_W -= objective.own[name].nats_W
+            side.append(nats_W[draws_RW].sum(axis=1) / tokens_R)
+    of_left_R, of_right_R = (_combine(np.array(side), objective, names) for side in sides)
+    low, high = np.quantile(of_left_R - of_right_R, [0.025, 0.975])
+    return Difference(objective(left) - objective(right), float(low), float(high))
+
+
+def _combine(nll_KR: NDArray[np.float64], objective: Objective, names: Sequence[str]) -> NDArray[np.float64]:
+    """The objective of each resample: the weighted mean of NLL, or the largest regret."""
+    if objective.own is not None:
+        worst_R: NDArray[np.float64] = nll_KR.max(axis=0)
+        return worst_R
+    weights_K = np.array([objective.weights[name] for name in names])
+    mean_R: NDArray[np.float64] = weights_K / weights_K.sum() @ nll_KR
+    return mean_R

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from statistics import median
+from typing import Any
 
 import numpy as np
 from sqlalchemy import BigInteger, Engine, ForeignKey, String, UniqueConstraint, func, inspect, select
@@ -12,10 +13,10 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from dem_opt.database import create_missing, insert_into, masked
 from dem_opt.errors import InputError
-from dem_opt.records import Composite, Score
+from dem_opt.records import Composite, Gradient, Score
 
-SCHEMA = 1
-"""Version of the tables that this module reads and writes."""
+SCHEMA = 2
+"""Version of the tables that this module reads and writes: 2 has gradients."""
 
 
 class _Tables(DeclarativeBase):
@@ -40,9 +41,9 @@ class _Composite(_Tables):
 
 
 class _Score(_Tables):
-    """One composite's nats per window on one corpus: arrays as little-endian float64 and int64.
+    """One composite's nats per window on one corpus, the first of its windows: little-endian float64 and int64.
 
-    forward_tokens and seconds are those of the evaluation that measured it, all its corpora together.
+    forward_tokens and seconds are those of the evaluations that measured it, all their corpora together.
     """
 
     __tablename__ = "dem_score"
@@ -58,6 +59,17 @@ class _Score(_Tables):
     forward_tokens: Mapped[int] = mapped_column(BigInteger)
     seconds: Mapped[float]
     created: Mapped[str]
+
+
+class _Gradient(_Tables):
+    """One composite's gradient on one corpus, over all its windows, as JSON: nats by content of the experts."""
+
+    __tablename__ = "dem_gradient"
+
+    composite: Mapped[str] = mapped_column(ForeignKey(_Composite.key), primary_key=True)
+    corpus: Mapped[str] = mapped_column(primary_key=True)
+    scoring: Mapped[str] = mapped_column(primary_key=True)
+    gradient: Mapped[str]
 
 
 class _Study(_Tables):
@@ -106,7 +118,7 @@ class Ledger:
         return bool(inspect(engine).has_table(_Study.__tablename__))
 
     def look_up(self, composite: Composite, corpora: Collection[str], scoring: str) -> dict[str, Score]:
-        """The scores of `composite` by corpus key, of those among `corpora` that have been measured."""
+        """The scores of `composite` by corpus key, of those among `corpora` that have been measured, short ones too."""
         wanted = select(_Score).where(
             _Score.composite == composite.key, _Score.scoring == scoring, _Score.corpus.in_(corpora)
         )
@@ -120,10 +132,12 @@ class Ledger:
         scoring: str,
         forward_tokens: int = 0,
         seconds: float = 0.0,
+        gradients: Mapping[str, Gradient] | None = None,
     ) -> None:
-        """Writes the scores of `composite` by corpus key, all or none; committed when it returns.
+        """Writes the scores and gradients of `composite` by corpus key, all or none; committed when it returns.
 
-        A score that is there already stays as it is.  forward_tokens and seconds are what measuring took.
+        A score of fewer windows gives way to one of more, whose cost is added; another one stays as it is.
+        forward_tokens and seconds are what measuring took.
         """
         made = {
             "composite": composite.key,
@@ -133,12 +147,38 @@ class Ledger:
             "created": datetime.now(UTC).isoformat(),
         }
         rows = [made | _columns(corpus, score) for corpus, score in sorted(scores.items())]
+        slopes = [
+            {"composite": composite.key, "corpus": corpus, "scoring": scoring, "gradient": json.dumps(dict(gradient))}
+            for corpus, gradient in sorted((gradients or {}).items())
+        ]
         if not rows:
             return
         terms = {"key": composite.key, "terms": json.dumps(dict(composite.terms))}
         with self._engine.begin() as connection:
             connection.execute(insert_into(self._engine, _Composite).values(terms).on_conflict_do_nothing())
-            connection.execute(insert_into(self._engine, _Score).on_conflict_do_nothing(), rows)
+            connection.execute(self._insert_longer(), rows)
+            if slopes:
+                connection.execute(insert_into(self._engine, _Gradient).on_conflict_do_nothing(), slopes)
+
+    def _insert_longer(self) -> Any:
+        """Inserts a score, or puts it in the place of one of fewer windows."""
+        insert = insert_into(self._engine, _Score)
+        new, old = insert.excluded, _Score.__table__.c
+        replaced = {name: new[name] for name in ("windows", "nats_W", "tokens_W", "created")}
+        added = {name: old[name] + new[name] for name in ("forward_tokens", "seconds")}
+        return insert.on_conflict_do_update(
+            index_elements=["composite", "corpus", "scoring"],
+            set_={**replaced, **added},
+            where=new.windows > old.windows,
+        )
+
+    def gradients(self, composite: Composite, corpora: Collection[str], scoring: str) -> dict[str, Gradient]:
+        """The gradients of `composite` by corpus key, of those among `corpora` that have been measured."""
+        wanted = select(_Gradient.corpus, _Gradient.gradient).where(
+            _Gradient.composite == composite.key, _Gradient.scoring == scoring, _Gradient.corpus.in_(corpora)
+        )
+        with Session(self._engine) as session:
+            return {corpus: json.loads(gradient) for corpus, gradient in session.execute(wanted)}
 
     def seconds(self, composite: Composite, corpora: Collection[str], scoring: str) -> float:
         """What measuring a composite on these corpora took; one evaluation of several corpora counts once."""

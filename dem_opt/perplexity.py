@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from dem_opt.racing import stops
 from dem_opt.records import Score, Windows
 
 ROWS = 512
@@ -102,47 +103,84 @@ def reading(model: PreTrainedModel) -> Reading:
     return "packed" if isolates_documents(model) else "separate"
 
 
-def score(model: PreTrainedModel, windows: PreparedWindows, batch_tokens: int, reading: Reading) -> tuple[Score, int]:
-    """Nats per window,  -sum_t ln p(x_t | x_<t of its own document),  and the tokens through the model.
+def score(
+    model: PreTrainedModel,
+    windows: PreparedWindows,
+    batch_tokens: int,
+    reading: Reading,
+    known: Score | None = None,
+    end: int | None = None,
+    gradient: bool = False,
+) -> tuple[Score, int]:
+    """Nats of the first `end` windows,  -sum_t ln p(x_t | x_<t of its own document),  and the tokens through the model.
 
-    One forward call for each batch of at most `batch_tokens` tokens (at least one row), batches being the
-    same at every call.  Packed: rows are windows and positions restart.  Separate: rows are documents, padded at
-    the end, which a causal model's earlier tokens do not see.  Paired: the encoder reads what stands before a
-    document's first scored token, the decoder predicts the rest from its start token on.  Cross-entropy is taken
-    in float32 and summed in float64.
+    One forward call for each batch of at most `batch_tokens` tokens (at least one row).  No batch spans two blocks,
+    which are the windows between two stops of a race: so a window's nats are the same to the bit, whether all windows
+    are measured at once, or some are `known` and the others measured now.  Both must end at a stop; without `end`
+    all windows are measured.
+
+    Packed: rows are windows and positions restart.  Separate: rows are documents, padded at the end, which a
+    causal model's earlier tokens do not see.  Paired: the encoder reads what stands before a document's first
+    scored token, the decoder predicts the rest from its start token on.  Cross-entropy is taken in float32 and
+    summed in float64.
+
+    `gradient`: the nats of each batch go backward too, into the parameters that want gradients.  The nats of models
+    that read packed windows are the same to the bit on a CPU; others have kernels that are others where gradients are
+    wanted (convolutions, attention with a learned bias), and their nats may differ by rounding.
 
     Raises EvaluationError where a window's nats are not finite.
     """
+    before = known.nats_W if known else ()
     nats: list[Tensor] = []
     window_R: list[int] = []
     forward_tokens = 0
-    with torch.inference_mode():
-        for batch in _batches(model, windows, batch_tokens, reading):
-            nats.append(_nats(_logits(model, **batch.inputs), batch.targets_BT))
+    end = len(windows.tokens_W) if end is None else end
+    for block in _blocks(windows, len(before), end):
+        for batch in _batches(model, windows, block, batch_tokens, reading):
+            nats.append(_pass(model, batch, gradient))
             window_R.extend(batch.window_B)
             forward_tokens += batch.tokens
-        nats_R = torch.cat(nats).cpu().numpy()
-    nats_W = np.bincount(window_R, weights=nats_R, minlength=len(windows.tokens_W))
-    return Score(tuple(nats_W.tolist()), windows.tokens_W), forward_tokens
+    if not nats:
+        return Score(before[:end], windows.tokens_W[:end]), 0
+    nats_W = np.bincount(window_R, weights=torch.cat(nats).cpu().numpy(), minlength=end)
+    return Score((*before, *nats_W[len(before) :].tolist()), windows.tokens_W[:end]), forward_tokens
 
 
-def _batches(model: PreTrainedModel, windows: PreparedWindows, batch_tokens: int, reading: Reading) -> Iterator[_Batch]:
-    """Rows of the kind that the model reads."""
+def _pass(model: PreTrainedModel, batch: _Batch, gradient: bool) -> Tensor:
+    """Nats of each row, forward, and backward where gradients are wanted."""
+    with torch.set_grad_enabled(gradient):
+        nats_B = _nats(_logits(model, **batch.inputs), batch.targets_BT)
+    if gradient:
+        nats_B.sum().backward()  # type: ignore[no-untyped-call]
+    return nats_B.detach()
+
+
+def _blocks(windows: PreparedWindows, first: int, end: int) -> Iterator[range]:
+    """The blocks of windows from `first` to `end`."""
+    edges = (0, *stops(len(windows.tokens_W)))
+    assert {first, end} <= set(edges), f"windows {first} to {end} are no blocks"
+    yield from (range(start, stop) for start, stop in pairwise(edges) if first <= start and stop <= end)
+
+
+def _batches(
+    model: PreTrainedModel, windows: PreparedWindows, block: range, batch_tokens: int, reading: Reading
+) -> Iterator[_Batch]:
+    """Rows of the kind that the model reads, of one block, and no more tokens than it has."""
+    most = min(batch_tokens, len(block) * windows.ids_WT.shape[1])
     if reading == "packed":
-        yield from _packed(windows, batch_tokens)
+        yield from _packed(windows, block, most)
         return
-    for documents in _alike(windows.documents, batch_tokens):
+    for documents in _alike([one for one in windows.documents if one.window in block], most):
         yield _separate(windows, documents) if reading == "separate" else _paired(model, windows, documents)
 
 
-def _packed(windows: PreparedWindows, batch_tokens: int) -> Iterator[_Batch]:
+def _packed(windows: PreparedWindows, block: range, batch_tokens: int) -> Iterator[_Batch]:
     """Whole windows in their order."""
-    count, length = windows.ids_WT.shape
-    rows = max(1, batch_tokens // length)
-    for first in range(0, count, rows):
-        part = slice(first, first + rows)
+    rows = max(1, batch_tokens // windows.ids_WT.shape[1])
+    for first in range(block.start, block.stop, rows):
+        part = slice(first, min(first + rows, block.stop))
         inputs = {"input_ids": windows.ids_WT[part], "position_ids": windows.positions_WT[part]}
-        yield _Batch(inputs, windows.targets_WT[part], tuple(range(count)[part]))
+        yield _Batch(inputs, windows.targets_WT[part], tuple(range(part.start, part.stop)))
 
 
 def _alike(documents: Sequence[_Document], batch_tokens: int) -> Iterator[Sequence[_Document]]:
@@ -188,17 +226,17 @@ def _logits(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
 
 def _nats(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Nats of each row in float64: -sum_t ln softmax(logits_t)[target_t] over the scored t."""
-    logits_RV, targets_R = logits_BTV.flatten(0, 1), targets_BT.flatten()
-    parts = [slice(first, first + ROWS) for first in range(0, len(targets_R), ROWS)]
-    nll_R = torch.cat([_nll(logits_RV[part], targets_R[part]) for part in parts])
+    parts = zip(torch.split(logits_BTV.flatten(0, 1), ROWS), torch.split(targets_BT.flatten(), ROWS), strict=True)
+    nll_R = torch.cat([_nll(logits_RV, targets_R) for logits_RV, targets_R in parts])
     return nll_R.double().view(targets_BT.shape).sum(dim=1)
 
 
 def _nll(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
-    return functional.cross_entropy(logits_RV.float(), targets_R, ignore_index=_UNSCORED, reduction="none")
+    wide_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
+    return functional.cross_entropy(wide_RV, targets_R, ignore_index=_UNSCORED, reduction="none")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def isolates_documents(model: PreTrainedModel) -> bool:
     """Whether packed documents with restarting positions are as good as separate ones to this model.
 

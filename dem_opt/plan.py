@@ -1,7 +1,7 @@
 """What a study will need: bytes, passes, minutes.
 
 Arithmetic on headers, config.json and the study file; nothing is loaded.  It follows what arena, perplexity and
-resident do, so it changes when they do.  Shape suffixes as in records; H is the hidden width, I the intermediate one.
+resident do, so it changes when they do.
 """
 
 from collections import Counter
@@ -18,7 +18,8 @@ from dem_opt.config import StudyConfig
 from dem_opt.errors import InputError
 from dem_opt.machine import Machine, Speed
 from dem_opt.models import Architecture
-from dem_opt.perplexity import ROWS
+from dem_opt.passes import Widths, activation_bytes, flops_per_token, gradient_bytes, read_widths
+from dem_opt.racing import stops
 
 BATCH_TOKENS = 4096
 """Tokens in one forward call where the study says `batch: auto` and memory allows."""
@@ -33,34 +34,8 @@ measured: a round number above what is usual."""
 PACE = 0.6
 """The share of a matrix product's speed that a whole forward pass reaches: five runs of benchmarks/plan.py (LOG.md)."""
 
-_INNER = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "decoder_ffn_dim")
-"""What configs call the width of their feed-forward maps."""
-
-KEPT = 32 * 2**20
-"""The C library gives freed tensors of at least so many bytes back to the system, and may keep smaller ones (glibc)."""
-
 _WINDOW_BYTES = 41
 """Bytes of a token of a window: int64 ids, positions and targets, and the spec's own ids, positions and mask."""
-
-
-@dataclass(frozen=True)
-class Widths:
-    """The dimensions of a transformer that its activations and FLOPs depend on.
-
-    queries, keys    heads times the width of a head: of queries, of keys (and of values)
-    materialized     whether attention scores are held as a matrix, which soft-capped attention does
-    capped           whether logits are soft-capped, which makes a copy of them
-    """
-
-    vocabulary: int
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    queries: int
-    keys: int
-    materialized: bool
-    capped: bool
 
 
 @dataclass(frozen=True)
@@ -72,6 +47,7 @@ class Plan:
     scratch       what a merge sums in
     windows       tokens of all corpora, and the spec's own copy
     activations   the most that a forward call and its loss hold at once
+    backward      the most that these and the way back hold at once, with the gradient of one parameter
     process       the process itself: on a CPU its libraries, on a GPU its context
     batch_tokens  tokens in one forward call at most, and call_tokens those of the largest that there is
     checkpoints   how many are stored; files of the same content once
@@ -95,6 +71,7 @@ class Plan:
     scratch: int
     windows: int
     activations: int
+    backward: int
     process: int
     asked: int
     trial_tokens: int
@@ -109,6 +86,12 @@ class Plan:
     def resident(self) -> int:
         """Bytes of one resident at its peak."""
         return self.stored + self.live + self.scratch + self.windows + self.activations + self.process
+
+    @property
+    def gradients(self) -> bool:
+        """Whether gradients fit into the whole memory of the machine, beside all else that the residents hold."""
+        peak = self.resident - self.activations + max(self.activations, self.backward)
+        return peak * (self.asked if self.machine.device == "cpu" else 1) <= self.machine.total
 
     @property
     def needed(self) -> int:
@@ -159,14 +142,15 @@ def make_plan(
     widths, asked = read_widths(architecture, model), residents_asked(study.compute.residents, machine)
     unlike = list({identity(header): header for header in headers.values()}.values())
     held = _held(architecture, base, unlike, study, machine.device, itemsize)
-    rows = max(given.windows, given.held_out)
+    block = stops(max(given.windows, given.held_out))[0]
 
-    def call_bytes(rows: int) -> int:
-        return activation_bytes(widths, rows, given.window, itemsize, machine.device)
+    def call_bytes(batch: int) -> int:
+        return activation_bytes(widths, _rows(batch, given.window, block), given.window, itemsize, machine.device)
 
     share = machine.total // asked if machine.device == "cpu" else machine.total
     free = share - sum(held.values())
-    batch = _batch(study, free, lambda batch: call_bytes(_rows(batch, given.window, rows)))
+    batch = _batch(study, free, call_bytes)
+    rows, reduced = _rows(batch, given.window, block), _reduced(architecture, itemsize, machine.device)
     return Plan(
         machine=machine,
         widths=widths,
@@ -175,8 +159,9 @@ def make_plan(
         batch_tokens=batch,
         checkpoints=len(unlike),
         **held,
-        call_tokens=_rows(batch, given.window, rows) * given.window,
-        activations=call_bytes(_rows(batch, given.window, rows)),
+        call_tokens=rows * given.window,
+        activations=call_bytes(batch),
+        backward=gradient_bytes(widths, rows, given.window, itemsize) + reduced,
         asked=asked,
         trial_tokens=len(study.corpora) * given.windows * given.window,
         report_tokens=len(study.corpora) * given.held_out * given.window,
@@ -229,69 +214,6 @@ def residents_asked(setting: int | str, machine: Machine) -> int:
     if not isinstance(setting, str):
         return setting
     return machine.devices if machine.device == "cuda" else 1
-
-
-def read_widths(architecture: Architecture, model: Mapping[str, Any]) -> Widths:
-    """Dimensions from the embedding's shape and from config.json, under the names that the common families use."""
-    vocabulary, hidden = architecture.parameters[architecture.embedding]
-    heads = int(_look(model, "num_attention_heads", "n_head", "num_heads", "decoder_attention_heads", default=1))
-    width = int(_look(model, "head_dim", default=hidden // heads))
-    groups = int(_look(model, "num_key_value_heads", default=heads))
-    return Widths(
-        vocabulary=vocabulary,
-        hidden=hidden,
-        intermediate=int(
-            _look(model, "intermediate_size", "n_inner", "ffn_dim", "d_ff", "decoder_ffn_dim", default=4 * hidden)
-        ),
-        layers=int(_look(model, "num_hidden_layers", "n_layer", "num_layers", "decoder_layers", default=1)),
-        heads=heads,
-        queries=heads * width,
-        keys=groups * width,
-        materialized=_look(model, "attn_logit_softcapping", default=None) is not None,
-        capped=_look(model, "final_logit_softcapping", default=None) is not None,
-    )
-
-
-def logits_bytes(widths: Widths, tokens: int, itemsize: int) -> int:
-    """Bytes of the logits [B, T, V] of so many tokens; a soft-cap makes one copy."""
-    return tokens * widths.vocabulary * itemsize * (2 if widths.capped else 1)
-
-
-def activation_bytes(widths: Widths, rows: int, window: int, itemsize: int, device: str = "cpu") -> int:
-    """The most bytes that a forward call on `rows` windows and its loss hold at once, in inference mode.
-
-    The largest of three moments, for B T tokens:
-    attention     embedding, layer's input, its norm (3H); q, its output twice (3Q), k and v (2K), where heads share
-                  keys their expansion (2Q); the mask and its float copy [B, T, T]; the scores where they are held
-    feed-forward  embedding, layer's input, residual, its norm (4H); gate, up and their product (3I)
-    loss          the last hidden states (H); the logits [B, T, V]; ROWS of them in float32 and their log-softmax;
-                  on a CPU also what the layers have freed and the allocator has kept
-    """
-    tokens, square = rows * window, rows * window**2
-    hidden, inner = tokens * widths.hidden * itemsize, tokens * widths.intermediate * itemsize
-    shared = 2 * widths.queries if widths.keys < widths.queries else 0
-    attention = 3 * hidden + tokens * (3 * widths.queries + 2 * widths.keys + shared) * itemsize
-    attention += square * (1 + itemsize)
-    attention += square * widths.heads * (2 * itemsize + 4) if widths.materialized else 0
-    kept = sum(count * size for count, size in ((4, hidden), (3, inner)) if device == "cpu" and size < KEPT)
-    copies = 1 if itemsize == 4 else 2
-    loss = hidden + logits_bytes(widths, tokens, itemsize) + copies * min(ROWS, tokens) * widths.vocabulary * 4 + kept
-    return max(attention, 4 * hidden + 3 * inner, loss)
-
-
-def flops_per_token(architecture: Architecture, model: Mapping[str, Any], widths: Widths, window: int) -> float:
-    """2 P_active + 4 L T Q : a multiplication and an addition for each weight; scores and their sums over a window.
-
-    P_active: the matrices, the embedding only where it is the output's too; of a mixture of experts the share that
-    a token is sent to.
-    """
-    matrices = {name: prod(shape) for name, shape in architecture.parameters.items() if len(shape) > 1}
-    if not architecture.aliases:
-        del matrices[architecture.embedding]
-    chosen = _look(model, "num_experts_per_tok", default=1)
-    share = chosen / _look(model, "num_local_experts", "num_experts", "n_routed_experts", default=chosen)
-    active = sum(size * (share if ".experts." in name else 1) for name, size in matrices.items())
-    return 2 * active + 4 * widths.layers * window * widths.queries
 
 
 def sized(count: float) -> str:
@@ -348,15 +270,21 @@ def _scratch(base: Header, itemsize: int, device: str) -> int:
     return (CPU_BLOCK if device == "cpu" else DEVICE_BLOCK) * (8 + rounded)
 
 
+def _reduced(architecture: Architecture, itemsize: int, device: str) -> int:
+    """Bytes of the largest parameter's gradient, and of three blocks in float32 that it is reduced by."""
+    largest = max(prod(shape) for shape in architecture.parameters.values())
+    return largest * itemsize + 3 * 4 * min(CPU_BLOCK if device == "cpu" else DEVICE_BLOCK, largest)
+
+
 def _itemsize(dtype: str) -> int:
     """Bytes of a number of the evaluation."""
     size: int = getattr(torch, dtype).itemsize
     return size
 
 
-def _rows(batch: int, window: int, windows: int) -> int:
-    """Windows in one forward call."""
-    return min(max(1, batch // window), windows)
+def _rows(batch: int, window: int, block: int) -> int:
+    """Windows in one forward call, at most those of a block: the first is as large as any."""
+    return min(max(1, batch // window), block)
 
 
 def _batch(study: StudyConfig, free: int, needs: Callable[[int], int]) -> int:
@@ -384,13 +312,3 @@ def _passes(study: StudyConfig) -> dict[str, int]:
     singles, average = len(space.names), 0 if few else 1
     extra = {"grid": average, "simplex-gp": max(singles + average - trials, 0)}.get(search.algorithm, singles + average)
     return {"trials": trials, "composites": 1 + trials + extra, "reported": 1 + singles + average + 1}
-
-
-def _look(model: Mapping[str, Any], *names: str, default: Any) -> Any:
-    """The first of these that config.json has, at its top or for the text part of a model of several kinds."""
-    text = model.get("text_config")
-    for part in (model, text if isinstance(text, Mapping) else {}):
-        for name in names:
-            if part.get(name) is not None:
-                return part[name]
-    return default

@@ -1,5 +1,6 @@
 """What a study asks, by content: base, experts and corpora as hashes, and what guards their comparison."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -17,6 +18,7 @@ HELD_OUT = "held_out"
 SPLITS = (SEARCH, HELD_OUT)
 
 _FIELDS = {SEARCH: "validation", HELD_OUT: "held_out"}
+_WINDOWS = {SEARCH: "windows", HELD_OUT: "held_out"}
 
 
 @dataclass(frozen=True)
@@ -24,24 +26,23 @@ class Question:
     """A study with every path replaced by the hash of its content.
 
     base, experts  content hashes of the checkpoints
-    total, weights the simplex's total and the objective's weights, by distribution or general corpus
+    space          the coefficient space
+    weights        the objective's weights, by distribution or general corpus
     corpora        by split, then by distribution or general corpus: corpus keys
-    settings       the evaluation's settings, as text by their name in the study file; `device` is cpu or cuda
+    settings       the evaluation's settings, as text by their name in the study file; `device` is cpu or cuda, `looks`
+                   the parts of a corpus that are scored apart
     protect        the most nats per token above the base, by distribution or general corpus
+    worst          whether the largest regret is minimized, and not the mean
     """
 
     base: str
     experts: Mapping[str, str]
-    total: float
+    space: Space
     weights: Mapping[str, float]
     corpora: Mapping[str, Mapping[str, str]]
     settings: Mapping[str, str]
     protect: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def space(self) -> Space:
-        """The coefficient space."""
-        return Space(tuple(self.experts), self.total)
+    worst: bool = False
 
     def composite(self, coefficients: Coefficients) -> Composite:
         """The composite of coefficients, by content."""
@@ -50,21 +51,30 @@ class Question:
     @property
     def scoring(self) -> str:
         """The ledger's scoring key: a hash of the settings that change a window's nats; windows hash themselves."""
-        fields = ("evaluation.dtype", "evaluation.batch", "device")
-        return sha256(repr([(field, self.settings[field]) for field in fields]).encode()).hexdigest()
+        fields = ("evaluation.dtype", "evaluation.batch", "looks", "device")
+        return sha256(repr([(field, self.settings.get(field)) for field in fields]).encode()).hexdigest()
 
     def keys(self, split: str) -> tuple[str, ...]:
-        """Corpus keys of a split, in ascending order of names."""
-        return tuple(self.corpora[split][name] for name in sorted(self.corpora[split]))
+        """Corpus keys of a split, in ascending order of names; one that has several names once."""
+        return tuple(dict.fromkeys(self.corpora[split][name] for name in sorted(self.corpora[split])))
+
+    def sizes(self, split: str) -> dict[str, int]:
+        """Windows by corpus key of a split."""
+        return dict.fromkeys(self.keys(split), self.windows(split))
+
+    def windows(self, split: str) -> int:
+        """Windows of each corpus of a split."""
+        return int(self.settings[f"evaluation.{_WINDOWS[split]}"])
 
     def asked(self) -> dict[str, str]:
         """What makes this question another than the last: a change begins a new generation."""
         return {
             "base": self.base,
             **{f"distributions.{name}": content for name, content in self.experts.items()},
-            "simplex.total": repr(self.total),
+            **_written(self.space),
             **{f"objective.weights.{name}": repr(weight) for name, weight in self.weights.items()},
             **{f"objective.protect.{name}": repr(allowance) for name, allowance in self.protect.items()},
+            **({"objective.worst": repr(True)} if self.worst else {}),
             **{field: key for field, key in self._files().items() if field.startswith("general.")},
         }
 
@@ -89,7 +99,7 @@ class Question:
         return cls(
             base=asked["base"],
             experts=experts,
-            total=float(asked["simplex.total"]),
+            space=_read_space(tuple(experts), asked),
             weights={name: float(weight) for name, weight in weights.items()},
             corpora={
                 split: {
@@ -100,7 +110,22 @@ class Question:
             },
             settings={key: value for key, value in scored.items() if not key.startswith("distributions.")},
             protect={name: float(nats) for name, nats in _under("objective.protect.", asked).items()},
+            worst="objective.worst" in asked,
         )
+
+
+def _written(space: Space) -> dict[str, str]:
+    """A space by the study file's fields."""
+    total = space.total if space.least is None else [space.least, space.total]
+    return {"simplex.total": repr(total)} | {f"simplex.bounds.{name}": repr(box) for name, *box in space.bounds}
+
+
+def _read_space(names: tuple[str, ...], asked: Mapping[str, str]) -> Space:
+    """The space that `_written` wrote."""
+    total = json.loads(asked["simplex.total"])
+    least, most = total if isinstance(total, list) else (None, total)
+    boxes = tuple((name, *json.loads(box)) for name, box in _under("simplex.bounds.", asked).items())
+    return Space(names, most, least, boxes)
 
 
 def _under(prefix: str, fields: Mapping[str, str]) -> dict[str, str]:

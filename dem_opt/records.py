@@ -172,6 +172,9 @@ class Objective:
         return fsum(scores[name].nll - self.own[name].nll for name in self.shares(scores))
 
 
+GRADIENT_FORWARDS = 3.0
+"""Forward-equivalents of an evaluation with its gradient: by FLOPs a backward pass is two forward passes."""
+
 PENALTY = 10.0
 """Nats per token added to what Optuna is told for each nat per token of violation.
 
@@ -277,8 +280,8 @@ class TrialRecord:
     scores     by distribution or general corpus, on the search split; short where the trial was stopped
     measured   whether a forward pass was needed; False where the ledger had every score
     violation  nats per token by which protected corpora exceed their allowance, on the search split; 0: feasible
-    forwards   forward-equivalents that the trial stands for: 1 for all windows of the search split, whoever measured them
-    error      standard error of the objective in nats per token; 0 where all windows were scored, else the trial is partial
+    forwards   forward-equivalents that the trial stands for: 1 for all windows of the search split, measured or known
+    error      standard error of the objective in nats per token; above 0 where the trial was stopped
     gradient   d penalized / d w_i in nats per token, by distribution, where it was measured
     """
 
@@ -346,6 +349,7 @@ class Standing:
     scores          by split, then by distribution
     objective       by split: the weighted mean NLL in nats per token
     evaluations     composites looked at, each counted once, whether or not the ledger had them already
+    forwards        forward-equivalents that they stand for
     forward_tokens  tokens through the model that those evaluations stand for
     seconds         wall seconds that were spent on them
     violation       nats per token by which protected corpora exceed their allowance, on the search split
@@ -361,11 +365,12 @@ class Standing:
     forward_tokens: int
     seconds: float
     violation: float = 0.0
+    forwards: float = 1.0
 
 
 @dataclass(frozen=True)
 class Margin:
-    """Rival minus winner in mean NLL (nats per token; positive: the winner is better), with a 95% paired interval."""
+    """Rival minus winner in the objective, nats per token (positive: the winner is better), with a 95% interval."""
 
     rival: str
     split: str
@@ -381,8 +386,11 @@ class Summary:
     weights   the objective's weight of each distribution and general corpus, in the study file's order
     standings the final table, base first, the winner last
     margins   of the winner over every other standing, on both splits
-    trials    by algorithm, in the order of their numbers
+    trials    by search, in the order of their numbers: NAME of an algorithm, NAME@SEED of one with another seed
     facts     labels and values to reproduce the study: hashes, versions, commands
+    top       the best composites of the search split, the best first
+    stopped   by search, why it ended
+    worst     whether the objective is the largest regret, and not the weighted mean
     """
 
     study: str
@@ -391,6 +399,9 @@ class Summary:
     margins: tuple[Margin, ...]
     trials: Mapping[str, tuple[TrialRecord, ...]]
     facts: Mapping[str, str]
+    top: tuple[Standing, ...] = ()
+    stopped: Mapping[str, str] | None = None
+    worst: bool = False
 
     @property
     def distributions(self) -> tuple[str, ...]:

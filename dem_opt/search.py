@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any
 from uuid import uuid4
 
@@ -14,11 +14,16 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from dem_opt import config, database
+from dem_opt.records import GRADIENT_FORWARDS
 from dem_opt.samplers import make_sampler
-from dem_opt.samplers.history import ATTRIBUTES, START, History, Trial, from_parameters, is_whole
+from dem_opt.samplers.history import ATTRIBUTES, EXPECTED, START, History, Trial, from_parameters, is_whole
+from dem_opt.samplers.history import start as starting_points
 from dem_opt.simplex import Coefficients, Space
 
 __all__ = ["METRIC", "Proposal", "Search", "Trial"]
+
+STOPPED = "stopped"
+"""The user attribute of a study that says why its search ended."""
 
 METRIC = "nll"
 """What Optuna calls the objective: the mean NLL in nats per token, with the penalty where a study protects corpora."""
@@ -36,15 +41,23 @@ class Proposal:
 class Search:
     """One Optuna study over a space of coefficients, opened, or created where there is none of that name.
 
-    start  points to propose first; written down when the study is created and not looked at afterwards
-    told   how many trials are finished: those there were at the last `ask`, and those told here since
+    start     points to propose first; written down when the study is created and not looked at afterwards
+    told      how many trials are finished: those there were at the last `ask`, and those told here since
+    gradients whether trials are measured with their gradient, but for those that every study looks at first
     """
 
     def __init__(
-        self, url: str, name: str, space: Space, search: config.Search, start: Sequence[Coefficients] = ()
+        self,
+        url: str,
+        name: str,
+        space: Space,
+        search: config.Search,
+        start: Sequence[Coefficients] = (),
+        gradients: bool = False,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.name, self._space, self._search = name, space, search
+        self.gradients = gradients or search.algorithm == "gradient"
         self._sampler, self._history = make_sampler(search, space), History(space)
         self._storage = _open(url)
         self._study = optuna.create_study(
@@ -56,7 +69,9 @@ class Search:
         )
         self._study_id = self._storage.get_study_id_from_name(name)
         self.uid = self._introduce(start)
+        self._known = frozenset([*space.landmarks(), *starting_points(self._study, space)])
         self.told = _finished(self.trials())
+        self._began = monotonic()
 
     def _introduce(self, start: Sequence[Coefficients]) -> str:
         """Writes what a new study lacks; the uid comes last and tells that nothing is lacking."""
@@ -71,13 +86,38 @@ class Search:
 
     @property
     def planned(self) -> int:
-        """How many trials the study will have: a grid's whole lattice, else `search.trials`.
+        """How many trials the study will have at most: a grid's whole lattice, else `search.trials`.
 
-        The simplex of one distribution is a single point, and gets one trial.
+        A space that is a single point gets one trial.
         """
+        if self._space.is_point:
+            return 1
         if self._search.algorithm == "grid":
             return self._space.lattice_size(self._search.divisions)
-        return self._search.trials if self._space.dimension > 1 else 1
+        return self._search.trials
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether a proposal has to wait for the trial before it."""
+        return self._search.algorithm == "gradient"
+
+    @property
+    def races(self) -> bool:
+        """Whether trials are stopped when they will not win: never a grid's, nor those that have a gradient."""
+        return self._search.racing and self._search.algorithm != "grid" and not self.gradients
+
+    @property
+    def stopped(self) -> str:
+        """Why the search ended, in words; empty while it goes on."""
+        return str(self._study.user_attrs.get(STOPPED, ""))
+
+    def is_known(self, coefficients: Coefficients) -> bool:
+        """Whether every study looks at these first, or this one was told to begin with them."""
+        return coefficients in self._known
+
+    def measures_gradient(self, coefficients: Coefficients) -> bool:
+        """Whether a trial at these coefficients is measured with its gradient."""
+        return self.gradients and (self._search.algorithm == "gradient" or not self.is_known(coefficients))
 
     def adopt(self) -> list[Proposal]:
         """The trials that a driver left running, in the order of their numbers.
@@ -93,14 +133,57 @@ class Search:
         return [Proposal(trial.number, from_parameters(trial.params, self._space)) for trial in whole]
 
     def ask(self) -> Proposal | None:
-        """The next trial to evaluate; None where all that are planned have been proposed."""
+        """The next trial to evaluate; None where the search has ended."""
         trials = self.trials()
         self.told = _finished(trials)
-        if len(trials) >= self.planned:
+        if reason := self._why_stop(trials):
+            if reason != self.stopped:
+                self._study.set_user_attr(STOPPED, reason)
             return None
         began = perf_counter()
         trial = self._study.ask(self._sampler.distributions)
+        if (choice := self._sampler.last) is not None and choice.expected is not None:
+            trial.set_user_attr(EXPECTED, choice.expected)
         return Proposal(trial.number, from_parameters(trial.params, self._space), perf_counter() - began)
+
+    def _why_stop(self, trials: Sequence[Trial]) -> str:
+        """Which budget is spent, or that nothing more is expected; empty where the search goes on."""
+        given = self._search
+        if len(trials) >= self.planned:
+            return f"all {self.planned} planned trials"
+        if given.algorithm == "grid":
+            return ""
+        spent = sum(self.forwards_of(trial) for trial in trials)
+        if given.forwards is not None and spent >= given.forwards:
+            return f"{spent:.1f} of {given.forwards:g} forward-equivalents"
+        if given.minutes is not None and monotonic() - self._began >= given.minutes * 60:
+            return f"{given.minutes:g} minutes"
+        last = trials[-given.patience :] if given.patience else []
+        if len(last) == given.patience and all(
+            trial.expected is not None and trial.expected < given.tolerance for trial in last
+        ):
+            return (
+                f"less than {given.tolerance:g} nats per token expected of each of the last {given.patience} proposals"
+            )
+        return ""
+
+    def forwards_of(self, trial: Trial) -> float:
+        """Forward-equivalents of a trial; of a running one those that it may take."""
+        if trial.state != "running":
+            return trial.forwards
+        return GRADIENT_FORWARDS if self.measures_gradient(trial.coefficients) else 1.0
+
+    def incumbent(self, before: int) -> Trial | None:
+        """The best whole trial that violates nothing, of those whose number is below `before`."""
+        able = [
+            trial
+            for trial in self.trials()
+            if trial.number < before
+            and trial.objective is not None
+            and not trial.error
+            and not trial.attributes.get("violation")
+        ]
+        return min(able, key=lambda trial: (trial.objective, trial.number), default=None)
 
     def tell(self, number: int, objective: float | None, attributes: Mapping[str, Any]) -> None:
         """Finishes a trial with its objective in nats per token, or as failed: None, attributes["reason"].

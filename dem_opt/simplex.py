@@ -192,7 +192,7 @@ class Space:
     def check(self, weights: Mapping[str, float], where: object = None, field: str = "weights") -> Coefficients:
         """Coefficients that a user wrote; names left out are 0.
 
-        Raises InputError for an unknown name, a weight that is not finite or out of its bounds, and a sum off the total.
+        Raises InputError for an unknown name, a weight that is not finite or out of bounds, and a sum off the total.
         """
         for name, weight in weights.items():
             if name not in self.names:
@@ -224,7 +224,7 @@ class Space:
         return self.nearest(np.full(self.dimension, self._ordinary_total / self.dimension))
 
     def landmarks(self) -> list[Coefficients]:
-        """Vertices, centroid, and the base where it is a point of the space, each once: what every study scores first."""
+        """The base where it is a point of the space, vertices and centroid, each once: what is scored first."""
         base = Coefficients(tuple((name, 0) for name in self.names))
         return list(dict.fromkeys([*[base][: self.contains(base)], *self.vertices(), self.centroid()]))
 

@@ -16,6 +16,7 @@ from dem_opt.machine import this_machine
 from dem_opt.models import Architecture, check_base, check_fit
 from dem_opt.plan import BATCH_TOKENS, Plan, evaluation_dtype, make_plan, refuse_too_large, stored_dtype
 from dem_opt.question import SPLITS, Question
+from dem_opt.racing import LOOKS
 from dem_opt.records import Corpus, ResidentSpec, StoredModel
 from dem_opt.tokens import load_tokenizer, tokenizer_digest
 
@@ -43,6 +44,7 @@ class Sources:
     stored        what most of the base's tensors are, as torch names the dtype
     experts       by distribution
     batch_tokens  tokens in one forward call at most: a part of the scoring, decided once
+    gradients_fit whether memory allows gradients, as far as is known
     device        the kind of device that residents get, "cpu" or "cuda"
     """
 
@@ -53,6 +55,7 @@ class Sources:
     corpora: tuple[Corpus, ...]
     tokenizer: str
     batch_tokens: int
+    gradients_fit: bool = True
     device: str = "cpu"
 
     def on(self, device: str) -> "Sources":
@@ -74,11 +77,11 @@ class Sources:
         settings = {
             f"evaluation.{name}": getattr(evaluation, name) for name in ("window", "windows", "held_out", "seed")
         }
-        settings |= {"evaluation.batch": self.batch_tokens, "evaluation.dtype": self.dtype}
+        settings |= {"evaluation.batch": self.batch_tokens, "evaluation.dtype": self.dtype, "looks": LOOKS}
         return Question(
             base=self.base.content,
             experts={name: expert.content for name, expert in self.experts.items()},
-            total=self.config.simplex.total,
+            space=self.config.space,
             weights=self.config.weights,
             corpora={
                 split: {corpus.distribution: corpus.key for corpus in self.corpora if corpus.split == split}
@@ -87,6 +90,7 @@ class Sources:
             settings={name: str(value) for name, value in settings.items()}
             | {"tokenizer": self.tokenizer, "device": self.device},
             protect=self.config.objective.protect,
+            worst=self.config.objective.worst,
         )
 
     def spec(self) -> ResidentSpec:
@@ -200,6 +204,7 @@ def gather(config: StudyConfig, where: object, resident: bool = True) -> Sources
         corpora=corpora,
         tokenizer=tokenizer_digest(tokenizer),
         batch_tokens=plan.batch_tokens if here or config.evaluation.batch != "auto" else BATCH_TOKENS,
+        gradients_fit=plan.gradients or not here,
     )
 
 

@@ -12,7 +12,7 @@ from dem_opt.card import texts
 from dem_opt.config import StudyConfig
 from dem_opt.database import Engine, Lease, connect, holding, is_there, masked
 from dem_opt.driver import Driver
-from dem_opt.errors import InputError, nearest
+from dem_opt.errors import InputError
 from dem_opt.export import Export, Scores, output_dtype, prove, prove_scores, write_composite
 from dem_opt.finetune import FineTuned, FineTuneJob, fine_tune, is_wanted
 from dem_opt.hub import locate
@@ -30,22 +30,14 @@ from dem_opt.records import (
     TrialRecord,
 )
 from dem_opt.resident import build
-from dem_opt.search import Search, study_names
+from dem_opt.reweighting import checked, reweighted
+from dem_opt.runs import Runs, check_algorithms, run_names
+from dem_opt.search import Search
 from dem_opt.simplex import Coefficients
 from dem_opt.sources import Sources, gather
-from dem_opt.standings import (
-    carried_over,
-    entries,
-    finished,
-    is_known,
-    recall,
-    rescored,
-    summarize,
-)
+from dem_opt.standings import carried_over, entries, rescored, summarize, top_entries
 from dem_opt.tracking import MlflowTracker, Place, Tracker
-
-ALGORITHMS = ("simplex-gp", "grid", "random")
-"""Whose trials the final table looks for."""
+from dem_opt.trials import finished, is_known, objectives, recall
 
 LIBRARIES = ("torch", "transformers", "optuna", "mlflow", "ray", "dem-opt")
 
@@ -89,27 +81,29 @@ class Study:
         """Optimize the coefficients; the winner.  Run again, it goes on where it stopped."""
         return self.compare([self.config.search.algorithm]).winner
 
-    def compare(self, algorithms: Sequence[str]) -> Summary:
-        """Optimize with each algorithm over one ledger, and score the final table's composites on both splits."""
-        for algorithm in algorithms:
-            if algorithm not in ALGORITHMS:
-                raise InputError(
-                    self._where, "algorithm", algorithm, f"no such algorithm; {nearest(algorithm, ALGORITHMS)}"
-                )
+    def compare(self, algorithms: Sequence[str], seeds: int = 1) -> Summary:
+        """Optimize with each algorithm over one ledger, and score the final table's composites on both splits.
+
+        Each has the budget that the study file gives, and `seeds` runs, whose seeds count on from the study's.
+        """
+        check_algorithms(self.config, self._where, algorithms)
         sources = gather(self.config, self._where)
         for warning in sources.warnings():
             self._observer.milestone(f"warning: {warning}")
         name = self.config.name
         with self._open() as (engine, ledger), holding(engine, name) as lease, self._compute as compute:
-            question = sources.on(compute.device).question()
+            sources = sources.on(compute.device)
+            question = sources.question()
             generation, start = self._enter(ledger, question)
-            with self._driver(compute, sources.on(compute.device).spec(), question, ledger) as driver:
-                driver.measure([Composite.single(question.base)], SEARCH)
-                for algorithm in algorithms:
-                    self._optimize(driver, algorithm, generation, start, lease)
-                found = entries(question, self._trials(ledger, question, generation))
+            with self._driver(compute, sources.spec(), question, ledger) as driver:
+                driver.measure(_yardsticks(question), SEARCH)
+                runs = Runs(self.config, generation)
+                for run in run_names(algorithms, seeds):
+                    self._optimize(driver, runs.open(run, start, sources.gradients_fit), lease)
+                found = self._trials(ledger, question, generation)
                 for split in SPLITS:
-                    driver.measure([entry.composite for entry in found], split)
+                    reported = [*entries(question, found), *top_entries(question, found)]
+                    driver.measure([entry.composite for entry in reported], split)
             return self._summarize(ledger, question, generation)
 
     def train(self) -> dict[str, FineTuned]:
@@ -190,7 +184,7 @@ class Study:
                 if dtype is None:
                     prove_scores(again, winner.scores)
                     return self._texts(sources, coefficients, dtype, summary)
-                exported = rescored(winner, f"exported in {dtype}", again, question.weights)
+                exported = rescored(winner, f"exported in {dtype}", again, objectives(ledger, question))
                 shown = replace(summary, standings=(*summary.standings, exported))
                 return self._texts(sources, coefficients, dtype, shown)
 
@@ -205,6 +199,20 @@ class Study:
         with self._open_found() as ledger:
             row = self._row(ledger)
             return self._found(ledger, Question.recall(row.question, row.scoring), row.generation)
+
+    def reweighted(self, weights: Mapping[str, float]) -> Summary:
+        """What the study would have found with another weighting of its objective, from its database alone.
+
+        Raises InputError where it has not been run, and for a weighting that is none.
+        """
+        with self._open_found() as ledger:
+            row = self._row(ledger)
+            asked = Question.recall(row.question, row.scoring)
+            question = replace(asked, weights=checked(asked, weights, self._where, "--reweight"))
+            summary = reweighted(self.config.name, ledger, question, self._facts(question))
+        if summary is None:
+            raise self._nothing_yet()
+        return summary
 
     def _score(self, files: Sources, composite: Composite, model: StoredModel | None = None) -> Scores:
         """Scores of a composite of the study's checkpoints, or of another model; what the ledger lacks is measured."""
@@ -270,31 +278,23 @@ class Study:
             )
         return generation, start
 
-    def _optimize(
-        self, driver: Driver, algorithm: str, generation: int, start: Sequence[Coefficients], lease: Lease
-    ) -> None:
-        """One algorithm's Optuna study, from where it stands to its end."""
-        settings = self.config.search.model_copy(update={"algorithm": algorithm})
-        name = self._optuna_name(algorithm, generation)
-        search = Search(self.config.storage, name, self.config.space, settings, start)
+    def _optimize(self, driver: Driver, search: Search, lease: Lease) -> None:
+        """One run's Optuna study, from where it stands to its end."""
         with closing(self._tracker(search)) as tracker:
             tracker.reconcile(finished(driver.ledger, driver.question, search))
-            driver.optimize(search, settings.lookahead, tracker, lease)
+            driver.optimize(search, self.config.search.lookahead, tracker, lease)
+        self._observer.milestone(f"{search.name} ended after {search.stopped}")
 
     def _trials(self, ledger: Ledger, question: Question, generation: int) -> dict[str, tuple[TrialRecord, ...]]:
-        """Finished trials of every algorithm that has been run in this generation, by algorithm."""
-        url, there = self.config.storage, study_names(self.config.storage)
-        found = {}
-        for algorithm in ALGORITHMS:
-            if (name := self._optuna_name(algorithm, generation)) in there:
-                settings = self.config.search.model_copy(update={"algorithm": algorithm})
-                search = Search(url, name, question.space, settings)
-                found[algorithm] = tuple(finished(ledger, question, search))
-        return found
+        """Finished trials of every search in this generation, by run."""
+        searches = Runs(self.config, generation).there()
+        return {run: tuple(finished(ledger, question, search)) for run, search in searches.items()}
 
     def _summarize(self, ledger: Ledger, question: Question, generation: int) -> Summary:
-        trials = self._trials(ledger, question, generation)
-        return summarize(self.config.name, ledger, question, trials, self._facts(question))
+        searches = Runs(self.config, generation).there()
+        trials = {run: finished(ledger, question, search) for run, search in searches.items()}
+        stopped = {run: search.stopped for run, search in searches.items()}
+        return summarize(self.config.name, ledger, question, trials, self._facts(question), stopped)
 
     def _found(self, ledger: Ledger, question: Question, generation: int) -> Summary:
         """The summary of a study that has a best trial; InputError where it has none yet."""
@@ -313,14 +313,12 @@ class Study:
 
     def _register(self, winner: Standing, export: Export, generation: int) -> str | None:
         """The winner's version in MLflow, under its algorithm's run; None where MLflow can't be reached."""
-        settings = self.config.search.model_copy(update={"algorithm": winner.algorithm})
-        name = self._optuna_name(winner.algorithm, generation)
         metrics = {f"{split}.objective_nll": nll for split, nll in winner.objective.items()}
         metrics |= {"search.protect_violation": winner.violation} if winner.violation else {}
         for split, scores in winner.scores.items():
             metrics |= {f"{split}.perplexity.{name}": score.perplexity for name, score in scores.items()}
         tags = {"composite": export.composite.key, "content": export.content, "coefficients": str(winner.coefficients)}
-        with closing(self._tracker(Search(self.config.storage, name, self.config.space, settings))) as tracker:
+        with closing(self._tracker(Runs(self.config, generation).open(winner.algorithm))) as tracker:
             return tracker.register(export.path, metrics, tags)
 
     def _tracker(self, search: Search) -> Tracker:
@@ -330,6 +328,7 @@ class Study:
             "base": str(self.config.base),
             "distributions": ", ".join(self.config.distributions),
             "total": str(self.config.simplex.total),
+            "worst": str(self.config.objective.worst),
             **{f"evaluation.{name}": str(value) for name, value in self.config.evaluation.model_dump().items()},
             **_libraries(),
         }
@@ -343,9 +342,6 @@ class Study:
             parameters=parameters,
         )
         return MlflowTracker(place, self._observer.milestone)
-
-    def _optuna_name(self, algorithm: str, generation: int) -> str:
-        return f"{self.config.name}/{algorithm}" + (f"#{generation}" if generation > 1 else "")
 
     def _row(self, ledger: Ledger) -> StudyRow:
         row = ledger.study(self.config.name)
@@ -391,6 +387,12 @@ def _write(
 ) -> Export:
     composite = sources.question().composite(coefficients)
     return write_composite(sources.base, sources.models(), composite, out, approve, output_dtype(dtype))
+
+
+def _yardsticks(question: Question) -> list[Composite]:
+    """What trials are measured by, so that it comes before them: the base, and for regrets the single fine-tunes."""
+    singles = [Composite.single(content) for content in question.experts.values()] if question.worst else []
+    return [Composite.single(question.base), *singles]
 
 
 def _libraries() -> dict[str, str]:

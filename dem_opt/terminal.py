@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
@@ -32,19 +33,26 @@ def complain(text: str) -> None:
     _err.print(escape(text), soft_wrap=True)
 
 
-def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], strong: int | None = None) -> None:
-    """A table whose first column is text and whose others are numbers; row `strong` stands out."""
+def table(
+    title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], strong: int | None = None, words: int = 1
+) -> None:
+    """A table whose first `words` columns are text and whose others are numbers; row `strong` stands out."""
     made = Table(title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, header in enumerate(headers):
-        made.add_column(escape(header), justify="right" if index else "left", overflow="fold")
+        made.add_column(escape(header), justify="left" if index < words else "right", overflow="fold")
     for index, row in enumerate(rows):
         made.add_row(*map(escape, row), style="bold" if index == strong else None)
     _out.print(made)
 
 
+def as_json(data: object) -> str:
+    """An answer for programs."""
+    return json.dumps(data, indent=2, allow_nan=False) + "\n"
+
+
 def say_json(data: object) -> None:
     """An answer for programs, on standard output."""
-    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+    sys.stdout.write(as_json(data))
 
 
 class Progressing:
@@ -56,6 +64,7 @@ class Progressing:
     def __init__(self, quiet: bool = False) -> None:
         self._console = _err if quiet else _out
         self._best: dict[str, TrialRecord] = {}
+        self._stopped: Counter[str] = Counter()
         self._tasks: dict[str, TaskID] = {}
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -77,15 +86,20 @@ class Progressing:
         self._progress.stop()
 
     def trial_ended(self, record: TrialRecord, done: int, planned: int) -> None:
-        """Moves the bar, or prints a line for a new best and for every tenth of the way."""
-        before = self._shown(record.study)
+        """Moves the bar, or prints a line for a new best and for every tenth of the way.
+
+        Only whole trials may be the best: the objective of one that was stopped is an estimate.
+        """
+        before = self._best_words(record.study)
         best = self._best.get(record.study, record)
-        if record.objective is not None and record.rank[:2] <= best.rank[:2]:
+        self._stopped[record.study] += record.is_partial
+        if record.objective is not None and not record.is_partial and record.rank[:2] <= best.rank[:2]:
             self._best[record.study] = record
-        shown = self._shown(record.study)
+        found = self._best_words(record.study)
+        shown = found + self._stopped_words(record.study)
         if self._console.is_terminal:
             self._progress.update(self._task(record.study), completed=done, total=planned, best=escape(shown))
-        elif shown != before or done == planned or done * LINES // planned > (done - 1) * LINES // planned:
+        elif found != before or done == planned or done * LINES // planned > (done - 1) * LINES // planned:
             self.milestone(f"{record.study}: {done} of {planned} trials; {shown}")
         if record.reason:
             self.milestone(f"{record.study}: trial {record.number} failed: {record.reason}")
@@ -94,12 +108,17 @@ class Progressing:
         """A line above the bar."""
         self._console.print(escape(message), soft_wrap=True)
 
-    def _shown(self, study: str) -> str:
+    def _best_words(self, study: str) -> str:
         """The best so far, to a ten-thousandth of a nat."""
         best = self._best.get(study)
         if best is None:
-            return "no trial has a score yet"
+            return "no whole trial yet"
         return f"best {best.objective:.4f} nats per token" + (", protect violated" if best.violation else "")
+
+    def _stopped_words(self, study: str) -> str:
+        """How many trials were stopped early, where any was."""
+        stopped = self._stopped[study]
+        return f"; {stopped} stopped early" if stopped else ""
 
     def _task(self, study: str) -> TaskID:
         if study not in self._tasks:

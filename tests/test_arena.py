@@ -5,10 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
+import test_adapters
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from dem_opt.arena import ALIGNMENT, Arena, MergeKernel, merged_tensors
+from dem_opt.arena import ALIGNMENT, Arena, MergeKernel, inner, merged_tensors
 from dem_opt.checkpoints import content_hash, read_header
 from dem_opt.models import empty_model, read_architecture
 from dem_opt.records import Composite, StoredModel
@@ -27,7 +28,7 @@ UNITS = [
 """Coefficients of base, a and b in units of 1e-9."""
 
 
-def make(architecture, dtype, seed):
+def make(architecture, dtype, seed, extreme=True):
     torch.manual_seed(seed)
     if architecture == "gpt2":
         config = GPT2Config(
@@ -48,7 +49,8 @@ def make(architecture, dtype, seed):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
-            parameter.view(-1)[:3] = torch.tensor([-0.0, 1e-39, -1e4])
+            if extreme:
+                parameter.view(-1)[:3] = torch.tensor([-0.0, 1e-39, -1e4])
             parameter.data = parameter.to(stored_dtype(dtype, name))
     return model
 
@@ -62,11 +64,11 @@ def stored_dtype(dtype, name):
 class World:
     """Three checkpoints of one architecture on disk: base, a and b."""
 
-    def __init__(self, folder, architecture, dtype):
+    def __init__(self, folder, architecture, dtype, extreme=True):
         self.architecture, self.dtype = architecture, dtype
         self.weights, self.stored = [], []
         for seed, name in enumerate(("base", "a", "b")):
-            model = make(architecture, dtype, seed)
+            model = make(architecture, dtype, seed, extreme)
             model.save_pretrained(folder / name)
             self.stored.append(StoredModel(folder / name, content_hash(folder / name)))
             self.weights.append({name: tensor.detach() for name, tensor in model.named_parameters()})
@@ -303,3 +305,123 @@ def test_a_composite_is_rounded_to_the_stored_dtype_and_then_cast(dtype, live):
     parts = [(UNIT // 2, torch.tensor([1.0], dtype=dtype)), (UNIT // 2, torch.tensor([2.0**-8], dtype=dtype))]
     expected = 0.5 if torch.bfloat16 in (dtype, live) else 0.501953125
     assert run(MergeKernel(), parts, live).item() == expected
+
+
+@pytest.fixture(scope="module", params=[(one, two) for one in ARCHITECTURES for two in DTYPES], ids="-".join)
+def tame(request, tmp_path_factory):
+    """A world of ordinary weights."""
+    return World(tmp_path_factory.mktemp("tame"), *request.param, extreme=False)
+
+
+def losses(model, count=2):
+    """Sums of squared logits of different tokens, one for each backward."""
+    for seed in range(count):
+        yield model(torch.randint(83, (2, 9), generator=torch.Generator().manual_seed(seed))).logits.square().sum()
+
+
+def reduced(arena, model, contents, count=2):
+    with arena.reducing(contents[0], contents[1:]) as found:
+        for loss in losses(model, count):
+            loss.backward()
+    return found
+
+
+def expected(tame, model, count=2):
+    """The same from whole gradients, which autograd keeps, and the checkpoints as they were saved."""
+    parameters = dict(model.named_parameters())
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    for loss in losses(model, count):
+        loss.backward()
+    gradients = {name: parameter.grad.double() for name, parameter in parameters.items()}
+    for parameter in parameters.values():
+        parameter.requires_grad_(False).grad = None
+    base, *experts = tame.weights
+    return [sum((g * (one[x].double() - base[x].double())).sum() for x, g in gradients.items()) for one in experts]
+
+
+@pytest.mark.parametrize("live", [torch.float32, torch.bfloat16, torch.float64])
+def test_gradients_are_reduced_against_every_vector(tame, live):
+    """Also for gradients in bfloat16, as autograd makes them; there one backward, since autograd's sum would round."""
+    arena, model = tame.arena(dtype=live)
+    arena.merge(tame.composite(UNITS[1]))
+    before = values(model), [{name: x.clone() for name, x in one.stored_NP.items()} for one in arena._segments]
+    contents = [one.content for one in tame.stored]
+    count = 1 if live == torch.bfloat16 else 2
+    found = reduced(arena, model, contents, count)
+    assert list(found) == contents[1:]
+    assert_same_bits(values(model), before[0])
+    for segment, stored_NP in zip(arena._segments, before[1], strict=True):
+        assert_same_bits(segment.stored_NP, stored_NP)
+    oracle = [float(one) for one in expected(tame, model, count)]
+    assert list(found.values()) == pytest.approx(oracle, rel=1e-10 if live == torch.float64 else 1e-4)
+
+
+@pytest.mark.parametrize(("base", "expert"), MIXED)
+def test_gradients_are_reduced_against_vectors_of_other_dtypes(tmp_path, base, expert):
+    ours, theirs = World(tmp_path / "ours", "gpt2", base, False), World(tmp_path / "theirs", "gpt2", expert, False)
+    ours.stored[1], ours.weights[1] = theirs.stored[1], theirs.weights[1]
+    arena, model = ours.arena(dtype=torch.float64)
+    arena.merge(ours.composite(UNITS[0]))
+    found = reduced(arena, model, [one.content for one in ours.stored])
+    assert list(found.values()) == pytest.approx([float(one) for one in expected(ours, model)], rel=1e-10)
+
+
+def test_at_most_one_gradient_lives_and_none_stays(tame):
+    """Before a parameter's gradient is stored, and when it is, autograd's own hooks count those that are."""
+    arena, model = tame.arena()
+    arena.merge(tame.composite(UNITS[1]))
+    parameters, counts, reached = list(model.parameters()), [], set()
+
+    def count(*_):
+        counts.append(sum(parameter.grad is not None for parameter in parameters))
+
+    base, *experts = (one.content for one in tame.stored)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+        parameter.register_hook(count)
+        parameter.register_post_accumulate_grad_hook(count)
+        parameter.register_post_accumulate_grad_hook(lambda one: reached.add(id(one)))
+    with arena.reducing(base, experts):
+        for loss in losses(model):
+            loss.backward()
+            assert not any(parameter.grad is not None for parameter in parameters)
+    assert max(counts) == 1 and len(counts) == 2 * 2 * len(parameters) and len(reached) == len(parameters)
+    assert not any(parameter.requires_grad for parameter in parameters)
+
+
+def test_a_failure_within_leaves_the_model_without_gradients(tame):
+    arena, model = tame.arena()
+    arena.merge(tame.composite(UNITS[1]))
+    base, *experts = (one.content for one in tame.stored)
+    with pytest.raises(ZeroDivisionError), arena.reducing(base, experts):
+        next(losses(model)).backward()
+        raise ZeroDivisionError
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
+    assert not next(losses(model)).requires_grad
+    assert reduced(arena, model, [base, base]) == {base: 0.0}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
+def test_an_adapters_vector_is_what_it_makes_of_the_base(tmp_path):
+    """The arena's own vertex is the oracle; that it is the adapter's, test_adapters tells."""
+    adapted = test_adapters.World(tmp_path, *test_adapters.CASES["dora"])
+    stored = [adapted.base, adapted.other, *adapted.adapters]
+    model = empty_model(adapted.base.path, torch.float64)
+    arena, vertices = Arena(model, stored), []
+    for one in stored:
+        arena.merge(Composite.single(one.content))
+        vertices.append({name: x.clone() for name, x in model.named_parameters()})
+    arena.merge(Composite.of({one.content: units for one, units in zip(stored[1:], UNITS[1], strict=True)}))
+    found = reduced(arena, model, [one.content for one in stored])
+    adapted.weights = vertices
+    assert list(found.values()) == pytest.approx([float(one) for one in expected(adapted, model)], rel=1e-10)
+
+
+@pytest.mark.parametrize("block", [1, 7, 1000, 2**15])
+def test_an_inner_product_is_exact_where_its_parts_cancel(block):
+    """x_n - x_0 is 2^-20 in one place in ten: beside a 3 float32 has room for it, beside the sum of 4500 it has not."""
+    g, x0 = torch.full((1000,), 1.5), torch.full((1000,), 3.0)
+    x1 = x0 + (torch.arange(1000) % 10 == 0) * 2.0**-20
+    assert inner(g, x0, [x1, x0, x1.double().float()], block).tolist() == [150 * 2.0**-20, 0.0, 150 * 2.0**-20]
+    assert inner(g.bfloat16(), x0.half(), [x1], block).tolist() == [150 * 2.0**-20]

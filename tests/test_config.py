@@ -8,6 +8,7 @@ import yaml
 
 from dem_opt.config import load
 from dem_opt.errors import InputError
+from dem_opt.simplex import Space
 
 STUDY = {
     "name": "example",
@@ -119,6 +120,20 @@ def test_a_learning_rate_may_be_written_in_any_notation(tmp_path):
         ("search.algorithm", "gp", "search.algorithm = 'gp': "),
         ("simplex.total", -1, "simplex.total = -1: "),
         ("simplex.total", float("inf"), "simplex.total = inf: "),
+        ("simplex.total", [2, 1], "simplex: total: [2, 1] ends before it begins"),
+        ("simplex.total", [0, 0], "simplex: total: must be above 0"),
+        ("simplex.total", [0.5], "simplex.total"),
+        ("simplex.bounds", {"cod": [0, 1]}, "simplex.bounds.cod: no such distribution; did you mean 'code'?"),
+        ("simplex.bounds", {"code": [0.5, 0.1]}, "simplex: bounds.code: [0.5, 0.1] ends before it begins"),
+        ("simplex.bounds", {"code": [-0.5, 0.1]}, "simplex.bounds.code.0 = -0.5: "),
+        ("simplex.bounds", {"code": [0.6, 1], "math": [0.6, 1]}, "simplex: the least coefficients sum to 1.2"),
+        ("simplex.bounds", {"code": [0, 0.3], "math": [0, 0.3]}, "simplex: the greatest coefficients sum to 0.6"),
+        ("simplex", {"bounds": {"code": [0, 1]}, "fixed": {"code": 0.5}}, "simplex: fixed.code: has bounds too"),
+        ("simplex.fixed", {"code": 1.5}, "simplex: the least coefficients sum to 1.5, more than the total of 1"),
+        ("search.forwards", 0, "search.forwards = 0: "),
+        ("search.gradients", "yes", "search.gradients"),
+        ("search.patience", 0, "search.patience = 0: "),
+        ("objective", {"worst": 1}, "objective.worst = 1: "),
         ("name", "a b", "name = 'a b': "),
         ("name", "../up", "name = '../up': "),
         ("base", 3, "base = 3: "),
@@ -187,6 +202,37 @@ def test_what_a_study_may_not_say_is_refused_in_one_line(tmp_path, where, value,
         load(path)
     message = str(refusal.value)
     assert message.startswith(f"{path}: ") and said in message and "\n" not in message
+
+
+SPACES = {
+    "{}": Space(("code", "math")),
+    "{total: 0.5}": Space(("code", "math"), 0.5),
+    "{total: [0, 2]}": Space(("code", "math"), 2.0, 0.0),
+    "{total: [1, 1]}": Space(("code", "math")),
+    "{bounds: {code: [0, 0.8]}, fixed: {math: 0.3}}": Space(
+        ("code", "math"), 1.0, None, (("code", 0.0, 0.8), ("math", 0.3, 0.3))
+    ),
+}
+
+
+@pytest.mark.parametrize("written", SPACES)
+def test_the_space_is_what_the_simplex_says(tmp_path, written):
+    assert load(write(tmp_path, STUDY | {"simplex": yaml.safe_load(written)})).space == SPACES[written]
+
+
+def test_a_lattice_without_a_point_is_refused(tmp_path):
+    """Halves of three distributions at most, and one whole step to be shared out."""
+    by_name = STUDY["distributions"] | {"prose": STUDY["distributions"]["code"]}
+    bounds = {"bounds": dict.fromkeys(by_name, [0, 0.5])}
+    study = STUDY | {"distributions": by_name, "simplex": bounds, "search": {"algorithm": "grid", "divisions": 1}}
+    with pytest.raises(InputError, match=r"search.divisions: no point of the lattice of 1 is within the bounds"):
+        load(write(tmp_path, study))
+
+
+@pytest.mark.parametrize("search", [{"gradients": True}, {"algorithm": "gradient"}])
+def test_a_largest_regret_has_no_gradient(tmp_path, search):
+    with pytest.raises(InputError, match=r"objective.worst: a largest regret has no gradient"):
+        load(write(tmp_path, STUDY | {"objective": {"worst": True}, "search": search}))
 
 
 @pytest.mark.parametrize("missing", ["name", "base", "distributions", "distributions.code.validation"])

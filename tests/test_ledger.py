@@ -18,7 +18,7 @@ from dem_opt.records import Composite, Score
 from dem_opt.simplex import UNIT
 
 SPAWN = multiprocessing.get_context("spawn")
-TABLES = ("dem_score", "dem_composite", "dem_schema", "dem_study")
+TABLES = ("dem_score", "dem_gradient", "dem_composite", "dem_schema", "dem_study")
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,44 @@ def test_a_score_is_never_recorded_twice_and_the_first_stands(engine: Engine, ag
     found = Ledger(engine).look_up(composite(0), ["one", "two"], "scoring")
     assert found == {"one": first, "two": second}
     assert (rows(engine, "dem_score"), rows(engine, "dem_composite")) == (2, 1)
+
+
+def test_more_windows_take_the_place_of_fewer_and_their_cost_is_added(engine: Engine, again: Engine) -> None:
+    short, longer, whole = (Score(tuple(map(float, range(1, n))), (1,) * (n - 1)) for n in (3, 5, 8))
+    for ledger, score, seconds in [
+        (Ledger(engine), short, 1.0),
+        (Ledger(again), whole, 4.0),
+        (Ledger(engine), longer, 2.0),
+        (Ledger(again), short, 1.0),
+    ]:
+        ledger.record(composite(0), {"one": score}, "scoring", forward_tokens=10, seconds=seconds)
+    assert Ledger(engine).look_up(composite(0), ["one"], "scoring") == {"one": whole}
+    assert Ledger(engine).seconds(composite(0), ["one"], "scoring") == 5.0
+    assert rows(engine, "dem_score") == 1
+
+
+def test_gradients_come_back_bit_for_bit_and_stand(engine: Engine, again: Engine) -> None:
+    score, slopes = Score((1.0,), (1,)), {"a": math.pi, "b": -5e-324}
+    Ledger(engine).record(composite(0), {"one": score, "two": score}, "scoring", gradients={"one": slopes})
+    Ledger(again).record(composite(0), {"one": score}, "scoring", gradients={"one": {"a": 0.0}, "two": {"a": 1.0}})
+    found = Ledger(again).gradients(composite(0), ["one", "two", "three"], "scoring")
+    assert found == {"one": slopes, "two": {"a": 1.0}}
+    assert Ledger(again).gradients(composite(1), ["one"], "scoring") == {}
+    assert Ledger(again).gradients(composite(0), ["one"], "another") == {}
+
+
+def test_a_ledger_of_the_first_version_is_brought_up_to_date(engine: Engine, again: Engine) -> None:
+    """Version 1 had no gradients, and was otherwise the same."""
+    score = Score((1.0, 2.0), (3, 4))
+    Ledger(engine).record(composite(0), {"one": score}, "scoring")
+    with engine.begin() as connection:
+        connection.execute(text("DROP TABLE dem_gradient"))
+        connection.execute(text("UPDATE dem_schema SET version = 1"))
+    ledger = Ledger(again)
+    assert ledger.look_up(composite(0), ["one"], "scoring") == {"one": score}
+    ledger.record(composite(0), {"one": score}, "scoring", gradients={"one": {"a": 1.0}})
+    assert ledger.gradients(composite(0), ["one"], "scoring") == {"one": {"a": 1.0}}
+    assert rows(again, "dem_schema") == 2
 
 
 def test_a_recorded_score_is_committed(engine: Engine, again: Engine) -> None:

@@ -1,5 +1,6 @@
 """Laws of every architecture: what is loaded, merged, scored and written is what transformers makes of it."""
 
+from contextlib import contextmanager
 from functools import cached_property
 
 import numpy as np
@@ -40,9 +41,13 @@ class World:
         """The checkpoints as transformers loads them."""
         return [load_model(one.path, torch.float32) for one in self.stored]
 
-    def arena(self):
-        model = empty_model(self.stored[0].path, torch.float32)
+    def arena(self, dtype=torch.float32):
+        model = empty_model(self.stored[0].path, dtype)
         return Arena(model, self.stored), model
+
+    @property
+    def contents(self):
+        return [one.content for one in self.stored]
 
     def composite(self, units=UNITS):
         return Composite.of({one.content: count for one, count in zip(self.stored, units, strict=True)})
@@ -179,6 +184,57 @@ def make_one(made, document):
     scored_1T = np.zeros(ids_1T.shape, dtype=bool)
     scored_1T[:, document.first - document.start :] = True
     return prepare(Windows(ids_1T, np.arange(ids_1T.shape[1])[None], scored_1T), torch.device("cpu"))
+
+
+def differentiated(world, dtype):
+    """A composite's nats and gradient in an arena of this dtype, and the model."""
+    arena, model = world.arena(dtype)
+    arena.merge(world.composite())
+    model.config._experts_implementation = "eager" if dtype == torch.float64 else model.config._experts_implementation
+    made = make_windows(model, LAYOUT * 2)
+    kind = reading(world.references[0])
+    base, *experts = world.contents
+    with calculating(dtype):
+        plain = score(model, made, 60, kind)
+        with arena.reducing(base, experts) as gradient:
+            found = score(model, made, 60, kind, gradient=True)
+    return model, made, kind, plain, found, [gradient[content] for content in experts]
+
+
+@contextmanager
+def calculating(dtype):
+    """What models do in float32 whatever their dtype (norms, softmax), in that dtype."""
+    with pytest.MonkeyPatch.context() as patched:
+        if dtype == torch.float64:
+            patched.setattr(torch, "float32", torch.float64)
+            patched.setattr(torch, "float", torch.float64)
+            patched.setattr(torch.Tensor, "float", torch.Tensor.double)
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nats_with_a_gradient_are_those_without_to_the_bit(world, dtype):
+    """Of models that read packed windows; others have kernels that are others with gradients."""
+    model, _, kind, plain, found, _ = differentiated(world, dtype)
+    assert found == plain or kind != "packed"
+    assert found[0].nats_W == near(plain[0].nats_W, 1e-5 if dtype == torch.float32 else 1e-2)
+    assert not any(one.requires_grad or one.grad is not None for one in model.parameters()) and not model.training
+
+
+def test_the_gradient_is_that_of_finite_differences(world):
+    """In float64, (f(h) - f(-h)) / 2h along Theta_i - Theta, as transformers loads them; h is 1e-5."""
+    model, made, kind, _, _, gradient = differentiated(world, torch.float64)
+    base, *experts = (dict(one.named_parameters()) for one in world.references)
+    for expert, mine in zip(experts, gradient, strict=True):
+        nats = []
+        for step in (1e-5, -2e-5):
+            for name, parameter in model.named_parameters():
+                parameter.data += step * (expert[name].double() - base[name].double())
+            with calculating(torch.float64):
+                nats.append(sum(score(model, made, 60, kind)[0].nats_W))
+        for name, parameter in model.named_parameters():
+            parameter.data += 1e-5 * (expert[name].double() - base[name].double())
+        assert mine == pytest.approx((nats[0] - nats[1]) / 2e-5, rel=1e-6)
 
 
 def test_who_reads_packed_windows(world):

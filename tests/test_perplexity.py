@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from transformers import (
 
 from dem_opt.errors import EvaluationError
 from dem_opt.perplexity import ROWS, PreparedWindows, isolates_documents, prepare, score
+from dem_opt.racing import first, stops
 from dem_opt.records import Score, Windows
 
 VOCABULARY = 128
@@ -47,6 +49,8 @@ CASES = [(name, "separate") for name in CONFIGS] + [(name, "packed") for name in
 
 # Lengths of the documents in each window; what is missing to TOKENS is padding.
 LAYOUT = [[24], [3, 1, 20], [1, 1, 10, 2, 10], [7], [12, 12], [5, 6, 2], [23, 1]] * 4
+STOPS = stops(len(LAYOUT))
+SIZES_OF_BLOCKS = [stop - start for start, stop in pairwise((0, *STOPS))]
 
 
 def make_model(name: str) -> PreTrainedModel:
@@ -116,9 +120,55 @@ def test_packed_documents_score_as_separate_ones(name: str, reading: str) -> Non
 @pytest.mark.parametrize("batch_tokens", [TOKENS, 7 * TOKENS + 1, 10**6])
 @pytest.mark.parametrize(("name", "reading"), CASES)
 def test_batch_size_does_not_matter(name: str, reading: str, batch_tokens: int) -> None:
-    assert len(LAYOUT) * TOKENS > ROWS, "the largest batch is more than one part of logits"
     other = measure(name, reading, batch_tokens=batch_tokens)
     assert other.nats_W == near(measured(name, reading).nats_W)
+
+
+@pytest.mark.parametrize("batch_tokens", [TOKENS, 2 * TOKENS + 1, 10**6])
+@pytest.mark.parametrize(("name", "reading"), CASES)
+def test_what_is_measured_in_parts_is_what_is_measured_at_once_to_the_bit(
+    name: str, reading: str, batch_tokens: int
+) -> None:
+    model = make_model(name)
+    whole, tokens = score(model, WINDOWS, batch_tokens, reading)
+    known, spent = None, []
+    for stop in STOPS:
+        known, more = score(model, WINDOWS, batch_tokens, reading, known, stop)
+        spent.append(more)
+        assert (known.nats_W, known.tokens_W) == (whole.nats_W[:stop], whole.tokens_W[:stop])
+    assert known == whole and sum(spent) == tokens and all(spent)
+
+
+@pytest.mark.parametrize("reading", ["packed", "separate"])
+def test_what_is_known_is_not_measured_again(reading: str) -> None:
+    model, calls = make_model("llama"), []
+    whole, _ = score(model, WINDOWS, 96, reading)
+    watch(model, calls)
+    assert score(model, WINDOWS, 96, reading, whole) == (whole, 0)
+    assert score(model, WINDOWS, 96, reading, whole, STOPS[2]) == (first(whole, STOPS[2]), 0) and not calls
+    made_up = Score((0.5,) * STOPS[-2], whole.tokens_W[: STOPS[-2]])
+    continued, tokens = score(model, WINDOWS, 96, reading, made_up)
+    assert continued.nats_W == made_up.nats_W + whole.nats_W[STOPS[-2] :]
+    assert tokens == sum(shape.numel() for shape in calls)
+
+
+def test_scores_begin_and_end_at_stops() -> None:
+    with pytest.raises(AssertionError, match="no blocks"):
+        score(make_model("llama"), WINDOWS, 96, "packed", end=STOPS[0] + 1)
+    with pytest.raises(AssertionError, match="no blocks"):
+        score(make_model("llama"), WINDOWS, 96, "packed", Score((1.0,), (3,)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_summed_in_parts(dtype: torch.dtype) -> None:
+    """Two blocks' rows of logits, more than one part of them, are those of the model's own log-softmax."""
+    model, wide = make_model("llama").to(dtype), on_cpu(make_windows([[700], [20, 600, 80]], 700))
+    assert wide.ids_WT.shape[1] > ROWS
+    with torch.no_grad():
+        logits_WTV = model(wide.ids_WT, position_ids=wide.positions_WT, use_cache=False).logits.float()
+    nll_WT = -logits_WTV.log_softmax(-1).gather(2, wide.targets_WT.clamp(min=0)[..., None])[..., 0].double()
+    expected_W = (nll_WT * (wide.targets_WT >= 0)).sum(dim=1).tolist()
+    assert score(model, wide, 1, "packed")[0].nats_W == near(tuple(expected_W), 1e-6 if dtype.itemsize == 4 else 1e-2)
 
 
 @pytest.mark.parametrize(("length", "pad"), [(TOKENS, 77), (TOKENS + 9, 0), (TOKENS + 9, 77)])
@@ -169,13 +219,13 @@ def watch(model: PreTrainedModel, calls: list[torch.Size]) -> None:
 
 @pytest.mark.parametrize("batch_tokens", [1, TOKENS, 3 * TOKENS, 5 * TOKENS + 1, 10**6])
 def test_the_model_is_called_once_for_each_batch(batch_tokens: int) -> None:
-    # Windows per call are floor(batch_tokens / T), at least 1.
+    # Windows per call are floor(batch_tokens / T), at least 1 and at most those of a block.
     calls: list[torch.Size] = []
     model = make_model("llama")
     watch(model, calls)
     _, tokens = score(model, WINDOWS, batch_tokens, reading="packed")
     rows = max(1, batch_tokens // TOKENS)
-    assert len(calls) == -(-len(LAYOUT) // rows)
+    assert len(calls) == sum(-(-size // rows) for size in SIZES_OF_BLOCKS)
     assert all(shape[1] == TOKENS and shape[0] <= rows for shape in calls)
     assert tokens == sum(shape.numel() for shape in calls) == len(LAYOUT) * TOKENS
 
@@ -186,7 +236,8 @@ def test_separate_documents_fill_batches_too(batch_tokens: int) -> None:
     model = make_model("opt")
     watch(model, calls)
     _, tokens = score(model, WINDOWS, batch_tokens, reading="separate")
-    assert all(shape[0] == 1 or shape.numel() <= batch_tokens for shape in calls)
+    most = min(batch_tokens, max(SIZES_OF_BLOCKS) * TOKENS)
+    assert all(shape[0] == 1 or shape.numel() <= most for shape in calls)
     assert sum(shape[0] for shape in calls) == len(WINDOWS.documents)
     assert tokens == sum(shape.numel() for shape in calls)
 

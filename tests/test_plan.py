@@ -9,6 +9,7 @@ import pytest
 import torch
 import worlds
 import yaml
+import zoo
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -22,21 +23,10 @@ from dem_opt.database import connect
 from dem_opt.errors import InputError
 from dem_opt.ledger import Ledger, StudyRow
 from dem_opt.machine import Machine, Speed, this_machine
-from dem_opt.models import Architecture, empty_model, read_architecture
-from dem_opt.plan import (
-    BATCH_TOKENS,
-    PACE,
-    Plan,
-    Widths,
-    activation_bytes,
-    flops_per_token,
-    logits_bytes,
-    make_plan,
-    read_widths,
-    refuse_too_large,
-    residents_asked,
-    sized,
-)
+from dem_opt.models import Architecture, describe, empty_model, read_architecture
+from dem_opt.passes import Widths, activation_bytes, flops_per_token, gradient_bytes, logits_bytes, read_widths
+from dem_opt.perplexity import _nats, reading
+from dem_opt.plan import BATCH_TOKENS, PACE, Plan, make_plan, refuse_too_large, residents_asked, sized
 from dem_opt.pool import _share
 from dem_opt.question import SEARCH
 from dem_opt.records import Composite, Request, Score, StoredModel
@@ -136,6 +126,60 @@ def test_logits_have_the_bytes_that_are_planned(template, dtype, rows, window):
     assert logits_bytes(widths, rows * window, dtype.itemsize) == logits_BTV.nbytes
     assert logits_bytes(replace(widths, capped=True), rows * window, dtype.itemsize) == 2 * logits_BTV.nbytes
     assert activation_bytes(widths, rows, window, dtype.itemsize) > logits_BTV.nbytes
+
+
+KEPT = {
+    "llama": {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 352},
+    "gpt2": {"n_embd": 128, "n_head": 4},
+    "qwen3": {"hidden_size": 128, "num_attention_heads": 4, "head_dim": 32, "intermediate_size": 352},
+    "gemma2, soft-capped": {"hidden_size": 128, "num_attention_heads": 4, "head_dim": 32, "intermediate_size": 352},
+    "gpt_neox": {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 352},
+    "bloom": {"hidden_size": 128, "n_head": 4},
+    "mamba": {"hidden_size": 128, "state_size": 16},
+    "mixtral": {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 352},
+}
+"""Widths large enough that what does not grow with them is small."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", KEPT)
+def test_autograd_keeps_about_as_many_bytes_as_are_planned(name, dtype):
+    """Each memory once that a forward pass and its loss save for the way back, beside parameters and buffers.
+
+    The plan's logits are not among them: it counts them where the loss has its log-softmax.
+    """
+    model = zoo.make(name, dtype=dtype, vocab_size=1000, **KEPT[name])
+    ids_BT = torch.zeros(4, 96, dtype=torch.long)
+    own = {one.untyped_storage().data_ptr() for one in (*model.parameters(), *model.buffers())}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+        inputs = {"position_ids": torch.arange(96).remainder(48).expand(4, -1)} if reading(model) == "packed" else {}
+        _nats(model(ids_BT, **inputs, use_cache=False).logits, ids_BT)
+    memories = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in kept}
+    measured = sum(size for memory, size in memories.items() if memory not in own)
+    widths = read_widths(describe(model), model.config.to_dict())
+    planned = gradient_bytes(widths, 4, 96, dtype.itemsize) - logits_bytes(widths, 4 * 96, dtype.itemsize)
+    assert measured / 1.5 < planned < measured * 1.5
+
+
+@pytest.mark.parametrize(("machine", "residents"), [(LAPTOP, 1), (LAPTOP, 3), (GPUS, 1), (GPUS, 4)])
+def test_gradients_fit_if_a_backward_pass_fits_beside_all_else(world, machine, residents):
+    """Into the whole memory, whatever is available now: each GPU has one resident, a CPU all of them."""
+    plan = plan_of(configured(world, compute={"residents": residents}), machine)
+    assert plan.backward > plan.activations and plan.gradients
+    needed = (plan.resident - plan.activations + plan.backward) * (residents if machine.device == "cpu" else 1)
+    for size, fits in ((needed, True), (needed - 1, False)):
+        assert replace(plan, machine=replace(machine, total=size, available=0)).gradients == fits
+
+
+@pytest.mark.parametrize(("windows", "held_out", "block"), [(4, 4, 1), (64, 9, 8), (8, 60, 8), (3, 9, 2)])
+@pytest.mark.parametrize("batch", [1, 64, 10**6])
+def test_a_forward_call_is_at_most_one_block(world, windows, held_out, block, batch):
+    """The first block is ceil(W / 8) windows, and no other one is larger."""
+    config = configured(world, evaluation={"windows": windows, "held_out": held_out, "window": 32, "batch": batch})
+    plan = plan_of(config)
+    assert plan.call_tokens == min(max(batch // 32, 1), block) * 32
+    assert plan.activations == activation_bytes(plan.widths, plan.call_tokens // 32, 32, 4)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -246,7 +290,7 @@ def test_batches_are_halved_until_they_fit(world, gigabytes):
     if plan.batch_tokens > 32:
         assert plan.resident <= machine.total
     if plan.batch_tokens < BATCH_TOKENS:
-        double = min(2 * plan.batch_tokens // 32, 64)
+        double = min(2 * plan.batch_tokens // 32, 8)
         assert plan.resident - plan.activations + activation_bytes(plan.widths, double, 32, 4) > machine.total
     given = make_plan(architecture, files.headers, {}, configured(world, evaluation={"batch": 640}), machine)
     assert given.batch_tokens == 640

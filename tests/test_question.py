@@ -4,31 +4,63 @@ import pytest
 
 from dem_opt.errors import InputError
 from dem_opt.question import Question, changes, refuse_other_scoring
+from dem_opt.simplex import Space
 
 
 def question(**fields) -> Question:
     known = {
         "base": "hash-0",
         "experts": {"code": "hash-1", "a.validation": "hash-2"},
-        "total": 1.0,
+        "space": Space(("a.validation", "code")),
         "weights": {"code": 1.0, "a.validation": 0.3, "web": 0.0, "web.held_out": 0.5},
         "corpora": {
             "search": {"code": "corpus-1", "a.validation": "corpus-2", "web": "corpus-5", "web.held_out": "corpus-6"},
             "held_out": {"code": "corpus-3", "a.validation": "corpus-4", "web": "corpus-7", "web.held_out": "corpus-8"},
         },
         "protect": {"web": 0.02, "code": 0.0},
-        "settings": {"evaluation.dtype": "float32", "evaluation.batch": "4096", "device": "cpu", "tokenizer": "t"},
+        "settings": {
+            "evaluation.dtype": "float32",
+            "evaluation.batch": "4096",
+            "looks": "8",
+            "device": "cpu",
+            "tokenizer": "t",
+        },
     }
     return Question(**known | fields)
 
 
-def test_a_question_comes_back_from_what_is_written_of_it():
-    assert Question.recall(question().asked(), question().scored()) == question()
+NAMES = ("a.validation", "code")
+SPACES = [
+    Space(NAMES),
+    Space(NAMES, 0.5),
+    Space(NAMES, 2.0, 0.0),
+    Space(NAMES, 1.0, 0.25, (("code", 0.0, 0.8), ("a.validation", 0.3, 0.3))),
+]
+
+
+@pytest.mark.parametrize("worst", [False, True])
+@pytest.mark.parametrize("space", SPACES, ids=str)
+def test_a_question_comes_back_from_what_is_written_of_it(space, worst):
+    asked = question(space=space, worst=worst)
+    assert Question.recall(asked.asked(), asked.scored()) == asked
+
+
+def test_every_space_and_objective_is_another_question():
+    asked = [question(space=space, worst=worst).asked() for space in SPACES for worst in (False, True)]
+    assert all(one != other for i, one in enumerate(asked) for other in asked[:i])
+    assert changes(asked[0], asked[1]) == "objective.worst is new"
+    assert changes(asked[0], asked[4]) == "simplex.total has changed"
 
 
 @pytest.mark.parametrize(
     ("field", "same"),
-    [("evaluation.dtype", False), ("evaluation.batch", False), ("device", False), ("tokenizer", True)],
+    [
+        ("evaluation.dtype", False),
+        ("evaluation.batch", False),
+        ("looks", False),
+        ("device", False),
+        ("tokenizer", True),
+    ],
 )
 def test_the_scoring_key_sees_what_changes_nats_and_is_not_in_a_corpus(field, same):
     other = question(settings=question().settings | {field: "other"})

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dem_opt.errors import EvaluationError
-from dem_opt.records import Composite, Score, TrialRecord, Windows, mean_nll, violation
+from dem_opt.records import Composite, Objective, Score, TrialRecord, Windows, mean_nll, violation
 from dem_opt.simplex import UNIT, Coefficients, Space
 
 EXPERTS = {"a": "hash-3", "b": "hash-1", "c": "hash-2"}
@@ -62,6 +62,16 @@ def test_the_objective_is_the_weighted_mean_of_distributions():
     assert mean_nll(scores, {"a": 1, "b": 1}) == 2.0
     assert mean_nll(scores, {"a": 1, "b": 3}) == 2.5
     assert mean_nll({"a": scores["a"]}, {"a": 1, "b": 0}) == 1.0
+
+
+def test_an_objective_is_the_mean_or_the_largest_regret():
+    scores = {"a": Score((1.0,), (1,)), "b": Score((6.0,), (2,)), "c": Score((9.0,), (1,))}
+    mean = Objective({"a": 1.0, "b": 3.0, "c": 0.0})
+    assert mean(scores) == 2.5 and mean.shares(scores) == {"a": 0.25, "b": 0.75}
+    # Regrets: a 1 - 0.5 = 0.5, b 3 - 2.75 = 0.25; c would be 9 and has no weight.
+    own = {"a": Score((0.5,), (1,)), "b": Score((5.5,), (2,)), "c": Score((0.0,), (1,))}
+    worst = Objective(mean.weights, own)
+    assert worst(scores) == 0.5 and worst.shares(scores) == {"a": 1.0}
 
 
 def test_a_violation_is_what_exceeds_the_allowances_in_all():

@@ -1,18 +1,21 @@
 """Laws of a resident: it is what the checkpoints are, whatever it was before."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import worlds
+import zoo
 from transformers import AutoModelForCausalLM
 
 from dem_opt.checkpoints import content_hash
 from dem_opt.config import load
 from dem_opt.errors import EvaluationError, InputError
-from dem_opt.records import Composite, Request
+from dem_opt.racing import MARGIN, Race, first, replay, stops
+from dem_opt.records import Composite, Corpus, Request, ResidentSpec, Score, StoredModel, Windows
 from dem_opt.resident import Resident
 from dem_opt.simplex import UNIT
 from dem_opt.sources import Sources, gather
@@ -70,6 +73,165 @@ def test_it_answers_what_was_asked_and_says_what_it_took(sources, resident):
     assert tuple(answer.scores) == asked
     assert answer.forward_tokens == sum(corpus.windows.ids_WT.size for corpus in sources.corpora if corpus.key in asked)
     assert answer.merge_seconds > 0 and answer.score_seconds > 0
+
+
+def test_a_corpus_named_twice_is_scored_once(sources, resident):
+    (one, two, *_), composite = keys(sources), composites(sources)[-1]
+    answer = resident.evaluate(Request(0, composite, (one, two, one, one)))
+    assert answer == replace(resident.evaluate(Request(0, composite, (one, two))), **seconds(answer))
+
+
+def seconds(answer):
+    return {name: getattr(answer, name) for name in ("merge_seconds", "score_seconds")}
+
+
+def tokens_of(sources, count):
+    """Tokens of so many windows of each corpus."""
+    return sum(corpus.windows.ids_WT[:count].size for corpus in sources.corpora)
+
+
+@pytest.mark.parametrize("known", [0, 1, 2, 3, 4])
+def test_known_scores_are_continued_and_not_measured_again(sources, resident, known):
+    composite = composites(sources)[-1]
+    whole = resident.evaluate(Request(0, composite, keys(sources))).scores
+    marked = {key: Score((0.5,) * known, score.tokens_W[:known]) for key, score in whole.items() if known}
+    answer = resident.evaluate(Request(0, composite, keys(sources), marked))
+    assert {key: score.nats_W[:known] for key, score in answer.scores.items()} == {key: (0.5,) * known for key in whole}
+    assert {key: score.nats_W[known:] for key, score in answer.scores.items()} == {
+        key: score.nats_W[known:] for key, score in whole.items()
+    }
+    assert {key: score.tokens_W for key, score in answer.scores.items()} == {
+        key: score.tokens_W for key, score in whole.items()
+    }
+    assert answer.forward_tokens == tokens_of(sources, 4) - tokens_of(sources, known)
+    assert resident.evaluate(Request(0, composite, keys(sources), whole)).forward_tokens == 0
+
+
+class LostAt:
+    """A referee to whom a trial is lost once so many windows were seen of the corpus that has most of them."""
+
+    def __init__(self, windows):
+        self.windows = windows
+
+    def is_lost(self, scores):
+        return max(len(score.nats_W) for score in scores.values()) >= self.windows
+
+
+@pytest.mark.parametrize("known", [0, 1, 3, 4])
+@pytest.mark.parametrize("lost", [1, 2, 3, 4, 5])
+def test_a_race_ends_at_the_look_that_decides_it(sources, resident, known, lost):
+    """Of 4 windows there are 4 looks; the last one is the end whatever the referee says."""
+    composite, windows = composites(sources)[-1], dict.fromkeys(keys(sources), 4)
+    whole = resident.evaluate(Request(0, composite, keys(sources))).scores
+    prefix = {key: first(score, known) for key, score in whole.items() if known}
+    answer = resident.evaluate(Request(0, composite, keys(sources), prefix, LostAt(lost)))
+    end = min(lost, 4)
+    assert answer.scores == {key: first(score, end) for key, score in whole.items()}
+    assert answer.forward_tokens == max(tokens_of(sources, end) - tokens_of(sources, known), 0)
+    assert replay(LostAt(lost), whole, windows) == answer.scores
+
+
+def test_a_race_may_know_more_of_one_corpus_than_of_another(sources, resident):
+    composite, (one, *others) = composites(sources)[-1], keys(sources)
+    whole = resident.evaluate(Request(0, composite, (one, *others))).scores
+    answer = resident.evaluate(Request(0, composite, (one, *others), {one: first(whole[one], 3)}, LostAt(2)))
+    assert answer.scores == {key: first(score, 2) for key, score in whole.items()}
+    assert answer.forward_tokens == sum(corpus.windows.ids_WT[:2].size for corpus in sources.corpora[1:])
+
+
+def test_corpora_of_fewer_windows_are_through_earlier(sources):
+    spec = sources.spec()
+    short = replace(spec.corpora[0], windows=cut(spec.corpora[0].windows, 2))
+    resident = Resident(replace(spec, corpora=(short, *spec.corpora[1:])))
+    composite, asked = composites(sources)[-1], keys(sources)[:2]
+    ends = [resident.evaluate(Request(0, composite, asked, {}, LostAt(count))).scores for count in (1, 2, 3, 4)]
+    assert [[len(score.nats_W) for score in scores.values()] for scores in ends] == [[1, 1], [2, 2], [2, 3], [2, 4]]
+
+
+def cut(windows, count):
+    return Windows(windows.ids_WT[:count], windows.positions_WT[:count], windows.scored_WT[:count])
+
+
+def test_a_real_race_stops_the_worse_of_two_and_not_the_better(sources):
+    """The base's single fine-tunes are noise; against the better of the two, what is worse by far is stopped."""
+    windows = {corpus.key: windows_of(corpus.windows, 40) for corpus in sources.corpora}
+    resident = Resident(
+        replace(sources.spec(), corpora=tuple(replace(one, windows=windows[one.key]) for one in sources.corpora))
+    )
+    content = sources.experts["code"].content
+    far = Composite.of({content: 5 * UNIT, sources.base.content: -4 * UNIT})
+    asked = keys(sources)[:2]
+    better, worse = (resident.evaluate(Request(0, one, asked)).scores for one in (Composite.single(content), far))
+    assert all(worse[key].nll > better[key].nll + MARGIN for key in asked)
+    lost = resident.evaluate(Request(0, far, asked, {}, Race(better, dict.fromkeys(asked, 1.0))))
+    won = resident.evaluate(Request(0, Composite.single(content), asked, {}, Race(worse, dict.fromkeys(asked, 1.0))))
+    assert won.scores == better
+    (seen,) = {len(score.nats_W) for score in lost.scores.values()}
+    assert seen in stops(40)[:-1] and lost.scores == {key: first(score, seen) for key, score in worse.items()}
+
+
+def windows_of(windows, count):
+    """So many windows of random tokens, of the same length."""
+    ids_WT = np.random.default_rng(0).integers(3, worlds.VOCABULARY, (count, windows.ids_WT.shape[1]))
+    positions_WT = np.tile(np.arange(ids_WT.shape[1]), (count, 1))
+    return Windows(ids_WT, positions_WT, positions_WT > 0)
+
+
+@pytest.mark.parametrize("name", ["code", "math"])
+def test_a_gradient_is_that_of_the_nats_of_each_corpus(sources, resident, name):
+    """From the loss of transformers' model of the composite, whose gradient autograd keeps."""
+    corpora, content = sources.corpora[:2], sources.experts[name].content
+    asked = tuple(corpus.key for corpus in corpora)
+    answer = resident.evaluate(Request(0, Composite.single(content), asked, gradient=True))
+    base = dict(AutoModelForCausalLM.from_pretrained(sources.base.path).named_parameters())
+    for corpus in corpora:
+        loaded, windows = AutoModelForCausalLM.from_pretrained(sources.experts[name].path).eval(), corpus.windows
+        ids_WT, positions_WT = torch.tensor(windows.ids_WT), torch.tensor(windows.positions_WT)
+        logits_WTV = loaded(ids_WT, position_ids=positions_WT, use_cache=False).logits[:, :-1]
+        nats_WT = -logits_WTV.log_softmax(-1).gather(2, ids_WT[:, 1:, None])[..., 0]
+        nats_WT[torch.tensor(windows.scored_WT[:, 1:])].sum().backward()
+        found = answer.gradients[corpus.key]
+        assert found.keys() == {expert.content for expert in sources.experts.values()}
+        for expert in sources.experts.values():
+            theirs = dict(AutoModelForCausalLM.from_pretrained(expert.path).named_parameters())
+            parts = [((theirs[x] - base[x]).double() * one.grad).sum() for x, one in loaded.named_parameters()]
+            assert found[expert.content] == pytest.approx(float(sum(parts).detach()), rel=1e-4)
+
+
+@pytest.mark.parametrize("known", [0, 2, 4])
+def test_with_a_gradient_all_windows_are_gone_through_and_scored_to_the_same_bits(sources, resident, known):
+    composite = composites(sources)[-1]
+    plain = resident.evaluate(Request(0, composite, keys(sources)))
+    prefix = {key: first(score, known) for key, score in plain.scores.items() if known}
+    answer = resident.evaluate(Request(0, composite, keys(sources), prefix, LostAt(1), gradient=True))
+    assert answer.scores == plain.scores and answer.forward_tokens == plain.forward_tokens
+    assert set(answer.gradients) == set(keys(sources)) and not plain.gradients
+    again = resident.evaluate(Request(0, composite, keys(sources)))
+    assert again.scores == plain.scores and not again.gradients
+
+
+@pytest.mark.parametrize("name", ["mamba", "t5"])
+def test_of_models_with_other_kernels_scores_are_those_of_a_pass_without_gradients(tmp_path, name):
+    stored = [zoo.save(tmp_path / part, name, seed) for seed, part in enumerate(("base", "a"))]
+    base, expert = (StoredModel(path, content_hash(path)) for path in stored)
+    ids_WT = np.random.default_rng(0).integers(3, zoo.VOCABULARY, (5, 12))
+    positions_WT = np.tile(np.arange(12), (5, 1))
+    corpus = Corpus("a", "search", "key", Windows(ids_WT, positions_WT, positions_WT > 3))
+    resident = Resident(ResidentSpec(base, (expert,), (corpus,)))
+    composite = Composite.of({base.content: UNIT // 2, expert.content: UNIT // 2})
+    plain = resident.evaluate(Request(0, composite, ("key",)))
+    answer = resident.evaluate(Request(0, composite, ("key",), gradient=True))
+    known = resident.evaluate(Request(0, composite, ("key",), plain.scores, gradient=True))
+    assert plain.scores == answer.scores == known.scores and answer.gradients == known.gradients
+    assert answer.forward_tokens == 2 * known.forward_tokens == 2 * plain.forward_tokens
+
+
+def test_an_expert_that_is_the_base_has_no_slope(sources):
+    spec = sources.spec()
+    resident = Resident(replace(spec, experts=(*spec.experts, spec.base)))
+    answer = resident.evaluate(Request(0, composites(sources)[-1], keys(sources)[:1], gradient=True))
+    (gradient,) = answer.gradients.values()
+    assert len(gradient) == 4 and [content for content, slope in gradient.items() if not slope] == [spec.base.content]
 
 
 def test_a_loss_that_is_not_finite_is_no_score(sources):

@@ -1,42 +1,102 @@
-"""Laws of the coefficient space, over dimensions and totals."""
+"""Laws of the coefficient space, over dimensions, totals, bounds, and free totals."""
 
-from itertools import permutations
+from itertools import permutations, product
 from math import comb
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize
 
 from dem_opt.errors import InputError
-from dem_opt.simplex import UNIT, Space, project
+from dem_opt.simplex import UNIT, Coefficients, Space, project
 
 NAMES = ("code", "math", "prose", "records", "web", "law", "chat", "news")
-SPACES = [Space(NAMES[:dimension], total) for dimension in (1, 2, 3, 4, 8) for total in (1.0, 0.5, 2.0)]
+PLAIN = [Space(NAMES[:dimension], total) for dimension in (1, 2, 3, 4, 8) for total in (1.0, 0.5, 2.0)]
+A_TO_D = tuple("abcd")
+FREE = Space(tuple("abc"), 2.0, 0.0)
+BOUNDED = Space(A_TO_D, bounds=(("a", 0.0, 0.3), ("b", 0.1, 0.5)))
+FIXED = Space(tuple("abc"), bounds=(("b", 0.3, 0.3),))
+BOTH = Space(A_TO_D, 1.5, 0.5, (("a", 0.1, 0.4), ("b", 0.2, 0.2)))
+THIRDS = Space(tuple("abc"), bounds=(("a", 0.0, 0.35), ("b", 0.0, 0.35), ("c", 0.0, 0.35)))
+SETTLED = Space(tuple("ab"), bounds=(("a", 0.4, 0.4),))
+LONELY = Space(("a",), 2.0, 0.0)
+SCALED = Space(tuple("ab"), 1.2, 0.7, (("a", 0.05, 1.0), ("b", 0.0, 0.25)))
+SPECIAL = [FREE, BOUNDED, FIXED, BOTH, THIRDS, SETTLED, LONELY, SCALED]
+SPACES = PLAIN + SPECIAL
+OPEN = [space for space in SPACES if not space.is_point]
 
 
-def points(space: Space) -> list:
+def points(space: Space, count: int = 100) -> list[Coefficients]:
     rng = np.random.default_rng(0)
-    return [space.sample(rng) for _ in range(200)] + space.landmarks()
+    return [space.sample(rng) for _ in range(count)] + space.landmarks() + list(space.lattice(3))
+
+
+def at(space: Space, **weights: float) -> Coefficients:
+    return space.from_units([round(weights.get(name, 0) * UNIT) for name in space.names])
 
 
 @pytest.mark.parametrize("space", SPACES, ids=str)
-def test_every_point_sums_exactly_and_is_not_negative(space):
+def test_every_point_is_in_the_space_in_whole_units(space):
+    bounds = {name: (lower, upper) for name, lower, upper in space.bounds}
+    least = space.total if space.least is None else space.least
     for point in points(space):
-        assert sum(units for _, units in point.items) == round(space.total * UNIT)
-        assert all(units >= 0 for _, units in point.items)
+        assert space.contains(point)
+        assert round(least * UNIT) <= sum(point.units.values()) <= round(space.total * UNIT)
+        for name, units in point.items:
+            lower, upper = bounds.get(name, (0.0, space.total))
+            assert round(lower * UNIT) <= units <= round(upper * UNIT)
 
 
 @pytest.mark.parametrize("space", SPACES, ids=str)
-def test_rounding_moves_a_point_by_less_than_a_unit(space):
-    rng = np.random.default_rng(1)
-    for _ in range(200):
-        exact = rng.dirichlet(np.ones(space.dimension)) * space.total
-        assert np.abs(space.point(space.nearest(exact)) - exact).max() < 1.01e-9
-
-
-@pytest.mark.parametrize("space", SPACES, ids=str)
-def test_a_point_is_its_own_nearest(space):
+def test_a_point_comes_back_from_its_shares_and_from_its_weights(space):
     for point in points(space):
+        assert space.at(space.shares(point)) == point
         assert space.nearest(space.point(point)) == point
+        assert space.check(point.weights) == point
+
+
+@pytest.mark.parametrize("space", OPEN, ids=str)
+def test_shares_sum_to_one_within_their_caps_and_jacobian_is_their_slope(space):
+    jacobian, caps = space.jacobian(), space.caps_F
+    first = space.landmarks()[0]
+    for point in points(space):
+        shares = space.shares(point)
+        assert shares.sum() == pytest.approx(1, abs=1e-12)
+        assert (shares >= 0).all() and (shares <= caps).all()
+        moved = jacobian @ (shares - space.shares(first))
+        assert space.point(point) - space.point(first) == pytest.approx(moved, abs=1e-12)
+
+
+@pytest.mark.parametrize("space", OPEN, ids=str)
+def test_rounding_moves_a_point_by_little_more_than_a_unit(space):
+    rng = np.random.default_rng(1)
+    for _ in range(100):
+        exact = project(rng.dirichlet(np.ones(len(space.caps_F))), space.caps_F)
+        assert np.abs(space.jacobian() @ (space.shares(space.at(exact)) - exact)).max() < 1.01e-9
+
+
+@pytest.mark.parametrize(
+    ("space", "outside"),
+    [
+        (PLAIN[6], {"code": 0.5, "math": 0.4}),
+        (PLAIN[6], {"code": 1.5, "math": -0.5}),
+        (PLAIN[6], {"code": 0.5, "maths": 0.5}),
+        (FREE, {"a": 1.5, "b": 0.6}),
+        (BOUNDED, {"a": 0.4, "b": 0.1, "c": 0.5}),
+        (BOUNDED, {"a": 0.1, "c": 0.9}),
+        (FIXED, {"a": 0.6, "b": 0.4}),
+        (BOTH, {"a": 0.1, "b": 0.2}),
+    ],
+)
+def test_what_is_outside_is_not_contained(space, outside):
+    whole = {**dict.fromkeys(space.names, 0.0), **outside}
+    assert not space.contains(Coefficients(tuple(sorted((name, round(w * UNIT)) for name, w in whole.items()))))
+
+
+def test_what_leaves_no_choice_is_a_point():
+    assert [space for space in SPACES if space.is_point] == [*PLAIN[:3], SETTLED]
+    assert at(SETTLED, a=0.4, b=0.6) == SETTLED.sample(np.random.default_rng(0)) == SETTLED.centroid()
+    assert SETTLED.landmarks() == list(SETTLED.lattice(5)) == [SETTLED.centroid()] and SETTLED.lattice_size(5) == 1
 
 
 @pytest.mark.parametrize("dimension", [1, 2, 3, 4, 5])
@@ -52,6 +112,18 @@ def test_the_lattice_has_all_its_points_once(dimension, divisions):
         assert np.abs(steps - steps.round()).max() < 1e-7
 
 
+@pytest.mark.parametrize("space", SPECIAL, ids=str)
+@pytest.mark.parametrize("divisions", [1, 4, 6])
+def test_a_lattice_within_bounds_is_what_they_leave_of_all_steps(space, divisions):
+    """By brute force over all shares that are multiples of 1 / divisions."""
+    lattice, caps = list(space.lattice(divisions)), space.caps_F
+    steps = product(range(divisions + 1), repeat=len(caps))
+    shares = [np.array(step) / divisions for step in steps if sum(step) == divisions or not len(caps)]
+    expected = {space.at(share) for share in shares if (share <= caps + 1e-12).all()}
+    assert set(lattice) == expected and len(lattice) == len(expected) == space.lattice_size(divisions)
+    assert all(space.contains(point) for point in lattice)
+
+
 def test_the_step_of_a_tenth_has_286_points_and_an_exact_base():
     # C(10 + 4 - 1, 4 - 1) = C(13, 3) = 286; in floats 1 - sum(w) is 1e-16 on 30 of them.
     lattice = list(Space(NAMES[:4]).lattice(10))
@@ -65,9 +137,50 @@ def test_lattice_vertices_and_centroid_are_the_same_points_however_they_are_made
     assert set(space.landmarks()) <= set(space.lattice(3))
 
 
+def test_landmarks_are_the_base_where_it_belongs_then_the_vertices_then_the_centroid():
+    third = 1 / 3
+    assert [str(point) for point in PLAIN[6].landmarks()] == [
+        "code 1.000, math 0.000, prose 0.000",
+        "code 0.000, math 1.000, prose 0.000",
+        "code 0.000, math 0.000, prose 1.000",
+        "code 0.333, math 0.333, prose 0.333",
+    ]
+    assert FREE.landmarks() == [at(FREE), at(FREE, a=1), at(FREE, b=1), at(FREE, c=1), FREE.nearest(np.full(3, third))]
+    assert LONELY.landmarks() == [at(LONELY), at(LONELY, a=1)]
+    assert FIXED.landmarks() == [at(FIXED, a=0.7, b=0.3), at(FIXED, b=0.3, c=0.7), at(FIXED, a=0.35, b=0.3, c=0.35)]
+    assert at(BOUNDED, b=0.1, c=0.9) in BOUNDED.landmarks() and BOUNDED.centroid() == at(
+        BOUNDED, **dict.fromkeys(A_TO_D, 0.25)
+    )
+    assert at(BOTH, a=0.1, b=0.2, c=0.85) not in BOTH.landmarks() or BOTH.total == 1.5
+    for space in SPACES:
+        assert len(set(space.landmarks())) == len(space.landmarks())
+
+
+@pytest.mark.parametrize("space", SPACES, ids=str)
+def test_vertices_and_centroid_are_the_nearest_points_to_the_plain_ones(space):
+    """Nearest in the shares, which count the slack: no other point of a fine lattice is nearer."""
+    total = min(max(1.0, space.least_units / UNIT), space.total)
+    free = [i for i, name in enumerate(space.names) if name not in {n for n, low, up in space.bounds if low == up}]
+    corners = [np.eye(space.dimension)[i] * total for i in free] if not space.is_point or space.dimension == 1 else []
+    others = points(space, 30)
+    for wanted in [*corners, np.full(space.dimension, total / space.dimension)]:
+        found = space.nearest(wanted)
+        assert found in space.landmarks()
+        assert apart(space, found, wanted) <= min(apart(space, other, wanted) for other in others) + 1e-8
+
+
+def apart(space, point, wanted):
+    difference = space.point(point) - wanted
+    slack = -difference.sum() if space.least is not None else 0.0
+    return np.hypot(np.linalg.norm(difference), slack)
+
+
 @pytest.mark.parametrize("order", list(permutations(("a", "b", "c"))), ids="".join)
 def test_the_order_of_names_changes_nothing(order):
     assert Space(order) == Space(("a", "b", "c"))
+    assert Space(order, bounds=(("c", 0.0, 0.9), ("a", 0.0, 0.3))) == Space(
+        ("a", "b", "c"), bounds=(("a", 0.0, 0.3), ("c", 0.0, 0.9))
+    )
     weights = {name: {"a": 0.2, "b": 0.3, "c": 0.5}[name] for name in order}
     assert Space(order).check(weights).units == {"a": 200_000_000, "b": 300_000_000, "c": 500_000_000}
 
@@ -83,28 +196,80 @@ def test_samples_are_uniform_on_the_simplex():
     assert covariance[~np.eye(4, dtype=bool)] == pytest.approx(np.full(12, -0.0125), abs=0.003)
 
 
+@pytest.mark.parametrize("space", [BOUNDED, BOTH, THIRDS], ids=str)
+def test_samples_are_uniform_within_caps(space):
+    """Against the draws of the uncapped simplex that lie within the caps: means, and correlations of the shares."""
+    rng = np.random.default_rng(7)
+    free = rng.dirichlet(np.ones(len(space.caps_F)), 40_000)
+    kept = free[(free <= space.caps_F).all(axis=1)]
+    draws = np.array([space.shares(space.sample(rng)) for _ in range(1_000)])
+    error = np.sqrt(draws.var(axis=0) / len(draws) + kept.var(axis=0) / len(kept))
+    assert (np.abs(draws.mean(axis=0) - kept.mean(axis=0)) < 4 * error).all()
+    assert np.abs(draws.std(axis=0) / kept.std(axis=0) - 1).max() < 0.1
+    assert np.abs(np.corrcoef(draws.T) - np.corrcoef(kept.T)).max() < 0.13
+
+
 @pytest.mark.parametrize("dimension", [1, 2, 5, 8])
 def test_the_projection_is_the_nearest_point(dimension):
     # The projection p of x is characterised by <x - p, q - p> <= 0 for every q of the simplex; vertices suffice.
     rng = np.random.default_rng(3)
     for _ in range(100):
         point = rng.normal(size=dimension) * 3
-        projected = project(point, 1.0)
+        projected = project(point, np.ones(dimension))
         assert projected.sum() == pytest.approx(1.0) and projected.min() >= 0
         assert ((np.eye(dimension) - projected) @ (point - projected)).max() < 1e-9
 
 
+@pytest.mark.parametrize("caps", [[0.3, 0.5, 1.0], [0.4, 0.4, 0.4], [0.1, 0.2, 0.3, 0.4, 1.0], [0.5, 0.5]], ids=str)
+def test_the_capped_projection_is_the_nearest_point(caps):
+    """Against scipy's quadratic programming; and rows are projected as points are."""
+    rng, caps = np.random.default_rng(3), np.array(caps)
+    rows = rng.normal(size=(30, len(caps))) * np.geomspace(0.1, 3, 30)[:, None] + 1 / len(caps)
+    projected = project(rows, caps)
+    for row, found in zip(rows, projected, strict=True):
+        assert found.sum() == pytest.approx(1, abs=1e-12) and (found >= 0).all() and (found <= caps).all()
+        assert (project(row, caps) == found).all()
+        best = minimize(
+            lambda p, row=row: ((p - row) ** 2).sum(),
+            np.clip(caps / caps.sum(), 0, caps),
+            jac=lambda p, row=row: 2 * (p - row),
+            method="SLSQP",
+            bounds=[(0, cap) for cap in caps],
+            constraints={"type": "eq", "fun": lambda p: p.sum() - 1, "jac": np.ones_like},
+            options={"ftol": 1e-14},
+        )
+        assert found == pytest.approx(best.x, abs=1e-6)
+
+
+def test_a_projected_point_stays_and_a_far_one_reaches_the_exact_corner():
+    caps = np.array([0.3, 0.5, 1.0])
+    assert project(np.array([0.3, 0.5, 0.2]), caps).tolist() == [0.3, 0.5, 0.2]
+    assert project(np.array([9.0, 0.0, -9.0]), caps)[:2].tolist() == [0.3, 0.5]
+    assert project(np.array([0.0, 0.0, 9.0]), caps).tolist() == [0.0, 0.0, 1.0]
+
+
 @pytest.mark.parametrize(
-    ("weights", "said"),
+    ("space", "weights", "said"),
     [
-        ({"code": -0.1, "math": 1.1}, "weights.code = -0.1"),
-        ({"code": 0.5, "math": 0.4}, "sums to 0.9"),
-        ({"code": 0.5, "mathe": 0.5}, "did you mean 'math'?"),
-        ({"code": float("nan"), "math": 0.5}, "weights.code = nan"),
-        ({}, "sums to 0"),
+        (PLAIN[6], {"code": -0.1, "math": 1.1}, "weights.code = -0.1"),
+        (PLAIN[6], {"code": 0.5, "math": 0.4}, "sums to 0.9; coefficients must sum to 1"),
+        (PLAIN[6], {"code": 0.5, "mathe": 0.5}, "did you mean 'math'?"),
+        (PLAIN[6], {"code": float("nan"), "math": 0.5}, "weights.code = nan"),
+        (PLAIN[6], {}, "sums to 0"),
+        (FREE, {"a": 1.5, "b": 0.6}, "sums to 2.1; coefficients must sum to at least 0 and at most 2"),
+        (BOTH, {"a": 0.1, "b": 0.2}, "sums to 0.3; coefficients must sum to at least 0.5 and at most 1.5"),
+        (BOUNDED, {"a": 0.4, "b": 0.1, "c": 0.5}, "weights.a = 0.4: the study file bounds it to 0 .. 0.3"),
+        (BOUNDED, {"a": 0.1, "c": 0.9}, "weights.b = 0.0: the study file bounds it to 0.1 .. 0.5"),
+        (FIXED, {"a": 0.6, "b": 0.4}, "weights.b = 0.4: the study file bounds it to 0.3 .. 0.3"),
     ],
 )
-def test_what_is_no_point_is_refused_with_its_name(weights, said):
+def test_what_is_no_point_is_refused_with_its_name(space, weights, said):
     with pytest.raises(InputError, match="weights") as refusal:
-        Space(NAMES[:3]).check(weights)
+        space.check(weights)
     assert said in str(refusal.value)
+
+
+def test_what_is_nearly_a_point_is_rounded_to_one():
+    assert BOUNDED.check({"a": 0.3000001, "b": 0.1, "c": 0.6}) == at(BOUNDED, a=0.3, b=0.1, c=0.6)
+    assert FREE.check({"a": 2.0000001}) == at(FREE, a=2)
+    assert FREE.check({}) == at(FREE)

@@ -1,9 +1,12 @@
 """Samplers on the simplex: Optuna samplers whose parameters are the coefficients themselves."""
 
 from dem_opt.config import Search
+from dem_opt.samplers.cmaes import CMAES
 from dem_opt.samplers.grid import Grid
+from dem_opt.samplers.optuna_sampler import OptunaSampler, tpe
 from dem_opt.samplers.sampler import Proposer, SimplexSampler
 from dem_opt.samplers.simplex_gp import SimplexGP
+from dem_opt.samplers.slsqp import SLSQP
 from dem_opt.samplers.uniform import Uniform
 from dem_opt.simplex import Space
 
@@ -23,3 +26,9 @@ def _proposer(search: Search, space: Space) -> Proposer:
             return Grid(space, search.divisions)
         case "random":
             return Uniform(space)
+        case "tpe":
+            return OptunaSampler(space, tpe)
+        case "cmaes":
+            return CMAES(space)
+        case "gradient":
+            return SLSQP(space, search.seed)

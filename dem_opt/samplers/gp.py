@@ -1,79 +1,119 @@
-"""An exact Gaussian process in float64: its fit to values, its posterior and the posterior's gradient.
+"""An exact Gaussian process in float64 over shares, from values and gradients: its fit and its posterior.
 
-Shape suffixes beside the project's: N observations, M query points, K coefficients.
+Shape suffixes beside the project's: N points with a value, G of them with a gradient, M query points, F shares,
+D = F - 1 directions in the plane of constant sum, R = N + G D rows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_solve, cholesky, solve_triangular
 from scipy.optimize import minimize
 
-Array = NDArray[np.float64]
+from dem_opt.samplers.kernel import Array, Kernel
 
 NOISE_FLOOR = 1e-8
 """Least variance of the noise, in standardised values: keeps the covariance matrix invertible."""
 
-_CONSTANT = 25.0
-"""Prior variance of the constant, in standardised values."""
+_LENGTHSCALE, _BELL, _BOWL, _NOISE = (0.0, 0.5), (0.0, 1.0), (-2.0, 1.0), (np.log(1e-6), 2.0)
+"""Means and standard deviations of the normal priors of log l, log s, log b, and of the logarithm of the noise's
+variance above its floor: chosen on merge losses (LOG.md)."""
 
-_PRIOR = (0.0, 1.0)
-"""Mean and standard deviation of the normal prior of log l, log s and log b."""
-
-_NOISE_PRIOR = (np.log(1e-6), 2.0)
-"""The same of the logarithm of the noise's variance above its floor."""
+_QUADRATIC = (-2.0, 0.0)
+"""log s and log b of what is nearly a quadratic."""
 
 _REACH = 3.0
 """Bounds of the hyperparameters in standard deviations of their priors: Cholesky never fails inside."""
 
 
 @dataclass(frozen=True, eq=False)
-class Kernel:
-    """The covariance of f: a constant, a prior over quadratics about the centroid, and what is neither.
+class Observations:
+    """What was measured of f on {p : sum p = 1}.
 
-    k(x, y) = c + b^2 (1 + 2 <x - 1/K, y - 1/K>)^2 + s^2 exp(-sum_i (x_i - y_i)^2 / (2 l_i^2))
-
-    A merge's loss is nearly quadratic in the shares x, so the middle term tells most of it from few observations.
+    points_NF      shares
+    values_N       f there
+    variances_N    known variance of a value's noise; 0 where it was measured whole
+    steep_G        the points that have a gradient
+    gradients_GF   df/dp there; what is across the plane of constant sum does not count
+    offset, scale  what is taken from values, and what they are divided by then
     """
 
-    precision_K: Array
-    """1 / l_i^2"""
-    bell: float
-    """s^2"""
-    bowl: float
-    """b^2"""
-    noise: float
-    """Variance of an observation's noise; no part of k."""
+    points_NF: Array
+    values_N: Array
+    variances_N: Array
+    steep_G: NDArray[np.int64]
+    gradients_GF: Array
+    offset: float
+    scale: float
 
-    @classmethod
-    def of(cls, theta: Array) -> Self:
-        """From logarithms: K lengthscales l, s, b, and the noise's variance above its floor."""
-        *_, bell, bowl = np.exp(2 * theta[:-1])
-        noise = float(np.exp(theta[-1])) + NOISE_FLOOR
-        return cls(np.exp(-2 * theta[:-3]), float(bell), float(bowl), noise)
+    @cached_property
+    def directions_FD(self) -> Array:
+        """An orthonormal basis of the plane of constant sum (Helmert's)."""
+        count = self.points_NF.shape[1]
+        helmert_FF = np.triu(np.ones((count, count)), 1) - np.diag(np.arange(count))
+        directions_FD: Array = helmert_FF[:, 1:] / np.linalg.norm(helmert_FF[:, 1:], axis=0)
+        return directions_FD
 
-    def parts(self, x_MK: Array, y_NK: Array) -> tuple[Array, Array]:
-        """The bell  s^2 exp(...)  and the line  1 + 2 <x - 1/K, y - 1/K>,  each [M, N]."""
-        squares_MNK = (x_MK[:, None, :] - y_NK[None, :, :]) ** 2
-        bell_MN = self.bell * np.exp(-0.5 * squares_MNK @ self.precision_K)
-        return bell_MN, 1 + 2 * _centred(x_MK) @ _centred(y_NK).T
+    @property
+    def slopes(self) -> int:
+        """G D, how many derivatives were observed."""
+        return len(self.steep_G) * (len(self.directions_FD) - 1)
 
-    def covariance(self, x_MK: Array, y_NK: Array) -> Array:
-        """k(x, y), [M, N]."""
-        return self.total(*self.parts(x_MK, y_NK))
+    @cached_property
+    def standard_R(self) -> Array:
+        """Values, then derivatives along the directions point by point, standardised."""
+        slopes_GD = self.gradients_GF @ self.directions_FD
+        return np.concatenate([self.values_N - self.offset, slopes_GD.ravel()]) / self.scale
 
-    def total(self, bell_MN: Array, line_MN: Array) -> Array:
-        """k from its parts."""
-        return _CONSTANT + self.bowl * line_MN**2 + bell_MN
+    @cached_property
+    def variances_R(self) -> Array:
+        """Known variance of the noise of each row, standardised."""
+        return np.pad(self.variances_N / self.scale**2, (0, self.slopes))
 
-    def variance(self, x_MK: Array) -> tuple[Array, Array]:
-        """k(x, x) and its gradient  8 b^2 (1 + 2 |x - 1/K|^2) (x - 1/K)."""
-        centred_MK = _centred(x_MK)
-        line_M1 = 1 + 2 * (centred_MK**2).sum(axis=1, keepdims=True)
-        return _CONSTANT + self.bowl * line_M1[:, 0] ** 2 + self.bell, 8 * self.bowl * line_M1 * centred_MK
+    def split(self, rows_MR: Array) -> tuple[Array, Array]:
+        """Weights of rows [M, R] as weights of values [M, N] and of gradients' components [M, G, F]."""
+        values_MN, slopes_MS = np.split(rows_MR, [len(self.values_N)], axis=1)
+        return values_MN, slopes_MS.reshape(
+            len(rows_MR), len(self.steep_G), len(self.directions_FD) - 1
+        ) @ self.directions_FD.T
+
+    def covariance(self, kernel: Kernel, points_MF: Array) -> Array:
+        """cov(f(x), row), [M, R]."""
+        slopes_MGF = kernel.slope(points_MF, self.points_NF[self.steep_G])
+        slopes_MS = (slopes_MGF @ self.directions_FD).reshape(len(points_MF), self.slopes)
+        return np.concatenate([kernel.value(points_MF, self.points_NF), slopes_MS], axis=1)
+
+    def own_covariance(self, kernel: Kernel) -> Array:
+        """cov(row, row), [R, R], without noise."""
+        steep_GF, count = self.points_NF[self.steep_G], len(self.values_N)
+        curve_GGDD = self.directions_FD.T @ kernel.curve(steep_GF, steep_GF) @ self.directions_FD
+        own_RR = np.empty((len(self.standard_R), len(self.standard_R)))
+        own_RR[:count] = self.covariance(kernel, self.points_NF)
+        own_RR[count:, :count] = own_RR[:count, count:].T
+        own_RR[count:, count:] = curve_GGDD.transpose(0, 2, 1, 3).reshape(own_RR[count:, count:].shape)
+        return own_RR
+
+
+def observe(
+    points_NF: Array,
+    values_N: Array,
+    variances_N: Array | None = None,
+    steep_G: NDArray[np.int64] | None = None,
+    gradients_GF: Array | None = None,
+) -> Observations:
+    """Observations, standardised by their own mean and deviation; without noise or gradients where none are given."""
+    count, shares = points_NF.shape
+    return Observations(
+        points_NF,
+        values_N,
+        np.zeros(count) if variances_N is None else variances_N,
+        np.zeros(0, dtype=np.int64) if steep_G is None else steep_G,
+        np.zeros((0, shares)) if gradients_GF is None else gradients_GF,
+        float(values_N.mean()),
+        float(values_N.std()) or 1.0,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,96 +122,98 @@ class Posterior:
 
     mean_M: Array
     variance_M: Array
-    mean_gradient_MK: Array
-    variance_gradient_MK: Array
+    mean_gradient_MF: Array
+    variance_gradient_MF: Array
 
 
 @dataclass(frozen=True, eq=False)
 class GaussianProcess:
-    """f ~ GP(0, k),  y = f(x) + noise,  with y = (value - offset) / scale.
+    """f ~ GP(0, k),  row = f or df/dp + noise.  Rasmussen and Williams (2006), algorithm 2.1 and section 9.4."""
 
-    Rasmussen and Williams (2006), algorithm 2.1.
-    """
-
-    points_NK: Array
-    standard_N: Array
-    offset: float
-    scale: float
+    seen: Observations
     kernel: Kernel
 
     @cached_property
-    def _inverse_factor_NN(self) -> Array:
-        """inv(L) of the observations' covariance  C = L L'."""
-        covariance_NN = self.kernel.covariance(self.points_NK, self.points_NK)
-        identity_NN = np.eye(len(covariance_NN))
-        factor_NN = cholesky(covariance_NN + self.kernel.noise * identity_NN, lower=True)
-        inverse_NN: Array = solve_triangular(factor_NN, identity_NN, lower=True)
-        return inverse_NN
+    def _inverse_factor_RR(self) -> Array:
+        """inv(L) of the rows' covariance  C = L L'."""
+        factor_RR = _factor(self.seen, self.kernel, self.seen.own_covariance(self.kernel))
+        inverse_RR: Array = solve_triangular(factor_RR, np.eye(len(factor_RR)), lower=True)
+        return inverse_RR
 
     @cached_property
-    def _dual_N(self) -> Array:
+    def _dual_R(self) -> Array:
         """inv(C) y."""
-        dual_N: Array = self._inverse_factor_NN.T @ (self._inverse_factor_NN @ self.standard_N)
-        return dual_N
+        dual_R: Array = self._inverse_factor_RR.T @ (self._inverse_factor_RR @ self.seen.standard_R)
+        return dual_R
 
-    def mean(self, points_MK: Array) -> Array:
+    def mean(self, points_MF: Array) -> Array:
         """The posterior mean  k' inv(C) y."""
-        covariance_MN = self.kernel.covariance(points_MK, self.points_NK)
-        mean_M: Array = self.offset + self.scale * (covariance_MN @ self._dual_N)
+        standard_M = self.seen.covariance(self.kernel, points_MF) @ self._dual_R
+        mean_M: Array = self.seen.offset + self.seen.scale * standard_M
         return mean_M
 
-    def posterior(self, points_MK: Array) -> Posterior:
+    def posterior(self, points_MF: Array) -> Posterior:
         """Mean  k' inv(C) y  and variance  k(x, x) - k' inv(C) k,  with their gradients."""
-        bell_MN, line_MN = self.kernel.parts(points_MK, self.points_NK)
-        covariance_MN = self.kernel.total(bell_MN, line_MN)
-        solved_MN = covariance_MN @ self._inverse_factor_NN.T
-        prior_M, prior_gradient_MK = self.kernel.variance(points_MK)
-
-        def differentiate(weights_MN: Array) -> Array:
-            """sum_n weights_n dk(x, x_n) / dx."""
-            bell_weights_MN = weights_MN * bell_MN
-            pull_MK = bell_weights_MN @ self.points_NK - bell_weights_MN.sum(axis=1, keepdims=True) * points_MK
-            bowl_MK = 4 * self.kernel.bowl * (weights_MN * line_MN) @ _centred(self.points_NK)
-            gradient_MK: Array = pull_MK * self.kernel.precision_K + bowl_MK
-            return gradient_MK
-
-        variance_M = np.maximum(prior_M - (solved_MN**2).sum(axis=1), 1e-14)
-        variance_gradient_MK = prior_gradient_MK - 2 * differentiate(solved_MN @ self._inverse_factor_NN)
+        covariance_MR = self.seen.covariance(self.kernel, points_MF)
+        solved_MR = covariance_MR @ self._inverse_factor_RR.T
+        prior_M, prior_gradient_MF = self.kernel.variance(points_MF)
+        variance_M = np.maximum(prior_M - (solved_MR**2).sum(axis=1), 1e-14)
+        pull_MF = self._pull(points_MF, solved_MR @ self._inverse_factor_RR)
         return Posterior(
-            mean_M=self.offset + self.scale * (covariance_MN @ self._dual_N),
-            variance_M=self.scale**2 * variance_M,
-            mean_gradient_MK=self.scale * differentiate(self._dual_N[None, :]),
-            variance_gradient_MK=self.scale**2 * variance_gradient_MK,
+            mean_M=self.seen.offset + self.seen.scale * (covariance_MR @ self._dual_R),
+            variance_M=self.seen.scale**2 * variance_M,
+            mean_gradient_MF=self.seen.scale * self._pull(points_MF, self._dual_R[None, :]),
+            variance_gradient_MF=self.seen.scale**2 * (prior_gradient_MF - 2 * pull_MF),
         )
 
-    def believing(self, points_MK: Array) -> "GaussianProcess":
+    def _pull(self, points_MF: Array, rows_MR: Array) -> Array:
+        """d/dx of  sum_r rows_r cov(f(x), row r),  [M, F]."""
+        values_MN, slopes_MGF = self.seen.split(rows_MR)
+        pull_MF = self.kernel.pull(points_MF, self.seen.points_NF, values_MN)
+        return pull_MF + self.kernel.pull_slopes(points_MF, self.seen.points_NF[self.seen.steep_G], slopes_MGF)
+
+    def believing(self, points_MF: Array) -> "GaussianProcess":
         """This process after its own posterior mean was observed at points still being evaluated."""
-        believed_M = (self.mean(points_MK) - self.offset) / self.scale
-        points_NK = np.concatenate([self.points_NK, points_MK])
-        standard_N = np.concatenate([self.standard_N, believed_M])
-        return GaussianProcess(points_NK, standard_N, self.offset, self.scale, self.kernel)
+        seen = replace(
+            self.seen,
+            points_NF=np.concatenate([self.seen.points_NF, points_MF]),
+            values_N=np.concatenate([self.seen.values_N, self.mean(points_MF)]),
+            variances_N=np.pad(self.seen.variances_N, (0, len(points_MF))),
+        )
+        return GaussianProcess(seen, self.kernel)
 
 
-def fit(points_NK: Array, values_N: Array) -> GaussianProcess:
-    """The process with the most probable hyperparameters (MAP), found by L-BFGS-B from the priors' means."""
-    offset, scale = float(values_N.mean()), float(values_N.std()) or 1.0
-    standard_N = (values_N - offset) / scale
-    loss = NegativeLogPosterior(points_NK, standard_N)
-    found = minimize(loss, loss.prior_mean, jac=True, method="L-BFGS-B", bounds=loss.bounds)
-    return GaussianProcess(points_NK, standard_N, offset, scale, Kernel.of(found.x))
+def _factor(seen: Observations, kernel: Kernel, own_RR: Array) -> Array:
+    """L of the rows' covariance with its noise,  C = L L'."""
+    factor_RR: Array = cholesky(own_RR + np.diag(kernel.noise + NOISE_FLOOR + seen.variances_R), lower=True)
+    return factor_RR
+
+
+def fit(seen: Observations) -> GaussianProcess:
+    """The process with the most probable hyperparameters (MAP), found by L-BFGS-B.
+
+    From the priors' means, and from a quadratic's: few values can leave a mode at each.
+    """
+    loss = NegativeLogPosterior(seen)
+    starts = [loss.prior_mean, np.concatenate([loss.prior_mean[:-3], _QUADRATIC, loss.prior_mean[-1:]])]
+    found = [minimize(loss, start, jac=True, method="L-BFGS-B", bounds=loss.bounds) for start in starts]
+    return GaussianProcess(seen, Kernel.of(min(found, key=lambda one: float(one.fun)).x))
 
 
 class NegativeLogPosterior:
     """-log p(y | theta) - log p(theta) + const, with its gradient, as a function of theta (see Kernel.of).
 
     -log p(y | theta) = y' a / 2 + log det(C) / 2 + const  with  a = inv(C) y,  and its derivative is
-    -tr((a a' - inv(C)) dC/dtheta) / 2  (Rasmussen and Williams 2006, equations 5.8 and 5.9).
+    -tr(S dC/dtheta) / 2,  S = a a' - inv(C)  (Rasmussen and Williams 2006, equations 5.8 and 5.9).
     """
 
-    def __init__(self, points_NK: Array, standard_N: Array) -> None:
-        self._points_NK, self._standard_N = points_NK, standard_N
-        self._squares_NNK = (points_NK[:, None, :] - points_NK[None, :, :]) ** 2
-        self.prior_mean, self._deviation = np.array([_PRIOR] * (points_NK.shape[1] + 2) + [_NOISE_PRIOR]).T
+    def __init__(self, seen: Observations) -> None:
+        self._seen = seen
+        count = seen.points_NF.shape[1]
+        self.prior_mean, self._deviation = np.array([_LENGTHSCALE] * count + [_BELL, _BOWL, _NOISE]).T
+        flat = Kernel(np.ones(count), bell=0.0, bowl=0.0)
+        self._flat_RR = seen.own_covariance(flat)
+        self._bowl_RR = seen.own_covariance(replace(flat, bowl=1.0)) - self._flat_RR
 
     @property
     def bounds(self) -> list[tuple[float, float]]:
@@ -182,22 +224,28 @@ class NegativeLogPosterior:
     def __call__(self, theta: Array) -> tuple[float, Array]:
         """Value and gradient."""
         kernel = Kernel.of(theta)
-        bell_NN, line_NN = kernel.parts(self._points_NK, self._points_NK)
-        identity_NN = np.eye(len(bell_NN))
-        factor_NN = cholesky(kernel.total(bell_NN, line_NN) + kernel.noise * identity_NN, lower=True)
-        inverse_NN = cho_solve((factor_NN, True), identity_NN)
-        dual_N = inverse_NN @ self._standard_N
+        bell_RR = self._seen.own_covariance(replace(kernel, bowl=0.0)) - self._flat_RR
+        factor_RR = _factor(self._seen, kernel, bell_RR + kernel.bowl * self._bowl_RR + self._flat_RR)
+        inverse_RR = cho_solve((factor_RR, True), np.eye(len(factor_RR)))
+        dual_R = inverse_RR @ self._seen.standard_R
         away = (theta - self.prior_mean) / self._deviation
-        loss = 0.5 * self._standard_N @ dual_N + np.log(np.diag(factor_NN)).sum() + 0.5 * away @ away
-        surplus_NN = np.outer(dual_N, dual_N) - inverse_NN
-        bell_surplus_NN = surplus_NN * bell_NN
-        by_lengthscale_K = -0.5 * np.tensordot(bell_surplus_NN, self._squares_NNK, 2) * kernel.precision_K
-        by_bowl = -kernel.bowl * (surplus_NN * line_NN**2).sum()
-        by_noise = -0.5 * (kernel.noise - NOISE_FLOOR) * np.trace(surplus_NN)
-        gradient = np.array([*by_lengthscale_K, -bell_surplus_NN.sum(), by_bowl, by_noise])
+        loss = 0.5 * self._seen.standard_R @ dual_R + np.log(np.diag(factor_RR)).sum() + 0.5 * away @ away
+        surplus_RR = np.outer(dual_R, dual_R) - inverse_RR
+        by_scale = -np.array([(surplus_RR * bell_RR).sum(), kernel.bowl * (surplus_RR * self._bowl_RR).sum()])
+        by_noise = -0.5 * kernel.noise * np.trace(surplus_RR)
+        gradient = np.concatenate([self._by_lengthscale(kernel, surplus_RR), by_scale, [by_noise]])
         return float(loss), gradient + away / self._deviation
 
-
-def _centred(points_MK: Array) -> Array:
-    centred_MK: Array = points_MK - 1 / points_MK.shape[1]
-    return centred_MK
+    def _by_lengthscale(self, kernel: Kernel, surplus_RR: Array) -> Array:
+        """q_f times d/dq_f of  sum S C  over pairs of values, of a value and a slope, and of slopes."""
+        seen, count = self._seen, len(self._seen.values_N)
+        steep_GF = seen.points_NF[seen.steep_G]
+        values_NN, slopes_NGF = seen.split(surplus_RR[:count])
+        _, curve_GDGF = seen.split(surplus_RR[count:])
+        curve_GDGF = curve_GDGF.reshape(len(steep_GF), len(seen.directions_FD) - 1, *curve_GDGF.shape[1:])
+        curve_GGFF = np.einsum("fd,gdhe->ghfe", seen.directions_FD, curve_GDGF, optimize=True)
+        by_values_F = kernel.by_precision(seen.points_NF, seen.points_NF, values_NN)
+        by_slopes_F = kernel.by_precision(seen.points_NF, steep_GF, slopes_NGF)
+        by_curves_F = kernel.by_precision(steep_GF, steep_GF, curve_GGFF)
+        by_lengthscale_F: Array = by_values_F + 2 * by_slopes_F + by_curves_F
+        return kernel.precision_F * by_lengthscale_F

@@ -10,7 +10,7 @@ from dem_opt.simplex import Coefficients, Space
 
 
 class Grid:
-    """The points whose coefficients are multiples of total / divisions, in the lattice's order."""
+    """The points whose shares are multiples of 1 / divisions, in the lattice's order."""
 
     def __init__(self, space: Space, divisions: int) -> None:
         self._lattice = tuple(space.lattice(divisions))

@@ -1,7 +1,8 @@
 """A study's trials as points of the simplex: what every sampler starts from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Literal
 
 from optuna import Study
@@ -12,6 +13,9 @@ from dem_opt.simplex import UNIT, Coefficients, Space
 
 ATTRIBUTES = "dem_opt"
 """The user attribute of a trial under which everything that was told beside the objective stands."""
+
+EXPECTED = "expected_improvement"
+"""The user attribute of a trial that says what was expected of it, in nats per token."""
 
 START = "start"
 """The user attribute of a study that lists the points to propose first, as units by name."""
@@ -30,6 +34,7 @@ class Trial:
 
     objective   in nats per token; a number if and only if the state is "complete"
     attributes  what was told beside it
+    expected    improvement that was expected of it when it was proposed, in nats per token
     """
 
     number: int
@@ -37,6 +42,12 @@ class Trial:
     state: State
     objective: float | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    expected: float | None = None
+
+    @property
+    def forwards(self) -> float:
+        """Forward-equivalents that the trial stands for."""
+        return float(self.attributes.get("forwards", 1.0))
 
     @property
     def error(self) -> float:
@@ -79,6 +90,22 @@ def is_whole(trial: FrozenTrial, space: Space) -> bool:
     return trial.params.keys() >= set(space.names)
 
 
+def thin(told: Sequence[Trial], most: int) -> list[Trial]:
+    """At most so many finished trials, in their order: the best half of them, and the latest of the others."""
+    if len(told) <= most:
+        return list(told)
+    ranked = sorted(told, key=lambda trial: (inf if trial.objective is None else trial.objective, trial.number))
+    best, others = ranked[: most // 2], ranked[most // 2 :]
+    latest = sorted(others, key=lambda trial: trial.number)[len(best) - most :]
+    return sorted([*best, *latest], key=lambda trial: trial.number)
+
+
+def values_of(told: Sequence[Trial]) -> list[float]:
+    """Objectives of finished trials; a failed trial's is the worst of the others, so that searches stay away."""
+    worst = max(trial.objective for trial in told if trial.objective is not None)
+    return [worst if trial.objective is None else trial.objective for trial in told]
+
+
 def start(study: Study, space: Space) -> list[Coefficients]:
     """The points that the study was told to begin with."""
     listed = study.user_attrs.get(START, [])
@@ -104,4 +131,5 @@ def _trial(trial: FrozenTrial, space: Space) -> Trial:
     state = _STATES[trial.state]
     objective = trial.value if state == "complete" else None
     attributes = trial.user_attrs.get(ATTRIBUTES, {})
-    return Trial(trial.number, from_parameters(trial.params, space), state, objective, attributes)
+    expected = trial.user_attrs.get(EXPECTED)
+    return Trial(trial.number, from_parameters(trial.params, space), state, objective, attributes, expected)

@@ -9,10 +9,14 @@ from scipy.special import erfcx, ndtr
 from threadpoolctl import threadpool_limits
 
 from dem_opt.samplers import gp
-from dem_opt.samplers.history import Trial
+from dem_opt.samplers.history import Trial, thin, values_of
+from dem_opt.samplers.sampler import Choice, first_new
 from dem_opt.simplex import Coefficients, Space, project
 
 Array = NDArray[np.float64]
+
+ROWS = 300
+"""Most derivatives that the process is fitted to."""
 
 OBSERVATIONS = 200
 """Most observations that the process is fitted to: beyond them, half the best and half the most recent."""
@@ -29,79 +33,74 @@ _LONGEST = 1e3
 
 @dataclass(frozen=True)
 class SimplexGP:
-    """Known composites first, then the greatest expected improvement over the shares w / total.
+    """Known composites first, then the greatest expected improvement over the shares.
 
     The first proposals are the points that the study begins with, the vertices and the centroid.  Running
-    trials are believed to come out at the posterior mean; failed ones count as the worst value seen.  One thread
-    is enough for matrices of this size, competes with no resident, and gives the same bits however many there are.
+    trials are believed to come out at the posterior mean; failed ones count as the worst value seen.  A stopped trial's
+    estimate has its standard error; gradients are derivative observations.  One thread is enough for matrices of this
+    size, competes with no resident, and gives the same bits however many there are.
     """
 
     space: Space
 
-    def propose(self, trials: Sequence[Trial], begin: Sequence[Coefficients], rng: np.random.Generator) -> Coefficients:
+    def propose(self, trials: Sequence[Trial], begin: Sequence[Coefficients], rng: np.random.Generator) -> Choice:
         """The next point."""
-        taken = {trial.coefficients for trial in trials}
-        for point in (*begin, *self.space.landmarks()):
-            if point not in taken:
-                return point
+        if (known := first_new((*begin, *self.space.landmarks()), trials)) is not None:
+            return known
         if all(trial.objective is None for trial in trials):
-            return self.space.sample(rng)
-        taken_NK = self._shares(trials)
+            return Choice(self.space.sample(rng))
+        taken_NF = self._shares(trials)
         with threadpool_limits(1, "blas"):
-            candidates_MK = self._improving(trials, rng)
-        for share_K in candidates_MK:
-            if np.abs(taken_NK - share_K).max(axis=1).min() > APART:
-                return self.space.nearest(share_K * self.space.total)
-        return self.space.sample(rng)
+            candidates_MF, expected_M = self._improving(trials, rng)
+        for shares_F, expected in zip(candidates_MF, expected_M, strict=True):
+            if np.abs(taken_NF - shares_F).max(axis=1, initial=0).min() > APART:
+                return Choice(self.space.at(shares_F), float(expected))
+        return Choice(self.space.sample(rng), float(expected_M[0]))
 
-    def _improving(self, trials: Sequence[Trial], rng: np.random.Generator) -> Array:
-        """Local maxima of the expected improvement as shares, the greatest first."""
-        told = _thin([trial for trial in trials if trial.state != "running"])
+    def _improving(self, trials: Sequence[Trial], rng: np.random.Generator) -> tuple[Array, Array]:
+        """Local maxima of the expected improvement as shares, the greatest first, and what is expected in nats."""
+        told = thin([trial for trial in trials if trial.state != "running"], OBSERVATIONS)
         running = [trial for trial in trials if trial.state == "running"]
-        values_N = _values(told)
-        process = gp.fit(self._shares(told), values_N).believing(self._shares(running))
-        best = float(process.mean(process.points_NK).min())
+        seen = self._observations(told)
+        process = gp.fit(seen).believing(self._shares(running))
+        best = float(process.mean(process.seen.points_NF).min())
+        ranked_NF = seen.points_NF[np.argsort(seen.values_N, kind="stable")]
         return maximize(
-            lambda shares_MK: log_expected_improvement(process, best, shares_MK),
-            _starts(self._shares(told)[np.argsort(values_N, kind="stable")], rng),
+            lambda shares_MF: log_expected_improvement(process, best, shares_MF),
+            project(_starts(ranked_NF, rng), self.space.caps_F),
+            self.space.caps_F,
         )
 
+    def _observations(self, told: Sequence[Trial]) -> gp.Observations:
+        """What the trials measured; gradients of the best and the latest ones, as many as ROWS allow."""
+        most = max(ROWS // max(len(self.space.caps_F) - 1, 1), 1)
+        steep = {trial.number for trial in thin([one for one in told if one.gradient], most)}
+        steep_G = np.array([i for i, trial in enumerate(told) if trial.number in steep], dtype=np.int64)
+        slopes_GK = [[told[i].gradient[name] for name in self.space.names] for i in steep_G]
+        gradients_GF = np.array(slopes_GK).reshape(-1, self.space.dimension) @ self.space.jacobian()
+        variances_N = np.array([trial.error for trial in told]) ** 2
+        return gp.observe(self._shares(told), np.array(values_of(told)), variances_N, steep_G, gradients_GF)
+
     def _shares(self, trials: Iterable[Trial]) -> Array:
-        points = [self.space.point(trial.coefficients) / self.space.total for trial in trials]
-        return np.array(points).reshape(-1, self.space.dimension)
+        shares = [self.space.shares(trial.coefficients) for trial in trials]
+        return np.array(shares).reshape(-1, len(self.space.caps_F))
 
 
-def _thin(told: Sequence[Trial]) -> list[Trial]:
-    """At most OBSERVATIONS trials: the best half of that number, and the most recent of the others."""
-    if len(told) <= OBSERVATIONS:
-        return list(told)
-    ranked = sorted(told, key=lambda trial: (np.inf if trial.objective is None else trial.objective, trial.number))
-    best, others = ranked[: OBSERVATIONS // 2], ranked[OBSERVATIONS // 2 :]
-    recent = sorted(others, key=lambda trial: trial.number)[-(OBSERVATIONS - len(best)) :]
-    return sorted([*best, *recent], key=lambda trial: trial.number)
-
-
-def _values(told: Sequence[Trial]) -> Array:
-    """Objectives; a failed trial's is the worst of the others."""
-    worst = max(trial.objective for trial in told if trial.objective is not None)
-    return np.array([worst if trial.objective is None else trial.objective for trial in told])
-
-
-def log_expected_improvement(process: gp.GaussianProcess, best: float, shares_MK: Array) -> tuple[Array, Array]:
+def log_expected_improvement(process: gp.GaussianProcess, best: float, shares_MF: Array) -> tuple[Array, Array]:
     """log E[max(best - f, 0)] = log h(z) + log sigma  with  z = (best - mean) / sigma, and its gradient.
 
     Ament et al. (2023), "Unexpected improvements to expected improvement for Bayesian optimization".
     """
-    posterior = process.posterior(shares_MK)
+    posterior = process.posterior(shares_MF)
     sigma_M = np.sqrt(posterior.variance_M)
     z_M = (best - posterior.mean_M) / sigma_M
     log_h_M, slope_M = log_h(z_M)
     by_mean_M = -slope_M / sigma_M
     by_variance_M = (1 - slope_M * z_M) / (2 * posterior.variance_M)
-    gradient_MK = (
-        by_mean_M[:, None] * posterior.mean_gradient_MK + by_variance_M[:, None] * posterior.variance_gradient_MK
+    gradient_MF = (
+        by_mean_M[:, None] * posterior.mean_gradient_MF + by_variance_M[:, None] * posterior.variance_gradient_MF
     )
-    return log_h_M + np.log(sigma_M), gradient_MK
+    return log_h_M + np.log(sigma_M), gradient_MF
 
 
 def log_h(z_M: Array) -> tuple[Array, Array]:
@@ -128,49 +127,51 @@ def _density(z_M: Array) -> Array:
     return density_M
 
 
-def _starts(ranked_NK: Array, rng: np.random.Generator) -> Array:
+def _starts(ranked_NF: Array, rng: np.random.Generator) -> Array:
     """Where to climb from: uniform points, sparse points, and the best points shaken a little."""
-    dimension = ranked_NK.shape[1]
-    uniform_MK = rng.dirichlet(np.ones(dimension), 4 * _STARTS)
-    sparse_MK = rng.dirichlet(np.full(dimension, 0.3), 4 * _STARTS)
-    best_MK = np.resize(ranked_NK[:4], (_STARTS, dimension))
+    shares = ranked_NF.shape[1]
+    uniform_MF = rng.dirichlet(np.ones(shares), 4 * _STARTS)
+    sparse_MF = rng.dirichlet(np.full(shares, 0.3), 4 * _STARTS)
+    best_MF = np.resize(ranked_NF[:4], (_STARTS, shares))
     radius_M1 = np.exp(rng.uniform(np.log(1e-4), np.log(0.1), (_STARTS, 1)))
-    shaken_MK = best_MK + radius_M1 * rng.normal(size=best_MK.shape)
-    return project(np.concatenate([uniform_MK, sparse_MK, shaken_MK]), 1.0)
+    return np.concatenate([uniform_MF, sparse_MF, best_MF + radius_M1 * rng.normal(size=best_MF.shape)])
 
 
-def maximize(function: Callable[[Array], tuple[Array, Array]], starts_MK: Array) -> Array:
-    """Local maxima over the unit simplex of a function that gives values and gradients, the greatest first.
+def maximize(function: Callable[[Array], tuple[Array, Array]], starts_MF: Array, caps_F: Array) -> tuple[Array, Array]:
+    """Local maxima over the capped unit simplex of a log function that gives values and gradients, the greatest first.
+
+    Returns the points and the exponentials of their values.
 
     Projected gradient ascent with Barzilai and Borwein's step, shortened until Armijo's condition holds, from
     the most promising starts, all in one batch.  The projection reaches faces and corners exactly.
     """
-    value_M = function(starts_MK)[0]
-    points_MK = starts_MK[np.argsort(-value_M, kind="stable")[:_STARTS]]
-    value_M, gradient_MK = _along(function, points_MK)
-    step_M = 0.1 / _norm(gradient_MK)
+    value_M = function(starts_MF)[0]
+    points_MF = starts_MF[np.argsort(-value_M, kind="stable")[:_STARTS]]
+    value_M, gradient_MF = _along(function, points_MF)
+    step_M = 0.1 / _norm(gradient_MF)
     for _ in range(_STEPS):
-        step_M = np.minimum(step_M, _LONGEST / _norm(gradient_MK))
-        moved_MK = project(points_MK + step_M[:, None] * gradient_MK, 1.0)
-        new_value_M, new_gradient_MK = _along(function, moved_MK)
-        change_MK = moved_MK - points_MK
-        accepted_M = new_value_M >= value_M + 1e-4 * (gradient_MK * change_MK).sum(axis=1)
-        curvature_M = -(change_MK * (new_gradient_MK - gradient_MK)).sum(axis=1)
-        squared_M = (change_MK**2).sum(axis=1)
+        step_M = np.minimum(step_M, _LONGEST / _norm(gradient_MF))
+        moved_MF = project(points_MF + step_M[:, None] * gradient_MF, caps_F)
+        new_value_M, new_gradient_MF = _along(function, moved_MF)
+        change_MF = moved_MF - points_MF
+        accepted_M = new_value_M >= value_M + 1e-4 * (gradient_MF * change_MF).sum(axis=1)
+        curvature_M = -(change_MF * (new_gradient_MF - gradient_MF)).sum(axis=1)
+        squared_M = (change_MF**2).sum(axis=1)
         newton_M = np.divide(squared_M, curvature_M, out=10 * step_M, where=curvature_M > 1e-300)
         step_M = np.where(accepted_M, np.clip(newton_M, 0.1 * step_M, 10 * step_M), 0.2 * step_M)
-        points_MK = np.where(accepted_M[:, None], moved_MK, points_MK)
-        gradient_MK = np.where(accepted_M[:, None], new_gradient_MK, gradient_MK)
+        points_MF = np.where(accepted_M[:, None], moved_MF, points_MF)
+        gradient_MF = np.where(accepted_M[:, None], new_gradient_MF, gradient_MF)
         value_M = np.where(accepted_M, new_value_M, value_M)
-    return points_MK[np.argsort(-value_M, kind="stable")]
+    order_M = np.argsort(-value_M, kind="stable")
+    return points_MF[order_M], np.exp(value_M[order_M])
 
 
-def _along(function: Callable[[Array], tuple[Array, Array]], points_MK: Array) -> tuple[Array, Array]:
+def _along(function: Callable[[Array], tuple[Array, Array]], points_MF: Array) -> tuple[Array, Array]:
     """The function's values and its gradients along the plane of constant sum."""
-    value_M, gradient_MK = function(points_MK)
-    return value_M, gradient_MK - gradient_MK.mean(axis=1, keepdims=True)
+    value_M, gradient_MF = function(points_MF)
+    return value_M, gradient_MF - gradient_MF.mean(axis=1, keepdims=True)
 
 
-def _norm(gradient_MK: Array) -> Array:
-    norm_M: Array = np.maximum(np.linalg.norm(gradient_MK, axis=1), 1e-12)
+def _norm(gradient_MF: Array) -> Array:
+    norm_M: Array = np.maximum(np.linalg.norm(gradient_MF, axis=1), 1e-12)
     return norm_M

@@ -12,7 +12,7 @@ from dem_opt.simplex import Coefficients, Space
 
 @dataclass(frozen=True)
 class Uniform:
-    """Points drawn uniformly on the simplex."""
+    """Points drawn uniformly on the simplex, or on what bounds leave of it."""
 
     space: Space
 

@@ -1,39 +1,33 @@
-"""What a study file may say: strict, checked on load, every error names the field and the mend."""
+"""The sections of a study file: data, models, coefficients, objective, evaluation, search, compute, tracking."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_serializer,
     model_validator,
 )
 
-from dem_opt.errors import InputError, nearest
-from dem_opt.simplex import Space
-from dem_opt.strict_yaml import read_yaml
-
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 Positive = Annotated[int, Field(gt=0)]
 PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-_LOCAL_SQLITE = "sqlite:///"
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     """A part of the study file: frozen, strict about types, refusing unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-def _from_here(value: Path | str | None, info: ValidationInfo) -> Path | None:
+def from_here(value: Path | str | None, info: ValidationInfo) -> Path | None:
     """A path of the study file: relative paths start at the file's folder."""
     if value is None or not isinstance(value, str | Path):
         return value
@@ -46,7 +40,7 @@ Column = Annotated[str, Field(min_length=1)]
 _COLUMNS = {"text": ("text",), "prompt_completion": ("prompt", "completion"), "messages": ("messages",)}
 
 
-class DataFile(_Section):
+class DataFile(Section):
     """A file of documents (.jsonl, .parquet or .txt), and in which columns its format finds them.
 
     A path alone is a file of format text.  Only the columns of the format may be named.
@@ -59,7 +53,7 @@ class DataFile(_Section):
     completion: Column = "completion"
     messages: Column = "messages"
 
-    _paths = field_validator("path", mode="before")(_from_here)
+    _paths = field_validator("path", mode="before")(from_here)
 
     @model_validator(mode="before")
     @classmethod
@@ -89,7 +83,7 @@ class DataFile(_Section):
         return {column: getattr(self, column) for column in _COLUMNS[self.format]}
 
 
-class ModelSource(_Section):
+class ModelSource(Section):
     """A model or an adapter: a folder, or a hub id and its revision.  A path alone is a folder.
 
     pickled  whether pickled weights may be read, of which only tensors are accepted
@@ -100,7 +94,7 @@ class ModelSource(_Section):
     revision: str | None = None
     pickled: bool = False
 
-    _paths = field_validator("path", mode="before")(_from_here)
+    _paths = field_validator("path", mode="before")(from_here)
 
     @model_validator(mode="before")
     @classmethod
@@ -127,7 +121,7 @@ class ModelSource(_Section):
         return str(self.path) if self.hub is None else f"{self.hub}@{self.revision or 'main'}"
 
 
-class Distribution(_Section):
+class Distribution(Section):
     """One data distribution: its fine-tune, which is a checkpoint or an adapter of the base, and its data.
 
     train is for `dem-opt train` only.  Without held_out, the validation documents are divided in two.
@@ -154,7 +148,7 @@ class Distribution(_Section):
         return "adapter", self.adapter
 
 
-class General(_Section):
+class General(Section):
     """A corpus without a vector of its own; a data file alone is its validation."""
 
     validation: DataFile
@@ -167,24 +161,57 @@ class General(_Section):
         return {"validation": data} if alone else data
 
 
-class SimplexSection(_Section):
-    """The coefficient space: coefficients of at least 0 that sum to `total`."""
-
-    total: PositiveReal = 1.0
+Range = Annotated[tuple[NotNegative, NotNegative], Field(strict=False)]
 
 
-class Objective(_Section):
+class SimplexSection(Section):
+    """The coefficient space: coefficients of at least 0 that sum to `total`.
+
+    total   a number, or the least and the greatest that the sum may be
+    bounds  the least and the greatest that a coefficient may be, by distribution
+    fixed   coefficients that are given, by distribution
+    """
+
+    total: PositiveReal | Range = 1.0
+    bounds: dict[Name, Range] = Field(default_factory=dict)
+    fixed: dict[Name, NotNegative] = Field(default_factory=dict)
+
+    @property
+    def sums(self) -> tuple[float, float]:
+        """The least and the greatest total."""
+        return (self.total, self.total) if isinstance(self.total, float) else self.total
+
+    @property
+    def boxes(self) -> dict[str, tuple[float, float]]:
+        """Bounds by distribution, those of fixed coefficients too."""
+        return {**self.bounds, **{name: (value, value) for name, value in self.fixed.items()}}
+
+    @model_validator(mode="after")
+    def _check_ranges(self) -> Self:
+        for field, (low, high) in {"total": self.sums, **{f"bounds.{k}": v for k, v in self.bounds.items()}}.items():
+            if low > high:
+                raise ValueError(f"{field}: [{low:g}, {high:g}] ends before it begins")
+        if self.sums[1] == 0:
+            raise ValueError("total: must be above 0, or there is nothing to choose")
+        for name in self.bounds.keys() & self.fixed.keys():
+            raise ValueError(f"fixed.{name}: has bounds too; give one of them")
+        return self
+
+
+class Objective(Section):
     """What is minimized, and what must not get worse.
 
     weights  by distribution or general corpus; equal for distributions where none are given, 0 for a name left out
+    worst    minimize the largest regret: NLL minus that of a distribution's own fine-tune, over those with a weight
     protect  the most nats per token above the base, by distribution or general corpus
     """
 
     weights: dict[Name, NotNegative] | None = None
+    worst: bool = False
     protect: dict[Name, NotNegative] = Field(default_factory=dict)
 
 
-class EvaluationSection(_Section):
+class EvaluationSection(Section):
     """How composites are scored.
 
     window    tokens in a window
@@ -203,17 +230,40 @@ class EvaluationSection(_Section):
     seed: Seed = 0
 
 
-class Search(_Section):
-    """How coefficients are proposed.  `divisions` is the grid's: 10 gives steps of a tenth of the total."""
+Algorithm = Literal["simplex-gp", "grid", "random", "tpe", "cmaes", "gradient"]
 
-    algorithm: Literal["simplex-gp", "grid", "random"] = "simplex-gp"
+ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
+"""All ways of searching."""
+
+
+class Search(Section):
+    """How coefficients are proposed, and when that ends.
+
+    trials     at most so many
+    forwards   at most so many forward-equivalents: full forward passes over the search split
+    minutes    no trial is begun after so many, from the start of the command: the only decision that reads a clock
+    patience   stop after so many proposals in a row of which less than `tolerance` is expected
+    tolerance  nats per token of expected improvement
+    divisions  the grid's: 10 gives steps of a tenth of the total
+    lookahead  proposals made ahead, while residents score
+    racing     stop scoring a trial when it will not win
+    gradients  measure a trial's gradient too; auto: where that is worth its three forward passes, and memory allows
+    """
+
+    algorithm: Algorithm = "simplex-gp"
     trials: Positive = 40
+    forwards: PositiveReal | None = None
+    minutes: PositiveReal | None = None
+    patience: Positive | None = None
+    tolerance: PositiveReal = 1e-4
     seed: Seed = 0
     divisions: Positive = 10
     lookahead: Annotated[int, Field(ge=0)] = 1
+    racing: bool = True
+    gradients: Literal["auto"] | bool = "auto"
 
 
-class Compute(_Section):
+class Compute(Section):
     """Residents and where they live.
 
     residents auto: one for each GPU; without GPUs one with all the CPUs
@@ -226,151 +276,17 @@ class Compute(_Section):
     patience: PositiveReal = 600.0
 
 
-class Tracking(_Section):
+class Tracking(Section):
     """MLflow: where runs are logged, and under which experiment."""
 
     uri: str
     experiment: str
 
 
-class FineTuning(_Section):
+class FineTuning(Section):
     """What `dem-opt train` does for each distribution: full fine-tuning of the base."""
 
     steps: Positive = 60
     learning_rate: PositiveReal = 3e-4
     batch_size: Positive = 16
     seed: Seed = 0
-
-
-class StudyConfig(_Section):
-    """A whole study file, resolved: absolute paths, defaults filled in."""
-
-    name: Name
-    base: ModelSource
-    distributions: Annotated[dict[Name, Distribution], Field(min_length=1)]
-    general: dict[Name, General] = Field(default_factory=dict)
-    simplex: SimplexSection = SimplexSection()
-    objective: Objective = Objective()
-    evaluation: EvaluationSection = EvaluationSection()
-    search: Search = Search()
-    compute: Compute = Compute()
-    storage: str
-    tracking: Tracking
-    fine_tuning: FineTuning = FineTuning()
-    output: StudyPath
-
-    _paths = field_validator("output", mode="before")(_from_here)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_places(cls, data: Any, info: ValidationInfo) -> Any:
-        """Defaults that follow from other fields, and database URLs whose files start at the study file."""
-        if not isinstance(data, dict):
-            return data
-        folder: Path = (info.context or {}).get("folder", Path())
-        data = dict(data)
-        name = data.get("name")
-        output = data.setdefault("output", f"runs/{name if isinstance(name, str) else ''}")
-        if not isinstance(output, str):
-            return data
-        data["storage"] = _database(data.get("storage", f"{_LOCAL_SQLITE}{output}/study.db"), folder)
-        tracking = data.get("tracking") or {}
-        if isinstance(tracking, dict):
-            uri = _database(tracking.get("uri", f"{_LOCAL_SQLITE}{output}/mlflow.db"), folder)
-            data["tracking"] = {"experiment": name, **tracking, "uri": uri}
-        return data
-
-    @model_validator(mode="after")
-    def _check_names(self) -> Self:
-        for name in self.general:
-            if name in self.distributions:
-                raise ValueError(f"general.{name}: a distribution has this name; choose another")
-        for field in ("weights", "protect"):
-            for name in getattr(self.objective, field) or ():
-                if name not in self.corpora:
-                    known = nearest(name, self.corpora)
-                    raise ValueError(f"objective.{field}.{name}: no such distribution or general corpus; {known}")
-        if not any(self.weights.values()):
-            raise ValueError("objective.weights: at least one weight must be above 0")
-        return self
-
-    @model_validator(mode="after")
-    def _check_databases(self) -> Self:
-        if self.storage == self.tracking.uri:
-            raise ValueError(
-                "tracking.uri: must be another database than storage: Optuna and MLflow claim the same tables"
-            )
-        return self
-
-    @property
-    def space(self) -> Space:
-        """The coefficient space."""
-        return Space(tuple(self.distributions), self.simplex.total)
-
-    @property
-    def corpora(self) -> dict[str, Distribution | General]:
-        """Whatever has validation data: the distributions, then the general corpora."""
-        return {**self.distributions, **self.general}
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """The objective's weight of each distribution and general corpus."""
-        given = self.objective.weights
-        if given is None:
-            given = dict.fromkeys(self.distributions, 1.0)
-        return {name: given.get(name, 0.0) for name in self.corpora}
-
-
-def load(path: Path) -> StudyConfig:
-    """The study in a YAML file.
-
-    Raises InputError, in one line that names the field, for anything that the file may not say.
-    """
-    data = read_yaml(path)
-    try:
-        return StudyConfig.model_validate(data, context={"folder": path.resolve().parent})
-    except ValidationError as error:
-        raise _in_the_users_words(path, error) from None
-
-
-def _database(url: Any, folder: Path) -> Any:
-    """A database URL; a relative SQLite file starts at `folder`."""
-    if isinstance(url, str) and url.startswith(_LOCAL_SQLITE) and not url.startswith(_LOCAL_SQLITE + "/"):
-        return f"{_LOCAL_SQLITE}{folder / url.removeprefix(_LOCAL_SQLITE)}"
-    return url
-
-
-def _in_the_users_words(path: Path, error: ValidationError) -> InputError:
-    """One of pydantic's findings as one line: an unknown key, which is often why another is missing, or the first."""
-    findings = error.errors()
-    finding = next((one for one in findings if one["type"] == "extra_forbidden"), findings[0])
-    field = ".".join(
-        str(part) for part in finding["loc"] if not str(part).startswith(("literal", "constrained", "function"))
-    )
-    value, kind = finding["input"], finding["type"]
-    if kind == "extra_forbidden":
-        known = _known_keys(StudyConfig, finding["loc"][:-1])
-        return InputError(path, field, value, f"unknown key; {nearest(str(finding['loc'][-1]), known)}")
-    if kind == "missing":
-        return InputError(path, field, None, "is required")
-    if kind == "value_error":
-        return InputError(path, field or None, None, str(finding["ctx"]["error"]))
-    return InputError(path, field, value, finding["msg"])
-
-
-def _known_keys(section: type[BaseModel], loc: tuple[int | str, ...]) -> Mapping[str, Any]:
-    """The keys of the section at `loc`, in which a field of named sections is followed by a name."""
-    parts = iter(loc)
-    for part in parts:
-        annotation = section.model_fields[str(part)].annotation
-        if get_origin(annotation) is dict:
-            next(parts, None)
-        section = _section(annotation) or section
-    return section.model_fields
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    """The section that an annotation is, holds by name, or may be."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(filter(None, map(_section, get_args(annotation))), None)

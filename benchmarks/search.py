@@ -1,0 +1,333 @@
+"""How much forward compute a search needs on real merge losses: `python benchmarks/search.py FOLDER`.
+
+Makes the worlds of `landscapes` in FOLDER, runs every algorithm on every landscape, and prints the tables that the
+README quotes, with JSON beside them.  Everything goes through the product's own studies and one ledger a world, so a
+run that was stopped goes on where it was.  One forward-equivalent (FE) is a forward pass over all windows of the search
+split; whatever an algorithm looks at is charged, first observations too.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from landscapes import REPORTED, TUNED_ON, Landscape, make_landscape
+from numpy.typing import NDArray
+from optuna.samplers import GPSampler
+
+from dem_opt import config
+from dem_opt.database import connect
+from dem_opt.driver import Driver
+from dem_opt.ledger import Ledger
+from dem_opt.pool import InProcessCompute
+from dem_opt.question import SEARCH, Question
+from dem_opt.racing import Race, replay
+from dem_opt.records import Score, Silence, TrialRecord
+from dem_opt.resident import build
+from dem_opt.samplers.history import Trial
+from dem_opt.samplers.optuna_sampler import OptunaSampler
+from dem_opt.simplex import Coefficients
+from dem_opt.sources import gather
+from dem_opt.study import Study
+from dem_opt.trials import objectives, recall
+
+SEEDS = 2
+MARKS = (10, 12, 16, 20, 24, 30, 40, 48)
+PLAIN = {"racing": False, "gradients": False, "trials": 40, "forwards": None}
+LONGEST = {4: 24.0, 8: 48.0}
+"""Forward-equivalents of the searches that race or have gradients, by distributions."""
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "simplex-gp": ("simplex-gp", PLAIN),
+    "simplex-gp, racing": ("simplex-gp", {"racing": True, "gradients": False, "trials": 400}),
+    "simplex-gp, gradients": ("simplex-gp", {"racing": False, "gradients": True, "trials": 400}),
+    "SLSQP": ("gradient", {"trials": 400}),
+    "TPE": ("tpe", PLAIN),
+    "CMA-ES": ("cmaes", PLAIN),
+    "random": ("random", PLAIN),
+}
+"""What is run: by the name in the tables, the algorithm and the search's settings."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run: after each trial, forward-equivalents spent, and the best objective of a whole trial so far (nats)."""
+
+    spent: tuple[float, ...]
+    best: tuple[float, ...]
+    ask_seconds: float
+
+    def at(self, spent: float) -> float:
+        """The best objective for so many forward-equivalents."""
+        return min(
+            (best for cost, best in zip(self.spent, self.best, strict=True) if cost <= spent + 1e-9), default=np.inf
+        )
+
+    def until(self, objective: float) -> float:
+        """Forward-equivalents after which the best was at most so high; infinite where it never was."""
+        return min(
+            (cost for cost, best in zip(self.spent, self.best, strict=True) if best <= objective), default=np.inf
+        )
+
+
+@dataclass(frozen=True)
+class RacedGrid:
+    """A grid whose points race: the share of its forward compute, and whether its winner is the whole grid's."""
+
+    share: float
+    same_winner: bool
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was measured on a landscape.
+
+    curves     by variant, one a seed
+    reference  the best objective of all that was measured (nats per token), and its coefficients
+    gap        sum_i w_i (g_i - min g) there: at least the regret, were the loss convex (Frank and Wolfe 1956)
+    slopes     g_i - min g by distribution, in nats: 0 where a coefficient is above 0, and at least 0 elsewhere
+    gradient_forwards  seconds of an evaluation with its gradient over one without
+    grid_best, grid_points, raced_grids   the grid's best, its size, and races over it in random orders
+    """
+
+    name: str
+    size: int
+    curves: Mapping[str, tuple[Curve, ...]]
+    reference: float
+    coefficients: Mapping[str, float]
+    gap: float
+    slopes: Mapping[str, float]
+    gradient_forwards: float
+    grid_best: float | None
+    grid_points: int
+    raced_grids: tuple[RacedGrid, ...]
+
+
+@dataclass
+class Untracked:
+    """No MLflow: thousands of runs that nobody looks at."""
+
+    def trial_ended(self, record: TrialRecord) -> None:
+        """Nothing."""
+
+    def reconcile(self, records: Sequence[TrialRecord]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def curve_of(records: Sequence[TrialRecord]) -> Curve:
+    """A run's curve."""
+    spent = np.cumsum([record.forwards for record in records])
+    whole = [np.inf if record.is_partial or record.objective is None else record.objective for record in records]
+    asks = [record.propose_seconds for record in records]
+    return Curve(tuple(spent.tolist()), tuple(np.minimum.accumulate(whole).tolist()), float(np.median(asks)))
+
+
+def explore(landscape: Landscape, path: Path) -> Found:
+    """Every variant, Optuna's Gaussian process and, with four distributions, the grid."""
+    torch.set_num_threads(1)
+    began = perf_counter()
+    longest = {"forwards": LONGEST[len(landscape.tunes)]}
+    told = {
+        name: run(path, f"{landscape.name}.{name}", algorithm, longest | settings)
+        for name, (algorithm, settings) in VARIANTS.items()
+    }
+    grid = run(path, f"{landscape.name}.grid", "grid", {})["grid"] if len(landscape.tunes) == 4 else ()
+    curves = {name: tuple(map(curve_of, runs.values())) for name, runs in told.items()}
+    curves["Optuna's GP"] = tuple(optuna_gp(path, seed) for seed in range(SEEDS))
+    records = [record for runs in told.values() for trials in runs.values() for record in trials]
+    steep = min((one for one in records if one.gradient), key=lambda one: one.rank)
+    slopes = {name: slope - min(steep.gradient.values()) for name, slope in steep.gradient.items()}
+    say(f"{landscape.name}: {perf_counter() - began:.0f} s")
+    return Found(
+        name=landscape.name,
+        size=len(landscape.tunes),
+        curves=curves,
+        reference=min(curve.best[-1] for runs in (*curves.values(), [curve_of(grid or records)]) for curve in runs),
+        coefficients=steep.coefficients.weights,
+        gap=sum(weight * slopes[name] for name, weight in steep.coefficients.weights.items()),
+        slopes=slopes,
+        gradient_forwards=seconds_of(records, True) / seconds_of(records, False),
+        grid_best=curve_of(grid).best[-1] if grid else None,
+        grid_points=len(grid),
+        raced_grids=race_grid(path) if grid else (),
+    )
+
+
+def run(path: Path, name: str, algorithm: str, settings: Mapping[str, Any]) -> Mapping[str, Sequence[TrialRecord]]:
+    """Trials by run of the landscape's study under another name, with these settings of the search."""
+    landscape = config.load(path)
+    search = landscape.search.model_copy(update={"lookahead": 0, **settings})
+    renamed = landscape.model_copy(update={"name": name, "search": search})
+    study = Study(renamed, path, compute=InProcessCompute())
+    return study.compare([algorithm], SEEDS).trials
+
+
+def seconds_of(records: Sequence[TrialRecord], steep: bool) -> float:
+    """Median seconds of scoring all windows, with a gradient or without."""
+    seconds = [one.evaluation.score_seconds for one in records if bool(one.gradient) is steep and not one.is_partial]
+    return float(np.median([one for one in seconds if one]))
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[Question, Ledger, Callable[[Coefficients], float]]]:
+    """A landscape's question, its ledger, and its objective in nats per token, measured where the ledger lacks it."""
+    landscape = config.load(path)
+    sources = gather(landscape, path)
+    question, engine = sources.question(), connect(landscape.storage)
+    ledger = Ledger(engine)
+    with closing(InProcessCompute().residents(build, sources.spec())) as pool:
+        driver, objective = Driver(question, ledger, pool, Silence()), objectives(ledger, question)[SEARCH]
+
+        def measure(coefficients: Coefficients) -> float:
+            composite = question.composite(coefficients)
+            driver.measure([composite], SEARCH)
+            return objective(recall(ledger, question, composite, SEARCH))
+
+        yield question, ledger, measure
+    engine.dispose()
+
+
+def optuna_gp(path: Path, seed: int, trials: int = 40) -> Curve:
+    """Optuna's GPSampler over s / sum s, from the same first observations."""
+    best, asks, told = [], [], list[Trial]()
+    with opened(path) as (question, _, measure):
+        proposer = OptunaSampler(question.space, lambda drawn: GPSampler(seed=drawn))
+        for number in range(trials):
+            began = perf_counter()
+            point = proposer.propose(told, [], np.random.default_rng([seed, number])).coefficients
+            asks.append(perf_counter() - began)
+            told.append(Trial(number, point, "complete", measure(point)))
+            best.append(min(trial.objective for trial in told if trial.objective is not None))
+    return Curve(tuple(range(1, trials + 1)), tuple(best), float(np.median(asks)))
+
+
+def race_grid(path: Path, orders: int = 20) -> tuple[RacedGrid, ...]:
+    """The grid's points one after the other, each racing the best so far, in orders drawn at random.
+
+    Replayed from what the ledger has of the whole grid.
+    """
+    with opened(path) as (question, ledger, measure):
+        corpora, windows = question.corpora[SEARCH], question.sizes(SEARCH)
+        weights = {corpora[name]: weight for name, weight in question.weights.items()}
+        lattice = list(question.space.lattice(10))
+        values = [measure(point) for point in lattice]
+        scores = [ledger.look_up(question.composite(point), tuple(windows), question.scoring) for point in lattice]
+        return tuple(
+            _race(np.random.default_rng(order).permutation(len(lattice)), values, scores, weights, windows)
+            for order in range(orders)
+        )
+
+
+def _race(
+    order: NDArray[np.int64],
+    values: Sequence[float],
+    scores: Sequence[Mapping[str, Score]],
+    weights: Mapping[str, float],
+    windows: Mapping[str, int],
+) -> RacedGrid:
+    """A raced grid in one order."""
+    best, seen = int(order[0]), sum(windows.values())
+    for point in order[1:]:
+        ended = replay(Race(scores[best], weights), scores[point], windows)
+        assert ended is not None
+        looked_at = sum(len(score.nats_W) for score in ended.values())
+        seen += looked_at
+        if looked_at == sum(windows.values()) and values[point] < values[best]:
+            best = int(point)
+    return RacedGrid(seen / (len(order) * sum(windows.values())), best == int(np.argmin(values)))
+
+
+def quartiles(values: Sequence[float], form: str = ".1e") -> str:
+    """Median and quartiles, for people."""
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75], method="inverted_cdf")
+    return f"{middle:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def regret_table(found: Sequence[Found], size: int) -> list[list[str]]:
+    """Regret in nats per token by variant and mark: median and quartiles over landscapes and seeds."""
+    of_size = [one for one in found if one.size == size]
+    rows = [["algorithm", *(f"{mark} FE" for mark in MARKS), "ask, s"]]
+    for name in of_size[0].curves:
+        curves = [(curve, one.reference) for one in of_size for curve in one.curves[name]]
+        cells = [quartiles([curve.at(mark) - reference for curve, reference in curves]) for mark in MARKS]
+        last = max(max(curve.spent) for curve, _ in curves)
+        shown = [cell if mark <= last + 3 else "" for cell, mark in zip(cells, MARKS, strict=True)]
+        rows.append([name, *shown, f"{np.median([curve.ask_seconds for curve, _ in curves]):.2f}"])
+    return rows
+
+
+def targets(found: Sequence[Found]) -> list[str]:
+    """What the search must reach, and what it reached."""
+    lines = []
+    for size, levels in ((4, (2e-3, 1e-3)), (8, (5e-3, 1e-3))):
+        of_size = [one for one in found if one.size == size]
+        for level in levels:
+            ratios = [
+                raced.until(one.reference + level) / plain.until(one.reference + level)
+                for one in of_size
+                for raced, plain in zip(one.curves["simplex-gp, racing"], one.curves["simplex-gp"], strict=True)
+            ]
+            known = [ratio for ratio in ratios if np.isfinite(ratio)]
+            lines.append(f"{size}: racing needs {quartiles(known, '.2f')} of the tokens to a regret of {level:g} nats")
+        steep = [one.gradient_forwards for one in of_size]
+        lines.append(f"{size}: an evaluation with its gradient took {quartiles(steep, '.1f')} times one without")
+    for one in found:
+        zeros = [name for name, weight in one.coefficients.items() if not weight]
+        least = min((one.slopes[name] for name in zeros), default=None)
+        lines.append(
+            f"{one.name}: best known {one.reference:.5f}, Frank-Wolfe gap {one.gap:.1e} nats; "
+            f"zeros: {', '.join(zeros) or 'none'}" + (f", least slope {least:.4f}" if least is not None else "")
+        )
+    grids = [one for one in found if one.grid_best is not None]
+    for name in ("simplex-gp", "simplex-gp, racing"):
+        shares = [
+            curve.until(one.grid_best) / one.grid_points for one in grids for curve in one.curves[name] if one.grid_best
+        ]
+        lines.append(f"4: {name} reached the grid's best for {quartiles(shares, '.1%')} of its forward compute")
+    races = [race for one in grids for race in one.raced_grids]
+    lines.append(
+        f"4: a raced grid cost {quartiles([race.share for race in races], '.1%')} of a whole one; "
+        f"the same winner in {sum(race.same_winner for race in races)} of {len(races)}"
+    )
+    return lines
+
+
+def say(text: str) -> None:
+    """A line for people, at once."""
+    print(text, flush=True)
+
+
+def main() -> None:
+    """All landscapes, two at a time."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tuned", action="store_true", help="the landscapes that settings were chosen on")
+    given = parser.parse_args()
+    began, landscapes = perf_counter(), TUNED_ON if given.tuned else REPORTED
+    Study._tracker = lambda study, search: Untracked()  # type: ignore[assignment,method-assign]
+    paths = [make_landscape(landscape, given.folder, say) for landscape in landscapes]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
+        found = list(pool.map(explore, landscapes, paths))
+    (given.folder / "search.json").write_text(json.dumps([asdict(one) for one in found], indent=1))
+    for size in (4, 8):
+        say(f"\nRegret, nats per token, {size} distributions: median [quartiles]\n")
+        for row in regret_table(found, size) if any(one.size == size for one in found) else []:
+            say("| " + " | ".join(row) + " |")
+    say("\n" + "\n".join(targets(found)))
+    say(f"\n{perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""A Summary -> tables of texts, told the same in terminal and report."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import exp
+
+from dashboards.look import ABSENT, told
+from dem_opt.comparison import Comparison, Regret, Row, compare
+from dem_opt.records import Margin, Standing, Summary
+
+SPLITS = {"search": "search split", "held_out": "held-out split"}
+"""The splits, and what a reader calls them."""
+
+_BREAK = "\n"
+
+MOST_MARKS = 3
+"""Of how many costs a comparison's table tells regrets: the first, the last and those between."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts.
+
+    lowest  cells (row, column) that hold the lowest NLL, objective or perplexity of their column
+    words   how many columns from the left hold words, the others numbers
+    """
+
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    lowest: frozenset[tuple[int, int]] = frozenset()
+    words: int = 1
+
+
+def final_table(summary: Summary, split: str) -> Table:
+    """The standings on one split: NLL of each corpus in nats per token, then the objective.
+
+    That is the weighted mean, followed by perplexity exp(mean), or the worst regret.  Then what finding the composite
+    took: evaluations, forward-equivalents (FE), seconds.  A composite that violates what is protected, on the search
+    split, says by how many nats per token.
+    """
+    objective = ("worst regret",) if summary.worst else ("mean", "perplexity")
+    headers = ("composite", *summary.weights, *objective, "evals", "FE", "seconds")
+    values = [_values(standing, split, summary) for standing in summary.standings]
+    lowest = {(row, column) for column, each in enumerate(zip(*values, strict=True), 1) for row in _lowest(each)}
+    rows = tuple(
+        (_label(standing), *_numbers(known, summary), *_costs(standing))
+        for standing, known in zip(summary.standings, values, strict=True)
+    )
+    return Table(headers, rows, frozenset(lowest))
+
+
+def top_table(summary: Summary) -> Table:
+    """The best composites of the search split with the objective on both splits, and held-out minus search."""
+    rows = []
+    for place, one in enumerate(summary.top, start=1):
+        search, held_out = (one.objective.get(split) for split in SPLITS)
+        gap = None if search is None or held_out is None else held_out - search
+        shown = ABSENT if gap is None else f"{gap:+.4f}"
+        rows.append((str(place), told(one.coefficients) + _over(one), number(search), number(held_out), shown))
+    return Table(("no.", "coefficients", "search", "held-out", "gap"), tuple(rows), words=2)
+
+
+def margin_table(summary: Summary) -> Table:
+    """The winner's margin over each rival in nats per token, its 95% paired interval, and what that shows."""
+    headers = ("rival", *(f"{words}\n[95% interval]" for words in SPLITS.values()), "the winner is")
+    rivals = dict.fromkeys(margin.rival for margin in summary.margins)
+    found = {(margin.rival, margin.split): margin for margin in summary.margins}
+    rows = [(rival, [found.get((rival, split)) for split in SPLITS]) for rival in rivals]
+    return Table(headers, tuple((rival, *map(_interval, pair), _verdict(pair)) for rival, pair in rows))
+
+
+def trial_table(summary: Summary) -> Table:
+    """Each search's trials: how many were scored whole, stopped early or failed, what they took, and why it ended."""
+    headers = ("search", "ended after", "failures", "whole", "stopped early", "failed", "FE", "measuring", "proposing")
+    rows = []
+    for run in (run for row in compare(summary).rows for run in row.runs):
+        failed = [record for record in summary.trials[run.name] if record.objective is None]
+        reasons = "; ".join(dict.fromkeys(record.reason or "unknown" for record in failed)) or ABSENT
+        counts = (run.trials - run.partial - run.failed, run.partial, run.failed)
+        spent = (f"{run.forwards:,.1f}", f"{run.measuring:.1f} s", f"{run.asking:.1f} s")
+        rows.append((run.name, run.stopped or ABSENT, reasons, *map(str, counts), *spent))
+    return Table(headers, tuple(rows), words=3)
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Regret in nats per token at some costs, by algorithm: the median over runs, and below it the quartiles.
+
+    Of the grid it is the mean over all orders of its points.  FE is what all runs spent together; proposing is the
+    median over trials.
+    """
+    count = len(comparison.marks)
+    places = sorted({i * (count - 1) // (MOST_MARKS - 1) for i in range(MOST_MARKS)}) if count else []
+    marks = [f"at {comparison.marks[place]:,.0f} FE" for place in places]
+    headers = ("algorithm", "runs", "FE in all", *marks, "proposing")
+    rows = tuple(
+        (
+            row.algorithm + (" (mean)" if row.is_expected else ""),
+            str(len(row.runs)),
+            f"{row.forwards:,.1f}",
+            *(_regret(row.regrets[place]) for place in places),
+            _ask(row),
+        )
+        for row in comparison.rows
+    )
+    return Table(headers, rows)
+
+
+def number(value: float | None) -> str:
+    """Nats per token, to a ten-thousandth."""
+    return ABSENT if value is None else f"{value:.4f}"
+
+
+def _values(standing: Standing, split: str, summary: Summary) -> list[float | None]:
+    """What is compared: NLL of each corpus, the objective, and of a mean its perplexity; None where not scored."""
+    scores, objective = standing.scores.get(split, {}), standing.objective.get(split)
+    values = [*(scores[name].nll if name in scores else None for name in summary.weights), objective]
+    return values if summary.worst else [*values, None if objective is None else exp(objective)]
+
+
+def _numbers(values: Sequence[float | None], summary: Summary) -> list[str]:
+    if summary.worst:
+        return [number(value) for value in values]
+    *nll, perplexity = values
+    return [*map(number, nll), ABSENT if perplexity is None else f"{perplexity:.3f}"]
+
+
+def _costs(standing: Standing) -> tuple[str, str, str]:
+    return f"{standing.evaluations:,}", f"{standing.forwards:,.1f}", f"{standing.seconds:.1f}"
+
+
+def _label(standing: Standing) -> str:
+    return standing.label + _over(standing)
+
+
+def _over(standing: Standing) -> str:
+    return f" (protect: +{standing.violation:.3f} over)" if standing.violation else ""
+
+
+def _lowest(values: Iterable[float | None]) -> list[int]:
+    """Rows of the lowest value, among at least two."""
+    known = {row: value for row, value in enumerate(values) if value is not None}
+    return [row for row, value in known.items() if value == min(known.values())] if len(known) > 1 else []
+
+
+def _interval(margin: Margin | None) -> str:
+    return ABSENT if margin is None else f"{margin.mean:+.4f} [{margin.low:+.4f}, {margin.high:+.4f}]"
+
+
+def _verdict(margins: Sequence[Margin | None]) -> str:
+    """What the intervals show: one word where the splits agree, else a word for each."""
+    words = {
+        SPLITS[margin.split]: "better" if margin.low > 0 else "worse" if margin.high < 0 else "not told apart"
+        for margin in margins
+        if margin is not None
+    }
+    if len(set(words.values())) == 1:
+        return next(iter(words.values()))
+    short = {split.removesuffix(" split"): word for split, word in words.items()}
+    return ";\n".join(f"{split}:{' ' if len(word) < 7 else _BREAK}{word}" for split, word in short.items())
+
+
+def _regret(regret: Regret | None) -> str:
+    if regret is None:
+        return ABSENT
+    quartiles = "" if regret.low is None or regret.high is None else f"\n[{regret.low:.4f}, {regret.high:.4f}]"
+    return f"{regret.median:.4f}{quartiles}"
+
+
+def _ask(row: Row) -> str:
+    return f"{row.ask:.3f} s"

@@ -1,0 +1,130 @@
+"""The covariance of a merge's loss over shares, and its derivatives in both arguments.
+
+Shape suffixes beside the project's: M and N points, G points at which a gradient was observed, F shares.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+CONSTANT = 25.0
+"""Prior variance of the constant, in standardised values."""
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """The covariance of f: a constant, a prior over quadratics about the centroid, and what is neither.
+
+    k(x, y) = c + b^2 L^2 + E,    L = 1 + 2 <x - 1/F, y - 1/F>,    E = s^2 exp(-sum_i q_i r_i^2 / 2),  r = x - y
+
+    A merge's loss is nearly quadratic in the shares x, so the middle term tells most of it from few observations.
+    """
+
+    precision_F: Array
+    """q_i, one over a lengthscale squared"""
+    bell: float
+    """s^2"""
+    bowl: float
+    """b^2"""
+    noise: float = 0.0
+    """Variance of an observation's noise; no part of k."""
+
+    @classmethod
+    def of(cls, theta: Array) -> Self:
+        """From logarithms: F lengthscales, s, b, and the noise's variance."""
+        *_, bell, bowl = np.exp(2 * theta[:-1])
+        return cls(np.exp(-2 * theta[:-3]), float(bell), float(bowl), float(np.exp(theta[-1])))
+
+    def parts(self, x_MF: Array, y_NF: Array) -> tuple[Array, Array]:
+        """E and L, each [M, N]."""
+        squares_MNF = (x_MF[:, None, :] - y_NF[None, :, :]) ** 2
+        return self.bell * np.exp(-0.5 * squares_MNF @ self.precision_F), 1 + 2 * centred(x_MF) @ centred(y_NF).T
+
+    def value(self, x_MF: Array, y_NF: Array) -> Array:
+        """k(x, y), [M, N]."""
+        bell_MN, line_MN = self.parts(x_MF, y_NF)
+        return CONSTANT + self.bowl * line_MN**2 + bell_MN
+
+    def slope(self, x_MF: Array, y_GF: Array) -> Array:
+        """dk/dy_j = E q_j r_j + 4 b^2 L (x_j - 1/F),  [M, G, F]."""
+        bell_MG, line_MG = self.parts(x_MF, y_GF)
+        steep_MGF = (x_MF[:, None, :] - y_GF[None, :, :]) * self.precision_F
+        return bell_MG[..., None] * steep_MGF + 4 * self.bowl * line_MG[..., None] * centred(x_MF)[:, None, :]
+
+    def curve(self, x_MF: Array, y_GF: Array) -> Array:
+        """d2k/dx_i dy_j, [M, G, F, F]:
+
+        E (q_i [i = j] - q_i r_i q_j r_j) + b^2 (8 (y_i - 1/F) (x_j - 1/F) + 4 L [i = j]) .
+        """
+        bell_MG, line_MG = self.parts(x_MF, y_GF)
+        steep_MGF = (x_MF[:, None, :] - y_GF[None, :, :]) * self.precision_F
+        same_FF = np.eye(len(self.precision_F))
+        bell_MGFF = np.diag(self.precision_F) - steep_MGF[..., :, None] * steep_MGF[..., None, :]
+        crossed_MGFF = centred(y_GF)[None, :, :, None] * centred(x_MF)[:, None, None, :]
+        bowl_MGFF = 8 * crossed_MGFF + 4 * line_MG[..., None, None] * same_FF
+        curve_MGFF: Array = bell_MG[..., None, None] * bell_MGFF + self.bowl * bowl_MGFF
+        return curve_MGFF
+
+    def variance(self, x_MF: Array) -> tuple[Array, Array]:
+        """k(x, x) and its gradient  8 b^2 (1 + 2 |x - 1/F|^2) (x - 1/F)."""
+        line_M1 = 1 + 2 * (centred(x_MF) ** 2).sum(axis=1, keepdims=True)
+        return CONSTANT + self.bowl * line_M1[:, 0] ** 2 + self.bell, 8 * self.bowl * line_M1 * centred(x_MF)
+
+    def pull(self, x_MF: Array, y_NF: Array, weights_MN: Array) -> Array:
+        """d/dx of  sum_n weights_n k(x, y_n),  [M, F]."""
+        bell_MN, line_MN = self.parts(x_MF, y_NF)
+        pulled_MN = weights_MN * bell_MN
+        bell_MF = (pulled_MN @ y_NF - pulled_MN.sum(axis=1, keepdims=True) * x_MF) * self.precision_F
+        pull_MF: Array = bell_MF + 4 * self.bowl * (weights_MN * line_MN) @ centred(y_NF)
+        return pull_MF
+
+    def pull_slopes(self, x_MF: Array, y_GF: Array, weights_MGF: Array) -> Array:
+        """d/dx of  sum_gj weights_gj dk(x, y_g)/dy_j,  [M, F].
+
+        E (q_i W_i - q_i r_i u) + b^2 (8 <W, x - 1/F> (y_i - 1/F) + 4 L W_i) ,  u = sum_j W_j q_j r_j ,  summed over g.
+        """
+        bell_MG, line_MG = self.parts(x_MF, y_GF)
+        apart_MGF = x_MF[:, None, :] - y_GF[None, :, :]
+        along_MG = ((weights_MGF * apart_MGF) @ self.precision_F) * bell_MG
+        bell_MF = np.einsum("mg,mgf->mf", bell_MG, np.broadcast_to(weights_MGF, apart_MGF.shape), optimize=True)
+        bell_MF = (bell_MF - np.einsum("mg,mgf->mf", along_MG, apart_MGF, optimize=True)) * self.precision_F
+        inner_MG = (weights_MGF * centred(x_MF)[:, None, :]).sum(axis=-1)
+        bowl_MF = 8 * inner_MG @ centred(y_GF) + 4 * (line_MG[..., None] * weights_MGF).sum(axis=1)
+        pull_MF: Array = bell_MF + self.bowl * bowl_MF
+        return pull_MF
+
+    def by_precision(self, x_MF: Array, y_NF: Array, weights: Array) -> Array:
+        """d/dq of the bell's part of  sum W k,  sum W_j dk/dy_j  or  sum W_ij d2k/dx_i dy_j  over all pairs, [F].
+
+        weights are [M, N], [M, N, F] or [M, N, F, F].  With  v_i = q_i r_i ,  d/dq_f of
+            W E              is  -r_f^2 / 2  times it
+            W_j E v_j        is  that, and  E W_f r_f
+            W_ij E (q_i [i = j] - v_i v_j)   is  that, and  E (W_ff - r_f sum_j (W_fj + W_jf) v_j)
+        """
+        bell_MN, _ = self.parts(x_MF, y_NF)
+        apart_MNF = x_MF[:, None, :] - y_NF[None, :, :]
+        steep_MNF = apart_MNF * self.precision_F
+        own_MNF = np.zeros_like(apart_MNF)
+        if weights.ndim == 2:
+            total_MN = weights
+        elif weights.ndim == 3:
+            total_MN, own_MNF = (weights * steep_MNF).sum(axis=-1), weights * apart_MNF
+        else:
+            along_MNF = (weights @ steep_MNF[..., None])[..., 0]
+            across_MNF = (steep_MNF[..., None, :] @ weights)[..., 0, :]
+            straight_MNF = np.diagonal(weights, axis1=-2, axis2=-1)
+            total_MN = straight_MNF @ self.precision_F - (along_MNF * steep_MNF).sum(axis=-1)
+            own_MNF = straight_MNF - apart_MNF * (along_MNF + across_MNF)
+        by_MNF = own_MNF - 0.5 * apart_MNF**2 * total_MN[..., None]
+        by_F: Array = np.einsum("mn,mnf->f", bell_MN, by_MNF, optimize=True)
+        return by_F
+
+
+def centred(points_MF: Array) -> Array:
+    """Shares from the centroid."""
+    centred_MF: Array = points_MF - 1 / points_MF.shape[1]
+    return centred_MF

@@ -1,0 +1,227 @@
+"""What came of a trial: its record, from Optuna and the ledger, and what Optuna is told of it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dem_opt.ledger import Ledger
+from dem_opt.question import SEARCH, SPLITS, Question
+from dem_opt.racing import Race, first, replay
+from dem_opt.records import (
+    GRADIENT_FORWARDS,
+    PENALTY,
+    Composite,
+    Evaluation,
+    Failure,
+    Gradient,
+    Objective,
+    Score,
+    TrialRecord,
+    violation,
+)
+from dem_opt.search import Proposal, Search, Trial
+
+
+def recall(
+    ledger: Ledger, question: Question, composite: Composite, split: str, whole: bool = True
+) -> dict[str, Score]:
+    """Scores of a composite by distribution, those that the ledger has of all windows, or of any."""
+    known = ledger.look_up(composite, question.keys(split), question.scoring)
+    enough = question.windows(split) if whole else 1
+    by_name = question.corpora[split].items()
+    return {name: known[key] for name, key in by_name if key in known and len(known[key].nats_W) >= enough}
+
+
+def is_known(ledger: Ledger, question: Question, composite: Composite, split: str) -> bool:
+    """Whether the ledger has a composite's scores on all of a split."""
+    return len(recall(ledger, question, composite, split)) == len(question.corpora[split])
+
+
+def base_scores(ledger: Ledger, question: Question, split: str = SEARCH) -> dict[str, Score]:
+    """The base's scores by distribution."""
+    return recall(ledger, question, Composite.single(question.base), split)
+
+
+def objectives(ledger: Ledger, question: Question) -> dict[str, Objective]:
+    """What is minimized, by split: for regrets, of the splits on which the ledger has every fine-tune's scores."""
+    if not question.worst:
+        return dict.fromkeys(SPLITS, Objective(question.weights))
+    made = {}
+    for split in SPLITS:
+        own = {
+            name: recall(ledger, question, Composite.single(content), split)
+            for name, content in question.experts.items()
+        }
+        if all(name in scores for name, scores in own.items()):
+            made[split] = Objective(question.weights, {name: scores[name] for name, scores in own.items()})
+    return made
+
+
+def exceeded(ledger: Ledger, question: Question, scores: Mapping[str, Score]) -> float:
+    """The violation of whole scores on the search split, in nats per token, against the base's in the ledger."""
+    if not question.protect:
+        return 0.0
+    return violation(scores, base_scores(ledger, question), question.protect)
+
+
+def race_against(ledger: Ledger, question: Question, rival: Trial | None) -> Race | None:
+    """A race against an incumbent; None without one, and for the largest regret, of which paired means tell nothing."""
+    if rival is None or question.worst:
+        return None
+    weights: dict[str, float] = {}
+    for name, key in question.corpora[SEARCH].items():
+        weights[key] = weights.get(key, 0.0) + question.weights[name]
+    scores = ledger.look_up(question.composite(rival.coefficients), question.keys(SEARCH), question.scoring)
+    return Race(scores, {key: weight for key, weight in weights.items() if weight})
+
+
+def trial_record(
+    ledger: Ledger,
+    question: Question,
+    study: str,
+    proposal: Proposal,
+    answer: Evaluation | Failure,
+    race: Race | None = None,
+    gradient: bool = False,
+) -> TrialRecord:
+    """What came of a proposal.  The scores are the ledger's: those just measured and those that it had."""
+    if isinstance(answer, Failure):
+        return TrialRecord(
+            study,
+            proposal.number,
+            proposal.coefficients,
+            None,
+            propose_seconds=proposal.seconds,
+            reason=answer.reason,
+            forwards=0.0,
+        )
+    composite = question.composite(proposal.coefficients)
+    seen = recall(ledger, question, composite, SEARCH, whole=False)
+    if race is not None:
+        seen = _at_the_end(question, race, seen)
+        if any(len(score.nats_W) < question.windows(SEARCH) for score in seen.values()):
+            return _stopped(ledger, question, study, proposal, answer, race, seen)
+    measured = ledger.gradients(composite, question.keys(SEARCH), question.scoring) if gradient else {}
+    return TrialRecord(
+        study,
+        proposal.number,
+        proposal.coefficients,
+        objectives(ledger, question)[SEARCH](seen),
+        seen,
+        answer,
+        proposal.seconds,
+        violation=exceeded(ledger, question, seen),
+        forwards=GRADIENT_FORWARDS if gradient else 1.0,
+        gradient=slope(ledger, question, seen, measured) if gradient else {},
+    )
+
+
+def _at_the_end(question: Question, race: Race, seen: Mapping[str, Score]) -> dict[str, Score]:
+    """Scores as they were at the look that ended the race."""
+    by_key = {question.corpora[SEARCH][name]: score for name, score in seen.items()}
+    ended = replay(race, by_key, question.sizes(SEARCH))
+    assert ended is not None, "a race that was run is known to its end"
+    return {name: ended[key] for name, key in question.corpora[SEARCH].items()}
+
+
+def _stopped(
+    ledger: Ledger,
+    question: Question,
+    study: str,
+    proposal: Proposal,
+    answer: Evaluation,
+    race: Race,
+    seen: Mapping[str, Score],
+) -> TrialRecord:
+    """The record of a trial that lost its race: control-variate estimates in the place of means."""
+    by_key = {key: seen[name] for name, key in question.corpora[SEARCH].items()}
+    estimate = race.estimate(by_key)
+    rival = {name: race.rival[key] for name, key in question.corpora[SEARCH].items()}
+    base, over = base_scores(ledger, question), 0.0
+    for name, allowance in question.protect.items():
+        apart = seen[name].nll - first(rival[name], len(seen[name].nats_W)).nll
+        over += max(0.0, rival[name].nll + apart - base[name].nll - allowance)
+    return TrialRecord(
+        study,
+        proposal.number,
+        proposal.coefficients,
+        Objective(question.weights)(rival) + estimate.difference,
+        seen,
+        answer,
+        proposal.seconds,
+        violation=over,
+        forwards=sum(len(score.nats_W) for score in by_key.values()) / (len(by_key) * question.windows(SEARCH)),
+        error=max(estimate.error, 1e-12),
+    )
+
+
+def slope(
+    ledger: Ledger, question: Question, scores: Mapping[str, Score], gradients: Mapping[str, Gradient]
+) -> dict[str, float]:
+    """d penalized / d w_i in nats per token by distribution, from gradients by corpus.
+
+    sum over corpora of  (share + PENALTY [what is protected is violated])  d NLL / d w_i .
+    """
+    shares = objectives(ledger, question)[SEARCH].shares(scores)
+    base = base_scores(ledger, question) if question.protect else {}
+    for name, allowance in question.protect.items():
+        if scores[name].nll > base[name].nll + allowance:
+            shares[name] = shares.get(name, 0.0) + PENALTY
+    corpora = question.corpora[SEARCH]
+    return {
+        expert: sum(share * gradients[corpora[name]][content] / scores[name].tokens for name, share in shares.items())
+        for expert, content in question.experts.items()
+    }
+
+
+def attributes(record: TrialRecord) -> dict[str, Any]:
+    """What Optuna keeps of a trial beside its objective: perplexities for people, else for `recorded` and samplers."""
+    costs = {
+        "forwards": record.forwards,
+        "forward_tokens": record.evaluation.forward_tokens,
+        "merge_seconds": record.evaluation.merge_seconds,
+        "score_seconds": record.evaluation.score_seconds,
+        "propose_seconds": record.propose_seconds,
+    }
+    if record.reason:
+        return costs | {"reason": record.reason}
+    told: dict[str, Any] = {"perplexity": {name: score.perplexity for name, score in record.scores.items()}}
+    if record.violation:
+        told["violation"] = record.violation
+    if record.gradient:
+        told["gradient"] = dict(record.gradient)
+    if record.is_partial:
+        seen = {name: len(score.nats_W) for name, score in record.scores.items()}
+        told |= {"partial": True, "objective": record.objective, "error": record.error, "windows": seen}
+    return costs | told
+
+
+def recorded(ledger: Ledger, question: Question, study: str, trial: Trial) -> TrialRecord:
+    """The record of a finished trial, from Optuna and the ledger."""
+    told = trial.attributes
+    evaluation = Evaluation(
+        {}, told.get("forward_tokens", 0), told.get("merge_seconds", 0.0), told.get("score_seconds", 0.0)
+    )
+    proposal = Proposal(trial.number, trial.coefficients, told.get("propose_seconds", 0.0))
+    if trial.objective is None:
+        return trial_record(ledger, question, study, proposal, Failure(told["reason"]))
+    if not trial.error:
+        return trial_record(ledger, question, study, proposal, evaluation, gradient=bool(trial.gradient))
+    seen = recall(ledger, question, question.composite(trial.coefficients), SEARCH, whole=False)
+    return TrialRecord(
+        study,
+        trial.number,
+        trial.coefficients,
+        told["objective"],
+        {name: first(seen[name], windows) for name, windows in told["windows"].items()},
+        evaluation,
+        proposal.seconds,
+        violation=told.get("violation", 0.0),
+        forwards=trial.forwards,
+        error=trial.error,
+    )
+
+
+def finished(ledger: Ledger, question: Question, search: Search) -> list[TrialRecord]:
+    """Records of the trials that are told, in the order of their numbers."""
+    told = (trial for trial in search.trials() if trial.state != "running")
+    return [recorded(ledger, question, search.name, trial) for trial in told]

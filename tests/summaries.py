@@ -1,0 +1,117 @@
+"""Made-up studies with random scores, for whatever draws or tells them."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from dem_opt.records import Evaluation, Margin, Score, Standing, Summary, TrialRecord, mean_nll
+from dem_opt.simplex import UNIT, Coefficients, Space
+
+SPLITS = ("search", "held_out")
+RUNS = ("grid", "simplex-gp", "simplex-gp@1", "new")
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "</script><img src=http://e.example/x>",
+    "%{x}$a$ 'q' \"d\" &lt;b&gt;",
+    "n" * 64,
+)
+CASES = {
+    "one": {"names": ("a",)},
+    "two": {"names": ("a", "b")},
+    "three": {"names": ("code", "math", "prose")},
+    "four": {"names": ("code", "math", "prose", "records")},
+    "eight": {"names": tuple("abcdefgh"), "trials": 40},
+    "hostile": {"names": HOSTILE, "study": HOSTILE[0]},
+    "hostile three": {"names": HOSTILE[:3], "label": HOSTILE[1]},
+    "one run": {"names": ("a", "b", "c"), "runs": ("simplex-gp",)},
+    "many runs": {"names": ("a", "b", "c"), "runs": ("grid", *(f"tpe@{k}" for k in range(9)), "cmaes", "gradient")},
+    "one trial": {"names": ("a", "b", "c"), "trials": 1},
+    "partial only": {"names": ("a", "b"), "outcome": "partial"},
+    "failures only": {"names": ("a", "b", "c"), "outcome": "failed"},
+    "no trials": {"names": ("a", "b", "c"), "trials": 0},
+    "worst": {"names": ("a", "b", "c"), "worst": True},
+    "base wins": {"names": ("a", "b", "c", "d"), "outcome": "failed", "baselines": False},
+}
+
+
+def a_trial(
+    number: int,
+    objective: float | None,
+    forwards: float = 1.0,
+    error: float = 0.0,
+    violation: float = 0.0,
+    seconds: float = 0.0,
+) -> TrialRecord:
+    """A trial of two distributions of which only the numbers matter."""
+    point = Space(("a", "b")).centroid()
+    reason = "" if objective is not None else "nan"
+    return TrialRecord(
+        "s",
+        number,
+        point,
+        objective,
+        propose_seconds=seconds,
+        reason=reason,
+        violation=violation,
+        forwards=forwards,
+        error=error,
+    )
+
+
+def of_trials(trials: Mapping[str, Sequence[TrialRecord]], **fields: object) -> Summary:
+    """A summary of nothing but trials."""
+    frozen = {run: tuple(records) for run, records in trials.items()}
+    return Summary("s", {"a": 1.0, "b": 1.0}, (), (), frozen, {}, **fields)
+
+
+def a_summary(
+    names: Sequence[str],
+    trials: int = 12,
+    outcome: str = "",
+    baselines: bool = True,
+    study: str = "example",
+    label: str = "best of simplex-gp",
+    runs: Sequence[str] = RUNS,
+    worst: bool = False,
+) -> Summary:
+    """A study with random scores; the winner stands last, whatever its score.
+
+    Of five trials one failed, and of those of a search other than the grid one was stopped; `outcome` ("failed" or
+    "partial") says how all ended.
+    """
+    rng = np.random.default_rng(0)
+    space = Space(tuple(names))
+    weights = dict.fromkeys(names, 1.0)
+
+    def scores(windows: int = 3) -> dict[str, Score]:
+        return {name: Score(tuple(rng.uniform(200, 300, windows)), (90, 100, 110)[:windows]) for name in names}
+
+    def trial(run: str, number: int) -> TrialRecord:
+        name, point = f"{study}/{run}", space.sample(rng)
+        if outcome == "failed" or (not outcome and number % 5 == 4):
+            return TrialRecord(name, number, point, None, reason=f"window <0> is nan {study}", forwards=0.0)
+        is_partial = outcome == "partial" or (number % 5 == 3 and run != "grid")
+        found = scores(1 if is_partial else 3)
+        cost = {"forwards": 1 / 3, "error": 0.01} if is_partial else {}
+        evaluation = Evaluation({}, 900, 0.1, 0.2)
+        return TrialRecord(name, number, point, mean_nll(found, weights), found, evaluation, 0.05, **cost)
+
+    def standing(label: str, role: str, coefficients: Coefficients | None, algorithm: str = "") -> Standing:
+        found = {split: scores() for split in SPLITS}
+        objective = {split: mean_nll(each, weights) for split, each in found.items()}
+        return Standing(label, role, algorithm, coefficients, found, objective, 1, 900, 0.3)
+
+    found = {run: tuple(trial(run, i) for i in range(trials)) for run in runs}
+    standings = [standing("base", "base", None)]
+    if baselines:
+        alone = [Coefficients(tuple((one, UNIT * (one == name)) for one in space.names)) for name in names]
+        standings += [standing(name, "single", point) for name, point in zip(names, alone, strict=True)]
+        standings += [standing("uniform", "uniform", space.centroid())]
+    top: tuple[Standing, ...] = ()
+    if not outcome and trials:
+        standings += [standing(label, "best", space.sample(rng), "simplex-gp")]
+        top = tuple(standing(f"no. {place}", "top", space.sample(rng)) for place in range(1, 6))
+    margins = tuple(Margin(each.label, split, 0.1, -0.1, 0.3) for each in standings[:-1] for split in SPLITS)
+    facts = {"study": study, "command": "dem-opt run"}
+    stopped = {run: f"all {trials} planned trials of <{study}>" for run in runs}
+    return Summary(study, weights, tuple(standings), margins, found, facts, top, stopped, worst)
