@@ -34,7 +34,7 @@ def best_so_far(summary: Summary) -> go.Figure:
         f"The lowest {what} on the search split that a search had found for so many forward-equivalents (full passes "
         "over the search split). Trials that were stopped count by their windows, and are never the best."
     )
-    description = f"The {what} in nats per token: {'; '.join(words) or 'no trial was scored'}."
+    description = f"The {what} in nats per token: {'; '.join(words) or 'no trial was scored whole'}."
     return finish(figure, "Best so far", reading, description, 420)
 
 
@@ -55,17 +55,18 @@ def comparison_figure(comparison: Comparison) -> go.Figure:
         last = row.curve[-1]
         words.append(f"{row.algorithm} {last.median:.4f} for {last.forwards:.1f} forward-equivalents")
     _cost_axis(figure)
-    ticks = [10**power for power in range(-5, 3)]
-    figure.update_yaxes(title="regret (nats per token, log scale)", type="log", tickvals=ticks, tickformat="~g")
+    ticks = [digit * 10.0**power for power in range(-5, 3) for digit in (1, 3)]
+    title = {"text": "regret (nats per token, log scale)", "standoff": 12}
+    figure.update_yaxes(title=title, type="log", tickvals=ticks, tickformat="~g")
     if not words:
         _say_nothing(figure)
     reading = (
         "Regret: the best whole trial's objective on the search split minus the lowest that any search found. Lines "
         "are medians over runs, bands reach from the lower to the upper quartile. Dashed: the mean over all orders of "
-        f"the grid's points. Regrets below {FLOOR:.5f} nats per token are drawn at {FLOOR:.5f}. A forward-equivalent is "
-        "one full pass over the search split; a search that ended keeps what it had."
+        f"the grid's points. Regrets below {FLOOR:.5f} nats per token are drawn at {FLOOR:.5f}. A forward-equivalent "
+        "is one full pass over the search split; a search that ended keeps what it had."
     )
-    description = f"Median regret in nats per token: {'; '.join(words) or 'no trial was scored'}."
+    description = f"Median regret in nats per token: {'; '.join(words) or 'no trial was scored whole'}."
     return finish(figure, "Regret against cost", reading, description, 440)
 
 
@@ -135,4 +136,4 @@ def _cost_axis(figure: go.Figure) -> None:
 
 def _say_nothing(figure: go.Figure) -> None:
     place = {"xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5}
-    figure.add_annotation(text="no trial was scored", showarrow=False, **place)
+    figure.add_annotation(text="no trial was scored whole", showarrow=False, **place)

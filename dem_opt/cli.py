@@ -178,7 +178,8 @@ def _compare(given: argparse.Namespace) -> None:
     if given.reweight is not None:
         _reweight(given)
         return
-    algorithms, seeds = given.algorithms or ALGORITHMS, 1 if given.seeds is None else given.seeds
+    algorithms = ALGORITHMS if given.algorithms is None else given.algorithms
+    seeds = 1 if given.seeds is None else given.seeds
     if seeds < 1:
         raise InputError(None, "--seeds", seeds, "an algorithm is run at least once")
     with terminal.Progressing(quiet=given.json) as watching:

@@ -302,3 +302,10 @@ def _project_uncapped(points_MF: NDArray[np.float64]) -> NDArray[np.float64]:
     threshold_M1 = np.take_along_axis(excess_MF, support_M1, axis=-1) / (support_M1 + 1)
     projected_MF: NDArray[np.float64] = np.maximum(points_MF - threshold_M1, 0.0)
     return projected_MF
+
+
+def plane(count: int) -> NDArray[np.float64]:
+    """An orthonormal basis of the plane of constant sum, [F, F - 1]: Helmert's contrasts."""
+    helmert_FF = np.triu(np.ones((count, count)), 1) - np.diag(np.arange(count))
+    basis_FD: NDArray[np.float64] = helmert_FF[:, 1:] / np.linalg.norm(helmert_FF[:, 1:], axis=0)
+    return basis_FD

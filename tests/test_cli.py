@@ -181,7 +181,7 @@ def test_run_score_and_report_say_what_they_found(world, capsys, untracked, ray_
     assert (world / "runs/tiny/report.html").stat().st_size > 100_000
     assert main(["run", study]) == 0
     table = capsys.readouterr().out
-    assert "best of random" in table and max(len(line) for line in table.splitlines()) <= 120
+    assert "best of random" in table and max(len(line.rstrip()) for line in table.splitlines()) <= 100
 
 
 @pytest.fixture
@@ -214,6 +214,71 @@ def test_an_export_in_another_dtype_says_what_it_costs(world, capsys, untracked,
     told = capsys.readouterr().out
     assert "Mean NLL on search in float16" in told and "Mean NLL on held_out in float16" in told
     assert "| exported in float16 |" in (out / "README.md").read_text()
+
+
+def test_compare_tells_and_writes_what_searches_found_for_what_they_spent(world, capsys, untracked, in_process):
+    study, out = str(world / "study.yaml"), world / "runs/tiny"
+    edit(world, search__divisions=3)
+    assert main(["compare", study, "--algorithms", "grid, random,tpe", "--seeds", "2"]) == 0
+    told = capsys.readouterr().out
+    tables = told[told.index("NLL in nats per token") :].splitlines()
+    assert max(len(line.rstrip()) for line in tables if "Written" not in line) <= 100
+    assert "Top five by the search split" in told and "Regret in nats per token" in told
+    assert str(out / "comparison.html") in told and str(out / "comparison.json") in told
+    data = json.loads((out / "comparison.json").read_text())
+    runs = {row["algorithm"]: [run["name"] for run in row["runs"]] for row in data["rows"]}
+    assert runs == {"grid": ["grid"], "random": ["random", "random@1"], "tpe": ["tpe", "tpe@1"]}
+    page = (out / "comparison.html").read_text()
+    assert "all 10 planned trials" in page and "all 2 planned trials" in page
+    assert main(["compare", study, "--algorithms", "grid", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["comparison"] == data == json.loads((out / "comparison.json").read_text())
+    assert told["trials"] == {"grid": 10, "random": 2, "random@1": 2, "tpe": 2, "tpe@1": 2}
+    assert told["stopped"]["tpe@1"] == "all 2 planned trials" and len(told["top"]) == 5
+    assert main(["report", study]) == 0
+    assert 'id="comparison"' in (out / "report.html").read_text()
+
+
+def test_another_weighting_is_told_and_nothing_is_written(world, capsys, untracked, in_process, monkeypatch):
+    study = str(world / "study.yaml")
+    edit(world, search__divisions=3)
+    assert main(["compare", study, "--algorithms", "grid"]) == 0
+    before = sorted(world.rglob("*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Study, "compare", lambda *_: pytest.fail("something ran"))
+        capsys.readouterr()
+        assert main(["compare", study, "--reweight", "prose=2", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert main(["compare", study, "--reweight", "prose=2"]) == 0
+    told = capsys.readouterr().out
+    assert sorted(world.rglob("*")) == before
+    assert found["weights"] == {"code": 0.0, "math": 0.0, "prose": 2.0} and found["winner"] == "best of the ledger"
+    best = found["standings"][-1]
+    assert best["objective"]["search"] == best["scores"]["search"]["prose"]["nll"]
+    assert "code 0, math 0, prose 2; nothing was measured" in told and "best of the ledger" in told
+    assert ("held_out" not in best["objective"]) == ("dem-opt score" in told)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--seeds", "0"], "--seeds = 0: an algorithm is run at least once"),
+        (["--algorithms", "grid,gird"], "did you mean 'grid'?"),
+        (["--algorithms", ""], "no such algorithm"),
+        (["--reweight", "code=1", "--seeds", "2"], "leave --algorithms and --seeds out"),
+        (["--reweight", "code=1", "--algorithms", "grid"], "leave --algorithms and --seeds out"),
+        (["--reweight", "code"], "--reweight = 'code'"),
+        (["--reweight", ""], "--reweight = ''"),
+        (["--reweight", "code=1,code=2"], "stands twice"),
+        (["--reweight", "code=1"], "nothing is measured yet"),
+    ],
+)
+def test_a_comparison_that_is_none_is_refused_in_one_line(world, capsys, untracked, in_process, options, said):
+    before = sorted(world.rglob("*"))
+    assert main(["compare", str(world / "study.yaml"), *options]) == 2
+    told = capsys.readouterr()
+    assert said in told.err and told.err.count("\n") == 1 and not told.out
+    assert sorted(world.rglob("*")) == before
 
 
 def test_check_reads_headers_alone(world, capsys):

@@ -2,7 +2,7 @@
 
 import json
 import random
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
@@ -93,10 +93,11 @@ def test_marks_double_up_to_what_a_search_spent(spent, marks):
 
 
 def test_parts_of_a_pass_end_on_a_whole_mark():
-    """Ten tenths are 0.9999999999999999 in floats, and a pass."""
-    tenths = [a_trial(0, 2.0, forwards=0.1)] + [a_trial(k, 9.0, forwards=0.1, error=0.1) for k in range(1, 100)]
-    comparison = compare(of_trials({"tpe": tenths, "random": whole(*[3.0] * 9, 2.5)}))
-    assert comparison.marks == (10.0,)
+    """70 sevenths of a pass sum to 10.000000000000002 in floats, and are 10 passes."""
+    sevenths = [a_trial(0, 2.0, forwards=1 / 7)] + [a_trial(k, 9.0, forwards=1 / 7, error=0.1) for k in range(1, 70)]
+    last = [a_trial(0, 3.0, forwards=1 / 7), *sevenths[1:-1], a_trial(69, 2.5, forwards=1 / 7)]
+    comparison = compare(of_trials({"tpe": sevenths, "random": last}))
+    assert comparison.marks == (10.0,) and comparison.rows[1].forwards > 10.0
     assert [row.regrets[0].median for row in comparison.rows] == [0.0, 0.5]
 
 
@@ -127,7 +128,7 @@ def test_regrets_fall_from_run_to_end_and_someone_has_none(case):
     assert {algorithm_of(run) for run in summary.trials} == {row.algorithm for row in comparison.rows}
     for row in comparison.rows:
         medians = [regret.median for regret in row.curve]
-        assert all(later <= earlier for earlier, later in zip(medians, medians[1:], strict=False))
+        assert all(later <= earlier for earlier, later in pairwise(medians))
         assert all(regret.low is None or 0 <= regret.low <= regret.median <= regret.high for regret in row.curve)
         known = [record for run in row.runs for record in summary.trials[run.name]]
         assert row.forwards == pytest.approx(sum(record.forwards for record in known))

@@ -223,7 +223,7 @@ def test_the_space_is_what_the_simplex_says(tmp_path, written):
 def test_a_lattice_without_a_point_is_refused(tmp_path):
     """Halves of three distributions at most, and one whole step to be shared out."""
     by_name = STUDY["distributions"] | {"prose": STUDY["distributions"]["code"]}
-    bounds = {"bounds": dict.fromkeys(by_name, [0, 0.5])}
+    bounds = {"bounds": {name: [0, 0.5] for name in by_name}}
     study = STUDY | {"distributions": by_name, "simplex": bounds, "search": {"algorithm": "grid", "divisions": 1}}
     with pytest.raises(InputError, match=r"search.divisions: no point of the lattice of 1 is within the bounds"):
         load(write(tmp_path, study))

@@ -144,7 +144,7 @@ def test_trials_that_run_together_keep_their_distance(size: int) -> None:
         Trial(i, p, "complete", ((x - centre) ** 2).sum() + 0.3 * np.sin(5 * x[0])) for i, (p, x) in enumerate(points)
     ]
     for number in range(size + 1, size + 6):
-        proposal = SimplexGP(space).propose(trials, [], np.random.default_rng([0, number]))
+        proposal = SimplexGP(space).propose(trials, [], np.random.default_rng([0, number])).coefficients
         trials.append(Trial(number, proposal, "running"))
     together = np.array([space.point(trial.coefficients) for trial in trials[size + 1 :]])
     apart = np.abs(together[:, None] - together[None]).max(axis=-1)

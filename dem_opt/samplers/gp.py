@@ -13,6 +13,7 @@ from scipy.linalg import cho_solve, cholesky, solve_triangular
 from scipy.optimize import minimize
 
 from dem_opt.samplers.kernel import Array, Kernel
+from dem_opt.simplex import plane
 
 NOISE_FLOOR = 1e-8
 """Least variance of the noise, in standardised values: keeps the covariance matrix invertible."""
@@ -50,11 +51,8 @@ class Observations:
 
     @cached_property
     def directions_FD(self) -> Array:
-        """An orthonormal basis of the plane of constant sum (Helmert's)."""
-        count = self.points_NF.shape[1]
-        helmert_FF = np.triu(np.ones((count, count)), 1) - np.diag(np.arange(count))
-        directions_FD: Array = helmert_FF[:, 1:] / np.linalg.norm(helmert_FF[:, 1:], axis=0)
-        return directions_FD
+        """An orthonormal basis of the plane of constant sum."""
+        return plane(self.points_NF.shape[1])
 
     @property
     def slopes(self) -> int:
