@@ -35,6 +35,7 @@ from dem_opt.records import Score, Silence, TrialRecord
 from dem_opt.resident import build
 from dem_opt.samplers.history import Trial
 from dem_opt.samplers.optuna_sampler import OptunaSampler
+from dem_opt.search import study_names
 from dem_opt.simplex import Coefficients
 from dem_opt.sources import gather
 from dem_opt.study import Study
@@ -318,6 +319,8 @@ def main() -> None:
     began, landscapes = perf_counter(), TUNED_ON if given.tuned else REPORTED
     Study._tracker = lambda study, search: Untracked()  # type: ignore[assignment,method-assign]
     paths = [make_landscape(landscape, given.folder, say) for landscape in landscapes]
+    for path in paths:
+        study_names(config.load(path).storage)  # Optuna makes its tables before several processes need them
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
         found = list(pool.map(explore, landscapes, paths))
     (given.folder / "search.json").write_text(json.dumps([asdict(one) for one in found], indent=1))

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dem_opt.records import Objective, Score
+from dem_opt.objective import Objective
+from dem_opt.records import Score
 
 RESAMPLES = 4000
 

@@ -134,44 +134,6 @@ class Score:
         return exp(self.nll) if self.nll < 709 else inf
 
 
-def mean_nll(scores: Mapping[str, Score], weights: Mapping[str, float]) -> float:
-    """The weighted mean over distributions of NLL, in nats per token.
-
-    Weights need not sum to 1.  Distributions of weight 0 are not looked at.
-    """
-    used = {name: weight for name, weight in weights.items() if weight}
-    return fsum(weight * scores[name].nll for name, weight in used.items()) / fsum(used.values())
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What is minimized, in nats per token: the weighted mean of NLL over distributions, or the largest regret.
-
-    weights  need not sum to 1; distributions of weight 0 are not looked at
-    own      of each distribution, the score of its own fine-tune: given, the objective is the largest regret
-
-        mean:  sum_i weight_i NLL_i / sum_i weight_i        worst:  max_i (NLL_i - NLL_i of the fine-tune on i)
-    """
-
-    weights: Mapping[str, float]
-    own: Mapping[str, Score] | None = None
-
-    def shares(self, scores: Mapping[str, Score]) -> dict[str, float]:
-        """d objective / d NLL by distribution: normalized weights, or 1 for the distribution that is worst off."""
-        used = {name: weight for name, weight in self.weights.items() if weight}
-        if self.own is None:
-            total = fsum(used.values())
-            return {name: weight / total for name, weight in used.items()}
-        regrets = {name: scores[name].nll - self.own[name].nll for name in used if name in self.own}
-        return {max(regrets, key=lambda name: regrets[name]): 1.0}
-
-    def __call__(self, scores: Mapping[str, Score]) -> float:
-        """The objective of these scores."""
-        if self.own is None:
-            return mean_nll(scores, self.weights)
-        return fsum(scores[name].nll - self.own[name].nll for name in self.shares(scores))
-
-
 GRADIENT_FORWARDS = 3.0
 """Forward-equivalents of an evaluation with its gradient: by FLOPs a backward pass is two forward passes."""
 
@@ -181,15 +143,6 @@ PENALTY = 10.0
 An exact penalty: where a nat of violation buys less than 10 nats of objective, the minimum of the sum is feasible,
 so the surrogate need not know the constraint.
 """
-
-
-def violation(scores: Mapping[str, Score], base: Mapping[str, Score], protect: Mapping[str, float]) -> float:
-    """sum over protected corpora of max(0, NLL - NLL_base - allowance), in nats per token.
-
-    0 means feasible.  Corpora that one of the two has no score on are not looked at.
-    """
-    known = [name for name in protect if name in scores and name in base]
-    return fsum(max(0.0, scores[name].nll - base[name].nll - protect[name]) for name in known)
 
 
 class Referee(Protocol):
@@ -353,6 +306,7 @@ class Standing:
     forward_tokens  tokens through the model that those evaluations stand for
     seconds         wall seconds that were spent on them
     violation       nats per token by which protected corpora exceed their allowance, on the search split
+    run             of an algorithm's best: the search that found it
     """
 
     label: str
@@ -366,6 +320,7 @@ class Standing:
     seconds: float
     violation: float = 0.0
     forwards: float = 1.0
+    run: str = ""
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,22 @@ class Runs:
         """What Optuna calls a run's study."""
         return f"{self.config.name}/{run}" + (f"#{self.generation}" if self.generation > 1 else "")
 
-    def open(self, run: str, start: Sequence[Coefficients] = (), gradients_fit: bool = False) -> Search:
-        """A run's search, made where there is none; `gradients_fit` tells whether memory allows gradients."""
+    def open(self, run: str, start: Sequence[Coefficients] = (), gradients_fit: bool | None = None) -> Search:
+        """A run's search, made where there is none.
+
+        gradients_fit  whether memory allows gradients, where that is known
+
+        Raises InputError for a search that asks for gradients where it does not.
+        """
         given, space = self.config.search, self.config.space
         algorithm, _, offset = run.partition("@")
         settings = given.model_copy(update={"algorithm": algorithm, "seed": given.seed + int(offset or 0)})
-        worth = gradients_fit and len(space.caps_F) >= GRADIENTS_FROM and not self.config.objective.worst
+        asked = algorithm == "gradient" or (algorithm == "simplex-gp" and given.gradients is True)
+        if asked and gradients_fit is False:
+            field, value = ("gradients", True) if given.gradients is True else ("algorithm", algorithm)
+            mend = "the activations of a backward pass don't fit into memory; use a smaller evaluation.batch, or none"
+            raise InputError(None, f"search.{field}", value, mend)
+        worth = bool(gradients_fit) and len(space.caps_F) >= GRADIENTS_FROM and not self.config.objective.worst
         gradients = algorithm == "simplex-gp" and (worth if given.gradients == "auto" else given.gradients)
         return Search(self.config.storage, self.optuna_name(run), space, settings, start, gradients)
 

@@ -5,13 +5,17 @@ from dataclasses import dataclass, replace
 
 from dem_opt.intervals import difference
 from dem_opt.ledger import Ledger
+from dem_opt.objective import Objective
 from dem_opt.question import SEARCH, SPLITS, Question
-from dem_opt.records import Composite, Margin, Objective, Score, Standing, Summary, TrialRecord
+from dem_opt.records import Composite, Margin, Score, Standing, Summary, TrialRecord
 from dem_opt.simplex import UNIT, Coefficients
 from dem_opt.trials import exceeded, is_known, objectives, recall
 
 TOP = 5
 """How many of the best composites of the search split are scored on the held-out split too."""
+
+APART = 0.01
+"""By how much some coefficient must differ for two composites to be listed both."""
 
 CARRIED_OVER = 10
 """How many composites of an earlier generation a new one begins with."""
@@ -29,6 +33,7 @@ class Entry:
     evaluations: int = 1
     seconds: float | None = None
     forwards: float = 1.0
+    run: str = ""
 
 
 def entries(question: Question, trials: Mapping[str, Sequence[TrialRecord]]) -> list[Entry]:
@@ -49,7 +54,7 @@ def entries(question: Question, trials: Mapping[str, Sequence[TrialRecord]]) -> 
         if best := _best(told):
             algorithm = name.partition("@")[0]
             found.pop(algorithm, None)
-            found[algorithm] = _best_entry(question, algorithm, best, told)
+            found[algorithm] = _best_entry(question, name, best, told)
     return baselines + list(found.values())
 
 
@@ -68,9 +73,10 @@ def is_whole(trial: TrialRecord) -> bool:
     return trial.objective is not None and not trial.is_partial
 
 
-def _best_entry(question: Question, algorithm: str, best: TrialRecord, told: Sequence[TrialRecord]) -> Entry:
+def _best_entry(question: Question, run: str, best: TrialRecord, told: Sequence[TrialRecord]) -> Entry:
     scored = [trial for trial in told if trial.objective is not None]
     costs = (trial.evaluation.merge_seconds + trial.evaluation.score_seconds + trial.propose_seconds for trial in told)
+    algorithm = run.partition("@")[0]
     return Entry(
         f"best of {algorithm}",
         "best",
@@ -80,17 +86,27 @@ def _best_entry(question: Question, algorithm: str, best: TrialRecord, told: Seq
         len({trial.coefficients for trial in scored}),
         sum(costs),
         sum(trial.forwards for trial in scored),
+        run,
     )
 
 
 def top_entries(question: Question, trials: Mapping[str, Sequence[TrialRecord]], most: int = TOP) -> list[Entry]:
-    """The best composites of the search split, whoever found them, the best first."""
+    """The best composites of the search split, whoever found them, the best first, and none like a better one."""
     whole = [trial for told in trials.values() for trial in told if is_whole(trial)]
-    ranked = dict.fromkeys(trial.coefficients for trial in sorted(whole, key=lambda trial: trial.rank))
+    chosen: list[Coefficients] = []
+    for trial in sorted(whole, key=lambda trial: trial.rank):
+        if len(chosen) < most and not any(_alike(trial.coefficients, better) for better in chosen):
+            chosen.append(trial.coefficients)
     return [
         Entry(f"no. {place}", "top", "", point, question.composite(point))
-        for place, point in enumerate(list(ranked)[:most], start=1)
+        for place, point in enumerate(chosen, start=1)
     ]
+
+
+def _alike(one: Coefficients, other: Coefficients) -> bool:
+    """Whether no coefficient differs by as much as APART."""
+    units = other.units
+    return all(abs(mine - units[name]) < APART * UNIT for name, mine in one.items)
 
 
 def summarize(
@@ -138,6 +154,7 @@ def _standing(ledger: Ledger, question: Question, by_split: Mapping[str, Objecti
         if entry.seconds is None
         else entry.seconds,
         violation=exceeded(ledger, question, scores.get(SEARCH, {})),
+        run=entry.run,
     )
 
 
@@ -159,10 +176,11 @@ def carried_over(ledger: Ledger, question: Question, most: int = CARRIED_OVER) -
 
     A composite of an earlier question is a point of this one where it uses no other checkpoint: the face w_new = 0
     of a simplex that has grown, or what is left of one that has shrunk.  Those with the most corpora scored come
-    first, by their violation and mean over these; where only new corpora are missing, only they are measured.
+    first, by their violation and objective over these (the mean, while regrets are not known); where only new corpora
+    are missing, only they are measured.
     """
     space, names = question.space, {content: name for name, content in question.experts.items()}
-    objective = objectives(ledger, question)[SEARCH]
+    objective = objectives(ledger, question).get(SEARCH, Objective(question.weights))
     ranked = []
     for composite in ledger.composites(question.scoring):
         units = dict(composite.terms)

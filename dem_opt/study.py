@@ -318,7 +318,7 @@ class Study:
         for split, scores in winner.scores.items():
             metrics |= {f"{split}.perplexity.{name}": score.perplexity for name, score in scores.items()}
         tags = {"composite": export.composite.key, "content": export.content, "coefficients": str(winner.coefficients)}
-        with closing(self._tracker(Runs(self.config, generation).open(winner.algorithm))) as tracker:
+        with closing(self._tracker(Runs(self.config, generation).open(winner.run))) as tracker:
             return tracker.register(export.path, metrics, tags)
 
     def _tracker(self, search: Search) -> Tracker:

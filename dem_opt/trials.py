@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dem_opt.ledger import Ledger
+from dem_opt.objective import Objective, violation
 from dem_opt.question import SEARCH, SPLITS, Question
 from dem_opt.racing import Race, first, replay
 from dem_opt.records import (
@@ -13,10 +14,8 @@ from dem_opt.records import (
     Evaluation,
     Failure,
     Gradient,
-    Objective,
     Score,
     TrialRecord,
-    violation,
 )
 from dem_opt.search import Proposal, Search, Trial
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dem_opt.records import Evaluation, Margin, Score, Standing, Summary, TrialRecord, mean_nll
+from dem_opt.objective import mean_nll
+from dem_opt.records import Evaluation, Margin, Score, Standing, Summary, TrialRecord
 from dem_opt.simplex import UNIT, Coefficients, Space
 
 SPLITS = ("search", "held_out")

@@ -10,7 +10,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = [
-    {"errors", "simplex", "records", "comparison", "strict_yaml", "config", "declared", "question", "intervals"},
+    {
+        "errors",
+        "simplex",
+        "records",
+        "objective",
+        "comparison",
+        "strict_yaml",
+        "config",
+        "declared",
+        "question",
+        "intervals",
+    },
     {
         "checkpoints",
         "models",
@@ -40,6 +51,8 @@ ALLOWED = {
     ("records", "errors"),
     ("records", "simplex"),
     ("comparison", "records"),
+    ("objective", "records"),
+    ("intervals", "objective"),
     ("config", "errors"),
     ("config", "simplex"),
     ("config", "strict_yaml"),
@@ -93,7 +106,20 @@ DOORS = {
 }
 """Who may import what, at the top of a module or inside its functions."""
 
-LIGHT = ["errors", "simplex", "records", "comparison", "strict_yaml", "config", "declared", "question", "intervals", "cli"]
+LIGHT = [
+    "errors",
+    "simplex",
+    "records",
+    "objective",
+    "comparison",
+    "answers",
+    "strict_yaml",
+    "config",
+    "declared",
+    "question",
+    "intervals",
+    "cli",
+]
 """What must load without torch, so that a study file is checked at once."""
 
 

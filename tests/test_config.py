@@ -229,6 +229,12 @@ def test_a_lattice_without_a_point_is_refused(tmp_path):
         load(write(tmp_path, study))
 
 
+def test_a_regret_needs_a_distribution_with_a_weight(tmp_path):
+    objective = {"worst": True, "weights": {"web": 1}}
+    with pytest.raises(InputError, match=r"objective.worst: no distribution has a weight"):
+        load(write(tmp_path, STUDY | {"general": {"web": "data/web.jsonl"}, "objective": objective}))
+
+
 @pytest.mark.parametrize("search", [{"gradients": True}, {"algorithm": "gradient"}])
 def test_a_largest_regret_has_no_gradient(tmp_path, search):
     with pytest.raises(InputError, match=r"objective.worst: a largest regret has no gradient"):

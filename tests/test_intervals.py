@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from dem_opt.intervals import difference
-from dem_opt.records import Objective, Score
+from dem_opt.objective import Objective
+from dem_opt.records import Score
 
 MEAN = Objective({"a": 1.0, "b": 1.0})
 

@@ -13,9 +13,10 @@ from dem_opt import answers
 from dem_opt.database import connect, holding
 from dem_opt.errors import InputError
 from dem_opt.ledger import Ledger
+from dem_opt.objective import Objective, mean_nll
 from dem_opt.pool import InProcessCompute
 from dem_opt.question import HELD_OUT, SEARCH, Question
-from dem_opt.records import Composite, Objective, mean_nll
+from dem_opt.records import Composite
 from dem_opt.resident import Resident
 from dem_opt.reweighting import reweighted
 from dem_opt.study import Study

@@ -269,7 +269,7 @@ def test_a_change_of_scoring_is_refused_and_named(tmp_path, untracked, change, f
 def test_a_trial_calls_forward_once_for_each_batch_and_opens_no_file(tmp_path, untracked, monkeypatch):
     # 3 distributions of 16 windows of 32 tokens, 8 blocks of 2 windows, 64 tokens to a batch: 3 x 8 calls.
     path = worlds.study(tmp_path, search=GRID | {"racing": False})
-    edit(path, lambda study: study["evaluation"].update(batch=64, windows=16))
+    edit(path, lambda study: study["evaluation"].update(batch=64, windows=16, held_out=16))
     calls, opened, original = [], [], Resident.evaluate
 
     def watched(resident, request):

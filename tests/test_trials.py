@@ -10,6 +10,7 @@ import yaml
 from untracked import Untracked
 
 from dem_opt.database import connect
+from dem_opt.errors import InputError
 from dem_opt.ledger import Ledger
 from dem_opt.pool import InProcessCompute
 from dem_opt.question import HELD_OUT, SEARCH
@@ -311,6 +312,8 @@ def test_gradients_are_automatic_where_they_are_worth_it(tmp_path, monkeypatch):
         config.output.mkdir(parents=True)
         assert Runs(config, 1).open("simplex-gp", gradients_fit=True).gradients is expected
         assert not Runs(config, 1).open("simplex-gp", gradients_fit=False).gradients
+        with pytest.raises(InputError, match=r"search.algorithm = 'gradient': the activations"):
+            Runs(config, 1).open("gradient", gradients_fit=False)
         assert Runs(config, 1).open("gradient").gradients and not Runs(config, 1).open("tpe").gradients
     path = tmp_path / "7" / "study.yaml"
     content = yaml.safe_load(path.read_text()) | {"objective": {"worst": True}}

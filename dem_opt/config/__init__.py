@@ -120,6 +120,8 @@ class StudyConfig(Section):
     @model_validator(mode="after")
     def _check_gradients(self) -> Self:
         asked = self.search.gradients is True or self.search.algorithm == "gradient"
+        if self.objective.worst and not any(self.weights[name] for name in self.distributions):
+            raise ValueError("objective.worst: no distribution has a weight, so none has a regret")
         if self.objective.worst and asked:
             raise ValueError("objective.worst: a largest regret has no gradient where two are largest; search without")
         return self
