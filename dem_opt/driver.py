@@ -108,8 +108,9 @@ class Driver:
         composite, keys = self.question.composite(flight.proposal.coefficients), self.question.keys(SEARCH)
         number, scoring = flight.proposal.number, self.question.scoring
         if flight.gradient:
-            known = self.ledger.gradients(composite, keys, scoring)
-            missing = tuple(key for key in keys if key not in known)
+            known = self.ledger.gradients(composite, keys, self.question.differentiation)
+            experts = set(self.question.experts.values())
+            missing = tuple(key for key in keys if not experts <= known.get(key, {}).keys())
             return Request(number, composite, missing, gradient=True) if missing else None
         if flight.race is None:
             return self._request(number, composite, SEARCH)
@@ -134,6 +135,7 @@ class Driver:
                 answer.forward_tokens,
                 seconds,
                 answer.gradients,
+                self.question.differentiation,
             )
 
     def _finish(self, flight: Flight, answer: Evaluation | Failure, search: Search, tracker: Tracker) -> None:

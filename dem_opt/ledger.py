@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from sqlalchemy import BigInteger, Engine, ForeignKey, String, UniqueConstraint, func, inspect, select
+from sqlalchemy import BigInteger, Connection, Engine, ForeignKey, String, UniqueConstraint, func, inspect, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from dem_opt.database import create_missing, insert_into, masked
@@ -62,7 +62,10 @@ class _Score(_Tables):
 
 
 class _Gradient(_Tables):
-    """One composite's gradient on one corpus, over all its windows, as JSON: nats by content of the experts."""
+    """One composite's gradient on one corpus, over all its windows, as JSON: nats by content of the experts.
+
+    scoring  hashes the base too, from which distribution vectors begin
+    """
 
     __tablename__ = "dem_gradient"
 
@@ -133,10 +136,12 @@ class Ledger:
         forward_tokens: int = 0,
         seconds: float = 0.0,
         gradients: Mapping[str, Gradient] | None = None,
+        differentiation: str = "",
     ) -> None:
         """Writes the scores and gradients of `composite` by corpus key, all or none; committed when it returns.
 
         A score of fewer windows gives way to one of more, whose cost is added; another one stays as it is.
+        Gradients have a key of their own beside the scoring's, `differentiation`: they depend on the base.
         forward_tokens and seconds are what measuring took.
         """
         made = {
@@ -147,18 +152,27 @@ class Ledger:
             "created": datetime.now(UTC).isoformat(),
         }
         rows = [made | _columns(corpus, score) for corpus, score in sorted(scores.items())]
-        slopes = [
-            {"composite": composite.key, "corpus": corpus, "scoring": scoring, "gradient": json.dumps(dict(gradient))}
-            for corpus, gradient in sorted((gradients or {}).items())
-        ]
         if not rows:
             return
         terms = {"key": composite.key, "terms": json.dumps(dict(composite.terms))}
         with self._engine.begin() as connection:
             connection.execute(insert_into(self._engine, _Composite).values(terms).on_conflict_do_nothing())
             connection.execute(self._insert_longer(), rows)
-            if slopes:
-                connection.execute(insert_into(self._engine, _Gradient).on_conflict_do_nothing(), slopes)
+            for corpus, gradient in sorted((gradients or {}).items()):
+                self._add_gradient(connection, (composite.key, corpus, differentiation or scoring), gradient)
+
+    def _add_gradient(self, connection: Connection, key: tuple[str, str, str], gradient: Gradient) -> None:
+        """Writes a gradient, beside the experts that another study has measured it along."""
+        table = _Gradient.__table__
+        mine = (table.c.composite == key[0]) & (table.c.corpus == key[1]) & (table.c.scoring == key[2])
+        known = connection.scalar(select(table.c.gradient).where(mine))
+        text = json.dumps(dict(gradient) | (json.loads(known) if known else {}))
+        row = {"composite": key[0], "corpus": key[1], "scoring": key[2], "gradient": text}
+        connection.execute(
+            insert_into(self._engine, _Gradient)
+            .values(row)
+            .on_conflict_do_update(index_elements=["composite", "corpus", "scoring"], set_={"gradient": text})
+        )
 
     def _insert_longer(self) -> Any:
         """Inserts a score, or puts it in the place of one of fewer windows."""
@@ -172,10 +186,12 @@ class Ledger:
             where=new.windows > old.windows,
         )
 
-    def gradients(self, composite: Composite, corpora: Collection[str], scoring: str) -> dict[str, Gradient]:
+    def gradients(self, composite: Composite, corpora: Collection[str], differentiation: str) -> dict[str, Gradient]:
         """The gradients of `composite` by corpus key, of those among `corpora` that have been measured."""
         wanted = select(_Gradient.corpus, _Gradient.gradient).where(
-            _Gradient.composite == composite.key, _Gradient.scoring == scoring, _Gradient.corpus.in_(corpora)
+            _Gradient.composite == composite.key,
+            _Gradient.scoring == differentiation,
+            _Gradient.corpus.in_(corpora),
         )
         with Session(self._engine) as session:
             return {corpus: json.loads(gradient) for corpus, gradient in session.execute(wanted)}

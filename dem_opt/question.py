@@ -54,6 +54,11 @@ class Question:
         fields = ("evaluation.dtype", "evaluation.batch", "looks", "device")
         return sha256(repr([(field, self.settings.get(field)) for field in fields]).encode()).hexdigest()
 
+    @property
+    def differentiation(self) -> str:
+        """The ledger's key of gradients: of the scoring, and of the base, from which distribution vectors begin."""
+        return sha256(repr([self.scoring, self.base]).encode()).hexdigest()
+
     def keys(self, split: str) -> tuple[str, ...]:
         """Corpus keys of a split, in ascending order of names; one that has several names once."""
         return tuple(dict.fromkeys(self.corpora[split][name] for name in sorted(self.corpora[split])))

@@ -99,7 +99,7 @@ def trial_record(
         seen = _at_the_end(question, race, seen)
         if any(len(score.nats_W) < question.windows(SEARCH) for score in seen.values()):
             return _stopped(ledger, question, study, proposal, answer, race, seen)
-    measured = ledger.gradients(composite, question.keys(SEARCH), question.scoring) if gradient else {}
+    measured = ledger.gradients(composite, question.keys(SEARCH), question.differentiation) if gradient else {}
     return TrialRecord(
         study,
         proposal.number,

@@ -125,14 +125,16 @@ def test_more_windows_take_the_place_of_fewer_and_their_cost_is_added(engine: En
     assert rows(engine, "dem_score") == 1
 
 
-def test_gradients_come_back_bit_for_bit_and_stand(engine: Engine, again: Engine) -> None:
+def test_gradients_come_back_bit_for_bit_beside_those_along_other_experts(engine: Engine, again: Engine) -> None:
     score, slopes = Score((1.0,), (1,)), {"a": math.pi, "b": -5e-324}
-    Ledger(engine).record(composite(0), {"one": score, "two": score}, "scoring", gradients={"one": slopes})
-    Ledger(again).record(composite(0), {"one": score}, "scoring", gradients={"one": {"a": 0.0}, "two": {"a": 1.0}})
-    found = Ledger(again).gradients(composite(0), ["one", "two", "three"], "scoring")
-    assert found == {"one": slopes, "two": {"a": 1.0}}
-    assert Ledger(again).gradients(composite(1), ["one"], "scoring") == {}
-    assert Ledger(again).gradients(composite(0), ["one"], "another") == {}
+    two = {"one": score, "two": score}
+    Ledger(engine).record(composite(0), two, "scoring", gradients={"one": slopes}, differentiation="base")
+    more = {"one": {"a": 0.0, "c": 2.0}, "two": {"a": 1.0}}
+    Ledger(again).record(composite(0), {"one": score}, "scoring", gradients=more, differentiation="base")
+    found = Ledger(again).gradients(composite(0), ["one", "two", "three"], "base")
+    assert found == {"one": slopes | {"c": 2.0}, "two": {"a": 1.0}}, "what was measured first stands"
+    assert Ledger(again).gradients(composite(1), ["one"], "base") == {}
+    assert Ledger(again).gradients(composite(0), ["one"], "another base") == {}
 
 
 def test_a_ledger_of_the_first_version_is_brought_up_to_date(engine: Engine, again: Engine) -> None:

@@ -102,3 +102,8 @@ def test_changes_are_told_by_name():
         "distributions.more": "hash-8",
     }
     assert changes(old, new) == "base has changed, distributions.code has gone, distributions.more is new"
+
+
+def test_gradients_are_kept_apart_by_base_and_scoring():
+    other = question(settings=question().settings | {"device": "cuda"})
+    assert len({one.differentiation for one in (question(), question(base="hash-9"), other)}) == 3

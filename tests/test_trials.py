@@ -19,7 +19,7 @@ from dem_opt.resident import Resident
 from dem_opt.runs import Runs
 from dem_opt.sources import gather
 from dem_opt.study import Study
-from dem_opt.trials import recall
+from dem_opt.trials import base_scores, recall
 
 WINDOWS = 16
 NAMES = ("code", "math", "prose")
@@ -198,23 +198,33 @@ def test_gradients_are_those_of_the_objective(tmp_path):
         assert inner.gradient[name] == pytest.approx(difference_of(study, inner, name), rel=2e-2, abs=2e-4)
 
 
+def test_a_gradient_along_fewer_experts_is_measured_again(tmp_path):
+    """A study of two distributions, then one of three over the same ledger: scores stand, slopes are lacking."""
+    search = {"algorithm": "gradient", "trials": 3}
+    make(tmp_path, names=NAMES[:2], search=search).run()
+    study = make(tmp_path, search=search, simplex={"fixed": {"prose": 0.0}})
+    summary = study.compare(["gradient"])
+    assert all(set(record.gradient) == set(NAMES) for record in summary.trials["gradient"])
+
+
 def test_what_is_protected_pulls_on_the_gradient(tmp_path):
-    """An allowance of nothing on `code`: where a trial violates it, ten times its own slope is added."""
+    """No corpus may get worse: where one does, ten times its own slope is added."""
     watching = Witness()
-    search = {"gradients": True, "trials": 8}
-    study = make(tmp_path, watching, search=search, objective={"weights": {"math": 1}, "protect": {"code": 0.0}})
-    study.run()
+    objective = {"weights": {"math": 1}, "protect": dict.fromkeys(NAMES, 0.0)}
+    study = make(tmp_path, watching, search={"gradients": True, "trials": 8}, objective=objective)
+    study.compare(["simplex-gp", "gradient"])
     question, ledger = of(study)
+    base = base_scores(ledger, question)
     over = [record for record in watching.records if record.gradient and record.violation]
     assert over
     for record in over:
-        found = ledger.gradients(question.composite(record.coefficients), question.keys(SEARCH), question.scoring)
+        composite = question.composite(record.coefficients)
+        found = ledger.gradients(composite, question.keys(SEARCH), question.differentiation)
+        worse = [name for name in NAMES if record.scores[name].nll > base[name].nll]
         for name, content in question.experts.items():
-            slopes = {
-                one: found[question.corpora[SEARCH][one]][content] / record.scores[one].tokens
-                for one in ("code", "math")
-            }
-            assert record.gradient[name] == pytest.approx(slopes["math"] + 10 * slopes["code"])
+            slopes = {one: found[question.corpora[SEARCH][one]][content] / record.scores[one].tokens for one in NAMES}
+            pulled = slopes["math"] + 10 * sum(slopes[one] for one in worse)
+            assert record.gradient[name] == pytest.approx(pulled)
 
 
 @pytest.mark.parametrize("algorithm", ["simplex-gp", "random", "grid"])
