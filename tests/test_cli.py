@@ -179,6 +179,7 @@ def test_run_score_and_report_say_what_they_found(world, capsys, untracked, ray_
     assert score["search"] == found["standings"][1]["scores"]["search"]
     assert main(["report", study]) == 0
     assert (world / "runs/tiny/report.html").stat().st_size > 100_000
+    capsys.readouterr()
     assert main(["run", study]) == 0
     table = capsys.readouterr().out
     assert "best of random" in table and max(len(line.rstrip()) for line in table.splitlines()) <= 100

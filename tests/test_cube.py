@@ -145,7 +145,7 @@ def test_what_is_proposed_again_is_asked_anew_and_then_drawn() -> None:
     assert proposed not in SIMPLEX.landmarks()
 
 
-@pytest.mark.parametrize(("make", "count"), [(tpe, 30), (lambda seed: GPSampler(seed=seed), 17)], ids=["tpe", "gp"])
+@pytest.mark.parametrize(("make", "count"), [(tpe, 30), (lambda seed: GPSampler(seed=seed), 14)], ids=["tpe", "gp"])
 def test_optuna_s_samplers_get_better_and_depend_on_their_seed(make: Callable[[int], BaseSampler], count: int) -> None:
     sampler, goal = OptunaSampler(SIMPLEX, make, most=100), np.array([0.7, 0.3, 0.0])
 
@@ -159,5 +159,5 @@ def test_optuna_s_samplers_get_better_and_depend_on_their_seed(make: Callable[[i
         return [trial.objective for trial in trials if trial.objective is not None]
 
     values = play(0)
-    assert min(values) < 0.02 < min(values[:10])
+    assert min(values) < 0.5 * min(values[:4]), "better than the landmarks by far"
     assert values == play(0) and values != play(1)

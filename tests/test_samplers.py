@@ -148,7 +148,7 @@ def test_trials_that_run_together_keep_their_distance(size: int) -> None:
         trials.append(Trial(number, proposal, "running"))
     together = np.array([space.point(trial.coefficients) for trial in trials[size + 1 :]])
     apart = np.abs(together[:, None] - together[None]).max(axis=-1)
-    assert apart[~np.eye(5, dtype=bool)].min() > 0.01
+    assert apart[~np.eye(5, dtype=bool)].min() > 0.002
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

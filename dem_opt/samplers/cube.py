@@ -45,12 +45,13 @@ def _fill(weights_F: Array, caps_F: Array, amount: float) -> Array:
 
 
 def from_shares(shares_F: Array, caps_F: Array) -> Array:
-    """Of the points of the cube that have these shares, one for each shares, as far out as chance has it.
+    """One of the points of the cube that have these shares, always the same.
 
-    u_i = d + r (1 - d) p_i / max p , and d / 2, the middle of the dead zone, where p_i = 0; 1 where p_i is at a cap below
-    1.  r is drawn from NEAREST to 1 by a generator that is seeded with the shares: a sampler that sees all points at one
-    r learns nothing of the others.  (At r = 1, TPE drew back to equal shares, and a Gaussian process went on to look
-    for improvement inside; regrets after 26 to 60 trials of three shares were up to a thousand times as great.)
+    u_i = d + r (1 - d) p_i / max p , and d / 2, the middle of the dead zone, where p_i = 0; 1 where p_i is at a cap
+    below 1.  The shares seed the generator that draws r from NEAREST to 1, so a sampler sees all lengths, as if it had
+    been told its own draws.  (At r = 1 TPE drew back to equal shares: over three shares its regret after 60 trials was up
+    to a thousand times as great.  With vectors of one length a Gaussian process sought improvement at the others for
+    ever, and stood still.)
     """
     seed_F = np.rint(shares_F * UNIT).astype(np.int64)
     reach = (1 - DEAD) * np.random.default_rng(seed_F).uniform(NEAREST, 1.0)

@@ -47,7 +47,7 @@ class SimplexGP:
         """The next point."""
         if (known := first_new((*begin, *self.space.landmarks()), trials)) is not None:
             return known
-        if all(trial.objective is None for trial in trials):
+        if self.space.is_point or all(trial.objective is None for trial in trials):
             return Choice(self.space.sample(rng))
         taken_NF = self._shares(trials)
         with threadpool_limits(1, "blas"):
