@@ -28,9 +28,10 @@ from dem_opt import config
 from dem_opt.database import connect
 from dem_opt.driver import Driver
 from dem_opt.ledger import Ledger
+from dem_opt.looks import replay
 from dem_opt.pool import InProcessCompute
 from dem_opt.question import SEARCH, Question
-from dem_opt.racing import Race, replay
+from dem_opt.racing import Race
 from dem_opt.records import Score, Silence, TrialRecord
 from dem_opt.resident import build
 from dem_opt.samplers.history import Trial
@@ -241,7 +242,7 @@ def _race(
     """A raced grid in one order."""
     best, seen = int(order[0]), sum(windows.values())
     for point in order[1:]:
-        ended = replay(Race(scores[best], weights), scores[point], windows)
+        ended = replay(Race.against(scores[best], weights), scores[point], windows)
         assert ended is not None
         looked_at = sum(len(score.nats_W) for score in ended.values())
         seen += looked_at
@@ -272,8 +273,11 @@ def regret_table(found: Sequence[Found], size: int) -> list[list[str]]:
 def targets(found: Sequence[Found]) -> list[str]:
     """What the search must reach, and what it reached."""
     lines = []
-    for size, levels in ((4, (2e-3, 1e-3)), (8, (5e-3, 1e-3))):
+    for size, (budget, levels) in {4: (20, (2e-3, 1e-3, 1e-4)), 8: (40, (5e-3, 1e-3, 1e-4))}.items():
         of_size = [one for one in found if one.size == size]
+        if not of_size:
+            continue
+        lines.append(f"{size}: " + _saved(of_size, budget))
         for level in levels:
             ratios = [
                 raced.until(one.reference + level) / plain.until(one.reference + level)
@@ -303,6 +307,13 @@ def targets(found: Sequence[Found]) -> list[str]:
         f"the same winner in {sum(race.same_winner for race in races)} of {len(races)}"
     )
     return lines
+
+
+def _saved(found: Sequence[Found], budget: float, share: float = 0.6) -> str:
+    """Regrets with races for a share of the tokens that the search without them has."""
+    plain = [curve.at(budget) - one.reference for one in found for curve in one.curves["simplex-gp"]]
+    raced = [curve.at(share * budget) - one.reference for one in found for curve in one.curves["simplex-gp, racing"]]
+    return f"regret {quartiles(plain)} for {budget:g} FE without races, {quartiles(raced)} for {share * budget:g} with"
 
 
 def say(text: str) -> None:

@@ -3,17 +3,19 @@
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import inf
 
 from dem_opt.database import Lease
 from dem_opt.errors import EvaluationError
 from dem_opt.ledger import Ledger
+from dem_opt.looks import replay
 from dem_opt.pool import Pool
 from dem_opt.question import SEARCH, Question
-from dem_opt.racing import Race, replay
+from dem_opt.racing import CLEAR, Race
 from dem_opt.records import Composite, Evaluation, Failure, Observer, Request, Score
 from dem_opt.search import Proposal, Search
 from dem_opt.tracking import Tracker
-from dem_opt.trials import attributes, race_against, trial_record
+from dem_opt.trials import attributes, race_for, trial_record
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,13 @@ class Driver:
     def _plan(self, search: Search, proposal: Proposal, most: int) -> Flight:
         """How a proposal is measured.
 
-        Its rival is the best of the trials that were told when it was proposed with `most` in flight: a driver that
-        adopts it finds the same one.
+        It races against the trials that were told when it was proposed with `most` in flight: a driver that adopts it
+        finds the same ones.  What completes a stopped trial does not race again.
         """
         race = None
-        if search.races and not search.is_known(proposal.coefficients):
-            race = race_against(self.ledger, self.question, search.incumbent(proposal.number - most + 1))
+        if search.races and not search.is_known(proposal.coefficients) and not proposal.charged:
+            told, clear = search.whole(proposal.number - most + 1), CLEAR if search.completes else inf
+            race = race_for(self.ledger, self.question, proposal.coefficients, told, clear)
         return Flight(proposal, race, search.measures_gradient(proposal.coefficients))
 
     def _request_of(self, flight: Flight) -> Request | None:

@@ -1,7 +1,7 @@
 """Every score ever measured, by content: (composite, corpus, scoring) -> nats per window."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from statistics import median
@@ -122,11 +122,21 @@ class Ledger:
 
     def look_up(self, composite: Composite, corpora: Collection[str], scoring: str) -> dict[str, Score]:
         """The scores of `composite` by corpus key, of those among `corpora` that have been measured, short ones too."""
+        return self.look_up_all([composite], corpora, scoring)[0]
+
+    def look_up_all(
+        self, composites: Sequence[Composite], corpora: Collection[str], scoring: str
+    ) -> list[dict[str, Score]]:
+        """The same for each of several composites, by one query."""
+        keys = [composite.key for composite in composites]
+        found: dict[str, dict[str, Score]] = {key: {} for key in keys}
         wanted = select(_Score).where(
-            _Score.composite == composite.key, _Score.scoring == scoring, _Score.corpus.in_(corpora)
+            _Score.composite.in_(found), _Score.scoring == scoring, _Score.corpus.in_(corpora)
         )
         with Session(self._engine) as session:
-            return {row.corpus: _score(row) for row in session.scalars(wanted)}
+            for row in session.scalars(wanted):
+                found[row.composite][row.corpus] = _score(row)
+        return [found[key] for key in keys]
 
     def record(
         self,

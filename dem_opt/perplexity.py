@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from dem_opt.racing import stops
+from dem_opt.looks import stops
 from dem_opt.records import Score, Windows
 
 ROWS = 512

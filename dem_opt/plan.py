@@ -16,10 +16,10 @@ from dem_opt.arena import ALIGNMENT, CPU_BLOCK, DEVICE_BLOCK
 from dem_opt.checkpoints import DTYPES, Header, known_content
 from dem_opt.config import StudyConfig
 from dem_opt.errors import InputError
+from dem_opt.looks import stops
 from dem_opt.machine import Machine, Speed
 from dem_opt.models import Architecture
 from dem_opt.passes import Widths, activation_bytes, flops_per_token, gradient_bytes, read_widths
-from dem_opt.racing import stops
 
 BATCH_TOKENS = 4096
 """Tokens in one forward call where the study says `batch: auto` and memory allows."""

@@ -4,11 +4,12 @@ Shape suffixes here and in every tensor room: B batch rows, T tokens of a window
 N stored checkpoints (base and experts), P parameters, K distributions, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from math import exp, fsum, inf, isfinite
+from operator import mul
 from pathlib import Path
 from typing import Protocol
 
@@ -134,6 +135,13 @@ class Score:
         return exp(self.nll) if self.nll < 709 else inf
 
 
+def weighted_sum(scores: Sequence[Score], weights: Sequence[float]) -> Score:
+    """The score with  sum_n weight_n nats_n  on every window, of scores of the same windows."""
+    nats_WN = zip(*(score.nats_W for score in scores), strict=True)
+    summed_W = (fsum(map(mul, nats_N, weights)) for nats_N in nats_WN)
+    return Score(tuple(summed_W), scores[0].tokens_W)
+
+
 GRADIENT_FORWARDS = 3.0
 """Forward-equivalents of an evaluation with its gradient: by FLOPs a backward pass is two forward passes."""
 
@@ -148,8 +156,8 @@ so the surrogate need not know the constraint.
 class Referee(Protocol):
     """What decides, look by look, whether a trial goes on (racing)."""
 
-    def is_lost(self, scores: Mapping[str, Score]) -> bool:
-        """Whether a trial of which this much is known will not win."""
+    def is_over(self, scores: Mapping[str, Score]) -> bool:
+        """Whether a trial of which this much is known is stopped."""
 
 
 @dataclass(frozen=True)

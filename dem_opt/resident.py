@@ -8,9 +8,9 @@ import torch
 from dem_opt.adapters import content_of
 from dem_opt.arena import Arena
 from dem_opt.errors import InputError
+from dem_opt.looks import LOOKS, looks, replay, seen
 from dem_opt.models import empty_model
 from dem_opt.perplexity import prepare, reading, score
-from dem_opt.racing import LOOKS, looks, replay, seen
 from dem_opt.records import Composite, Evaluation, Gradient, Request, ResidentSpec, Score, StoredModel
 
 

@@ -31,11 +31,17 @@ METRIC = "nll"
 
 @dataclass(frozen=True)
 class Proposal:
-    """A trial to evaluate.  `seconds` is the time that proposing it took, 0 for an adopted one."""
+    """A trial to evaluate.
+
+    seconds  the time that proposing it took, 0 for an adopted one
+    charged  forward-equivalents that an earlier trial of the same coefficients was charged with, which this one
+             completes
+    """
 
     number: int
     coefficients: Coefficients
     seconds: float = 0.0
+    charged: float = 0.0
 
 
 class Search:
@@ -111,6 +117,11 @@ class Search:
         """Why the search ended, in words; empty while it goes on."""
         return str(self._study.user_attrs.get(STOPPED, ""))
 
+    @property
+    def completes(self) -> bool:
+        """Whether a trial that was stopped may be completed by a later one."""
+        return self.races and self._search.algorithm == "simplex-gp"
+
     def is_known(self, coefficients: Coefficients) -> bool:
         """Whether every study looks at these first, or this one was told to begin with them."""
         return coefficients in self._known
@@ -128,9 +139,13 @@ class Search:
         for trial in running:
             if not is_whole(trial, self._space):
                 self.tell(trial.number, None, {"reason": "interrupted while it was being proposed"})
-        self.told = _finished(self.trials())
-        whole = (trial for trial in running if is_whole(trial, self._space))
-        return [Proposal(trial.number, from_parameters(trial.params, self._space)) for trial in whole]
+        trials = self.trials()
+        self.told = _finished(trials)
+        whole = [trial for trial in trials if trial.state == "running"]
+        return [
+            Proposal(trial.number, trial.coefficients, charged=_charged(trials, trial.number, trial.coefficients))
+            for trial in whole
+        ]
 
     def ask(self) -> Proposal | None:
         """The next trial to evaluate; None where the search has ended."""
@@ -144,7 +159,8 @@ class Search:
         trial = self._study.ask(self._sampler.distributions)
         if (choice := self._sampler.last) is not None and choice.expected is not None:
             trial.set_user_attr(EXPECTED, choice.expected)
-        return Proposal(trial.number, from_parameters(trial.params, self._space), perf_counter() - began)
+        point = from_parameters(trial.params, self._space)
+        return Proposal(trial.number, point, perf_counter() - began, _charged(trials, trial.number, point))
 
     def _why_stop(self, trials: Sequence[Trial]) -> str:
         """Which budget is spent, or that nothing more is expected; empty where the search goes on."""
@@ -173,17 +189,13 @@ class Search:
             return trial.forwards
         return GRADIENT_FORWARDS if self.measures_gradient(trial.coefficients) else 1.0
 
-    def incumbent(self, before: int) -> Trial | None:
-        """The best whole trial that violates nothing, of those whose number is below `before`."""
-        able = [
+    def whole(self, before: int) -> list[Trial]:
+        """The trials that are told of all windows and whose number is below `before`, in the order of their numbers."""
+        return [
             trial
             for trial in self.trials()
-            if trial.number < before
-            and trial.objective is not None
-            and not trial.error
-            and not trial.attributes.get("violation")
+            if trial.number < before and trial.objective is not None and not trial.error
         ]
-        return min(able, key=lambda trial: (trial.objective, trial.number), default=None)
 
     def tell(self, number: int, objective: float | None, attributes: Mapping[str, Any]) -> None:
         """Finishes a trial with its objective in nats per token, or as failed: None, attributes["reason"].
@@ -204,6 +216,12 @@ class Search:
     def trials(self) -> list[Trial]:
         """All trials that have their coefficients, in the order of their numbers."""
         return self._history(self._study)
+
+
+def _charged(trials: Sequence[Trial], number: int, coefficients: Coefficients) -> float:
+    """Forward-equivalents of the trial before `number` that was stopped at these coefficients, if there is one."""
+    same = (trial for trial in trials if trial.number < number and trial.coefficients == coefficients)
+    return sum(trial.forwards for trial in same if trial.error)
 
 
 def _finished(trials: Sequence[Trial]) -> int:

@@ -12,11 +12,11 @@ from dem_opt.corpus import build_corpora
 from dem_opt.declared import read_config
 from dem_opt.errors import InputError
 from dem_opt.hub import locate
+from dem_opt.looks import LOOKS
 from dem_opt.machine import this_machine
 from dem_opt.models import Architecture, check_base, check_fit
 from dem_opt.plan import BATCH_TOKENS, Plan, evaluation_dtype, make_plan, refuse_too_large, stored_dtype
 from dem_opt.question import SPLITS, Question
-from dem_opt.racing import LOOKS
 from dem_opt.records import Corpus, ResidentSpec, StoredModel
 from dem_opt.tokens import load_tokenizer, tokenizer_digest
 

@@ -1,12 +1,17 @@
 """What came of a trial: its record, from Optuna and the ledger, and what Optuna is told of it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import inf
 from typing import Any
 
+import numpy as np
+
 from dem_opt.ledger import Ledger
-from dem_opt.objective import Objective, violation
+from dem_opt.looks import first, replay
+from dem_opt.objective import Objective, mean_nll, violation
 from dem_opt.question import SEARCH, SPLITS, Question
-from dem_opt.racing import Race, first, replay
+from dem_opt.racing import Race
 from dem_opt.records import (
     GRADIENT_FORWARDS,
     PENALTY,
@@ -16,8 +21,14 @@ from dem_opt.records import (
     Gradient,
     Score,
     TrialRecord,
+    weighted_sum,
 )
+from dem_opt.samplers.kernel import interpolate
 from dem_opt.search import Proposal, Search, Trial
+from dem_opt.simplex import Coefficients
+
+CONTROLS = 32
+"""How many whole trials a race's control is made from at most."""
 
 
 def recall(
@@ -62,15 +73,36 @@ def exceeded(ledger: Ledger, question: Question, scores: Mapping[str, Score]) ->
     return violation(scores, base_scores(ledger, question), question.protect)
 
 
-def race_against(ledger: Ledger, question: Question, rival: Trial | None) -> Race | None:
-    """A race against an incumbent; None without one, and for the largest regret, of which paired means tell nothing."""
-    if rival is None or question.worst:
+def race_for(
+    ledger: Ledger, question: Question, at: Coefficients, told: Sequence[Trial], clear: float = inf
+) -> Race | None:
+    """The race of a trial at these coefficients against the best of the whole trials that were told.
+
+    The best is that of those that violate nothing.  The control is made from the CONTROLS trials nearest to it: their
+    nats, window by window, with the weights that interpolate a merge's loss (`interpolate`).  None without an
+    incumbent, and for the largest regret, of which paired means tell nothing.
+    """
+    able = [trial for trial in told if not trial.attributes.get("violation")]
+    if not able or question.worst:
         return None
+    place_F = question.space.shares(at)
+    shares_NF = np.array([question.space.shares(trial.coefficients) for trial in told])
+    near = np.argsort(np.abs(shares_NF - place_F).sum(axis=1), kind="stable")[:CONTROLS]
+    weights_N = interpolate(shares_NF[near], place_F)
+    best = min(able, key=lambda trial: (trial.objective, trial.number))
+    composites = [question.composite(one.coefficients) for one in (best, *(told[i] for i in near))]
+    rival, *known = ledger.look_up_all(composites, question.keys(SEARCH), question.scoring)
+    weights = _weights_by_corpus(question)
+    control = {key: weighted_sum([scores[key] for scores in known], weights_N.tolist()) for key in rival}
+    return Race(control, weights, mean_nll(rival, weights), clear)
+
+
+def _weights_by_corpus(question: Question) -> dict[str, float]:
+    """The objective's weight of each corpus, of those that have any."""
     weights: dict[str, float] = {}
     for name, key in question.corpora[SEARCH].items():
         weights[key] = weights.get(key, 0.0) + question.weights[name]
-    scores = ledger.look_up(question.composite(rival.coefficients), question.keys(SEARCH), question.scoring)
-    return Race(scores, {key: weight for key, weight in weights.items() if weight})
+    return {key: weight for key, weight in weights.items() if weight}
 
 
 def trial_record(
@@ -109,7 +141,7 @@ def trial_record(
         answer,
         proposal.seconds,
         violation=exceeded(ledger, question, seen),
-        forwards=GRADIENT_FORWARDS if gradient else 1.0,
+        forwards=GRADIENT_FORWARDS if gradient else 1.0 - proposal.charged,
         gradient=slope(ledger, question, seen, measured) if gradient else {},
     )
 
@@ -134,16 +166,15 @@ def _stopped(
     """The record of a trial that lost its race: control-variate estimates in the place of means."""
     by_key = {key: seen[name] for name, key in question.corpora[SEARCH].items()}
     estimate = race.estimate(by_key)
-    rival = {name: race.rival[key] for name, key in question.corpora[SEARCH].items()}
     base, over = base_scores(ledger, question), 0.0
     for name, allowance in question.protect.items():
-        apart = seen[name].nll - first(rival[name], len(seen[name].nats_W)).nll
-        over += max(0.0, rival[name].nll + apart - base[name].nll - allowance)
+        key = question.corpora[SEARCH][name]
+        over += max(0.0, race.nll(key, by_key[key]) - base[name].nll - allowance)
     return TrialRecord(
         study,
         proposal.number,
         proposal.coefficients,
-        Objective(question.weights)(rival) + estimate.difference,
+        race.goal + estimate.difference,
         seen,
         answer,
         proposal.seconds,
@@ -204,7 +235,8 @@ def recorded(ledger: Ledger, question: Question, study: str, trial: Trial) -> Tr
     if trial.objective is None:
         return trial_record(ledger, question, study, proposal, Failure(told["reason"]))
     if not trial.error:
-        return trial_record(ledger, question, study, proposal, evaluation, gradient=bool(trial.gradient))
+        record = trial_record(ledger, question, study, proposal, evaluation, gradient=bool(trial.gradient))
+        return replace(record, forwards=trial.forwards)
     seen = recall(ledger, question, question.composite(trial.coefficients), SEARCH, whole=False)
     return TrialRecord(
         study,

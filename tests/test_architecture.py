@@ -14,6 +14,7 @@ FLOORS = [
         "errors",
         "simplex",
         "records",
+        "looks",
         "objective",
         "comparison",
         "strict_yaml",
@@ -49,6 +50,7 @@ FLOORS = [
 ALLOWED = {
     ("simplex", "errors"),
     ("records", "errors"),
+    ("looks", "records"),
     ("records", "simplex"),
     ("comparison", "records"),
     ("objective", "records"),
@@ -110,6 +112,7 @@ LIGHT = [
     "errors",
     "simplex",
     "records",
+    "looks",
     "objective",
     "comparison",
     "answers",

@@ -9,7 +9,7 @@ from scipy.special import ndtr
 
 from dem_opt.samplers import gp
 from dem_opt.samplers.history import Trial
-from dem_opt.samplers.kernel import Kernel
+from dem_opt.samplers.kernel import Kernel, interpolate
 from dem_opt.samplers.simplex_gp import SimplexGP, log_expected_improvement, log_h, maximize
 from dem_opt.simplex import Space, project
 
@@ -252,3 +252,33 @@ def test_bayesian_optimization_finds_corners_and_faces_and_leaves_random_search_
     by_chance = np.median([min(loss(x) for x in study) for study in draws]) - 2.0
     assert best.objective is not None and best.objective - 2.0 < 0.01 * by_chance
     assert ((space.point(best.coefficients) == 0) == (optimum == 0)).all()
+
+
+def test_known_losses_are_interpolated_with_weights_that_sum_to_one() -> None:
+    """At a known point it has all the weight; losses that are the same everywhere come out as they are."""
+    rng = np.random.default_rng(0)
+    points_NF = rng.dirichlet(np.ones(4), 12)
+    for place, point_F in enumerate(points_NF):
+        assert interpolate(points_NF, point_F) == pytest.approx(np.eye(12)[place], abs=0.02)
+    assert interpolate(points_NF, rng.dirichlet(np.ones(4))).sum() == pytest.approx(1)
+    assert interpolate(points_NF[:1], points_NF[1]) == pytest.approx([1])
+
+
+def test_the_more_points_the_closer_the_guess_of_a_quadratic() -> None:
+    """Root mean square over random quadratics of three free shares, relative to the nearest point's own loss."""
+    rng = np.random.default_rng(1)
+    points_NF, place_F = rng.dirichlet(np.ones(4), 40), rng.dirichlet(np.ones(4))
+    forms_QFF = rng.normal(size=(200, 4, 4))
+
+    def losses(at_NF: Array) -> Array:
+        return np.einsum("nf,qfg,ng->qn", at_NF, forms_QFF, at_NF)
+
+    truth_Q = losses(place_F[None])[:, 0]
+
+    def off(count: int) -> float:
+        guess_Q = losses(points_NF[:count]) @ interpolate(points_NF[:count], place_F)
+        return float(np.sqrt(((guess_Q - truth_Q) ** 2).mean()))
+
+    nearest = np.abs(points_NF[:5] - place_F).sum(axis=1).argmin()
+    alone = np.sqrt(((losses(points_NF[:5])[:, nearest] - truth_Q) ** 2).mean())
+    assert off(40) < 0.02 * off(5) and off(5) < 0.2 * alone

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from dem_opt.errors import EvaluationError
+from dem_opt.looks import first, stops
 from dem_opt.perplexity import ROWS, PreparedWindows, isolates_documents, prepare, score
-from dem_opt.racing import first, stops
 from dem_opt.records import Score, Windows
 
 VOCABULARY = 128

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import t as student
 
-from dem_opt.racing import ERROR, LOOKS, MARGIN, Race, first, look, looks, replay, seen, stops
+from dem_opt.looks import LOOKS, first, look, looks, replay, seen, stops
+from dem_opt.racing import CLEAR, ERROR, MARGIN, Race
 from dem_opt.records import Score
 
 
@@ -47,7 +48,7 @@ class LostAt:
     def __init__(self, windows):
         self.windows, self.asked = windows, []
 
-    def is_lost(self, scores):
+    def is_over(self, scores):
         self.asked.append(len(scores["a"].nats_W))
         return self.asked[-1] >= self.windows
 
@@ -75,7 +76,7 @@ def test_an_estimate_of_two_corpora_by_hand():
     0.0625 * 8/300 = 0.004725 + 1/600; freedom = that squared / (0.004725^2 / 2 + 1/600^2 / 1)."""
     rival = {"a": score([5, 5, 5, 5], [10, 20, 20, 20]), "b": score([1] * 6)}
     trial = {"a": score([15, 35, 25], [10, 20, 20]), "b": score([0, 4])}
-    found = Race(rival, {"a": 3.0, "b": 1.0}).estimate(trial)
+    found = Race.against(rival, {"a": 3.0, "b": 1.0}).estimate(trial)
     variance = 0.004725 + 1 / 600
     assert found.difference == pytest.approx(0.925)
     assert found.error == pytest.approx(sqrt(variance))
@@ -93,32 +94,56 @@ def made(seed=0, windows=24, gain=0.0, noise=0.05, tokens=100):
 
 def test_of_all_windows_the_estimate_is_the_difference_without_an_error():
     rival, trial = made(gain=0.3, windows=13)
-    found = Race({"a": rival}, {"a": 2.0}).estimate({"a": trial})
+    found = Race.against({"a": rival}, {"a": 2.0}).estimate({"a": trial})
     assert found.difference == pytest.approx(trial.nll - rival.nll) and found.error == 0
 
 
 def test_one_window_never_stops_a_trial():
     rival, trial = made(gain=-5)
-    race = Race({"a": rival, "b": rival}, {"a": 1.0, "b": 1.0})
+    race = Race.against({"a": rival, "b": rival}, {"a": 1.0, "b": 1.0})
     assert race.estimate({"a": first(trial, 1), "b": trial}).error == inf
-    assert not race.is_lost({"a": first(trial, 1), "b": trial})
+    assert not race.is_over({"a": first(trial, 1), "b": trial})
 
 
 def test_a_better_trial_is_not_stopped_and_a_twin_is():
     rival, trial = made(gain=0.05)
-    race = Race({"a": rival}, {"a": 1.0})
-    assert not any(race.is_lost({"a": first(trial, stop)}) for stop in stops(24))
-    assert race.is_lost({"a": first(rival, 3)}), "a twin does not win"
+    race = Race.against({"a": rival}, {"a": 1.0})
+    assert not any(race.is_over({"a": first(trial, stop)}) for stop in stops(24))
+    assert race.is_over({"a": first(rival, 3)}), "a twin does not win"
+
+
+@pytest.mark.parametrize(("gain", "lost"), [(0.5 * MARGIN, True), (2 * MARGIN, False)])
+def test_a_gain_below_the_margin_is_no_win(gain, lost):
+    rival, trial = made(gain=gain, noise=1e-6)
+    assert Race.against({"a": rival}, {"a": 1.0}).is_over({"a": first(trial, 3)}) == lost
+
+
+@pytest.mark.parametrize("stop", stops(24)[:-1])
+def test_a_control_that_is_the_trial_tells_all_from_any_windows(stop):
+    """Its paired differences are 0, so what is left is its own distance from the goal."""
+    rival, trial = made(gain=0.3)
+    found = Race({"a": trial}, {"a": 1.0}, rival.nll).estimate({"a": first(trial, stop)})
+    assert found.difference == pytest.approx(trial.nll - rival.nll) and found.error == 0
+
+
+def test_an_error_of_the_control_is_found_in_the_windows():
+    """A control that is off by a constant for each token costs nothing."""
+    rival, trial = made(gain=0.3)
+    control = score(np.add(trial.nats_W, 7.0), trial.tokens_W)
+    race = Race({"a": control}, {"a": 1.0}, rival.nll)
+    found = race.estimate({"a": first(trial, 6)})
+    assert found.difference == pytest.approx(trial.nll - rival.nll) and found.error == pytest.approx(0, abs=1e-9)
+    assert race.nll("a", first(trial, 6)) == pytest.approx(trial.nll)
 
 
 def test_corpora_without_weight_are_not_looked_at():
     rival, trial = made(gain=-0.5)
     other, better = made(gain=9)
-    race = Race({"a": rival, "b": other}, {"a": 1.0})
-    assert race.is_lost({"a": first(trial, 6), "b": first(better, 6)})
-    assert race.is_lost({"a": first(trial, 6)})
-    both = Race({"a": rival, "b": other}, {"a": 1.0, "b": 1.0})
-    assert not both.is_lost({"a": first(trial, 6), "b": first(better, 6)})
+    race = Race.against({"a": rival, "b": other}, {"a": 1.0})
+    assert race.is_over({"a": first(trial, 6), "b": first(better, 6)})
+    assert race.is_over({"a": first(trial, 6)})
+    both = Race.against({"a": rival, "b": other}, {"a": 1.0, "b": 1.0})
+    assert not both.is_over({"a": first(trial, 6), "b": first(better, 6)})
 
 
 def stopped_at(race, trial):
@@ -137,7 +162,7 @@ def test_a_trial_that_wins_by_the_margin_is_hardly_ever_stopped(windows):
     wrong = 0
     for seed in range(count):
         rival, trial = made(seed, windows, gain=MARGIN)
-        wrong += stopped_at(Race({"a": rival}, {"a": 1.0}), trial) < windows
+        wrong += stopped_at(Race.against({"a": rival}, {"a": 1.0}), trial) < windows
     assert wrong <= count * ERROR + 4 * sqrt(count * ERROR * (1 - ERROR))
 
 
@@ -147,13 +172,26 @@ def test_the_error_is_spent_but_not_all_at_one_look():
     Trials at a known number of standard errors above the margin, with 8 of 64 windows seen, lie on either side of it.
     """
     rival, trial = made(windows=64)
-    race = Race({"a": rival}, {"a": 1.0})
+    race = Race.against({"a": rival}, {"a": 1.0})
     part = first(trial, 8)
     found = race.estimate({"a": part})
     for share, lost in ((0.98, False), (1.02, True)):
         wanted = share * student.isf(ERROR / (LOOKS - 1), 7) * found.error - MARGIN
         shift = 100 * (wanted - found.difference)
-        assert race.is_lost({"a": score([nats + shift for nats in part.nats_W], part.tokens_W)}) == lost
+        assert race.is_over({"a": score([nats + shift for nats in part.nats_W], part.tokens_W)}) == lost
+
+
+@pytest.mark.parametrize("gain", [0.05, -0.05])
+def test_a_trial_that_can_be_completed_is_set_aside_when_it_is_clear(gain):
+    """On either side of the goal: the gain is 3 or 1 times the error of what was seen, and 2 is where it is clear."""
+    rival, trial = made(windows=64)
+    part = first(trial, 8)
+    found = Race.against({"a": rival}, {"a": 1.0}).estimate({"a": part})
+    for times in (1, 3):
+        shift = 100 * (times * found.error * np.sign(gain) + found.difference)
+        moved = {"a": score([nats - shift for nats in part.nats_W], part.tokens_W)}
+        assert Race({"a": rival}, {"a": 1.0}, rival.nll, CLEAR).is_over(moved) == (times > CLEAR)
+        assert not Race({"a": rival}, {"a": 1.0}, rival.nll).is_over(moved)
 
 
 def test_clearly_worse_trials_are_stopped_early():
@@ -166,5 +204,5 @@ def test_clearly_worse_trials_are_stopped_early():
         ends = []
         for seed in range(200):
             rival, trial = made(seed, 64, gain)
-            ends.append(stopped_at(Race({"a": rival}, {"a": 1.0}), trial))
+            ends.append(stopped_at(Race.against({"a": rival}, {"a": 1.0}), trial))
         assert np.mean(ends) < most and max(ends) < 64

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from dem_opt.checkpoints import content_hash
 from dem_opt.config import load
 from dem_opt.errors import EvaluationError, InputError
-from dem_opt.racing import MARGIN, Race, first, replay, stops
+from dem_opt.looks import first, replay, stops
+from dem_opt.racing import MARGIN, Race
 from dem_opt.records import Composite, Corpus, Request, ResidentSpec, Score, StoredModel, Windows
 from dem_opt.resident import Resident
 from dem_opt.simplex import UNIT
@@ -113,7 +114,7 @@ class LostAt:
     def __init__(self, windows):
         self.windows = windows
 
-    def is_lost(self, scores):
+    def is_over(self, scores):
         return max(len(score.nats_W) for score in scores.values()) >= self.windows
 
 
@@ -163,8 +164,9 @@ def test_a_real_race_stops_the_worse_of_two_and_not_the_better(sources):
     asked = keys(sources)[:2]
     better, worse = (resident.evaluate(Request(0, one, asked)).scores for one in (Composite.single(content), far))
     assert all(worse[key].nll > better[key].nll + MARGIN for key in asked)
-    lost = resident.evaluate(Request(0, far, asked, {}, Race(better, dict.fromkeys(asked, 1.0))))
-    won = resident.evaluate(Request(0, Composite.single(content), asked, {}, Race(worse, dict.fromkeys(asked, 1.0))))
+    hard, easy = (Race.against(rival, dict.fromkeys(asked, 1.0)) for rival in (better, worse))
+    lost = resident.evaluate(Request(0, far, asked, {}, hard))
+    won = resident.evaluate(Request(0, Composite.single(content), asked, {}, easy))
     assert won.scores == better
     (seen,) = {len(score.nats_W) for score in lost.scores.values()}
     assert seen in stops(40)[:-1] and lost.scores == {key: first(score, seen) for key, score in worse.items()}

@@ -14,9 +14,12 @@ from dem_opt.errors import InputError
 from dem_opt.ledger import Ledger
 from dem_opt.pool import InProcessCompute
 from dem_opt.question import HELD_OUT, SEARCH
+from dem_opt.racing import CLEAR, MARGIN
 from dem_opt.records import Composite, Evaluation, Request, TrialRecord
 from dem_opt.resident import Resident
 from dem_opt.runs import Runs
+from dem_opt.samplers.kernel import interpolate
+from dem_opt.simplex import Coefficients
 from dem_opt.sources import gather
 from dem_opt.study import Study
 from dem_opt.trials import base_scores, recall
@@ -75,12 +78,31 @@ def test_a_trial_that_loses_its_race_is_charged_for_what_it_was_shown(tmp_path, 
     question, ledger = of(study)
     partial = [record for record in watching.records if record.is_partial]
     assert partial, "some lose"
+    charged: dict[Coefficients, float] = {}
     for record in watching.records:
         (seen,) = windows_of(record)
-        assert record.forwards == seen / WINDOWS
+        charged[record.coefficients] = charged.get(record.coefficients, 0.0) + record.forwards
+        assert charged[record.coefficients] == seen / WINDOWS, "what completes a stopped trial is charged for the rest"
         assert record.is_partial == (seen < WINDOWS) == (record.error > 0)
         stored = recall(ledger, question, question.composite(record.coefficients), SEARCH, whole=False)
         assert all(stored[name].nats_W[:seen] == score.nats_W for name, score in record.scores.items())
+
+
+def test_a_promising_trial_that_was_stopped_is_completed_and_may_win(tmp_path):
+    """What was seen of it is not measured again."""
+    watching = Witness()
+    study = make(tmp_path, watching, search={"trials": 16})
+    winner = study.run()
+    first: dict[Coefficients, TrialRecord] = {}
+    completed = []
+    for record in watching.records:
+        before = first.setdefault(record.coefficients, record)
+        if before is not record:
+            assert before.is_partial and not record.is_partial
+            assert record.evaluation.forward_tokens == 3 * 32 * WINDOWS * (1 - before.forwards)
+            completed.append(record)
+    assert completed and len({record.coefficients for record in completed}) == len(completed)
+    assert winner.coefficients in {record.coefficients for record in completed}
 
 
 def test_landmarks_and_the_grid_are_never_stopped(tmp_path):
@@ -93,25 +115,30 @@ def test_landmarks_and_the_grid_are_never_stopped(tmp_path):
             assert record.forwards == 1.0 and not record.is_partial
 
 
-def test_an_estimate_is_the_incumbent_s_objective_and_the_mean_paired_difference(tmp_path):
-    """By hand for equal weights: windows have 31 scored tokens each, so means of windows are means of tokens."""
+def test_an_estimate_is_the_control_s_objective_and_the_mean_paired_difference(tmp_path):
+    """By hand for equal weights: of each distribution, sums of nats over sums of tokens."""
     watching = Witness()
     study = make(tmp_path, watching)
     study.run()
     question, ledger = of(study)
-    best = None
+    space, whole = study.config.space, []
     for record in watching.records:
-        if record.is_partial:
-            rival = recall(ledger, question, question.composite(best.coefficients), SEARCH)
-            (seen,) = windows_of(record)
-            gaps = [
-                score.nll - np.sum(rival[name].nats_W[:seen]) / np.sum(rival[name].tokens_W[:seen])
-                for name, score in record.scores.items()
-            ]
-            assert record.objective == pytest.approx(best.objective + np.mean(gaps), abs=1e-12)
-            assert record.objective >= best.objective, "it was stopped because it was behind"
-        elif best is None or record.objective < best.objective:
-            best = record
+        if not record.is_partial:
+            whole.append(record)
+            continue
+        shares = np.array([space.shares(one.coefficients) for one in whole])
+        weights = interpolate(shares, space.shares(record.coefficients))
+        (seen,) = windows_of(record)
+        estimates = []
+        for name, score in record.scores.items():
+            stored = [recall(ledger, question, question.composite(one.coefficients), SEARCH)[name] for one in whole]
+            control = weights @ np.array([one.nats_W for one in stored])
+            gap = np.sum(score.nats_W - control[:seen]) / score.tokens
+            estimates.append(control.sum() / stored[0].tokens + gap)
+        assert record.objective == pytest.approx(np.mean(estimates), abs=1e-10)
+        gain = min(one.objective for one in whole) - record.objective
+        assert gain < MARGIN or gain > CLEAR * record.error, "it won't win, or it is clear that it is better"
+    assert len(whole) < len(watching.records)
 
 
 def test_a_partial_trial_never_wins(tmp_path):
@@ -295,12 +322,16 @@ def test_a_search_says_why_it_stopped(tmp_path, search, said, spent):
     assert any("tiny/simplex-gp ended after" in line and said in line for line in watching.lines)
 
 
-def test_a_larger_budget_goes_on_where_a_smaller_one_ended(tmp_path):
+@pytest.mark.parametrize("racing", [True, False])
+def test_a_larger_budget_goes_on_where_a_smaller_one_ended(tmp_path, racing):
+    """To the same trials, unless the smaller budget's last one completed another."""
     whole, parts = Witness(), Witness()
-    make(tmp_path / "whole", whole, search={"trials": 10}).run()
-    make(tmp_path / "parts", parts, search={"trials": 6}).run()
-    make(tmp_path / "parts", parts, search={"trials": 10}).run()
-    assert list(map(told, whole.records)) == list(map(told, parts.records))
+    make(tmp_path / "whole", whole, search={"trials": 10, "racing": racing}).run()
+    make(tmp_path / "parts", parts, search={"trials": 6, "racing": racing}).run()
+    make(tmp_path / "parts", parts, search={"trials": 10, "racing": racing}).run()
+    same = 5 if racing else 10
+    assert list(map(told, whole.records))[:same] == list(map(told, parts.records))[:same]
+    assert len(parts.records) == len({record.number for record in parts.records}) == 10
 
 
 def test_several_seeds_are_several_searches_over_one_ledger(tmp_path):

@@ -21,7 +21,7 @@ def make_sampler(search: Search, space: Space) -> SimplexSampler:
 def _proposer(search: Search, space: Space) -> Proposer:
     match search.algorithm:
         case "simplex-gp":
-            return SimplexGP(space)
+            return SimplexGP(space, search.trials, search.forwards)
         case "grid":
             return Grid(space, search.divisions)
         case "random":

@@ -11,13 +11,15 @@ are alive are at their caps, those that are dead divide the rest equally: at the
 import numpy as np
 from numpy.typing import NDArray
 
+from dem_opt.simplex import UNIT
+
 Array = NDArray[np.float64]
 
 DEAD = 0.2
 """Width of the dead zone: with less, TPE took longer to corners and faces, and was no better inside."""
 
-RADIUS = 0.65
-"""How long the part of a coordinate beyond the dead zone is told to be: at most 1 - d."""
+NEAREST = 0.5
+"""Least length of the greatest coordinate beyond the dead zone, as a part of what there is."""
 
 
 def to_shares(cube_F: Array, caps_F: Array) -> Array:
@@ -43,11 +45,15 @@ def _fill(weights_F: Array, caps_F: Array, amount: float) -> Array:
 
 
 def from_shares(shares_F: Array, caps_F: Array) -> Array:
-    """Of the points of the cube that have these shares, one that lies amid them.
+    """One of the points of the cube that have these shares, always the same.
 
-    u_i = d + r p_i / |p| , and d / 2, the middle of the dead zone, where p_i = 0; 1 where p_i is at a cap below 1.  The
-    length is the same for all, and a sampler finds room to every side.  (With the greatest coordinate at 1, TPE
-    drew back from there to equal shares: its regret after 60 trials of three was up to a thousand times as great.)
+    u_i = d + r (1 - d) p_i / max p , and d / 2, the middle of the dead zone, where p_i = 0; 1 where p_i is at a cap
+    below 1.  The shares seed the generator that draws r from NEAREST to 1, so a sampler sees all lengths, as if it had
+    been told its own draws.  (At r = 1 TPE drew back to equal shares: over three shares its regret after 60 trials was
+    up to a thousand times as great.  With vectors of one length a Gaussian process sought improvement at the others for
+    ever, and stood still.)
     """
-    cube_F: Array = np.where(shares_F > 0, DEAD + RADIUS * shares_F / np.linalg.norm(shares_F), DEAD / 2)
+    seed_F = np.rint(shares_F * UNIT).astype(np.int64)
+    reach = (1 - DEAD) * np.random.default_rng(seed_F).uniform(NEAREST, 1.0)
+    cube_F: Array = np.where(shares_F > 0, DEAD + reach * (shares_F / shares_F.max()), DEAD / 2)
     return np.where((shares_F == caps_F) & (caps_F < 1) & (shares_F > 0), 1.0, cube_F)

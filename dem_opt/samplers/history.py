@@ -100,6 +100,12 @@ def thin(told: Sequence[Trial], most: int) -> list[Trial]:
     return sorted([*best, *latest], key=lambda trial: trial.number)
 
 
+def latest(trials: Sequence[Trial]) -> list[Trial]:
+    """Of the finished trials with the same coefficients the last, which completes the others, in their order."""
+    last = {trial.coefficients: trial for trial in trials if trial.state != "running"}
+    return sorted(last.values(), key=lambda trial: trial.number)
+
+
 def values_of(told: Sequence[Trial]) -> list[float]:
     """Objectives of finished trials; a failed trial's is the worst of the others, so that searches stay away."""
     worst = max(trial.objective for trial in told if trial.objective is not None)

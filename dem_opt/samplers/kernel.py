@@ -124,6 +124,24 @@ class Kernel:
         return by_F
 
 
+NUGGET = 1e-6
+"""Variance of what a window's nats have beside the kernel: keeps weights small where points lie close together."""
+
+
+def interpolate(points_NF: Array, at_F: Array) -> Array:
+    """Weights a of known losses in the best guess at another point,  f(x) = sum_n a_n f(x_n) ,  summing to 1.
+
+    a = inv(K + NUGGET I) k(x) , normalized: simple kriging (Cressie 1993, section 3.2).  A merge's loss is as smooth on
+    one window as on another, so all have the same weights.  The kernel is that of the priors' means: lengthscales and s
+    of 1, b of exp(-2).
+    """
+    kernel = Kernel(np.ones(len(at_F)), 1.0, float(np.exp(-4.0)))
+    own_NN = kernel.value(points_NF, points_NF) + NUGGET * np.eye(len(points_NF))
+    weights_N = np.asarray(np.linalg.solve(own_NN, kernel.value(points_NF, at_F[None])[:, 0]))
+    normalized_N: Array = weights_N / weights_N.sum()
+    return normalized_N
+
+
 def centred(points_MF: Array) -> Array:
     """Shares from the centroid."""
     centred_MF: Array = points_MF - 1 / points_MF.shape[1]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +10,7 @@ from scipy.special import erfcx, ndtr
 from threadpoolctl import threadpool_limits
 
 from dem_opt.samplers import gp
-from dem_opt.samplers.history import Trial, thin, values_of
+from dem_opt.samplers.history import Trial, latest, thin, values_of
 from dem_opt.samplers.sampler import Choice, first_new
 from dem_opt.simplex import Coefficients, Space, project
 
@@ -24,6 +25,9 @@ OBSERVATIONS = 200
 APART = 1e-6
 """Points closer than this in every coefficient, as shares of the total, count as the same."""
 
+RECENT = 8
+"""Of how many latest trials the mean is what a new one is expected to cost."""
+
 _STARTS = 64
 _STEPS = 60
 
@@ -33,15 +37,22 @@ _LONGEST = 1e3
 
 @dataclass(frozen=True)
 class SimplexGP:
-    """Known composites first, then the greatest expected improvement over the shares.
+    """Known composites first, then the greatest expected improvement over the shares for what it costs.
+
+    trials, forwards  the search's budgets: its last trial completes the best estimate
 
     The first proposals are the points that the study begins with, the vertices and the centroid.  Running
     trials are believed to come out at the posterior mean; failed ones count as the worst value seen.  A stopped trial's
     estimate has its standard error; gradients are derivative observations.  One thread is enough for matrices of this
     size, competes with no resident, and gives the same bits however many there are.
+
+    A stopped trial is proposed again, to be completed, where the improvement on the best whole trial that is expected
+    of it is greater, for each forward-equivalent that is missing, than that of a new trial for each that it will take.
     """
 
     space: Space
+    trials: int | None = None
+    forwards: float | None = None
 
     def propose(self, trials: Sequence[Trial], begin: Sequence[Coefficients], rng: np.random.Generator) -> Choice:
         """The next point."""
@@ -49,26 +60,64 @@ class SimplexGP:
             return known
         if self.space.is_point or all(trial.objective is None for trial in trials):
             return Choice(self.space.sample(rng))
-        taken_NF = self._shares(trials)
         with threadpool_limits(1, "blas"):
-            candidates_MF, expected_M = self._improving(trials, rng)
+            process = self._process(trials)
+            new = self._new(process, trials, rng)
+            stopped = self._stopped(process, trials)
+        if stopped is None or (
+            not self._is_last(trials) and stopped.worth < (new.expected or 0.0) / self._cost(trials)
+        ):
+            return new
+        return Choice(stopped.coefficients, stopped.expected)
+
+    def _process(self, trials: Sequence[Trial]) -> gp.GaussianProcess:
+        """What is believed of the loss, running trials included."""
+        running = [trial for trial in trials if trial.state == "running"]
+        seen = self._observations(thin(latest(trials), OBSERVATIONS))
+        return gp.fit(seen).believing(self._shares(running))
+
+    def _new(self, process: gp.GaussianProcess, trials: Sequence[Trial], rng: np.random.Generator) -> Choice:
+        """The greatest expected improvement on the best posterior mean, apart from all trials; else a draw."""
+        seen, taken_NF = process.seen, self._shares(trials)
+        best = float(process.mean(seen.points_NF).min())
+        ranked_NF = seen.points_NF[np.argsort(seen.values_N, kind="stable")]
+        candidates_MF, expected_M = maximize(
+            lambda shares_MF: log_expected_improvement(process, best, shares_MF),
+            project(_starts(ranked_NF, rng), self.space.caps_F),
+            self.space.caps_F,
+        )
         for shares_F, expected in zip(candidates_MF, expected_M, strict=True):
             if np.abs(taken_NF - shares_F).max(axis=1, initial=0).min() > APART:
                 return Choice(self.space.at(shares_F), float(expected))
         return Choice(self.space.sample(rng), float(expected_M[0]))
 
-    def _improving(self, trials: Sequence[Trial], rng: np.random.Generator) -> tuple[Array, Array]:
-        """Local maxima of the expected improvement as shares, the greatest first, and what is expected in nats."""
-        told = thin([trial for trial in trials if trial.state != "running"], OBSERVATIONS)
-        running = [trial for trial in trials if trial.state == "running"]
-        seen = self._observations(told)
-        process = gp.fit(seen).believing(self._shares(running))
-        best = float(process.mean(process.seen.points_NF).min())
-        ranked_NF = seen.points_NF[np.argsort(seen.values_N, kind="stable")]
-        return maximize(
-            lambda shares_MF: log_expected_improvement(process, best, shares_MF),
-            project(_starts(ranked_NF, rng), self.space.caps_F),
-            self.space.caps_F,
+    def _stopped(self, process: gp.GaussianProcess, trials: Sequence[Trial]) -> "_Stopped | None":
+        """The stopped trial that is most worth to be completed; None where none may improve on the whole ones."""
+        running = {trial.coefficients for trial in trials if trial.state == "running"}
+        told = [trial for trial in latest(trials) if trial.objective is not None]
+        stopped = [trial for trial in told if trial.error and trial.coefficients not in running]
+        best = min((trial.objective for trial in told if not trial.error and trial.objective is not None), default=inf)
+        if not stopped or best == inf:
+            return None
+        log_expected_M, _ = log_expected_improvement(process, best, self._shares(stopped))
+        found = zip(stopped, np.exp(log_expected_M).tolist(), strict=True)
+        most = max(
+            (_Stopped(one.coefficients, gain, 1 - one.forwards) for one, gain in found), key=lambda one: one.worth
+        )
+        return most if most.expected > 0 else None
+
+    def _cost(self, trials: Sequence[Trial]) -> float:
+        """Forward-equivalents that a new trial may take: the mean of the latest ones that completed no other."""
+        landmarks = set(self.space.landmarks())
+        raced = [one for one in trials if one.coefficients not in landmarks and (one.error or one.forwards >= 1)]
+        told = [trial.forwards for trial in raced if trial.state != "running"][-RECENT:]
+        return float(np.mean(told)) if told else 1.0
+
+    def _is_last(self, trials: Sequence[Trial]) -> bool:
+        """Whether the budget is spent with the next trial."""
+        spent = sum(trial.forwards for trial in trials)
+        return (self.trials is not None and len(trials) + 1 >= self.trials) or (
+            self.forwards is not None and spent + 1 >= self.forwards
         )
 
     def _observations(self, told: Sequence[Trial]) -> gp.Observations:
@@ -84,6 +133,20 @@ class SimplexGP:
     def _shares(self, trials: Iterable[Trial]) -> Array:
         shares = [self.space.shares(trial.coefficients) for trial in trials]
         return np.array(shares).reshape(-1, len(self.space.caps_F))
+
+
+@dataclass(frozen=True)
+class _Stopped:
+    """A stopped trial: the improvement that is expected of it in nats, and forward-equivalents that it lacks."""
+
+    coefficients: Coefficients
+    expected: float
+    missing: float
+
+    @property
+    def worth(self) -> float:
+        """Nats that are expected for each forward-equivalent."""
+        return self.expected / max(self.missing, 1e-3)
 
 
 def log_expected_improvement(process: gp.GaussianProcess, best: float, shares_MF: Array) -> tuple[Array, Array]:
