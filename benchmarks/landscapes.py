@@ -98,6 +98,7 @@ def make_landscape(landscape: Landscape, folder: Path, say: Callable[[str], None
         "storage": "sqlite:///runs/landscapes.db",
         **sections,
     }
+    (world / "runs").mkdir(exist_ok=True)
     path = world / f"{landscape.name}.yaml"
     path.write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
     return path
