@@ -127,6 +127,8 @@ class Driver:
 
     def _record(self, request: Request, answer: Evaluation | Failure) -> None:
         if isinstance(answer, Evaluation):
+            if answer.note:
+                self.observer.milestone(f"warning: {answer.note}")
             seconds = answer.merge_seconds + answer.score_seconds
             self.ledger.record(
                 request.composite,

@@ -300,8 +300,10 @@ def _metrics(record: TrialRecord) -> list[tuple[str, float]]:
     measured = record.evaluation
     metrics = [
         ("forward_tokens", float(measured.forward_tokens)),
+        ("scored_tokens", float(measured.scored_tokens)),
         ("merge_seconds", measured.merge_seconds),
         ("score_seconds", measured.score_seconds),
+        ("wait_seconds", measured.wait_seconds),
         ("propose_seconds", record.propose_seconds),
     ]
     if record.objective is not None:

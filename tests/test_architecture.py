@@ -35,6 +35,7 @@ FLOORS = [
         "hub",
         "machine",
         "racing",
+        "heads",
     },
     {"perplexity", "ledger"},
     {"resident", "samplers", "finetune", "passes", "plan", "sources"},
@@ -83,7 +84,7 @@ ALLOWED = {
 }
 
 TENSORS = {"checkpoints", "models", "adapters", "arena", "perplexity", "resident", "finetune", "assets", "export"}
-TENSORS |= {"pickled", "pool", "machine", "passes", "plan"}
+TENSORS |= {"pickled", "pool", "machine", "passes", "plan", "heads"}
 """Rooms that work with torch."""
 
 DOORS = {
@@ -102,7 +103,7 @@ DOORS = {
     "jinja2": {"tokens"},
     "huggingface_hub": {"hub", "models"},
     "torch": TENSORS,
-    "transformers": {"models", "arena", "tokens", "corpus", "perplexity", "finetune", "assets", "export"},
+    "transformers": {"models", "arena", "tokens", "corpus", "heads", "perplexity", "finetune", "assets", "export"},
 }
 """Who may import what, at the top of a module or inside its functions."""
 

@@ -28,7 +28,9 @@ Make = Callable[..., MlflowTracker]
 def trial(number: int, **changed: Any) -> TrialRecord:
     """A trial whose NLL is 3/6 on code and 3/4 on math."""
     coefficients = SPACE.from_units([number * 10**6, 10**9 - number * 10**6])
-    evaluation = Evaluation({}, forward_tokens=12, merge_seconds=0.25, score_seconds=0.5)
+    evaluation = Evaluation(
+        {}, forward_tokens=12, merge_seconds=0.25, score_seconds=0.5, scored_tokens=10, wait_seconds=0.0625
+    )
     record = TrialRecord("study#1", number, coefficients, 0.625, SCORES, evaluation, propose_seconds=0.125)
     return replace(record, **changed)
 
@@ -146,6 +148,8 @@ def test_a_trial_is_logged_with_all_that_is_known_of_it(make: Make, logged: Call
         "perplexity.code": pytest.approx(1.6487212707),
         "perplexity.math": pytest.approx(2.1170000166),
         "forward_tokens": 12.0,
+        "scored_tokens": 10.0,
+        "wait_seconds": 0.0625,
         "merge_seconds": 0.25,
         "score_seconds": 0.5,
         "propose_seconds": 0.125,
