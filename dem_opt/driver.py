@@ -43,7 +43,7 @@ class Driver:
         number of residents and never on which of them is faster.
         """
         adopted = deque(search.adopt())
-        most = 1 if search.is_sequential else self.pool.capacity + lookahead
+        most = 1 if search.is_sequential else self.pool.capacity * (1 + lookahead)
         flying: deque[Flight] = deque()
         answers: dict[int, Evaluation | Failure] = {}
         while True:

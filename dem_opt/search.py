@@ -153,8 +153,7 @@ class Search:
             return f"all {self.planned} planned trials"
         if given.algorithm == "grid":
             return ""
-        spent = sum(self.forwards_of(trial) for trial in trials)
-        if given.forwards is not None and spent >= given.forwards:
+        if given.forwards is not None and (spent := sum(map(self.forwards_of, trials))) >= given.forwards:
             return f"{spent:.1f} of {given.forwards:g} forward-equivalents"
         if given.minutes is not None and monotonic() - self._began >= given.minutes * 60:
             return f"{given.minutes:g} minutes"

@@ -21,6 +21,7 @@ FLOORS = [
         "declared",
         "question",
         "intervals",
+        "usage",
     },
     {
         "checkpoints",
@@ -52,6 +53,7 @@ ALLOWED = {
     ("records", "errors"),
     ("records", "simplex"),
     ("comparison", "records"),
+    ("usage", "records"),
     ("objective", "records"),
     ("intervals", "objective"),
     ("config", "errors"),
@@ -119,6 +121,7 @@ LIGHT = [
     "declared",
     "question",
     "intervals",
+    "usage",
     "cli",
 ]
 """What must load without torch, so that a study file is checked at once."""
@@ -175,7 +178,7 @@ def test_outside_systems_enter_by_their_door(room):
 def test_dashboards_know_records_and_nothing_above():
     for path in (ROOT / "dashboards").glob("*.py"):
         rooms = {name.split(".")[1] for name in imports(path) if name.startswith("dem_opt.")}
-        assert rooms <= {"errors", "simplex", "records", "comparison"}, path.name
+        assert rooms <= {"errors", "simplex", "records", "comparison", "usage"}, path.name
         outside = {name.partition(".")[0] for name in imports(path)}
         assert path.name == "publish.py" or not outside & {"optuna", "optuna_dashboard"}, path.name
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -253,6 +254,22 @@ def test_a_tracker_recovers_from_an_outage(
     run(tracker, [trial(0), trial(1)], [trial(2)])
     assert logged().numbers == [0, 1, 2]
     assert len(warnings) == 1
+
+
+def test_a_full_queue_makes_nobody_wait_and_the_next_run_logs_the_rest(
+    make: Make, logged: Callable[[], Logged], warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "QUEUE", 3)
+    tracker, told, go_on = make(), [trial(number) for number in range(6)], Event()
+    tracker._thread.submit(go_on.wait)
+    for record in told[:5]:
+        tracker.trial_ended(record)
+    go_on.set()
+    tracker.close()
+    assert logged().numbers == [0, 1, 2]
+    assert len(warnings) == 1 and "the next run logs what is missing" in warnings[0]
+    run(make(), told[:5], told[5:])
+    assert logged().numbers == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_run_that_failed_in_the_middle_is_gone_on_with(
