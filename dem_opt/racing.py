@@ -9,7 +9,6 @@ from functools import cached_property
 from math import fsum, inf, isfinite, sqrt
 
 import numpy as np
-from scipy.special import stdtrit
 
 from dem_opt.records import Referee, Score
 
@@ -129,6 +128,8 @@ class Race:
         One-sided t tests whose error is divided by the number of looks (Bonferroni), so that all of them together stop
         a trial that would win with a probability of at most ERROR, as far as means of windows are normal.
         """
+        from scipy.special import stdtrit
+
         found = self.estimate(scores)
         if found.difference < 0 or not isfinite(found.error):
             return False

@@ -140,7 +140,7 @@ class Search:
             if reason != self.stopped:
                 self._study.set_user_attr(STOPPED, reason)
             return None
-        began = perf_counter()
+        began, self._sampler.known = perf_counter(), trials
         trial = self._study.ask(self._sampler.distributions)
         if (choice := self._sampler.last) is not None and choice.expected is not None:
             trial.set_user_attr(EXPECTED, choice.expected)

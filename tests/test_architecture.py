@@ -196,3 +196,18 @@ def test_the_ground_floor_and_help_load_without_torch(room):
     code = f"import sys, dem_opt.{room}; print([name for name in '{heavy}'.split() if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_device_benchmark_needs_few_packages():
+    """What a bare machine with a GPU has: transformers imports scipy where there is one, this package does not."""
+    heavy = "pydantic sqlalchemy datasets ray optuna mlflow scipy"
+    program = f"""
+import runpy, sys
+from transformers import LlamaForCausalLM
+for name in [name for name in sys.modules if name.partition(".")[0] == "scipy"]:
+    del sys.modules[name]
+runpy.run_path({str(ROOT / "benchmarks/gpu.py")!r})
+print([name for name in {heavy!r}.split() if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
