@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test check clean
+.PHONY: quickstart test check bench clean
 
 ## quickstart: the whole method on this machine, into ./quickstart
 quickstart: .venv/ready
@@ -14,6 +14,11 @@ test: .venv/ready
 ## check: lint, format and types
 check: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+## bench: what merges and trials cost beside the machine's limits, under 15 minutes; benchmarks/gpu.py is for a GPU
+bench: .venv/ready
+	test ! -f benchmarks/merge.py || $(BIN)/python benchmarks/merge.py
+	$(BIN)/python benchmarks/trial.py
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

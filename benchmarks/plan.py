@@ -4,8 +4,8 @@
 
 Makes a random Llama of about a hundred million parameters and its fine-tunes in a temporary folder, loads them into a
 resident in a process of its own, and scores three composites there.  Peak memory is VmHWM of that process minus its RSS
-before anything is loaded (Linux); on a GPU it is what the allocator reserved.  Then a check of a study of six sharded
-checkpoints of 13 billion parameters, in sparse files.
+before anything is loaded (Linux), of loading and of scoring apart; on a GPU it is what the allocator reserved.  Then a
+check of a study of six sharded checkpoints of 13 billion parameters, in sparse files.
 """
 
 import argparse
@@ -90,6 +90,7 @@ def measure(study: Path) -> dict[str, float]:
     before, began = status("VmRSS"), perf_counter()
     resident = Resident(spec)
     loaded, after_loading = perf_counter() - began, status("VmHWM")
+    Path("/proc/self/clear_refs").write_text("5")
     contents = [spec.base.content, *(expert.content for expert in spec.experts)]
     share = UNIT // len(contents)
     units = dict.fromkeys(contents, share) | {contents[0]: UNIT - share * (len(contents) - 1)}
@@ -130,6 +131,7 @@ def compare(given: argparse.Namespace, folder: Path) -> None:
     print("predicted, MB:", {part: round(getattr(plan, part) / 1e6, 1) for part in parts})
     print(f"process before loading: {found['before'] / 1e6:.0f} MB, the plan's constant {plan.process / 1e6:.0f} MB")
     told("peak MB", predicted / 1e6, found["peak"] / 1e6)
+    print(f"peak MB of loading, in which mapped files count: {found['peak_of_loading'] / 1e6:,.1f}")
     told("seconds of an evaluation", one.seconds(speed), found["evaluation_seconds"])
     told("tokens of an evaluation", plan.trial_tokens, found["forward_tokens"])
     print(f"speed: {speed.flops / 1e9:.1f} GFLOP/s, {speed.bandwidth / 1e9:.1f} GB/s; measured: {found}")

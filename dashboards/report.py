@@ -23,6 +23,7 @@ from dashboards.tables import (
     number,
     top_table,
     trial_table,
+    usage_table,
 )
 from dem_opt.comparison import Comparison, compare
 from dem_opt.errors import InputError
@@ -87,7 +88,7 @@ def render(summary: Summary) -> str:
         change=_figure("change", figures),
         top=_html_table(top_table(summary), best, "top"),
         search="".join([*(_figure(name, figures) for name in searches), *several]),
-        trials=_html_table(trial_table(summary), "Trials by search", "words"),
+        trials=_trials(summary),
         facts=_facts(summary.facts),
     )
     return _page(f"{summary.study}: best composite", f"{summary.study}: the best composite", main, figures)
@@ -101,7 +102,7 @@ def render_comparison(summary: Summary, comparison: Comparison) -> str:
         answer=f"{runs} runs of {len(comparison.rows)} algorithms over one ledger. {_answer(summary)}",
         figure=_figure("comparison", figures),
         table=_comparison_table(comparison),
-        trials=_html_table(trial_table(summary), "Trials by search", "words"),
+        trials=_trials(summary),
         facts=_facts(summary.facts),
     )
     heading = f"{summary.study}: what its searches found for what they spent"
@@ -145,6 +146,13 @@ def _objective(summary: Summary) -> str:
 def _comparison_table(comparison: Comparison) -> str:
     caption = "Regret in nats per token: median and quartiles over runs; of the grid the mean over orders"
     return _html_table(comparison_table(comparison), caption)
+
+
+def _trials(summary: Summary) -> str:
+    used = (
+        "What residents did: seconds in all, utilisation from the second trial on, tokens not scored, a smaller batch"
+    )
+    return _html_table(trial_table(summary), "Trials by search", "words") + _html_table(usage_table(summary), used)
 
 
 def _html_table(table: Table, caption: str, kind: str = "") -> str:

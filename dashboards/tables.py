@@ -7,6 +7,7 @@ from math import exp
 from dashboards.look import ABSENT, told
 from dem_opt.comparison import Comparison, Regret, Row, compare
 from dem_opt.records import Margin, Standing, Summary
+from dem_opt.usage import usage_of
 
 SPLITS = {"search": "search split", "held_out": "held-out split"}
 """The splits, and what a reader calls them."""
@@ -82,6 +83,18 @@ def trial_table(summary: Summary) -> Table:
     return Table(headers, tuple(rows), words=3)
 
 
+def usage_table(summary: Summary) -> Table:
+    """What residents did for each search's trials: seconds in all, their utilisation, tokens that were not scored."""
+    headers = ("search", "measured", "merging", "scoring", "waiting", "proposing", "utilisation", "unscored", "batch")
+    rows = []
+    for run, records in summary.trials.items():
+        used = usage_of(records)
+        seconds = (f"{spent:.1f} s" for spent in (used.merging, used.scoring, used.waiting, used.proposing))
+        batch = f"{used.batch:,}" if used.batch else ABSENT
+        rows.append((run, str(used.trials), *seconds, _share(used.utilisation), _share(used.unscored), batch))
+    return Table(headers, tuple(rows))
+
+
 def comparison_table(comparison: Comparison) -> Table:
     """Regret in nats per token at some costs, by algorithm: the median over runs, and below it the quartiles.
 
@@ -108,6 +121,10 @@ def comparison_table(comparison: Comparison) -> Table:
 def number(value: float | None) -> str:
     """Nats per token, to a ten-thousandth."""
     return ABSENT if value is None else f"{value:.4f}"
+
+
+def _share(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.1%}"
 
 
 def _values(standing: Standing, split: str, summary: Summary) -> list[float | None]:

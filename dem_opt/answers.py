@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dem_opt.simplex import UNIT, Coefficients
+from dem_opt.usage import usage_of
 
 if TYPE_CHECKING:
     from dem_opt.check import Findings
@@ -48,7 +49,10 @@ def of_export(out: Path, dtype: str | None, export: "Export", coefficients: Coef
 
 
 def of_summary(summary: "Summary") -> dict[str, Any]:
-    """What a study found; `forwards` are forward-equivalents, passes over all windows of the search split."""
+    """What a study found; `forwards` are forward-equivalents, passes over all windows of the search split.
+
+    `usage` has seconds, and shares from 0 to 1.
+    """
     return {
         "study": summary.study,
         "objective": "worst regret" if summary.worst else "mean",
@@ -60,6 +64,7 @@ def of_summary(summary: "Summary") -> dict[str, Any]:
         "trials": {run: len(records) for run, records in summary.trials.items()},
         "partial": {run: sum(one.is_partial for one in records) for run, records in summary.trials.items()},
         "stopped": dict(summary.stopped or {}),
+        "usage": {run: asdict(usage_of(records)) for run, records in summary.trials.items()},
     }
 
 

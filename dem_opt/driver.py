@@ -45,7 +45,7 @@ class Driver:
         number of residents and never on which of them is faster.
         """
         adopted = deque(search.adopt())
-        most = 1 if search.is_sequential else self.pool.capacity + lookahead
+        most = 1 if search.is_sequential else self.pool.capacity * (1 + lookahead)
         flying: deque[Flight] = deque()
         answers: dict[int, Evaluation | Failure] = {}
         while True:
@@ -130,6 +130,8 @@ class Driver:
 
     def _record(self, request: Request, answer: Evaluation | Failure) -> None:
         if isinstance(answer, Evaluation):
+            if answer.note:
+                self.observer.milestone(f"warning: {answer.note}")
             seconds = answer.merge_seconds + answer.score_seconds
             self.ledger.record(
                 request.composite,

@@ -1,6 +1,7 @@
 """What a pass through a model takes, from the model's dimensions: bytes and floating-point operations.
 
-Arithmetic on config.json and shapes; nothing is loaded.  It follows what perplexity does, so it changes when that does.
+Arithmetic on config.json and shapes; nothing is loaded.  It follows what perplexity and heads do, so it
+changes when they do.
 Shape suffixes as in records; H is the hidden width, I the intermediate one.
 """
 
@@ -9,8 +10,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from dem_opt.heads import rows_at_once
 from dem_opt.models import Architecture
-from dem_opt.perplexity import ROWS
 
 KEPT = 32 * 2**20
 """The C library gives freed tensors of at least so many bytes back to the system, and may keep smaller ones (glibc)."""
@@ -64,9 +65,25 @@ def read_widths(architecture: Architecture, model: Mapping[str, Any]) -> Widths:
     )
 
 
-def logits_bytes(widths: Widths, tokens: int, itemsize: int) -> int:
-    """Bytes of the logits [B, T, V] of so many tokens; a soft-cap makes one copy."""
-    return tokens * widths.vocabulary * itemsize * (2 if widths.capped else 1)
+def head_bytes(widths: Widths, tokens: int, itemsize: int, device: str = "cpu", backward: bool = False) -> int:
+    """The most bytes that the end of a model and its loss hold at once, of so many tokens, all of them scored.
+
+    The last hidden states, as they come and as they are scored (2 H), and of `rows_at_once` rows the largest of
+    cap       the logits thrice, where they are soft-capped
+    loss      the logits, the same in float32 where they are narrower, their log-softmax
+    way back  three times float32, the logits where they are soft-capped; beside them the gradients of the hidden
+              states (2 H), and of the output embedding (V H), to which each chunk's is added
+
+    A model that ends in another way than `heads` knows makes all of its logits at once, which nobody knows before it
+    is loaded.
+    """
+    rows = min(rows_at_once(widths.vocabulary, device), tokens)
+    hidden, wide = 2 * tokens * widths.hidden * itemsize, rows * widths.vocabulary * 4
+    logits = rows * widths.vocabulary * itemsize
+    if backward:
+        embedding = widths.vocabulary * widths.hidden * itemsize
+        return 2 * hidden + 3 * wide + (logits if widths.capped else 0) + embedding
+    return hidden + max(3 * logits if widths.capped else 0, logits + wide + (wide if itemsize < 4 else 0))
 
 
 def activation_bytes(widths: Widths, rows: int, window: int, itemsize: int, device: str = "cpu") -> int:
@@ -76,8 +93,7 @@ def activation_bytes(widths: Widths, rows: int, window: int, itemsize: int, devi
     attention     embedding, layer's input, its norm (3H); q, its output twice (3Q), k and v (2K), where heads share
                   keys their expansion (2Q); the mask and its float copy [B, T, T]; the scores where they are held
     feed-forward  embedding, layer's input, residual, its norm (4H); gate, up and their product (3I)
-    loss          the last hidden states (H); the logits [B, T, V]; ROWS of them in float32 and their log-softmax;
-                  on a CPU also what the layers have freed and the allocator has kept
+    loss          the end of the model; on a CPU also what the layers have freed and the allocator has kept
     """
     tokens, square = rows * window, rows * window**2
     hidden, inner = tokens * widths.hidden * itemsize, tokens * widths.intermediate * itemsize
@@ -86,12 +102,10 @@ def activation_bytes(widths: Widths, rows: int, window: int, itemsize: int, devi
     attention += square * (1 + itemsize)
     attention += square * widths.heads * (2 * itemsize + 4) if widths.materialized else 0
     kept = sum(count * size for count, size in ((4, hidden), (3, inner)) if device == "cpu" and size < KEPT)
-    copies = 1 if itemsize == 4 else 2
-    loss = hidden + logits_bytes(widths, tokens, itemsize) + copies * min(ROWS, tokens) * widths.vocabulary * 4 + kept
-    return max(attention, 4 * hidden + 3 * inner, loss)
+    return max(attention, 4 * hidden + 3 * inner, head_bytes(widths, tokens, itemsize, device) + kept)
 
 
-def gradient_bytes(widths: Widths, rows: int, window: int, itemsize: int) -> int:
+def gradient_bytes(widths: Widths, rows: int, window: int, itemsize: int, device: str = "cpu") -> int:
     """The most bytes that a forward call on `rows` windows, its loss and the way back hold at once, beside parameters.
 
     What autograd keeps of every layer, for B T tokens and s bytes a number:
@@ -100,14 +114,14 @@ def gradient_bytes(widths: Widths, rows: int, window: int, itemsize: int) -> int
                   where scores are held, these before and after the softmax, in float32
     feed-forward  gate, its activation, up and their product, of each expert that a token is sent to:  4 I s
     states        of a state-space layer, as its reference code in Python keeps them: four times, in float32
-    Beside the layers: the last norm's  H (4 + 2 s),  and of the loss the log-softmax in float32 and the logits, on the
-    way back their gradient:  V (4 + s).
+    Beside the layers: the last norm's  H (4 + 2 s),  and the end of the model with its way back.
     """
     tokens, square = rows * window, rows * window**2
     norm = widths.hidden * (4 + 2 * itemsize)
     layer = 2 * norm + 4 * itemsize * (widths.queries + widths.experts * widths.intermediate) + 4 * 4 * widths.states
     scores = square * (itemsize + (2 * 4 * widths.heads if widths.materialized else 0))
-    return widths.layers * (tokens * layer + scores) + tokens * (norm + widths.vocabulary * (4 + itemsize))
+    end = head_bytes(widths, tokens, itemsize, device, backward=True)
+    return widths.layers * (tokens * layer + scores) + tokens * norm + end
 
 
 def flops_per_token(architecture: Architecture, model: Mapping[str, Any], widths: Widths, window: int) -> float:

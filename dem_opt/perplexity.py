@@ -1,28 +1,23 @@
 """Model + windows -> nats for each window.
 
-Shape suffixes as in records; R rows of logits, L tokens of the longest document in a batch.
+Shape suffixes as in records; R scored tokens of a batch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from inspect import signature
 from itertools import pairwise
-from typing import Literal, cast
+from typing import Literal, Self, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from dem_opt.heads import UNSCORED, Head, nll
 from dem_opt.looks import stops
 from dem_opt.records import Score, Windows
-
-ROWS = 512
-"""Logits are brought to float32 this many rows at a time."""
-
-_UNSCORED = -100
 
 Reading = Literal["packed", "separate", "paired"]
 """How documents are given to a model: packed in windows, one a row, or one pair of source and target a row."""
@@ -37,6 +32,7 @@ class PreparedWindows:
     targets_WT   the token to be predicted after each token, -100 where that is not scored
     tokens_W     scored tokens of each window
     documents    each document that scores anything, longest first
+    batches      what forward calls are given, by block, tokens and reading: made once, with nothing copied later
     """
 
     ids_WT: Tensor
@@ -44,6 +40,7 @@ class PreparedWindows:
     targets_WT: Tensor
     tokens_W: tuple[int, ...]
     documents: tuple["_Document", ...]
+    batches: dict[tuple[range, int, Reading], tuple["_Batch", ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,11 +58,20 @@ class _Document:
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """What one forward call is given, what it is to predict, and the window that each row counts for."""
+    """What one forward call is given, what it is to predict, and the window that each row counts for.
+
+    scored_R  the scored tokens, as places of the flat batch
+    """
 
     inputs: Mapping[str, Tensor]
     targets_BT: Tensor
     window_B: tuple[int, ...]
+    scored_R: Tensor
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Tensor], targets_BT: Tensor, window_B: tuple[int, ...]) -> Self:
+        """A batch; looking for what is scored waits for the device."""
+        return cls(inputs, targets_BT, window_B, (targets_BT.flatten() != UNSCORED).nonzero().flatten())
 
     @property
     def tokens(self) -> int:
@@ -75,8 +81,8 @@ class _Batch:
 
 def prepare(windows: Windows, device: torch.device) -> PreparedWindows:
     """Windows on a device for life, so that scoring copies nothing to it."""
-    targets_WT = np.full_like(windows.ids_WT, _UNSCORED)
-    targets_WT[:, :-1] = np.where(windows.scored_WT[:, 1:], windows.ids_WT[:, 1:], _UNSCORED)
+    targets_WT = np.full_like(windows.ids_WT, UNSCORED)
+    targets_WT[:, :-1] = np.where(windows.scored_WT[:, 1:], windows.ids_WT[:, 1:], UNSCORED)
     return PreparedWindows(
         torch.tensor(windows.ids_WT, device=device),
         torch.tensor(windows.positions_WT, device=device),
@@ -111,6 +117,7 @@ def score(
     known: Score | None = None,
     end: int | None = None,
     gradient: bool = False,
+    head: Head | None = None,
 ) -> tuple[Score, int]:
     """Nats of the first `end` windows,  -sum_t ln p(x_t | x_<t of its own document),  and the tokens through the model.
 
@@ -122,7 +129,7 @@ def score(
     Packed: rows are windows and positions restart.  Separate: rows are documents, padded at the end, which a
     causal model's earlier tokens do not see.  Paired: the encoder reads what stands before a document's first
     scored token, the decoder predicts the rest from its start token on.  Cross-entropy is taken in float32 and
-    summed in float64.
+    summed in float64.  Given its `head`, the model makes a few rows of logits at a time, of scored tokens only.
 
     `gradient`: the nats of each batch go backward too, into the parameters that want gradients.  The nats of models
     that read packed windows are the same to the bit on a CPU; others have kernels that are others where gradients are
@@ -137,7 +144,7 @@ def score(
     end = len(windows.tokens_W) if end is None else end
     for block in _blocks(windows, len(before), end):
         for batch in _batches(model, windows, block, batch_tokens, reading):
-            nats.append(_pass(model, batch, gradient))
+            nats.append(_pass(model, head, batch, gradient))
             window_R.extend(batch.window_B)
             forward_tokens += batch.tokens
     if not nats:
@@ -146,10 +153,11 @@ def score(
     return Score((*before, *nats_W[len(before) :].tolist()), windows.tokens_W[:end]), forward_tokens
 
 
-def _pass(model: PreTrainedModel, batch: _Batch, gradient: bool) -> Tensor:
-    """Nats of each row, forward, and backward where gradients are wanted."""
-    with torch.set_grad_enabled(gradient):
-        nats_B = _nats(_logits(model, **batch.inputs), batch.targets_BT)
+def _pass(model: PreTrainedModel, head: Head | None, batch: _Batch, gradient: bool) -> Tensor:
+    """Nats of each row in float64,  sum_t -ln softmax(logits_t)[target_t] ; backward too where gradients are wanted."""
+    assert not model.training, "dropout would make logits random"
+    with torch.enable_grad() if gradient else torch.inference_mode():
+        nats_B = nll(model, batch.inputs, batch.targets_BT, batch.scored_R, head).double().sum(dim=1)
     if gradient:
         nats_B.sum().backward()  # type: ignore[no-untyped-call]
     return nats_B.detach()
@@ -164,9 +172,17 @@ def _blocks(windows: PreparedWindows, first: int, end: int) -> Iterator[range]:
 
 def _batches(
     model: PreTrainedModel, windows: PreparedWindows, block: range, batch_tokens: int, reading: Reading
-) -> Iterator[_Batch]:
+) -> tuple[_Batch, ...]:
     """Rows of the kind that the model reads, of one block, and no more tokens than it has."""
-    most = min(batch_tokens, len(block) * windows.ids_WT.shape[1])
+    key = block, min(batch_tokens, len(block) * windows.ids_WT.shape[1]), reading
+    if key not in windows.batches:
+        windows.batches[key] = tuple(_make_batches(model, windows, *key))
+    return windows.batches[key]
+
+
+def _make_batches(
+    model: PreTrainedModel, windows: PreparedWindows, block: range, most: int, reading: Reading
+) -> Iterator[_Batch]:
     if reading == "packed":
         yield from _packed(windows, block, most)
         return
@@ -180,7 +196,7 @@ def _packed(windows: PreparedWindows, block: range, batch_tokens: int) -> Iterat
     for first in range(block.start, block.stop, rows):
         part = slice(first, min(first + rows, block.stop))
         inputs = {"input_ids": windows.ids_WT[part], "position_ids": windows.positions_WT[part]}
-        yield _Batch(inputs, windows.targets_WT[part], tuple(range(part.start, part.stop)))
+        yield _Batch.of(inputs, windows.targets_WT[part], tuple(range(part.start, part.stop)))
 
 
 def _alike(documents: Sequence[_Document], batch_tokens: int) -> Iterator[Sequence[_Document]]:
@@ -196,7 +212,7 @@ def _separate(windows: PreparedWindows, documents: Sequence[_Document]) -> _Batc
     """One document a row."""
     ids = [windows.ids_WT[one.window, one.start : one.end] for one in documents]
     targets = [windows.targets_WT[one.window, one.start : one.end] for one in documents]
-    return _Batch({"input_ids": _padded(ids)}, _padded(targets, _UNSCORED), tuple(one.window for one in documents))
+    return _Batch.of({"input_ids": _padded(ids)}, _padded(targets, UNSCORED), tuple(one.window for one in documents))
 
 
 def _paired(model: PreTrainedModel, windows: PreparedWindows, documents: Sequence[_Document]) -> _Batch:
@@ -210,7 +226,7 @@ def _paired(model: PreTrainedModel, windows: PreparedWindows, documents: Sequenc
         "attention_mask": _padded([torch.ones_like(ids) for ids in sources]),
         "decoder_input_ids": _padded([torch.cat([start_1, ids]) for ids in decoded]),
     }
-    return _Batch(inputs, _padded(targets, _UNSCORED), tuple(one.window for one in documents))
+    return _Batch.of(inputs, _padded(targets, UNSCORED), tuple(one.window for one in documents))
 
 
 def _padded(rows: Sequence[Tensor], value: int = 0) -> Tensor:
@@ -219,21 +235,8 @@ def _padded(rows: Sequence[Tensor], value: int = 0) -> Tensor:
 
 def _logits(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
     """Logits [B, T, V], without a cache (with it packed documents leak); a causal model gets no attention mask."""
-    assert not model.training, "dropout would make logits random"
     logits_BTV: Tensor = model(**inputs, use_cache=False).logits
     return logits_BTV
-
-
-def _nats(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Nats of each row in float64: -sum_t ln softmax(logits_t)[target_t] over the scored t."""
-    parts = zip(torch.split(logits_BTV.flatten(0, 1), ROWS), torch.split(targets_BT.flatten(), ROWS), strict=True)
-    nll_R = torch.cat([_nll(logits_RV, targets_R) for logits_RV, targets_R in parts])
-    return nll_R.double().view(targets_BT.shape).sum(dim=1)
-
-
-def _nll(logits_RV: Tensor, targets_R: Tensor) -> Tensor:
-    wide_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
-    return functional.cross_entropy(wide_RV, targets_R, ignore_index=_UNSCORED, reduction="none")
 
 
 @torch.no_grad()

@@ -34,8 +34,8 @@ measured: a round number above what is usual."""
 PACE = 0.6
 """The share of a matrix product's speed that a whole forward pass reaches: five runs of benchmarks/plan.py (LOG.md)."""
 
-_WINDOW_BYTES = 41
-"""Bytes of a token of a window: int64 ids, positions and targets, and the spec's own ids, positions and mask."""
+_WINDOW_BYTES = 49
+"""Bytes of a token of a window: int64 ids, positions, targets and place, and the spec's own ids, positions and mask."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def make_plan(
         **held,
         call_tokens=rows * given.window,
         activations=call_bytes(batch),
-        backward=gradient_bytes(widths, rows, given.window, itemsize) + reduced,
+        backward=gradient_bytes(widths, rows, given.window, itemsize, machine.device) + reduced,
         asked=asked,
         trial_tokens=len(study.corpora) * given.windows * given.window,
         report_tokens=len(study.corpora) * given.held_out * given.window,

@@ -188,6 +188,10 @@ class Evaluation:
     scores          short where the trial was stopped; what was known stands in them
     forward_tokens  tokens that went forward through the model, scored or not
     gradients       by corpus, where they were asked for
+    scored_tokens   of the forward tokens those whose nats count; the others are padding, prompts, first tokens
+    wait_seconds    how long the resident was idle before, since its last evaluation
+    batch_tokens    tokens in one forward call at most, where memory allowed fewer than the study says; else 0
+    note            what people should know of it
     """
 
     scores: Mapping[str, Score]
@@ -195,6 +199,10 @@ class Evaluation:
     merge_seconds: float = 0.0
     score_seconds: float = 0.0
     gradients: Mapping[str, Gradient] = field(default_factory=dict)
+    scored_tokens: int = 0
+    wait_seconds: float = 0.0
+    batch_tokens: int = 0
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ class Search:
             if reason != self.stopped:
                 self._study.set_user_attr(STOPPED, reason)
             return None
-        began = perf_counter()
+        began, self._sampler.known = perf_counter(), trials
         trial = self._study.ask(self._sampler.distributions)
         if (choice := self._sampler.last) is not None and choice.expected is not None:
             trial.set_user_attr(EXPECTED, choice.expected)
@@ -169,8 +169,7 @@ class Search:
             return f"all {self.planned} planned trials"
         if given.algorithm == "grid":
             return ""
-        spent = sum(self.forwards_of(trial) for trial in trials)
-        if given.forwards is not None and spent >= given.forwards:
+        if given.forwards is not None and (spent := sum(map(self.forwards_of, trials))) >= given.forwards:
             return f"{spent:.1f} of {given.forwards:g} forward-equivalents"
         if given.minutes is not None and monotonic() - self._began >= given.minutes * 60:
             return f"{given.minutes:g} minutes"

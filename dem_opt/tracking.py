@@ -10,6 +10,7 @@ from functools import partial
 from hashlib import file_digest, sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Semaphore
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, final
 
 from dem_opt.database import connect, masked
@@ -26,6 +27,9 @@ CHAMPION = "champion"
 
 PATIENCE = 180.0
 """Seconds that `close` waits for what is still queued."""
+
+QUEUE = 1000
+"""Trials that wait to be written at most; what comes then is left to the next run's `reconcile`."""
 
 PAGE = 1000
 """Runs that are asked of MLflow at a time."""
@@ -92,13 +96,18 @@ class MlflowTracker:
         self._open = partial(_Runs, place)
         self._name, self._warn = f"MLflow at {masked(place.uri)}", warn
         self._runs: _Runs | None = None
-        self._out = False
+        self._out = self._is_behind = False
+        self._room = Semaphore(QUEUE)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
         self._submit(self._opened)
 
     def trial_ended(self, record: TrialRecord) -> None:
-        """Queues the trial's run."""
-        self._submit(lambda: self._opened().log(record))
+        """Queues the trial's run; where the queue is full, lets it be, with one warning."""
+        if self._room.acquire(blocking=False):
+            self._submit(lambda: self._log(record))
+        elif not self._is_behind:
+            self._is_behind = True
+            self._warn(f"{self._name} is too slow; the study goes on, the next run logs what is missing")
 
     def reconcile(self, records: Sequence[TrialRecord]) -> None:
         """Queues the runs that MLflow lacks, and the end of those that were begun only."""
@@ -136,6 +145,12 @@ class MlflowTracker:
             self._warn(f"{self._name} failed ({reason}); the study goes on, the next run logs what is missing")
         self._out, self._runs = True, None
         return None
+
+    def _log(self, record: TrialRecord) -> None:
+        try:
+            self._opened().log(record)
+        finally:
+            self._room.release()
 
     def _opened(self) -> "_Runs":
         if self._runs is None:
@@ -300,8 +315,10 @@ def _metrics(record: TrialRecord) -> list[tuple[str, float]]:
     measured = record.evaluation
     metrics = [
         ("forward_tokens", float(measured.forward_tokens)),
+        ("scored_tokens", float(measured.scored_tokens)),
         ("merge_seconds", measured.merge_seconds),
         ("score_seconds", measured.score_seconds),
+        ("wait_seconds", measured.wait_seconds),
         ("propose_seconds", record.propose_seconds),
     ]
     if record.objective is not None:

@@ -30,6 +30,9 @@ from dem_opt.simplex import Coefficients
 CONTROLS = 32
 """How many whole trials a race's control is made from at most."""
 
+MEASURED = ("forward_tokens", "scored_tokens", "merge_seconds", "score_seconds", "wait_seconds", "batch_tokens")
+"""What is kept of an evaluation beside its scores."""
+
 
 def recall(
     ledger: Ledger, question: Question, composite: Composite, split: str, whole: bool = True
@@ -205,13 +208,8 @@ def slope(
 
 def attributes(record: TrialRecord) -> dict[str, Any]:
     """What Optuna keeps of a trial beside its objective: perplexities for people, else for `recorded` and samplers."""
-    costs = {
-        "forwards": record.forwards,
-        "forward_tokens": record.evaluation.forward_tokens,
-        "merge_seconds": record.evaluation.merge_seconds,
-        "score_seconds": record.evaluation.score_seconds,
-        "propose_seconds": record.propose_seconds,
-    }
+    costs = {name: getattr(record.evaluation, name) for name in MEASURED}
+    costs |= {"forwards": record.forwards, "propose_seconds": record.propose_seconds}
     if record.reason:
         return costs | {"reason": record.reason}
     told: dict[str, Any] = {"perplexity": {name: score.perplexity for name, score in record.scores.items()}}
@@ -228,9 +226,7 @@ def attributes(record: TrialRecord) -> dict[str, Any]:
 def recorded(ledger: Ledger, question: Question, study: str, trial: Trial) -> TrialRecord:
     """The record of a finished trial, from Optuna and the ledger."""
     told = trial.attributes
-    evaluation = Evaluation(
-        {}, told.get("forward_tokens", 0), told.get("merge_seconds", 0.0), told.get("score_seconds", 0.0)
-    )
+    evaluation = Evaluation({}, **{name: told[name] for name in MEASURED if name in told})
     proposal = Proposal(trial.number, trial.coefficients, told.get("propose_seconds", 0.0))
     if trial.objective is None:
         return trial_record(ledger, question, study, proposal, Failure(told["reason"]))

@@ -22,6 +22,7 @@ FLOORS = [
         "declared",
         "question",
         "intervals",
+        "usage",
     },
     {
         "checkpoints",
@@ -36,6 +37,7 @@ FLOORS = [
         "hub",
         "machine",
         "racing",
+        "heads",
     },
     {"perplexity", "ledger"},
     {"resident", "samplers", "finetune", "passes", "plan", "sources"},
@@ -53,6 +55,7 @@ ALLOWED = {
     ("looks", "records"),
     ("records", "simplex"),
     ("comparison", "records"),
+    ("usage", "records"),
     ("objective", "records"),
     ("intervals", "objective"),
     ("config", "errors"),
@@ -85,7 +88,7 @@ ALLOWED = {
 }
 
 TENSORS = {"checkpoints", "models", "adapters", "arena", "perplexity", "resident", "finetune", "assets", "export"}
-TENSORS |= {"pickled", "pool", "machine", "passes", "plan"}
+TENSORS |= {"pickled", "pool", "machine", "passes", "plan", "heads"}
 """Rooms that work with torch."""
 
 DOORS = {
@@ -104,7 +107,7 @@ DOORS = {
     "jinja2": {"tokens"},
     "huggingface_hub": {"hub", "models"},
     "torch": TENSORS,
-    "transformers": {"models", "arena", "tokens", "corpus", "perplexity", "finetune", "assets", "export"},
+    "transformers": {"models", "arena", "tokens", "corpus", "heads", "perplexity", "finetune", "assets", "export"},
 }
 """Who may import what, at the top of a module or inside its functions."""
 
@@ -121,6 +124,7 @@ LIGHT = [
     "declared",
     "question",
     "intervals",
+    "usage",
     "cli",
 ]
 """What must load without torch, so that a study file is checked at once."""
@@ -177,7 +181,7 @@ def test_outside_systems_enter_by_their_door(room):
 def test_dashboards_know_records_and_nothing_above():
     for path in (ROOT / "dashboards").glob("*.py"):
         rooms = {name.split(".")[1] for name in imports(path) if name.startswith("dem_opt.")}
-        assert rooms <= {"errors", "simplex", "records", "comparison"}, path.name
+        assert rooms <= {"errors", "simplex", "records", "comparison", "usage"}, path.name
         outside = {name.partition(".")[0] for name in imports(path)}
         assert path.name == "publish.py" or not outside & {"optuna", "optuna_dashboard"}, path.name
 
@@ -194,4 +198,19 @@ def test_the_ground_floor_and_help_load_without_torch(room):
     heavy = "torch transformers datasets ray mlflow optuna sqlalchemy"
     code = f"import sys, dem_opt.{room}; print([name for name in '{heavy}'.split() if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_device_benchmark_needs_few_packages():
+    """What a bare machine with a GPU has: transformers imports scipy where there is one, this package does not."""
+    heavy = "pydantic sqlalchemy datasets ray optuna mlflow scipy"
+    program = f"""
+import runpy, sys
+from transformers import LlamaForCausalLM
+for name in [name for name in sys.modules if name.partition(".")[0] == "scipy"]:
+    del sys.modules[name]
+runpy.run_path({str(ROOT / "benchmarks/gpu.py")!r})
+print([name for name in {heavy!r}.split() if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -55,6 +55,7 @@ def test_every_table_has_a_cell_for_every_header(case: dict[str, object]) -> Non
     summary = a_summary(**case)
     made = [tables.final_table(summary, split) for split in SPLITS]
     made += [tables.top_table(summary), tables.margin_table(summary), tables.trial_table(summary)]
+    made += [tables.usage_table(summary)]
     for table in (*made, tables.comparison_table(compare(summary))):
         assert {len(row) for row in table.rows} <= {len(table.headers)}
 

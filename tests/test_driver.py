@@ -64,3 +64,27 @@ def test_the_order_of_answers_changes_no_trial(world, tmp_path, capacity, lookah
         trials(world, tmp_path / str(seed), Jumbled(world[2], capacity, seed), lookahead) for seed in (0, 1)
     )
     assert len(first) == 9 and first == second
+
+
+class Watched(Jumbled):
+    """A pool that answers in order, and knows how many requests were out whenever another one came."""
+
+    def __init__(self, resident, capacity: int):
+        super().__init__(resident, capacity, 0)
+        self.out: list[int] = []
+
+    def submit(self, request: Request) -> None:
+        self.out.append(len(self._waiting))
+        super().submit(request)
+
+    def next_done(self) -> tuple[Request, Evaluation | Failure]:
+        request = self._waiting.pop(0)
+        return request, self._resident.evaluate(request)
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 4])
+def test_no_resident_is_idle_while_a_proposal_is_made(world, tmp_path, capacity):
+    """With one proposal ahead for each: from when all have their first on, whoever asks has left them work."""
+    pool = Watched(world[2], capacity)
+    trials(world, tmp_path / "study", pool, 1)
+    assert pool.out[:capacity] == list(range(capacity)) and min(pool.out[capacity:]) >= capacity

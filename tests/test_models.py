@@ -8,16 +8,20 @@ import pytest
 import torch
 import zoo
 
+from dem_opt import perplexity
 from dem_opt.arena import Arena
 from dem_opt.checkpoints import content_hash, read_header
 from dem_opt.export import prove, write_composite
+from dem_opt.heads import find_head
 from dem_opt.models import check_base, check_fit, describe, empty_model, load_model
-from dem_opt.perplexity import prepare, reading, score
+from dem_opt.perplexity import prepare, reading
 from dem_opt.records import Composite, StoredModel, Windows
 from dem_opt.simplex import UNIT
 
 UNITS = (-2 * 10**8, 5 * 10**8, 7 * 10**8)
 PACKED = {"llama", "llama tied", "gpt2", "mistral", "qwen2", "qwen3", "gemma", "gemma2, soft-capped", "gemma3"} | {
+    "cohere",
+    "granite",
     "phi",
     "phi3",
     "gpt_neox",
@@ -124,6 +128,11 @@ def windows(layout, length=24, seed=0):
         places = [place for document in lengths for place in range(document)]
         positions_WT[window, : len(places)] = places
     return ids_WT, positions_WT
+
+
+def score(model, *given, **named):
+    """As a resident does it."""
+    return perplexity.score(model, *given, **named, head=find_head(model))
 
 
 def text(layout):
@@ -245,6 +254,13 @@ def test_who_reads_packed_windows(world):
         assert kind == "packed"
     elif "moe" not in world.name and world.name not in ("mixtral", "olmoe"):
         assert kind == "separate"
+
+
+def test_attention_is_torchs_own_where_the_architecture_knows_it(world):
+    """Which never holds all scores; soft-capped scores and ALiBi need them."""
+    model = empty_model(world.stored[0].path, torch.float32)
+    assert model.config._attn_implementation == ("sdpa" if model._supports_sdpa else "eager")
+    assert model._supports_sdpa == (world.name not in ("gemma2, soft-capped", "bloom", "mamba"))
 
 
 def test_the_description_does_not_depend_on_the_device_of_construction(world):

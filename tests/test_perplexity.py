@@ -18,9 +18,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+from dem_opt import perplexity
 from dem_opt.errors import EvaluationError
+from dem_opt.heads import ROWS, find_head
 from dem_opt.looks import first, stops
-from dem_opt.perplexity import ROWS, PreparedWindows, isolates_documents, prepare, score
+from dem_opt.perplexity import PreparedWindows, Reading, isolates_documents, prepare
 from dem_opt.records import Score, Windows
 
 VOCABULARY = 128
@@ -53,10 +55,26 @@ STOPS = stops(len(LAYOUT))
 SIZES_OF_BLOCKS = [stop - start for start, stop in pairwise((0, *STOPS))]
 
 
+head_of = cache(find_head)
+
+
 def make_model(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+    assert head_of(model) is not None
     return model
+
+
+def score(
+    model: PreTrainedModel,
+    windows: PreparedWindows,
+    batch_tokens: int,
+    reading: Reading,
+    known: Score | None = None,
+    end: int | None = None,
+) -> tuple[Score, int]:
+    """As a resident does it: with the head that the model had when it was made."""
+    return perplexity.score(model, windows, batch_tokens, reading, known, end, head=head_of(model))
 
 
 def make_windows(layout: list[list[int]], length: int = TOKENS, pad: int = 0) -> Windows:

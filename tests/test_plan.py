@@ -12,6 +12,7 @@ import yaml
 import zoo
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from dem_opt import models
 from dem_opt.arena import Arena
@@ -21,11 +22,12 @@ from dem_opt.cli import main
 from dem_opt.config import StudyConfig, load
 from dem_opt.database import connect
 from dem_opt.errors import InputError
+from dem_opt.heads import find_head, nll, rows_at_once
 from dem_opt.ledger import Ledger, StudyRow
 from dem_opt.machine import Machine, Speed, this_machine
 from dem_opt.models import Architecture, describe, empty_model, read_architecture
-from dem_opt.passes import Widths, activation_bytes, flops_per_token, gradient_bytes, logits_bytes, read_widths
-from dem_opt.perplexity import _nats, reading
+from dem_opt.passes import Widths, activation_bytes, flops_per_token, gradient_bytes, head_bytes, read_widths
+from dem_opt.perplexity import reading
 from dem_opt.plan import BATCH_TOKENS, PACE, Plan, make_plan, refuse_too_large, residents_asked, sized
 from dem_opt.pool import _share
 from dem_opt.question import SEARCH
@@ -115,17 +117,30 @@ def test_a_checkpoint_that_is_there_twice_is_stored_once(world):
     assert (unhashed.checkpoints, plan_of(config).checkpoints) == (4, 3)
 
 
+@pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "window"), [(1, 7), (3, 16)])
-def test_logits_have_the_bytes_that_are_planned(template, dtype, rows, window):
-    folder = template / "models/base"
-    architecture = read_architecture(read_header(folder, "base"))
-    widths = read_widths(architecture, json.loads((folder / "config.json").read_text()))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    logits_BTV = model(torch.zeros(rows, window, dtype=torch.long)).logits
-    assert logits_bytes(widths, rows * window, dtype.itemsize) == logits_BTV.nbytes
-    assert logits_bytes(replace(widths, capped=True), rows * window, dtype.itemsize) == 2 * logits_BTV.nbytes
-    assert activation_bytes(widths, rows, window, dtype.itemsize) > logits_BTV.nbytes
+@pytest.mark.parametrize("name", ["llama", "gemma2, soft-capped"])
+def test_a_loss_holds_as_many_bytes_as_are_planned(name, dtype, backward):
+    """Those that torch's allocator counts, at their most, of a vocabulary so large that nothing else matters."""
+    vocabulary, tokens = 2**15, 512
+    model = zoo.make(name, dtype=dtype, vocab_size=vocabulary).requires_grad_(backward)
+    head, targets_1T = find_head(model), torch.zeros(1, tokens, dtype=torch.long)
+    assert tokens > 2 * rows_at_once(vocabulary, "cpu")
+    hidden = torch.zeros(1, tokens, 16, dtype=dtype, requires_grad=backward)
+    model.get_decoder().forward = lambda **_: BaseModelOutputWithPast(hidden)
+    with torch.profiler.profile(profile_memory=True) as profile, torch.set_grad_enabled(backward):
+        loss = nll(model, {"input_ids": targets_1T}, targets_1T, torch.arange(tokens), head).sum()
+        if backward:
+            loss.backward()
+    events = [one for one in profile.profiler.kineto_results.events() if one.name() == "[memory]"]
+    held, most = 0, 0
+    for event in sorted(events, key=lambda one: one.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    planned = head_bytes(
+        read_widths(describe(model), model.config.to_dict()), tokens, dtype.itemsize, backward=backward
+    )
+    assert planned / 1.05 < most < planned * 1.05
 
 
 KEPT = {
@@ -144,21 +159,18 @@ KEPT = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", KEPT)
 def test_autograd_keeps_about_as_many_bytes_as_are_planned(name, dtype):
-    """Each memory once that a forward pass and its loss save for the way back, beside parameters and buffers.
-
-    The plan's logits are not among them: it counts them where the loss has its log-softmax.
-    """
+    """Each memory once that a forward pass saves for the way back, beside parameters and buffers; its loss has none."""
     model = zoo.make(name, dtype=dtype, vocab_size=1000, **KEPT[name])
-    ids_BT = torch.zeros(4, 96, dtype=torch.long)
+    ids_BT, head = torch.zeros(4, 96, dtype=torch.long), find_head(model)
     own = {one.untyped_storage().data_ptr() for one in (*model.parameters(), *model.buffers())}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
         inputs = {"position_ids": torch.arange(96).remainder(48).expand(4, -1)} if reading(model) == "packed" else {}
-        _nats(model(ids_BT, **inputs, use_cache=False).logits, ids_BT)
+        nll(model, {"input_ids": ids_BT, **inputs}, ids_BT, torch.arange(ids_BT.numel()), head)
     memories = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in kept}
     measured = sum(size for memory, size in memories.items() if memory not in own)
     widths = read_widths(describe(model), model.config.to_dict())
-    planned = gradient_bytes(widths, 4, 96, dtype.itemsize) - logits_bytes(widths, 4 * 96, dtype.itemsize)
+    planned = gradient_bytes(widths, 4, 96, dtype.itemsize) - head_bytes(widths, 4 * 96, dtype.itemsize, backward=True)
     assert measured / 1.5 < planned < measured * 1.5
 
 

@@ -83,7 +83,7 @@ def test_a_corpus_named_twice_is_scored_once(sources, resident):
 
 
 def seconds(answer):
-    return {name: getattr(answer, name) for name in ("merge_seconds", "score_seconds")}
+    return {name: getattr(answer, name) for name in ("merge_seconds", "score_seconds", "wait_seconds")}
 
 
 def tokens_of(sources, count):
@@ -226,6 +226,60 @@ def test_of_models_with_other_kernels_scores_are_those_of_a_pass_without_gradien
     known = resident.evaluate(Request(0, composite, ("key",), plain.scores, gradient=True))
     assert plain.scores == answer.scores == known.scores and answer.gradients == known.gradients
     assert answer.forward_tokens == 2 * known.forward_tokens == 2 * plain.forward_tokens
+
+
+def starve(resident, most):
+    """Let forward calls of more than so many tokens ask the allocator for what no machine has."""
+    resident._model.register_forward_pre_hook(
+        lambda _, __, named: torch.empty(2**46) if named["input_ids"].numel() > most else None, with_kwargs=True
+    )
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize(("most", "left"), [(100, 80), (63, 40)])
+def test_where_memory_runs_out_batches_are_halved_and_that_is_told(sources, most, left, gradient):
+    """40 windows of 32 tokens are scored 5 at a time: 160 tokens, 80 (2 windows), 40 (1)."""
+    corpora = tuple(replace(one, windows=windows_of(one.windows, 40)) for one in sources.corpora)
+    spec, composite = replace(sources.spec(), corpora=corpora), composites(sources)[-1]
+    short, plain = Resident(spec), Resident(replace(spec, batch_tokens=left))
+    starve(short, most)
+    request = Request(0, composite, keys(sources)[:2], gradient=gradient)
+    expected = plain.evaluate(request)
+    for told in (True, False):
+        answer = short.evaluate(request)
+        assert answer.scores == expected.scores and answer.gradients == expected.gradients
+        assert answer.forward_tokens == expected.forward_tokens
+        assert (answer.batch_tokens, expected.batch_tokens) == (left, 0)
+        assert (f"at most {left} tokens" in answer.note) == told and not expected.note
+
+
+def test_where_one_window_is_too_large_there_is_no_score(sources):
+    resident = Resident(sources.spec())
+    starve(resident, 31)
+    with pytest.raises(EvaluationError, match="not enough memory for a forward pass of 32 tokens"):
+        resident.evaluate(Request(0, composites(sources)[-1], keys(sources)))
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(sources):
+    resident = Resident(sources.spec())
+    resident._model.register_forward_pre_hook(lambda *_: torch.zeros(2, 3) @ torch.zeros(2, 3))
+    with pytest.raises(RuntimeError, match="shapes"):
+        resident.evaluate(Request(0, composites(sources)[-1], keys(sources)))
+
+
+def test_scored_tokens_are_those_that_were_measured(sources, resident):
+    composite = composites(sources)[-1]
+    whole = resident.evaluate(Request(0, composite, keys(sources)))
+    assert whole.scored_tokens == sum(score.tokens for score in whole.scores.values()) < whole.forward_tokens
+    prefix = {key: first(score, 3) for key, score in whole.scores.items()}
+    rest = resident.evaluate(Request(0, composite, keys(sources), prefix))
+    assert rest.scored_tokens == whole.scored_tokens - sum(score.tokens for score in prefix.values())
+
+
+def test_a_resident_says_how_long_it_was_idle(sources):
+    resident, request = Resident(sources.spec()), Request(0, composites(sources)[-1], keys(sources))
+    assert resident.evaluate(request).wait_seconds == 0.0
+    assert resident.evaluate(request).wait_seconds > 0.0
 
 
 def test_an_expert_that_is_the_base_has_no_slope(sources):

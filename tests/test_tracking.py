@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -28,7 +29,9 @@ Make = Callable[..., MlflowTracker]
 def trial(number: int, **changed: Any) -> TrialRecord:
     """A trial whose NLL is 3/6 on code and 3/4 on math."""
     coefficients = SPACE.from_units([number * 10**6, 10**9 - number * 10**6])
-    evaluation = Evaluation({}, forward_tokens=12, merge_seconds=0.25, score_seconds=0.5)
+    evaluation = Evaluation(
+        {}, forward_tokens=12, merge_seconds=0.25, score_seconds=0.5, scored_tokens=10, wait_seconds=0.0625
+    )
     record = TrialRecord("study#1", number, coefficients, 0.625, SCORES, evaluation, propose_seconds=0.125)
     return replace(record, **changed)
 
@@ -146,6 +149,8 @@ def test_a_trial_is_logged_with_all_that_is_known_of_it(make: Make, logged: Call
         "perplexity.code": pytest.approx(1.6487212707),
         "perplexity.math": pytest.approx(2.1170000166),
         "forward_tokens": 12.0,
+        "scored_tokens": 10.0,
+        "wait_seconds": 0.0625,
         "merge_seconds": 0.25,
         "score_seconds": 0.5,
         "propose_seconds": 0.125,
@@ -249,6 +254,22 @@ def test_a_tracker_recovers_from_an_outage(
     run(tracker, [trial(0), trial(1)], [trial(2)])
     assert logged().numbers == [0, 1, 2]
     assert len(warnings) == 1
+
+
+def test_a_full_queue_makes_nobody_wait_and_the_next_run_logs_the_rest(
+    make: Make, logged: Callable[[], Logged], warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "QUEUE", 3)
+    tracker, told, go_on = make(), [trial(number) for number in range(6)], Event()
+    tracker._thread.submit(go_on.wait)
+    for record in told[:5]:
+        tracker.trial_ended(record)
+    go_on.set()
+    tracker.close()
+    assert logged().numbers == [0, 1, 2]
+    assert len(warnings) == 1 and "the next run logs what is missing" in warnings[0]
+    run(make(), told[:5], told[5:])
+    assert logged().numbers == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_run_that_failed_in_the_middle_is_gone_on_with(

@@ -35,6 +35,8 @@ MODELS = {
     "gemma": ("gemma", HEADED),
     "gemma2, soft-capped": ("gemma2", HEADED | {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 5.0}),
     "gemma3": ("gemma3_text", HEADED),
+    "cohere": ("cohere", GROUPED | {"logit_scale": 0.25}),
+    "granite": ("granite", GROUPED | {"logits_scaling": 4.0}),
     "phi": ("phi", WIDE),
     "phi3": ("phi3", GROUPED),
     "gpt_neox": ("gpt_neox", WIDE),

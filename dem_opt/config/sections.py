@@ -245,7 +245,7 @@ class Search(Section):
     patience   stop after so many proposals in a row of which less than `tolerance` is expected
     tolerance  nats per token of expected improvement
     divisions  the grid's: 10 gives steps of a tenth of the total
-    lookahead  proposals made ahead, while residents score
+    lookahead  proposals made ahead for each resident, while it scores
     racing     stop scoring a trial when it will not win
     gradients  measure a trial's gradient too; auto: where that is worth its three forward passes, and memory allows
     """

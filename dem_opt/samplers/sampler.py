@@ -44,7 +44,8 @@ class SimplexSampler(BaseSampler):
     Its randomness comes from (seed, number of trials with coefficients) and from nothing else, so a resumed
     study proposes what an uninterrupted one would have.
 
-    last  what was proposed last
+    last   what was proposed last
+    known  the study's trials, where whoever asks has just read them
     """
 
     def __init__(self, space: Space, proposer: Proposer, seed: int) -> None:
@@ -52,6 +53,7 @@ class SimplexSampler(BaseSampler):
         self._history = History(space)
         self.distributions = distributions(space)
         self.last: Choice | None = None
+        self.known: Sequence[Trial] | None = None
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """All coefficients, always: they are proposed together."""
@@ -61,7 +63,7 @@ class SimplexSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The next point's coefficients."""
-        trials = self._history(study)
+        trials = self._history(study) if self.known is None else self.known
         rng = np.random.default_rng([self._seed, len(trials)])
         self.last = self._proposer.propose(trials, start(study, self._space), rng)
         return parameters(self.last.coefficients)
