@@ -1,4 +1,4 @@
-"""Base, vectors and the live model in flat segments; the merge kernel.
+"""Base, vectors and the live model in flat segments.
 
 Parameters lie one after the other in segments, one for each combination of stored and live dtypes.  A segment holds
 the values of each stored checkpoint as they are, and the live model's, which its parameters are views of.  Adapters
@@ -15,19 +15,12 @@ from transformers import PreTrainedModel
 
 from dem_opt.adapters import Edit, load_edits, read_adapter
 from dem_opt.checkpoints import DTYPES, read_header, read_tensors
+from dem_opt.kernel import MergeKernel
 from dem_opt.models import Architecture, describe, parameter_of, read_parameters, stored_dtypes
 from dem_opt.records import Composite, StoredModel
-from dem_opt.simplex import UNIT
 
 ALIGNMENT = 64
 """Every parameter starts at a multiple of this many elements, so at least of as many bytes."""
-
-CPU_BLOCK = 2**19
-"""Elements merged at once on a CPU: few enough that float32 scratch stays in cache, and many, because threads wait
-for each other after every operation."""
-
-DEVICE_BLOCK = 2**24
-"""Elements merged at once elsewhere: enough to hide the launching of kernels, and below 2**31."""
 
 
 class Arena:
@@ -136,48 +129,6 @@ class Arena:
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.device))
-
-
-class MergeKernel:
-    """The one place where weights are summed, block by block through scratch memory that is allocated once.
-
-    Multiplication and addition are rounded separately.  `add_(x, alpha=w)` may fuse them in its vector loop
-    and not in the loop's tail, and then a weight's bits would depend on its position, on blocks and threads.
-    """
-
-    def __init__(self, device: torch.device | str = "cpu", block: int | None = None) -> None:
-        """Scratch for `block` elements; by default as many as suit the device.  The bits are the same."""
-        self.block = block or (CPU_BLOCK if torch.device(device).type == "cpu" else DEVICE_BLOCK)
-        self._sum_P = torch.empty(self.block, dtype=torch.float32, device=device)
-        self._term_P = torch.empty(self.block, dtype=torch.float32, device=device)
-
-    def merge(self, out_P: Tensor, terms: Sequence[tuple[int, Tensor]], dtype: torch.dtype) -> None:
-        """out = sum_n (units_n / 1e9) x_n  over flat tensors, rounded to `dtype`, cast to out's.
-
-        Terms are (units of 1e-9, values), summed in the order given.  Coefficients are rounded to float32.  A single
-        term is copied, which keeps its bits even where the processor flushes denormal numbers to zero.
-        """
-        if len(terms) == 1 and terms[0][0] == UNIT:
-            out_P.copy_(terms[0][1])
-            return
-        weights = [units / UNIT for units, _ in terms]
-        weights_N1 = torch.split(torch.tensor(weights, dtype=torch.float32, device=out_P.device), 1)
-        for start in range(0, len(out_P), self.block):
-            block = slice(start, start + self.block)
-            self._merge_block(out_P[block], weights_N1, [x_P[block] for _, x_P in terms], dtype)
-
-    def _merge_block(
-        self, out_P: Tensor, weights_N1: Sequence[Tensor], stored_NP: Sequence[Tensor], dtype: torch.dtype
-    ) -> None:
-        """The same for one block that fits the scratch.  A float32 weight makes every product float32."""
-        in_place = out_P.dtype == dtype == torch.float32
-        sum_P = out_P if in_place else self._sum_P[: len(out_P)]
-        term_P = self._term_P[: len(out_P)]
-        torch.mul(stored_NP[0], weights_N1[0], out=sum_P)
-        for weight_1, x_P in zip(weights_N1[1:], stored_NP[1:], strict=True):
-            sum_P.add_(torch.mul(x_P, weight_1, out=term_P))
-        if not in_place:
-            out_P.copy_(sum_P.to(dtype))
 
 
 def inner(gradient_P: Tensor, base_P: Tensor, stored_NP: Sequence[Tensor], block: int) -> Tensor:

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from dem_opt.arena import ALIGNMENT, CPU_BLOCK, DEVICE_BLOCK
+from dem_opt.arena import ALIGNMENT
 from dem_opt.checkpoints import DTYPES, Header, known_content
 from dem_opt.config import StudyConfig
 from dem_opt.errors import InputError
+from dem_opt.kernel import CPU_BLOCK, CPU_THREADS, DEVICE_BLOCK
 from dem_opt.machine import Machine, Speed
 from dem_opt.models import Architecture
 from dem_opt.passes import Widths, activation_bytes, flops_per_token, gradient_bytes, read_widths
@@ -237,7 +238,7 @@ def _held(
     return {
         "stored": sum(_factored(one) if one.adapter else _flat(architecture, one) for one in unlike),
         "live": _flat(architecture, base, itemsize),
-        "scratch": _scratch(base, itemsize, device) + _applied(architecture, adapters),
+        "scratch": _scratch(base, device) + _applied(architecture, adapters),
         "windows": _WINDOW_BYTES * len(study.corpora) * (given.windows + given.held_out) * given.window,
         "process": PROCESS if device == "cpu" else CONTEXT,
     }
@@ -263,11 +264,10 @@ def _applied(architecture: Architecture, adapters: int) -> int:
     return (adapters + 2) * 4 * max(sizes, default=0) if adapters else 0
 
 
-def _scratch(base: Header, itemsize: int, device: str) -> int:
-    """Bytes of a merge kernel: two blocks in float32, and one that is rounded to the stored dtype."""
+def _scratch(base: Header, device: str) -> int:
+    """Bytes of a merge that nothing is compiled for: two blocks in float32 and a rounded one, for each thread."""
     stored = DTYPES[base.tensors[next(iter(base.tensors))].dtype].itemsize
-    rounded = 0 if stored == itemsize == 4 else stored
-    return (CPU_BLOCK if device == "cpu" else DEVICE_BLOCK) * (8 + rounded)
+    return (CPU_BLOCK * CPU_THREADS if device == "cpu" else DEVICE_BLOCK) * (8 + stored)
 
 
 def _reduced(architecture: Architecture, itemsize: int, device: str) -> int:

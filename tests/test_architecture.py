@@ -27,6 +27,8 @@ FLOORS = [
         "models",
         "adapters",
         "pickled",
+        "native",
+        "kernel",
         "arena",
         "documents",
         "tokens",
@@ -67,7 +69,10 @@ ALLOWED = {
     ("hub", "pickled"),
     ("adapters", "checkpoints"),
     ("adapters", "models"),
+    ("native", "checkpoints"),
+    ("kernel", "native"),
     ("arena", "checkpoints"),
+    ("arena", "kernel"),
     ("arena", "models"),
     ("arena", "adapters"),
     ("tokens", "documents"),
@@ -83,7 +88,7 @@ ALLOWED = {
 }
 
 TENSORS = {"checkpoints", "models", "adapters", "arena", "perplexity", "resident", "finetune", "assets", "export"}
-TENSORS |= {"pickled", "pool", "machine", "passes", "plan"}
+TENSORS |= {"pickled", "pool", "machine", "passes", "plan", "kernel"}
 """Rooms that work with torch."""
 
 DOORS = {

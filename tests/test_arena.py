@@ -1,15 +1,13 @@
 """Laws of merging, over architectures x dtypes x composites."""
 
-import functools
 import shutil
 
-import numpy as np
 import pytest
 import test_adapters
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from dem_opt.arena import ALIGNMENT, Arena, MergeKernel, inner, merged_tensors
+from dem_opt.arena import ALIGNMENT, Arena, inner, merged_tensors
 from dem_opt.checkpoints import content_hash, read_header
 from dem_opt.models import empty_model, read_architecture
 from dem_opt.records import Composite, StoredModel
@@ -246,65 +244,6 @@ def test_a_single_term_is_exact_where_denormals_are_flushed(tmp_path):
     finally:
         torch.set_flush_denormal(False)
     assert_same_bits(values(model), world.weights[1])
-
-
-def terms(elements, dtype):
-    generator = torch.Generator().manual_seed(1)
-    weights = (2 * 10**8, 5 * 10**8, 299999999, 1)
-    return [(units, torch.randn(elements, generator=generator).to(dtype)) for units in weights]
-
-
-def run(kernel, parts, live=torch.float32):
-    out = torch.empty(len(parts[0][1]), dtype=live)
-    kernel.merge(out, parts, parts[0][1].dtype)
-    return out
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_products_and_sums_are_rounded_one_at_a_time(dtype):
-    """numpy's float32 arithmetic fuses nothing."""
-    parts = terms(1003, dtype)
-    products = [np.float32(units / UNIT) * x.float().numpy() for units, x in parts]
-    expected = functools.reduce(np.add, products)
-    assert expected.dtype == np.float32
-    assert torch.equal(run(MergeKernel(), parts), torch.from_numpy(expected).to(dtype).float())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("block", [1, 7, 64, 1000, 2**15])
-def test_blocks_change_no_bit(dtype, block):
-    parts = terms(1003, dtype)
-    assert torch.equal(run(MergeKernel(block=block), parts), run(MergeKernel(), parts))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("start", [1, 5, 33, 900])
-def test_a_value_does_not_depend_on_its_position(dtype, start):
-    parts = terms(1003, dtype)
-    shifted = [(units, x[start:]) for units, x in parts]
-    assert torch.equal(run(MergeKernel(), shifted), run(MergeKernel(), parts)[start:])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_threads_change_no_bit(dtype):
-    parts = terms(700_007, dtype)
-    before, merged = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            merged.append(run(MergeKernel(), parts))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(*merged)
-
-
-@pytest.mark.parametrize("live", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_composite_is_rounded_to_the_stored_dtype_and_then_cast(dtype, live):
-    """In float32: 1 * 0.5 + 0.00390625 * 0.5 = 0.501953125, which bfloat16 (8 bits) rounds to 0.5, the even one."""
-    parts = [(UNIT // 2, torch.tensor([1.0], dtype=dtype)), (UNIT // 2, torch.tensor([2.0**-8], dtype=dtype))]
-    expected = 0.5 if torch.bfloat16 in (dtype, live) else 0.501953125
-    assert run(MergeKernel(), parts, live).item() == expected
 
 
 @pytest.fixture(scope="module", params=[(one, two) for one in ARCHITECTURES for two in DTYPES], ids="-".join)
