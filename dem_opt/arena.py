@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from dem_opt.adapters import Edit, load_edits, read_adapter
 from dem_opt.checkpoints import DTYPES, read_header, read_tensors
 from dem_opt.kernel import MergeKernel
-from dem_opt.models import Architecture, describe, parameter_of, read_parameters, stored_dtypes
+from dem_opt.models import Architecture, describe, load_parameters, parameter_of, stored_dtypes
 from dem_opt.records import Composite, StoredModel
 
 ALIGNMENT = 64
@@ -105,15 +105,14 @@ class Arena:
         return edits[place.name].apply(values_P.view(place.shape)).reshape(-1) if place.name in edits else values_P
 
     def _load(self, architecture: Architecture, checkpoint: StoredModel) -> None:
-        """Copy a checkpoint's parameters from its files to their places."""
-        places = {place.name: (place, segment) for segment in self._segments for place in segment.places}
+        """Read a checkpoint's parameters from its files to their places."""
+        places: dict[str, Tensor] = {}
         for segment in self._segments:
             dtype = segment.dtypes[checkpoint.content]
-            segment.stored_NP[checkpoint.content] = torch.zeros(segment.size, dtype=dtype, device=self.device)
-        for name, tensor in read_parameters(architecture, checkpoint.path, places):
-            place, segment = places[name]
-            assert tensor.shape == place.shape, f"{name}: {checkpoint.path}"
-            segment.view(segment.stored_NP[checkpoint.content], place).copy_(tensor)
+            flat_P = torch.zeros(segment.size, dtype=dtype, device=self.device)
+            segment.stored_NP[checkpoint.content] = flat_P
+            places |= {place.name: segment.view(flat_P, place) for place in segment.places}
+        load_parameters(architecture, checkpoint.path, places)
 
     def _edits_of(self, adapter: StoredModel) -> tuple[str, dict[str, Edit]]:
         """The base that an adapter edits, and its edits."""

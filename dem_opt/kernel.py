@@ -11,7 +11,7 @@ from torch import Tensor
 from dem_opt.native import Term, native
 from dem_opt.simplex import UNIT
 
-CPU_BLOCK = 2**19
+CPU_BLOCK = 2**18
 """Elements that a thread merges at once where nothing is compiled: few enough that float32 scratch stays in caches,
 and many, because threads take turns at starting operations."""
 
@@ -111,16 +111,23 @@ def _merge_stripe(
     """Every `stripes`th block in torch's operations.  A float32 weight makes every product float32."""
     size = min(block, len(out_P))
     sum_P, term_P = torch.empty(2, size, dtype=torch.float32, device=out_P.device)
+    direct = out_P.dtype == dtype == torch.float32
     for start in range(stripe * block, len(out_P), stripes * block):
         part = slice(start, start + block)
         into_P = out_P[part]
         left_P, right_P = sum_P[: len(into_P)], term_P[: len(into_P)]
-        for number, (weight_1, x) in enumerate(zip(weights_N1, values, strict=True)):
-            x_P, by = x.scaled(weight_1, part) if isinstance(x, Quantized) else (x[part], weight_1)
-            torch.mul(x_P, by, out=right_P if number else left_P)
-            if number:
-                left_P += right_P
-        into_P.copy_(left_P.to(dtype))
+        _multiply(values[0], weights_N1[0], part, left_P)
+        for number, (weight_1, x) in enumerate(zip(weights_N1[1:], values[1:], strict=True), 2):
+            _multiply(x, weight_1, part, right_P)
+            torch.add(left_P, right_P, out=into_P if direct and number == len(values) else left_P)
+        if not direct or len(values) == 1:
+            into_P.copy_(left_P.to(dtype))
+
+
+def _multiply(x: Values, weight_1: Tensor, part: slice, out_P: Tensor) -> None:
+    """out = w x  of a part.  Widening first is faster than multiplying numbers of two dtypes."""
+    x_P, factor = x.scaled(weight_1, part) if isinstance(x, Quantized) else (x[part], weight_1)
+    torch.mul(x_P if x_P.dtype == torch.float32 else out_P.copy_(x_P), factor, out=out_P)
 
 
 def _merge_in_threads(
@@ -158,6 +165,7 @@ def _merge_native(out_P: Tensor, weights: Sequence[float], values: Sequence[Valu
     terms, keep = (Term * len(values))(), []
     for term, weight, x in zip(terms, weights, values, strict=True):
         x_P = (x.values_P if isinstance(x, Quantized) else x).contiguous()
+        x_P = x_P if x_P.data_ptr() % x_P.itemsize == 0 else x_P.clone()  # a mapped file may begin anywhere
         assert len(x_P) == len(out_P)
         keep.append(x_P)
         scale = x.scale_R.data_ptr() if isinstance(x, Quantized) else None

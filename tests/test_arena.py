@@ -1,6 +1,8 @@
 """Laws of merging, over architectures x dtypes x composites."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 import test_adapters
@@ -233,6 +235,39 @@ def test_a_merge_needs_no_file(tmp_path):
     arena.merge(world.composite((UNIT, 0, 0)))
     arena.merge(world.composite(UNITS[0]))
     assert_same_bits(values(model), before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+def test_loading_holds_at_its_peak_hardly_more_than_what_stays(tmp_path):
+    """Four checkpoints of 7 million parameters in two shards each, in a process of its own."""
+    sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8, "num_attention_heads": 4}
+    for seed, name in enumerate("abcd"):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(LlamaConfig(vocab_size=500, **sizes)).save_pretrained(tmp_path / name, max_shard_size="15MB")
+    code = """
+import sys
+from pathlib import Path
+from dem_opt.arena import Arena
+from dem_opt.kernel import MergeKernel
+from dem_opt.models import empty_model
+from dem_opt.records import StoredModel
+import torch
+
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+
+MergeKernel()
+model = empty_model(Path(sys.argv[1]), torch.float32)
+before = status("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+arena = Arena(model, [StoredModel(Path(folder), folder) for folder in sys.argv[1:]])
+print((status("VmHWM") - before) / arena.nbytes, arena.nbytes)
+"""
+    command = [sys.executable, "-c", code, *(str(tmp_path / name) for name in "abcd")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak, nbytes = map(float, done.stdout.split())
+    assert nbytes > 5 * 4 * 6.5e6 and peak < 1.15
 
 
 def test_a_single_term_is_exact_where_denormals_are_flushed(tmp_path):
