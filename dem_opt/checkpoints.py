@@ -141,18 +141,45 @@ def read_into(header: Header, places: Mapping[str, Tensor]) -> None:
     count beside the place until the file is closed.  Raises InputError for a file that has become shorter.
     """
     order = sorted(places, key=lambda name: (header.tensors[name].file, header.tensors[name].start))
-    with ExitStack() as stack:
-        streams = {file: stack.enter_context(file.open("rb", buffering=0)) for file in header.files}
-        first = {file: 8 + struct.unpack("<Q", stream.read(8))[0] for file, stream in streams.items()}
+    with _Reader(header) as reader:
         for name in order:
-            stored, place = header.tensors[name], places[name]
+            place = places[name]
             here = place if place.device.type == "cpu" else torch.empty(place.shape, dtype=place.dtype)
-            assert here.is_contiguous() and here.nbytes == stored.end - stored.start
-            streams[stored.file].seek(first[stored.file] + stored.start)
-            if not _fill(streams[stored.file], here.view(-1).view(torch.uint8).numpy().data):
-                raise InputError(stored.file, header.field, None, "has become shorter: copy or save it again")
+            reader.read(name, here)
             if here is not place:
                 place.copy_(here)
+
+
+def read_each(header: Header, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Stored tensors by name, each read into memory of its own when its turn comes.
+
+    Raises InputError for a file that has become shorter.
+    """
+    with _Reader(header) as reader:
+        for name in names:
+            stored = header.tensors[name]
+            tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+            reader.read(name, tensor)
+            yield name, tensor
+
+
+class _Reader(ExitStack):
+    """The files of a checkpoint, open for reading."""
+
+    def __init__(self, header: Header) -> None:
+        super().__init__()
+        self._header = header
+        self._streams = {file: self.enter_context(file.open("rb", buffering=0)) for file in header.files}
+        self._first = {file: 8 + struct.unpack("<Q", stream.read(8))[0] for file, stream in self._streams.items()}
+
+    def read(self, name: str, here: Tensor) -> None:
+        """Fill contiguous memory with a stored tensor."""
+        stored = self._header.tensors[name]
+        assert here.is_contiguous() and here.nbytes == stored.end - stored.start
+        stream = self._streams[stored.file]
+        stream.seek(self._first[stored.file] + stored.start)
+        if not _fill(stream, here.view(-1).view(torch.uint8).numpy().data):
+            raise InputError(stored.file, self._header.field, None, "has become shorter: copy or save it again")
 
 
 def _fill(stream: FileIO, buffer: memoryview) -> bool:

@@ -3,12 +3,12 @@
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dem_opt.native import Term, native
+from dem_opt.quantized import Quantized
 from dem_opt.simplex import UNIT
 
 CPU_BLOCK = 2**18
@@ -26,29 +26,6 @@ _COMPILED_BLOCK = 2**30
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 """The dtypes that kernel.cpp knows, by its numbers."""
-
-
-@dataclass(frozen=True, eq=False)
-class Quantized:
-    """Values  s_r q  over flat memory: int8 q, and a float32 scale s for each row r.
-
-    starts_R  where each row begins, ascending from 0; it ends where the next begins
-    """
-
-    values_P: Tensor
-    scale_R: Tensor
-    starts_R: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the values and their scales; where rows begin is common to all vectors."""
-        return self.values_P.nbytes + self.scale_R.nbytes
-
-    def scaled(self, weight: Tensor | float, part: slice) -> tuple[Tensor, Tensor]:
-        """q, and  weight s_r  for each of its elements, in a part."""
-        positions_P = torch.arange(part.start, min(part.stop, len(self.values_P)), device=self.starts_R.device)
-        rows_P = torch.searchsorted(self.starts_R, positions_P, right=True) - 1
-        return self.values_P[part], (self.scale_R * weight)[rows_P]
 
 
 Values = Tensor | Quantized

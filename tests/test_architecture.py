@@ -28,6 +28,7 @@ FLOORS = [
         "adapters",
         "pickled",
         "native",
+        "quantized",
         "kernel",
         "arena",
         "documents",
@@ -42,7 +43,7 @@ FLOORS = [
     {"resident", "samplers", "finetune", "passes", "plan", "sources"},
     {"pool", "search", "tracking", "check"},
     {"trials", "runs", "standings", "reweighting", "export", "card", "assets"},
-    {"driver"},
+    {"driver", "fidelity"},
     {"study"},
     {"answers", "terminal", "cli"},
 ]
@@ -71,6 +72,8 @@ ALLOWED = {
     ("adapters", "models"),
     ("native", "checkpoints"),
     ("kernel", "native"),
+    ("kernel", "quantized"),
+    ("arena", "quantized"),
     ("arena", "checkpoints"),
     ("arena", "kernel"),
     ("arena", "models"),
@@ -82,13 +85,14 @@ ALLOWED = {
     ("sources", "plan"),
     ("standings", "trials"),
     ("reweighting", "standings"),
+    ("fidelity", "driver"),
     ("reweighting", "trials"),
     ("cli", "answers"),
     ("cli", "terminal"),
 }
 
 TENSORS = {"checkpoints", "models", "adapters", "arena", "perplexity", "resident", "finetune", "assets", "export"}
-TENSORS |= {"pickled", "pool", "machine", "passes", "plan", "kernel"}
+TENSORS |= {"pickled", "pool", "machine", "passes", "plan", "kernel", "quantized"}
 """Rooms that work with torch."""
 
 DOORS = {

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from dem_opt.kernel import MergeKernel, Quantized, told
+from dem_opt.kernel import MergeKernel, told
 from dem_opt.native import Native, native
+from dem_opt.quantized import Quantized
 from dem_opt.simplex import UNIT
 
 KERNELS = {
