@@ -1,4 +1,4 @@
-"""Base, vectors and the live model in flat segments; the merge kernel.
+"""Base, vectors and the live model in flat segments.
 
 Parameters lie one after the other in segments, one for each combination of stored and live dtypes.  A segment holds
 the values of each stored checkpoint as they are, and the live model's, which its parameters are views of.  Adapters
@@ -7,7 +7,9 @@ stay factored: what they make of a parameter is computed when a composite needs 
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -15,39 +17,43 @@ from transformers import PreTrainedModel
 
 from dem_opt.adapters import Edit, load_edits, read_adapter
 from dem_opt.checkpoints import DTYPES, read_header, read_tensors
-from dem_opt.models import Architecture, describe, parameter_of, read_parameters, stored_dtypes
+from dem_opt.kernel import MergeKernel, Values
+from dem_opt.models import Architecture, describe, load_parameters, parameter_of, read_parameters, stored_dtypes
+from dem_opt.quantized import Quantized, quantize, row_length, rows_of
 from dem_opt.records import Composite, StoredModel
 from dem_opt.simplex import UNIT
 
 ALIGNMENT = 64
 """Every parameter starts at a multiple of this many elements, so at least of as many bytes."""
 
-CPU_BLOCK = 2**19
-"""Elements merged at once on a CPU: few enough that float32 scratch stays in cache, and many, because threads wait
-for each other after every operation."""
-
-DEVICE_BLOCK = 2**24
-"""Elements merged at once elsewhere: enough to hide the launching of kernels, and below 2**31."""
-
 
 class Arena:
     """Stored checkpoints and a live model on one device; `merge` makes the model any composite of them."""
 
     def __init__(
-        self, model: PreTrainedModel, stored: Sequence[StoredModel], device: torch.device | str = "cpu"
+        self,
+        model: PreTrainedModel,
+        stored: Sequence[StoredModel],
+        device: torch.device | str = "cpu",
+        vectors: str = "exact",
     ) -> None:
         """Load every checkpoint straight to its place, and make the model's parameters views of live memory.
 
         The dtypes of the model's parameters are the evaluation's; composites are rounded to those of the first
-        checkpoint.  All must fit (`check_fit`, `check_adapter`).
+        checkpoint.  All must fit (`check_fit`, `check_adapter`).  With `vectors` "int8" the first is the base, which
+        is stored as it is, and of each of the others, which are no adapters, only the vector.
         """
         self.device = torch.device(device)
         distinct = list({one.content: one for one in stored}.values())
         architecture = describe(model)
-        whole = [one for one in distinct if one.base is None]
+        compressed = distinct[1:] if vectors == "int8" else []
+        whole = [one for one in distinct if one.base is None and one not in compressed]
+        self._base = distinct[0].content if compressed else None
         self._segments = _lay_out(model, architecture, whole, self.device)
         for checkpoint in whole:
             self._load(architecture, checkpoint)
+        for checkpoint in compressed:
+            self._compress(architecture, checkpoint)
         self._edited = {one.content: self._edits_of(one) for one in distinct if one.base is not None}
         self._adopt(model)
         self._kernel = MergeKernel(self.device)
@@ -55,20 +61,31 @@ class Arena:
     @property
     def nbytes(self) -> int:
         """Bytes of everything that is stored, and of the live model."""
-        flat = [x.nbytes for segment in self._segments for x in (segment.live_P, *segment.stored_NP.values())]
+        flat = [segment.nbytes for segment in self._segments]
         return sum(flat) + sum(edit.nbytes for _, edits in self._edited.values() for edit in edits.values())
 
     def merge(self, composite: Composite) -> None:
         """Make the live model  Theta_D = sum_n (units_n / 1e9) Theta_n , always from the stored checkpoints.
 
         Summed in float32 in the composite's order, rounded once to the first checkpoint's dtype, cast to the live
-        one.  A single term is copied as it is.  Raises KeyError for content that is not stored.
+        one.  A single term is copied as it is.  Raises KeyError for content that is not stored.  Of compressed vectors
+        v the same composite is made as  Theta + sum_i (units_i / 1e9) v_i .
         """
+        if self._base is not None:
+            for segment in self._segments:
+                self._kernel.merge(segment.live_P, self._from_base(composite, segment), segment.dtype)
+            return
         factored = any(content in self._edited for content, _ in composite.terms)
         for segment in self._segments:
             for part in segment.places if factored else [segment.whole]:
                 terms = [(units, self._values(content, segment, part)) for content, units in composite.terms]
                 self._kernel.merge(segment.live_P[part.slice], terms, segment.dtype)
+
+    def _from_base(self, composite: Composite, segment: "_Segment") -> list[tuple[int, Values]]:
+        """The terms of a composite over a segment: the base, and vectors in the composite's order."""
+        assert self._base is not None
+        vectors = [(units, segment.vectors_NP[content]) for content, units in composite.terms if content != self._base]
+        return [(UNIT, segment.stored_NP[self._base]), *vectors]
 
     @contextmanager
     def reducing(self, base: str, experts: Sequence[str]) -> Iterator[dict[str, float]]:
@@ -87,7 +104,7 @@ class Arena:
         def reduce(parameter: Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
             assert gradient is not None
-            base_P, *values_NP = (self._values(content, *places[parameter]) for content in (base, *experts))
+            base_P, *values_NP = self._differing(base, experts, *places[parameter])
             sums_N.add_(inner(gradient.reshape(-1), base_P, values_NP, self._kernel.block))
 
         hooks = [
@@ -103,6 +120,17 @@ class Arena:
                 parameter.requires_grad_(False)
         found.update(zip(experts, sums_N.tolist(), strict=True))
 
+    def _differing(self, base: str, experts: Sequence[str], segment: "_Segment", place: "_Place") -> Iterator[Values]:
+        """Values at a place, the first of which is to be subtracted from the others: nothing, from vectors."""
+        if self._base is None:
+            return (self._values(content, segment, place) for content in (base, *experts))
+        assert base == self._base
+        none_P = torch.zeros((), device=self.device).expand(place.shape.numel())
+        vectors = (
+            segment.vectors_NP[content].within(place.slice) if content != base else none_P for content in experts
+        )
+        return chain((none_P,), vectors)
+
     def _values(self, content: str, segment: "_Segment", place: "_Place") -> Tensor:
         """A checkpoint's values at a place, flat; those of an adapter are computed."""
         if content not in self._edited:
@@ -112,15 +140,27 @@ class Arena:
         return edits[place.name].apply(values_P.view(place.shape)).reshape(-1) if place.name in edits else values_P
 
     def _load(self, architecture: Architecture, checkpoint: StoredModel) -> None:
-        """Copy a checkpoint's parameters from its files to their places."""
-        places = {place.name: (place, segment) for segment in self._segments for place in segment.places}
+        """Read a checkpoint's parameters from its files to their places."""
+        places: dict[str, Tensor] = {}
         for segment in self._segments:
             dtype = segment.dtypes[checkpoint.content]
-            segment.stored_NP[checkpoint.content] = torch.zeros(segment.size, dtype=dtype, device=self.device)
+            flat_P = torch.zeros(segment.size, dtype=dtype, device=self.device)
+            segment.stored_NP[checkpoint.content] = flat_P
+            places |= {place.name: segment.view(flat_P, place) for place in segment.places}
+        load_parameters(architecture, checkpoint.path, places)
+
+    def _compress(self, architecture: Architecture, checkpoint: StoredModel) -> None:
+        """Read a checkpoint parameter by parameter and keep its vectors."""
+        assert self._base is not None and checkpoint.base is None
+        places: dict[str, tuple[Tensor, Quantized]] = {}
+        for segment in self._segments:
+            vectors = segment.vectors_NP[checkpoint.content] = segment.no_vector()
+            base_P = segment.stored_NP[self._base]
+            places |= {
+                place.name: (segment.view(base_P, place), vectors.within(place.slice)) for place in segment.places
+            }
         for name, tensor in read_parameters(architecture, checkpoint.path, places):
-            place, segment = places[name]
-            assert tensor.shape == place.shape, f"{name}: {checkpoint.path}"
-            segment.view(segment.stored_NP[checkpoint.content], place).copy_(tensor)
+            quantize(tensor, *places[name])
 
     def _edits_of(self, adapter: StoredModel) -> tuple[str, dict[str, Edit]]:
         """The base that an adapter edits, and its edits."""
@@ -138,49 +178,7 @@ class Arena:
                 setattr(module, name, buffer.to(self.device))
 
 
-class MergeKernel:
-    """The one place where weights are summed, block by block through scratch memory that is allocated once.
-
-    Multiplication and addition are rounded separately.  `add_(x, alpha=w)` may fuse them in its vector loop
-    and not in the loop's tail, and then a weight's bits would depend on its position, on blocks and threads.
-    """
-
-    def __init__(self, device: torch.device | str = "cpu", block: int | None = None) -> None:
-        """Scratch for `block` elements; by default as many as suit the device.  The bits are the same."""
-        self.block = block or (CPU_BLOCK if torch.device(device).type == "cpu" else DEVICE_BLOCK)
-        self._sum_P = torch.empty(self.block, dtype=torch.float32, device=device)
-        self._term_P = torch.empty(self.block, dtype=torch.float32, device=device)
-
-    def merge(self, out_P: Tensor, terms: Sequence[tuple[int, Tensor]], dtype: torch.dtype) -> None:
-        """out = sum_n (units_n / 1e9) x_n  over flat tensors, rounded to `dtype`, cast to out's.
-
-        Terms are (units of 1e-9, values), summed in the order given.  Coefficients are rounded to float32.  A single
-        term is copied, which keeps its bits even where the processor flushes denormal numbers to zero.
-        """
-        if len(terms) == 1 and terms[0][0] == UNIT:
-            out_P.copy_(terms[0][1])
-            return
-        weights = [units / UNIT for units, _ in terms]
-        weights_N1 = torch.split(torch.tensor(weights, dtype=torch.float32, device=out_P.device), 1)
-        for start in range(0, len(out_P), self.block):
-            block = slice(start, start + self.block)
-            self._merge_block(out_P[block], weights_N1, [x_P[block] for _, x_P in terms], dtype)
-
-    def _merge_block(
-        self, out_P: Tensor, weights_N1: Sequence[Tensor], stored_NP: Sequence[Tensor], dtype: torch.dtype
-    ) -> None:
-        """The same for one block that fits the scratch.  A float32 weight makes every product float32."""
-        in_place = out_P.dtype == dtype == torch.float32
-        sum_P = out_P if in_place else self._sum_P[: len(out_P)]
-        term_P = self._term_P[: len(out_P)]
-        torch.mul(stored_NP[0], weights_N1[0], out=sum_P)
-        for weight_1, x_P in zip(weights_N1[1:], stored_NP[1:], strict=True):
-            sum_P.add_(torch.mul(x_P, weight_1, out=term_P))
-        if not in_place:
-            out_P.copy_(sum_P.to(dtype))
-
-
-def inner(gradient_P: Tensor, base_P: Tensor, stored_NP: Sequence[Tensor], block: int) -> Tensor:
+def inner(gradient_P: Tensor, base_P: Values, stored_NP: Sequence[Values], block: int) -> Tensor:
     """< g , x_n - x_0 >  for each n over flat tensors: in float32 for each block, summed in float64.
 
     Differences are formed first, because those of inner products would cancel.  Block by block, gradient and base are
@@ -267,7 +265,7 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Segment:
-    """Parameters that are alike in dtype: of N checkpoints by content hash, and the live ones.
+    """Parameters that are alike in dtype: of N checkpoints by content hash, their vectors, and the live ones.
 
     dtype   what composites are rounded to
     dtypes  what each checkpoint stores, by content
@@ -279,11 +277,30 @@ class _Segment:
     size: int
     live_P: Tensor
     stored_NP: dict[str, Tensor]
+    vectors_NP: dict[str, Quantized] = field(default_factory=dict)
 
     @property
     def whole(self) -> _Place:
         """All of it."""
         return _Place("", torch.Size([self.size]), 0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that it holds."""
+        flat = sum(x.nbytes for x in (self.live_P, *self.stored_NP.values()))
+        vectors = sum(x.nbytes for x in self.vectors_NP.values())
+        return flat + vectors + (self.starts_R.nbytes if vectors else 0)
+
+    @cached_property
+    def starts_R(self) -> Tensor:
+        """Where each row of its parameters begins; what follows a parameter belongs to its last row, and is zero."""
+        starts = [torch.arange(rows_of(one.shape)) * row_length(one.shape) + one.start for one in self.places]
+        return torch.cat(starts).to(self.live_P.device)
+
+    def no_vector(self) -> Quantized:
+        """A vector of zeros."""
+        zeros_P = torch.zeros(self.size, dtype=torch.int8, device=self.live_P.device)
+        return Quantized(zeros_P, torch.zeros(len(self.starts_R), device=self.live_P.device), self.starts_R)
 
     def view(self, flat_P: Tensor, place: _Place) -> Tensor:
         """One parameter's part of a flat tensor."""

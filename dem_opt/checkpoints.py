@@ -6,8 +6,9 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MOST_HEADER_BYTES = 10**8
 """The longest header that safetensors reads."""
+
+MOST_READ_BYTES = 2**30
+"""Read by one call; more than 2**31 can't be."""
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -128,6 +132,65 @@ def read_tensors(header: Header, names: Iterable[str]) -> Iterator[tuple[str, Te
     files: dict[Path, Any] = {file: safe_open(file, framework="pt") for file in header.files}
     for name in names:
         yield name, files[header.tensors[name].file].get_tensor(name)
+
+
+def read_into(header: Header, places: Mapping[str, Tensor]) -> None:
+    """Read stored tensors straight to where they are wanted, one after the other as they lie in the files.
+
+    A place has the stored dtype and is contiguous.  What is read is in this process once: a mapped file's pages would
+    count beside the place until the file is closed.  Raises InputError for a file that has become shorter.
+    """
+    order = sorted(places, key=lambda name: (header.tensors[name].file, header.tensors[name].start))
+    with _Reader(header) as reader:
+        for name in order:
+            place = places[name]
+            here = place if place.device.type == "cpu" else torch.empty(place.shape, dtype=place.dtype)
+            reader.read(name, here)
+            if here is not place:
+                place.copy_(here)
+
+
+def read_each(header: Header, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Stored tensors by name, each read into memory of its own when its turn comes.
+
+    Raises InputError for a file that has become shorter.
+    """
+    with _Reader(header) as reader:
+        for name in names:
+            stored = header.tensors[name]
+            tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+            reader.read(name, tensor)
+            yield name, tensor
+
+
+class _Reader(ExitStack):
+    """The files of a checkpoint, open for reading."""
+
+    def __init__(self, header: Header) -> None:
+        super().__init__()
+        self._header = header
+        self._streams = {file: self.enter_context(file.open("rb", buffering=0)) for file in header.files}
+        self._first = {file: 8 + struct.unpack("<Q", stream.read(8))[0] for file, stream in self._streams.items()}
+
+    def read(self, name: str, here: Tensor) -> None:
+        """Fill contiguous memory with a stored tensor."""
+        stored = self._header.tensors[name]
+        assert here.is_contiguous() and here.nbytes == stored.end - stored.start
+        stream = self._streams[stored.file]
+        stream.seek(self._first[stored.file] + stored.start)
+        if not _fill(stream, here.view(-1).view(torch.uint8).numpy().data):
+            raise InputError(stored.file, self._header.field, None, "has become shorter: copy or save it again")
+
+
+def _fill(stream: FileIO, buffer: memoryview) -> bool:
+    """Read until a buffer is full; False where the file ends before."""
+    done = 0
+    while done < len(buffer):
+        count = stream.readinto(buffer[done : done + MOST_READ_BYTES])
+        if not count:
+            return False
+        done += count
+    return True
 
 
 def read_json(file: Path, field: str) -> dict[str, Any]:

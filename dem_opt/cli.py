@@ -298,11 +298,10 @@ def _export(given: argparse.Namespace) -> None:
         return
     terminal.say(f"{winner.label}: {winner.coefficients}")
     terminal.say(f"Written, compared from disk bit by bit, scored again: {given.out}")
-    if given.dtype:
+    if exported != winner:
         for split, nll in exported.objective.items():
-            terminal.say(
-                f"Mean NLL on {split} in {given.dtype}: {winner.objective[split]:.6f} -> {nll:.6f} nats per token"
-            )
+            change = f"{winner.objective[split]:.6f} -> {nll:.6f} nats per token"
+            terminal.say(f"Mean NLL on {split} {exported.label.removeprefix('exported ')}: {change}")
     if champion.version is not None:
         terminal.say(f"Registered in MLflow: version {champion.version}, alias champion")
 

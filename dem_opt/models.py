@@ -17,7 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
-from dem_opt.checkpoints import DTYPES, Header, read_header, read_json, read_tensors
+from dem_opt.checkpoints import DTYPES, Header, read_each, read_header, read_into, read_json, read_tensors
 from dem_opt.declared import read_config, refuse_endless
 from dem_opt.errors import InputError, shorten
 
@@ -213,15 +213,28 @@ def check_fit(architecture: Architecture, base: Header, other: Header) -> None:
 def read_parameters(architecture: Architecture, folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """The named parameters of a checkpoint that fits, in the dtype they are stored in, in the order of `names`.
 
-    A parameter that is one stored tensor is mapped from its file, which is read where the tensor is.  If any is
-    fused, transformers loads the checkpoint once, in a dtype that holds all of its values.
+    A parameter that is one stored tensor is read into memory of its own.  If any is fused, transformers loads the
+    checkpoint once, in a dtype that holds all of its values.
     """
     header = read_header(folder, "checkpoint")
     layout, wanted = architecture.layout(header), list(names)
     fused = _converted(header, layout) if layout.fused & set(wanted) else {}
-    plain = iter(read_tensors(header, [layout.sources[name][0] for name in wanted if name not in layout.fused]))
+    plain = iter(read_each(header, [layout.sources[name][0] for name in wanted if name not in layout.fused]))
     for name in wanted:
         yield name, fused[name].to(layout.dtype(header, name)) if name in layout.fused else next(plain)[1]
+
+
+def load_parameters(architecture: Architecture, folder: Path, places: Mapping[str, Tensor]) -> None:
+    """Read the named parameters of a checkpoint that fits to their places, which have the dtype they are stored in.
+
+    A parameter that is one stored tensor comes straight from its file; those that are fused pass through transformers.
+    """
+    header = read_header(folder, "checkpoint")
+    layout = architecture.layout(header)
+    plain = {layout.sources[name][0]: place for name, place in places.items() if name not in layout.fused}
+    read_into(header, plain)
+    for name, tensor in read_parameters(architecture, folder, [name for name in places if name in layout.fused]):
+        places[name].copy_(tensor)
 
 
 def stored_names(architecture: Architecture, base: Header) -> list[str]:

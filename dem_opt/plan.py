@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 
-from dem_opt.arena import ALIGNMENT, CPU_BLOCK, DEVICE_BLOCK
+from dem_opt.arena import ALIGNMENT
 from dem_opt.checkpoints import DTYPES, Header, known_content
 from dem_opt.config import StudyConfig
 from dem_opt.errors import InputError
+from dem_opt.kernel import CPU_BLOCK, CPU_THREADS, DEVICE_BLOCK
 from dem_opt.looks import stops
 from dem_opt.machine import Machine, Speed
 from dem_opt.models import Architecture
 from dem_opt.passes import Widths, activation_bytes, flops_per_token, gradient_bytes, read_widths
+from dem_opt.quantized import rows_of
 
 BATCH_TOKENS = 4096
 """Tokens in one forward call where the study says `batch: auto` and memory allows."""
@@ -62,6 +64,7 @@ class Plan:
     machine: Machine
     widths: Widths
     dtype: str
+    vectors: str
     window: int
     batch_tokens: int
     call_tokens: int
@@ -155,6 +158,7 @@ def make_plan(
         machine=machine,
         widths=widths,
         dtype=dtype,
+        vectors=given.vectors,
         window=given.window,
         batch_tokens=batch,
         checkpoints=len(unlike),
@@ -180,6 +184,8 @@ def refuse_too_large(plan: Plan, where: object) -> None:
     mends = ["fewer distributions"]
     if plan.dtype == "float32":
         mends.insert(0, "evaluation.dtype bfloat16")
+    if plan.vectors == "exact" and plan.checkpoints > 1:
+        mends.insert(-1, "evaluation.vectors int8")
     if plan.needed - plan.machine.available < plan.activations and plan.call_tokens > plan.window:
         mends.insert(0, "a smaller evaluation.batch")
     if plan.machine.device == "cpu" and plan.asked > 1:
@@ -235,12 +241,25 @@ def _held(
     """What a resident holds for life, in bytes, by field of the plan."""
     given, adapters = study.evaluation, sum(one.adapter for one in unlike)
     return {
-        "stored": sum(_factored(one) if one.adapter else _flat(architecture, one) for one in unlike),
+        "stored": _stored(architecture, base, unlike, given.vectors),
         "live": _flat(architecture, base, itemsize),
-        "scratch": _scratch(base, itemsize, device) + _applied(architecture, adapters),
+        "scratch": _scratch(base, device) + _applied(architecture, adapters),
         "windows": _WINDOW_BYTES * len(study.corpora) * (given.windows + given.held_out) * given.window,
         "process": PROCESS if device == "cpu" else CONTEXT,
     }
+
+
+def _stored(architecture: Architecture, base: Header, unlike: Sequence[Header], vectors: str) -> int:
+    """Bytes of base and experts: checkpoints and adapters as they are, or beside the base its vectors in int8.
+
+    A row of a vector has a float32 scale; where rows begin is an int64 for all vectors.
+    """
+    if vectors == "exact":
+        return sum(_factored(one) if one.adapter else _flat(architecture, one) for one in unlike)
+    rows, experts = sum(rows_of(shape) for shape in architecture.parameters.values()), len(unlike) - 1
+    return (
+        _flat(architecture, base) + experts * (_flat(architecture, base, 1) + 4 * rows) + (8 * rows if experts else 0)
+    )
 
 
 def _flat(architecture: Architecture, header: Header, itemsize: int | None = None) -> int:
@@ -263,11 +282,10 @@ def _applied(architecture: Architecture, adapters: int) -> int:
     return (adapters + 2) * 4 * max(sizes, default=0) if adapters else 0
 
 
-def _scratch(base: Header, itemsize: int, device: str) -> int:
-    """Bytes of a merge kernel: two blocks in float32, and one that is rounded to the stored dtype."""
+def _scratch(base: Header, device: str) -> int:
+    """Bytes of a merge that nothing is compiled for: two blocks in float32 and a rounded one, for each thread."""
     stored = DTYPES[base.tensors[next(iter(base.tensors))].dtype].itemsize
-    rounded = 0 if stored == itemsize == 4 else stored
-    return (CPU_BLOCK if device == "cpu" else DEVICE_BLOCK) * (8 + rounded)
+    return (CPU_BLOCK * CPU_THREADS if device == "cpu" else DEVICE_BLOCK) * (8 + stored)
 
 
 def _reduced(architecture: Architecture, itemsize: int, device: str) -> int:

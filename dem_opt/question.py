@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
 from dem_opt.errors import InputError
@@ -16,6 +16,9 @@ HELD_OUT = "held_out"
 """The split that only reports."""
 
 SPLITS = (SEARCH, HELD_OUT)
+
+_BEFORE = ("evaluation.vectors", "exact")
+"""What scores were of before there was another form of the vectors."""
 
 _FIELDS = {SEARCH: "validation", HELD_OUT: "held_out"}
 _WINDOWS = {SEARCH: "windows", HELD_OUT: "held_out"}
@@ -50,9 +53,24 @@ class Question:
 
     @property
     def scoring(self) -> str:
-        """The ledger's scoring key: a hash of the settings that change a window's nats; windows hash themselves."""
+        """The ledger's scoring key: a hash of the settings that change a window's nats; windows hash themselves.
+
+        Compressed vectors begin from the base, so there it is one of the settings.
+        """
         fields = ("evaluation.dtype", "evaluation.batch", "looks", "device")
-        return sha256(repr([(field, self.settings.get(field)) for field in fields]).encode()).hexdigest()
+        settings = [(field, self.settings.get(field)) for field in fields]
+        if self.vectors != "exact":
+            settings += [("evaluation.vectors", self.vectors), ("base", self.base)]
+        return sha256(repr(settings).encode()).hexdigest()
+
+    @property
+    def vectors(self) -> str:
+        """The stored form of the vectors."""
+        return self.settings.get(*_BEFORE)
+
+    def exact(self) -> "Question":
+        """The same of vectors as they are."""
+        return replace(self, settings={**self.settings, "evaluation.vectors": "exact"})
 
     @property
     def differentiation(self) -> str:
@@ -148,6 +166,7 @@ def refuse_other_scoring(where: object, old: Mapping[str, str], new: Mapping[str
 
     Settings are named before corpora, since a changed window changes every corpus.
     """
+    old = dict([_BEFORE]) | dict(old)
     changed = [field for field in new if field in old and old[field] != new[field]]
     if not changed:
         return

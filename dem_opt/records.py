@@ -232,6 +232,7 @@ class ResidentSpec:
     experts      the fine-tuned checkpoints
     dtype        the evaluation's dtype, as torch names it ("float32", "bfloat16")
     batch_tokens the most tokens in one forward call (at least one window)
+    vectors      "exact": experts as they are stored; "int8": their vectors in int8
     """
 
     base: StoredModel
@@ -239,6 +240,7 @@ class ResidentSpec:
     corpora: tuple[Corpus, ...]
     dtype: str = "float32"
     batch_tokens: int = 4096
+    vectors: str = "exact"
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,8 @@ class Sources:
         """The question by content."""
         evaluation = self.config.evaluation
         settings = {
-            f"evaluation.{name}": getattr(evaluation, name) for name in ("window", "windows", "held_out", "seed")
+            f"evaluation.{name}": getattr(evaluation, name)
+            for name in ("window", "windows", "held_out", "vectors", "seed")
         }
         settings |= {"evaluation.batch": self.batch_tokens, "evaluation.dtype": self.dtype, "looks": LOOKS}
         return Question(
@@ -95,7 +96,14 @@ class Sources:
 
     def spec(self) -> ResidentSpec:
         """What a resident of this study holds."""
-        return ResidentSpec(self.base, tuple(self.experts.values()), self.corpora, self.dtype, self.batch_tokens)
+        vectors = self.config.evaluation.vectors
+        return ResidentSpec(
+            self.base, tuple(self.experts.values()), self.corpora, self.dtype, self.batch_tokens, vectors
+        )
+
+    def exact(self) -> "Sources":
+        """The same with vectors as they are."""
+        return replace(self, config=exactly(self.config))
 
     def models(self) -> dict[str, StoredModel]:
         """Base and experts by content."""
@@ -119,6 +127,22 @@ class Sources:
         return ResidentSpec(model, (), self.corpora, self.dtype, self.batch_tokens)
 
 
+def exactly(config: StudyConfig) -> StudyConfig:
+    """The same study of vectors as they are."""
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"vectors": "exact"})})
+
+
+def too_large(config: StudyConfig, where: object) -> str | None:
+    """Why residents of this study don't fit into this machine, where they are to live on it; else None."""
+    if config.compute.ray != "local":
+        return None
+    try:
+        refuse_too_large(check_files(config, where).plan(), where)
+    except InputError as error:
+        return str(error)
+    return None
+
+
 def check_files(config: StudyConfig, where: object) -> Files:
     """Headers of the base and of every checkpoint and adapter, which must fit together; reads no weights.
 
@@ -129,18 +153,23 @@ def check_files(config: StudyConfig, where: object) -> Files:
     _check_window(base.folder, config.evaluation.window, where)
     headers = {"base": base}
     for name, distribution in config.distributions.items():
-        headers[name] = _check_expert(architecture, base, name, distribution, where)
+        headers[name] = _check_expert(
+            architecture, base, name, distribution, where, config.evaluation.vectors == "int8"
+        )
     return Files(config, architecture, headers)
 
 
 def _check_expert(
-    architecture: Architecture, base: Header, name: str, distribution: Distribution, where: object
+    architecture: Architecture, base: Header, name: str, distribution: Distribution, where: object, compressed: bool
 ) -> Header:
     """The header of a distribution's checkpoint or adapter, which must fit the base."""
     kind, source = distribution.expert
     field = f"distributions.{name}.{kind}"
     folder = locate(source, field)
     if kind == "adapter":
+        if compressed:
+            mend = f"{name} is an adapter, which is small as it is: write exact, or give checkpoints only"
+            raise InputError(where, "evaluation.vectors", "int8", mend)
         adapter = read_adapter(folder, field)
         check_adapter(architecture, base, adapter)
         return adapter.header

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Self
@@ -14,21 +15,13 @@ from dem_opt.database import Engine, Lease, connect, holding, is_there, masked
 from dem_opt.driver import Driver
 from dem_opt.errors import InputError
 from dem_opt.export import Export, Scores, output_dtype, prove, prove_scores, write_composite
+from dem_opt.fidelity import known_cost, tell_cost
 from dem_opt.finetune import FineTuned, FineTuneJob, fine_tune, is_wanted
 from dem_opt.hub import locate
 from dem_opt.ledger import Ledger, StudyRow
 from dem_opt.pool import Compute, RayCompute
 from dem_opt.question import SEARCH, SPLITS, Question, changes, refuse_other_scoring
-from dem_opt.records import (
-    Composite,
-    Observer,
-    ResidentSpec,
-    Silence,
-    Standing,
-    StoredModel,
-    Summary,
-    TrialRecord,
-)
+from dem_opt.records import Composite, Observer, ResidentSpec, Silence, Standing, StoredModel, Summary, TrialRecord
 from dem_opt.resident import build
 from dem_opt.reweighting import checked, reweighted
 from dem_opt.runs import Runs, check_algorithms, run_names
@@ -104,6 +97,8 @@ class Study:
                 for split in SPLITS:
                     reported = [*entries(question, found), *top_entries(question, found)]
                     driver.measure([entry.composite for entry in reported], split)
+            for cost in tell_cost(sources, ledger, partial(self._driver, compute), self._where):
+                self._observer.milestone(cost)
             return self._summarize(ledger, question, generation)
 
     def train(self) -> dict[str, FineTuned]:
@@ -141,7 +136,7 @@ class Study:
         """Scores of any model that has the base's tokenizer, by split and distribution."""
         sources = gather(self.config, self._where, resident=False)
         model = sources.other(folder, "--model")
-        return self._score(sources, Composite.single(model.content), model)
+        return self._score(sources.exact(), Composite.single(model.content), model)
 
     def merge(self, weights: Mapping[str, float], out: Path, dtype: str | None = None) -> Export:
         """Write the composite of these coefficients as a checkpoint folder, its bits compared from disk.
@@ -182,13 +177,17 @@ class Study:
                 with self._driver(compute, sources.spec_of(model), question, ledger) as driver:
                     again = {split: driver.score_afresh(Composite.single(model.content), split) for split in SPLITS}
                 if dtype is None:
-                    prove_scores(again, winner.scores)
+                    prove_scores(again, winner.scores, question.vectors)
+                if dtype is None and question.vectors == "exact":
                     return self._texts(sources, coefficients, dtype, summary)
-                exported = rescored(winner, f"exported in {dtype}", again, objectives(ledger, question))
+                label = f"exported in {dtype}" if dtype else "exported from the checkpoints as they are"
+                exported = rescored(winner, label, again, objectives(ledger, question))
                 shown = replace(summary, standings=(*summary.standings, exported))
                 return self._texts(sources, coefficients, dtype, shown)
 
             export = _write(sources, coefficients, out, approve, dtype)
+            for cost in known_cost(ledger, question):
+                self._observer.milestone(str(cost))
             return Champion(winner, exported, export, self._register(exported, export, row.generation))
 
     def summary(self) -> Summary:

@@ -29,6 +29,9 @@ FLOORS = [
         "models",
         "adapters",
         "pickled",
+        "native",
+        "quantized",
+        "kernel",
         "arena",
         "documents",
         "tokens",
@@ -43,7 +46,7 @@ FLOORS = [
     {"resident", "samplers", "finetune", "passes", "plan", "sources"},
     {"pool", "search", "tracking", "check"},
     {"trials", "runs", "standings", "reweighting", "export", "card", "assets"},
-    {"driver"},
+    {"driver", "fidelity"},
     {"study"},
     {"answers", "terminal", "cli"},
 ]
@@ -72,7 +75,12 @@ ALLOWED = {
     ("hub", "pickled"),
     ("adapters", "checkpoints"),
     ("adapters", "models"),
+    ("native", "checkpoints"),
+    ("kernel", "native"),
+    ("kernel", "quantized"),
+    ("arena", "quantized"),
     ("arena", "checkpoints"),
+    ("arena", "kernel"),
     ("arena", "models"),
     ("arena", "adapters"),
     ("tokens", "documents"),
@@ -82,13 +90,14 @@ ALLOWED = {
     ("sources", "plan"),
     ("standings", "trials"),
     ("reweighting", "standings"),
+    ("fidelity", "driver"),
     ("reweighting", "trials"),
     ("cli", "answers"),
     ("cli", "terminal"),
 }
 
 TENSORS = {"checkpoints", "models", "adapters", "arena", "perplexity", "resident", "finetune", "assets", "export"}
-TENSORS |= {"pickled", "pool", "machine", "passes", "plan", "heads"}
+TENSORS |= {"pickled", "pool", "machine", "passes", "plan", "heads", "kernel", "quantized"}
 """Rooms that work with torch."""
 
 DOORS = {

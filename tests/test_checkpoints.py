@@ -18,7 +18,7 @@ from transformers import (
     MistralConfig,
 )
 
-from dem_opt.checkpoints import INDEX, WEIGHTS, content_hash, read_header, read_tensors
+from dem_opt.checkpoints import INDEX, WEIGHTS, content_hash, read_header, read_into, read_tensors
 from dem_opt.errors import InputError
 from dem_opt.models import check_base, check_fit, empty_model, read_architecture, read_parameters
 
@@ -380,3 +380,21 @@ def test_an_empty_model_is_the_loaded_one_without_weights(tmp_path, name, dtype)
         assert buffer.dtype == buffers[name].dtype and torch.equal(buffer, buffers[name]), name
     assert not empty.training and not any(p.requires_grad for p in empty.parameters())
     assert all(p.untyped_storage().nbytes() <= 4 for p in empty.parameters())
+
+
+@pytest.mark.parametrize("most", [1, 1000, 2**30])
+def test_what_is_read_to_its_place_is_what_is_stored(base, monkeypatch, most):
+    monkeypatch.setattr("dem_opt.checkpoints.MOST_READ_BYTES", most)
+    stored = dict(read_tensors(base, base.tensors))
+    places = {name: torch.empty_like(tensor) for name, tensor in reversed(stored.items())}
+    read_into(base, places)
+    assert all(torch.equal(places[name], tensor) for name, tensor in stored.items())
+
+
+def test_a_file_that_became_shorter_is_told(base, other):
+    header = read_header(other, "base")
+    places = {name: torch.empty_like(tensor) for name, tensor in read_tensors(base, base.tensors)}
+    with (other / WEIGHTS).open("r+b") as file:
+        file.truncate((other / WEIGHTS).stat().st_size - 1)
+    with pytest.raises(InputError, match="has become shorter"):
+        read_into(header, places)

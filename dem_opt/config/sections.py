@@ -219,6 +219,7 @@ class EvaluationSection(Section):
     held_out  windows of the held-out split, for each distribution
     batch     tokens in one forward call at most; auto: 4096, halved until they fit into memory
     dtype     auto: float32 on CPU, the base's dtype on a GPU
+    vectors   exact: checkpoints as they are stored; int8: distribution vectors with a scale for each row
     seed      orders the documents and draws the windows
     """
 
@@ -227,6 +228,7 @@ class EvaluationSection(Section):
     held_out: Positive = 64
     batch: Literal["auto"] | Positive = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    vectors: Literal["exact", "int8"] = "exact"
     seed: Seed = 0
 
 
