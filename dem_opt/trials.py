@@ -23,6 +23,7 @@ from dem_opt.records import (
     TrialRecord,
     weighted_sum,
 )
+from dem_opt.samplers.history import thin
 from dem_opt.samplers.kernel import interpolate
 from dem_opt.search import Proposal, Search, Trial
 from dem_opt.simplex import Coefficients
@@ -81,22 +82,22 @@ def race_for(
 ) -> Race | None:
     """The race of a trial at these coefficients against the best of the whole trials that were told.
 
-    The best is that of those that violate nothing.  The control is made from the CONTROLS trials nearest to it: their
-    nats, window by window, with the weights that interpolate a merge's loss (`interpolate`).  None without an
-    incumbent, and for the largest regret, of which paired means tell nothing.
+    The best is that of those that violate nothing.  The control is made from the CONTROLS trials nearest to it,
+    of the best and the latest: their nats, window by window, with the weights that interpolate a merge's loss
+    (`interpolate`).  None without an incumbent, and for the largest regret, of which paired means tell nothing.
     """
     able = [trial for trial in told if not trial.attributes.get("violation")]
     if not able or question.worst:
         return None
-    place_F = question.space.shares(at)
-    shares_NF = np.array([question.space.shares(trial.coefficients) for trial in told])
+    place_F, known = question.space.shares(at), thin(told, 8 * CONTROLS)
+    shares_NF = np.array([question.space.shares(trial.coefficients) for trial in known])
     near = np.argsort(np.abs(shares_NF - place_F).sum(axis=1), kind="stable")[:CONTROLS]
     weights_N = interpolate(shares_NF[near], place_F)
     best = min(able, key=lambda trial: (trial.objective, trial.number))
-    composites = [question.composite(one.coefficients) for one in (best, *(told[i] for i in near))]
-    rival, *known = ledger.look_up_all(composites, question.keys(SEARCH), question.scoring)
+    composites = [question.composite(one.coefficients) for one in (best, *(known[i] for i in near))]
+    rival, *others = ledger.look_up_all(composites, question.keys(SEARCH), question.scoring)
     weights = _weights_by_corpus(question)
-    control = {key: weighted_sum([scores[key] for scores in known], weights_N.tolist()) for key in rival}
+    control = {key: weighted_sum([scores[key] for scores in others], weights_N.tolist()) for key in rival}
     return Race(control, weights, mean_nll(rival, weights), clear)
 
 
