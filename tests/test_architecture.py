@@ -25,6 +25,7 @@ FLOORS = [
     {
         "checkpoints",
         "models",
+        "parameters",
         "adapters",
         "pickled",
         "native",
@@ -70,6 +71,10 @@ ALLOWED = {
     ("hub", "pickled"),
     ("adapters", "checkpoints"),
     ("adapters", "models"),
+    ("adapters", "parameters"),
+    ("parameters", "checkpoints"),
+    ("parameters", "models"),
+    ("arena", "parameters"),
     ("native", "checkpoints"),
     ("kernel", "native"),
     ("kernel", "quantized"),
@@ -92,7 +97,7 @@ ALLOWED = {
 }
 
 TENSORS = {"checkpoints", "models", "adapters", "arena", "perplexity", "resident", "finetune", "assets", "export"}
-TENSORS |= {"pickled", "pool", "machine", "passes", "plan", "kernel", "quantized"}
+TENSORS |= {"pickled", "pool", "machine", "passes", "plan", "kernel", "quantized", "parameters"}
 """Rooms that work with torch."""
 
 DOORS = {
