@@ -17,7 +17,8 @@ from torch import Tensor
 
 from dem_opt.checkpoints import DTYPES, Header, content_hash, hash_tensors, read_file_header, read_json, read_tensors
 from dem_opt.errors import InputError
-from dem_opt.models import Architecture, read_parameters
+from dem_opt.models import Architecture
+from dem_opt.parameters import read_parameters
 from dem_opt.records import StoredModel
 
 CONFIG = "adapter_config.json"

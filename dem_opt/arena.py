@@ -5,7 +5,7 @@ the values of each stored checkpoint as they are, and the live model's, which it
 stay factored: what they make of a parameter is computed when a composite needs it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from dem_opt.adapters import Edit, load_edits, read_adapter
 from dem_opt.checkpoints import DTYPES, read_header, read_tensors
 from dem_opt.kernel import MergeKernel, Values
-from dem_opt.models import Architecture, describe, load_parameters, parameter_of, read_parameters, stored_dtypes
+from dem_opt.models import Architecture, describe, parameter_of, stored_dtypes
+from dem_opt.parameters import load_parameters, map_parameters, read_parameters
 from dem_opt.quantized import Quantized, quantize, row_length, rows_of
 from dem_opt.records import Composite, StoredModel
 from dem_opt.simplex import UNIT
@@ -36,12 +37,15 @@ class Arena:
         stored: Sequence[StoredModel],
         device: torch.device | str = "cpu",
         vectors: str = "exact",
+        streamed: Collection[str] = (),
     ) -> None:
         """Load every checkpoint straight to its place, and make the model's parameters views of live memory.
 
         The dtypes of the model's parameters are the evaluation's; composites are rounded to those of the first
         checkpoint.  All must fit (`check_fit`, `check_adapter`).  With `vectors` "int8" the first is the base, which
-        is stored as it is, and of each of the others, which are no adapters, only the vector.
+        is stored as it is, and of each of the others, which are no adapters, only the vector.  Checkpoints whose
+        content is `streamed` stay in their files, which are mapped, and pass through the device parameter by
+        parameter in every merge that has them: the bits are the same.
         """
         self.device = torch.device(device)
         distinct = list({one.content: one for one in stored}.values())
@@ -50,8 +54,12 @@ class Arena:
         whole = [one for one in distinct if one.base is None and one not in compressed]
         self._base = distinct[0].content if compressed else None
         self._segments = _lay_out(model, architecture, whole, self.device)
+        self._streamed = {
+            one.content: dict(map_parameters(architecture, one.path)) for one in whole if one.content in streamed
+        }
         for checkpoint in whole:
-            self._load(architecture, checkpoint)
+            if checkpoint.content not in self._streamed:
+                self._load(architecture, checkpoint)
         for checkpoint in compressed:
             self._compress(architecture, checkpoint)
         self._edited = {one.content: self._edits_of(one) for one in distinct if one.base is not None}
@@ -75,9 +83,9 @@ class Arena:
             for segment in self._segments:
                 self._kernel.merge(segment.live_P, self._from_base(composite, segment), segment.dtype)
             return
-        factored = any(content in self._edited for content, _ in composite.terms)
+        flat = all(content in segment.stored_NP for segment in self._segments for content, _ in composite.terms)
         for segment in self._segments:
-            for part in segment.places if factored else [segment.whole]:
+            for part in [segment.whole] if flat else segment.places:
                 terms = [(units, self._values(content, segment, part)) for content, units in composite.terms]
                 self._kernel.merge(segment.live_P[part.slice], terms, segment.dtype)
 
@@ -132,11 +140,13 @@ class Arena:
         return chain((none_P,), vectors)
 
     def _values(self, content: str, segment: "_Segment", place: "_Place") -> Tensor:
-        """A checkpoint's values at a place, flat; those of an adapter are computed."""
+        """A checkpoint's values at a place, flat; those of an adapter are computed, streamed ones fetched."""
+        if content in self._streamed:
+            return self._streamed[content][place.name].reshape(-1).to(self.device)
         if content not in self._edited:
             return segment.stored_NP[content][place.slice]
         base, edits = self._edited[content]
-        values_P = segment.stored_NP[base][place.slice]
+        values_P = self._values(base, segment, place)
         return edits[place.name].apply(values_P.view(place.shape)).reshape(-1) if place.name in edits else values_P
 
     def _load(self, architecture: Architecture, checkpoint: StoredModel) -> None:

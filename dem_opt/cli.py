@@ -130,7 +130,7 @@ def _print_memory(plan: "Plan") -> None:
     from dem_opt.plan import sized
 
     parts = [
-        (f"{plan.checkpoints} checkpoints as they are stored", plan.stored),
+        (_stored(plan), plan.stored),
         (f"the live model in {plan.dtype}", plan.live),
         (f"activations and logits of {plan.call_tokens:,} tokens", plan.activations),
         ("a merge's scratch, the windows", plan.scratch + plan.windows),
@@ -140,6 +140,14 @@ def _print_memory(plan: "Plan") -> None:
     terminal.table(
         "Memory at the peak (1 GB = 1e9 bytes)", ("part", "size"), [(part, sized(size)) for part, size in parts], 5
     )
+
+
+def _stored(plan: "Plan") -> str:
+    """What a resident keeps of the checkpoints, in words."""
+    if plan.vectors != "exact":
+        return f"the base as it is stored, {plan.checkpoints - 1} vectors in {plan.vectors}"
+    kept, files = plan.checkpoints - len(plan.streamed), len(plan.streamed)
+    return f"{kept} checkpoints as they are stored" + (f", {files} read from files at every merge" if files else "")
 
 
 def _print_passes(plan: "Plan") -> None:

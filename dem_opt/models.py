@@ -1,7 +1,7 @@
 """What a model class makes of a checkpoint: its parameters, and the stored tensors they come from."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -17,7 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
-from dem_opt.checkpoints import DTYPES, Header, read_each, read_header, read_into, read_json, read_tensors
+from dem_opt.checkpoints import DTYPES, Header, read_header, read_json, read_tensors
 from dem_opt.declared import read_config, refuse_endless
 from dem_opt.errors import InputError, shorten
 
@@ -57,9 +57,20 @@ class Architecture:
         """Which of a checkpoint's tensors become which parameter, by the rules with which transformers loads it.
 
         Old names are renamed, and stored tensors fused or transposed into the parameter that the class has now.
+        Checkpoints of one model have the same names: what they become is found once.
         """
+        names = tuple(header.tensors)
+        if names not in self._layouts:
+            self._layouts[names] = self._lay_out(names)
+        return self._layouts[names]
+
+    @cached_property
+    def _layouts(self) -> dict[tuple[str, ...], "Layout"]:
+        return {}
+
+    def _lay_out(self, names: Sequence[str]) -> "Layout":
         layout = Layout({}, set(), {}, {}, [])
-        for stored in header.tensors:
+        for stored in names:
             name, converted = self._target(stored)
             if name in self.parameters:
                 layout.sources.setdefault(name, []).append(stored)
@@ -210,33 +221,6 @@ def check_fit(architecture: Architecture, base: Header, other: Header) -> None:
     _check_buffers(base, ours, other, theirs)
 
 
-def read_parameters(architecture: Architecture, folder: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """The named parameters of a checkpoint that fits, in the dtype they are stored in, in the order of `names`.
-
-    A parameter that is one stored tensor is read into memory of its own.  If any is fused, transformers loads the
-    checkpoint once, in a dtype that holds all of its values.
-    """
-    header = read_header(folder, "checkpoint")
-    layout, wanted = architecture.layout(header), list(names)
-    fused = _converted(header, layout) if layout.fused & set(wanted) else {}
-    plain = iter(read_each(header, [layout.sources[name][0] for name in wanted if name not in layout.fused]))
-    for name in wanted:
-        yield name, fused[name].to(layout.dtype(header, name)) if name in layout.fused else next(plain)[1]
-
-
-def load_parameters(architecture: Architecture, folder: Path, places: Mapping[str, Tensor]) -> None:
-    """Read the named parameters of a checkpoint that fits to their places, which have the dtype they are stored in.
-
-    A parameter that is one stored tensor comes straight from its file; those that are fused pass through transformers.
-    """
-    header = read_header(folder, "checkpoint")
-    layout = architecture.layout(header)
-    plain = {layout.sources[name][0]: place for name, place in places.items() if name not in layout.fused}
-    read_into(header, plain)
-    for name, tensor in read_parameters(architecture, folder, [name for name in places if name in layout.fused]):
-        places[name].copy_(tensor)
-
-
 def stored_names(architecture: Architecture, base: Header) -> list[str]:
     """The base's stored tensors that parameters are made of, in the order of the parameters, tied ones once."""
     sources = architecture.layout(base).sources
@@ -310,13 +294,6 @@ def _load_buffers(model: PreTrainedModel, folder: Path, field: str) -> None:
         buffers, stored = dict(model.named_buffers()), architecture.layout(header).buffers
         for (name, _), (_, tensor) in zip(stored.items(), read_tensors(header, stored.values()), strict=True):
             buffers[name].copy_(tensor)
-
-
-def _converted(header: Header, layout: Layout) -> dict[str, Tensor]:
-    """All parameters as transformers makes them of the stored tensors, in the widest dtype among these."""
-    dtypes = {layout.dtype(header, name) for name in layout.sources}
-    widest = next(iter(dtypes)) if len(dtypes) == 1 else torch.float32
-    return {name: parameter.detach() for name, parameter in load_model(header.folder, widest).named_parameters()}
 
 
 def _strange(architecture: Architecture, layout: Layout, base: Header) -> list[str]:

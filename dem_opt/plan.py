@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class Plan:
     process       the process itself: on a CPU its libraries, on a GPU its context
     batch_tokens  tokens in one forward call at most, and call_tokens those of the largest that there is
     checkpoints   how many are stored; files of the same content once
+    streamed      folders of those that stay in their files, because not all fit into the machine's whole memory
     asked         residents that the study asks for; auto is one for each GPU, one on a CPU
     trial_tokens  tokens through the model for one composite on the search split
     composites    of the search split at most: base, trials and those of the final table
@@ -69,6 +71,7 @@ class Plan:
     batch_tokens: int
     call_tokens: int
     checkpoints: int
+    streamed: tuple[Path, ...]
     stored: int
     live: int
     scratch: int
@@ -151,6 +154,13 @@ def make_plan(
         return activation_bytes(widths, _rows(batch, given.window, block), given.window, itemsize, machine.device)
 
     share = machine.total // asked if machine.device == "cpu" else machine.total
+    merge_bytes = held["stored"] + held["live"]
+    least = _rows(given.window, given.window, block) * given.window
+    streamed, held["stored"] = _streamed(
+        architecture, unlike, study, share - sum(held.values()) - call_bytes(least), held["stored"]
+    )
+    if machine.device != "cpu":
+        held["scratch"] += len(streamed) * itemsize * max(prod(shape) for shape in architecture.parameters.values())
     free = share - sum(held.values())
     batch = _batch(study, free, call_bytes)
     rows, reduced = _rows(batch, given.window, block), _reduced(architecture, itemsize, machine.device)
@@ -162,6 +172,7 @@ def make_plan(
         window=given.window,
         batch_tokens=batch,
         checkpoints=len(unlike),
+        streamed=streamed,
         **held,
         call_tokens=rows * given.window,
         activations=call_bytes(batch),
@@ -171,7 +182,7 @@ def make_plan(
         report_tokens=len(study.corpora) * given.held_out * given.window,
         **_passes(study),
         token_flops=flops_per_token(architecture, model, widths, given.window),
-        merge_bytes=held["stored"] + held["live"],
+        merge_bytes=merge_bytes,
     )
 
 
@@ -260,6 +271,28 @@ def _stored(architecture: Architecture, base: Header, unlike: Sequence[Header], 
     return (
         _flat(architecture, base) + experts * (_flat(architecture, base, 1) + 4 * rows) + (8 * rows if experts else 0)
     )
+
+
+def _streamed(
+    architecture: Architecture, unlike: Sequence[Header], study: StudyConfig, free: int, stored: int
+) -> tuple[tuple[Path, ...], int]:
+    """Which checkpoints stay in files if `free`, what is left beside all of them, is negative; bytes of the others.
+
+    The base first where coefficients sum to 1, since then no composite but itself reads it; else last; experts from
+    the last one on.  None where even that does not help, nor for compressed vectors, which begin from the base.
+    """
+    base, *experts = unlike
+    order = [one for one in reversed(experts) if not one.adapter]
+    order = [base, *order] if study.space.least is None and study.space.total == 1 else [*order, base]
+    streamed: list[Header] = []
+    for one in order if study.evaluation.vectors == "exact" else ():
+        if free >= 0:
+            break
+        if not architecture.layout(one).fused:
+            size = _flat(architecture, one)
+            streamed, free, stored = [*streamed, one], free + size, stored - size
+    kept = stored + sum(_flat(architecture, one) for one in streamed)
+    return (tuple(one.folder for one in streamed), stored) if free >= 0 else ((), kept)
 
 
 def _flat(architecture: Architecture, header: Header, itemsize: int | None = None) -> int:

@@ -233,6 +233,7 @@ class ResidentSpec:
     dtype        the evaluation's dtype, as torch names it ("float32", "bfloat16")
     batch_tokens the most tokens in one forward call (at least one window)
     vectors      "exact": experts as they are stored; "int8": their vectors in int8
+    streamed     contents of checkpoints that stay in their files
     """
 
     base: StoredModel
@@ -241,6 +242,7 @@ class ResidentSpec:
     dtype: str = "float32"
     batch_tokens: int = 4096
     vectors: str = "exact"
+    streamed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

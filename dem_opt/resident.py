@@ -29,7 +29,7 @@ class Resident:
         for model in stored:
             _refuse_changed(model)
         self._model = empty_model(spec.base.path, getattr(torch, spec.dtype))
-        self._arena = Arena(self._model, stored, device, spec.vectors)
+        self._arena = Arena(self._model, stored, device, spec.vectors, spec.streamed)
         self._arena.merge(Composite.single(spec.base.content))
         self._reading, self._head = reading(self._model), find_head(self._model)
         self._windows = {corpus.key: prepare(corpus.windows, device) for corpus in spec.corpora}

@@ -46,6 +46,7 @@ class Sources:
     batch_tokens  tokens in one forward call at most: a part of the scoring, decided once
     gradients_fit whether memory allows gradients, as far as is known
     device        the kind of device that residents get, "cpu" or "cuda"
+    streamed      contents of checkpoints that stay in their files
     """
 
     config: StudyConfig
@@ -57,6 +58,7 @@ class Sources:
     batch_tokens: int
     gradients_fit: bool = True
     device: str = "cpu"
+    streamed: tuple[str, ...] = ()
 
     def on(self, device: str) -> "Sources":
         """The same for residents on another kind of device."""
@@ -68,8 +70,13 @@ class Sources:
         return evaluation_dtype(self.config.evaluation.dtype, self.stored, self.device)
 
     def warnings(self) -> list[str]:
-        """What is no mistake but may surprise: checkpoints of the same content."""
-        return tell_twins({"base": self.base.content} | {name: one.content for name, one in self.experts.items()})
+        """What is no mistake but may surprise: checkpoints of the same content, and those that stay in their files."""
+        contents = {"base": self.base.content} | {name: one.content for name, one in self.experts.items()}
+        names = [name for name, content in contents.items() if content in self.streamed]
+        told = (
+            [f"{', '.join(names)}: read from the files at every merge, since not all fits into memory"] if names else []
+        )
+        return tell_twins(contents) + told
 
     def question(self) -> Question:
         """The question by content."""
@@ -97,9 +104,8 @@ class Sources:
     def spec(self) -> ResidentSpec:
         """What a resident of this study holds."""
         vectors = self.config.evaluation.vectors
-        return ResidentSpec(
-            self.base, tuple(self.experts.values()), self.corpora, self.dtype, self.batch_tokens, vectors
-        )
+        experts = tuple(self.experts.values())
+        return ResidentSpec(self.base, experts, self.corpora, self.dtype, self.batch_tokens, vectors, self.streamed)
 
     def exact(self) -> "Sources":
         """The same with vectors as they are."""
@@ -136,11 +142,12 @@ def too_large(config: StudyConfig, where: object) -> str | None:
     """Why residents of this study don't fit into this machine, where they are to live on it; else None."""
     if config.compute.ray != "local":
         return None
+    plan = check_files(config, where).plan()
     try:
-        refuse_too_large(check_files(config, where).plan(), where)
+        refuse_too_large(plan, where)
     except InputError as error:
         return str(error)
-    return None
+    return "not all checkpoints would stay in memory" if plan.streamed else None
 
 
 def check_files(config: StudyConfig, where: object) -> Files:
@@ -225,15 +232,17 @@ def gather(config: StudyConfig, where: object, resident: bool = True) -> Sources
         for corpus in build_corpora(name, data, config.evaluation, tokenizer, files.architecture.paired)
     )
     base = StoredModel(folder, content_hash(folder, "base"))
+    experts = {name: _expert(one, files.headers[name], base) for name, one in config.distributions.items()}
     return Sources(
         config=config,
         stored=stored_dtype(files.headers["base"]),
         base=base,
-        experts={name: _expert(one, files.headers[name], base) for name, one in config.distributions.items()},
+        experts=experts,
         corpora=corpora,
         tokenizer=tokenizer_digest(tokenizer),
         batch_tokens=plan.batch_tokens if here or config.evaluation.batch != "auto" else BATCH_TOKENS,
         gradients_fit=plan.gradients or not here,
+        streamed=tuple({one.content for one in (base, *experts.values()) if here and one.path in plan.streamed}),
     )
 
 

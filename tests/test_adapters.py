@@ -95,6 +95,9 @@ def merged(world, stored, units):
     streamed = merged_tensors(world.architecture, world.base, by_content, composite, names)
     mine = {name: parameter.detach() for name, parameter in model.named_parameters()}
     assert all(torch.equal(tensor.float(), mine[name]) for name, tensor in streamed)
+    other = empty_model(world.base.path, torch.float32)
+    Arena(other, [world.base, *stored], streamed=[world.base.content]).merge(composite)
+    assert all(torch.equal(parameter, mine[name]) for name, parameter in other.named_parameters())
     return mine
 
 

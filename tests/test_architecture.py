@@ -27,6 +27,7 @@ FLOORS = [
     {
         "checkpoints",
         "models",
+        "parameters",
         "adapters",
         "pickled",
         "native",
@@ -75,6 +76,10 @@ ALLOWED = {
     ("hub", "pickled"),
     ("adapters", "checkpoints"),
     ("adapters", "models"),
+    ("adapters", "parameters"),
+    ("parameters", "checkpoints"),
+    ("parameters", "models"),
+    ("arena", "parameters"),
     ("native", "checkpoints"),
     ("kernel", "native"),
     ("kernel", "quantized"),
@@ -97,7 +102,7 @@ ALLOWED = {
 }
 
 TENSORS = {"checkpoints", "models", "adapters", "arena", "perplexity", "resident", "finetune", "assets", "export"}
-TENSORS |= {"pickled", "pool", "machine", "passes", "plan", "heads", "kernel", "quantized"}
+TENSORS |= {"pickled", "pool", "machine", "passes", "plan", "heads", "kernel", "quantized", "parameters"}
 """Rooms that work with torch."""
 
 DOORS = {

@@ -237,6 +237,21 @@ def test_a_merge_needs_no_file(tmp_path):
     assert_same_bits(values(model), before)
 
 
+@pytest.mark.parametrize("units", UNITS)
+@pytest.mark.parametrize("live", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", [(0,), (1, 2), (0, 1, 2)], ids=str)
+def test_checkpoints_that_stay_in_their_files_give_the_same_bits_and_take_no_memory(world, which, live, units):
+    resident, expected = world.arena(dtype=live)
+    model = empty_model(world.stored[0].path, live)
+    arena = Arena(model, world.stored, streamed={world.stored[one].content for one in which})
+    bits = [len(one.live_P) * one.live_P.itemsize for one in arena._segments]
+    assert arena.nbytes == resident.nbytes - len(which) * (resident.nbytes - sum(bits)) // 3
+    for composite in (world.composite(units), *(Composite.single(one.content) for one in world.stored)):
+        arena.merge(composite)
+        resident.merge(composite)
+        assert_same_bits(values(model), values(expected))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
 def test_loading_holds_at_its_peak_hardly_more_than_what_stays(tmp_path):
     """Four checkpoints of 7 million parameters in two shards each, in a process of its own."""
@@ -362,6 +377,16 @@ def test_at_most_one_gradient_lives_and_none_stays(tame):
             assert not any(parameter.grad is not None for parameter in parameters)
     assert max(counts) == 1 and len(counts) == 2 * 2 * len(parameters) and len(reached) == len(parameters)
     assert not any(parameter.requires_grad for parameter in parameters)
+
+
+def test_gradients_are_reduced_against_vectors_from_files(tame):
+    contents, found = [one.content for one in tame.stored], []
+    for streamed in ((), contents[:2]):
+        model = empty_model(tame.stored[0].path, torch.float32)
+        arena = Arena(model, tame.stored, streamed=streamed)
+        arena.merge(tame.composite(UNITS[1]))
+        found.append(reduced(arena, model, contents))
+    assert found[0] == found[1]
 
 
 def test_a_failure_within_leaves_the_model_without_gradients(tame):

@@ -20,7 +20,8 @@ from transformers import (
 
 from dem_opt.checkpoints import INDEX, WEIGHTS, content_hash, read_header, read_into, read_tensors
 from dem_opt.errors import InputError
-from dem_opt.models import check_base, check_fit, empty_model, read_architecture, read_parameters
+from dem_opt.models import check_base, check_fit, empty_model, read_architecture
+from dem_opt.parameters import read_parameters
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -105,16 +105,15 @@ def study(folder: Path, names: tuple[str, ...] = ("code", "math", "prose"), **se
     return path
 
 
-def save_sparse(folder: Path, shards: int = 6) -> None:
-    """Llama 13B in bfloat16 as it would lie on disk: true config, index and headers, but files of holes."""
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=5120,
-        intermediate_size=13824,
-        num_hidden_layers=40,
-        num_attention_heads=40,
-        dtype="bfloat16",
-    )
+LLAMAS = {
+    "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+}
+
+
+def save_sparse(folder: Path, shards: int = 6, size: str = "13B") -> None:
+    """A large Llama in bfloat16 as it would lie on disk: true config, index and headers, but files of holes."""
+    config = LlamaConfig(vocab_size=32000, dtype="bfloat16", **LLAMAS[size])
     config.save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: list(one.shape) for name, one in LlamaForCausalLM(config).named_parameters()}
