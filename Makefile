@@ -17,7 +17,7 @@ check: .venv/ready
 
 ## bench: what merges and trials cost beside the machine's limits, under 15 minutes; benchmarks/gpu.py is for a GPU
 bench: .venv/ready
-	test ! -f benchmarks/merge.py || $(BIN)/python benchmarks/merge.py
+	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/trial.py
 
 .venv/ready: pyproject.toml constraints.txt
