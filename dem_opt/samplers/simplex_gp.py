@@ -64,11 +64,9 @@ class SimplexGP:
             process = self._process(trials)
             new = self._new(process, trials, rng)
             stopped = self._stopped(process, trials)
-        if stopped is None or (
-            not self._is_last(trials) and stopped.worth < (new.expected or 0.0) / self._cost(trials)
-        ):
-            return new
-        return Choice(stopped.coefficients, stopped.expected)
+        if stopped is not None and (self._is_last(trials) or stopped.worth >= new.worth):
+            return Choice(stopped.coefficients, stopped.expected)
+        return Choice(new.coefficients, new.expected)
 
     def _process(self, trials: Sequence[Trial]) -> gp.GaussianProcess:
         """What is believed of the loss, running trials included."""
@@ -76,7 +74,7 @@ class SimplexGP:
         seen = self._observations(thin(latest(trials), OBSERVATIONS))
         return gp.fit(seen).believing(self._shares(running))
 
-    def _new(self, process: gp.GaussianProcess, trials: Sequence[Trial], rng: np.random.Generator) -> Choice:
+    def _new(self, process: gp.GaussianProcess, trials: Sequence[Trial], rng: np.random.Generator) -> "_Promise":
         """The greatest expected improvement on the best posterior mean, apart from all trials; else a draw."""
         seen, taken_NF = process.seen, self._shares(trials)
         best = float(process.mean(seen.points_NF).min())
@@ -88,10 +86,10 @@ class SimplexGP:
         )
         for shares_F, expected in zip(candidates_MF, expected_M, strict=True):
             if np.abs(taken_NF - shares_F).max(axis=1, initial=0).min() > APART:
-                return Choice(self.space.at(shares_F), float(expected))
-        return Choice(self.space.sample(rng), float(expected_M[0]))
+                return _Promise(self.space.at(shares_F), float(expected), self._cost(trials))
+        return _Promise(self.space.sample(rng), float(expected_M[0]), self._cost(trials))
 
-    def _stopped(self, process: gp.GaussianProcess, trials: Sequence[Trial]) -> "_Stopped | None":
+    def _stopped(self, process: gp.GaussianProcess, trials: Sequence[Trial]) -> "_Promise | None":
         """The stopped trial that is most worth to be completed; None where none may improve on the whole ones."""
         running = {trial.coefficients for trial in trials if trial.state == "running"}
         told = [trial for trial in latest(trials) if trial.objective is not None]
@@ -101,10 +99,8 @@ class SimplexGP:
             return None
         log_expected_M, _ = log_expected_improvement(process, best, self._shares(stopped))
         found = zip(stopped, np.exp(log_expected_M).tolist(), strict=True)
-        most = max(
-            (_Stopped(one.coefficients, gain, 1 - one.forwards) for one, gain in found), key=lambda one: one.worth
-        )
-        return most if most.expected > 0 else None
+        promises = [_Promise(one.coefficients, gain, 1 - one.forwards) for one, gain in found]
+        return max((one for one in promises if one.expected > 0), key=lambda one: one.worth, default=None)
 
     def _cost(self, trials: Sequence[Trial]) -> float:
         """Forward-equivalents that a new trial may take: the mean of the latest ones that completed no other."""
@@ -136,17 +132,17 @@ class SimplexGP:
 
 
 @dataclass(frozen=True)
-class _Stopped:
-    """A stopped trial: the improvement that is expected of it in nats, and forward-equivalents that it lacks."""
+class _Promise:
+    """What may be proposed: the improvement that is expected of it in nats, and the forward-equivalents it may take."""
 
     coefficients: Coefficients
     expected: float
-    missing: float
+    cost: float
 
     @property
     def worth(self) -> float:
         """Nats that are expected for each forward-equivalent."""
-        return self.expected / max(self.missing, 1e-3)
+        return self.expected / max(self.cost, 1e-3)
 
 
 def log_expected_improvement(process: gp.GaussianProcess, best: float, shares_MF: Array) -> tuple[Array, Array]:
