@@ -31,7 +31,7 @@ from dem_opt.arena import Arena
 from dem_opt.checkpoints import content_hash
 from dem_opt.kernel import MergeKernel, told
 from dem_opt.machine import this_machine
-from dem_opt.models import empty_model
+from dem_opt.models import empty_model, silence_transformers
 from dem_opt.records import Composite, StoredModel
 from dem_opt.simplex import UNIT
 
@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--measure", type=Path, nargs="+", help=argparse.SUPPRESS)
+    silence_transformers()
     given = parser.parse_args()
     if given.measure:
         print(json.dumps(measure_loading(given.measure)))
