@@ -323,6 +323,8 @@ def _metrics(record: TrialRecord) -> list[tuple[str, float]]:
     ]
     if record.objective is not None:
         metrics.append(("objective_nll", record.objective))
+    if measured.batch_tokens:
+        metrics.append(("batch_tokens", float(measured.batch_tokens)))
     if record.violation:
         metrics.append(("protect_violation", record.violation))
     for name, score in record.scores.items():

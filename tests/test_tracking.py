@@ -165,6 +165,11 @@ def test_a_violation_stands_beside_the_plain_objective(make: Make, logged: Calla
     assert (child.data.metrics["objective_nll"], child.data.metrics["protect_violation"]) == (0.625, 0.25)
 
 
+def test_a_smaller_batch_is_marked(make: Make, logged: Callable[[], Logged]) -> None:
+    run(make(), [], [trial(1, evaluation=replace(trial(1).evaluation, batch_tokens=2048)), trial(2)])
+    assert sorted(child.data.metrics.get("batch_tokens", 0.0) for child in logged().children) == [0.0, 2048.0]
+
+
 def test_a_failed_trial_says_why(make: Make, logged: Callable[[], Logged]) -> None:
     run(make(), [], [failed(0)])
     (child,) = logged().children
