@@ -86,14 +86,14 @@ def race_for(
     of the best and the latest: their nats, window by window, with the weights that interpolate a merge's loss
     (`interpolate`).  None without an incumbent, and for the largest regret, of which paired means tell nothing.
     """
-    able = [trial for trial in told if not trial.attributes.get("violation")]
-    if not able or question.worst:
+    able = (trial for trial in told if not trial.attributes.get("violation"))
+    best = min(able, key=lambda trial: (trial.objective, trial.number), default=None)
+    if best is None or question.worst:
         return None
     place_F, known = question.space.shares(at), thin(told, 8 * CONTROLS)
     shares_NF = np.array([question.space.shares(trial.coefficients) for trial in known])
     near = np.argsort(np.abs(shares_NF - place_F).sum(axis=1), kind="stable")[:CONTROLS]
     weights_N = interpolate(shares_NF[near], place_F)
-    best = min(able, key=lambda trial: (trial.objective, trial.number))
     composites = [question.composite(one.coefficients) for one in (best, *(known[i] for i in near))]
     rival, *others = ledger.look_up_all(composites, question.keys(SEARCH), question.scoring)
     weights = _weights_by_corpus(question)

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import nsmallest
+from itertools import islice
 from math import inf
 from typing import Any, Literal
 
@@ -95,13 +97,16 @@ def is_whole(trial: FrozenTrial, space: Space) -> bool:
 
 
 def thin(told: Sequence[Trial], most: int) -> list[Trial]:
-    """At most so many finished trials, in their order: the best half of them, and the latest of the others."""
+    """At most so many of finished trials in the order of their numbers: the best half, and the latest of the others."""
     if len(told) <= most:
         return list(told)
-    ranked = sorted(told, key=lambda trial: (inf if trial.objective is None else trial.objective, trial.number))
-    best, others = ranked[: most // 2], ranked[most // 2 :]
-    latest = sorted(others, key=lambda trial: trial.number)[len(best) - most :]
-    return sorted([*best, *latest], key=lambda trial: trial.number)
+    best = {trial.number: trial for trial in nsmallest(most // 2, told, key=_rank)}
+    others = (trial for trial in reversed(told) if trial.number not in best)
+    return sorted([*best.values(), *islice(others, most - len(best))], key=lambda trial: trial.number)
+
+
+def _rank(trial: Trial) -> tuple[float, int]:
+    return inf if trial.objective is None else trial.objective, trial.number
 
 
 def latest(trials: Sequence[Trial]) -> list[Trial]:
