@@ -40,7 +40,7 @@ def look(scores: Mapping[str, Score], windows: Mapping[str, int], number: int) -
 def replay(referee: Referee | None, known: Mapping[str, Score], windows: Mapping[str, int]) -> dict[str, Score] | None:
     """The scores with which a race over corpora of so many windows ends; None where too little is known to tell.
 
-    It ends at the first look at which the trial is lost, else, as without a referee, at the last one.
+    It ends at the first look at which the trial is stopped, else, as without a referee, at the last one.
     """
     last = looks(windows)
     for number in range(1, last):

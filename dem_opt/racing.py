@@ -98,7 +98,7 @@ class Race:
     def is_over(self, scores: Mapping[str, Score]) -> bool:
         """Whether the trial is stopped: it is lost, or it is clear on which side of the goal it is."""
         found = self.estimate(scores)
-        return isfinite(found.error) and (abs(found.difference) > self.clear * found.error or self.is_lost(found))
+        return abs(found.difference) > self.clear * found.error or self.is_lost(found)
 
     def is_lost(self, found: Estimate) -> bool:
         """Whether the trial will not win: beyond doubt it gains no more than MARGIN.

@@ -160,8 +160,7 @@ class Search:
         if (choice := self._sampler.last) is not None and choice.expected is not None:
             trial.set_user_attr(EXPECTED, choice.expected)
         point = from_parameters(trial.params, self._space)
-        charged = _charged(trials, trial.number, point) if self.completes else 0.0
-        return Proposal(trial.number, point, perf_counter() - began, charged)
+        return Proposal(trial.number, point, perf_counter() - began, _charged(trials, trial.number, point))
 
     def _why_stop(self, trials: Sequence[Trial]) -> str:
         """Which budget is spent, or that nothing more is expected; empty where the search goes on."""
