@@ -40,6 +40,7 @@ from dem_opt.search import study_names
 from dem_opt.simplex import Coefficients
 from dem_opt.sources import gather
 from dem_opt.study import Study
+from dem_opt.tracking import Records
 from dem_opt.trials import objectives, recall
 
 SEEDS = 2
@@ -121,11 +122,12 @@ class Untracked:
     def trial_ended(self, record: TrialRecord) -> None:
         """Nothing."""
 
-    def reconcile(self, records: Sequence[TrialRecord]) -> None:
+    def reconcile(self, records: Records) -> None:
         """Nothing."""
 
-    def close(self) -> None:
+    def close(self) -> bool:
         """Nothing."""
+        return True
 
 
 def curve_of(records: Sequence[TrialRecord]) -> Curve:
@@ -189,7 +191,7 @@ def opened(path: Path) -> Iterator[tuple[Question, Ledger, Callable[[Coefficient
     sources = gather(landscape, path)
     question, engine = sources.question(), connect(landscape.storage)
     ledger = Ledger(engine)
-    with closing(InProcessCompute().residents(build, sources.spec())) as pool:
+    with closing(InProcessCompute().residents(build, sources.spec(), str)) as pool:
         driver, objective = Driver(question, ledger, pool, Silence()), objectives(ledger, question)[SEARCH]
 
         def measure(coefficients: Coefficients) -> float:
@@ -328,7 +330,7 @@ def main() -> None:
     parser.add_argument("--tuned", action="store_true", help="the landscapes that settings were chosen on")
     given = parser.parse_args()
     began, landscapes = perf_counter(), TUNED_ON if given.tuned else REPORTED
-    Study._tracker = lambda study, search: Untracked()  # type: ignore[assignment,method-assign]
+    Study._tracker = lambda study, search, lease: Untracked()  # type: ignore[assignment,method-assign]
     paths = [make_landscape(landscape, given.folder, say) for landscape in landscapes]
     for path in paths:
         study_names(config.load(path).storage)  # Optuna makes its tables before several processes need them

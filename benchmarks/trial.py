@@ -29,8 +29,9 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dem_opt.config import load
-from dem_opt.database import connect, holding
+from dem_opt.database import connect
 from dem_opt.driver import Driver
+from dem_opt.leases import holding
 from dem_opt.ledger import Ledger
 from dem_opt.models import silence_transformers
 from dem_opt.pool import SETTINGS, InProcessPool, RayCompute

@@ -10,7 +10,9 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from dem_opt import __version__, answers, terminal
-from dem_opt.errors import EvaluationError, InputError
+from dem_opt.errors import EvaluationError, InputError, OutageError
+from dem_opt.interrupts import sigterm_as_ctrl_c
+from dem_opt.options import weights_of
 
 if TYPE_CHECKING:
     from dem_opt.check import Findings
@@ -30,17 +32,21 @@ Command = Callable[[argparse.Namespace], None]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit status: 0 done, 2 the user's mistake, 130 interrupted, 1 anything else."""
     given = _parser().parse_args(arguments)
+    resume = shlex.join(["dem-opt", *(sys.argv[1:] if arguments is None else arguments)])
     try:
-        given.command(given)
+        with sigterm_as_ctrl_c():
+            given.command(given)
     except InputError as error:
         terminal.complain(f"dem-opt: {error}")
         return MISTAKE
     except EvaluationError as error:
         terminal.complain(f"dem-opt: {error}")
         return OTHER
+    except OutageError as error:
+        terminal.complain(f"dem-opt: {error}. Every finished evaluation is kept. To go on: {resume}")
+        return OTHER
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        resume = shlex.join(["dem-opt", *(sys.argv[1:] if arguments is None else arguments)])
         terminal.complain(f"dem-opt: interrupted; every finished evaluation is kept. To go on: {resume}")
         return INTERRUPTED
     return DONE
@@ -66,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train = add("train", _train, "fine-tune the checkpoints that are missing, one for each distribution")
     run = add("run", _run, "optimize; run again, it goes on where it stopped")
+    run.add_argument("--sync-only", action="store_true", help="score nothing: log in MLflow what it lacks")
     compare = add(
         "compare",
         _compare,
@@ -172,6 +179,9 @@ def _train(given: argparse.Namespace) -> None:
 
 
 def _run(given: argparse.Namespace) -> None:
+    if given.sync_only:
+        _sync(given)
+        return
     with terminal.Progressing(quiet=given.json) as watching:
         study = _study(given, watching)
         study.run()
@@ -180,6 +190,20 @@ def _run(given: argparse.Namespace) -> None:
         terminal.say_json(answers.of_summary(summary))
     else:
         _print_tables(summary)
+
+
+def _sync(given: argparse.Namespace) -> None:
+    from dem_opt.database import masked
+
+    if given.json:
+        raise InputError(None, "--json", True, "--sync-only answers by its exit status; leave --json out")
+    with terminal.Progressing() as watching:
+        study = _study(given, watching)
+        synced = study.sync()
+    uri = masked(study.config.tracking.uri)
+    if not synced:
+        raise OutageError(f"MLflow at {uri} still lacks trials")
+    terminal.say(f"MLflow at {uri} has every finished trial.")
 
 
 def _compare(given: argparse.Namespace) -> None:
@@ -231,7 +255,7 @@ def _reweight(given: argparse.Namespace) -> None:
     if given.algorithms is not None or given.seeds is not None:
         raise InputError(None, "--reweight", given.reweight, "runs nothing; leave --algorithms and --seeds out")
     study = _study(given)
-    summary = study.reweighted(_weights(given.reweight, "--reweight"))
+    summary = study.reweighted(weights_of(given.reweight, "--reweight"))
     winner = summary.winner
     if given.json:
         terminal.say_json(answers.of_summary(summary))
@@ -271,7 +295,7 @@ def _print_comparison(comparison: "Comparison") -> None:
 def _score(given: argparse.Namespace) -> None:
     with terminal.Progressing(quiet=given.json) as watching:
         study = _study(given, watching)
-        scores = study.score_model(given.model) if given.model else study.score(_weights(given.weights))
+        scores = study.score_model(given.model) if given.model else study.score(weights_of(given.weights))
     told = {split: {name: answers.of_score(one) for name, one in by_name.items()} for split, by_name in scores.items()}
     if given.json:
         terminal.say_json(told)
@@ -285,7 +309,7 @@ def _score(given: argparse.Namespace) -> None:
 
 
 def _merge(given: argparse.Namespace) -> None:
-    weights = _weights(given.weights)
+    weights = weights_of(given.weights)
     study = _study(given)
     written = study.merge(weights, given.out, given.dtype)
     if given.json:
@@ -359,23 +383,3 @@ def _study(given: argparse.Namespace, watching: terminal.Progressing | None = No
     from dem_opt.study import Study
 
     return Study.load(given.study, watching)
-
-
-def _weights(text: str, option: str = "--weights") -> dict[str, float]:
-    """Numbers by name from code=.3,math=.7 .
-
-    Raises InputError for a part that is not a name, an equals sign and a number, and for a name given twice.
-    """
-    weights: dict[str, float] = {}
-    for part in text.split(","):
-        name, equals, number = part.strip().rpartition("=")
-        try:
-            weight = float(number)
-        except ValueError:
-            equals = ""
-        if not equals:
-            raise InputError(None, option, text, f"{part!r} is not NAME=NUMBER; write code=.3,math=.7")
-        if name in weights:
-            raise InputError(None, option, text, f"{name!r} stands twice")
-        weights[name] = weight
-    return weights

@@ -1,40 +1,22 @@
-"""One SQL engine for a study: WAL, probing, backoff, leases, masked URLs."""
+"""One SQL engine for a study: WAL, probing, masked URLs."""
 
 import os
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from socket import gethostname
-from threading import Event, Thread
-from typing import Any
-from uuid import uuid4
+from typing import Any, TypeVar
 
-from sqlalchemy import (
-    URL,
-    Connection,
-    MetaData,
-    create_engine,
-    delete,
-    event,
-    func,
-    make_url,
-    select,
-    text,
-    update,
-)
+from sqlalchemy import URL, MetaData, create_engine, event, func, make_url, select, text
 from sqlalchemy import Engine as Engine
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase
 from sqlalchemy.schema import CreateTable
 
 from dem_opt.errors import InputError
 
-SILENCE = 60.0
-"""Seconds after which a driver on another host that has not renewed its lease counts as gone."""
+T = TypeVar("T")
 
 _DRIVERS = ("sqlite", "sqlite+pysqlite", "postgresql", "postgresql+psycopg")
 _SQLITE = """
@@ -62,9 +44,8 @@ def connect(url: str, field: str = "storage") -> Engine:
     local = parsed.get_backend_name() == "sqlite"
     if local:
         _make_folder(parsed, field)
-    patience = {} if local else {"connect_timeout": _CONNECT_SECONDS}
     try:
-        engine = create_engine(parsed, pool_pre_ping=not local, connect_args=patience)
+        engine = create_engine(parsed, **engine_settings(url))
     except ImportError as error:
         raise InputError(None, field, masked(url), f"its driver is not installed ({error.name})") from None
     tune(engine)
@@ -75,6 +56,13 @@ def connect(url: str, field: str = "storage") -> Engine:
         kind = "file can't be used as a database" if local else "server does not answer"
         raise InputError(None, field, masked(url), f"the {kind} ({_reason(error, parsed)})") from None
     return engine
+
+
+def engine_settings(url: str) -> Mapping[str, Any]:
+    """How any engine of a study's database is made: a server's connections are tried before use, and not for ever."""
+    if url.startswith("sqlite"):
+        return {}
+    return {"pool_pre_ping": True, "connect_args": {"connect_timeout": _CONNECT_SECONDS}}
 
 
 def is_there(url: str) -> bool:
@@ -137,102 +125,19 @@ def create_missing(engine: Engine, metadata: MetaData) -> None:
             connection.execute(CreateTable(table, if_not_exists=True))
 
 
+def making_tables(make: Callable[[], T]) -> T:
+    """What `make` returns, which makes tables that it does not find: where another process makes the same, again."""
+    for pause in _PAUSES:
+        try:
+            return make()
+        except DBAPIError:
+            time.sleep(pause)
+    return make()
+
+
 def insert_into(engine: Engine, table: type[DeclarativeBase]) -> sqlite.Insert | postgresql.Insert:
     """An INSERT in the dialect of `engine`, which knows ON CONFLICT."""
     return sqlite.insert(table) if engine.dialect.name == "sqlite" else postgresql.insert(table)
-
-
-class _Tables(DeclarativeBase):
-    """The lease's table."""
-
-
-class _Holder(_Tables):
-    """Who drives a study.  `started` tells a process from a later one of the same number."""
-
-    __tablename__ = "dem_lease"
-
-    study: Mapped[str] = mapped_column(primary_key=True)
-    token: Mapped[str]
-    host: Mapped[str]
-    pid: Mapped[int]
-    started: Mapped[str]
-    since: Mapped[float]
-    renewed: Mapped[float]
-
-
-class Lease:
-    """The right to drive one study, held by one process at a time."""
-
-    def __init__(self, engine: Engine, study: str) -> None:
-        self._engine, self._study, self._token = engine, study, uuid4().hex
-
-    def renew(self) -> None:
-        """Says that this driver is alive; raises InputError where another driver has taken the study over."""
-        with self._engine.begin() as connection:
-            statement = update(_Holder).where(*self._mine).values(renewed=_now(connection))
-            if connection.execute(statement).rowcount == 0:
-                raise InputError(None, "study", self._study, "another driver has taken the study over")
-
-    @property
-    def _mine(self) -> tuple[Any, ...]:
-        return _Holder.study == self._study, _Holder.token == self._token
-
-    def _take(self) -> None:
-        """Takes the lease, or raises InputError; looks again where somebody was quicker."""
-        while not self._attempt():
-            pass
-
-    def _attempt(self) -> bool:
-        """Whether the lease was taken from nobody, or from the very holder who was seen to be gone."""
-        with self._engine.begin() as connection:
-            now = _now(connection)
-            this = _Holder.study == self._study
-            seen = connection.execute(select(_Holder.__table__).where(this)).one_or_none()
-            if seen is None:
-                fresh = insert_into(self._engine, _Holder).values(study=self._study, **self._me(now))
-                counted = fresh.on_conflict_do_nothing().execution_options(preserve_rowcount=True)
-                return connection.execute(counted).rowcount == 1
-            if _is_alive(seen, now):
-                raise InputError(None, "study", self._study, _held_by(seen))
-            same = (this, _Holder.token == seen.token, _Holder.renewed == seen.renewed)
-            return connection.execute(update(_Holder).where(*same).values(self._me(now))).rowcount == 1
-
-    def _me(self, now: float) -> dict[str, Any]:
-        pid = os.getpid()
-        process = {"host": gethostname(), "pid": pid, "started": _started(pid) or ""}
-        return {"token": self._token, "since": now, "renewed": now, **process}
-
-    def _beat(self, ended: Event) -> None:
-        """Renews now and then.  That the lease is lost, the driver learns from its own renewal."""
-        while not ended.wait(SILENCE / 4):
-            with suppress(InputError, DBAPIError):
-                self.renew()
-
-    def _release(self) -> None:
-        with self._engine.begin() as connection:
-            connection.execute(delete(_Holder).where(*self._mine))
-
-
-@contextmanager
-def holding(engine: Engine, study: str) -> Iterator[Lease]:
-    """Holds the lease of `study`: one driver at a time.
-
-    A thread renews it while it is held.  A holder on this host whose process is gone is succeeded at once,
-    one on another host after 60 seconds without a renewal.  Raises InputError, which says who and since when,
-    where the holder is alive.
-    """
-    create_missing(engine, _Tables.metadata)
-    lease = Lease(engine, study)
-    lease._take()
-    ended = Event()
-    beating = Thread(target=lease._beat, args=[ended], daemon=True)
-    beating.start()
-    try:
-        yield lease
-    finally:
-        ended.set()
-        beating.join()
-        lease._release()
 
 
 def _parse(url: str, field: str) -> URL:
@@ -293,39 +198,3 @@ def _reason(error: DBAPIError, url: URL) -> str:
     """The driver's own first line, without the password."""
     first = next(iter(str(error.orig).splitlines()), "no reason given")
     return first.replace(str(url.password), "***") if url.password else first
-
-
-def _now(connection: Connection) -> float:
-    """The database's clock, the one that all hosts share, in seconds since 1970."""
-    moment: datetime = connection.execute(select(func.now())).scalar_one()
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-
-
-def _is_alive(holder: Any, now: float) -> bool:
-    if holder.host == gethostname():
-        return bool(_started(holder.pid) == holder.started)
-    return bool(now - holder.renewed < SILENCE)
-
-
-def _started(pid: int) -> str | None:
-    """When a process started, in ticks since boot; "" where nothing says so, None where it is gone."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return ""
-    state, *fields = status.rpartition(")")[2].split()
-    return None if state == "Z" else fields[18]
-
-
-def _held_by(holder: Any) -> str:
-    since = datetime.fromtimestamp(holder.since, UTC)
-    return (
-        f"process {holder.pid} on {holder.host} has been driving it since {since:%Y-%m-%d %H:%M:%S} UTC; "
-        "wait for it, or stop it"
-    )

@@ -4,9 +4,12 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import inf
+from threading import Event
+from time import sleep
 
-from dem_opt.database import Lease
 from dem_opt.errors import EvaluationError
+from dem_opt.interrupts import finishing
+from dem_opt.leases import Lease
 from dem_opt.ledger import Ledger
 from dem_opt.looks import replay
 from dem_opt.pool import Pool
@@ -16,6 +19,9 @@ from dem_opt.records import Composite, Evaluation, Failure, Observer, Request, S
 from dem_opt.search import Proposal, Search
 from dem_opt.tracking import Tracker
 from dem_opt.trials import attributes, race_for, trial_record
+
+PAUSE = 0.5
+"""Seconds between two looks at the trials that other drivers have in hand."""
 
 
 @dataclass(frozen=True)
@@ -42,46 +48,83 @@ class Driver:
         Trials that a dead driver left come first, under their own numbers.  What is written, in this order: the
         ledger, Optuna, the tracker; so a crash at any point loses no score and repeats none.  A score is recorded
         as it comes; trials are told in the order in which they were asked for, so what is proposed depends on the
-        number of residents and never on which of them is faster.
+        number of residents and never on which of them is faster.  While other drivers have trials in hand, it waits
+        for them, since their end may leave room for more.  Raises KeyboardInterrupt where it was asked to stop, when
+        what was being scored is written.
         """
-        adopted = deque(search.adopt())
-        most = 1 if search.is_sequential else self.pool.capacity * (1 + lookahead)
         flying: deque[Flight] = deque()
+        awaited = 0
         answers: dict[int, Evaluation | Failure] = {}
-        while True:
-            while len(flying) < most:
-                proposal = adopted.popleft() if adopted else search.ask()
-                if proposal is None:
-                    break
-                flying.append(flight := self._plan(search, proposal, most))
-                if request := self._request_of(flight):
-                    self.pool.submit(request)
+        with finishing(self._tell_stopping) as stop:
+            while True:
+                if stop.is_set():
+                    withdrawn = self.pool.withdraw()
+                    flying = deque(one for one in flying if one.proposal.number not in withdrawn)
+                while not stop.is_set() and (flight := self._next_flight(search, lookahead, len(flying))):
+                    flying.append(flight)
+                    if request := self._request_of(flight):
+                        self.pool.submit(request)
+                    else:
+                        answers[flight.proposal.number] = Evaluation({})
+                if flying:
+                    self._collect(flying[0], answers, stop)
+                    if answer := answers.pop(flying[0].proposal.number, None):
+                        self._finish(flying.popleft(), answer, search, tracker)
+                elif stop.is_set():
+                    raise KeyboardInterrupt
+                elif search.elsewhere:
+                    awaited = self._await_others(search.elsewhere, awaited)
                 else:
-                    answers[proposal.number] = Evaluation({})
-            if not flying:
-                return
-            oldest = flying.popleft()
-            while oldest.proposal.number not in answers:
-                request, answer = self.pool.next_done()
+                    return
+                lease.renew()
+
+    def _tell_stopping(self) -> None:
+        self.observer.milestone("stopping when what is being scored is written; once more to stop at once")
+
+    def _next_flight(self, search: Search, lookahead: int, flying: int) -> Flight | None:
+        """The next trial, where there is one, and room for it."""
+        most = 1 if search.is_sequential else self.pool.capacity * (1 + lookahead)
+        proposal = search.ask() if flying < most else None
+        return None if proposal is None else self._plan(search, proposal, most)
+
+    def _collect(self, oldest: Flight, answers: dict[int, Evaluation | Failure], stop: Event) -> None:
+        """Record answers as they come, until that to the oldest trial has come, or a stop is newly asked for."""
+        stopping = stop.is_set()
+        while oldest.proposal.number not in answers and stop.is_set() == stopping:
+            if done := self.pool.next_done():
+                request, answer = done
                 self._record(request, answer)
                 answers[request.ticket] = answer
-            self._finish(oldest, answers.pop(oldest.proposal.number), search, tracker)
-            lease.renew()
+
+    def _await_others(self, trials: int, told: int) -> int:
+        """Wait a moment for trials that other drivers have in hand; how many it told of."""
+        if trials != told:
+            self.observer.milestone(f"waiting for {trials} trials that other drivers have in hand")
+        sleep(PAUSE)
+        return trials
 
     def measure(self, composites: Iterable[Composite], split: str) -> None:
         """Score what the ledger lacks of these composites on a split.
 
-        Raises EvaluationError where one can't be scored.
+        Raises EvaluationError where one can't be scored, and KeyboardInterrupt as `optimize` does.
         """
         requests = [self._request(ticket, one, split) for ticket, one in enumerate(dict.fromkeys(composites))]
-        wanted = [request for request in requests if request is not None]
-        for request in wanted:
-            self.pool.submit(request)
-        for _ in wanted:
-            request, answer = self.pool.next_done()
-            self._record(request, answer)
-            if isinstance(answer, Failure):
-                raise EvaluationError(f"{dict(request.composite.terms)} can't be scored: {answer.reason}")
+        waiting = {request.ticket for request in requests if request is not None}
+        for request in requests:
+            if request is not None:
+                self.pool.submit(request)
+        with finishing(self._tell_stopping) as stop:
+            while waiting:
+                if stop.is_set():
+                    waiting -= self.pool.withdraw()
+                if waiting and (done := self.pool.next_done()):
+                    request, answer = done
+                    self._record(request, answer)
+                    waiting.remove(request.ticket)
+                    if isinstance(answer, Failure):
+                        raise EvaluationError(f"{dict(request.composite.terms)} can't be scored: {answer.reason}")
+            if stop.is_set():
+                raise KeyboardInterrupt
 
     def score_afresh(self, composite: Composite, split: str) -> dict[str, Score]:
         """Scores of a composite by distribution, measured whatever the ledger has, and not recorded.
@@ -89,7 +132,9 @@ class Driver:
         Raises EvaluationError where it can't be scored.
         """
         self.pool.submit(Request(0, composite, self.question.keys(split)))
-        _, answer = self.pool.next_done()
+        while (done := self.pool.next_done()) is None:
+            pass
+        _, answer = done
         if isinstance(answer, Failure):
             raise EvaluationError(f"{dict(composite.terms)} can't be scored: {answer.reason}")
         return {name: answer.scores[key] for name, key in self.question.corpora[split].items()}

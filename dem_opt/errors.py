@@ -39,6 +39,10 @@ class EvaluationError(RuntimeError):
     """A composite could not be scored (a non-finite loss, say); the study goes on without it."""
 
 
+class OutageError(RuntimeError):
+    """What a study needs has been away for too long; nothing is lost, and the study goes on when it is run again."""
+
+
 _REPR = Repr()
 _REPR.maxstring = _REPR.maxother = 200
 

@@ -13,10 +13,11 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from dem_opt.database import create_missing, insert_into, masked
 from dem_opt.errors import InputError
+from dem_opt.outages import IMPATIENT, Patience, patient
 from dem_opt.records import Composite, Gradient, Score
 
-SCHEMA = 2
-"""Version of the tables that this module reads and writes: 2 has gradients."""
+SCHEMA = 3
+"""Version of the tables that this module reads and writes: 2 has gradients, 3 libraries."""
 
 
 class _Tables(DeclarativeBase):
@@ -86,6 +87,15 @@ class _Study(_Tables):
     question: Mapped[str]
 
 
+class _Libraries(_Tables):
+    """With what a study was last run: versions by name, as JSON."""
+
+    __tablename__ = "dem_libraries"
+
+    study: Mapped[str] = mapped_column(primary_key=True)
+    versions: Mapped[str]
+
+
 @dataclass(frozen=True)
 class StudyRow:
     """What the ledger remembers of a study.
@@ -102,14 +112,17 @@ class StudyRow:
 
 
 class Ledger:
-    """The scores in a study's database.  Any number of drivers may write at once."""
+    """The scores in a study's database.  Any number of drivers may write at once.
 
-    def __init__(self, engine: Engine) -> None:
+    While the database is away, whoever asks waits, as long as `patience` has it.
+    """
+
+    def __init__(self, engine: Engine, patience: Patience = IMPATIENT) -> None:
         """Creates the tables that are missing.
 
         Raises InputError where a newer version of dem_opt made them.
         """
-        self._engine = engine
+        self._engine, self.patience = engine, patience
         self._refuse_newer()
         create_missing(engine, _Tables.metadata)
         with engine.begin() as connection:
@@ -124,6 +137,7 @@ class Ledger:
         """The scores of `composite` by corpus key, of those among `corpora` that have been measured, short ones too."""
         return self.look_up_all([composite], corpora, scoring)[0]
 
+    @patient
     def look_up_all(
         self, composites: Sequence[Composite], corpora: Collection[str], scoring: str
     ) -> list[dict[str, Score]]:
@@ -138,6 +152,7 @@ class Ledger:
                 found[row.composite][row.corpus] = _score(row)
         return [found[key] for key in keys]
 
+    @patient
     def record(
         self,
         composite: Composite,
@@ -196,6 +211,7 @@ class Ledger:
             where=new.windows > old.windows,
         )
 
+    @patient
     def gradients(self, composite: Composite, corpora: Collection[str], differentiation: str) -> dict[str, Gradient]:
         """The gradients of `composite` by corpus key, of those among `corpora` that have been measured."""
         wanted = select(_Gradient.corpus, _Gradient.gradient).where(
@@ -206,6 +222,7 @@ class Ledger:
         with Session(self._engine) as session:
             return {corpus: json.loads(gradient) for corpus, gradient in session.execute(wanted)}
 
+    @patient
     def seconds(self, composite: Composite, corpora: Collection[str], scoring: str) -> float:
         """What measuring a composite on these corpora took; one evaluation of several corpora counts once."""
         evaluations = (
@@ -216,6 +233,7 @@ class Ledger:
         with Session(self._engine) as session:
             return sum(seconds for _, seconds in session.execute(evaluations))
 
+    @patient
     def seconds_per_token(self, scoring: str) -> float | None:
         """The median over evaluations of seconds for each forward token; None where nothing was measured."""
         evaluations = select(_Score.created, _Score.seconds, _Score.forward_tokens).distinct()
@@ -224,6 +242,7 @@ class Ledger:
             rates = [seconds / tokens for _, seconds, tokens in session.execute(wanted)]
         return median(rates) if rates else None
 
+    @patient
     def composites(self, scoring: str) -> list[Composite]:
         """The composites with any score under `scoring`, in the order they were first recorded."""
         measured = (
@@ -236,6 +255,7 @@ class Ledger:
         with Session(self._engine) as session:
             return [Composite.of(json.loads(terms)) for terms in session.scalars(measured)]
 
+    @patient
     def study(self, name: str) -> StudyRow | None:
         """What was entered for a study, or None."""
         with Session(self._engine) as session:
@@ -246,6 +266,7 @@ class Ledger:
             else StudyRow(row.name, row.generation, json.loads(row.scoring), json.loads(row.question))
         )
 
+    @patient
     def enter_study(self, row: StudyRow) -> None:
         """Writes what is to be remembered of a study, in place of what was."""
         known = {
@@ -256,6 +277,21 @@ class Ledger:
         entry = insert_into(self._engine, _Study).values(name=row.name, **known)
         with self._engine.begin() as connection:
             connection.execute(entry.on_conflict_do_update(index_elements=["name"], set_=known))
+
+    @patient
+    def libraries(self, study: str) -> dict[str, str]:
+        """Versions of the libraries that a study was last run with, by name; empty where nothing says so."""
+        with Session(self._engine) as session:
+            row = session.get(_Libraries, study)
+        return {} if row is None else dict(json.loads(row.versions))
+
+    @patient
+    def enter_libraries(self, study: str, versions: Mapping[str, str]) -> None:
+        """Writes with what a study is run."""
+        known = {"versions": json.dumps(dict(versions))}
+        entry = insert_into(self._engine, _Libraries).values(study=study, **known)
+        with self._engine.begin() as connection:
+            connection.execute(entry.on_conflict_do_update(index_elements=["study"], set_=known))
 
     def _refuse_newer(self) -> None:
         if not inspect(self._engine).has_table(_Schema.__tablename__):

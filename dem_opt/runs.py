@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from dem_opt.config import ALGORITHMS, StudyConfig
 from dem_opt.errors import InputError, nearest
+from dem_opt.leases import Lease
+from dem_opt.outages import IMPATIENT, Patience
 from dem_opt.search import Search, study_names
 from dem_opt.simplex import Coefficients
 
@@ -21,6 +23,8 @@ class Runs:
 
     config: StudyConfig
     generation: int
+    lease: Lease | None = None
+    patience: Patience = IMPATIENT
 
     def optuna_name(self, run: str) -> str:
         """What Optuna calls a run's study."""
@@ -43,7 +47,8 @@ class Runs:
             raise InputError(None, f"search.{field}", value, mend)
         worth = bool(gradients_fit) and len(space.caps_F) >= GRADIENTS_FROM and not self.config.objective.worst
         gradients = algorithm == "simplex-gp" and (worth if given.gradients == "auto" else given.gradients)
-        return Search(self.config.storage, self.optuna_name(run), space, settings, start, gradients)
+        name = self.optuna_name(run)
+        return Search(self.config.storage, name, space, settings, start, gradients, self.lease, self.patience)
 
     def there(self) -> dict[str, Search]:
         """The searches that have been begun, by run, in the order of algorithms and seeds."""

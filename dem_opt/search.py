@@ -1,7 +1,8 @@
 """The Optuna study: ask, tell, best; adopts the trials of a dead driver."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import isfinite
 from time import monotonic, perf_counter
@@ -9,14 +10,16 @@ from typing import Any
 from uuid import uuid4
 
 import optuna
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from dem_opt import config, database
+from dem_opt.leases import Lease
+from dem_opt.outages import IMPATIENT, Patience, patient
 from dem_opt.records import GRADIENT_FORWARDS
 from dem_opt.samplers import make_sampler
-from dem_opt.samplers.history import ATTRIBUTES, EXPECTED, START, History, Trial, from_parameters, is_whole
+from dem_opt.samplers.history import ATTRIBUTES, DRIVER, EXPECTED, START, History, Trial, from_parameters
 from dem_opt.samplers.history import start as starting_points
 from dem_opt.simplex import Coefficients, Space
 
@@ -49,7 +52,9 @@ class Search:
 
     start     points to propose first; written down when the study is created and not looked at afterwards
     told      how many trials are finished: those there were at the last `ask`, and those told here since
+    elsewhere how many trials other drivers had in hand at the last `ask`
     gradients whether trials are measured with their gradient, but for those that every study looks at first
+    lease     of the driver that asks; where it is shared, drivers ask in turns, and each knows its own trials
     """
 
     def __init__(
@@ -60,35 +65,43 @@ class Search:
         search: config.Search,
         start: Sequence[Coefficients] = (),
         gradients: bool = False,
+        lease: Lease | None = None,
+        patience: Patience = IMPATIENT,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.name, self._space, self._search = name, space, search
+        self._lease, self.patience = lease if lease and lease.shared else None, patience
         self.gradients = gradients or search.algorithm == "gradient"
         self._sampler, self._history = make_sampler(search, space), History(space)
-        self._storage = _open(url)
-        self._study = optuna.create_study(
-            study_name=name,
-            storage=self._storage,
-            sampler=self._sampler,
-            direction="minimize",
-            load_if_exists=True,
-        )
+        self._mine: set[int] = set()
+        self._study = patience(lambda: self._opened(url, start))
         self._study_id = self._storage.get_study_id_from_name(name)
-        self.uid = self._introduce(start)
         self._known = frozenset([*space.landmarks(), *starting_points(self._study, space)])
-        self.told = _finished(self.trials())
+        self.told, self.elsewhere = _finished(self.trials()), 0
         self._began = monotonic()
 
-    def _introduce(self, start: Sequence[Coefficients]) -> str:
-        """Writes what a new study lacks; the uid comes last and tells that nothing is lacking."""
-        if (uid := self._study.user_attrs.get("uid")) is None:
-            uid = str(uuid4())
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ExperimentalWarning)
-                self._study.set_metric_names([METRIC])
-            self._study.set_user_attr(START, [point.units for point in start])
-            self._study.set_user_attr("uid", uid)
-        return str(uid)
+    def _opened(self, url: str, start: Sequence[Coefficients]) -> optuna.Study:
+        """The study in its storage, with all that a new one needs."""
+        with self._turn():
+            self._storage = _open(url)
+            study = optuna.create_study(
+                study_name=self.name,
+                storage=self._storage,
+                sampler=self._sampler,
+                direction="minimize",
+                load_if_exists=True,
+            )
+            self.uid = _introduce(study, start)
+            return study
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """This driver's turn to propose: nobody else reads or makes proposals meanwhile."""
+        if self._lease is None:
+            yield
+        else:
+            with self._lease.turn() as self._sampler.confirm:
+                yield
 
     @property
     def planned(self) -> int:
@@ -130,37 +143,57 @@ class Search:
         """Whether a trial at these coefficients is measured with its gradient."""
         return self.gradients and (self._search.algorithm == "gradient" or not self.is_known(coefficients))
 
-    def adopt(self) -> list[Proposal]:
-        """The trials that a driver left running, in the order of their numbers.
-
-        Those that it died while proposing have not all coefficients: they are told as failed, and don't count.
-        """
-        running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        for trial in running:
-            if not is_whole(trial, self._space):
-                self.tell(trial.number, None, {"reason": "interrupted while it was being proposed"})
-        trials = self.trials()
-        self.told = _finished(trials)
-        whole = [trial for trial in trials if trial.state == "running"]
-        return [
-            Proposal(trial.number, trial.coefficients, charged=_charged(trials, trial.number, trial.coefficients))
-            for trial in whole
-        ]
-
+    @patient
     def ask(self) -> Proposal | None:
-        """The next trial to evaluate; None where the search has ended."""
-        trials = self.trials()
+        """The next trial to evaluate, under a number of its own; None where there is none now.
+
+        Those that a driver left come first, in the order of their numbers: one that is gone, or this one when the
+        database went away.  Those that it died while proposing have not all coefficients: they are told as failed, and
+        don't count.  While other drivers have trials in hand (`elsewhere`), there may be more later.
+        """
+        with self._turn():
+            proposal = self._next(self._history(self._study))
+        if proposal is not None:
+            self._mine.add(proposal.number)
+        return proposal
+
+    def _next(self, trials: Sequence[Trial]) -> Proposal | None:
+        for number in self._history.unborn:
+            self._tell(number, None, {"reason": "interrupted while it was being proposed"})
         self.told = _finished(trials)
-        if reason := self._why_stop(trials):
-            if reason != self.stopped:
-                self._study.set_user_attr(STOPPED, reason)
+        running = [trial for trial in trials if trial.state == "running" and trial.number not in self._mine]
+        alive = self._lease.others() if self._lease and running else {}
+        left = [trial for trial in running if trial.driver not in alive]
+        self.elsewhere = len(running) - len(left)
+        if left:
+            return self._take_over(left[0], trials)
+        if self._is_over(trials) or (self.is_sequential and running):
             return None
+        return self._propose(trials)
+
+    def _take_over(self, trial: Trial, trials: Sequence[Trial]) -> Proposal:
+        trial_id = self._id_of(trial.number)
+        if self._lease is not None:
+            self._storage.set_trial_user_attr(trial_id, DRIVER, self._lease.token)
+        charged = _charged(trials, trial.number, trial.coefficients)
+        return Proposal(trial.number, trial.coefficients, charged=charged)
+
+    def _propose(self, trials: Sequence[Trial]) -> Proposal:
         began, self._sampler.known = perf_counter(), trials
         trial = self._study.ask(self._sampler.distributions)
         if (choice := self._sampler.last) is not None and choice.expected is not None:
             trial.set_user_attr(EXPECTED, choice.expected)
+        if self._lease is not None:
+            trial.set_user_attr(DRIVER, self._lease.token)
         point = from_parameters(trial.params, self._space)
         return Proposal(trial.number, point, perf_counter() - began, _charged(trials, trial.number, point))
+
+    def _is_over(self, trials: Sequence[Trial]) -> bool:
+        """Whether the search has ended; why is written down."""
+        reason = self._why_stop(trials)
+        if reason and reason != self.stopped:
+            self._study.set_user_attr(STOPPED, reason)
+        return bool(reason)
 
     def _why_stop(self, trials: Sequence[Trial]) -> str:
         """Which budget is spent, or that nothing more is expected; empty where the search goes on."""
@@ -188,6 +221,11 @@ class Search:
             return trial.forwards
         return GRADIENT_FORWARDS if self.measures_gradient(trial.coefficients) else 1.0
 
+    def of_others(self) -> set[int]:
+        """The numbers of the trials that other drivers, and such that are alive, have or had in hand."""
+        alive = self._lease.others() if self._lease else {}
+        return {trial.number for trial in self.trials() if trial.driver in alive}
+
     def whole(self, before: int) -> list[Trial]:
         """The trials that are told of all windows and whose number is below `before`, in the order of their numbers."""
         return [
@@ -196,25 +234,46 @@ class Search:
             if trial.number < before and trial.objective is not None and not trial.error
         ]
 
+    @patient
     def tell(self, number: int, objective: float | None, attributes: Mapping[str, Any]) -> None:
         """Finishes a trial with its objective in nats per token, or as failed: None, attributes["reason"].
 
         A finished trial stays as it is.  Raises ValueError for an objective that is not finite.
         """
+        self._tell(number, objective, attributes)
+        self._mine.discard(number)
+
+    def _tell(self, number: int, objective: float | None, attributes: Mapping[str, Any]) -> None:
         if objective is not None and not isfinite(objective):
             raise ValueError(f"the objective of trial {number} is {objective}")
         assert objective is not None or "reason" in attributes, f"trial {number} fails without a reason"
-        trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
-        if self._storage.get_trial(trial_id).state.is_finished():
-            return
-        self._storage.set_trial_user_attr(trial_id, ATTRIBUTES, dict(attributes))
-        state = TrialState.FAIL if objective is None else TrialState.COMPLETE
-        self._study.tell(number, objective, state=state)
-        self.told += 1
+        trial_id = self._id_of(number)
+        if not self._storage.get_trial(trial_id).state.is_finished():
+            state = TrialState.FAIL if objective is None else TrialState.COMPLETE
+            with suppress(UpdateFinishedTrialError):
+                self._storage.set_trial_user_attr(trial_id, ATTRIBUTES, dict(attributes))
+                self._study.tell(number, objective, state=state, skip_if_finished=True)
+                self.told += 1
 
+    def _id_of(self, number: int) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+
+    @patient
     def trials(self) -> list[Trial]:
         """All trials that have their coefficients, in the order of their numbers."""
         return self._history(self._study)
+
+
+def _introduce(study: optuna.Study, start: Sequence[Coefficients]) -> str:
+    """Writes what a new study lacks; the uid comes last and tells that nothing is lacking."""
+    if (uid := study.user_attrs.get("uid")) is None:
+        uid = str(uuid4())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            study.set_metric_names([METRIC])
+        study.set_user_attr(START, [point.units for point in start])
+        study.set_user_attr("uid", uid)
+    return str(uid)
 
 
 def _charged(trials: Sequence[Trial], number: int, coefficients: Coefficients) -> float:
@@ -228,8 +287,13 @@ def _finished(trials: Sequence[Trial]) -> int:
 
 
 def _open(url: str) -> RDBStorage:
-    """Optuna's tables in a database.  Optuna formats the URL, so braces are doubled to stay what they are."""
-    storage = RDBStorage(url.replace("{", "{{").replace("}", "}}"))
+    """Optuna's tables in a database, made where there are none.
+
+    Optuna formats the URL, so braces are doubled to stay what they are.  Where another process makes the same tables,
+    what it has begun is waited for.
+    """
+    escaped, settings = url.replace("{", "{{").replace("}", "}}"), dict(database.engine_settings(url))
+    storage = database.making_tables(lambda: RDBStorage(escaped, engine_kwargs=settings))
     database.tune(storage.engine)
     return storage
 

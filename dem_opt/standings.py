@@ -51,20 +51,20 @@ def entries(question: Question, trials: Mapping[str, Sequence[TrialRecord]]) -> 
         baselines.append(Entry("uniform", "uniform", "", centroid, question.composite(centroid)))
     found: dict[str, Entry] = {}
     for name, told in sorted(trials.items(), key=lambda pair: _best_rank(pair[1]), reverse=True):
-        if best := _best(told):
+        if best := best_of(told):
             algorithm = name.partition("@")[0]
             found.pop(algorithm, None)
             found[algorithm] = _best_entry(question, name, best, told)
     return baselines + list(found.values())
 
 
-def _best(trials: Sequence[TrialRecord]) -> TrialRecord | None:
+def best_of(trials: Sequence[TrialRecord]) -> TrialRecord | None:
     """The best of the whole trials: a partial one never wins."""
     return min((trial for trial in trials if is_whole(trial)), key=lambda trial: trial.rank, default=None)
 
 
 def _best_rank(trials: Sequence[TrialRecord]) -> tuple[float, ...]:
-    best = _best(trials)
+    best = best_of(trials)
     return best.rank if best else ()
 
 

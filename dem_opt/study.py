@@ -1,26 +1,29 @@
 """All that can be done with a study file, and what wires the rooms together."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Self
 
 from dem_opt import config as study_file
 from dem_opt.card import texts
 from dem_opt.config import StudyConfig
-from dem_opt.database import Engine, Lease, connect, holding, is_there, masked
+from dem_opt.database import Engine, connect, is_there, masked
 from dem_opt.driver import Driver
 from dem_opt.errors import InputError
 from dem_opt.export import Export, Scores, output_dtype, prove, prove_scores, write_composite
 from dem_opt.fidelity import known_cost, tell_cost
 from dem_opt.finetune import FineTuned, FineTuneJob, fine_tune, is_wanted
+from dem_opt.generations import enter
 from dem_opt.hub import locate
+from dem_opt.leases import Lease, holding
 from dem_opt.ledger import Ledger, StudyRow
+from dem_opt.outages import Patience
 from dem_opt.pool import Compute, RayCompute
-from dem_opt.question import SEARCH, SPLITS, Question, changes, refuse_other_scoring
+from dem_opt.provenance import facts, libraries, place, tell_change
+from dem_opt.question import SEARCH, SPLITS, Question
 from dem_opt.records import Composite, Observer, ResidentSpec, Silence, Standing, StoredModel, Summary, TrialRecord
 from dem_opt.resident import build
 from dem_opt.reweighting import checked, reweighted
@@ -28,11 +31,9 @@ from dem_opt.runs import Runs, check_algorithms, run_names
 from dem_opt.search import Search
 from dem_opt.simplex import Coefficients
 from dem_opt.sources import Sources, gather
-from dem_opt.standings import carried_over, entries, rescored, summarize, top_entries
-from dem_opt.tracking import MlflowTracker, Place, Tracker
-from dem_opt.trials import finished, is_known, objectives, recall
-
-LIBRARIES = ("torch", "transformers", "optuna", "mlflow", "ray", "dem-opt")
+from dem_opt.standings import entries, rescored, summarize, top_entries
+from dem_opt.tracking import MlflowTracker, Tracker
+from dem_opt.trials import finished, is_known, missing, objectives, recall
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Study:
         self.config, self._where = config, where
         self._observer = observer or Silence()
         self._compute = compute or RayCompute(config.compute)
+        away = f"the database {masked(config.storage)}", config.outages.storage
+        self._patience = Patience(*away, self._observer.milestone)
 
     @classmethod
     def load(cls, path: str | Path, observer: Observer | None = None, compute: Compute | None = None) -> Self:
@@ -84,22 +87,41 @@ class Study:
         for warning in sources.warnings():
             self._observer.milestone(f"warning: {warning}")
         name = self.config.name
-        with self._open() as (engine, ledger), holding(engine, name) as lease, self._compute as compute:
+        with self._driving() as (ledger, lease), self._compute as compute:
             sources = sources.on(compute.device)
             question = sources.question()
-            generation, start = self._enter(ledger, question)
+            with lease.turn("beginning"):
+                generation, start = enter(name, question, ledger, lease, self._where, self._observer.milestone)
             with self._driver(compute, sources.spec(), question, ledger) as driver:
-                driver.measure(_yardsticks(question), SEARCH)
-                runs = Runs(self.config, generation)
+                with lease.turn("measuring baselines"):
+                    driver.measure(_yardsticks(question), SEARCH)
+                    self._compare_libraries(driver, generation)
+                runs = Runs(self.config, generation, lease, self._patience)
                 for run in run_names(algorithms, seeds):
                     self._optimize(driver, runs.open(run, start, sources.gradients_fit), lease)
                 found = self._trials(ledger, question, generation)
-                for split in SPLITS:
-                    reported = [*entries(question, found), *top_entries(question, found)]
-                    driver.measure([entry.composite for entry in reported], split)
+                with lease.turn("measuring the final table"):
+                    for split in SPLITS:
+                        reported = [*entries(question, found), *top_entries(question, found)]
+                        driver.measure([entry.composite for entry in reported], split)
             for cost in tell_cost(sources, ledger, partial(self._driver, compute), self._where):
                 self._observer.milestone(cost)
             return self._summarize(ledger, question, generation)
+
+    def sync(self) -> bool:
+        """Write down in MLflow what it lacks of the trials that are told, each once; whether it has all of them now.
+
+        Nothing is scored.  Raises InputError where the study has not been run.
+        """
+        with self._open_found() as ledger:
+            row = self._row(ledger)
+        question, synced = Question.recall(row.question, row.scoring), True
+        with self._driving() as (ledger, lease):
+            for search in Runs(self.config, row.generation, lease, self._patience).there().values():
+                tracker = self._tracker(search, lease)
+                tracker.reconcile(missing(ledger, question, search))
+                synced &= tracker.close()
+        return synced
 
     def train(self) -> dict[str, FineTuned]:
         """Fine-tune the base for every distribution whose checkpoint is missing or was trained otherwise.
@@ -208,7 +230,7 @@ class Study:
             row = self._row(ledger)
             asked = Question.recall(row.question, row.scoring)
             question = replace(asked, weights=checked(asked, weights, self._where, "--reweight"))
-            summary = reweighted(self.config.name, ledger, question, self._facts(question))
+            summary = reweighted(self.config.name, ledger, question, facts(self.config, self._where, question))
         if summary is None:
             raise self._nothing_yet()
         return summary
@@ -230,9 +252,15 @@ class Study:
         """The study's database and the ledger in it."""
         engine = connect(self.config.storage)
         try:
-            yield engine, Ledger(engine)
+            yield engine, Ledger(engine, self._patience)
         finally:
             engine.dispose()
+
+    @contextmanager
+    def _driving(self) -> Iterator[tuple[Ledger, Lease]]:
+        """The study's ledger, and the right to write trials."""
+        with self._open() as (engine, ledger), holding(engine, self.config.name, True, self._patience) as lease:
+            yield ledger, lease
 
     @contextmanager
     def _open_found(self) -> Iterator[Ledger]:
@@ -253,36 +281,25 @@ class Study:
     @contextmanager
     def _driver(self, compute: Compute, spec: ResidentSpec, question: Question, ledger: Ledger) -> Iterator[Driver]:
         """A driver whose residents are ready."""
-        with closing(compute.residents(build, spec)) as pool:
+        with closing(compute.residents(build, spec, self._observer.milestone)) as pool:
             yield Driver(question, ledger, pool, self._observer)
-
-    def _enter(self, ledger: Ledger, question: Question) -> tuple[int, list[Coefficients]]:
-        """The study's generation and the points that it begins with; a first run, or a change, is written down.
-
-        Raises InputError where its scores would not compare with those that the study has.
-        """
-        name, asked, scored = self.config.name, question.asked(), question.scored()
-        row = ledger.study(name)
-        if row is None:
-            ledger.enter_study(StudyRow(name, 1, scored, asked))
-            return 1, []
-        refuse_other_scoring(self._where, row.scoring, scored)
-        generation = row.generation + (row.question != asked)
-        ledger.enter_study(StudyRow(name, generation, row.scoring | scored, asked))
-        start = carried_over(ledger, question) if generation > 1 else []
-        if row.question != asked:
-            self._observer.milestone(
-                f"{name} now asks another question ({changes(row.question, asked)}): generation {generation} begins "
-                f"with {len(start)} composites that are measured already"
-            )
-        return generation, start
 
     def _optimize(self, driver: Driver, search: Search, lease: Lease) -> None:
         """One run's Optuna study, from where it stands to its end."""
-        with closing(self._tracker(search)) as tracker:
-            tracker.reconcile(finished(driver.ledger, driver.question, search))
+        with closing(self._tracker(search, lease)) as tracker:
+            tracker.reconcile(missing(driver.ledger, driver.question, search))
             driver.optimize(search, self.config.search.lookahead, tracker, lease)
+            tracker.reconcile(missing(driver.ledger, driver.question, search))
         self._observer.milestone(f"{search.name} ended after {search.stopped}")
+
+    def _compare_libraries(self, driver: Driver, generation: int) -> None:
+        """Where libraries have changed since the study was last run, score its best composite again, and tell."""
+        name, now = self.config.name, libraries()
+        before = driver.ledger.libraries(name)
+        if before and before != now:
+            found = self._trials(driver.ledger, driver.question, generation)
+            self._observer.milestone(tell_change(before, now, driver, found))
+        driver.ledger.enter_libraries(name, now)
 
     def _trials(self, ledger: Ledger, question: Question, generation: int) -> dict[str, tuple[TrialRecord, ...]]:
         """Finished trials of every search in this generation, by run."""
@@ -293,7 +310,7 @@ class Study:
         searches = Runs(self.config, generation).there()
         trials = {run: finished(ledger, question, search) for run, search in searches.items()}
         stopped = {run: search.stopped for run, search in searches.items()}
-        return summarize(self.config.name, ledger, question, trials, self._facts(question), stopped)
+        return summarize(self.config.name, ledger, question, trials, facts(self.config, self._where, question), stopped)
 
     def _found(self, ledger: Ledger, question: Question, generation: int) -> Summary:
         """The summary of a study that has a best trial; InputError where it has none yet."""
@@ -308,7 +325,7 @@ class Study:
         """What is written beside an export's weights, by file name."""
         folder = Path(str(self._where)).resolve().parent
         found = (summary.standings, summary.margins) if summary else ((), ())
-        return texts(sources, coefficients, folder, _libraries(), dtype, *found)
+        return texts(sources, coefficients, folder, libraries(), dtype, *found)
 
     def _register(self, winner: Standing, export: Export, generation: int) -> str | None:
         """The winner's version in MLflow, under its algorithm's run; None where MLflow can't be reached."""
@@ -320,27 +337,10 @@ class Study:
         with closing(self._tracker(Runs(self.config, generation).open(winner.run))) as tracker:
             return tracker.register(export.path, metrics, tags)
 
-    def _tracker(self, search: Search) -> Tracker:
+    def _tracker(self, search: Search, lease: Lease | None = None) -> Tracker:
         """MLflow for one Optuna study."""
-        tracking = self.config.tracking
-        parameters = {
-            "base": str(self.config.base),
-            "distributions": ", ".join(self.config.distributions),
-            "total": str(self.config.simplex.total),
-            "worst": str(self.config.objective.worst),
-            **{f"evaluation.{name}": str(value) for name, value in self.config.evaluation.model_dump().items()},
-            **_libraries(),
-        }
-        place = Place(
-            uri=tracking.uri,
-            experiment=tracking.experiment,
-            model=self.config.name,
-            study=search.name,
-            uid=search.uid,
-            artifacts=self.config.output / "artifacts",
-            parameters=parameters,
-        )
-        return MlflowTracker(place, self._observer.milestone)
+        alone = partial(lease.turn, "logging") if lease else nullcontext
+        return MlflowTracker(place(self.config, search), self._observer.milestone, alone)
 
     def _row(self, ledger: Ledger) -> StudyRow:
         row = ledger.study(self.config.name)
@@ -361,21 +361,6 @@ class Study:
             if one.train is not None and one.checkpoint is not None and one.checkpoint.path is not None
         ]
 
-    def _facts(self, question: Question) -> dict[str, str]:
-        """What reproduces the study: where its parts are, their content, and with what it was run."""
-        folders = {name: one.expert[1] for name, one in self.config.distributions.items()}
-        contents = {f"{name}: {folders.get(name, 'gone')}": content for name, content in question.experts.items()}
-        return {
-            "study file": str(self._where),
-            "storage": masked(self.config.storage),
-            "MLflow": masked(self.config.tracking.uri),
-            f"base: {self.config.base}": question.base,
-            **contents,
-            **question.settings,
-            **_libraries(),
-            "go on, or repeat": f"dem-opt run {self._where}",
-        }
-
 
 def _write(
     sources: Sources,
@@ -392,7 +377,3 @@ def _yardsticks(question: Question) -> list[Composite]:
     """What trials are measured by, so that it comes before them: the base, and for regrets the single fine-tunes."""
     singles = [Composite.single(content) for content in question.experts.values()] if question.worst else []
     return [Composite.single(question.base), *singles]
-
-
-def _libraries() -> dict[str, str]:
-    return {library: version(library) for library in LIBRARIES}

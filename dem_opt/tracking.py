@@ -3,8 +3,9 @@
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from hashlib import file_digest, sha256
@@ -25,9 +26,6 @@ T = TypeVar("T")
 CHAMPION = "champion"
 """The registered model's alias that points at the winner."""
 
-PATIENCE = 180.0
-"""Seconds that `close` waits for what is still queued."""
-
 QUEUE = 1000
 """Trials that wait to be written at most; what comes then is left to the next run's `reconcile`."""
 
@@ -47,20 +45,27 @@ _SETTINGS = {
 }
 
 
+Records = Mapping[int, Callable[[], TrialRecord]]
+"""Finished trials by number; a record is made where it is missing."""
+
+Alone = Callable[[], AbstractContextManager[object]]
+"""A context in which no other driver of the study is."""
+
+
 class Tracker(Protocol):
     """Who writes a study down for people to look at.  None of it may fail a study."""
 
     def trial_ended(self, record: TrialRecord) -> None:
         """A trial was told.  Returns at once."""
 
-    def reconcile(self, records: Sequence[TrialRecord]) -> None:
+    def reconcile(self, records: "Records") -> None:
         """Writes down what is missing of these trials, each exactly once.  Returns at once."""
 
     def register(self, folder: Path, metrics: Mapping[str, float], tags: Mapping[str, str]) -> str | None:
         """Registers a checkpoint folder as the champion; its version, or None where that failed."""
 
-    def close(self) -> None:
-        """Waits for what is still to be written, but not for ever."""
+    def close(self) -> bool:
+        """Waits for what is still to be written, but not for ever; whether all was."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class Place:
     study, uid  name and unique identity of the Optuna study: together they find the parent run again
     artifacts   where a new experiment in a database keeps its files; a server decides for itself
     parameters  of the parent run; MLflow keeps the first value of each
+    patience    seconds that `close` waits for what is still queued
     """
 
     uri: str
@@ -80,6 +86,7 @@ class Place:
     uid: str
     artifacts: Path
     parameters: Mapping[str, str]
+    patience: float = 180.0
 
 
 @final
@@ -89,14 +96,16 @@ class MlflowTracker:
     All of MLflow, its import included, happens in one thread of its own.  Whatever fails there becomes one
     warning for each outage; the next `reconcile` logs what is missing.
 
-    warn  is called with one line, from the thread
+    warn   is called with one line, from the thread
+    alone  keeps what other drivers of the study might do at the same time from being done twice
     """
 
-    def __init__(self, place: Place, warn: Callable[[str], None]) -> None:
-        self._open = partial(_Runs, place)
+    def __init__(self, place: Place, warn: Callable[[str], None], alone: Alone = nullcontext) -> None:
+        self._open = partial(_Runs, place, alone)
+        self._patience = place.patience
         self._name, self._warn = f"MLflow at {masked(place.uri)}", warn
         self._runs: _Runs | None = None
-        self._out = self._is_behind = False
+        self._out = self._is_behind = self._lacks = False
         self._room = Semaphore(QUEUE)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
         self._submit(self._opened)
@@ -105,14 +114,15 @@ class MlflowTracker:
         """Queues the trial's run; where the queue is full, lets it be, with one warning."""
         if self._room.acquire(blocking=False):
             self._submit(lambda: self._log(record))
-        elif not self._is_behind:
+            return
+        self._lacks = True
+        if not self._is_behind:
             self._is_behind = True
             self._warn(f"{self._name} is too slow; the study goes on, the next run logs what is missing")
 
-    def reconcile(self, records: Sequence[TrialRecord]) -> None:
+    def reconcile(self, records: Records) -> None:
         """Queues the runs that MLflow lacks, and the end of those that were begun only."""
-        known = tuple(records)
-        self._submit(lambda: self._opened().log_all(known))
+        self._submit(lambda: self._log_all(records))
 
     def register(self, folder: Path, metrics: Mapping[str, float], tags: Mapping[str, str]) -> str | None:
         """Registers a checkpoint folder under the model's name, with the alias "champion".
@@ -122,13 +132,14 @@ class MlflowTracker:
         """
         return self._submit(lambda: self._opened().register(folder, metrics, tags)).result()
 
-    def close(self) -> None:
-        """Waits at most PATIENCE seconds for the queue, and ends the parent run."""
+    def close(self) -> bool:
+        """Waits for the queue, but not for ever, and ends the parent run."""
         ended = self._submit(self._end)
-        wait([ended], PATIENCE)
+        wait([ended], self._patience)
         self._thread.shutdown(wait=False, cancel_futures=True)
         if not ended.done():
             self._warn(f"{self._name} is too slow; the next run logs what is missing")
+        return ended.done() and not self._lacks
 
     def _submit(self, job: Callable[[], T]) -> "Future[T | None]":
         """Queues a job and a report on it: what the job returned, or None where it failed."""
@@ -143,8 +154,12 @@ class MlflowTracker:
         if not self._out:
             reason = shorten(masked(f"{type(error).__name__}: {error}".splitlines()[0]), 300)
             self._warn(f"{self._name} failed ({reason}); the study goes on, the next run logs what is missing")
-        self._out, self._runs = True, None
+        self._out, self._lacks, self._runs = True, True, None
         return None
+
+    def _log_all(self, records: Records) -> None:
+        self._opened().log_all(records)
+        self._lacks = False
 
     def _log(self, record: TrialRecord) -> None:
         try:
@@ -168,25 +183,27 @@ class _Runs:
     Of the trials MLflow has, `_logged` are finished and `_begun` were left in the middle.
     """
 
-    def __init__(self, place: Place) -> None:
-        self._mlflow = _import_mlflow()
+    def __init__(self, place: Place, alone: Alone) -> None:
+        self._mlflow, self._alone = _import_mlflow(), alone
         if place.uri.startswith(_SQLITE):
             _make_database(self._mlflow, Path(place.uri.removeprefix(_SQLITE)))
         if in_database := place.uri.startswith(("sqlite", "postgresql")):
             connect(place.uri, "tracking.uri").dispose()
         self._client = self._mlflow.MlflowClient(tracking_uri=place.uri, registry_uri=place.uri)
         location = place.artifacts.absolute().as_uri() if in_database else None
-        self._experiment = self._find_experiment(place.experiment, location)
         self._model = place.model
-        self._parent = self._find_parent(place.study, place.uid)
-        self._set_parameters(place.parameters)
-        self._logged: set[int] = set()
-        self._begun: dict[int, RunInfo] = {}
-        self._find_children()
+        with alone():
+            self._experiment = self._find_experiment(place.experiment, location)
+            self._parent = self._find_parent(place.study, place.uid)
+            self._set_parameters(place.parameters)
+            self._find_children()
 
-    def log_all(self, records: Sequence[TrialRecord]) -> None:
-        for record in records:
-            self.log(record)
+    def log_all(self, records: Records) -> None:
+        with self._alone():
+            self._find_children()
+            for number, make in records.items():
+                if number not in self._logged:
+                    self.log(make())
 
     def log(self, record: TrialRecord) -> None:
         """Three calls: create, log, end.  All are safe to repeat from where a former driver died."""
@@ -256,6 +273,8 @@ class _Runs:
 
     def _find_children(self) -> None:
         """Sorts the trials that MLflow has; a second run of one, left by a request sent twice, is deleted."""
+        self._logged: set[int] = set()
+        self._begun: dict[int, RunInfo] = {}
         runs = self._search(f"tags.`{_PARENT}` = '{self._parent.info.run_id}'")
         ended = {"FINISHED", "FAILED"}
         for run in sorted(runs, key=lambda run: run.info.status not in ended):

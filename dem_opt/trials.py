@@ -1,7 +1,8 @@
 """What came of a trial: its record, from Optuna and the ledger, and what Optuna is told of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -247,6 +248,13 @@ def recorded(ledger: Ledger, question: Question, study: str, trial: Trial) -> Tr
         forwards=trial.forwards,
         error=trial.error,
     )
+
+
+def missing(ledger: Ledger, question: Question, search: Search) -> dict[int, Callable[[], TrialRecord]]:
+    """What a tracker may lack of a search, by number: the trials that are told, but for those of other drivers."""
+    others = search.of_others()
+    told = [trial for trial in search.trials() if trial.state != "running" and trial.number not in others]
+    return {trial.number: partial(recorded, ledger, question, search.name, trial) for trial in told}
 
 
 def finished(ledger: Ledger, question: Question, search: Search) -> list[TrialRecord]:

@@ -8,8 +8,9 @@ import worlds
 from untracked import Untracked
 
 from dem_opt.config import load
-from dem_opt.database import connect, holding
+from dem_opt.database import connect
 from dem_opt.driver import Driver
+from dem_opt.leases import holding
 from dem_opt.ledger import Ledger
 from dem_opt.records import Evaluation, Failure, Request, Silence
 from dem_opt.resident import build
@@ -30,6 +31,9 @@ class Jumbled:
     def next_done(self) -> tuple[Request, Evaluation | Failure]:
         request = self._waiting.pop(self._rng.randrange(len(self._waiting)))
         return request, self._resident.evaluate(request)
+
+    def withdraw(self) -> set[int]:
+        raise AssertionError("nobody asked to stop")
 
     def close(self) -> None:
         pass

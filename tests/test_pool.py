@@ -33,11 +33,13 @@ def compute(request):
 def gather(compute, build, count: int, path: Path = Path("nowhere")) -> dict:
     """All answers by ticket, asserting that each comes once."""
     answers = {}
-    with compute, closing(compute.residents(build, spec(path))) as pool:
+    with compute, closing(compute.residents(build, spec(path), print)) as pool:
         for request in requests(count):
             pool.submit(request)
-        for _ in range(count):
-            request, answer = pool.next_done()
+        while len(answers) < count:
+            if (done := pool.next_done()) is None:
+                continue
+            request, answer = done
             assert request.ticket not in answers
             answers[request.ticket] = answer
     return answers
@@ -99,10 +101,10 @@ def test_more_residents_than_cpus_are_refused(ray_session):
 
 def test_residents_that_find_no_room_are_told_in_time(ray_session):
     first = RayCompute(Settings(residents=1))
-    with first, closing(first.residents(workers.Echo, spec())):
+    with first, closing(first.residents(workers.Echo, spec(), print)):
         late = RayCompute(Settings(residents=2, patience=0.5))
         with pytest.raises(InputError, match=r"compute.patience = 0.5: 2 of 2 residents were not ready"):
-            late.__enter__().residents(workers.Echo, spec())
+            late.__enter__().residents(workers.Echo, spec(), print)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nonsense"])

@@ -10,8 +10,9 @@ import worlds
 from untracked import Untracked
 
 from dem_opt import answers
-from dem_opt.database import connect, holding
+from dem_opt.database import connect
 from dem_opt.errors import InputError
+from dem_opt.leases import holding
 from dem_opt.ledger import Ledger
 from dem_opt.objective import Objective, mean_nll
 from dem_opt.pool import InProcessCompute

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from dem_opt import tracking
 from dem_opt.records import Evaluation, Score, TrialRecord
 from dem_opt.simplex import Space
-from dem_opt.tracking import MlflowTracker, Place, Tracker
+from dem_opt.tracking import MlflowTracker, Place, Records, Tracker
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 
@@ -100,9 +101,13 @@ def logged(client: Any, request: pytest.FixtureRequest) -> Callable[[], Logged]:
     return lambda: Logged(client, request.node.name)
 
 
+def known_by_number(records: Sequence[TrialRecord]) -> Records:
+    return {record.number: partial(replace, record) for record in records}
+
+
 def run(tracker: Tracker, known: Sequence[TrialRecord], ended: Sequence[TrialRecord] = ()) -> None:
     """What one run of a study tells its tracker."""
-    tracker.reconcile(known)
+    tracker.reconcile(known_by_number(known))
     for record in ended:
         tracker.trial_ended(record)
     tracker.close()
@@ -126,11 +131,11 @@ def test_no_tracker_raises(where: str, make: Make, tmp_path: Path, warnings: lis
     uris = {"closed port": CLOSED, "file that is no database": f"sqlite:///{tmp_path}/words"}
     changed = {"uri": uris[where]} if where in uris else {}
     tracker: Tracker = make(**changed)
-    tracker.reconcile([trial(0)])
+    tracker.reconcile(known_by_number([trial(0)]))
     tracker.trial_ended(trial(1))
     tracker.trial_ended(failed(2))
     version = tracker.register(folder(tmp_path / "model", "{}"), {"nll": 1.0}, {"key": "value"})
-    tracker.close()
+    assert tracker.close() == (where == "store")
     assert version == ("1" if where == "store" else None)
     assert len(warnings) == (where in uris), warnings
     assert not any(SECRET in warning or "\n" in warning for warning in warnings)

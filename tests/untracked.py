@@ -1,9 +1,10 @@
 """A tracker that writes nothing: what MLflow does has tests of its own, and a fresh database costs seconds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from dem_opt.records import TrialRecord
+from dem_opt.tracking import Records
 
 
 class Untracked:
@@ -12,11 +13,11 @@ class Untracked:
     def trial_ended(self, record: TrialRecord) -> None:
         pass
 
-    def reconcile(self, records: Sequence[TrialRecord]) -> None:
+    def reconcile(self, records: Records) -> None:
         pass
 
     def register(self, folder: Path, metrics: Mapping[str, float], tags: Mapping[str, str]) -> str | None:
         return None
 
-    def close(self) -> None:
-        pass
+    def close(self) -> bool:
+        return True

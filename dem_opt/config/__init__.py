@@ -17,6 +17,7 @@ from dem_opt.config.sections import (
     ModelSource,
     Name,
     Objective,
+    Outages,
     Search,
     Section,
     SimplexSection,
@@ -58,6 +59,7 @@ class StudyConfig(Section):
     compute: Compute = Compute()
     storage: str
     tracking: Tracking
+    outages: Outages = Outages()
     fine_tuning: FineTuning = FineTuning()
     output: StudyPath
 

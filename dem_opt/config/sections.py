@@ -278,6 +278,13 @@ class Compute(Section):
     patience: PositiveReal = 600.0
 
 
+class Outages(Section):
+    """How long a study waits for what is away, in seconds: for its database, and at the end for MLflow."""
+
+    storage: PositiveReal = 600.0
+    tracking: PositiveReal = 180.0
+
+
 class Tracking(Section):
     """MLflow: where runs are logged, and under which experiment."""
 

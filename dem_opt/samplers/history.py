@@ -19,6 +19,9 @@ ATTRIBUTES = "dem_opt"
 EXPECTED = "expected_improvement"
 """The user attribute of a trial that says what was expected of it, in nats per token."""
 
+DRIVER = "driver"
+"""The user attribute of a trial that names the driver which has it in hand, where a study may have several."""
+
 START = "start"
 """The user attribute of a study that lists the points to propose first, as units by name."""
 
@@ -37,6 +40,7 @@ class Trial:
     objective   in nats per token; a number if and only if the state is "complete"
     attributes  what was told beside it
     expected    improvement that was expected of it when it was proposed, in nats per token
+    driver      who has it in hand, or had; "" where a study has one driver at a time
     """
 
     number: int
@@ -45,6 +49,7 @@ class Trial:
     objective: float | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
     expected: float | None = None
+    driver: str = ""
 
     @property
     def forwards(self) -> float:
@@ -66,11 +71,12 @@ class Trial:
 class History:
     """A study's trials that have all their coefficients.
 
-    Others (the driver died while proposing) are passed over, so that nothing depends on them.  Finished trials never
-    change, and are read once.
+    Others (the driver died while proposing) are passed over, so that nothing depends on them; `unborn` has the numbers
+    of those that are still running.  Finished trials never change, and are read once.
     """
 
     space: Space
+    unborn: list[int] = field(default_factory=list)
     _finished: dict[int, Trial] = field(default_factory=dict)
 
     def __call__(self, study: Study) -> list[Trial]:
@@ -78,12 +84,14 @@ class History:
 
         Finished ones are looked up by number and nothing else, so that an ask costs as much after thousands of them.
         """
-        known = self._finished.get
+        known, self.unborn = self._finished.get, []
         read = (known(frozen.number) or self._read(frozen) for frozen in study.get_trials(deepcopy=False))
         return [trial for trial in read if trial is not None]
 
     def _read(self, frozen: FrozenTrial) -> Trial | None:
-        if frozen.state not in _STATES or not is_whole(frozen, self.space):
+        if frozen.state not in _STATES or not _is_whole(frozen, self.space):
+            if frozen.state == TrialState.RUNNING:
+                self.unborn.append(frozen.number)
             return None
         trial = _trial(frozen, self.space)
         if trial.state != "running":
@@ -91,7 +99,7 @@ class History:
         return trial
 
 
-def is_whole(trial: FrozenTrial, space: Space) -> bool:
+def _is_whole(trial: FrozenTrial, space: Space) -> bool:
     """Whether a trial has all its coefficients."""
     return trial.params.keys() >= set(space.names)
 
@@ -146,5 +154,5 @@ def _trial(trial: FrozenTrial, space: Space) -> Trial:
     state = _STATES[trial.state]
     objective = trial.value if state == "complete" else None
     attributes = trial.user_attrs.get(ATTRIBUTES, {})
-    expected = trial.user_attrs.get(EXPECTED)
-    return Trial(trial.number, from_parameters(trial.params, space), state, objective, attributes, expected)
+    expected, driver = trial.user_attrs.get(EXPECTED), trial.user_attrs.get(DRIVER, "")
+    return Trial(trial.number, from_parameters(trial.params, space), state, objective, attributes, expected, driver)

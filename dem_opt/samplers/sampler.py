@@ -1,6 +1,6 @@
 """The Optuna sampler whose parameters are the coefficients themselves."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
@@ -44,8 +44,9 @@ class SimplexSampler(BaseSampler):
     Its randomness comes from (seed, number of trials with coefficients) and from nothing else, so a resumed
     study proposes what an uninterrupted one would have.
 
-    last   what was proposed last
-    known  the study's trials, where whoever asks has just read them
+    last     what was proposed last
+    known    the study's trials, where whoever asks has just read them
+    confirm  is called when a point is chosen and not yet written; what it raises ends the proposal
     """
 
     def __init__(self, space: Space, proposer: Proposer, seed: int) -> None:
@@ -54,6 +55,7 @@ class SimplexSampler(BaseSampler):
         self.distributions = distributions(space)
         self.last: Choice | None = None
         self.known: Sequence[Trial] | None = None
+        self.confirm: Callable[[], None] | None = None
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """All coefficients, always: they are proposed together."""
@@ -66,6 +68,8 @@ class SimplexSampler(BaseSampler):
         trials = self._history(study) if self.known is None else self.known
         rng = np.random.default_rng([self._seed, len(trials)])
         self.last = self._proposer.propose(trials, start(study, self._space), rng)
+        if self.confirm is not None:
+            self.confirm()
         return parameters(self.last.coefficients)
 
     def sample_independent(
