@@ -8,6 +8,7 @@ import test_study
 import torch
 import worlds
 from test_arena import ARCHITECTURES, UNITS, World, assert_same_bits, losses, reduced, values
+from untracked import nowhere
 
 from dem_opt.arena import Arena
 from dem_opt.checkpoints import read_header
@@ -180,7 +181,7 @@ def test_adapters_are_refused_since_they_are_small_as_they_are(tmp_path):
 
 @pytest.fixture
 def untracked(monkeypatch):
-    monkeypatch.setattr(test_study.Study, "_tracker", lambda study, search: test_study.Untracked())
+    monkeypatch.setattr(test_study.Study, "_tracker", nowhere)
 
 
 def test_a_study_of_compressed_vectors_tells_what_they_cost_and_exports_the_full_ones(tmp_path, untracked):

@@ -12,7 +12,7 @@ import worlds
 import yaml
 from pyarrow import parquet
 from transformers import AutoModelForCausalLM
-from untracked import Untracked
+from untracked import nowhere
 
 from dem_opt.checkpoints import content_hash
 from dem_opt.config import load
@@ -44,7 +44,7 @@ class Witness:
 @pytest.fixture
 def untracked(monkeypatch):
     """No MLflow: its laws are tested with tracking, and a fresh database costs seconds."""
-    monkeypatch.setattr(Study, "_tracker", lambda study, search: Untracked())
+    monkeypatch.setattr(Study, "_tracker", nowhere)
 
 
 @pytest.fixture
