@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 MARK = "DEM_OPT_TEST_MARK"
-PATIENCE = 120.0
+PATIENCE = 240.0
 
 
 def interpolated(text: str, variables: Mapping[str, str]) -> str:
@@ -67,6 +67,7 @@ class Services:
         text = re.sub(r"@postgres/(\w+)", rf"@/\1?host={self._socket}", text)
         text = re.sub(r"\b((mlflow|ray-head)(?=:\d)|0\.0\.0\.0$)", "127.0.0.1", text)
         text = re.sub(r"(?<=[:=])(5000|8080|6379)\b", lambda match: str(self.ports[match[1]]), text)
+        text = text.replace("/tmp/ray/", f"{self._folder}/ray-worker/")
         return re.sub(r"(?<==)/mlflow$", str(self.artifacts), text)
 
     def command(self, name: str) -> list[str]:
@@ -139,18 +140,21 @@ class Services:
         """The end of it."""
         return self.log(name).read_text()[-3000:]
 
+    def stop(self, name: str) -> None:
+        """Kills a service, as a container is killed."""
+        end(f"{self._folder}/{name}", signal.SIGKILL)
+        self._started.pop(name).wait()
+
     def close(self) -> None:
-        """Ends every process of every service: asked first, and what is left after ten seconds killed."""
-        for process in reversed(self._started.values()):
-            process.terminate()
-        deadline = time.monotonic() + 10
-        while marked(f"{self._folder}/") and time.monotonic() < deadline:
-            for process in self._started.values():
-                process.poll()
-            time.sleep(0.2)
-        end(f"{self._folder}/", signal.SIGKILL)
+        """Ends every process of every service: asked first, and what is left after three seconds killed."""
         for process in self._started.values():
-            process.wait()
+            process.terminate()
+        deadline = time.monotonic() + 3
+        while any(process.poll() is None for process in self._started.values()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for name in list(self._started):
+            self.stop(name)
+        end(f"{self._folder}/", signal.SIGKILL)
 
 
 def marked(mark: str) -> list[int]:

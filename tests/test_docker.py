@@ -219,7 +219,9 @@ def services(databases: Path) -> Iterator[Services]:
         try:
             running.start("ray-head", f"--temp-dir={folder}/h", "--object-store-memory=100000000")
             running.wait("ray-head")
-            running.start("ray-worker", f"--temp-dir={folder}/w", "--object-store-memory=100000000", "--num-cpus=1")
+            running.start(
+                "ray-worker", f"--temp-dir={folder}/ray-worker", "--object-store-memory=100000000", "--num-cpus=1"
+            )
             running.start("mlflow")
             running.run("tables")
             running.start("optuna-dashboard")
@@ -250,8 +252,8 @@ def test_a_study_runs_on_the_services(
     lines = lines_of_the_study(services)
     study = worlds.study(tmp_path, ("code", "math"), search={"algorithm": "random", "trials": 3}, **lines)
     node = {"RAY_NODE_OPTIONS": f"--temp-dir={services.log('d').with_suffix('')} --object-store-memory=100000000"}
-    services.run("driver", "dem-opt", "run", str(study), **node)
-    services.run("driver", "dem-opt", "export", "--out", str(tmp_path / "best"), str(study), **node)
+    commands = f"dem-opt run {study} && dem-opt export --out {tmp_path / 'best'} {study}"
+    services.run("driver", "sh", "-c", commands, **node)
 
     monkeypatch.setenv("PGPASSWORD", SECRETS["DEM_OPT_PASSWORD"])
     storage = optuna.storages.RDBStorage(lines["storage"])
@@ -279,7 +281,7 @@ def test_a_study_runs_on_the_services(
 
 
 def test_ray_answers_nobody_without_the_token(services: Services) -> None:
-    assert services.check("ray-worker", RAY_AUTH_TOKEN="another-token-of-more-than-32-characters") != 0
+    assert services.check("ray-head", RAY_AUTH_TOKEN="another-token-of-more-than-32-characters") != 0
 
 
 def test_no_secret_is_seen_from_outside(services: Services) -> None:
@@ -288,3 +290,9 @@ def test_no_secret_is_seen_from_outside(services: Services) -> None:
     assert len(lines) > 5
     seen = "".join(lines) + "".join(path.read_text() for path in services.log("x").parent.glob("*.log"))
     assert not [secret for secret in SECRETS.values() if secret in seen]
+
+
+def test_a_worker_that_is_gone_is_not_healthy(services: Services) -> None:
+    assert services.check("ray-worker") == 0
+    services.stop("ray-worker")
+    assert services.check("ray-worker") != 0
