@@ -1,4 +1,4 @@
-"""A study's three books (Optuna, ledger, MLflow) and what its residents noted: whether every trial stands in each once."""
+"""A study's three books (Optuna, ledger, MLflow) and its residents' notes: whether each trial stands in each once."""
 
 import json
 import os

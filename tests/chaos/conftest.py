@@ -37,11 +37,14 @@ def ray_address() -> Iterator[str]:
 def make_study(tmp_path: Path, ray_address: str) -> Callable[..., Path]:
     """Makes a study of two tiny distributions; sections of the study file replace the usual ones."""
 
-    def make(trials: int, **sections: Any) -> Path:
+    def make(trials: int, documents: int = 60, **sections: Any) -> Path:
         usual: dict[str, Any] = {
             "search": {"algorithm": "random", "trials": trials, "racing": False},
             "compute": {"ray": ray_address, "residents": 1},
         }
-        return worlds.study(tmp_path, ("code", "math"), **(usual | sections))
+        study = worlds.study(tmp_path, ("code", "math"), **(usual | sections))
+        for seed, name in enumerate(("code", "math")):
+            worlds.write_documents(tmp_path / f"data/{name}.jsonl", worlds.documents(seed, documents))
+        return study
 
     return make

@@ -2,7 +2,7 @@
 
     python driver.py MOMENT COMMAND...
 
-MOMENT is "never", BOUNDARY:CALL (right after that call of it), or "told+SECONDS" (so long after its first trial is told).
+MOMENT is "never", BOUNDARY:CALL (right after that call of it), or "told+SECONDS" (after the first trial is told).
 """
 
 import os

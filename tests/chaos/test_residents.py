@@ -14,7 +14,7 @@ import books
 import pytest
 from counted import notes_of
 
-WINDOWS = {"window": 64, "windows": 256, "held_out": 4}
+SLOW: dict[str, Any] = {"documents": 1000, "evaluation": {"window": 64, "windows": 200, "held_out": 4}}
 """A trial of some tenths of a second."""
 
 
@@ -35,7 +35,7 @@ def at_work(driver: subprocess.Popen[str], study: Path, seen: int) -> int:
 
 def test_residents_that_are_killed_while_they_score_lose_no_trial(make_study: Callable[..., Path]) -> None:
     kills, planned = 10, 60
-    study, rng = make_study(planned, evaluation=WINDOWS), random.Random(3)
+    study, rng = make_study(planned, **SLOW), random.Random(3)
     driver = books.start("never", "run", study)
     for _ in range(kills):
         pid = at_work(driver, study, len(notes(study)) + rng.randint(0, 4))
@@ -69,7 +69,7 @@ def test_nodes_that_are_killed_and_replaced_lose_no_trial(
     monkeypatch.setenv("PYTHONPATH", books.environment()["PYTHONPATH"])
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     compute = {"ray": cluster.address, "residents": 2}
-    study = make_study(planned, evaluation=WINDOWS, compute=compute)
+    study = make_study(planned, compute=compute, **SLOW)
     driver = books.start("never", "run", study)
     for kill in range(kills):
         at_work(driver, study, len(notes(study)) + 3)
