@@ -117,7 +117,7 @@ class _Actor:
 
 
 class RayPool:
-    """Residents as Ray actors: one for each GPU, or on CPUs, which they divide among them evenly.
+    """Residents as Ray actors: on GPUs of their own, or on CPUs, which they divide among them evenly.
 
     A resident that dies is restarted by Ray and its requests are sent out again, up to ATTEMPTS times each.
     Raises InputError where residents are not ready within `patience` seconds, and says what is missing.
@@ -125,7 +125,7 @@ class RayPool:
 
     def __init__(self, build: Build, spec: ResidentSpec, residents: int | None, patience: float) -> None:
         ray = self._ray = _import_ray()
-        count, resources = _share(ray.cluster_resources(), residents)
+        count, resources = _share(ray.cluster_resources(), residents, spec.devices)
         self._content, self._patience = (build, ray.put(spec)), patience
         actor = ray.remote(_Actor).options(max_restarts=-1, max_task_retries=0, **resources)
         self._actors = [actor.remote() for _ in range(count)]
@@ -209,19 +209,21 @@ def _get(ray: Any, reference: Any) -> Any:
         raise error.cause from None
 
 
-def _share(cluster: dict[str, float], residents: int | None) -> tuple[int, dict[str, int]]:
-    """How many residents, and what each asks of Ray, given the cluster's resources.
+def _share(cluster: dict[str, float], residents: int | None, devices: int = 1) -> tuple[int, dict[str, int]]:
+    """How many residents, and what each asks of Ray, given the cluster's resources and the GPUs of a resident.
 
-    Without a number: one for each GPU, else one with all the CPUs of a node's average.
+    Without a number: as many as there are GPUs for, else one with all the CPUs of a node's average.
     """
     gpus, cpus = int(cluster.get("GPU", 0)), int(cluster.get("CPU", 1))
+    if devices > max(gpus, 1):
+        there = f"the cluster has {gpus} GPUs: write at most so many" if gpus else "the cluster has no GPU: leave it out"
+        raise InputError(None, "compute.gpus_per_resident", devices, there)
     if gpus:
-        count = residents or gpus
-        if count > gpus:
-            raise InputError(
-                None, "compute.residents", residents, f"the cluster has {gpus} GPUs, one for each resident"
-            )
-        return count, {"num_gpus": 1, "num_cpus": max(cpus // (count + 1), 1)}
+        count, each = residents or gpus // devices, "one" if devices == 1 else str(devices)
+        if count * devices > gpus:
+            mend = f"the cluster has {gpus} GPUs, {each} for each resident"
+            raise InputError(None, "compute.residents", residents, mend)
+        return count, {"num_gpus": devices, "num_cpus": max(cpus // (count + 1), 1)}
     count = residents or 1
     if count > cpus:
         raise InputError(

@@ -105,7 +105,8 @@ class Sources:
         """What a resident of this study holds."""
         vectors = self.config.evaluation.vectors
         experts = tuple(self.experts.values())
-        return ResidentSpec(self.base, experts, self.corpora, self.dtype, self.batch_tokens, vectors, self.streamed)
+        given = (self.dtype, self.batch_tokens, vectors, self.streamed, self.config.compute.gpus_per_resident)
+        return ResidentSpec(self.base, experts, self.corpora, *given)
 
     def exact(self) -> "Sources":
         """The same with vectors as they are."""
@@ -130,7 +131,8 @@ class Sources:
 
     def spec_of(self, model: StoredModel) -> ResidentSpec:
         """What a resident holds that scores one other model."""
-        return ResidentSpec(model, (), self.corpora, self.dtype, self.batch_tokens)
+        devices = self.config.compute.gpus_per_resident
+        return ResidentSpec(model, (), self.corpora, self.dtype, self.batch_tokens, devices=devices)
 
 
 def exactly(config: StudyConfig) -> StudyConfig:

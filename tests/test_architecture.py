@@ -33,6 +33,7 @@ FLOORS = [
         "native",
         "quantized",
         "kernel",
+        "layers",
         "arena",
         "documents",
         "tokens",
@@ -86,6 +87,7 @@ ALLOWED = {
     ("arena", "quantized"),
     ("arena", "checkpoints"),
     ("arena", "kernel"),
+    ("arena", "layers"),
     ("arena", "models"),
     ("arena", "adapters"),
     ("tokens", "documents"),
@@ -102,7 +104,7 @@ ALLOWED = {
 }
 
 TENSORS = {"checkpoints", "models", "adapters", "arena", "perplexity", "resident", "finetune", "assets", "export"}
-TENSORS |= {"pickled", "pool", "machine", "passes", "plan", "heads", "kernel", "quantized", "parameters"}
+TENSORS |= {"pickled", "pool", "machine", "passes", "plan", "heads", "kernel", "quantized", "parameters", "layers"}
 """Rooms that work with torch."""
 
 DOORS = {
@@ -121,7 +123,8 @@ DOORS = {
     "jinja2": {"tokens"},
     "huggingface_hub": {"hub", "models"},
     "torch": TENSORS,
-    "transformers": {"models", "arena", "tokens", "corpus", "heads", "perplexity", "finetune", "assets", "export"},
+    "transformers": {"models", "arena", "layers", "tokens", "corpus", "heads"}
+    | {"perplexity", "finetune", "assets", "export"},
 }
 """Who may import what, at the top of a module or inside its functions."""
 

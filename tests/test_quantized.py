@@ -115,7 +115,7 @@ def test_neither_the_compiler_nor_the_order_changes_a_bit(tame, units):
     arena, model = arena_of(tame)
     arena.merge(tame.composite(units))
     before = values(model)
-    arena._kernel = MergeKernel(compiled=False, block=37)
+    arena._kernels = [MergeKernel(compiled=False, block=37)]
     arena.merge(tame.composite(units))
     assert_same_bits(values(model), before)
     other, model = arena_of(tame, [tame.stored[0], tame.stored[2], tame.stored[1]])
