@@ -1,8 +1,8 @@
 """Base, vectors and the live model in flat segments.
 
 Parameters lie one after the other in segments, one for each device and combination of stored and live dtypes.  A
-segment holds the values of each stored checkpoint as they are, and the live model's, which its parameters are views of.  Adapters
-stay factored: what they make of a parameter is computed when a composite needs it.
+segment holds the values of each stored checkpoint as they are, and the live model's, which its parameters are views
+of.  Adapters stay factored: what they make of a parameter is computed when a composite needs it.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence

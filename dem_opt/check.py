@@ -69,12 +69,13 @@ class Findings:
         """What is to be told in sentences: memory, time, disk, places, warnings."""
         plan, machine = self.plan, self.plan.machine
         memory = "RAM" if machine.device == "cpu" else f"Memory of each of {machine.devices} GPUs"
+        each = f", each on {plan.gpus} GPUs" if plan.gpus > 1 else ""
         hashed = f"Content is not hashed yet: the first run reads {sized(self.unhashed)} once." if self.unhashed else ""
         tied = f"Tied weights, kept once: {' = '.join(self.tied)}." if self.tied else ""
         told = [
             tied,
             f"{memory}: {sized(machine.total)}, {sized(machine.available)} available. "
-            f"Residents: {plan.fitting:,} fit, {plan.asked} asked for.",
+            f"Residents{each}: {plan.fitting:,} fit, {plan.asked} asked for.",
             f"Merging and scoring: about {_duration(self.seconds)} ({self.speed.source}). "
             "Loading, proposals and MLflow come on top.",
             f"An export takes {sized(self.export)}, {sized(self.free)} are free on its disk.",

@@ -119,8 +119,9 @@ def nll(
     """-ln softmax(logits_t)[target_t] in float32 for each token [B, T]; 0 where it is not scored.
 
     `scored_R` lists the scored tokens of the flat batch.  Nats are where the model's hidden states, or logits, come
-    out, which is not where its inputs are if its layers lie on several devices.  With a head there are few rows of logits at once, on the way
-    back neither: they are computed again there.  Without one the model makes all of its logits.
+    out, which is not where its inputs are if its layers lie on several devices.  With a head there are few rows of
+    logits at once, on the way back neither: they are computed again there.  Without one the model makes all of its
+    logits.
     """
     if head is None:
         logits_RV = model(**inputs, use_cache=False).logits.flatten(0, 1)

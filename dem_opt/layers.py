@@ -29,10 +29,6 @@ class Split:
     modules: Mapping[str, int]
     layers: tuple[int, ...]
 
-    def names(self, device: int) -> set[str]:
-        """What lies on a device."""
-        return {name for name, place in self.places.items() if place == device}
-
 
 def split_layers(model: PreTrainedModel, devices: int, where: object = None) -> Split:
     """Divide a model over devices by layers, in their order, so that the largest share has the fewest parameters.
@@ -122,7 +118,8 @@ def _divide(sizes: Sequence[int], devices: int) -> tuple[int, ...]:
 def _fill(sizes: Sequence[int], devices: int, most: int) -> tuple[int, ...] | None:
     """Layers for each device of at most so many parameters, the first ones full; None where they are too many."""
     before, *layers, behind = sizes
-    counts, done = [], 0
+    counts: list[int] = []
+    done = 0
     for device in range(devices):
         room, left = most - (before if device == 0 else 0), devices - 1 - device
         count = 1

@@ -216,8 +216,8 @@ def _share(cluster: dict[str, float], residents: int | None, devices: int = 1) -
     """
     gpus, cpus = int(cluster.get("GPU", 0)), int(cluster.get("CPU", 1))
     if devices > max(gpus, 1):
-        there = f"the cluster has {gpus} GPUs: write at most so many" if gpus else "the cluster has no GPU: leave it out"
-        raise InputError(None, "compute.gpus_per_resident", devices, there)
+        mend = f"{gpus} GPUs: write at most so many" if gpus else "no GPU: leave it out"
+        raise InputError(None, "compute.gpus_per_resident", devices, f"the cluster has {mend}")
     if gpus:
         count, each = residents or gpus // devices, "one" if devices == 1 else str(devices)
         if count * devices > gpus:
