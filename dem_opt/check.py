@@ -14,6 +14,7 @@ from dem_opt.checkpoints import Header, known_content
 from dem_opt.config import StudyConfig
 from dem_opt.database import connect, is_there, masked, probe
 from dem_opt.errors import InputError
+from dem_opt.kernel import foretold
 from dem_opt.ledger import Ledger
 from dem_opt.machine import Speed
 from dem_opt.machine import probe as probe_speed
@@ -46,6 +47,7 @@ class Findings:
     storage, tracking  where they are and whether they can be used
     export, free  bytes that an export takes, and that are free where the study writes
     seconds       expected for merging and scoring, by `speed`
+    kernel        what merges will run as on this machine, in words
     """
 
     checkpoints: tuple[Stored, ...]
@@ -58,6 +60,7 @@ class Findings:
     plan: Plan
     speed: Speed
     seconds: float
+    kernel: str
     warnings: tuple[str, ...]
 
     @property
@@ -78,6 +81,7 @@ class Findings:
             f"Residents{each}: {plan.fitting:,} fit, {plan.asked} asked for.",
             f"Merging and scoring: about {_duration(self.seconds)} ({self.speed.source}). "
             "Loading, proposals and MLflow come on top.",
+            f"{self.kernel[0].upper()}{self.kernel[1:]}.",
             f"An export takes {sized(self.export)}, {sized(self.free)} are free on its disk.",
             hashed,
             f"storage   {self.storage}",
@@ -112,6 +116,7 @@ def check(config: StudyConfig, where: object) -> Findings:
         plan=plan,
         speed=speed,
         seconds=plan.seconds(speed),
+        kernel=foretold(plan.machine.device),
         warnings=(*tell_twins(identities), *_other_tokenizers(files), *unreachable, *full),
     )
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from dem_opt.native import Term, native
+from dem_opt.native import Term, native, outlook
 from dem_opt.quantized import Quantized
 from dem_opt.simplex import UNIT
 
@@ -27,6 +27,7 @@ _COMPILED_BLOCK = 2**30
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 """The dtypes that kernel.cpp knows, by its numbers."""
 
+_BY_TORCH = "the merge kernel is compiled by torch"
 
 Values = Tensor | Quantized
 
@@ -70,10 +71,15 @@ class MergeKernel:
 def told(device: torch.device | str) -> tuple[str, float]:
     """What merges on a device run as, for people, and the seconds that making it so took in this process."""
     kind = torch.device(device).type
-    note = native().note if kind == "cpu" else "the merge kernel is compiled by torch"
+    note = native().note if kind == "cpu" else _BY_TORCH
     if not _is_trusted(kind) and (kind != "cpu" or native().merge is not None):
         note = "the compiled merge kernel fails or gives other bits than torch's operations, and is not used"
     return note, native().seconds if kind == "cpu" else 0.0
+
+
+def foretold(device: torch.device | str) -> str:
+    """What merges on a device will run as, for people, as far as is known before anything is compiled or tried."""
+    return outlook() if torch.device(device).type == "cpu" else f"{_BY_TORCH} at first use"
 
 
 def _merge_stripe(

@@ -53,14 +53,13 @@ def native() -> Native:
     """The kernel of this process: compiled into the user's cache folder, or found there."""
     began = perf_counter()
     try:
-        command = _compiler()
-        file = cache_folder() / f"kernel-{_digest(command)}.so"
+        command, file = _library()
         found = file.is_file()
         if not found:
             _compile(command, file)
         merge = ctypes.CDLL(str(file)).dem_merge
     except (OSError, subprocess.SubprocessError) as error:
-        return Native(None, f"the merge kernel is not compiled: {_reason(error)}", perf_counter() - began)
+        return Native(None, _missing(error), perf_counter() - began)
     merge.restype = None
     merge.argtypes = (
         *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
@@ -68,6 +67,27 @@ def native() -> Native:
     )
     note = f"the merge kernel was {'compiled before' if found else 'compiled'} by {command[0]}"
     return Native(merge, note, perf_counter() - began)
+
+
+def outlook() -> str:
+    """What `native` will find, for people; compiles and loads nothing."""
+    try:
+        command, file = _library()
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{_missing(error)}; torch's operations do it in threads, slower, with the same bits"
+    if file.is_file():
+        return f"the merge kernel was compiled before by {command[0]}"
+    return f"the merge kernel is compiled by {command[0]} at first use, which takes some seconds once"
+
+
+def _library() -> tuple[list[str], Path]:
+    """The compiler's command, and where the library that it makes lies or is to lie."""
+    command = _compiler()
+    return command, cache_folder() / f"kernel-{_digest(command)}.so"
+
+
+def _missing(error: Exception) -> str:
+    return f"the merge kernel is not compiled: {_reason(error)}"
 
 
 def _compiler() -> list[str]:

@@ -18,6 +18,7 @@ from dem_opt.export import Export, Scores, output_dtype, prove, prove_scores, wr
 from dem_opt.fidelity import known_cost, tell_cost
 from dem_opt.finetune import FineTuned, FineTuneJob, fine_tune, is_wanted
 from dem_opt.hub import locate
+from dem_opt.kernel import foretold
 from dem_opt.ledger import Ledger, StudyRow
 from dem_opt.pool import Compute, RayCompute
 from dem_opt.question import SEARCH, SPLITS, Question, changes, refuse_other_scoring
@@ -372,6 +373,7 @@ class Study:
             f"base: {self.config.base}": question.base,
             **contents,
             **question.settings,
+            **({"merging here": foretold(question.settings["device"])} if self.config.compute.ray == "local" else {}),
             **_libraries(),
             "go on, or repeat": f"dem-opt run {self._where}",
         }

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from dem_opt.kernel import MergeKernel, told
-from dem_opt.native import Native, native
+from dem_opt.kernel import MergeKernel, foretold, told
+from dem_opt.native import Native, native, outlook
 from dem_opt.quantized import Quantized
 from dem_opt.simplex import UNIT
 
@@ -165,7 +165,8 @@ def test_without_a_compiler_the_reason_is_told_and_merges_go_on():
         "import torch; from dem_opt.kernel import MergeKernel, told\n"
         "kernel, out = MergeKernel(), torch.zeros(3)\n"
         "kernel.merge(out, [(5 * 10**8, torch.ones(3)), (5 * 10**8, torch.ones(3))], torch.float32)\n"
-        "print(kernel.compiled, out.tolist(), told('cpu')[0])"
+        "print(kernel.compiled, out.tolist(), told('cpu')[0]); from dem_opt.kernel import foretold\n"
+        "assert foretold('cpu').startswith(told('cpu')[0] + '; torch'), foretold('cpu')"
     )
     environment = {"CXX": "no-such-compiler", "PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
@@ -177,9 +178,12 @@ def test_a_compiled_kernel_is_found_again(tmp_path, monkeypatch):
     if native().merge is None:
         pytest.skip(native().note)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = outlook()
+    assert "at first use" in before and not any(tmp_path.iterdir())
     first, again = native.__wrapped__(), native.__wrapped__()
     assert isinstance(first, Native) and " compiled by" in first.note and "compiled before by" in again.note
     assert len(list((tmp_path / "dem_opt").iterdir())) == 1
+    assert outlook() == foretold("cpu") == again.note and foretold("cuda").endswith("by torch at first use")
 
 
 def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch):

@@ -433,6 +433,7 @@ def test_a_check_writes_nothing(world, capsys, was_run):
     assert main(["check", str(world / "study.yaml"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["plan"]["resident"] > found["plan"]["stored"] > 0 and len(found["checkpoints"]) == 4
+    assert "merge kernel" in found["kernel"] and found["kernel"][1:] in told
 
 
 @pytest.mark.parametrize("command", ["check", "run", "compare", "score"])
