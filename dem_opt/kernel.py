@@ -24,8 +24,14 @@ DEVICE_BLOCK = 2**24
 _COMPILED_BLOCK = 2**30
 """Elements merged at once by a compiled kernel on a device: below 2**31."""
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.float16: 3}
 """The dtypes that kernel.cpp knows, by its numbers."""
+
+_ROUNDINGS = (
+    *({torch.float32}, {torch.bfloat16}, {torch.float16}),
+    *({torch.float32, torch.bfloat16}, {torch.float32, torch.float16}),
+)
+"""The dtypes that kernel.cpp rounds sums to and writes."""
 
 _BY_TORCH = "the merge kernel is compiled by torch"
 
@@ -136,9 +142,9 @@ def _merge_in_threads(
 
 
 def _knows(out_P: Tensor, values: Sequence[Values], dtype: torch.dtype) -> bool:
-    """Whether kernel.cpp has a pass for these dtypes."""
+    """Whether kernel.cpp has a pass for these dtypes: all but to round to bfloat16 for float16, or the other way."""
     stored = {(x.values_P if isinstance(x, Quantized) else x).dtype for x in values}
-    return stored <= _TYPES.keys() and {dtype, out_P.dtype} <= {torch.float32, torch.bfloat16}
+    return stored <= _TYPES.keys() and {dtype, out_P.dtype} in _ROUNDINGS
 
 
 def _merge_native(out_P: Tensor, weights: Sequence[float], values: Sequence[Values], dtype: torch.dtype) -> None:
@@ -187,7 +193,7 @@ def _is_trusted(kind: str) -> bool:
     if kind == "cpu" and native().merge is None:
         return False
     try:
-        return all(_agrees(kind, stored) for stored in (torch.float32, torch.bfloat16))
+        return all(_agrees(kind, stored) for stored in (torch.float32, torch.bfloat16, torch.float16))
     except RuntimeError:  # what torch's compiler raises where it has no compiler itself
         return False
 

@@ -70,10 +70,10 @@ def test_products_and_sums_are_rounded_one_at_a_time(kernel, count, dtype, live)
     assert_same_bits(run(kernel, parts, live), expected(parts, live, dtype))
 
 
-@pytest.mark.parametrize("live", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("live", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_terms_of_several_dtypes_are_summed_in_their_order(kernel, dtype, live):
-    parts = [one for pair in zip(terms(515, torch.float32), terms(515, torch.bfloat16), strict=True) for one in pair]
+    parts = [one for each in zip(*(terms(515, stored) for stored in DTYPES), strict=True) for one in each]
     assert_same_bits(run(kernel, parts, live, dtype), expected(parts, live, dtype))
 
 
@@ -118,11 +118,29 @@ def test_a_composite_is_rounded_to_the_stored_dtype_and_then_cast(kernel, dtype,
     assert run(kernel, parts, live).item() == (0.5 if torch.bfloat16 in (dtype, live) else 0.501953125)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_beyond_the_dtype_is_infinite_and_what_is_undefined_not_a_number(kernel, dtype):
     large = torch.full((33,), torch.finfo(dtype).max).to(dtype)
     assert run(kernel, [(2 * UNIT, large), (-UNIT, -large)]).isinf().all()
     assert run(kernel, [(UNIT, large / 0), (UNIT, -large / 0)], dtype).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_value_is_widened_and_what_lies_between_two_rounded_as_torch_does(kernel, dtype):
+    """Bit patterns of all values but those that are no numbers; the middle between two and what lies beside it."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    every = every[~every.isnan()]
+    nothing = torch.full_like(every, -0.0)
+    assert_same_bits(run(kernel, [(UNIT, every), (UNIT, nothing)], torch.float32), every.float())
+    ordered = every.float().unique()
+    ordered = ordered[ordered.isfinite()]
+    middle = (ordered[1:].double() + ordered[:-1].double()).div(2).float()
+    edge = torch.tensor([torch.finfo(dtype).max * (1 + torch.finfo(dtype).eps / 4)])
+    points = torch.cat([middle, edge, -edge])
+    beside = torch.cat([points, *(points.nextafter(torch.full_like(points, end)) for end in (-1e38, 1e38))])
+    parts = [(UNIT, beside), (UNIT, torch.full_like(beside, -0.0))]
+    assert_same_bits(run(kernel, parts, dtype, dtype), beside.to(dtype))
+    assert_same_bits(run(kernel, parts, torch.float32, dtype), beside.to(dtype).float())
 
 
 def quantized(lengths, seed):
