@@ -6,11 +6,12 @@ import os
 import platform
 import shlex
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from shutil import which
-from time import perf_counter
+from time import perf_counter, time
 
 from dem_opt.checkpoints import cache_folder
 
@@ -21,6 +22,9 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-shared", "
 
 _COMPILERS = ("c++", "g++", "clang++")
 _SECONDS = 120
+
+UNUSED_SECONDS = 30 * 24 * 3600
+"""Libraries of other sources, compilers and processors that were not used for so long go when another is compiled."""
 
 
 class Term(ctypes.Structure):
@@ -55,8 +59,12 @@ def native() -> Native:
     try:
         command, file = _library()
         found = file.is_file()
-        if not found:
+        if found:
+            with suppress(OSError):
+                os.utime(file)
+        else:
             _compile(command, file)
+            _forget(file.parent)
         merge = ctypes.CDLL(str(file)).dem_merge
     except (OSError, subprocess.SubprocessError) as error:
         return Native(None, _missing(error), perf_counter() - began)
@@ -119,6 +127,14 @@ def _compile(command: list[str], file: Path) -> None:
     whole = [*command, *FLAGS, str(SOURCE), "-o", str(partial)]
     subprocess.run(whole, capture_output=True, text=True, check=True, timeout=_SECONDS)
     partial.replace(file)
+
+
+def _forget(folder: Path) -> None:
+    """Remove libraries that nobody used for long; those that can't be removed stay."""
+    for file in folder.glob("kernel-*.so"):
+        with suppress(OSError):
+            if time() - file.stat().st_mtime > UNUSED_SECONDS:
+                file.unlink()
 
 
 def _reason(error: Exception) -> str:

@@ -1,15 +1,17 @@
 """Laws of the merge kernel: compiled, in threads and plain, the bits are those of sums rounded one at a time."""
 
 import functools
+import os
 import subprocess
 import sys
+from time import time
 
 import numpy as np
 import pytest
 import torch
 
 from dem_opt.kernel import MergeKernel, foretold, told
-from dem_opt.native import Native, native, outlook
+from dem_opt.native import UNUSED_SECONDS, Native, native, outlook
 from dem_opt.quantized import Quantized
 from dem_opt.simplex import UNIT
 
@@ -198,9 +200,21 @@ def test_a_compiled_kernel_is_found_again(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     before = outlook()
     assert "at first use" in before and not any(tmp_path.iterdir())
-    first, again = native.__wrapped__(), native.__wrapped__()
+    folder = tmp_path / "dem_opt"
+    folder.mkdir()
+    for name, age in (
+        ("kernel-old.so", UNUSED_SECONDS + 60),
+        ("kernel-young.so", UNUSED_SECONDS - 60),
+        ("old.so", 1e9),
+    ):
+        (folder / name).touch()
+        os.utime(folder / name, (time() - age,) * 2)
+    first = native.__wrapped__()
+    (made,) = {one.name for one in folder.iterdir()} - {"kernel-young.so", "old.so"}
+    os.utime(folder / made, (0, 0))
+    again = native.__wrapped__()
     assert isinstance(first, Native) and " compiled by" in first.note and "compiled before by" in again.note
-    assert len(list((tmp_path / "dem_opt").iterdir())) == 1
+    assert len(list(folder.iterdir())) == 3 and (folder / made).stat().st_mtime > 0, "used again, so young again"
     assert outlook() == foretold("cpu") == again.note and foretold("cuda").endswith("by torch at first use")
 
 
