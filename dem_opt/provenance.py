@@ -6,6 +6,7 @@ from importlib.metadata import version
 from dem_opt.config import StudyConfig
 from dem_opt.database import masked
 from dem_opt.driver import Driver
+from dem_opt.kernel import foretold
 from dem_opt.question import SEARCH, Question
 from dem_opt.records import TrialRecord
 from dem_opt.search import Search
@@ -32,6 +33,7 @@ def facts(config: StudyConfig, where: object, question: Question) -> dict[str, s
         f"base: {config.base}": question.base,
         **contents,
         **question.settings,
+        **({"merging here": foretold(question.settings["device"])} if config.compute.ray == "local" else {}),
         **libraries(),
         "go on, or repeat": f"dem-opt run {where}",
     }

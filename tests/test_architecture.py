@@ -35,6 +35,7 @@ FLOORS = [
         "native",
         "quantized",
         "kernel",
+        "layers",
         "arena",
         "documents",
         "tokens",
@@ -48,7 +49,7 @@ FLOORS = [
         "heads",
     },
     {"perplexity", "ledger"},
-    {"resident", "samplers", "finetune", "passes", "plan", "sources"},
+    {"resident", "samplers", "finetune", "passes", "held", "plan", "sources"},
     {"pool", "search", "tracking", "check"},
     {"trials", "runs", "standings", "reweighting", "export", "card", "assets"},
     {"driver", "fidelity", "provenance", "generations"},
@@ -77,6 +78,7 @@ ALLOWED = {
     ("question", "simplex"),
     ("intervals", "records"),
     ("models", "checkpoints"),
+    ("models", "layers"),
     ("pickled", "checkpoints"),
     ("hub", "pickled"),
     ("adapters", "checkpoints"),
@@ -91,11 +93,13 @@ ALLOWED = {
     ("arena", "quantized"),
     ("arena", "checkpoints"),
     ("arena", "kernel"),
+    ("arena", "layers"),
     ("arena", "models"),
     ("arena", "adapters"),
     ("tokens", "documents"),
     ("corpus", "documents"),
     ("corpus", "tokens"),
+    ("plan", "held"),
     ("plan", "passes"),
     ("sources", "plan"),
     ("standings", "trials"),
@@ -111,7 +115,7 @@ ALLOWED = {
 }
 
 TENSORS = {"checkpoints", "models", "adapters", "arena", "perplexity", "resident", "finetune", "assets", "export"}
-TENSORS |= {"pickled", "pool", "machine", "passes", "plan", "heads", "kernel", "quantized", "parameters"}
+TENSORS |= {"pickled", "pool", "machine", "passes", "plan", "heads", "kernel", "quantized", "parameters", "layers"}
 """Rooms that work with torch."""
 
 DOORS = {
@@ -130,7 +134,8 @@ DOORS = {
     "jinja2": {"tokens"},
     "huggingface_hub": {"hub", "models"},
     "torch": TENSORS,
-    "transformers": {"models", "arena", "tokens", "corpus", "heads", "perplexity", "finetune", "assets", "export"},
+    "transformers": {"models", "arena", "layers", "tokens", "corpus", "heads"}
+    | {"perplexity", "finetune", "assets", "export"},
 }
 """Who may import what, at the top of a module or inside its functions."""
 

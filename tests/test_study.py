@@ -158,7 +158,7 @@ def test_a_general_corpus_is_scored_and_changes_no_objective(tmp_path, untracked
     assert after.winner.objective == before.winner.objective and after.winner.coefficients == before.winner.coefficients
     assert all(set(standing.scores[SEARCH]) == {"code", "math", "prose", "web"} for standing in after.standings)
     assert after.distributions == ("code", "math", "prose") and list(after.weights) == [*after.distributions, "web"]
-    assert study.summary() == after
+    assert study.summary() == after and "merge kernel" in after.facts["merging here"]
 
 
 def test_a_study_may_mix_kinds_of_files_and_formats(tmp_path, untracked):
