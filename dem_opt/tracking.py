@@ -9,9 +9,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from hashlib import file_digest, sha256
+from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Semaphore
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, final
 
 from dem_opt.database import connect, masked
@@ -28,6 +30,9 @@ CHAMPION = "champion"
 
 QUEUE = 1000
 """Trials that wait to be written at most; what comes then is left to the next run's `reconcile`."""
+
+REST = 10.0
+"""Seconds after a failure in which trials are let be: each attempt to reach a server that is away takes seconds."""
 
 PAGE = 1000
 """Runs that are asked of MLflow at a time."""
@@ -106,6 +111,7 @@ class MlflowTracker:
         self._name, self._warn = f"MLflow at {masked(place.uri)}", warn
         self._runs: _Runs | None = None
         self._out = self._is_behind = self._lacks = False
+        self._failed = -inf
         self._room = Semaphore(QUEUE)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
         self._submit(self._opened)
@@ -146,15 +152,15 @@ class MlflowTracker:
         return self._thread.submit(self._report, self._thread.submit(job))
 
     def _report(self, done: "Future[T]") -> T | None:
-        """Warns of the first failure of an outage, after which the next job begins by connecting anew."""
+        """Warns of the first failure of an outage, which lasts until MLflow is reached again."""
         error = done.exception()
         if error is None:
-            self._out = False
+            self._out &= self._runs is None
             return done.result()
         if not self._out:
             reason = shorten(masked(f"{type(error).__name__}: {error}".splitlines()[0]), 300)
             self._warn(f"{self._name} failed ({reason}); the study goes on, the next run logs what is missing")
-        self._out, self._lacks, self._runs = True, True, None
+        self._out, self._lacks, self._runs, self._failed = True, True, None, monotonic()
         return None
 
     def _log_all(self, records: Records) -> None:
@@ -163,7 +169,10 @@ class MlflowTracker:
 
     def _log(self, record: TrialRecord) -> None:
         try:
-            self._opened().log(record)
+            if monotonic() - self._failed > REST:
+                self._opened().log(record)
+            else:
+                self._lacks = True
         finally:
             self._room.release()
 
