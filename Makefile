@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test check bench clean
+.PHONY: quickstart test chaos check bench clean
 
 ## quickstart: the whole method on this machine, into ./quickstart
 quickstart: .venv/ready
@@ -10,6 +10,10 @@ quickstart: .venv/ready
 ## test: all tests, in two processes
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+## chaos: faults with real processes: killed drivers, residents and nodes, outages, signals, hostile text
+chaos: .venv/ready
+	$(BIN)/python -m pytest tests/chaos
 
 ## check: lint, format and types
 check: .venv/ready

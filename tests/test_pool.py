@@ -10,7 +10,7 @@ import workers
 
 from dem_opt.config import Compute as Settings
 from dem_opt.errors import InputError
-from dem_opt.pool import ATTEMPTS, InProcessCompute, RayCompute
+from dem_opt.pool import ATTEMPTS, InProcessCompute, RayCompute, ray_pool
 from dem_opt.records import Composite, Evaluation, Failure, Request, ResidentSpec, StoredModel
 
 
@@ -85,6 +85,25 @@ def test_a_request_that_kills_every_resident_fails_with_the_reason(ray_session):
     answers = gather(RayCompute(Settings(residents=1)), workers.Doomed, 4)
     assert sorted(answers) == [0, 1, 2, 3]
     assert isinstance(answers[3], Failure) and f"died {ATTEMPTS} times" in answers[3].reason
+
+
+@pytest.mark.parametrize("residents", [1, 2])
+def test_a_resident_that_hangs_is_replaced_and_its_request_sent_again(ray_session, tmp_path, monkeypatch, residents):
+    monkeypatch.setattr(ray_pool, "HANGS_AT_LEAST", 1.0)
+    answers = gather(RayCompute(Settings(residents=residents)), workers.Stuck, 9, tmp_path / "mark")
+    assert sorted(answers) == list(range(9))
+    assert isinstance(answers[4], Evaluation) and (tmp_path / "mark").exists()
+
+
+def test_what_nobody_works_on_can_be_taken_back(compute):
+    with compute, closing(compute.residents(workers.Echo, spec(), print)) as pool:
+        for request in requests(8):
+            pool.submit(request)
+        withdrawn, answered = pool.withdraw(), set()
+        while len(withdrawn) + len(answered) < 8:
+            if done := pool.next_done():
+                answered.add(done[0].ticket)
+        assert withdrawn and not withdrawn & answered
 
 
 @pytest.mark.parametrize("residents", [1, 2])

@@ -3,6 +3,7 @@
 import os
 from math import nan
 from pathlib import Path
+from time import sleep
 
 from dem_opt.errors import InputError
 from dem_opt.records import Evaluation, Request, ResidentSpec, Score
@@ -40,6 +41,29 @@ class Doomed(Echo):
         if request.ticket == 3:
             os._exit(1)
         return super().evaluate(request)
+
+
+class Stuck(Echo):
+    """Sleeps for ever at ticket 4, once: the file in the spec's path tells that it has."""
+
+    def __init__(self, spec: ResidentSpec) -> None:
+        super().__init__(spec)
+        self.mark = Path(spec.base.path)
+
+    def evaluate(self, request: Request) -> Evaluation:
+        if request.ticket == 4 and not self.mark.exists():
+            self.mark.write_text("fell asleep here")
+            sleep(10**6)
+        return super().evaluate(request)
+
+
+class Fragile(Echo):
+    """Can't be loaded where its node says so."""
+
+    def __init__(self, spec: ResidentSpec) -> None:
+        super().__init__(spec)
+        if "DEM_OPT_TEST_FRAGILE" in os.environ:
+            raise InputError(spec.base.path, None, None, "its weights differ")
 
 
 class Broken(Echo):

@@ -48,3 +48,10 @@ def make_study(tmp_path: Path, ray_address: str) -> Callable[..., Path]:
         return study
 
     return make
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What tests measured beside passing."""
+    for report in terminalreporter.stats.get("passed", ()):
+        for what, measured in report.user_properties:
+            terminalreporter.write_line(f"{report.nodeid}: {what}: {measured}")

@@ -12,7 +12,13 @@ from typing import Any
 
 import books
 import pytest
+import workers
 from counted import notes_of
+
+from dem_opt.config import Compute as Settings
+from dem_opt.errors import InputError
+from dem_opt.pool import RayCompute
+from dem_opt.records import Composite, Request, ResidentSpec, StoredModel
 
 SLOW: dict[str, Any] = {"documents": 1000, "evaluation": {"window": 64, "windows": 200, "held_out": 4}}
 """A trial of some tenths of a second."""
@@ -80,3 +86,54 @@ def test_nodes_that_are_killed_and_replaced_lose_no_trial(
     found = books.read(study)
     found.check(planned)
     assert found.repeated <= 2 * kills
+
+
+@pytest.fixture
+def pool_of(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Makes pools of stand-ins on the cluster, in this process."""
+    import ray
+
+    monkeypatch.setenv("PYTHONPATH", books.environment()["PYTHONPATH"])
+    compute = RayCompute(Settings(ray=cluster.address, patience=120))
+    spec = ResidentSpec(StoredModel(Path("models/code"), "content"), (), (), batch_tokens=64)
+
+    def make(tell: Callable[[str], None]) -> Any:
+        compute.__enter__()
+        return compute.residents(workers.Fragile, spec, tell)
+
+    yield make
+    compute.__exit__()
+    assert not ray.is_initialized()
+
+
+def test_a_node_whose_files_differ_is_refused_by_its_name(cluster: Any, pool_of: Callable[..., Any]) -> None:
+    cluster.add_node(num_cpus=1, node_name="north")
+    cluster.add_node(num_cpus=1, node_name="south", env_vars={"DEM_OPT_TEST_FRAGILE": "1"})
+    with pytest.raises(InputError, match="models/code on node south: its weights differ"):
+        pool_of(print)
+
+
+def test_nodes_that_join_get_residents_and_one_whose_files_differ_does_not(
+    cluster: Any, pool_of: Callable[..., Any]
+) -> None:
+    cluster.add_node(num_cpus=1, node_name="north")
+    said: list[str] = []
+    pool = pool_of(said.append)
+    assert pool.capacity == 1
+    cluster.add_node(num_cpus=1, node_name="east")
+    ticket = 0
+    while pool.capacity < 2:
+        pool.submit(Request(ticket, Composite.single("content"), ("a",)))
+        ticket += 1
+        pool.next_done()
+        time.sleep(0.1)
+    cluster.add_node(num_cpus=1, node_name="south", env_vars={"DEM_OPT_TEST_FRAGILE": "1"})
+    while not any("south" in line for line in said):
+        pool.submit(Request(ticket, Composite.single("content"), ("a",)))
+        ticket += 1
+        pool.next_done()
+        time.sleep(0.1)
+    assert pool.capacity == 2
+    assert said[0] == "a node has joined; it gets a resident"
+    assert said[-1] == "warning: a resident is refused: models/code on node south: its weights differ"
+    pool.close()

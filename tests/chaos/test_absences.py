@@ -73,7 +73,7 @@ def wait_until_told(driver: "subprocess.Popen[str]", study: Path, count: int) ->
 
 
 def test_mlflow_may_go_and_come_back(make_study: Callable[..., Path], mlflow: MlflowServer) -> None:
-    planned = 400
+    planned = 200
     study = make_study(planned, tracking={"uri": mlflow.uri})
     mlflow.start()
     driver = books.start("never", "run", study)
