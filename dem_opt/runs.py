@@ -1,6 +1,7 @@
 """A study's searches: one Optuna study for each algorithm, seed and generation."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 
 from dem_opt.config import ALGORITHMS, StudyConfig
@@ -50,13 +51,15 @@ class Runs:
         name = self.optuna_name(run)
         return Search(self.config.storage, name, space, settings, start, gradients, self.lease, self.patience)
 
-    def there(self) -> dict[str, Search]:
-        """The searches that have been begun, by run, in the order of algorithms and seeds."""
+    @contextmanager
+    def there(self) -> Iterator[dict[str, Search]]:
+        """The searches that have been begun, by run, in the order of algorithms and seeds; closed at the end."""
         begin, end = self.optuna_name("|").split("|")
         names = (name for name in study_names(self.config.storage) if name.startswith(begin) and name.endswith(end))
         runs = [run for name in names if "#" not in (run := name.removeprefix(begin).removesuffix(end))]
         runs.sort(key=lambda run: (ALGORITHMS.index(run.partition("@")[0]), len(run), run))
-        return {run: self.open(run) for run in runs}
+        with ExitStack() as opened:
+            yield {run: opened.enter_context(closing(self.open(run))) for run in runs}
 
 
 def run_names(algorithms: Sequence[str], seeds: int) -> list[str]:

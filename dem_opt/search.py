@@ -103,6 +103,10 @@ class Search:
             with self._lease.turn() as self._sampler.confirm:
                 yield
 
+    def close(self) -> None:
+        """Lets the database's connections go."""
+        _close(self._storage)
+
     @property
     def planned(self) -> int:
         """How many trials the study will have at most: a grid's whole lattice, else `search.trials`.
@@ -267,6 +271,11 @@ class Search:
         return self._history(self._study)
 
 
+def _close(storage: RDBStorage) -> None:
+    storage.remove_session()
+    storage.engine.dispose()
+
+
 def _introduce(study: optuna.Study, start: Sequence[Coefficients]) -> str:
     """Writes what a new study lacks; the uid comes last and tells that nothing is lacking."""
     if (uid := study.user_attrs.get("uid")) is None:
@@ -297,4 +306,4 @@ def study_names(url: str) -> set[str]:
     try:
         return set(optuna.get_all_study_names(storage))
     finally:
-        storage.engine.dispose()
+        _close(storage)

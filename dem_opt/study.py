@@ -98,7 +98,8 @@ class Study:
                     self._compare_libraries(driver, generation)
                 runs = Runs(self.config, generation, lease, self._patience)
                 for run in run_names(algorithms, seeds):
-                    self._optimize(driver, runs.open(run, start, sources.gradients_fit), lease)
+                    with closing(runs.open(run, start, sources.gradients_fit)) as search:
+                        self._optimize(driver, search, lease)
                 found = self._trials(ledger, question, generation)
                 with lease.turn("measuring the final table"):
                     for split in SPLITS:
@@ -117,10 +118,11 @@ class Study:
             row = self._row(ledger)
         question, synced = Question.recall(row.question, row.scoring), True
         with self._driving() as (ledger, lease):
-            for search in Runs(self.config, row.generation, lease, self._patience).there().values():
-                tracker = self._tracker(search, lease)
-                tracker.reconcile(missing(ledger, question, search))
-                synced &= tracker.close()
+            with Runs(self.config, row.generation, lease, self._patience).there() as searches:
+                for search in searches.values():
+                    tracker = self._tracker(search, lease)
+                    tracker.reconcile(missing(ledger, question, search))
+                    synced &= tracker.close()
         return synced
 
     def train(self) -> dict[str, FineTuned]:
@@ -303,13 +305,13 @@ class Study:
 
     def _trials(self, ledger: Ledger, question: Question, generation: int) -> dict[str, tuple[TrialRecord, ...]]:
         """Finished trials of every search in this generation, by run."""
-        searches = Runs(self.config, generation).there()
-        return {run: tuple(finished(ledger, question, search)) for run, search in searches.items()}
+        with Runs(self.config, generation).there() as searches:
+            return {run: tuple(finished(ledger, question, search)) for run, search in searches.items()}
 
     def _summarize(self, ledger: Ledger, question: Question, generation: int) -> Summary:
-        searches = Runs(self.config, generation).there()
-        trials = {run: finished(ledger, question, search) for run, search in searches.items()}
-        stopped = {run: search.stopped for run, search in searches.items()}
+        with Runs(self.config, generation).there() as searches:
+            trials = {run: finished(ledger, question, search) for run, search in searches.items()}
+            stopped = {run: search.stopped for run, search in searches.items()}
         return summarize(self.config.name, ledger, question, trials, facts(self.config, self._where, question), stopped)
 
     def _found(self, ledger: Ledger, question: Question, generation: int) -> Summary:
@@ -334,7 +336,10 @@ class Study:
         for split, scores in winner.scores.items():
             metrics |= {f"{split}.perplexity.{name}": score.perplexity for name, score in scores.items()}
         tags = {"composite": export.composite.key, "content": export.content, "coefficients": str(winner.coefficients)}
-        with closing(self._tracker(Runs(self.config, generation).open(winner.run))) as tracker:
+        with (
+            closing(Runs(self.config, generation).open(winner.run)) as search,
+            closing(self._tracker(search)) as tracker,
+        ):
             return tracker.register(export.path, metrics, tags)
 
     def _tracker(self, search: Search, lease: Lease | None = None) -> Tracker:
