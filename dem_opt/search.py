@@ -104,6 +104,11 @@ class Search:
                 yield
 
     @property
+    def id(self) -> int:
+        """Optuna's number of the study, under which Optuna Dashboard shows it."""
+        return self._study_id
+
+    @property
     def planned(self) -> int:
         """How many trials the study will have at most: a grid's whole lattice, else `search.trials`.
 

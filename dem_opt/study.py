@@ -15,14 +15,14 @@ from dem_opt.driver import Driver
 from dem_opt.errors import InputError
 from dem_opt.export import Export, Scores, output_dtype, prove, prove_scores, write_composite
 from dem_opt.fidelity import known_cost, tell_cost
-from dem_opt.finetune import FineTuned, FineTuneJob, fine_tune, is_wanted
+from dem_opt.finetune import FineTuned, fine_tune, is_wanted, jobs_of
 from dem_opt.generations import enter
-from dem_opt.hub import locate
+from dem_opt.geometry import measure_once, recall_vectors
 from dem_opt.leases import Lease, holding
 from dem_opt.ledger import Ledger, StudyRow
 from dem_opt.outages import Patience
 from dem_opt.pool import Compute, RayCompute
-from dem_opt.provenance import facts, libraries, place, tell_change
+from dem_opt.provenance import dossier, dossiers, facts, libraries, place, tell_change
 from dem_opt.question import SEARCH, SPLITS, Question
 from dem_opt.records import Composite, Observer, ResidentSpec, Silence, Standing, StoredModel, Summary, TrialRecord
 from dem_opt.resident import build
@@ -31,8 +31,9 @@ from dem_opt.runs import Runs, check_algorithms, run_names
 from dem_opt.search import Search
 from dem_opt.simplex import Coefficients
 from dem_opt.sources import Sources, gather
-from dem_opt.standings import entries, rescored, summarize, top_entries
-from dem_opt.tracking import MlflowTracker, Tracker
+from dem_opt.standings import entries, left_out_entries, rescored, summarize, top_entries
+from dem_opt.surrogate import surrogate_of
+from dem_opt.tracking import Board, MlflowTracker, Tracker
 from dem_opt.trials import finished, is_known, missing, objectives, recall
 
 
@@ -55,23 +56,34 @@ class Study:
     """A study file and all that can be done with it.
 
     Study.load("study.yaml").run() does what `dem-opt run study.yaml` does.  `where` names the study in messages,
-    `observer` watches, `compute` is Ray as the study file says unless another is given.  Every method raises
-    InputError for what the user did wrong, before anything is written.
+    `observer` watches, `compute` is Ray as the study file says unless another is given, `board` is told of pages in
+    MLflow.  Every method raises InputError for what the user did wrong, before anything is written.
     """
 
     def __init__(
-        self, config: StudyConfig, where: object, observer: Observer | None = None, compute: Compute | None = None
+        self,
+        config: StudyConfig,
+        where: object,
+        observer: Observer | None = None,
+        compute: Compute | None = None,
+        board: Board | None = None,
     ) -> None:
-        self.config, self._where = config, where
+        self.config, self._where, self._board = config, where, board
         self._observer = observer or Silence()
         self._compute = compute or RayCompute(config.compute)
         away = f"the database {masked(config.storage)}", config.outages.storage
         self._patience = Patience(*away, self._observer.milestone)
 
     @classmethod
-    def load(cls, path: str | Path, observer: Observer | None = None, compute: Compute | None = None) -> Self:
+    def load(
+        cls,
+        path: str | Path,
+        observer: Observer | None = None,
+        compute: Compute | None = None,
+        board: Board | None = None,
+    ) -> Self:
         """The study in a file."""
-        return cls(study_file.load(Path(path)), path, observer, compute)
+        return cls(study_file.load(Path(path)), path, observer, compute, board)
 
     def run(self) -> Standing:
         """Optimize the coefficients; the winner.  Run again, it goes on where it stopped."""
@@ -101,11 +113,13 @@ class Study:
                     self._optimize(driver, runs.open(run, start, sources.gradients_fit), lease)
                 found = self._trials(ledger, question, generation)
                 with lease.turn("measuring the final table"):
+                    table = entries(question, found)
+                    reported = [*table, *top_entries(question, found), *left_out_entries(question, table[-1])]
                     for split in SPLITS:
-                        reported = [*entries(question, found), *top_entries(question, found)]
                         driver.measure([entry.composite for entry in reported], split)
             for cost in tell_cost(sources, ledger, partial(self._driver, compute), self._where):
                 self._observer.milestone(cost)
+            measure_once(sources.base, sources.experts, self.config.output, self._observer.milestone)
             return self._summarize(ledger, question, generation)
 
     def sync(self) -> bool:
@@ -130,7 +144,7 @@ class Study:
         """
         done: dict[str, FineTuned] = {}
         failures: list[Exception] = []
-        jobs = [job for job in self._fine_tunings() if is_wanted(job)]
+        jobs = [job for job in jobs_of(self.config) if is_wanted(job)]
         if not jobs:
             return done
         with self._compute as compute:
@@ -219,7 +233,20 @@ class Study:
         """
         with self._open_found() as ledger:
             row = self._row(ledger)
-            return self._found(ledger, Question.recall(row.question, row.scoring), row.generation)
+            question = Question.recall(row.question, row.scoring)
+            summary = self._found(ledger, question, row.generation)
+        trials = [record for records in summary.trials.values() for record in records]
+        vectors = recall_vectors(question.base, question.experts, self.config.output)
+        return replace(summary, vectors=vectors, surrogate=surrogate_of(question.space, trials))
+
+    def describe(self, summary: Summary, note: str, files: Mapping[str, str | bytes]) -> None:
+        """Write a summary down in MLflow, with baselines, a note and files, in the runs of its searches."""
+        with self._open_found() as ledger:
+            generation = self._row(ledger).generation
+        runs = Runs(self.config, generation)
+        for run, told in dossiers(summary, note, files).items():
+            with closing(self._tracker(runs.open(run))) as tracker:
+                tracker.describe(told)
 
     def reweighted(self, weights: Mapping[str, float]) -> Summary:
         """What the study would have found with another weighting of its objective, from its database alone.
@@ -287,6 +314,7 @@ class Study:
     def _optimize(self, driver: Driver, search: Search, lease: Lease) -> None:
         """One run's Optuna study, from where it stands to its end."""
         with closing(self._tracker(search, lease)) as tracker:
+            tracker.describe(dossier(self.config, self._where, driver.question))
             tracker.reconcile(missing(driver.ledger, driver.question, search))
             driver.optimize(search, self.config.search.lookahead, tracker, lease)
             tracker.reconcile(missing(driver.ledger, driver.question, search))
@@ -340,7 +368,7 @@ class Study:
     def _tracker(self, search: Search, lease: Lease | None = None) -> Tracker:
         """MLflow for one Optuna study."""
         alone = partial(lease.turn, "logging") if lease else nullcontext
-        return MlflowTracker(place(self.config, search), self._observer.milestone, alone)
+        return MlflowTracker(place(self.config, search), self._observer.milestone, alone, self._board)
 
     def _row(self, ledger: Ledger) -> StudyRow:
         row = ledger.study(self.config.name)
@@ -350,16 +378,6 @@ class Study:
 
     def _nothing_yet(self) -> InputError:
         return InputError(self._where, None, None, f"nothing is measured yet; first: dem-opt run {self._where}")
-
-    def _fine_tunings(self) -> list[FineTuneJob]:
-        """A job for each distribution that has training data."""
-        settings, window = self.config.fine_tuning, self.config.evaluation.window
-        base = locate(self.config.base, "base")
-        return [
-            FineTuneJob(name, base, one.train, one.checkpoint.path, window, **settings.model_dump())
-            for name, one in self.config.distributions.items()
-            if one.train is not None and one.checkpoint is not None and one.checkpoint.path is not None
-        ]
 
 
 def _write(

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dem_opt import tracking
+from dem_opt import mlflow_runs, tracking
 from dem_opt.records import Evaluation, Score, TrialRecord
 from dem_opt.simplex import Space
 from dem_opt.tracking import MlflowTracker, Place, Records, Tracker
@@ -141,7 +141,7 @@ def test_no_tracker_raises(where: str, make: Make, tmp_path: Path, warnings: lis
     assert not any(SECRET in warning or "\n" in warning for warning in warnings)
 
 
-def test_a_trial_is_logged_with_all_that_is_known_of_it(make: Make, logged: Callable[[], Logged]) -> None:
+def test_a_trial_is_logged_with_all_that_is_known_of_it(make: Make, logged: Callable[[], Logged], client: Any) -> None:
     run(make(), [], [trial(7)])
     (child,), (parent,) = logged().children, logged().parents
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
@@ -159,7 +159,13 @@ def test_a_trial_is_logged_with_all_that_is_known_of_it(make: Make, logged: Call
         "merge_seconds": 0.25,
         "score_seconds": 0.5,
         "propose_seconds": 0.125,
+        "window_nll.code": 0.5,
+        "window_nll.math": 0.75,
     }
+    assert [(one.step, one.value) for one in client.get_metric_history(child.info.run_id, "window_nll.code")] == [
+        (0, 0.5),
+        (1, 0.5),
+    ]
     assert (child.info.status, parent.info.status) == ("FINISHED", "FINISHED")
     assert parent.data.params == {"seed": "0"}
 
@@ -187,7 +193,7 @@ def test_a_failed_trial_says_why(make: Make, logged: Callable[[], Logged]) -> No
 def test_a_trial_has_one_run_however_often_it_is_told(
     make: Make, logged: Callable[[], Logged], warnings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "PAGE", 2)
+    monkeypatch.setattr(mlflow_runs, "PAGE", 2)
     first, later = [trial(number) for number in range(4)], [failed(4), trial(5)]
     run(make(), [], first)
     run(make(parameters={"seed": "1", "trials": "6"}), first, later)
