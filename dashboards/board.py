@@ -20,7 +20,7 @@ class Board:
           once and stops nothing
     """
 
-    def __init__(self, url: str, watching: Observer, show: Callable[[Mapping[str, str]], None]) -> None:
+    def __init__(self, url: str, watching: Observer, show: Callable[[Mapping[str, str]], object]) -> None:
         self._url, self._watching, self._show = url, watching, show
         self._reached: dict[str, int] = {}
         self._notes: TrialNotes | None = None

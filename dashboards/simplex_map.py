@@ -136,8 +136,8 @@ def _draw_polygon(figure: go.Figure, summary: Summary, shown: Shown) -> None:
     if summary.surrogate is not None:
         x, y = barycentric([summary.surrogate.optimum], names, corners_K2).T.tolist()
         figure.add_scatter(x=x, y=y, **diamond(summary.surrogate))
-    for name, corner in zip(names, corners_K2.tolist(), strict=True):
-        figure.add_annotation(text=label(name, 15), showarrow=False, **_beside(*corner))
+    for name, (x, y) in zip(names, corners_K2.tolist(), strict=True):
+        figure.add_annotation(text=label(name, 15), showarrow=False, **_beside(x, y, len(names) > 6))
     reach = 1.2 * float(corners_K2.max())
     figure.update_xaxes(visible=False, range=[-reach, reach])
     figure.update_yaxes(visible=False, range=[-reach, reach], scaleanchor="x")
@@ -151,11 +151,15 @@ def _corners(count: int) -> NDArray[np.float64]:
     return np.array([(cos(angle), sin(angle)) for angle in angles]).round(4)
 
 
-def _beside(x: float, y: float) -> dict[str, Any]:
-    """Where a corner's label stands: left or right of the corners at the sides, above or below the others."""
+def _beside(x: float, y: float, are_many: bool) -> dict[str, Any]:
+    """Where a corner's label stands: left or right of the corners at the sides, above or below the others.
+
+    Where there are many corners, labels above and below lean away from the middle, so that neighbours keep apart.
+    """
     if abs(y) < 0.6:
         return {"x": 1.06 * x, "y": y, "xanchor": "left" if x > 0 else "right"}
-    return {"x": x, "y": 1.06 * y, "yanchor": "bottom" if y > 0 else "top"}
+    lean = {"xanchor": "left" if x > 0 else "right"} if are_many and abs(x) > 0.05 else {}
+    return {"x": x, "y": 1.06 * y, "yanchor": "bottom" if y > 0 else "top", **lean}
 
 
 def _series(algorithm: str, trials: Sequence[Trial]) -> dict[str, Any]:

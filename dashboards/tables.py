@@ -1,5 +1,6 @@
 """A Summary -> tables of texts, told the same in terminal and report."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import comb, exp
@@ -168,6 +169,16 @@ def comparison_table(comparison: Comparison) -> Table:
         for row in comparison.rows
     )
     return Table(headers, rows)
+
+
+def markdown(table: Table) -> str:
+    """A table for notes; texts stay texts."""
+    rows = [table.headers, ("---",) * len(table.headers), *table.rows]
+    return "\n".join("| " + " | ".join(_plain(cell) for cell in row) + " |" for row in rows)
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[|<>\[\]*_`\\]", lambda found: f"&#{ord(found[0])};", text.replace("\n", " "))
 
 
 def number(value: float | None) -> str:

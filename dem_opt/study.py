@@ -148,6 +148,7 @@ class Study:
         if not jobs:
             return done
         with self._compute as compute:
+            self._observer.milestone(f"training {len(jobs)} checkpoints: {', '.join(job.name for job in jobs)} ...")
             for job, result in compute.jobs(fine_tune, jobs):
                 if isinstance(result, Exception):
                     failures.append(result)
@@ -208,6 +209,7 @@ class Study:
 
             def approve(written: Export) -> Mapping[str, str]:
                 nonlocal exported
+                self._observer.milestone("written; comparing it from disk, then scoring it ...")
                 prove(written)
                 model = sources.other(written.path, "export")
                 with self._driver(compute, sources.spec_of(model), question, ledger) as driver:
@@ -308,6 +310,7 @@ class Study:
     @contextmanager
     def _driver(self, compute: Compute, spec: ResidentSpec, question: Question, ledger: Ledger) -> Iterator[Driver]:
         """A driver whose residents are ready."""
+        self._observer.milestone(f"loading {1 + len(spec.experts)} checkpoints ...")
         with closing(compute.residents(build, spec, self._observer.milestone)) as pool:
             yield Driver(question, ledger, pool, self._observer)
 

@@ -7,7 +7,7 @@ from summaries import CASES, a_summary, a_trial
 
 from dashboards import tables
 from dem_opt import terminal
-from dem_opt.cli import _print_tables
+from dem_opt.showing import print_tables
 
 
 def watch(records, planned):
@@ -30,9 +30,9 @@ def test_a_line_for_every_new_best_and_every_tenth_of_the_way(capsys):
         planned=100,
     )
     assert capsys.readouterr().out.splitlines() == [
-        "s: 1 of 100 trials; best 3.0000 nats per token",
-        "s: 3 of 100 trials; best 2.0000 nats per token; 1 stopped early",
-        "s: 10 of 100 trials; best 2.0000 nats per token; 6 stopped early",
+        "s: 1 of 100 trials; best 3.0000 nats per token at a 0.50, b 0.50",
+        "s: 3 of 100 trials; best 2.0000 nats per token at a 0.50, b 0.50; 1 stopped early",
+        "s: 10 of 100 trials; best 2.0000 nats per token at a 0.50, b 0.50; 6 stopped early",
     ]
 
 
@@ -42,19 +42,19 @@ def test_before_the_first_whole_trial_there_is_no_best(capsys):
         "s: 1 of 3 trials; no whole trial yet",
         "s: trial 0 failed: nan",
         "s: 2 of 3 trials; no whole trial yet; 1 stopped early",
-        "s: 3 of 3 trials; best 1.5000 nats per token, protect violated; 1 stopped early",
+        "s: 3 of 3 trials; best 1.5000 nats per token at a 0.50, b 0.50, protect violated; 1 stopped early",
     ]
 
 
 def test_the_best_keeps_what_is_protected(capsys):
     watch([a_trial(0, 3.0), a_trial(1, 1.0, violation=0.1)], planned=100)
-    assert capsys.readouterr().out.splitlines() == ["s: 1 of 100 trials; best 3.0000 nats per token"]
+    assert capsys.readouterr().out.splitlines() == ["s: 1 of 100 trials; best 3.0000 nats per token at a 0.50, b 0.50"]
 
 
 @pytest.mark.parametrize("case", ["one", "two", "three", "four", "worst", "failures only", "base wins", "no trials"])
 def test_tables_fit_a_hundred_columns_and_no_number_breaks(capsys, case):
     summary = a_summary(**CASES[case])
-    _print_tables(summary)
+    print_tables(summary)
     told = capsys.readouterr().out
     assert max(len(line.rstrip()) for line in told.splitlines()) <= terminal.WIDTH
     for split in tables.SPLITS:
