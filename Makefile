@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test check bench clean
+.PHONY: quickstart test browser check bench clean
 
 ## quickstart: the whole method on this machine, into ./quickstart
 quickstart: .venv/ready
@@ -10,6 +10,11 @@ quickstart: .venv/ready
 ## test: all tests, in two processes
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+## browser: both dashboards and the report in a headless Chromium, under 2 minutes; screenshots in build/screenshots
+browser: .venv/ready
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[browser]'
+	$(BIN)/python -m pytest -m browser tests/test_browser.py
 
 ## check: lint, format and types
 check: .venv/ready

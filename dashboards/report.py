@@ -55,10 +55,26 @@ def study_note(summary: Summary, links: Mapping[str, str]) -> str:
         f"**Best so far:** `{winner.label}`, {number(winner.objective.get('search'))} nats per token"
         f"{_beside(summary)}.",
         "\n".join(table),
+        *_warning(summary),
         *(f"[{name}]({target})" for name, target in links.items()),
         *(["Links to this machine answer while `dem-opt dashboard` runs."] if links else []),
     ]
     return "\n\n".join(lines)
+
+
+def _warning(summary: Summary) -> list[str]:
+    """That Optuna Dashboard may call another trial the best: it does not know estimates from scores."""
+    best = summary.winner.objective.get("search")
+    lower = [
+        record.number
+        for records in summary.trials.values()
+        for record in records
+        if record.is_partial and best is not None and (record.penalized or best) < best
+    ]
+    text = (
+        "Trials that were stopped early show an estimate, and it may be lower: the best trial that is shown elsewhere"
+    )
+    return [f"{text} need not be the winner. A stopped trial never wins."] if lower else []
 
 
 def _beside(summary: Summary) -> str:

@@ -220,7 +220,7 @@ def objective_axis(summary: Summary, objectives: Sequence[float]) -> dict[str, A
     """The same for any values of the objective."""
     low, high = (min(objectives), float(np.quantile(objectives, 0.75))) if objectives else (0.0, 1.0)
     title = {"text": f"{objective_words(summary)} (nats per token)", "side": "top"}
-    bar = {"title": title, "orientation": "h", "y": -0.16, "yanchor": "top", "thickness": 10}
+    bar = {"title": title, "orientation": "h", "y": -0.2, "yanchor": "top", "thickness": 10}
     return {"colorscale": SEQUENTIAL, "cmin": low, "cmax": max(high, low + 1e-6), "colorbar": bar}
 
 

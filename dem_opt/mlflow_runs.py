@@ -33,6 +33,9 @@ _STUDY, _UID, _CONTENT = "dem_opt.study", "dem_opt.uid", "dem_opt.content"
 _TRIAL, _REASON, _BASELINE = "dem_opt.trial", "dem_opt.reason", "dem_opt.baseline"
 _PARENT, _NOTE, _CONTEXT = "mlflow.parentRunId", "mlflow.note.content", "mlflow.data.context"
 _ROLE = "role"
+_KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""So that MLflow opens an experiment with its runs, and not with an application's traces."""
+
 _SQLITE = "sqlite:///"
 _LONGEST_DIGEST = 36
 _SETTINGS = {
@@ -60,6 +63,7 @@ class Place:
     parameters  of the parent run; MLflow keeps the first value of each
     patience    seconds that `close` waits for what is still queued
     board       a trial's number -> its page in Optuna Dashboard
+    home        the search's page there
     """
 
     uri: str
@@ -71,6 +75,7 @@ class Place:
     parameters: Mapping[str, str]
     patience: float = 180.0
     board: Callable[[int], str] | None = None
+    home: str = ""
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ class MlflowRuns:
             connect(place.uri, "tracking.uri").dispose()
         self._client = self._mlflow.MlflowClient(tracking_uri=place.uri, registry_uri=place.uri)
         location = place.artifacts.absolute().as_uri() if in_database else None
-        self._model, self._board, self._uri = place.model, place.board, place.uri
+        self._model, self._board, self._uri, self._home = place.model, place.board, place.uri, place.home
         with alone():
             self._experiment = self._find_experiment(place.experiment, location)
             self._parent = self._find_parent(place.study, place.uid)
@@ -159,7 +164,9 @@ class MlflowRuns:
     def describe(self, dossier: Dossier) -> None:
         """Writes down what is known of the study; what is there already gives way to it."""
         parent, values = self._parent.info.run_id, self._mlflow.entities
-        tags = dict(dossier.tags) | ({_NOTE: dossier.note} if dossier.note else {})
+        home = f"[This search in Optuna Dashboard]({self._home})" if self._home else ""
+        note = "\n\n".join(part for part in (dossier.note, home) if part)
+        tags = dict(dossier.tags) | ({_NOTE: note} if note else {})
         now = self._parent.info.start_time
         measured = [values.Metric(key, value, now, 0) for key, value in dossier.metrics.items()]
         self._client.log_batch(parent, measured, tags=[values.RunTag(key, value) for key, value in tags.items()])
@@ -238,7 +245,7 @@ class MlflowRuns:
         experiment = self._client.get_experiment_by_name(name)
         if experiment is not None:
             return str(experiment.experiment_id)
-        return str(self._client.create_experiment(name, artifact_location=location))
+        return str(self._client.create_experiment(name, artifact_location=location, tags=_KIND))
 
     def _find_parent(self, study: str, uid: str) -> "Run":
         """The study's run, found by its tags and running again, or made."""

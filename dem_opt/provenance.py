@@ -9,7 +9,7 @@ from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
-from dem_opt.addresses import optuna_trial
+from dem_opt.addresses import optuna_study, optuna_trial
 from dem_opt.card import resolved
 from dem_opt.config import StudyConfig
 from dem_opt.database import masked
@@ -66,6 +66,7 @@ def place(config: StudyConfig, search: Search) -> Place:
         parameters=parameters,
         patience=config.outages.tracking,
         board=lambda number: optuna_trial(config.storage, search.id, number),
+        home=optuna_study(config.storage, search.id),
     )
 
 
