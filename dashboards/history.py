@@ -75,6 +75,7 @@ def utilisation_over_time(summary: Summary) -> go.Figure:
             "overlaying": "y",
             "side": "right",
             "range": [0, 105],
+            "tickvals": [0, 25, 50, 75, 100],
             "showgrid": False,
             "automargin": True,
         },
