@@ -34,7 +34,7 @@ def coefficients_over_time(summary: Summary) -> go.Figure:
             fillcolor=colors[name],
             hovertemplate="%{y:.3f} after %{x} trials<extra></extra>",
         )
-    figure.update_xaxes(title="trials")
+    figure.update_xaxes(title="trials", **_whole_ticks([number for number, _ in steps]))
     figure.update_yaxes(title="coefficient", rangemode="tozero")
     if not steps:
         say_nothing(figure, "no trial was scored whole")
@@ -66,7 +66,7 @@ def utilisation_over_time(summary: Summary) -> go.Figure:
         marker={"size": 4, "color": UTILISATION},
         hovertemplate="%{y:.0f}%<extra></extra>",
     )
-    figure.update_xaxes(title="trial")
+    figure.update_xaxes(title="trial", range=_around(numbers), **_whole_ticks(numbers))
     figure.update_layout(
         barmode="stack",
         yaxis={"title": "seconds for each trial", "rangemode": "tozero"},
@@ -101,6 +101,19 @@ def _best_steps(records: Sequence[TrialRecord]) -> list[tuple[int, TrialRecord]]
     if steps:
         steps.append((max(len(records), steps[-1][0] + 1), steps[-1][1]))
     return [steps[place] for place in spread(len(steps), MOST_POINTS)] if steps else []
+
+
+def _whole_ticks(numbers: Sequence[float]) -> dict[str, int]:
+    """Ticks at whole numbers where plotly would put them between."""
+    return {"dtick": 1} if not numbers or max(numbers) - min(numbers) < 5 else {}
+
+
+def _around(numbers: Sequence[float]) -> list[float]:
+    """From a little below the first to a little above the last."""
+    if not numbers:
+        return [0, 1]
+    gap = 0.03 * (numbers[-1] - numbers[0]) + 0.8
+    return [numbers[0] - gap, numbers[-1] + gap]
 
 
 def _groups(records: Sequence[TrialRecord]) -> list[Sequence[TrialRecord]]:

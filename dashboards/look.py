@@ -116,7 +116,9 @@ def spread(count: int, most: int) -> NDArray[np.int64]:
 
 
 def say_nothing(figure: go.Figure, why: str) -> None:
-    """Words in the middle of a figure that has nothing to draw."""
+    """Words in the middle of a figure that has nothing to draw, and no axes."""
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
     place = {"xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5}
     figure.add_annotation(text=why, showarrow=False, **place)
 

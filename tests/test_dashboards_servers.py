@@ -20,6 +20,7 @@ from optuna_dashboard import _custom_plot_data, _note
 from summaries import CASES, a_summary
 
 from dashboards import figures, launcher, publish, report
+from dem_opt.addresses import address_of, preferred_port
 from dem_opt.errors import InputError
 
 
@@ -47,7 +48,7 @@ def dashboard_attributes(url: str) -> dict[str, object]:
 
 
 def test_publishing_again_replaces(storage: str) -> None:
-    for case in (CASES["eight"], CASES["two"]):
+    for case in (CASES["eight"], CASES["four"]):
         summary = a_summary(**case)
         made = figures.all_figures(summary)
         publish.publish(storage, "example", made, report.study_note(summary, {"MLflow": "http://127.0.0.1:5000/"}))
@@ -90,6 +91,19 @@ def get(address: str) -> bytes:
     with urlopen(address, timeout=30) as answer:
         body: bytes = answer.read()
     return body
+
+
+def test_links_in_notes_find_the_servers_unless_another_program_has_their_port() -> None:
+    uris = ["sqlite:////somewhere/study.db", "sqlite:////somewhere/mlflow.db"]
+    wanted = [preferred_port(uri) for uri in uris]
+    assert launcher._free_ports(uris) == wanted and len({*wanted}) == 2
+    assert address_of(uris[1]) == f"http://127.0.0.1:{wanted[1]}"
+    assert address_of("https://me:secret@mlflow.example/base/") == "https://mlflow.example/base"
+    with socket.socket() as other:
+        other.bind((launcher.LOOPBACK, wanted[0]))
+        other.listen()
+        first, second = launcher._free_ports(uris)
+        assert first != wanted[0] and second == wanted[1]
 
 
 def port_is_free(address: str) -> bool:

@@ -16,8 +16,7 @@ def trials_of(space: Space, lowest: Sequence[float], count: int = 40) -> list[Tr
     points = [*space.landmarks(), *(space.sample(rng) for _ in range(count))]
     losses = [3 + float(((space.point(point) - np.array(lowest)) ** 2).sum()) for point in points]
     return [
-        TrialRecord("s", number, point, loss)
-        for number, (point, loss) in enumerate(zip(points, losses, strict=True))
+        TrialRecord("s", number, point, loss) for number, (point, loss) in enumerate(zip(points, losses, strict=True))
     ]
 
 
