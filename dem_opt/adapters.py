@@ -163,14 +163,17 @@ def check_adapter(architecture: Architecture, base: Header, adapter: Adapter) ->
     _check_repeated(architecture, base, adapter)
 
 
-def load_edits(adapter: Adapter, device: torch.device | str = "cpu") -> dict[str, Edit]:
-    """An adapter's edits by parameter, on a device."""
-    stored = {name: tensor.to(device) for name, tensor in read_tensors(adapter.header, adapter.header.tensors)}
-    edits: dict[str, Edit] = {parameter: Replaced(stored[name]) for parameter, name in adapter.whole.items()}
+def load_edits(adapter: Adapter, devices: Mapping[str, torch.device] | None = None) -> dict[str, Edit]:
+    """An adapter's edits by parameter, each on its parameter's device; on the CPU where none are given."""
+    stored = dict(read_tensors(adapter.header, adapter.header.tensors))
+    edits: dict[str, Edit] = {}
+    for parameter, name in adapter.whole.items():
+        edits[parameter] = Replaced(stored[name].to(devices[parameter] if devices else "cpu"))
     for parameter, names in adapter.factors.items():
-        magnitude = stored[names["magnitude_vector"]].reshape(-1) if "magnitude_vector" in names else None
+        parts = {part: stored[name].to(devices[parameter] if devices else "cpu") for part, name in names.items()}
+        magnitude = parts["magnitude_vector"].reshape(-1) if "magnitude_vector" in parts else None
         edits[parameter] = LowRank(
-            stored[names["A"]], stored[names["B"]], adapter.scale(parameter), adapter.transposed(parameter), magnitude
+            parts["A"], parts["B"], adapter.scale(parameter), adapter.transposed(parameter), magnitude
         )
     return edits
 

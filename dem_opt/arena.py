@@ -1,8 +1,8 @@
 """Base, vectors and the live model in flat segments.
 
-Parameters lie one after the other in segments, one for each combination of stored and live dtypes.  A segment holds
-the values of each stored checkpoint as they are, and the live model's, which its parameters are views of.  Adapters
-stay factored: what they make of a parameter is computed when a composite needs it.
+Parameters lie one after the other in segments, one for each device and combination of stored and live dtypes.  A
+segment holds the values of each stored checkpoint as they are, and the live model's, which its parameters are views
+of.  Adapters stay factored: what they make of a parameter is computed when a composite needs it.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from dem_opt.adapters import Edit, load_edits, read_adapter
 from dem_opt.checkpoints import DTYPES, read_header, read_tensors
 from dem_opt.kernel import MergeKernel, Values
+from dem_opt.layers import Split, move_activations, split_layers
 from dem_opt.models import Architecture, describe, parameter_of, stored_dtypes
 from dem_opt.parameters import load_parameters, map_parameters, read_parameters
 from dem_opt.quantized import Quantized, quantize, row_length, rows_of
@@ -29,13 +30,13 @@ ALIGNMENT = 64
 
 
 class Arena:
-    """Stored checkpoints and a live model on one device; `merge` makes the model any composite of them."""
+    """Stored checkpoints and a live model, by layers on its devices; `merge` makes the model any composite of them."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         stored: Sequence[StoredModel],
-        device: torch.device | str = "cpu",
+        devices: Sequence[torch.device | str] = ("cpu",),
         vectors: str = "exact",
         streamed: Collection[str] = (),
     ) -> None:
@@ -46,14 +47,19 @@ class Arena:
         is stored as it is, and of each of the others, which are no adapters, only the vector.  Checkpoints whose
         content is `streamed` stay in their files, which are mapped, and pass through the device parameter by
         parameter in every merge that has them: the bits are the same.
+
+        Of several `devices` each has some of the layers (`split_layers`): what is stored and live of them, and their
+        merges.  The model takes its inputs on the first and moves what its layers are called with.  The same device
+        may be named several times; the bits do not depend on how many there are.
         """
-        self.device = torch.device(device)
+        self._devices = [torch.device(one) for one in devices]
+        self._split = split_layers(model, len(self._devices))
         distinct = list({one.content: one for one in stored}.values())
         architecture = describe(model)
         compressed = distinct[1:] if vectors == "int8" else []
         whole = [one for one in distinct if one.base is None and one not in compressed]
         self._base = distinct[0].content if compressed else None
-        self._segments = _lay_out(model, architecture, whole, self.device)
+        self._segments = _lay_out(model, architecture, whole, self._split, self._devices)
         self._streamed = {
             one.content: dict(map_parameters(architecture, one.path)) for one in whole if one.content in streamed
         }
@@ -64,7 +70,7 @@ class Arena:
             self._compress(architecture, checkpoint)
         self._edited = {one.content: self._edits_of(one) for one in distinct if one.base is not None}
         self._adopt(model)
-        self._kernel = MergeKernel(self.device)
+        self._kernels = [MergeKernel(one) for one in self._devices]
 
     @property
     def nbytes(self) -> int:
@@ -81,13 +87,14 @@ class Arena:
         """
         if self._base is not None:
             for segment in self._segments:
-                self._kernel.merge(segment.live_P, self._from_base(composite, segment), segment.dtype)
+                kernel = self._kernels[segment.number]
+                kernel.merge(segment.live_P, self._from_base(composite, segment), segment.dtype)
             return
         flat = all(content in segment.stored_NP for segment in self._segments for content, _ in composite.terms)
         for segment in self._segments:
             for part in [segment.whole] if flat else segment.places:
                 terms = [(units, self._values(content, segment, part)) for content, units in composite.terms]
-                self._kernel.merge(segment.live_P[part.slice], terms, segment.dtype)
+                self._kernels[segment.number].merge(segment.live_P[part.slice], terms, segment.dtype)
 
     def _from_base(self, composite: Composite, segment: "_Segment") -> list[tuple[int, Values]]:
         """The terms of a composite over a segment: the base, and vectors in the composite's order."""
@@ -102,18 +109,23 @@ class Arena:
             < G , Theta_i - Theta >   for each expert i, by content.
 
         A parameter's gradient is reduced as soon as it is complete, and freed: there is never a second buffer as large
-        as the model.  The dictionary has the sums on leaving.
+        as the model.  Each parameter has a sum of its own, on its device; these are added in the order of the
+        parameters, so that the result depends neither on the order in which gradients come nor on the devices.  The
+        dictionary has the sums on leaving.
         """
-        sums_N = torch.zeros(len(experts), dtype=torch.float64, device=self.device)
         places: dict[Tensor, tuple[_Segment, _Place]] = {
             self._parameters[place.name]: (segment, place) for segment in self._segments for place in segment.places
         }
 
+        sums_N: dict[Tensor, Tensor] = {}
+
         def reduce(parameter: Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
             assert gradient is not None
-            base_P, *values_NP = self._differing(base, experts, *places[parameter])
-            sums_N.add_(inner(gradient.reshape(-1), base_P, values_NP, self._kernel.block))
+            segment, place = places[parameter]
+            base_P, *values_NP = self._differing(base, experts, segment, place)
+            found_N = inner(gradient.reshape(-1), base_P, values_NP, self._kernels[segment.number].block)
+            sums_N[parameter] = sums_N[parameter] + found_N if parameter in sums_N else found_N
 
         hooks = [
             parameter.requires_grad_().register_post_accumulate_grad_hook(reduce)  # type: ignore[no-untyped-call]
@@ -126,14 +138,17 @@ class Arena:
             for hook, parameter in zip(hooks, places, strict=True):
                 hook.remove()
                 parameter.requires_grad_(False)
-        found.update(zip(experts, sums_N.tolist(), strict=True))
+        total_N = torch.zeros(len(experts), dtype=torch.float64)
+        for parameter in self._parameters.values():
+            total_N += sums_N[parameter].cpu() if parameter in sums_N else 0.0
+        found.update(zip(experts, total_N.tolist(), strict=True))
 
     def _differing(self, base: str, experts: Sequence[str], segment: "_Segment", place: "_Place") -> Iterator[Values]:
         """Values at a place, the first of which is to be subtracted from the others: nothing, from vectors."""
         if self._base is None:
             return (self._values(content, segment, place) for content in (base, *experts))
         assert base == self._base
-        none_P = torch.zeros((), device=self.device).expand(place.shape.numel())
+        none_P = torch.zeros((), device=segment.live_P.device).expand(place.shape.numel())
         vectors = (
             segment.vectors_NP[content].within(place.slice) if content != base else none_P for content in experts
         )
@@ -142,7 +157,7 @@ class Arena:
     def _values(self, content: str, segment: "_Segment", place: "_Place") -> Tensor:
         """A checkpoint's values at a place, flat; those of an adapter are computed, streamed ones fetched."""
         if content in self._streamed:
-            return self._streamed[content][place.name].reshape(-1).to(self.device)
+            return self._streamed[content][place.name].reshape(-1).to(segment.live_P.device)
         if content not in self._edited:
             return segment.stored_NP[content][place.slice]
         base, edits = self._edited[content]
@@ -154,7 +169,7 @@ class Arena:
         places: dict[str, Tensor] = {}
         for segment in self._segments:
             dtype = segment.dtypes[checkpoint.content]
-            flat_P = torch.zeros(segment.size, dtype=dtype, device=self.device)
+            flat_P = torch.zeros(segment.size, dtype=dtype, device=segment.live_P.device)
             segment.stored_NP[checkpoint.content] = flat_P
             places |= {place.name: segment.view(flat_P, place) for place in segment.places}
         load_parameters(architecture, checkpoint.path, places)
@@ -175,17 +190,20 @@ class Arena:
     def _edits_of(self, adapter: StoredModel) -> tuple[str, dict[str, Edit]]:
         """The base that an adapter edits, and its edits."""
         assert adapter.base is not None
-        return adapter.base, load_edits(read_adapter(adapter.path, "adapter"), self.device)
+        devices = {name: self._devices[number] for name, number in self._split.places.items()}
+        return adapter.base, load_edits(read_adapter(adapter.path, "adapter"), devices)
 
     def _adopt(self, model: PreTrainedModel) -> None:
-        """Make the model's parameters views of the live segments, and move its buffers to the device."""
+        """Make the model's parameters views of the live segments, and move its buffers to where they are needed."""
         self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         for segment in self._segments:
             for place in segment.places:
                 self._parameters[place.name].data = segment.view(segment.live_P, place)
-        for module in model.modules():
+        for path, module in model.named_modules():
             for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(self.device))
+                number = self._split.places[f"{path}.{name}".lstrip(".")]
+                setattr(module, name, buffer.to(self._devices[number]))
+        move_activations(model, self._split, self._devices)
 
 
 def inner(gradient_P: Tensor, base_P: Values, stored_NP: Sequence[Values], block: int) -> Tensor:
@@ -275,12 +293,14 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Segment:
-    """Parameters that are alike in dtype: of N checkpoints by content hash, their vectors, and the live ones.
+    """Parameters of one device, alike in dtype: of N checkpoints by content hash, their vectors, and the live ones.
 
+    number  the device's
     dtype   what composites are rounded to
     dtypes  what each checkpoint stores, by content
     """
 
+    number: int
     dtype: torch.dtype
     dtypes: Mapping[str, torch.dtype]
     places: Sequence[_Place]
@@ -318,25 +338,30 @@ class _Segment:
 
 
 def _lay_out(
-    model: PreTrainedModel, architecture: Architecture, stored: Sequence[StoredModel], device: torch.device
+    model: PreTrainedModel,
+    architecture: Architecture,
+    stored: Sequence[StoredModel],
+    split: Split,
+    devices: Sequence[torch.device],
 ) -> list[_Segment]:
     """Empty segments for a model's parameters, in the order of `named_parameters()` (tied weights once)."""
     dtypes = {one.content: stored_dtypes(architecture, one.path) for one in stored}
-    groups: dict[tuple[torch.dtype, ...], list[_Place]] = {}
-    sizes: dict[tuple[torch.dtype, ...], int] = {}
+    groups: dict[tuple[int, tuple[torch.dtype, ...]], list[_Place]] = {}
+    sizes: dict[tuple[int, tuple[torch.dtype, ...]], int] = {}
     for name, parameter in model.named_parameters():
-        group = (*(by_name[name] for by_name in dtypes.values()), parameter.dtype)
+        group = split.places[name], (*(by_name[name] for by_name in dtypes.values()), parameter.dtype)
         start = sizes.get(group, 0)
         groups.setdefault(group, []).append(_Place(name, parameter.shape, start))
         sizes[group] = start + -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
     return [
         _Segment(
-            dtype=group[0],
-            dtypes=dict(zip(dtypes, group, strict=False)),
+            number=number,
+            dtype=alike[0],
+            dtypes=dict(zip(dtypes, alike, strict=False)),
             places=places,
-            size=sizes[group],
-            live_P=torch.zeros(sizes[group], dtype=group[-1], device=device),
+            size=sizes[number, alike],
+            live_P=torch.zeros(sizes[number, alike], dtype=alike[-1], device=devices[number]),
             stored_NP={},
         )
-        for group, places in groups.items()
+        for (number, alike), places in groups.items()
     ]

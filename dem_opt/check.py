@@ -14,6 +14,7 @@ from dem_opt.checkpoints import Header, known_content
 from dem_opt.config import StudyConfig
 from dem_opt.database import connect, is_there, masked, probe
 from dem_opt.errors import InputError
+from dem_opt.kernel import foretold
 from dem_opt.ledger import Ledger
 from dem_opt.machine import Speed
 from dem_opt.machine import probe as probe_speed
@@ -46,6 +47,7 @@ class Findings:
     storage, tracking  where they are and whether they can be used
     export, free  bytes that an export takes, and that are free where the study writes
     seconds       expected for merging and scoring, by `speed`
+    kernel        what merges will run as on this machine, in words
     """
 
     checkpoints: tuple[Stored, ...]
@@ -58,6 +60,7 @@ class Findings:
     plan: Plan
     speed: Speed
     seconds: float
+    kernel: str
     warnings: tuple[str, ...]
 
     @property
@@ -69,14 +72,16 @@ class Findings:
         """What is to be told in sentences: memory, time, disk, places, warnings."""
         plan, machine = self.plan, self.plan.machine
         memory = "RAM" if machine.device == "cpu" else f"Memory of each of {machine.devices} GPUs"
+        each = f", each on {plan.gpus} GPUs" if plan.gpus > 1 else ""
         hashed = f"Content is not hashed yet: the first run reads {sized(self.unhashed)} once." if self.unhashed else ""
         tied = f"Tied weights, kept once: {' = '.join(self.tied)}." if self.tied else ""
         told = [
             tied,
             f"{memory}: {sized(machine.total)}, {sized(machine.available)} available. "
-            f"Residents: {plan.fitting:,} fit, {plan.asked} asked for.",
+            f"Residents{each}: {plan.fitting:,} fit, {plan.asked} asked for.",
             f"Merging and scoring: about {_duration(self.seconds)} ({self.speed.source}). "
             "Loading, proposals and MLflow come on top.",
+            f"{self.kernel[0].upper()}{self.kernel[1:]}.",
             f"An export takes {sized(self.export)}, {sized(self.free)} are free on its disk.",
             hashed,
             f"storage   {self.storage}",
@@ -111,6 +116,7 @@ def check(config: StudyConfig, where: object) -> Findings:
         plan=plan,
         speed=speed,
         seconds=plan.seconds(speed),
+        kernel=foretold(plan.machine.device),
         warnings=(*tell_twins(identities), *_other_tokenizers(files), *unreachable, *full),
     )
 

@@ -145,7 +145,7 @@ def _print_memory(plan: "Plan") -> None:
         (f"activations and logits of {plan.call_tokens:,} tokens", plan.activations),
         ("a merge's scratch, the windows", plan.scratch + plan.windows),
         ("the process and its libraries", plan.process),
-        ("one resident", plan.resident),
+        ("one resident" if plan.gpus == 1 else f"one resident, on each of its {plan.gpus} GPUs", plan.resident),
     ]
     terminal.table(
         "Memory at the peak (1 GB = 1e9 bytes)", ("part", "size"), [(part, sized(size)) for part, size in parts], 5

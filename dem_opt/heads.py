@@ -118,14 +118,19 @@ def nll(
 ) -> Tensor:
     """-ln softmax(logits_t)[target_t] in float32 for each token [B, T]; 0 where it is not scored.
 
-    `scored_R` lists the scored tokens of the flat batch.  With a head there are few rows of logits at once, on the way
-    back neither: they are computed again there.  Without one the model makes all of its logits.
+    `scored_R` lists the scored tokens of the flat batch.  Nats are where the model's hidden states, or logits, come
+    out, which is not where its inputs are if its layers lie on several devices.  With a head there are few rows of
+    logits at once, on the way back neither: they are computed again there.  Without one the model makes all of its
+    logits.
     """
     if head is None:
-        logits_RV, targets_R = model(**inputs, use_cache=False).logits.flatten(0, 1), targets_BT.flatten()
+        logits_RV = model(**inputs, use_cache=False).logits.flatten(0, 1)
+        targets_R = targets_BT.flatten().to(logits_RV.device)
         parts = zip(torch.split(logits_RV, ROWS), torch.split(targets_R, ROWS), strict=True)
         return torch.cat([_nll(part_RV, part_R) for part_RV, part_R in parts]).view(targets_BT.shape)
-    hidden_RH, targets_R = head.hidden(model, inputs).flatten(0, 1)[scored_R], targets_BT.flatten()[scored_R]
+    hidden_BTH = head.hidden(model, inputs)
+    scored_R, targets_R = scored_R.to(hidden_BTH.device), targets_BT.flatten()[scored_R].to(hidden_BTH.device)
+    hidden_RH = hidden_BTH.flatten(0, 1)[scored_R]
     rows = rows_at_once(head.vocabulary, hidden_RH.device.type)
     parts = zip(torch.split(hidden_RH, rows), torch.split(targets_R, rows), strict=True)
     nll_R = torch.cat([_forgetting(head, part_RH, part_R) for part_RH, part_R in parts])

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <exception>
 #include <thread>
+#include <type_traits>
 #include <vector>
 #ifdef __SSE2__
 #include <emmintrin.h>
@@ -18,15 +19,18 @@
 struct Term {
     const void* values;
     const float* scale;  // of each row; null where values stand for themselves
-    int64_t type;        // FLOAT32, BFLOAT16 or INT8
+    int64_t type;        // one of the four below
     float weight;
 };
 
 namespace {
 
-enum { FLOAT32, BFLOAT16, INT8 };
+enum { FLOAT32, BFLOAT16, INT8, FLOAT16 };
 
 struct BFloat16 {
+    uint16_t bits;
+};
+struct Float16 {
     uint16_t bits;
 };
 
@@ -35,21 +39,50 @@ constexpr int64_t CHUNK = 1024;     // elements whose sums stay in the first cac
 constexpr int64_t TILE = 1 << 20;   // elements that a thread takes at once
 constexpr int MOST = 8;             // terms that are read side by side
 
+uint32_t bits_of(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+float float_of(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
 float widen(float value) { return value; }
 float widen(int8_t value) { return value; }
-float widen(BFloat16 value) {
-    const uint32_t bits = uint32_t(value.bits) << 16;
-    float wide;
-    std::memcpy(&wide, &bits, sizeof wide);
-    return wide;
+float widen(BFloat16 value) { return float_of(uint32_t(value.bits) << 16); }
+
+// Exponent and fraction are moved to their places, and 112 added to the exponent.  Of the smallest numbers, which have
+// none, the fraction is set behind 0.5, whose last place is theirs, and 0.5 taken away.
+float widen(Float16 value) {
+    const uint32_t bits = value.bits & 0x7fff, sign = uint32_t(value.bits & 0x8000) << 16;
+    const uint32_t small = bits_of(float_of(0x3f000000 + bits) - 0.5f), normal = (bits << 13) + 0x38000000;
+    const uint32_t finite = bits < 0x0400 ? small : normal;
+    return float_of(sign | (bits < 0x7c00 ? finite : bits << 13 | 0x7f800000));
 }
 
 // To the nearest, ties to even.
+template <class X>
+X narrow(float value);
+
+template <>
 BFloat16 narrow(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const uint32_t bits = bits_of(value), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     return {uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded)};
+}
+
+// Below 2^-14 a sum with 0.5 rounds to multiples of the smallest float16; from 65520 on what is finite is infinite.
+template <>
+Float16 narrow(float value) {
+    const uint32_t bits = bits_of(value), magnitude = bits & 0x7fffffff;
+    const uint32_t normal = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+    const uint32_t small = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000;
+    const uint32_t finite = magnitude < 0x38800000 ? small : normal;
+    const uint32_t large = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+    return {uint16_t((bits >> 16 & 0x8000) | (magnitude < 0x477ff000 ? finite : large))};
 }
 
 // Past the caches, which then need not read what is overwritten; `out` is a multiple of 16 bytes.
@@ -64,18 +97,23 @@ void store(X* out, const X* strip) {
 #endif
 }
 
-// What becomes of a sum: rounded to the stored dtype, then cast to the live one.
+// What becomes of a sum: rounded to the stored dtype, then cast to the live one.  SHORT where one of them is float16.
 struct Float {
     using Live = float;
+    static constexpr bool SHORT = false;
     static float of(float sum) { return sum; }
 };
+template <class Stored>
 struct RoundedFloat {
     using Live = float;
-    static float of(float sum) { return widen(narrow(sum)); }
+    static constexpr bool SHORT = std::is_same<Stored, Float16>::value;
+    static float of(float sum) { return widen(narrow<Stored>(sum)); }
 };
-struct Half {
-    using Live = BFloat16;
-    static BFloat16 of(float sum) { return narrow(sum); }
+template <class X>
+struct Narrow {
+    using Live = X;
+    static constexpr bool SHORT = std::is_same<X, Float16>::value;
+    static X of(float sum) { return narrow<X>(sum); }
 };
 
 // out_i = Out( sum(i) )  for start <= i < end, in strips where `out` allows it.
@@ -159,6 +197,7 @@ struct Merge {
             if (alike->type == INT8) add_scaled(sums, first, last, start, size, weights);
             if (alike->type == FLOAT32) add_alike<float>(sums, alike, weights + first, last - first, start, size);
             if (alike->type == BFLOAT16) add_alike<BFloat16>(sums, alike, weights + first, last - first, start, size);
+            if (alike->type == FLOAT16) add_alike<Float16>(sums, alike, weights + first, last - first, start, size);
         }
     }
 
@@ -166,8 +205,10 @@ struct Merge {
     void tile(int64_t start, int64_t end, float* weights) const {
         const auto same = [this](const Term& term) { return term.type == terms->type; };
         const bool alike = count <= MOST && std::all_of(terms, terms + count, same);
-        if (alike && terms->type == FLOAT32) return sum_alike<float, Out>(terms, count, out, start, end);
-        if (alike && terms->type == BFLOAT16) return sum_alike<BFloat16, Out>(terms, count, out, start, end);
+        if constexpr (!Out::SHORT) {  // for float16 too it would take twice as long to compile
+            if (alike && terms->type == FLOAT32) return sum_alike<float, Out>(terms, count, out, start, end);
+            if (alike && terms->type == BFLOAT16) return sum_alike<BFloat16, Out>(terms, count, out, start, end);
+        }
         for (int64_t size; start < end; start += size) {
             alignas(64) float sums[CHUNK];
             size = std::min(CHUNK, end - start);
@@ -180,8 +221,11 @@ struct Merge {
 
     void tile(int64_t start, float* weights) const {
         const int64_t end = std::min(start + TILE, size);
-        if (live == BFLOAT16) return tile<Half>(start, end, weights);
-        rounded == BFLOAT16 ? tile<RoundedFloat>(start, end, weights) : tile<Float>(start, end, weights);
+        if (live == BFLOAT16) return tile<Narrow<BFloat16>>(start, end, weights);
+        if (live == FLOAT16) return tile<Narrow<Float16>>(start, end, weights);
+        if (rounded == BFLOAT16) return tile<RoundedFloat<BFloat16>>(start, end, weights);
+        if (rounded == FLOAT16) return tile<RoundedFloat<Float16>>(start, end, weights);
+        tile<Float>(start, end, weights);
     }
 };
 

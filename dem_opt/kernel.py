@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from dem_opt.native import Term, native
+from dem_opt.native import Term, native, outlook
 from dem_opt.quantized import Quantized
 from dem_opt.simplex import UNIT
 
@@ -24,9 +24,16 @@ DEVICE_BLOCK = 2**24
 _COMPILED_BLOCK = 2**30
 """Elements merged at once by a compiled kernel on a device: below 2**31."""
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.float16: 3}
 """The dtypes that kernel.cpp knows, by its numbers."""
 
+_ROUNDINGS = (
+    *({torch.float32}, {torch.bfloat16}, {torch.float16}),
+    *({torch.float32, torch.bfloat16}, {torch.float32, torch.float16}),
+)
+"""The dtypes that kernel.cpp rounds sums to and writes."""
+
+_BY_TORCH = "the merge kernel is compiled by torch"
 
 Values = Tensor | Quantized
 
@@ -70,10 +77,15 @@ class MergeKernel:
 def told(device: torch.device | str) -> tuple[str, float]:
     """What merges on a device run as, for people, and the seconds that making it so took in this process."""
     kind = torch.device(device).type
-    note = native().note if kind == "cpu" else "the merge kernel is compiled by torch"
+    note = native().note if kind == "cpu" else _BY_TORCH
     if not _is_trusted(kind) and (kind != "cpu" or native().merge is not None):
         note = "the compiled merge kernel fails or gives other bits than torch's operations, and is not used"
     return note, native().seconds if kind == "cpu" else 0.0
+
+
+def foretold(device: torch.device | str) -> str:
+    """What merges on a device will run as, for people, as far as is known before anything is compiled or tried."""
+    return outlook() if torch.device(device).type == "cpu" else f"{_BY_TORCH} at first use"
 
 
 def _merge_stripe(
@@ -130,9 +142,9 @@ def _merge_in_threads(
 
 
 def _knows(out_P: Tensor, values: Sequence[Values], dtype: torch.dtype) -> bool:
-    """Whether kernel.cpp has a pass for these dtypes."""
+    """Whether kernel.cpp has a pass for these dtypes: all but to round to bfloat16 for float16, or the other way."""
     stored = {(x.values_P if isinstance(x, Quantized) else x).dtype for x in values}
-    return stored <= _TYPES.keys() and {dtype, out_P.dtype} <= {torch.float32, torch.bfloat16}
+    return stored <= _TYPES.keys() and {dtype, out_P.dtype} in _ROUNDINGS
 
 
 def _merge_native(out_P: Tensor, weights: Sequence[float], values: Sequence[Values], dtype: torch.dtype) -> None:
@@ -181,7 +193,7 @@ def _is_trusted(kind: str) -> bool:
     if kind == "cpu" and native().merge is None:
         return False
     try:
-        return all(_agrees(kind, stored) for stored in (torch.float32, torch.bfloat16))
+        return all(_agrees(kind, stored) for stored in (torch.float32, torch.bfloat16, torch.float16))
     except RuntimeError:  # what torch's compiler raises where it has no compiler itself
         return False
 

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from dem_opt.checkpoints import DTYPES, Header, read_header, read_json, read_tensors
 from dem_opt.declared import read_config, refuse_endless
 from dem_opt.errors import InputError, shorten
+from dem_opt.layers import Split, split_layers
 
 CONFIG_ERRORS = (
     *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError),
@@ -52,6 +53,17 @@ class Architecture:
     embedding: str
     paired: bool
     _model: PreTrainedModel = field(repr=False)
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """The number of elements of each parameter."""
+        return {name: prod(shape) for name, shape in self.parameters.items()}
+
+    def split(self, devices: int, where: object = None) -> Split:
+        """Its layers divided over devices; InputError where there are fewer layers than devices."""
+        if devices == 1:
+            return Split(1, dict.fromkeys(self.parameters, 0), {}, (1,))
+        return split_layers(self._model, devices, where)
 
     def layout(self, header: Header) -> "Layout":
         """Which of a checkpoint's tensors become which parameter, by the rules with which transformers loads it.

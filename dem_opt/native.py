@@ -6,11 +6,12 @@ import os
 import platform
 import shlex
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from shutil import which
-from time import perf_counter
+from time import perf_counter, time
 
 from dem_opt.checkpoints import cache_folder
 
@@ -21,6 +22,9 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-shared", "
 
 _COMPILERS = ("c++", "g++", "clang++")
 _SECONDS = 120
+
+UNUSED_SECONDS = 30 * 24 * 3600
+"""Libraries of other sources, compilers and processors that were not used for so long go when another is compiled."""
 
 
 class Term(ctypes.Structure):
@@ -53,14 +57,17 @@ def native() -> Native:
     """The kernel of this process: compiled into the user's cache folder, or found there."""
     began = perf_counter()
     try:
-        command = _compiler()
-        file = cache_folder() / f"kernel-{_digest(command)}.so"
+        command, file = _library()
         found = file.is_file()
-        if not found:
+        if found:
+            with suppress(OSError):
+                os.utime(file)
+        else:
             _compile(command, file)
+            _forget(file.parent)
         merge = ctypes.CDLL(str(file)).dem_merge
     except (OSError, subprocess.SubprocessError) as error:
-        return Native(None, f"the merge kernel is not compiled: {_reason(error)}", perf_counter() - began)
+        return Native(None, _missing(error), perf_counter() - began)
     merge.restype = None
     merge.argtypes = (
         *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
@@ -68,6 +75,27 @@ def native() -> Native:
     )
     note = f"the merge kernel was {'compiled before' if found else 'compiled'} by {command[0]}"
     return Native(merge, note, perf_counter() - began)
+
+
+def outlook() -> str:
+    """What `native` will find, for people; compiles and loads nothing."""
+    try:
+        command, file = _library()
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{_missing(error)}; torch's operations do it in threads, slower, with the same bits"
+    if file.is_file():
+        return f"the merge kernel was compiled before by {command[0]}"
+    return f"the merge kernel is compiled by {command[0]} at first use, which takes some seconds once"
+
+
+def _library() -> tuple[list[str], Path]:
+    """The compiler's command, and where the library that it makes lies or is to lie."""
+    command = _compiler()
+    return command, cache_folder() / f"kernel-{_digest(command)}.so"
+
+
+def _missing(error: Exception) -> str:
+    return f"the merge kernel is not compiled: {_reason(error)}"
 
 
 def _compiler() -> list[str]:
@@ -99,6 +127,14 @@ def _compile(command: list[str], file: Path) -> None:
     whole = [*command, *FLAGS, str(SOURCE), "-o", str(partial)]
     subprocess.run(whole, capture_output=True, text=True, check=True, timeout=_SECONDS)
     partial.replace(file)
+
+
+def _forget(folder: Path) -> None:
+    """Remove libraries that nobody used for long; those that can't be removed stay."""
+    for file in folder.glob("kernel-*.so"):
+        with suppress(OSError):
+            if time() - file.stat().st_mtime > UNUSED_SECONDS:
+                file.unlink()
 
 
 def _reason(error: Exception) -> str:

@@ -5,45 +5,32 @@ resident do, so it changes when they do.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dem_opt.arena import ALIGNMENT
 from dem_opt.checkpoints import DTYPES, Header, known_content
-from dem_opt.config import StudyConfig
+from dem_opt.config import Compute, StudyConfig
 from dem_opt.errors import InputError
-from dem_opt.kernel import CPU_BLOCK, CPU_THREADS, DEVICE_BLOCK
+from dem_opt.held import held_bytes, reduced_bytes, streamed_bytes
 from dem_opt.looks import stops
 from dem_opt.machine import Machine, Speed
 from dem_opt.models import Architecture
 from dem_opt.passes import Widths, activation_bytes, flops_per_token, gradient_bytes, read_widths
-from dem_opt.quantized import rows_of
 
 BATCH_TOKENS = 4096
 """Tokens in one forward call where the study says `batch: auto` and memory allows."""
 
-PROCESS = 450 * 10**6
-"""Bytes that Python, torch, transformers and Ray take in a resident's process before it loads (its RSS, on Linux)."""
-
-CONTEXT = 600 * 10**6
-"""Bytes that a process takes on a GPU before it stores anything: CUDA's context and the libraries' kernels.  Not
-measured: a round number above what is usual."""
-
 PACE = 0.6
 """The share of a matrix product's speed that a whole forward pass reaches: five runs of benchmarks/plan.py (LOG.md)."""
-
-_WINDOW_BYTES = 49
-"""Bytes of a token of a window: int64 ids, positions, targets and place, and the spec's own ids, positions and mask."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study will need.  Sizes are bytes, of one resident.
+    """What a study will need.  Sizes are bytes, of one resident; on each of its GPUs, if it has several.
 
     stored        base and experts, as the arena keeps them (also for coefficients that never use the base)
     live          the live model, in the evaluation's dtype
@@ -55,7 +42,8 @@ class Plan:
     batch_tokens  tokens in one forward call at most, and call_tokens those of the largest that there is
     checkpoints   how many are stored; files of the same content once
     streamed      folders of those that stay in their files, because not all fit into the machine's whole memory
-    asked         residents that the study asks for; auto is one for each GPU, one on a CPU
+    asked         residents that the study asks for; auto is as many as there are GPUs for, one on a CPU
+    gpus          GPUs of a resident: the sizes are then those of the one that holds most
     trial_tokens  tokens through the model for one composite on the search split
     composites    of the search split at most: base, trials and those of the final table
     reported      composites of the held-out split: those of the final table
@@ -80,6 +68,7 @@ class Plan:
     backward: int
     process: int
     asked: int
+    gpus: int
     trial_tokens: int
     report_tokens: int
     trials: int
@@ -90,7 +79,7 @@ class Plan:
 
     @property
     def resident(self) -> int:
-        """Bytes of one resident at its peak."""
+        """Bytes of one resident at its peak, on each of its GPUs."""
         return self.stored + self.live + self.scratch + self.windows + self.activations + self.process
 
     @property
@@ -101,14 +90,14 @@ class Plan:
 
     @property
     def needed(self) -> int:
-        """Bytes of the device: of all residents on a CPU, of one on each GPU."""
+        """Bytes of the device: of all residents on a CPU, of one or its part on each GPU."""
         return self.resident * (self.asked if self.machine.device == "cpu" else 1)
 
     @property
     def fitting(self) -> int:
-        """How many residents fit into the memory that is available: one to a GPU at most."""
+        """How many residents fit into the memory that is available: on GPUs at most as many as there are GPUs for."""
         here = self.machine.available // self.resident
-        return here if self.machine.device == "cpu" else min(here, 1) * self.machine.devices
+        return here if self.machine.device == "cpu" else min(here, 1) * (self.machine.devices // self.gpus)
 
     @property
     def tokens(self) -> int:
@@ -119,7 +108,8 @@ class Plan:
         """Seconds of merging and scoring for the whole study.
 
         Measured seconds for a token where there are any; else  tokens * FLOPs / (PACE speed) + merges * bytes /
-        bandwidth .  Residents on GPUs divide it among them; those on a CPU divide the CPU.  Proposals, loading and
+        bandwidth .  Residents on GPUs divide it among them; those on a CPU divide the CPU.  A resident's GPUs merge at
+        once and score in turn.  Proposals, loading and
         hashing come on top.
         """
         if speed.token_seconds is None:
@@ -145,9 +135,13 @@ def make_plan(
     base, given = headers["base"], study.evaluation
     dtype = evaluation_dtype(given.dtype, stored_dtype(base), machine.device)
     itemsize = _itemsize(dtype)
-    widths, asked = read_widths(architecture, model), residents_asked(study.compute.residents, machine)
+    widths, asked = read_widths(architecture, model), residents_asked(study.compute, machine)
     unlike = list({identity(header): header for header in headers.values()}.values())
-    held = _held(architecture, base, unlike, study, machine.device, itemsize)
+    gpus = study.compute.gpus_per_resident if machine.device != "cpu" else 1
+    split = architecture.split(gpus)
+    shares = [[name for name in architecture.parameters if split.places[name] == number] for number in range(gpus)]
+    every_held = [held_bytes(architecture, base, unlike, names, study, machine.device, itemsize) for names in shares]
+    names, held = max(zip(shares, every_held, strict=True), key=lambda share: sum(share[1].values()))
     block = stops(max(given.windows, given.held_out))[0]
 
     def call_bytes(batch: int) -> int:
@@ -156,14 +150,14 @@ def make_plan(
     share = machine.total // asked if machine.device == "cpu" else machine.total
     merge_bytes = held["stored"] + held["live"]
     least = _rows(given.window, given.window, block) * given.window
-    streamed, held["stored"] = _streamed(
-        architecture, unlike, study, share - sum(held.values()) - call_bytes(least), held["stored"]
+    streamed, held["stored"] = streamed_bytes(
+        architecture, unlike, names, study, share - sum(held.values()) - call_bytes(least), held["stored"]
     )
     if machine.device != "cpu":
-        held["scratch"] += len(streamed) * itemsize * max(prod(shape) for shape in architecture.parameters.values())
-    free = share - sum(held.values())
-    batch = _batch(study, free, call_bytes)
-    rows, reduced = _rows(batch, given.window, block), _reduced(architecture, itemsize, machine.device)
+        held["scratch"] += len(streamed) * itemsize * max(architecture.sizes.values())
+    batch = _batch(study, share - sum(held.values()), call_bytes)
+    rows, reduced = _rows(batch, given.window, block), reduced_bytes(architecture, itemsize, machine.device)
+    kept = replace(widths, layers=-(-widths.layers * max(split.layers) // max(sum(split.layers), 1)))
     return Plan(
         machine=machine,
         widths=widths,
@@ -176,8 +170,9 @@ def make_plan(
         **held,
         call_tokens=rows * given.window,
         activations=call_bytes(batch),
-        backward=gradient_bytes(widths, rows, given.window, itemsize, machine.device) + reduced,
+        backward=gradient_bytes(kept, rows, given.window, itemsize, machine.device) + reduced,
         asked=asked,
+        gpus=gpus,
         trial_tokens=len(study.corpora) * given.windows * given.window,
         report_tokens=len(study.corpora) * given.held_out * given.window,
         **_passes(study),
@@ -187,7 +182,13 @@ def make_plan(
 
 
 def refuse_too_large(plan: Plan, where: object) -> None:
-    """Raise InputError with the plan's sums where the residents asked for don't fit into the memory available."""
+    """Raise InputError with the plan's sums where the residents asked for don't fit into the memory available.
+
+    Also where a resident asks for more GPUs than there are.
+    """
+    if not plan.asked:
+        mend = f"this machine has {plan.machine.devices} GPUs: write at most so many"
+        raise InputError(where, "compute.gpus_per_resident", plan.gpus, mend)
     if plan.needed <= plan.machine.available:
         return
     parts = f"{plan.checkpoints} checkpoints {sized(plan.stored)}, live model {sized(plan.live)}, "
@@ -201,8 +202,11 @@ def refuse_too_large(plan: Plan, where: object) -> None:
         mends.insert(0, "a smaller evaluation.batch")
     if plan.machine.device == "cpu" and plan.asked > 1:
         mends.insert(0, "fewer residents")
+    if plan.machine.device != "cpu" and plan.machine.devices >= 2 * plan.gpus:
+        mends.insert(0, f"compute.gpus_per_resident {2 * plan.gpus}")
+    on_each = f" on each of {plan.gpus} GPUs" if plan.gpus > 1 else ""
     mend = (
-        f"{plan.asked} x {sized(plan.resident)} are needed ({parts}), {sized(plan.machine.available)} of "
+        f"{plan.asked} x {sized(plan.resident)}{on_each} are needed ({parts}), {sized(plan.machine.available)} of "
         f"{sized(plan.machine.total)} are available; what would help: {', '.join(mends)}"
     )
     raise InputError(where, "compute.residents", plan.asked, mend)
@@ -226,11 +230,11 @@ def evaluation_dtype(setting: str, stored: str, device: str) -> str:
     return "float32" if device == "cpu" else stored
 
 
-def residents_asked(setting: int | str, machine: Machine) -> int:
-    """Residents of this machine, as the pool counts them: auto is one for each GPU, without GPUs one."""
-    if not isinstance(setting, str):
-        return setting
-    return machine.devices if machine.device == "cuda" else 1
+def residents_asked(setting: Compute, machine: Machine) -> int:
+    """Residents of this machine, as the pool counts them: auto is as many as there are GPUs for, without GPUs one."""
+    if not isinstance(setting.residents, str):
+        return setting.residents
+    return machine.devices // setting.gpus_per_resident if machine.device == "cuda" else 1
 
 
 def sized(count: float) -> str:
@@ -239,92 +243,6 @@ def sized(count: float) -> str:
         if count >= size / 10:
             return f"{count / size:,.1f} {unit}"
     return f"{count / 1000:,.1f} kB"
-
-
-def _held(
-    architecture: Architecture,
-    base: Header,
-    unlike: Sequence[Header],
-    study: StudyConfig,
-    device: str,
-    itemsize: int,
-) -> dict[str, int]:
-    """What a resident holds for life, in bytes, by field of the plan."""
-    given, adapters = study.evaluation, sum(one.adapter for one in unlike)
-    return {
-        "stored": _stored(architecture, base, unlike, given.vectors),
-        "live": _flat(architecture, base, itemsize),
-        "scratch": _scratch(base, device) + _applied(architecture, adapters),
-        "windows": _WINDOW_BYTES * len(study.corpora) * (given.windows + given.held_out) * given.window,
-        "process": PROCESS if device == "cpu" else CONTEXT,
-    }
-
-
-def _stored(architecture: Architecture, base: Header, unlike: Sequence[Header], vectors: str) -> int:
-    """Bytes of base and experts: checkpoints and adapters as they are, or beside the base its vectors in int8.
-
-    A row of a vector has a float32 scale; where rows begin is an int64 for all vectors.
-    """
-    if vectors == "exact":
-        return sum(_factored(one) if one.adapter else _flat(architecture, one) for one in unlike)
-    rows, experts = sum(rows_of(shape) for shape in architecture.parameters.values()), len(unlike) - 1
-    return (
-        _flat(architecture, base) + experts * (_flat(architecture, base, 1) + 4 * rows) + (8 * rows if experts else 0)
-    )
-
-
-def _streamed(
-    architecture: Architecture, unlike: Sequence[Header], study: StudyConfig, free: int, stored: int
-) -> tuple[tuple[Path, ...], int]:
-    """Which checkpoints stay in files if `free`, what is left beside all of them, is negative; bytes of the others.
-
-    The base first where coefficients sum to 1, since then no composite but itself reads it; else last; experts from
-    the last one on.  None where even that does not help, nor for compressed vectors, which begin from the base.
-    """
-    base, *experts = unlike
-    order = [one for one in reversed(experts) if not one.adapter]
-    order = [base, *order] if study.space.least is None and study.space.total == 1 else [*order, base]
-    streamed: list[Header] = []
-    for one in order if study.evaluation.vectors == "exact" else ():
-        if free >= 0:
-            break
-        if not architecture.layout(one).fused:
-            size = _flat(architecture, one)
-            streamed, free, stored = [*streamed, one], free + size, stored - size
-    kept = stored + sum(_flat(architecture, one) for one in streamed)
-    return (tuple(one.folder for one in streamed), stored) if free >= 0 else ((), kept)
-
-
-def _flat(architecture: Architecture, header: Header, itemsize: int | None = None) -> int:
-    """Bytes of a checkpoint in an arena's segments, tied weights once; in its own dtypes unless one is given."""
-    layout = architecture.layout(header)
-    return sum(
-        -(-prod(shape) // ALIGNMENT) * ALIGNMENT * (itemsize or layout.dtype(header, name).itemsize)
-        for name, shape in architecture.parameters.items()
-    )
-
-
-def _factored(adapter: Header) -> int:
-    """Bytes of an adapter, which stays as it is stored."""
-    return sum(one.end - one.start for one in adapter.tensors.values())
-
-
-def _applied(architecture: Architecture, adapters: int) -> int:
-    """Bytes while adapters are applied to the largest parameter: what each makes of it, product and sum in float32."""
-    sizes = (prod(shape) for name, shape in architecture.parameters.items() if name != architecture.embedding)
-    return (adapters + 2) * 4 * max(sizes, default=0) if adapters else 0
-
-
-def _scratch(base: Header, device: str) -> int:
-    """Bytes of a merge that nothing is compiled for: two blocks in float32 and a rounded one, for each thread."""
-    stored = DTYPES[base.tensors[next(iter(base.tensors))].dtype].itemsize
-    return (CPU_BLOCK * CPU_THREADS if device == "cpu" else DEVICE_BLOCK) * (8 + stored)
-
-
-def _reduced(architecture: Architecture, itemsize: int, device: str) -> int:
-    """Bytes of the largest parameter's gradient, and of three blocks in float32 that it is reduced by."""
-    largest = max(prod(shape) for shape in architecture.parameters.values())
-    return largest * itemsize + 3 * 4 * min(CPU_BLOCK if device == "cpu" else DEVICE_BLOCK, largest)
 
 
 def _itemsize(dtype: str) -> int:

@@ -14,6 +14,7 @@ from dem_opt.card import resolved
 from dem_opt.config import StudyConfig
 from dem_opt.database import masked
 from dem_opt.driver import Driver
+from dem_opt.kernel import foretold
 from dem_opt.machine import this_machine
 from dem_opt.mlflow_runs import Data, Dossier, Place, standing_metrics
 from dem_opt.question import SEARCH, SPLITS, Question
@@ -41,6 +42,7 @@ def facts(config: StudyConfig, where: object, question: Question) -> dict[str, s
         f"base: {config.base}": question.base,
         **contents,
         **question.settings,
+        **({"merging here": foretold(question.settings["device"])} if config.compute.ray == "local" else {}),
         **libraries(),
         "go on, or repeat": f"dem-opt run {where}",
     }

@@ -235,6 +235,7 @@ class ResidentSpec:
     batch_tokens the most tokens in one forward call (at least one window)
     vectors      "exact": experts as they are stored; "int8": their vectors in int8
     streamed     contents of checkpoints that stay in their files
+    devices      how many the model's layers are divided over
     """
 
     base: StoredModel
@@ -244,6 +245,7 @@ class ResidentSpec:
     batch_tokens: int = 4096
     vectors: str = "exact"
     streamed: tuple[str, ...] = ()
+    devices: int = 1
 
 
 @dataclass(frozen=True)

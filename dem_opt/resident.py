@@ -1,4 +1,4 @@
-"""One device's state for life (arena, model, windows): Request -> Evaluation."""
+"""The state of a device, or of several, for life (arena, model, windows): Request -> Evaluation."""
 
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -17,22 +17,22 @@ from dem_opt.records import Composite, Evaluation, Gradient, Request, ResidentSp
 
 
 class Resident:
-    """Base, experts, live model and tokenized windows on one device, loaded once.
+    """Base, experts, live model and tokenized windows on its devices, loaded once.
 
     An evaluation merges in memory and calls the model once for each batch; it opens no file.  It knows no
     database and no tracker.  Raises InputError where a checkpoint is not what the spec says it is.
     """
 
     def __init__(self, spec: ResidentSpec) -> None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        devices = _devices(spec.devices)
         stored = list({model.content: model for model in (spec.base, *spec.experts)}.values())
         for model in stored:
             _refuse_changed(model)
         self._model = empty_model(spec.base.path, getattr(torch, spec.dtype))
-        self._arena = Arena(self._model, stored, device, spec.vectors, spec.streamed)
+        self._arena = Arena(self._model, stored, devices, spec.vectors, spec.streamed)
         self._arena.merge(Composite.single(spec.base.content))
         self._reading, self._head = reading(self._model), find_head(self._model)
-        self._windows = {corpus.key: prepare(corpus.windows, device) for corpus in spec.corpora}
+        self._windows = {corpus.key: prepare(corpus.windows, devices[0]) for corpus in spec.corpora}
         self._batch_tokens, self._asked_tokens = spec.batch_tokens, spec.batch_tokens
         self._ended: float | None = None
         self._base, self._experts = spec.base.content, [expert.content for expert in spec.experts]
@@ -145,7 +145,14 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
+def _devices(count: int) -> list[torch.device]:
+    """The GPUs that this process sees, as many as are asked for; without any the CPU, so many times."""
+    if not torch.cuda.is_available():
+        return [torch.device("cpu")] * count
+    return [torch.device("cuda", index) for index in range(count)]
+
+
 def _synchronize() -> None:
-    """Let the device finish, so that merging and scoring are timed apart."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    """Let the devices finish, so that merging and scoring are timed apart."""
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        torch.cuda.synchronize(index)

@@ -77,7 +77,7 @@ class Search:
         self._study = patience(lambda: self._opened(url, start))
         self._study_id = self._storage.get_study_id_from_name(name)
         self._known = frozenset([*space.landmarks(), *starting_points(self._study, space)])
-        self.told, self.elsewhere = _finished(self.trials()), 0
+        self.told, self.elsewhere = len(self.trials()) - len(self._history.running), 0
         self._began = monotonic()
 
     def _opened(self, url: str, start: Sequence[Coefficients]) -> optuna.Study:
@@ -165,22 +165,22 @@ class Search:
     def _next(self, trials: Sequence[Trial]) -> Proposal | None:
         for number in self._history.unborn:
             self._tell(number, None, {"reason": "interrupted while it was being proposed"})
-        self.told = _finished(trials)
-        running = [trial for trial in trials if trial.state == "running" and trial.number not in self._mine]
+        self.told = len(trials) - len(self._history.running)
+        running = [trial for trial in self._history.running if trial.number not in self._mine]
         alive = self._lease.others() if self._lease and running else {}
         left = [trial for trial in running if trial.driver not in alive]
         self.elsewhere = len(running) - len(left)
         if left:
-            return self._take_over(left[0], trials)
+            return self._take_over(left[0])
         if self._is_over(trials) or (self.is_sequential and running):
             return None
         return self._propose(trials)
 
-    def _take_over(self, trial: Trial, trials: Sequence[Trial]) -> Proposal:
+    def _take_over(self, trial: Trial) -> Proposal:
         trial_id = self._id_of(trial.number)
         if self._lease is not None:
             self._storage.set_trial_user_attr(trial_id, DRIVER, self._lease.token)
-        charged = _charged(trials, trial.number, trial.coefficients)
+        charged = self._charged(trial.number, trial.coefficients)
         return Proposal(trial.number, trial.coefficients, charged=charged)
 
     def _propose(self, trials: Sequence[Trial]) -> Proposal:
@@ -191,7 +191,11 @@ class Search:
         if self._lease is not None:
             trial.set_user_attr(DRIVER, self._lease.token)
         point = from_parameters(trial.params, self._space)
-        return Proposal(trial.number, point, perf_counter() - began, _charged(trials, trial.number, point))
+        return Proposal(trial.number, point, perf_counter() - began, self._charged(trial.number, point))
+
+    def _charged(self, number: int, coefficients: Coefficients) -> float:
+        """Forward-equivalents of the trial before `number` that was stopped at these coefficients, if there is one."""
+        return sum(trial.forwards for trial in self._history.stopped(coefficients, number))
 
     def _is_over(self, trials: Sequence[Trial]) -> bool:
         """Whether the search has ended; why is written down."""
@@ -232,12 +236,11 @@ class Search:
         return {trial.number for trial in self.trials() if trial.driver in alive}
 
     def whole(self, before: int) -> list[Trial]:
-        """The trials that are told of all windows and whose number is below `before`, in the order of their numbers."""
-        return [
-            trial
-            for trial in self.trials()
-            if trial.number < before and trial.objective is not None and not trial.error
-        ]
+        """The trials that were told of all windows at the last `ask`, of those whose number is below `before`.
+
+        In the order of their numbers.
+        """
+        return self._history.whole(before)
 
     @patient
     def tell(self, number: int, objective: float | None, attributes: Mapping[str, Any]) -> None:
@@ -279,16 +282,6 @@ def _introduce(study: optuna.Study, start: Sequence[Coefficients]) -> str:
         study.set_user_attr(START, [point.units for point in start])
         study.set_user_attr("uid", uid)
     return str(uid)
-
-
-def _charged(trials: Sequence[Trial], number: int, coefficients: Coefficients) -> float:
-    """Forward-equivalents of the trial before `number` that was stopped at these coefficients, if there is one."""
-    same = (trial for trial in trials if trial.number < number and trial.coefficients == coefficients)
-    return sum(trial.forwards for trial in same if trial.error)
-
-
-def _finished(trials: Sequence[Trial]) -> int:
-    return sum(trial.state != "running" for trial in trials)
 
 
 def _open(url: str) -> RDBStorage:

@@ -105,7 +105,8 @@ class Sources:
         """What a resident of this study holds."""
         vectors = self.config.evaluation.vectors
         experts = tuple(self.experts.values())
-        return ResidentSpec(self.base, experts, self.corpora, self.dtype, self.batch_tokens, vectors, self.streamed)
+        given = (self.dtype, self.batch_tokens, vectors, self.streamed, self.config.compute.gpus_per_resident)
+        return ResidentSpec(self.base, experts, self.corpora, *given)
 
     def exact(self) -> "Sources":
         """The same with vectors as they are."""
@@ -130,7 +131,8 @@ class Sources:
 
     def spec_of(self, model: StoredModel) -> ResidentSpec:
         """What a resident holds that scores one other model."""
-        return ResidentSpec(model, (), self.corpora, self.dtype, self.batch_tokens)
+        devices = self.config.compute.gpus_per_resident
+        return ResidentSpec(model, (), self.corpora, self.dtype, self.batch_tokens, devices=devices)
 
 
 def exactly(config: StudyConfig) -> StudyConfig:
@@ -153,10 +155,12 @@ def too_large(config: StudyConfig, where: object) -> str | None:
 def check_files(config: StudyConfig, where: object) -> Files:
     """Headers of the base and of every checkpoint and adapter, which must fit together; reads no weights.
 
-    Raises InputError for what is missing, damaged, or of another shape than the base.
+    Raises InputError for what is missing, damaged, of another shape than the base, or can't be divided as asked.
     """
     base = read_header(locate(config.base, "base"), "base")
     architecture = check_base(base)
+    architecture.split(config.compute.gpus_per_resident, where)
+    _check_gpus(config, where)
     _check_window(base.folder, config.evaluation.window, where)
     headers = {"base": base}
     for name, distribution in config.distributions.items():
@@ -185,6 +189,14 @@ def _check_expert(
     header = read_header(folder, field)
     check_fit(architecture, base, header)
     return header
+
+
+def _check_gpus(config: StudyConfig, where: object) -> None:
+    """Raise InputError where residents that are to live on this machine want several GPUs, and it has none."""
+    gpus = config.compute.gpus_per_resident
+    if gpus > 1 and config.compute.ray == "local" and this_machine().device == "cpu":
+        mend = "this machine has no GPU: leave it out, a resident on CPUs has all the memory anyway"
+        raise InputError(where, "compute.gpus_per_resident", gpus, mend)
 
 
 def _check_window(base: Path, window: int, where: object) -> None:

@@ -37,6 +37,7 @@ FLOORS = [
         "native",
         "quantized",
         "kernel",
+        "layers",
         "arena",
         "documents",
         "tokens",
@@ -50,7 +51,7 @@ FLOORS = [
         "heads",
     },
     {"perplexity", "ledger"},
-    {"resident", "samplers", "finetune", "passes", "plan", "sources"},
+    {"resident", "samplers", "finetune", "passes", "held", "plan", "sources"},
     {"pool", "search", "tracking", "mlflow_runs", "check", "geometry", "surrogate"},
     {"trials", "runs", "standings", "reweighting", "export", "card", "assets"},
     {"driver", "fidelity", "provenance", "generations"},
@@ -82,6 +83,7 @@ ALLOWED = {
     ("question", "simplex"),
     ("intervals", "records"),
     ("models", "checkpoints"),
+    ("models", "layers"),
     ("pickled", "checkpoints"),
     ("hub", "pickled"),
     ("adapters", "checkpoints"),
@@ -96,11 +98,13 @@ ALLOWED = {
     ("arena", "quantized"),
     ("arena", "checkpoints"),
     ("arena", "kernel"),
+    ("arena", "layers"),
     ("arena", "models"),
     ("arena", "adapters"),
     ("tokens", "documents"),
     ("corpus", "documents"),
     ("corpus", "tokens"),
+    ("plan", "held"),
     ("plan", "passes"),
     ("sources", "plan"),
     ("standings", "trials"),
@@ -119,7 +123,8 @@ ALLOWED = {
 }
 
 TENSORS = {"checkpoints", "models", "adapters", "arena", "perplexity", "resident", "finetune", "assets", "export"}
-TENSORS |= {"pickled", "pool", "machine", "passes", "plan", "heads", "kernel", "quantized", "parameters", "geometry"}
+TENSORS |= {"pickled", "pool", "machine", "passes", "plan", "heads", "kernel", "quantized", "parameters", "layers"}
+TENSORS |= {"geometry"}
 """Rooms that work with torch."""
 
 DOORS = {
@@ -138,7 +143,8 @@ DOORS = {
     "jinja2": {"tokens"},
     "huggingface_hub": {"hub", "models"},
     "torch": TENSORS,
-    "transformers": {"models", "arena", "tokens", "corpus", "heads", "perplexity", "finetune", "assets", "export"},
+    "transformers": {"models", "arena", "layers", "tokens", "corpus", "heads"}
+    | {"perplexity", "finetune", "assets", "export"},
 }
 """Who may import what, at the top of a module or inside its functions."""
 

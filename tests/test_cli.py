@@ -9,7 +9,7 @@ import torch
 import worlds
 import yaml
 from safetensors.torch import load_file, save_file
-from untracked import Untracked
+from untracked import nowhere
 
 from dem_opt.checkpoints import content_hash
 from dem_opt.cli import main
@@ -32,7 +32,7 @@ def world(template, tmp_path):
 
 @pytest.fixture
 def untracked(monkeypatch):
-    monkeypatch.setattr(Study, "_tracker", lambda study, search: Untracked())
+    monkeypatch.setattr(Study, "_tracker", nowhere)
 
 
 def edit(world: Path, **changes) -> None:

@@ -10,7 +10,7 @@ import worlds
 import yaml
 import zoo
 from test_adapters import LINEAR, make_adapter
-from untracked import Untracked
+from untracked import nowhere
 
 from dem_opt.checkpoints import read_header
 from dem_opt.cli import main
@@ -107,7 +107,7 @@ WORLDS = {
 @pytest.mark.filterwarnings("ignore:.*falling back to its reference.*")
 @pytest.mark.parametrize("case", WORLDS)
 def test_a_study_runs_and_its_winner_is_exported_and_scored_again(tmp_path, monkeypatch, capsys, case):
-    monkeypatch.setattr(Study, "_tracker", lambda study, search: Untracked())
+    monkeypatch.setattr(Study, "_tracker", nowhere)
     path = WORLDS[case](tmp_path)
     assert main(["check", str(path)]) == 0
     assert "one resident" in capsys.readouterr().out
@@ -124,7 +124,7 @@ def test_a_study_runs_and_its_winner_is_exported_and_scored_again(tmp_path, monk
 
 
 def test_a_single_fine_tune_of_another_dtype_is_written_as_it_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(Study, "_tracker", lambda study, search: Untracked())
+    monkeypatch.setattr(Study, "_tracker", nowhere)
     path = WORLDS["bfloat16 base, float32 fine-tunes"](tmp_path)
     written = Study.load(path, compute=InProcessCompute()).merge({"code": 1.0}, tmp_path / "vertex")
     mine = load_model(written.path, "auto").named_parameters()

@@ -1,15 +1,17 @@
 """Laws of the merge kernel: compiled, in threads and plain, the bits are those of sums rounded one at a time."""
 
 import functools
+import os
 import subprocess
 import sys
+from time import time
 
 import numpy as np
 import pytest
 import torch
 
-from dem_opt.kernel import MergeKernel, told
-from dem_opt.native import Native, native
+from dem_opt.kernel import MergeKernel, foretold, told
+from dem_opt.native import UNUSED_SECONDS, Native, native, outlook
 from dem_opt.quantized import Quantized
 from dem_opt.simplex import UNIT
 
@@ -70,10 +72,10 @@ def test_products_and_sums_are_rounded_one_at_a_time(kernel, count, dtype, live)
     assert_same_bits(run(kernel, parts, live), expected(parts, live, dtype))
 
 
-@pytest.mark.parametrize("live", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("live", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_terms_of_several_dtypes_are_summed_in_their_order(kernel, dtype, live):
-    parts = [one for pair in zip(terms(515, torch.float32), terms(515, torch.bfloat16), strict=True) for one in pair]
+    parts = [one for each in zip(*(terms(515, stored) for stored in DTYPES), strict=True) for one in each]
     assert_same_bits(run(kernel, parts, live, dtype), expected(parts, live, dtype))
 
 
@@ -118,11 +120,29 @@ def test_a_composite_is_rounded_to_the_stored_dtype_and_then_cast(kernel, dtype,
     assert run(kernel, parts, live).item() == (0.5 if torch.bfloat16 in (dtype, live) else 0.501953125)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_beyond_the_dtype_is_infinite_and_what_is_undefined_not_a_number(kernel, dtype):
     large = torch.full((33,), torch.finfo(dtype).max).to(dtype)
     assert run(kernel, [(2 * UNIT, large), (-UNIT, -large)]).isinf().all()
     assert run(kernel, [(UNIT, large / 0), (UNIT, -large / 0)], dtype).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_value_is_widened_and_what_lies_between_two_rounded_as_torch_does(kernel, dtype):
+    """Bit patterns of all values but those that are no numbers; the middle between two and what lies beside it."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    every = every[~every.isnan()]
+    nothing = torch.full_like(every, -0.0)
+    assert_same_bits(run(kernel, [(UNIT, every), (UNIT, nothing)], torch.float32), every.float())
+    ordered = every.float().unique()
+    ordered = ordered[ordered.isfinite()]
+    middle = (ordered[1:].double() + ordered[:-1].double()).div(2).float()
+    edge = torch.tensor([torch.finfo(dtype).max * (1 + torch.finfo(dtype).eps / 4)])
+    points = torch.cat([middle, edge, -edge])
+    beside = torch.cat([points, *(points.nextafter(torch.full_like(points, end)) for end in (-1e38, 1e38))])
+    parts = [(UNIT, beside), (UNIT, torch.full_like(beside, -0.0))]
+    assert_same_bits(run(kernel, parts, dtype, dtype), beside.to(dtype))
+    assert_same_bits(run(kernel, parts, torch.float32, dtype), beside.to(dtype).float())
 
 
 def quantized(lengths, seed):
@@ -165,7 +185,8 @@ def test_without_a_compiler_the_reason_is_told_and_merges_go_on():
         "import torch; from dem_opt.kernel import MergeKernel, told\n"
         "kernel, out = MergeKernel(), torch.zeros(3)\n"
         "kernel.merge(out, [(5 * 10**8, torch.ones(3)), (5 * 10**8, torch.ones(3))], torch.float32)\n"
-        "print(kernel.compiled, out.tolist(), told('cpu')[0])"
+        "print(kernel.compiled, out.tolist(), told('cpu')[0]); from dem_opt.kernel import foretold\n"
+        "assert foretold('cpu').startswith(told('cpu')[0] + '; torch'), foretold('cpu')"
     )
     environment = {"CXX": "no-such-compiler", "PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
@@ -177,9 +198,24 @@ def test_a_compiled_kernel_is_found_again(tmp_path, monkeypatch):
     if native().merge is None:
         pytest.skip(native().note)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first, again = native.__wrapped__(), native.__wrapped__()
+    before = outlook()
+    assert "at first use" in before and not any(tmp_path.iterdir())
+    folder = tmp_path / "dem_opt"
+    folder.mkdir()
+    for name, age in (
+        ("kernel-old.so", UNUSED_SECONDS + 60),
+        ("kernel-young.so", UNUSED_SECONDS - 60),
+        ("old.so", 1e9),
+    ):
+        (folder / name).touch()
+        os.utime(folder / name, (time() - age,) * 2)
+    first = native.__wrapped__()
+    (made,) = {one.name for one in folder.iterdir()} - {"kernel-young.so", "old.so"}
+    os.utime(folder / made, (0, 0))
+    again = native.__wrapped__()
     assert isinstance(first, Native) and " compiled by" in first.note and "compiled before by" in again.note
-    assert len(list((tmp_path / "dem_opt").iterdir())) == 1
+    assert len(list(folder.iterdir())) == 3 and (folder / made).stat().st_mtime > 0, "used again, so young again"
+    assert outlook() == foretold("cpu") == again.note and foretold("cuda").endswith("by torch at first use")
 
 
 def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch):

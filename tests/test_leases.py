@@ -221,10 +221,10 @@ def test_turns_do_not_overlap(postgres_url: str, tmp_path: Path) -> None:
 
 def test_a_turn_ends_with_its_connection_and_the_loss_is_told(server: Engine) -> None:
     kill = "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"
-    with holding(server, "study", several=True) as one, holding(server, "study", several=True) as other:
-        with one.turn() as confirm:
+    drivers = holding(server, "study", several=True), holding(server, "study", several=True)
+    with drivers[0] as one, drivers[1] as other, one.turn() as confirm:
+        confirm()
+        with server.begin() as connection:
+            connection.execute(text(kill))
+        with other.turn(), pytest.raises(OperationalError):
             confirm()
-            with server.begin() as connection:
-                connection.execute(text(kill))
-            with other.turn(), pytest.raises(OperationalError):
-                confirm()

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import test_adapters
 import torch
 import worlds
 import yaml
@@ -19,7 +20,7 @@ from dem_opt.arena import Arena
 from dem_opt.check import check
 from dem_opt.checkpoints import content_hash, known_content, read_header
 from dem_opt.cli import main
-from dem_opt.config import StudyConfig, load
+from dem_opt.config import Compute, StudyConfig, load
 from dem_opt.database import connect
 from dem_opt.errors import InputError
 from dem_opt.heads import find_head, nll, rows_at_once
@@ -275,17 +276,104 @@ def test_what_does_not_fit_is_refused_with_its_sums(world, machine, residents):
     assert short.fitting == (residents - 1 if machine.device == "cpu" else 0)
 
 
+@pytest.mark.parametrize("each", [1, 2, 3])
 @pytest.mark.parametrize("gpus", [0, 1, 4])
 @pytest.mark.parametrize("asked", ["auto", 1, 2])
-def test_pool_and_plan_count_residents_alike(gpus, asked):
+def test_pool_and_plan_count_residents_alike(gpus, asked, each):
     machine = Machine("cuda" if gpus else "cpu", max(gpus, 1), 10**9, 10**9)
     cluster = {"CPU": 8.0} | ({"GPU": float(gpus)} if gpus else {})
-    planned = residents_asked(asked, machine)
-    if gpus and planned > gpus:
-        with pytest.raises(InputError):
-            _share(cluster, planned)
+    planned = residents_asked(Compute(residents=asked, gpus_per_resident=each), machine)
+    if each > max(gpus, 1):
+        with pytest.raises(InputError, match=f"compute.gpus_per_resident = {each}: the cluster has {gpus or 'no'} GPU"):
+            _share(cluster, None if asked == "auto" else asked, each)
+    elif gpus and planned * each > gpus:
+        with pytest.raises(InputError, match=f"compute.residents = {asked}: the cluster has {gpus} GPUs"):
+            _share(cluster, planned, each)
     else:
-        assert _share(cluster, None if asked == "auto" else asked)[0] == planned
+        count, resources = _share(cluster, None if asked == "auto" else asked, each)
+        assert count == planned and resources["num_gpus"] == (each if gpus else 0)
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """A study of models of six layers, in two dtypes, with an adapter."""
+    folder = tmp_path_factory.mktemp("deep")
+    for seed, name in enumerate(("base", "a", "b")):
+        model = zoo.make("llama", seed, torch.bfloat16, num_hidden_layers=6)
+        model.model.layers[5].float()
+        model.save_pretrained(folder / name)
+    adapter = test_adapters.make_adapter(folder / "base", folder / "c", 3, target_modules=test_adapters.LINEAR)
+    return folder, adapter
+
+
+def divided(deep, gpus: int, vectors: str = "exact", machine: Machine = GPUS, **sections) -> Plan:
+    folder, adapter = deep
+    models = {"a": {"checkpoint": "a"}, "b": {"checkpoint": "b"}, "c": {"adapter": str(adapter)}}
+    distributions = {name: one | {"validation": "none.jsonl"} for name, one in models.items()}
+    study = {"name": "s", "base": "base", "compute": {"gpus_per_resident": gpus, "ray": "auto"}}
+    study |= {"evaluation": {"vectors": vectors, "window": 32, "dtype": "float32"}} | sections
+    if vectors == "int8":
+        del distributions["c"]
+    (folder / "study.yaml").write_text(yaml.safe_dump(study | {"distributions": distributions}))
+    return plan_of(load(folder / "study.yaml"), machine)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
+@pytest.mark.parametrize("vectors", ["exact", "int8"])
+@pytest.mark.parametrize("gpus", [1, 2, 3, 4])
+def test_of_several_gpus_the_bytes_are_those_of_the_one_that_holds_most(deep, gpus, vectors):
+    """Stored and live, as the arena's segments and edits have them there."""
+    plan, (folder, adapter) = divided(deep, gpus, vectors), deep
+    stored = [StoredModel(folder / name, content_hash(folder / name)) for name in ("base", "a", "b")]
+    if vectors == "exact":
+        stored.append(StoredModel(adapter, "c", stored[0].content))
+    model = empty_model(folder / "base", torch.float32)
+    arena = Arena(model, stored, ["cpu"] * gpus, vectors)
+    held = [0] * gpus
+    for segment in arena._segments:
+        held[segment.number] += segment.nbytes
+    for _, edits in arena._edited.values():
+        for name, edit in edits.items():
+            held[arena._split.places[name]] += edit.nbytes
+    assert plan.stored + plan.live == max(held) and sum(held) == arena.nbytes
+    assert plan.gpus == gpus and plan.asked == GPUS.devices // gpus == plan.fitting
+    whole = divided(deep, 1, vectors)
+    assert (plan.backward < whole.backward) == (gpus > 1) and plan.activations == whole.activations
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_where_a_study_does_not_fit_more_gpus_for_each_resident_are_offered(deep):
+    plan = divided(deep, 1)
+    for gpus, devices, offered in ((1, 4, "compute.gpus_per_resident 2"), (2, 4, "compute.gpus_per_resident 4")):
+        machine = Machine("cuda", devices, plan.resident, plan.live)
+        with pytest.raises(InputError, match=offered) as refused:
+            refuse_too_large(divided(deep, gpus, machine=machine), "study.yaml")
+        assert ("on each of 2 GPUs" in str(refused.value)) == (gpus == 2)
+    with pytest.raises(InputError) as refused:
+        refuse_too_large(replace(plan, machine=Machine("cuda", 1, plan.resident, plan.live)), "study.yaml")
+    assert "gpus_per_resident" not in str(refused.value)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_more_gpus_than_there_are_or_than_layers_are_refused(deep):
+    with pytest.raises(InputError, match=r"compute.gpus_per_resident = 6: this machine has 4 GPUs"):
+        refuse_too_large(divided(deep, 6), "study.yaml")
+    with pytest.raises(InputError, match=r"compute.gpus_per_resident = 7: LlamaForCausalLM has 6 layers"):
+        divided(deep, 7)
+
+
+@pytest.mark.parametrize("command", ["check", "run", "score"])
+def test_without_a_gpu_several_for_each_resident_are_refused(world, capsys, command):
+    """The world's model has one layer, so it is given another."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    for name in ("base", "code", "math", "prose"):
+        config = LlamaConfig.from_pretrained(world / "models" / name, num_hidden_layers=2)
+        LlamaForCausalLM(config).save_pretrained(world / "models" / name)
+    configured(world, compute={"gpus_per_resident": 2})
+    more = ["--weights", "code=1"] if command == "score" else []
+    assert main([command, str(world / "study.yaml"), *more]) == 2
+    assert "compute.gpus_per_resident = 2: this machine has no GPU: leave it out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("gigabytes", [64, 4, 3, 2.5, 2, 1])
@@ -345,6 +433,7 @@ def test_a_check_writes_nothing(world, capsys, was_run):
     assert main(["check", str(world / "study.yaml"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["plan"]["resident"] > found["plan"]["stored"] > 0 and len(found["checkpoints"]) == 4
+    assert "merge kernel" in found["kernel"] and found["kernel"][1:] in told
 
 
 @pytest.mark.parametrize("command", ["check", "run", "compare", "score"])

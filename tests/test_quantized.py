@@ -8,14 +8,15 @@ import test_study
 import torch
 import worlds
 from test_arena import ARCHITECTURES, UNITS, World, assert_same_bits, losses, reduced, values
+from untracked import nowhere
 
 from dem_opt.arena import Arena
 from dem_opt.checkpoints import read_header
 from dem_opt.config import StudyConfig, load
 from dem_opt.errors import InputError
+from dem_opt.held import _stored
 from dem_opt.kernel import MergeKernel
 from dem_opt.models import empty_model, read_architecture
-from dem_opt.plan import _stored
 from dem_opt.quantized import Quantized, quantize, row_length, rows_of
 from dem_opt.question import refuse_other_scoring
 from dem_opt.records import Composite
@@ -115,7 +116,7 @@ def test_neither_the_compiler_nor_the_order_changes_a_bit(tame, units):
     arena, model = arena_of(tame)
     arena.merge(tame.composite(units))
     before = values(model)
-    arena._kernel = MergeKernel(compiled=False, block=37)
+    arena._kernels = [MergeKernel(compiled=False, block=37)]
     arena.merge(tame.composite(units))
     assert_same_bits(values(model), before)
     other, model = arena_of(tame, [tame.stored[0], tame.stored[2], tame.stored[1]])
@@ -144,7 +145,8 @@ def test_the_plan_counts_the_bytes_of_the_arena(tame, count):
     headers = [read_header(one.path, "base") for one in stored]
     arena, _ = arena_of(tame, stored)
     live = sum(segment.live_P.nbytes for segment in arena._segments)
-    assert _stored(read_architecture(headers[0]), headers[0], headers, "int8") + live == arena.nbytes
+    architecture = read_architecture(headers[0])
+    assert _stored(architecture, headers[0], headers, architecture.parameters, "int8") + live == arena.nbytes
 
 
 def configured(path, **evaluation) -> StudyConfig:
@@ -180,7 +182,7 @@ def test_adapters_are_refused_since_they_are_small_as_they_are(tmp_path):
 
 @pytest.fixture
 def untracked(monkeypatch):
-    monkeypatch.setattr(test_study.Study, "_tracker", lambda study, search: test_study.Untracked())
+    monkeypatch.setattr(test_study.Study, "_tracker", nowhere)
 
 
 def test_a_study_of_compressed_vectors_tells_what_they_cost_and_exports_the_full_ones(tmp_path, untracked):

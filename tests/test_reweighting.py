@@ -7,7 +7,7 @@ from itertools import permutations
 
 import pytest
 import worlds
-from untracked import Untracked
+from untracked import nowhere
 
 from dem_opt import answers
 from dem_opt.database import connect
@@ -29,7 +29,7 @@ WEIGHTINGS = [{"code": 1}, {"code": 2, "math": 1}, {"prose": 1, "math": 0}, {"co
 
 @pytest.fixture(autouse=True)
 def untracked(monkeypatch):
-    monkeypatch.setattr(Study, "_tracker", lambda study, search: Untracked())
+    monkeypatch.setattr(Study, "_tracker", nowhere)
 
 
 def open_study(path):
@@ -42,7 +42,7 @@ def measured(tmp_path_factory):
     evaluation = {"window": 32, "windows": 8, "held_out": 4}
     path = worlds.study(tmp_path_factory.mktemp("world"), search=SEARCHED, evaluation=evaluation)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Study, "_tracker", lambda study, search: Untracked())
+        patch.setattr(Study, "_tracker", nowhere)
         open_study(path).compare(["grid", "random"])
     return path
 

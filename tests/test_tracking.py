@@ -376,7 +376,11 @@ STANDINGS = (
 def test_a_dossier_can_be_told_again_and_baselines_have_one_run_each(
     make: Make, logged: Callable[[], Logged], client: Any, warnings: list[str]
 ) -> None:
-    data = [Data(name, split, f"{name}.jsonl", f"{split}{name}" * 40, 4) for name in ("code", "math") for split in ("search", "b")]
+    data = [
+        Data(name, split, f"{name}.jsonl", f"{split}{name}" * 40, 4)
+        for name in ("code", "math")
+        for split in ("search", "b")
+    ]
     for words in ("first", "second"):
         tracker = make(home="http://127.0.0.1:1/dashboard/studies/1")
         files = {"report.html": f"<p>{words}", "figures/a.png": words.encode()}

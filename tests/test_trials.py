@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import worlds
 import yaml
-from untracked import Untracked
+from untracked import nowhere
 
 from dem_opt.database import connect
 from dem_opt.errors import InputError
@@ -31,7 +31,7 @@ NAMES = ("code", "math", "prose")
 @pytest.fixture(autouse=True)
 def untracked(monkeypatch):
     """No MLflow: its laws are tested with tracking, and a fresh database costs seconds."""
-    monkeypatch.setattr(Study, "_tracker", lambda study, search: Untracked())
+    monkeypatch.setattr(Study, "_tracker", nowhere)
 
 
 class Witness:

@@ -24,3 +24,8 @@ class Untracked:
 
     def close(self) -> bool:
         return True
+
+
+def nowhere(*_given: object) -> Untracked:
+    """In the place of `Study._tracker`."""
+    return Untracked()

@@ -268,12 +268,14 @@ class Search(Section):
 class Compute(Section):
     """Residents and where they live.
 
-    residents auto: one for each GPU; without GPUs one with all the CPUs
-    ray       local: a Ray of its own; auto: the cluster that this machine belongs to; or an address
-    patience  seconds to wait for residents to be ready
+    residents          auto: as many as there are GPUs for; without GPUs one with all the CPUs
+    gpus_per_resident  GPUs that a resident's model is divided over, by layers
+    ray                local: a Ray of its own; auto: the cluster that this machine belongs to; or an address
+    patience           seconds to wait for residents to be ready
     """
 
     residents: Literal["auto"] | Positive = "auto"
+    gpus_per_resident: Positive = 1
     ray: str = "local"
     patience: PositiveReal = 600.0
 

@@ -82,7 +82,7 @@ class _Member:
 
 
 class RayPool:
-    """Residents as Ray actors, one for each GPU, or on CPUs (`share`).
+    """Residents as Ray actors, on GPUs of their own, or on CPUs (`share`).
 
     One that dies, with its node or alone, or that hangs, is replaced, and what it had is sent out again, up to
     ATTEMPTS times each.  Without a number of residents, nodes that join get some too.  Raises InputError where
@@ -91,13 +91,13 @@ class RayPool:
 
     def __init__(self, build: Build, spec: ResidentSpec, residents: int | None, patience: float, tell: Tell) -> None:
         ray = self._ray = import_ray()
-        self._asked, self._patience, self._tell = residents, patience, tell
+        self._asked, self._devices, self._patience, self._tell = residents, spec.devices, patience, tell
         self._content = (build, ray.put(spec))
         self._windows = {corpus.key: len(corpus.windows) for corpus in spec.corpora}
         self._waiting: deque[tuple[Request, int]] = deque()
         self._slowest, self._answered, self._refused = 0.0, 0, 0
         self._ready_at = self._grown_at = monotonic()
-        count, self._resources = share(_nodes(ray), residents)
+        count, self._resources = share(_nodes(ray), residents, spec.devices)
         self._members = [self._recruit() for _ in range(count)]
         self.threads: list[int] = []
         try:
@@ -254,7 +254,7 @@ class RayPool:
         if self._asked is not None or monotonic() - self._grown_at < GROWTH:
             return
         self._grown_at = monotonic()
-        count, _ = share(_nodes(self._ray), None)
+        count, _ = share(_nodes(self._ray), None, self._devices)
         for _ in range(count - self._refused - len(self._members)):
             self._tell("a node has joined; it gets a resident")
             self._members.append(self._recruit())

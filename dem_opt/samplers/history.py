@@ -1,10 +1,12 @@
 """A study's trials as points of the simplex: what every sampler starts from."""
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import nsmallest
 from itertools import islice
 from math import inf
+from operator import attrgetter
 from typing import Any, Literal
 
 from optuna import Study
@@ -59,7 +61,12 @@ class Trial:
     @property
     def error(self) -> float:
         """Standard error of the objective in nats per token: above 0 where the trial was stopped, an estimate."""
-        return float(self.attributes.get("error", 0.0))
+        return float(self.attributes["error"]) if "error" in self.attributes else 0.0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it was told of all windows."""
+        return self.objective is not None and not self.error
 
     @property
     def gradient(self) -> Mapping[str, float]:
@@ -71,32 +78,57 @@ class Trial:
 class History:
     """A study's trials that have all their coefficients.
 
-    Others (the driver died while proposing) are passed over, so that nothing depends on them; `unborn` has the numbers
-    of those that are still running.  Finished trials never change, and are read once.
+    Others (the driver died while proposing) are passed over, so that nothing depends on them.  Finished trials never
+    change, and are read once: a call costs what Optuna's does, and a little for each trial since the oldest that runs.
+
+    running  the trials that were running at the last call
+    unborn   numbers of those that run and have not all coefficients
     """
 
     space: Space
+    running: list[Trial] = field(default_factory=list)
     unborn: list[int] = field(default_factory=list)
-    _finished: dict[int, Trial] = field(default_factory=dict)
+    _recent: list[Trial] = field(default_factory=list)
+    _settled: list[Trial] = field(default_factory=list)
+    _whole: list[Trial] = field(default_factory=list)
+    _seen: int = 0
+    _stopped: dict[Coefficients, list[Trial]] = field(default_factory=dict)
 
     def __call__(self, study: Study) -> list[Trial]:
-        """The trials in the order of their numbers.
+        """The trials in the order of their numbers."""
+        frozen = study.get_trials(deepcopy=False)
+        while self._seen < len(frozen) and frozen[self._seen].state.is_finished():
+            self._settle(frozen[self._seen])
+        recent = [(one, self._read(one)) for one in frozen[self._seen :]]
+        self.unborn = [one.number for one, trial in recent if trial is None and one.state == TrialState.RUNNING]
+        self._recent = [trial for _, trial in recent if trial is not None]
+        self.running = [trial for trial in self._recent if trial.state == "running"]
+        return self._settled + self._recent
 
-        Finished ones are looked up by number and nothing else, so that an ask costs as much after thousands of them.
-        """
-        known, self.unborn = self._finished.get, []
-        read = (known(frozen.number) or self._read(frozen) for frozen in study.get_trials(deepcopy=False))
-        return [trial for trial in read if trial is not None]
+    def whole(self, before: int) -> list[Trial]:
+        """The trials below a number that had been told of all windows at the last call, in their order."""
+        settled = self._whole[: bisect_left(self._whole, before, key=attrgetter("number"))]
+        return settled + [trial for trial in self._recent if trial.number < before and trial.is_whole]
+
+    def stopped(self, coefficients: Coefficients, before: int) -> list[Trial]:
+        """The trials below a number that were stopped at these coefficients."""
+        recent = (trial for trial in self._recent if trial.error and trial.coefficients == coefficients)
+        return [trial for trial in (*self._stopped.get(coefficients, ()), *recent) if trial.number < before]
+
+    def _settle(self, frozen: FrozenTrial) -> None:
+        """Read a finished trial, before which all are finished, once and for all."""
+        self._seen += 1
+        if trial := self._read(frozen):
+            self._settled.append(trial)
+            if trial.is_whole:
+                self._whole.append(trial)
+            elif trial.error:
+                self._stopped.setdefault(trial.coefficients, []).append(trial)
 
     def _read(self, frozen: FrozenTrial) -> Trial | None:
         if frozen.state not in _STATES or not _is_whole(frozen, self.space):
-            if frozen.state == TrialState.RUNNING:
-                self.unborn.append(frozen.number)
             return None
-        trial = _trial(frozen, self.space)
-        if trial.state != "running":
-            self._finished[trial.number] = trial
-        return trial
+        return _trial(frozen, self.space)
 
 
 def _is_whole(trial: FrozenTrial, space: Space) -> bool:

@@ -1,0 +1,72 @@
+"""A driver that dies when it is told to: `dem-opt`, with every evaluation noted and one SIGKILL at a chosen boundary.
+
+    python driver.py MOMENT COMMAND...
+
+MOMENT is "never", BOUNDARY:CALL (right after that call of it), or "told+SECONDS" (after the first trial is told).
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from functools import wraps
+from threading import Timer
+from typing import Any
+
+import optuna
+from counted import build
+from mlflow.tracking import MlflowClient
+
+from dem_opt import cli, export, study
+from dem_opt.ledger import Ledger
+from dem_opt.pool.ray_pool import RayPool
+from dem_opt.search import Search
+
+BOUNDARIES: dict[str, tuple[Any, str]] = {
+    "mid-ask": (optuna.storages._CachedStorage, "set_trial_param"),
+    "scored": (RayPool, "next_done"),
+    "ledger written": (Ledger, "record"),
+    "told": (Search, "tell"),
+    "MLflow run created": (MlflowClient, "create_run"),
+    "MLflow run ended": (MlflowClient, "set_terminated"),
+    "export renamed": (export, "write_composite"),
+}
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def after(owner: Any, name: str, act: Callable[[int], None]) -> None:
+    """Let every call of a function be followed by `act` with the number of the call."""
+    original, calls = getattr(owner, name), 0
+
+    @wraps(original)
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        result = original(*arguments, **named)
+        calls += 1
+        act(calls)
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def arm(moment: str) -> None:
+    """Die at this moment."""
+    if moment.startswith("told+"):
+        timer = Timer(float(moment.removeprefix("told+")), die)
+        timer.daemon = True
+        after(Search, "tell", lambda call: timer.start() if call == 1 else None)
+    elif moment != "never":
+        boundary, _, last = moment.partition(":")
+        owner, name = BOUNDARIES[boundary]
+        after(owner, name, lambda call: die() if call == int(last) else None)
+        if name == "write_composite":
+            study.write_composite = export.write_composite
+
+
+if __name__ == "__main__":
+    study.build = build
+    arm(sys.argv[1])
+    sys.exit(cli.main(sys.argv[2:]))

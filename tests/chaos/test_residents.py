@@ -1,0 +1,82 @@
+"""Residents that are killed, alone or with their node: the study goes on, and every trial is told once."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import books
+import pytest
+from counted import notes_of
+
+SLOW: dict[str, Any] = {"documents": 1000, "evaluation": {"window": 64, "windows": 200, "held_out": 4}}
+"""A trial of some tenths of a second."""
+
+
+def notes(study: Path) -> list[dict[str, Any]]:
+    file = notes_of(study.parent)
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def at_work(driver: subprocess.Popen[str], study: Path, seen: int) -> int:
+    """The process of a resident that has just begun with something, after so many notes."""
+    while True:
+        assert driver.poll() is None, f"the driver has ended: {driver.communicate()[0]}"
+        lines = notes(study)
+        if len(lines) > seen and lines[-1]["what"] == "begun":
+            return int(lines[-1]["pid"])
+        time.sleep(0.02)
+
+
+def test_residents_that_are_killed_while_they_score_lose_no_trial(make_study: Callable[..., Path]) -> None:
+    kills, planned = 10, 60
+    study, rng = make_study(planned, **SLOW), random.Random(3)
+    driver = books.start("never", "run", study)
+    for _ in range(kills):
+        pid = at_work(driver, study, len(notes(study)) + rng.randint(0, 4))
+        time.sleep(rng.uniform(0.0, 0.1))
+        os.kill(pid, signal.SIGKILL)
+        while notes(study)[-1]["pid"] == pid:
+            assert driver.poll() is None, driver.communicate()[0]
+            time.sleep(0.05)
+    said, _ = driver.communicate(timeout=600)
+    assert driver.returncode == 0, said
+    assert said.count("a resident was lost") <= kills
+    found = books.read(study)
+    found.check(planned)
+    assert found.repeated <= kills
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """A head that holds nothing, and one node that holds residents."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    yield made
+    made.shutdown()
+
+
+def test_nodes_that_are_killed_and_replaced_lose_no_trial(
+    make_study: Callable[..., Path], cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kills, planned = 5, 80
+    monkeypatch.setenv("PYTHONPATH", books.environment()["PYTHONPATH"])
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    compute = {"ray": cluster.address, "residents": 2}
+    study = make_study(planned, compute=compute, **SLOW)
+    driver = books.start("never", "run", study)
+    for kill in range(kills):
+        at_work(driver, study, len(notes(study)) + 3)
+        cluster.remove_node(nodes.pop(kill % 2), allow_graceful=False)
+        nodes.append(cluster.add_node(num_cpus=1))
+    said, _ = driver.communicate(timeout=900)
+    assert driver.returncode == 0, said
+    found = books.read(study)
+    found.check(planned)
+    assert found.repeated <= 2 * kills
