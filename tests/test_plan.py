@@ -228,16 +228,16 @@ def test_a_resident_passes_the_tokens_that_are_planned(template):
 @pytest.mark.parametrize(
     ("search", "composites"),
     [
-        ({"algorithm": "random", "trials": 6}, 1 + 6 + 3 + 1),
-        ({"algorithm": "simplex-gp", "trials": 6}, 1 + 6),
-        ({"algorithm": "simplex-gp", "trials": 2}, 1 + 4),
-        ({"algorithm": "grid", "divisions": 4}, 1 + 15 + 1),
+        ({"algorithm": "random", "trials": 6}, 1 + 6 + 3 + 1 + 3),
+        ({"algorithm": "simplex-gp", "trials": 6}, 1 + 6 + 3),
+        ({"algorithm": "simplex-gp", "trials": 2}, 1 + 4 + 3),
+        ({"algorithm": "grid", "divisions": 4}, 1 + 15 + 1 + 3),
     ],
 )
 def test_passes_are_base_trials_and_what_the_table_needs(world, search, composites):
     plan = plan_of(configured(world, search=search))
-    assert (plan.composites, plan.reported) == (composites, 6)
-    assert plan.tokens == (composites + 6) * 3 * 4 * 32
+    assert (plan.composites, plan.reported) == (composites, 9)
+    assert plan.tokens == (composites + 9) * 3 * 4 * 32
 
 
 def test_thirteen_billion_parameters_six_times(tmp_path, monkeypatch):
