@@ -271,8 +271,8 @@ def _passes(study: StudyConfig) -> dict[str, int]:
     """Trials, composites of the search split, composites of the held-out split.
 
     The final table has base, single fine-tunes, their uniform average and the best.  The Gaussian process begins with
-    singles and average, the grid has the singles.  Both splits have the best without each of its distributions too, which
-    of two are the singles.
+    singles and average, the grid has the singles.  Both splits have the best without each of its distributions too;
+    of two distributions these are the singles.
     """
     space, search = study.space, study.search
     few = space.dimension == 1

@@ -33,6 +33,8 @@ def libraries() -> dict[str, str]:
 
 def facts(config: StudyConfig, where: object, question: Question) -> dict[str, str]:
     """What reproduces the study: where its parts are, their content, and with what it was run."""
+    folder = Path(str(where)).resolve().parent
+    revision = git_revision(folder)
     folders = {name: one.expert[1] for name, one in config.distributions.items()}
     contents = {f"{name}: {folders.get(name, 'gone')}": content for name, content in question.experts.items()}
     return {
@@ -44,7 +46,13 @@ def facts(config: StudyConfig, where: object, question: Question) -> dict[str, s
         **question.settings,
         **({"merging here": foretold(question.settings["device"])} if config.compute.ray == "local" else {}),
         **libraries(),
+        **({"git revision": revision} if revision else {}),
+        "fingerprint": fingerprint(question),
+        "hardware": hardware(),
         "go on, or repeat": f"dem-opt run {where}",
+        "the grid beside it": f"dem-opt compare --algorithms grid {where}",
+        "the winner's weights": f"dem-opt export --out DIR {where}",
+        "the study, resolved": resolved(config, folder),
     }
 
 
