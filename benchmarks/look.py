@@ -26,7 +26,7 @@ from dem_opt.pool import RayCompute
 from dem_opt.records import Silence, TrialRecord
 from dem_opt.study import Study
 
-BLOCK, EDGE = 10, 2
+BLOCK, EDGE = 6, 2
 """Trials of a block; those at its beginning that are not counted."""
 
 

@@ -235,11 +235,7 @@ class Study:
         """
         with self._open_found() as ledger:
             row = self._row(ledger)
-            question = Question.recall(row.question, row.scoring)
-            summary = self._found(ledger, question, row.generation)
-        trials = [record for records in summary.trials.values() for record in records]
-        vectors = recall_vectors(question.base, question.experts, self.config.output)
-        return replace(summary, vectors=vectors, surrogate=surrogate_of(question.space, trials))
+            return self._found(ledger, Question.recall(row.question, row.scoring), row.generation)
 
     def describe(self, summary: Summary, note: str, files: Mapping[str, str | bytes]) -> None:
         """Write a summary down in MLflow, with baselines, a note and files, in the runs of its searches."""
@@ -341,7 +337,11 @@ class Study:
         searches = Runs(self.config, generation).there()
         trials = {run: finished(ledger, question, search) for run, search in searches.items()}
         stopped = {run: search.stopped for run, search in searches.items()}
-        return summarize(self.config.name, ledger, question, trials, facts(self.config, self._where, question), stopped)
+        told = facts(self.config, self._where, question)
+        summary = summarize(self.config.name, ledger, question, trials, told, stopped)
+        vectors = recall_vectors(question.base, question.experts, self.config.output)
+        believed = surrogate_of(question.space, [record for records in trials.values() for record in records])
+        return replace(summary, vectors=vectors, surrogate=believed)
 
     def _found(self, ledger: Ledger, question: Question, generation: int) -> Summary:
         """The summary of a study that has a best trial; InputError where it has none yet."""
