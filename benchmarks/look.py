@@ -38,6 +38,7 @@ class Poll:
     on: Event = field(default_factory=Event)
     ended: Event = field(default_factory=Event)
     seconds: list[float] = field(default_factory=list)
+    unanswered: int = 0
 
     def __enter__(self) -> "Poll":
         self._thread = Thread(target=self._run)
@@ -52,11 +53,15 @@ class Poll:
         while not self.ended.wait(1):
             if self.on.is_set():
                 began = perf_counter()
-                self._ask(f"{self.addresses.optuna}api/studies/1?after=0")
-                self._ask(
-                    f"{self.addresses.mlflow}ajax-api/2.0/mlflow/runs/search",
-                    {"experiment_ids": ["1"], "max_results": 100, "order_by": ["attributes.start_time DESC"]},
-                )
+                try:
+                    self._ask(f"{self.addresses.optuna}api/studies/1?after=0")
+                    self._ask(
+                        f"{self.addresses.mlflow}ajax-api/2.0/mlflow/runs/search",
+                        {"experiment_ids": ["1"], "max_results": 100, "order_by": ["attributes.start_time DESC"]},
+                    )
+                except OSError:
+                    self.unanswered += 1
+                    continue
                 self.seconds.append(perf_counter() - began)
 
     def _ask(self, address: str, body: object = None) -> None:
@@ -117,6 +122,7 @@ def main() -> None:
         "ratio of medians": median(spent[True]) / median(spent[False]),
         "ratio of best": min(spent[True]) / min(spent[False]),
         "polls": len(watch.poll.seconds),
+        "polls without an answer": watch.poll.unanswered,
         "a poll ms, median": 1e3 * median(watch.poll.seconds),
     }
     print(json.dumps(found, indent=2))
