@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test chaos check bench clean
+.PHONY: quickstart test chaos browser check bench clean
 
 ## quickstart: the whole method on this machine, into ./quickstart
 quickstart: .venv/ready
@@ -14,6 +14,11 @@ test: .venv/ready
 ## chaos: faults with real processes: killed drivers, residents and nodes, outages, signals, hostile text
 chaos: .venv/ready
 	$(BIN)/python -m pytest tests/chaos
+
+## browser: both dashboards and the report in a headless Chromium, under 2 minutes; screenshots in build/screenshots
+browser: .venv/ready
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[browser]'
+	$(BIN)/python -m pytest -m browser tests/test_browser.py
 
 ## check: lint, format and types
 check: .venv/ready

@@ -15,7 +15,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -33,6 +33,7 @@ from dem_opt.database import connect
 from dem_opt.driver import Driver
 from dem_opt.leases import holding
 from dem_opt.ledger import Ledger
+from dem_opt.mlflow_runs import MlflowRuns, Place
 from dem_opt.models import silence_transformers
 from dem_opt.pool import SETTINGS, InProcessPool, RayCompute
 from dem_opt.records import Composite, Evaluation, Request, ResidentSpec, Score, Silence, TrialRecord
@@ -41,7 +42,6 @@ from dem_opt.search import Search
 from dem_opt.simplex import UNIT
 from dem_opt.sources import gather
 from dem_opt.study import Study
-from dem_opt.tracking import Place, _Runs
 from dem_opt.usage import usage_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -203,7 +203,7 @@ class InTurn:
     """A tracker that writes at once and not behind, and knows what that took; a clock of the whole loop."""
 
     def __init__(self, place: Place, last: int) -> None:
-        self._runs, self._last = _Runs(place), last
+        self._runs, self._last = MlflowRuns(place, nullcontext), last
         self.rows: list[tuple[float, float, float, float]] = []
         self._began = perf_counter(), process_time()
 

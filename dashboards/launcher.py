@@ -16,12 +16,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
 from urllib.error import URLError
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 from urllib.request import urlopen
 
+from dem_opt.addresses import LOOPBACK, address_of, is_server, preferred_port, without_login
 from dem_opt.errors import InputError, shorten
 
-LOOPBACK = "127.0.0.1"
 PATIENCE = 180.0
 """Seconds to wait for a server's first answer, and (a tenth of it) for its end before it is killed."""
 
@@ -83,7 +83,7 @@ def running(storage_url: str, mlflow_uri: str, artifacts: Path | None = None) ->
 
     Raises InputError where a program is not installed, the database is missing, a server ends or is silent.
     """
-    with _servers(storage_url, mlflow_uri, artifacts) as (addresses, _):
+    with _servers(storage_url, mlflow_uri, artifacts, lambda line: None) as (addresses, _):
         yield addresses
 
 
@@ -101,9 +101,11 @@ def serve(
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         announce("Starting Optuna Dashboard and MLflow ...")
-        with _servers(storage_url, mlflow_uri, artifacts) as (addresses, check):
+        with _servers(storage_url, mlflow_uri, artifacts, announce) as (addresses, check):
             announce(f"Optuna Dashboard  {addresses.optuna}")
             announce(f"MLflow            {addresses.mlflow}")
+            if addresses.mlflow.rstrip("/") != address_of(mlflow_uri):
+                announce(f"Notes link to {address_of(mlflow_uri)}/, which another program has: links will not work.")
             announce("Ctrl-C stops both.")
             for address in (addresses.optuna, addresses.mlflow) if open_browser else ():
                 webbrowser.open(address)
@@ -119,13 +121,13 @@ def serve(
 
 @contextmanager
 def _servers(
-    storage_url: str, mlflow_uri: str, artifacts: Path | None
+    storage_url: str, mlflow_uri: str, artifacts: Path | None, announce: Callable[[str], None]
 ) -> Iterator[tuple[Addresses, Callable[[], None]]]:
     """The addresses, and a check that all servers still live."""
     _must_exist(storage_url)
     secrets = [password for url in (storage_url, mlflow_uri) if (password := urlsplit(url).password)]
-    remote = urlsplit(mlflow_uri).scheme in ("http", "https")
-    optuna_port, mlflow_port = _free_ports(2)
+    remote = is_server(mlflow_uri)
+    optuna_port, mlflow_port = _free_ports([storage_url, mlflow_uri])
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="dem-opt-")))
         servers = [stack.enter_context(_optuna_dashboard(storage_url, optuna_port, folder))]
@@ -136,9 +138,9 @@ def _servers(
             for server in servers:
                 server.check(secrets)
 
-        _wait(servers, check)
+        _wait(servers, check, announce)
         yield (
-            Addresses(servers[0].address, _without_login(mlflow_uri) if remote else servers[1].address),
+            Addresses(servers[0].address, without_login(mlflow_uri) if remote else servers[1].address),
             check,
         )
 
@@ -199,15 +201,17 @@ def _started(
         server.stop()
 
 
-def _wait(servers: Sequence[Server], check: Callable[[], None]) -> None:
-    """Returns when every server answers."""
-    deadline = time.monotonic() + PATIENCE
+def _wait(servers: Sequence[Server], check: Callable[[], None], announce: Callable[[str], None]) -> None:
+    """Returns when every server answers, telling of each that does."""
+    began = time.monotonic()
+    deadline = began + PATIENCE
     for server in servers:
         while not server.answers():
             check()
             if time.monotonic() > deadline:
                 raise InputError(server.name, None, None, f"did not answer within {PATIENCE:.0f} seconds")
             time.sleep(0.1)
+        announce(f"{server.name} answers after {time.monotonic() - began:.0f} s")
 
 
 def _ended(process: subprocess.Popen[bytes], patience: float) -> bool:
@@ -223,24 +227,21 @@ def _ended(process: subprocess.Popen[bytes], patience: float) -> bool:
     return False
 
 
-def _without_login(url: str) -> str:
-    """The URL without user name and password."""
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-
-
 def _last_words(log: str) -> str:
     """The first error that a log names, which is the cause of those after it; else its last line."""
     lines = log.strip().splitlines() or ["(no output)"]
     return next((line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)), lines[-1])
 
 
-def _free_ports(count: int) -> list[int]:
-    """Distinct loopback ports that nothing listens on."""
+def _free_ports(uris: Sequence[str]) -> list[int]:
+    """Distinct loopback ports that nothing listens on: those that links in notes name, where they are free."""
     with ExitStack() as stack:
-        sockets = [stack.enter_context(closing(socket.socket())) for _ in range(count)]
-        for each in sockets:
-            each.bind((LOOPBACK, 0))
+        sockets = [stack.enter_context(closing(socket.socket())) for _ in uris]
+        for each, uri in zip(sockets, uris, strict=True):
+            try:
+                each.bind((LOOPBACK, preferred_port(uri)))
+            except OSError:
+                each.bind((LOOPBACK, 0))
         return [int(each.getsockname()[1]) for each in sockets]
 
 

@@ -38,11 +38,22 @@ WINNER = "#D55E00"
 DISTRIBUTION_COLORS = (
     *("#4477AA", "#CC6677", "#117733", "#DDCC77", "#88CCEE"),
     *("#AA4499", "#44AA99", "#999933", "#882255"),
+    *("#6F8FA8", "#B08D57", "#5D4FC4"),
 )
-"""Tol's muted colours, in the study file's order; repeated after nine."""
+"""Tol's muted colours and three between them, in the study file's order; repeated after twelve."""
 
 DIVERGING = ((0.0, "#5AAEE8"), (0.5, "#F7F7F7"), (1.0, "#E69F4C"))
 """Blue where the NLL fell, orange where it rose: told apart with any colour vision, light behind numbers."""
+
+ALIKE = ((0.0, "#BC9BDD"), (0.5, "#F7F7F7"), (1.0, "#7CC4A4"))
+"""Cosines: violet where vectors oppose each other, green where they agree."""
+
+TIMES = {"scoring": "#5F7D95", "merging": "#A9BCCB", "waiting": "#E2C39A"}
+"""What a resident's seconds go into."""
+
+UTILISATION = "#B0359E"
+OPTIMUM = "#D55E00"
+"""The surrogate's optimum, in the winner's colour: an open diamond."""
 
 SEQUENTIAL = ((0.0, "#2F6FDB"), (0.5, "#9A9CA3"), (1.0, "#F2D16B"))
 """Low NLL blue, high NLL yellow, by way of grey: seen on white and on black."""
@@ -82,6 +93,11 @@ def told(coefficients: Coefficients | None) -> str:
     return ", ".join(f"{shorten(name, 16)} {weight:.3f}" for name, weight in coefficients.weights.items() if weight)
 
 
+def distribution_colors(names: Sequence[str]) -> dict[str, str]:
+    """A colour for each distribution, by its place in the study file."""
+    return {name: DISTRIBUTION_COLORS[place % len(DISTRIBUTION_COLORS)] for place, name in enumerate(names)}
+
+
 def signed(value: float | None) -> str:
     """A difference to three decimals."""
     return ABSENT if value is None else f"{value:+.3f}"
@@ -99,12 +115,23 @@ def spread(count: int, most: int) -> NDArray[np.int64]:
     return indices
 
 
-def finish(figure: go.Figure, title: str, reading: str, description: str, height: int) -> go.Figure:
+def say_nothing(figure: go.Figure, why: str) -> None:
+    """Words in the middle of a figure that has nothing to draw, and no axes."""
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
+    place = {"xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5}
+    figure.add_annotation(text=why, showarrow=False, **place)
+
+
+def finish(
+    figure: go.Figure, title: str, reading: str, description: str, height: int, least_width: int = 0
+) -> go.Figure:
     """The figure with its title, its words and the common look.
 
     reading      how the figure is read; a caption
     description  what it shows; a text alternative
     height       pixels; above some 450, Optuna Dashboard cuts a plot off
+    least_width  pixels below which its texts would overlap: a page scrolls it
     """
     axis = {"gridcolor": "#E3E3E3", "zeroline": False, "linecolor": "#9A9A9A", "automargin": True}
     has_legend = any(trace.name for trace in figure.data)
@@ -113,7 +140,7 @@ def finish(figure: go.Figure, title: str, reading: str, description: str, height
     figure.update_layout(
         template="none",
         title={"text": title, "x": 0.0, "xanchor": "left", "y": 0.98, "yanchor": "top", "font": {"size": 15}},
-        meta={"reading": reading, "description": description},
+        meta={"reading": reading, "description": description, "width": least_width},
         font={"family": "system-ui, sans-serif", "size": 13, "color": "#222222"},
         paper_bgcolor="#FFFFFF",
         plot_bgcolor="rgba(0,0,0,0)",

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from dashboards.look import MOST_POINTS, color, finish, label, objective_words, rgba, spread
+from dashboards.look import MOST_POINTS, color, finish, label, objective_words, rgba, say_nothing, spread
 from dem_opt.comparison import Comparison, Regret, Row, Run, compare
 from dem_opt.records import Summary
 
@@ -29,7 +29,7 @@ def best_so_far(summary: Summary) -> go.Figure:
     _cost_axis(figure)
     figure.update_yaxes(title=f"best {what} so far (nats per token)")
     if not words:
-        _say_nothing(figure)
+        say_nothing(figure, "no trial was scored whole")
     reading = (
         f"The lowest {what} on the search split that a search had found for so many forward-equivalents (full passes "
         "over the search split). Trials that were stopped count by their windows, and are never the best."
@@ -59,7 +59,7 @@ def comparison_figure(comparison: Comparison) -> go.Figure:
     title = {"text": "regret (nats per token, log scale)", "standoff": 12}
     figure.update_yaxes(title=title, type="log", tickvals=ticks, tickformat="~g")
     if not words:
-        _say_nothing(figure)
+        say_nothing(figure, "no trial was scored whole")
     reading = (
         "Regret: the best whole trial's objective on the search split minus the lowest that any search found. Lines "
         "are medians over runs, bands reach from the lower to the upper quartile. Dashed: the mean over all orders of "
@@ -132,8 +132,3 @@ def _drawn(regret: float | None) -> float:
 def _cost_axis(figure: go.Figure) -> None:
     ticks = [digit * 10**power for power in range(7) for digit in (1, 2, 5)]
     figure.update_xaxes(title="forward-equivalents spent (log scale)", type="log", tickvals=ticks)
-
-
-def _say_nothing(figure: go.Figure) -> None:
-    place = {"xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5}
-    figure.add_annotation(text="no trial was scored whole", showarrow=False, **place)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from html import escape
 from importlib.resources import files
+from math import exp
 from pathlib import Path
 from string import Template
 from tempfile import TemporaryDirectory
@@ -18,23 +19,31 @@ from dashboards.tables import (
     SPLITS,
     Table,
     comparison_table,
+    cost_table,
     final_table,
     margin_table,
     number,
     top_table,
     trial_table,
     usage_table,
+    vector_table,
 )
 from dem_opt.comparison import Comparison, compare
 from dem_opt.errors import InputError
-from dem_opt.records import Summary
+from dem_opt.records import Standing, Summary
+
+_USED = "What residents did: seconds in all, utilisation from the second trial on, tokens not scored, a smaller batch"
 
 
 def study_note(summary: Summary, links: Mapping[str, str]) -> str:
-    """The study in Markdown, for Optuna Dashboard's note: what is optimized, the best, links by name."""
+    """The study in Markdown, for notes in both dashboards: what is optimized, its state, the best, links."""
     winner = summary.winner
     weights = {} if winner.coefficients is None else winner.coefficients.weights
-    trials = ", ".join(f"{len(records)} {algorithm} trials" for algorithm, records in summary.trials.items())
+    stopped = summary.stopped or {}
+    trials = "; ".join(
+        f"{run}: {len(records)} trials, {f'ended after {stopped[run]}' if stopped.get(run) else 'going on'}"
+        for run, records in summary.trials.items()
+    )
     table = [
         "| distribution | coefficient |",
         "|---|---|",
@@ -42,12 +51,40 @@ def study_note(summary: Summary, links: Mapping[str, str]) -> str:
     ]
     lines = [
         f"**Objective:** {objective_words(summary)} over distributions, search split, nats per token: low is good.",
-        f"**Done:** {trials or 'no trials'}.",
-        f"**Best:** `{winner.label}`, {number(winner.objective.get('search'))} nats per token.",
+        f"**State:** {trials or 'no trials'}.",
+        f"**Best so far:** `{winner.label}`, {number(winner.objective.get('search'))} nats per token"
+        f"{_beside(summary)}.",
         "\n".join(table),
+        *_warning(summary),
         *(f"[{name}]({target})" for name, target in links.items()),
+        *(["Links to this machine answer while `dem-opt dashboard` runs."] if links else []),
     ]
     return "\n\n".join(lines)
+
+
+def _warning(summary: Summary) -> list[str]:
+    """That Optuna Dashboard may call another trial the best: it does not know estimates from scores."""
+    best = summary.winner.objective.get("search")
+    lower = [
+        record.number
+        for records in summary.trials.values()
+        for record in records
+        if record.is_partial and best is not None and (record.penalized or best) < best
+    ]
+    text = (
+        "Trials that were stopped early show an estimate, and it may be lower: the best trial that is shown elsewhere"
+    )
+    return [f"{text} need not be the winner. A stopped trial never wins."] if lower else []
+
+
+def _beside(summary: Summary) -> str:
+    """The base's and the uniform average's objective, where they are known."""
+    found = [
+        (one.label, one.objective["search"])
+        for one in summary.standings
+        if one.role in ("base", "uniform") and one is not summary.winner and "search" in one.objective
+    ]
+    return f" ({', '.join(f'{label} {number(value)}' for label, value in found)})" if found else ""
 
 
 def write_report(summary: Summary, path: Path) -> None:
@@ -73,7 +110,8 @@ def write(text: str, path: Path, what: str) -> None:
 def render(summary: Summary) -> str:
     """The report: the answer, the search, how to reproduce it."""
     figures = all_figures(summary)
-    searches = [name for name in ("best-so-far", "comparison", "simplex") if name in figures]
+    places = ("best-so-far", "comparison", "simplex", "surrogate", "best-over-time")
+    searches = [name for name in places if name in figures]
     above = f"Rival minus winner in {objective_words(summary)}, nats per token; above 0 the winner is better"
     best = f"The best by the search split: {objective_words(summary)} in nats per token"
     several = [_comparison_table(compare(summary))] if "comparison" in figures else []
@@ -85,10 +123,15 @@ def render(summary: Summary) -> str:
         ),
         objective=_objective(summary),
         margins=_html_table(margin_table(summary), above),
-        change=_figure("change", figures),
+        change="".join(_figure(name, figures) for name in ("change", "price") if name in figures),
         top=_html_table(top_table(summary), best, "top"),
         search="".join([*(_figure(name, figures) for name in searches), *several]),
-        trials=_trials(summary),
+        trials=_html_table(trial_table(summary), "Trials by search", "words"),
+        vectors=_html_table(vector_table(summary), "Each distribution; left out: nats per token above the winner"),
+        distributions="".join(_figure(name, figures) for name in ("worth", "vectors") if name in figures),
+        cost=_html_table(cost_table(summary), "What the parts of the study took; seconds of residents and proposals")
+        + _html_table(usage_table(summary), _USED)
+        + _figure("utilisation", figures),
         facts=_facts(summary.facts),
     )
     return _page(f"{summary.study}: best composite", f"{summary.study}: the best composite", main, figures)
@@ -124,7 +167,7 @@ def _template(name: str) -> Template:
 
 
 def _answer(summary: Summary) -> str:
-    """The winner in two sentences."""
+    """The winner in two sentences, and its perplexities where the objective is a mean."""
     winner, base = summary.winner, summary.standings[0]
     shown = "the base alone" if winner.coefficients is None else str(winner.coefficients)
     found = [
@@ -132,8 +175,19 @@ def _answer(summary: Summary) -> str:
         for split, words in SPLITS.items()
     ]
     scores = ", ".join(f"{nll} nats per token on the {words} (the base: {of_base})" for words, nll, of_base in found)
+    if not summary.worst:
+        scores += _perplexities(winner, base)
     what = objective_words(summary)
     return f"<strong>{escape(winner.label)}</strong>: {escape(shown)}.<br>{what[0].upper()}{what[1:]} {escape(scores)}."
+
+
+def _perplexities(winner: Standing, base: Standing) -> str:
+    """exp(mean NLL) of both on the held-out split."""
+    split = "held_out"
+    if split not in winner.objective or split not in base.objective:
+        return ""
+    found, before = exp(winner.objective[split]), exp(base.objective[split])
+    return f"; perplexity on the {SPLITS[split]} {found:.2f} (the base: {before:.2f})"
 
 
 def _objective(summary: Summary) -> str:
@@ -149,10 +203,7 @@ def _comparison_table(comparison: Comparison) -> str:
 
 
 def _trials(summary: Summary) -> str:
-    used = (
-        "What residents did: seconds in all, utilisation from the second trial on, tokens not scored, a smaller batch"
-    )
-    return _html_table(trial_table(summary), "Trials by search", "words") + _html_table(usage_table(summary), used)
+    return _html_table(trial_table(summary), "Trials by search", "words") + _html_table(usage_table(summary), _USED)
 
 
 def _html_table(table: Table, caption: str, kind: str = "") -> str:
@@ -179,7 +230,8 @@ def _figure(name: str, figures: Mapping[str, go.Figure]) -> str:
     """A place for a figure, with its text alternative."""
     words = figures[name].layout.meta
     return (
-        f'<figure><div id="{name}" role="img" aria-label="{escape(words["description"])}"></div>'
+        f'<figure><div class="plot" tabindex="0"><div id="{name}" role="img" '
+        f'aria-label="{escape(words["description"])}"></div></div>'
         f"<figcaption>{escape(words['reading'])}</figcaption></figure>"
     )
 

@@ -8,6 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
+from dashboards.belief import diamond, draw_belief
 from dashboards.look import (
     MOST_POINTS,
     OUTLINE,
@@ -45,6 +46,7 @@ def simplex_map(summary: Summary) -> go.Figure:
     draw = _draw_line if count <= 2 else _draw_ternary if count == 3 else _draw_polygon
     figure = go.Figure()
     draw(figure, summary, shown)
+    believed = summary.surrogate
     drawn = sum(map(len, shown.values()))
     scored = sum(record.objective is not None for records in summary.trials.values() for record in records)
     where = "at its coefficient" if count <= 2 else "nearer to a corner the more it has of that distribution"
@@ -52,6 +54,9 @@ def simplex_map(summary: Summary) -> go.Figure:
         f"{drawn} of {scored} scored trials, each {where}; open ones were stopped early and show an estimate; "
         "the star is the winner."
     )
+    if believed is not None:
+        mean = {2: "The dotted line is the surrogate's mean. ", 3: "Behind them the surrogate's mean. "}.get(count, "")
+        reading += f" {mean}The open diamond is the surrogate's optimum, an estimate."
     description = f"The winner is {summary.winner.label}: {told(summary.winner.coefficients)}."
     return finish(figure, "Trials on the simplex", reading, description, 450)
 
@@ -74,7 +79,14 @@ def _draw_line(figure: go.Figure, summary: Summary, shown: Shown) -> None:
         marker = key["marker"] | {"symbol": _symbols(algorithm, trials)}
         figure.add_scatter(x=weights, y=_objectives(trials), **_series(algorithm, trials) | {"marker": marker})
         figure.add_scatter(x=[None], y=[None], **key)
-    winner = summary.winner
+    winner, believed = summary.winner, summary.surrogate
+    if believed is not None:
+        line = {"color": OUTLINE, "width": 1.5, "dash": "dot"}
+        places = [point.weights[first] for point in believed.points]
+        figure.add_scatter(
+            x=places, y=list(believed.means), mode="lines", line=line, showlegend=False, hoverinfo="skip"
+        )
+        figure.add_scatter(x=[believed.optimum.weights[first]], y=[believed.mean], **diamond(believed))
     if winner.coefficients is not None and "search" in winner.objective:
         figure.add_scatter(x=[winner.coefficients.weights[first]], y=[winner.objective["search"]], **_star(winner))
     figure.update_xaxes(title=f"coefficient of {label(first)}")
@@ -84,12 +96,18 @@ def _draw_line(figure: go.Figure, summary: Summary, shown: Shown) -> None:
 def _draw_ternary(figure: go.Figure, summary: Summary, shown: Shown) -> None:
     """Three coefficients as a ternary plot."""
     corners = dict(zip("abc", summary.distributions, strict=True))
+    believed = summary.surrogate
+    if believed is not None:
+        draw_belief(figure, believed, corners)
     for algorithm, trials in shown.items():
         weights = [record.coefficients.weights for _, record in trials]
         points = {corner: [each[name] for each in weights] for corner, name in corners.items()}
         marker = _objective_marker(algorithm, trials)
         figure.add_scatterternary(**points, marker=marker, cliponaxis=False, **_series(algorithm, trials))
         figure.add_scatterternary(a=[None], b=[None], c=[None], **_legend_key(algorithm))
+    if believed is not None:
+        at = {corner: [believed.optimum.weights[name]] for corner, name in corners.items()}
+        figure.add_scatterternary(**at, cliponaxis=False, **diamond(believed))
     total = 1.0
     if summary.winner.coefficients is not None:
         best = summary.winner.coefficients.weights
@@ -115,8 +133,11 @@ def _draw_polygon(figure: go.Figure, summary: Summary, shown: Shown) -> None:
     if summary.winner.coefficients is not None:
         x, y = barycentric([summary.winner.coefficients], names, corners_K2).T.tolist()
         figure.add_scatter(x=x, y=y, **_star(summary.winner))
-    for name, corner in zip(names, corners_K2.tolist(), strict=True):
-        figure.add_annotation(text=label(name, 15), showarrow=False, **_beside(*corner))
+    if summary.surrogate is not None:
+        x, y = barycentric([summary.surrogate.optimum], names, corners_K2).T.tolist()
+        figure.add_scatter(x=x, y=y, **diamond(summary.surrogate))
+    for name, (x, y) in zip(names, corners_K2.tolist(), strict=True):
+        figure.add_annotation(text=label(name, 15), showarrow=False, **_beside(x, y, len(names) > 6))
     reach = 1.2 * float(corners_K2.max())
     figure.update_xaxes(visible=False, range=[-reach, reach])
     figure.update_yaxes(visible=False, range=[-reach, reach], scaleanchor="x")
@@ -130,11 +151,15 @@ def _corners(count: int) -> NDArray[np.float64]:
     return np.array([(cos(angle), sin(angle)) for angle in angles]).round(4)
 
 
-def _beside(x: float, y: float) -> dict[str, Any]:
-    """Where a corner's label stands: left or right of the corners at the sides, above or below the others."""
+def _beside(x: float, y: float, are_many: bool) -> dict[str, Any]:
+    """Where a corner's label stands: left or right of the corners at the sides, above or below the others.
+
+    Where there are many corners, labels above and below lean away from the middle, so that neighbours keep apart.
+    """
     if abs(y) < 0.6:
         return {"x": 1.06 * x, "y": y, "xanchor": "left" if x > 0 else "right"}
-    return {"x": x, "y": 1.06 * y, "yanchor": "bottom" if y > 0 else "top"}
+    lean = {"xanchor": "left" if x > 0 else "right"} if are_many and abs(x) > 0.05 else {}
+    return {"x": x, "y": 1.06 * y, "yanchor": "bottom" if y > 0 else "top", **lean}
 
 
 def _series(algorithm: str, trials: Sequence[Trial]) -> dict[str, Any]:
@@ -188,9 +213,14 @@ def _objective_marker(algorithm: str, trials: Sequence[Trial]) -> dict[str, Any]
 def _objective_axis(summary: Summary, shown: Shown) -> dict[str, Any]:
     """Colours of the objective, saturated above the third quartile: so the neighbourhood of the best is told apart."""
     objectives = [objective for trials in shown.values() for objective in _objectives(trials)]
+    return objective_axis(summary, objectives)
+
+
+def objective_axis(summary: Summary, objectives: Sequence[float]) -> dict[str, Any]:
+    """The same for any values of the objective."""
     low, high = (min(objectives), float(np.quantile(objectives, 0.75))) if objectives else (0.0, 1.0)
     title = {"text": f"{objective_words(summary)} (nats per token)", "side": "top"}
-    bar = {"title": title, "orientation": "h", "y": -0.16, "yanchor": "top", "thickness": 10}
+    bar = {"title": title, "orientation": "h", "y": -0.2, "yanchor": "top", "thickness": 10}
     return {"colorscale": SEQUENTIAL, "cmin": low, "cmax": max(high, low + 1e-6), "colorbar": bar}
 
 

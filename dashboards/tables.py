@@ -1,8 +1,9 @@
 """A Summary -> tables of texts, told the same in terminal and report."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import exp
+from math import comb, exp
 
 from dashboards.look import ABSENT, told
 from dem_opt.comparison import Comparison, Regret, Row, compare
@@ -13,6 +14,9 @@ SPLITS = {"search": "search split", "held_out": "held-out split"}
 """The splits, and what a reader calls them."""
 
 _BREAK = "\n"
+
+GRID_DIVISIONS = 10
+"""Of the grid that a report counts where none was run: steps of a tenth, the study file's default."""
 
 MOST_MARKS = 3
 """Of how many costs a comparison's table tells regrets: the first, the last and those between."""
@@ -95,6 +99,55 @@ def usage_table(summary: Summary) -> Table:
     return Table(headers, tuple(rows))
 
 
+def cost_table(summary: Summary) -> Table:
+    """What the study's parts took: forward-equivalents and seconds; and the grid of tenths, where it was not run.
+
+    Its seconds are those that the shown searches took for a forward-equivalent, times its points.
+    """
+    rows = [_baseline_cost(summary)]
+    rates = []
+    for run, records in summary.trials.items():
+        used = usage_of(records)
+        forwards, spent = sum(record.forwards for record in records), used.merging + used.scoring
+        rows.append((run, f"{len(records):,}", f"{forwards:,.1f}", f"{spent + used.proposing:,.1f}"))
+        measured = sum(record.forwards for record in records if record.measured)
+        rates += [spent / measured] if measured else []
+    if "grid" not in summary.trials:
+        points = comb(GRID_DIVISIONS + len(summary.distributions) - 1, len(summary.distributions) - 1)
+        seconds = f"about {points * sum(rates) / len(rates):,.0f}" if rates else ABSENT
+        rows.append((f"a grid of {GRID_DIVISIONS} divisions, not run", f"{points:,}", f"{points:,}.0", seconds))
+    return Table(("part", "composites", "FE", "seconds"), tuple(rows))
+
+
+def _baseline_cost(summary: Summary) -> tuple[str, ...]:
+    """Composites that no search asked for: base, fine-tunes, uniform average, the winner without one distribution."""
+    found = [*(one for one in summary.standings if one.role != "best"), *summary.left_out]
+    forwards, seconds = sum(one.forwards for one in found), sum(one.seconds for one in found)
+    return "baselines and leave-one-out", f"{len(found):,}", f"{forwards:,.1f}", f"{seconds:,.1f}"
+
+
+def vector_table(summary: Summary) -> Table:
+    """Each distribution: its coefficient, its vector's norm, and what leaving it out costs in the objective."""
+    winner, vectors = summary.winner, summary.vectors
+    weights = {} if winner.coefficients is None else winner.coefficients.weights
+    norms = dict(zip(vectors.names, vectors.norms, strict=True)) if vectors else {}
+    without = {one.label: one for one in summary.left_out}
+    rows = []
+    for name in summary.distributions:
+        norm = f"{norms[name]:.4g}" if name in norms else ABSENT
+        gaps = [_gap(without.get(name), winner, split) for split in SPLITS]
+        rows.append((name, f"{weights.get(name, 0.0):.3f}", norm, *gaps))
+    headers = ("distribution", "coefficient", "norm", *(f"left out,\n{words}" for words in SPLITS.values()))
+    return Table(headers, tuple(rows))
+
+
+def _gap(one: Standing | None, winner: Standing, split: str) -> str:
+    """Objective of a standing minus the winner's, signed."""
+    if one is None or split not in one.objective or split not in winner.objective:
+        return ABSENT
+    return f"{one.objective[split] - winner.objective[split]:+.4f}"
+
+
 def comparison_table(comparison: Comparison) -> Table:
     """Regret in nats per token at some costs, by algorithm: the median over runs, and below it the quartiles.
 
@@ -116,6 +169,16 @@ def comparison_table(comparison: Comparison) -> Table:
         for row in comparison.rows
     )
     return Table(headers, rows)
+
+
+def markdown(table: Table) -> str:
+    """A table for notes; texts stay texts."""
+    rows = [table.headers, ("---",) * len(table.headers), *table.rows]
+    return "\n".join("| " + " | ".join(_plain(cell) for cell in row) + " |" for row in rows)
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[|<>\[\]*_`\\]", lambda found: f"&#{ord(found[0])};", text.replace("\n", " "))
 
 
 def number(value: float | None) -> str:

@@ -5,20 +5,19 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from dem_opt import __version__, answers, terminal
+from dem_opt import __version__, answers, showing, terminal
 from dem_opt.errors import EvaluationError, InputError, OutageError
 from dem_opt.interrupts import sigterm_as_ctrl_c
 from dem_opt.options import weights_of
 
 if TYPE_CHECKING:
     from dem_opt.check import Findings
-    from dem_opt.comparison import Comparison
     from dem_opt.plan import Plan
-    from dem_opt.records import Summary
     from dem_opt.study import Study
 
 DONE, OTHER, MISTAKE, INTERRUPTED = 0, 1, 2, 130
@@ -32,6 +31,7 @@ Command = Callable[[argparse.Namespace], None]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit status: 0 done, 2 the user's mistake, 130 interrupted, 1 anything else."""
     given = _parser().parse_args(arguments)
+    terminal.hush(given.quiet)
     resume = shlex.join(["dem-opt", *(sys.argv[1:] if arguments is None else arguments)])
     try:
         with sigterm_as_ctrl_c():
@@ -92,13 +92,16 @@ def _parser() -> argparse.ArgumentParser:
     export = add("export", _export, "write the winner, prove it from disk, register it as champion")
     report = add("report", _report, "write one offline HTML page")
     report.add_argument("--out", type=Path, metavar="FILE", help="the page; OUTPUT/report.html unless given")
+    report.add_argument("--figures", type=Path, metavar="DIR", help="the same figures as PNG and SVG, for papers")
     dashboard = add("dashboard", _dashboard, "serve Optuna Dashboard and MLflow for this study, on loopback")
     dashboard.add_argument("--open", action="store_true", help="open both in a browser")
     for sub in (merge, export):
         sub.add_argument("--out", type=Path, metavar="DIR", required=True, help="the folder to write")
         sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="what to write, not the base's")
-    for sub in (check, run, compare, score, merge, export):
+    for sub in (check, train, run, compare, score, merge, export, report):
         sub.add_argument("--json", action="store_true", help="print the answer as JSON")
+    for sub in (quickstart, check, train, run, compare, score, merge, export, report, dashboard):
+        sub.add_argument("--quiet", action="store_true", help="print nothing but the answer of --json, and errors")
     for sub in (check, train, run, compare, score, merge, export, report, dashboard):
         sub.add_argument("study", type=Path, metavar="STUDY", help="the study file")
     return parser
@@ -173,8 +176,11 @@ def _yes(is_so: bool) -> str:
 
 
 def _train(given: argparse.Namespace) -> None:
-    with terminal.Progressing() as watching:
+    with terminal.Progressing(quiet=given.json) as watching:
         made = _study(given, watching).train()
+    if given.json:
+        terminal.say_json({name: asdict(one) for name, one in made.items()})
+        return
     terminal.say(f"{len(made)} checkpoints trained." if made else "Every distribution has its checkpoint.")
 
 
@@ -182,14 +188,13 @@ def _run(given: argparse.Namespace) -> None:
     if given.sync_only:
         _sync(given)
         return
-    with terminal.Progressing(quiet=given.json) as watching:
-        study = _study(given, watching)
+    with showing.watched(given.study, given.json) as (study, board):
         study.run()
-    summary = _publish(study)
+    summary = showing.publish(study, board.pages)
     if given.json:
         terminal.say_json(answers.of_summary(summary))
     else:
-        _print_tables(summary)
+        showing.print_tables(summary)
 
 
 def _sync(given: argparse.Namespace) -> None:
@@ -214,40 +219,9 @@ def _compare(given: argparse.Namespace) -> None:
     seeds = 1 if given.seeds is None else given.seeds
     if seeds < 1:
         raise InputError(None, "--seeds", seeds, "an algorithm is run at least once")
-    with terminal.Progressing(quiet=given.json) as watching:
-        study = _study(given, watching)
+    with showing.watched(given.study, given.json) as (study, board):
         study.compare([name.strip() for name in algorithms.split(",")], seeds)
-    _tell_comparison(_publish(study), study.config.output, given.json)
-
-
-def _publish(study: "Study") -> "Summary":
-    """What was found; its figures go into Optuna Dashboard."""
-    from dashboards.figures import all_figures
-    from dashboards.publish import publish
-    from dashboards.report import study_note
-
-    summary = study.summary()
-    figures, note = all_figures(summary), study_note(summary, {})
-    for name in {records[0].study: None for records in summary.trials.values() if records}:
-        publish(study.config.storage, name, figures, note)
-    return summary
-
-
-def _tell_comparison(summary: "Summary", folder: Path, as_json: bool) -> None:
-    """Write the comparison as a page and for programs, then tell it."""
-    from dashboards.report import render_comparison, write
-    from dem_opt.comparison import compare
-
-    comparison = compare(summary)
-    page, data = folder / "comparison.html", folder / "comparison.json"
-    write(render_comparison(summary, comparison), page, "comparison")
-    write(terminal.as_json(answers.of_comparison(comparison)), data, "comparison")
-    if as_json:
-        terminal.say_json(answers.of_summary(summary) | {"comparison": answers.of_comparison(comparison)})
-        return
-    _print_tables(summary)
-    _print_comparison(comparison)
-    terminal.say(f"Written: {page} and {data}")
+    showing.tell_comparison(showing.publish(study, board.pages), study.config.output, given.json)
 
 
 def _reweight(given: argparse.Namespace) -> None:
@@ -262,34 +236,11 @@ def _reweight(given: argparse.Namespace) -> None:
         return
     told = ", ".join(f"{name} {weight:g}" for name, weight in summary.weights.items())
     terminal.say(f"With the weights {told}; nothing was measured.")
-    _print_tables(summary)
+    showing.print_tables(summary)
     if "held_out" not in winner.objective and winner.coefficients is not None:
         weights = answers.as_weights(winner.coefficients)
         command = shlex.join(["dem-opt", "score", str(given.study), "--weights", weights])
         terminal.say(f"It has no score on the held-out split yet. That costs one pass over it: {command}")
-
-
-def _print_tables(summary: "Summary") -> None:
-    from dashboards.look import objective_words
-    from dashboards.tables import SPLITS, final_table, margin_table, top_table
-
-    for split, words in SPLITS.items():
-        made = final_table(summary, split)
-        terminal.table(f"NLL in nats per token, {words}", made.headers, made.rows, strong=len(made.rows) - 1)
-    top, words = top_table(summary), objective_words(summary)
-    terminal.table(f"Top five by the search split: {words}, nats per token", top.headers, top.rows, words=top.words)
-    margins = margin_table(summary)
-    terminal.table(f"Rival minus winner in {words}, nats per token", margins.headers, margins.rows)
-    winner = summary.winner
-    terminal.say(f"The winner: {winner.label}: {winner.coefficients}")
-
-
-def _print_comparison(comparison: "Comparison") -> None:
-    from dashboards.tables import comparison_table
-
-    made = comparison_table(comparison)
-    title = "Regret in nats per token: median [quartiles] over runs; of the grid the mean over orders"
-    terminal.table(title, made.headers, made.rows)
 
 
 def _score(given: argparse.Namespace) -> None:
@@ -339,12 +290,15 @@ def _export(given: argparse.Namespace) -> None:
 
 
 def _report(given: argparse.Namespace) -> None:
-    from dashboards.report import write_report
-
     study = _study(given)
     out = given.out or study.config.output / "report.html"
-    write_report(study.summary(), out)
+    written = showing.write_report(study.summary(), out, given.figures)
+    if given.json:
+        terminal.say_json({"report": str(out), "figures": [str(path) for path in written]})
+        return
     terminal.say(f"Written: {out}")
+    if given.figures:
+        terminal.say(f"Written: {len(written)} figures in {given.figures}")
 
 
 def _dashboard(given: argparse.Namespace) -> None:

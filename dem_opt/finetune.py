@@ -31,10 +31,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from dem_opt.config import DataFile
+from dem_opt.config import DataFile, StudyConfig
 from dem_opt.corpus import pack
 from dem_opt.documents import read_documents
 from dem_opt.errors import InputError, located
+from dem_opt.hub import locate
 from dem_opt.records import Windows
 from dem_opt.tokens import load_tokenizer
 
@@ -115,6 +116,17 @@ def is_finished(job: FineTuneJob) -> bool:
     """
     record = _read_record(job.out)
     return record is not None and record.get("made_from") == _made_from(job)
+
+
+def jobs_of(config: StudyConfig) -> list[FineTuneJob]:
+    """A job for each distribution that has training data."""
+    settings, window = config.fine_tuning, config.evaluation.window
+    base = locate(config.base, "base")
+    return [
+        FineTuneJob(name, base, one.train, one.checkpoint.path, window, **settings.model_dump())
+        for name, one in config.distributions.items()
+        if one.train is not None and one.checkpoint is not None and one.checkpoint.path is not None
+    ]
 
 
 def is_wanted(job: FineTuneJob) -> bool:

@@ -271,7 +271,8 @@ def _passes(study: StudyConfig) -> dict[str, int]:
     """Trials, composites of the search split, composites of the held-out split.
 
     The final table has base, single fine-tunes, their uniform average and the best.  The Gaussian process begins with
-    singles and average, the grid has the singles.
+    singles and average, the grid has the singles.  Both splits have the best without each of its distributions too;
+    of two distributions these are the singles.
     """
     space, search = study.space, study.search
     few = space.dimension == 1
@@ -280,4 +281,6 @@ def _passes(study: StudyConfig) -> dict[str, int]:
         trials = space.lattice_size(search.divisions)
     singles, average = len(space.names), 0 if few else 1
     extra = {"grid": average, "simplex-gp": max(singles + average - trials, 0)}.get(search.algorithm, singles + average)
-    return {"trials": trials, "composites": 1 + trials + extra, "reported": 1 + singles + average + 1}
+    without = singles if singles > 2 else 0
+    reported = 1 + singles + average + 1 + without
+    return {"trials": trials, "composites": 1 + trials + extra + without, "reported": reported}

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dem_opt.errors import EvaluationError
+from dem_opt.insight import Surrogate, Vectors
 from dem_opt.simplex import UNIT, Coefficients
 
 
@@ -318,7 +319,8 @@ class Silence:
 class Standing:
     """One line of the final table: a composite worth knowing, and what finding it cost.
 
-    role            "base", "single" (one fine-tune as it is), "uniform" (the centroid) or "best" (of an algorithm)
+    role            "base", "single" (one fine-tune as it is), "uniform" (the centroid), "best" (of an algorithm), "top"
+                    or "without" (the winner without a distribution)
     algorithm       the algorithm whose best it is; "" for baselines
     coefficients    None for the base
     scores          by split, then by distribution
@@ -368,6 +370,7 @@ class Summary:
     top       the best composites of the search split, the best first
     stopped   by search, why it ended
     worst     whether the objective is the largest regret, and not the weighted mean
+    left_out  the winner without one of its distributions, the others grown to its total; named by what is left out
     """
 
     study: str
@@ -379,6 +382,9 @@ class Summary:
     top: tuple[Standing, ...] = ()
     stopped: Mapping[str, str] | None = None
     worst: bool = False
+    left_out: tuple[Standing, ...] = ()
+    vectors: Vectors | None = None
+    surrogate: Surrogate | None = None
 
     @property
     def distributions(self) -> tuple[str, ...]:

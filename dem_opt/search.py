@@ -108,6 +108,11 @@ class Search:
         _close(self._storage)
 
     @property
+    def id(self) -> int:
+        """Optuna's number of the study, under which Optuna Dashboard shows it."""
+        return self._study_id
+
+    @property
     def planned(self) -> int:
         """How many trials the study will have at most: a grid's whole lattice, else `search.trials`.
 

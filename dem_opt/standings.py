@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from dem_opt.intervals import difference
 from dem_opt.ledger import Ledger
 from dem_opt.objective import Objective
 from dem_opt.question import SEARCH, SPLITS, Question
 from dem_opt.records import Composite, Margin, Score, Standing, Summary, TrialRecord
-from dem_opt.simplex import UNIT, Coefficients
+from dem_opt.simplex import UNIT, Coefficients, Space
 from dem_opt.trials import exceeded, is_known, objectives, recall
 
 TOP = 5
@@ -103,6 +105,25 @@ def top_entries(question: Question, trials: Mapping[str, Sequence[TrialRecord]],
     ]
 
 
+def left_out_entries(question: Question, winner: Entry) -> list[Entry]:
+    """The winner without each of the distributions that it has some of, where others are left, named by it.
+
+    The others keep their proportions and grow to the winner's total: what the distribution's data are worth to it.
+    They are composites like any other, though bounds may forbid them as a winner.
+    """
+    if winner.role != "best" or winner.coefficients is None:
+        return []
+    made = []
+    for name, units in winner.coefficients.items:
+        others = {other: count for other, count in winner.coefficients.items if other != name}
+        if units and (rest := sum(others.values())):
+            total = rest + units
+            grown = Space(tuple(others), total / UNIT).at(np.array([others[one] / rest for one in sorted(others)]))
+            point = Coefficients(tuple(sorted((grown.units | {name: 0}).items())))
+            made.append(Entry(name, "without", "", point, question.composite(point)))
+    return made
+
+
 def _alike(one: Coefficients, other: Coefficients) -> bool:
     """Whether no coefficient differs by as much as APART."""
     units = other.units
@@ -126,6 +147,10 @@ def summarize(
     standings = tuple(_standing(ledger, question, by_split, entry) for entry in found)
     top = tuple(_standing(ledger, question, by_split, entry) for entry in top_entries(question, trials))
     winner = standings[-1]
+    without = [
+        entry for entry in left_out_entries(question, found[-1]) if is_known(ledger, question, entry.composite, SEARCH)
+    ]
+    left_out = tuple(_standing(ledger, question, by_split, entry) for entry in without)
     pairs = [(split, rival) for split in SPLITS for rival in standings[:-1]]
     margins = tuple(
         _margin(by_split[split], rival, winner, split)
@@ -133,7 +158,7 @@ def summarize(
         if split in rival.objective and split in winner.objective
     )
     frozen = {algorithm: tuple(records) for algorithm, records in trials.items()}
-    return Summary(study, question.weights, standings, margins, frozen, facts, top, stopped, question.worst)
+    return Summary(study, question.weights, standings, margins, frozen, facts, top, stopped, question.worst, left_out)
 
 
 def _standing(ledger: Ledger, question: Question, by_split: Mapping[str, Objective], entry: Entry) -> Standing:

@@ -15,14 +15,14 @@ from dem_opt.driver import Driver
 from dem_opt.errors import InputError
 from dem_opt.export import Export, Scores, output_dtype, prove, prove_scores, write_composite
 from dem_opt.fidelity import known_cost, tell_cost
-from dem_opt.finetune import FineTuned, FineTuneJob, fine_tune, is_wanted
+from dem_opt.finetune import FineTuned, fine_tune, is_wanted, jobs_of
 from dem_opt.generations import enter
-from dem_opt.hub import locate
+from dem_opt.geometry import measure_once, recall_vectors
 from dem_opt.leases import Lease, holding
 from dem_opt.ledger import Ledger, StudyRow
 from dem_opt.outages import Patience
 from dem_opt.pool import Compute, RayCompute
-from dem_opt.provenance import facts, libraries, place, tell_change
+from dem_opt.provenance import compare_libraries, dossier, dossiers, facts, libraries, measures, place
 from dem_opt.question import SEARCH, SPLITS, Question
 from dem_opt.records import Composite, Observer, ResidentSpec, Silence, Standing, StoredModel, Summary, TrialRecord
 from dem_opt.resident import build
@@ -31,8 +31,9 @@ from dem_opt.runs import Runs, check_algorithms, run_names
 from dem_opt.search import Search
 from dem_opt.simplex import Coefficients
 from dem_opt.sources import Sources, gather
-from dem_opt.standings import entries, rescored, summarize, top_entries
-from dem_opt.tracking import MlflowTracker, Tracker
+from dem_opt.standings import entries, left_out_entries, rescored, summarize, top_entries
+from dem_opt.surrogate import surrogate_of
+from dem_opt.tracking import Board, MlflowTracker, Tracker
 from dem_opt.trials import finished, is_known, missing, objectives, recall
 
 
@@ -55,23 +56,34 @@ class Study:
     """A study file and all that can be done with it.
 
     Study.load("study.yaml").run() does what `dem-opt run study.yaml` does.  `where` names the study in messages,
-    `observer` watches, `compute` is Ray as the study file says unless another is given.  Every method raises
-    InputError for what the user did wrong, before anything is written.
+    `observer` watches, `compute` is Ray as the study file says unless another is given, `board` is told of pages in
+    MLflow.  Every method raises InputError for what the user did wrong, before anything is written.
     """
 
     def __init__(
-        self, config: StudyConfig, where: object, observer: Observer | None = None, compute: Compute | None = None
+        self,
+        config: StudyConfig,
+        where: object,
+        observer: Observer | None = None,
+        compute: Compute | None = None,
+        board: Board | None = None,
     ) -> None:
-        self.config, self._where = config, where
+        self.config, self._where, self._board = config, where, board
         self._observer = observer or Silence()
         self._compute = compute or RayCompute(config.compute)
         away = f"the database {masked(config.storage)}", config.outages.storage
         self._patience = Patience(*away, self._observer.milestone)
 
     @classmethod
-    def load(cls, path: str | Path, observer: Observer | None = None, compute: Compute | None = None) -> Self:
+    def load(
+        cls,
+        path: str | Path,
+        observer: Observer | None = None,
+        compute: Compute | None = None,
+        board: Board | None = None,
+    ) -> Self:
         """The study in a file."""
-        return cls(study_file.load(Path(path)), path, observer, compute)
+        return cls(study_file.load(Path(path)), path, observer, compute, board)
 
     def run(self) -> Standing:
         """Optimize the coefficients; the winner.  Run again, it goes on where it stopped."""
@@ -95,18 +107,21 @@ class Study:
             with self._driver(compute, sources.spec(), question, ledger) as driver:
                 with lease.turn("measuring baselines"):
                     driver.measure(_yardsticks(question), SEARCH)
-                    self._compare_libraries(driver, generation)
+                    found = self._trials(ledger, question, generation)
+                    compare_libraries(name, driver, found, self._observer.milestone)
                 runs = Runs(self.config, generation, lease, self._patience)
                 for run in run_names(algorithms, seeds):
                     with closing(runs.open(run, start, sources.gradients_fit)) as search:
                         self._optimize(driver, search, lease)
                 found = self._trials(ledger, question, generation)
                 with lease.turn("measuring the final table"):
+                    table = entries(question, found)
+                    reported = [*table, *top_entries(question, found), *left_out_entries(question, table[-1])]
                     for split in SPLITS:
-                        reported = [*entries(question, found), *top_entries(question, found)]
                         driver.measure([entry.composite for entry in reported], split)
             for cost in tell_cost(sources, ledger, partial(self._driver, compute), self._where):
                 self._observer.milestone(cost)
+            measure_once(sources.base, sources.experts, self.config.output, self._observer.milestone)
             return self._summarize(ledger, question, generation)
 
     def sync(self) -> bool:
@@ -117,12 +132,11 @@ class Study:
         with self._open_found() as ledger:
             row = self._row(ledger)
         question, synced = Question.recall(row.question, row.scoring), True
-        with self._driving() as (ledger, lease):
-            with Runs(self.config, row.generation, lease, self._patience).there() as searches:
-                for search in searches.values():
-                    tracker = self._tracker(search, lease)
-                    tracker.reconcile(missing(ledger, question, search))
-                    synced &= tracker.close()
+        with self._driving() as (ledger, lease), Runs(self.config, row.generation, lease).there() as searches:
+            for search in searches.values():
+                tracker = self._tracker(search, lease)
+                tracker.reconcile(missing(ledger, question, search))
+                synced &= tracker.close()
         return synced
 
     def train(self) -> dict[str, FineTuned]:
@@ -132,10 +146,11 @@ class Study:
         """
         done: dict[str, FineTuned] = {}
         failures: list[Exception] = []
-        jobs = [job for job in self._fine_tunings() if is_wanted(job)]
+        jobs = [job for job in jobs_of(self.config) if is_wanted(job)]
         if not jobs:
             return done
         with self._compute as compute:
+            self._observer.milestone(f"training {len(jobs)} checkpoints: {', '.join(job.name for job in jobs)} ...")
             for job, result in compute.jobs(fine_tune, jobs):
                 if isinstance(result, Exception):
                     failures.append(result)
@@ -196,6 +211,7 @@ class Study:
 
             def approve(written: Export) -> Mapping[str, str]:
                 nonlocal exported
+                self._observer.milestone("written; comparing it from disk, then scoring it ...")
                 prove(written)
                 model = sources.other(written.path, "export")
                 with self._driver(compute, sources.spec_of(model), question, ledger) as driver:
@@ -222,6 +238,15 @@ class Study:
         with self._open_found() as ledger:
             row = self._row(ledger)
             return self._found(ledger, Question.recall(row.question, row.scoring), row.generation)
+
+    def describe(self, summary: Summary, note: str, files: Mapping[str, str | bytes]) -> None:
+        """Write a summary down in MLflow, with baselines, a note and files, in the runs of its searches."""
+        with self._open_found() as ledger:
+            generation = self._row(ledger).generation
+        runs = Runs(self.config, generation)
+        for run, told in dossiers(summary, note, files).items():
+            with closing(self._tracker(runs.open(run))) as tracker:
+                tracker.describe(told)
 
     def reweighted(self, weights: Mapping[str, float]) -> Summary:
         """What the study would have found with another weighting of its objective, from its database alone.
@@ -283,25 +308,18 @@ class Study:
     @contextmanager
     def _driver(self, compute: Compute, spec: ResidentSpec, question: Question, ledger: Ledger) -> Iterator[Driver]:
         """A driver whose residents are ready."""
+        self._observer.milestone(f"loading {1 + len(spec.experts)} checkpoints ...")
         with closing(compute.residents(build, spec, self._observer.milestone)) as pool:
             yield Driver(question, ledger, pool, self._observer)
 
     def _optimize(self, driver: Driver, search: Search, lease: Lease) -> None:
         """One run's Optuna study, from where it stands to its end."""
         with closing(self._tracker(search, lease)) as tracker:
+            tracker.describe(dossier(self.config, self._where, driver.question))
             tracker.reconcile(missing(driver.ledger, driver.question, search))
             driver.optimize(search, self.config.search.lookahead, tracker, lease)
             tracker.reconcile(missing(driver.ledger, driver.question, search))
         self._observer.milestone(f"{search.name} ended after {search.stopped}")
-
-    def _compare_libraries(self, driver: Driver, generation: int) -> None:
-        """Where libraries have changed since the study was last run, score its best composite again, and tell."""
-        name, now = self.config.name, libraries()
-        before = driver.ledger.libraries(name)
-        if before and before != now:
-            found = self._trials(driver.ledger, driver.question, generation)
-            self._observer.milestone(tell_change(before, now, driver, found))
-        driver.ledger.enter_libraries(name, now)
 
     def _trials(self, ledger: Ledger, question: Question, generation: int) -> dict[str, tuple[TrialRecord, ...]]:
         """Finished trials of every search in this generation, by run."""
@@ -312,7 +330,11 @@ class Study:
         with Runs(self.config, generation).there() as searches:
             trials = {run: finished(ledger, question, search) for run, search in searches.items()}
             stopped = {run: search.stopped for run, search in searches.items()}
-        return summarize(self.config.name, ledger, question, trials, facts(self.config, self._where, question), stopped)
+        told = facts(self.config, self._where, question)
+        summary = summarize(self.config.name, ledger, question, trials, told, stopped)
+        vectors = recall_vectors(question.base, question.experts, self.config.output)
+        believed = surrogate_of(question.space, [record for records in trials.values() for record in records])
+        return replace(summary, vectors=vectors, surrogate=believed)
 
     def _found(self, ledger: Ledger, question: Question, generation: int) -> Summary:
         """The summary of a study that has a best trial; InputError where it has none yet."""
@@ -331,21 +353,17 @@ class Study:
 
     def _register(self, winner: Standing, export: Export, generation: int) -> str | None:
         """The winner's version in MLflow, under its algorithm's run; None where MLflow can't be reached."""
-        metrics = {f"{split}.objective_nll": nll for split, nll in winner.objective.items()}
-        metrics |= {"search.protect_violation": winner.violation} if winner.violation else {}
-        for split, scores in winner.scores.items():
-            metrics |= {f"{split}.perplexity.{name}": score.perplexity for name, score in scores.items()}
         tags = {"composite": export.composite.key, "content": export.content, "coefficients": str(winner.coefficients)}
         with (
             closing(Runs(self.config, generation).open(winner.run)) as search,
             closing(self._tracker(search)) as tracker,
         ):
-            return tracker.register(export.path, metrics, tags)
+            return tracker.register(export.path, measures(winner), tags)
 
     def _tracker(self, search: Search, lease: Lease | None = None) -> Tracker:
         """MLflow for one Optuna study."""
         alone = partial(lease.turn, "logging") if lease else nullcontext
-        return MlflowTracker(place(self.config, search), self._observer.milestone, alone)
+        return MlflowTracker(place(self.config, search), self._observer.milestone, alone, self._board)
 
     def _row(self, ledger: Ledger) -> StudyRow:
         row = ledger.study(self.config.name)
@@ -355,16 +373,6 @@ class Study:
 
     def _nothing_yet(self) -> InputError:
         return InputError(self._where, None, None, f"nothing is measured yet; first: dem-opt run {self._where}")
-
-    def _fine_tunings(self) -> list[FineTuneJob]:
-        """A job for each distribution that has training data."""
-        settings, window = self.config.fine_tuning, self.config.evaluation.window
-        base = locate(self.config.base, "base")
-        return [
-            FineTuneJob(name, base, one.train, one.checkpoint.path, window, **settings.model_dump())
-            for name, one in self.config.distributions.items()
-            if one.train is not None and one.checkpoint is not None and one.checkpoint.path is not None
-        ]
 
 
 def _write(

@@ -2,25 +2,39 @@
 
 import json
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
+from time import monotonic
 from types import TracebackType
 from typing import Self
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from dem_opt.errors import shorten
 from dem_opt.records import TrialRecord
+from dem_opt.simplex import Coefficients
 
 WIDTH = 100
+PACE = 30
+"""Latest trials over which the pace is told: proposals and races change as a search goes on."""
+
+MOST_NAMED = 4
+"""Distributions whose coefficients a line of progress tells."""
+
 LINES = 10
 """Plain lines of progress for each algorithm, besides those for a new best."""
 
 _out = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
 _err = Console(stderr=True, highlight=False)
+
+
+def hush(quiet: bool) -> None:
+    """Print nothing for people on standard output from now on, or again."""
+    _out.quiet = quiet
 
 
 def say(text: str) -> None:
@@ -36,7 +50,35 @@ def complain(text: str) -> None:
 def table(
     title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], strong: int | None = None, words: int = 1
 ) -> None:
-    """A table whose first `words` columns are text and whose others are numbers; row `strong` stands out."""
+    """A table whose first `words` columns are text and whose others are numbers; row `strong` stands out.
+
+    One that is wider than the terminal comes in parts, each with the words.
+    """
+    for part in _parts(headers, rows, words, _out.width):
+        chosen = [[row[place] for place in part] for row in rows]
+        _print_part(title, [headers[place] for place in part], chosen, strong, words)
+
+
+def _parts(headers: Sequence[str], rows: Sequence[Sequence[str]], words: int, width: int) -> list[list[int]]:
+    """Which columns stand beside each other: words may wrap to a fifth of the width, numbers may not."""
+    widths = [
+        max(len(line) for row in (headers, *rows) for line in row[place].split("\n")) for place in range(len(headers))
+    ]
+    first = list(range(words))
+    taken = sum(min(widths[place], width // 5) + 1 for place in first) + 2
+    parts, used = [list(first)], taken
+    for place in range(words, len(headers)):
+        if used + widths[place] + 2 > width and len(parts[-1]) > words:
+            parts.append(list(first))
+            used = taken
+        parts[-1].append(place)
+        used += widths[place] + 2
+    return parts
+
+
+def _print_part(
+    title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], strong: int | None, words: int
+) -> None:
     made = Table(title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, header in enumerate(headers):
         made.add_column(escape(header), justify="left" if index < words else "right", overflow="fold")
@@ -58,17 +100,21 @@ def say_json(data: object) -> None:
 class Progressing:
     """An observer: a progress bar for each algorithm on a terminal, plain lines elsewhere.
 
-    A context: the bar is drawn while it is open.  When quiet, everything goes to standard error.
+    A context: the bar is drawn while it is open.  When quiet, everything goes to standard error, and nothing after
+    `hush`.  A milestone that ends in " ..." is work that goes on: on a terminal it turns until the next one.
     """
 
     def __init__(self, quiet: bool = False) -> None:
-        self._console = _err if quiet else _out
+        self._console = _err if quiet and not _out.quiet else _out
+        self._times: dict[str, deque[float]] = {}
+        self._phase: TaskID | None = None
         self._best: dict[str, TrialRecord] = {}
         self._stopped: Counter[str] = Counter()
         self._tasks: dict[str, TaskID] = {}
         self._progress = Progress(
+            SpinnerColumn(finished_text=" "),
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[best]}"),
@@ -96,7 +142,7 @@ class Progressing:
         if record.objective is not None and not record.is_partial and record.rank[:2] <= best.rank[:2]:
             self._best[record.study] = record
         found = self._best_words(record.study)
-        shown = found + self._stopped_words(record.study)
+        shown = found + self._stopped_words(record.study) + self._pace_words(record.study, done, planned)
         if self._console.is_terminal:
             self._progress.update(self._task(record.study), completed=done, total=planned, best=escape(shown))
         elif found != before or done == planned or done * LINES // planned > (done - 1) * LINES // planned:
@@ -105,15 +151,36 @@ class Progressing:
             self.milestone(f"{record.study}: trial {record.number} failed: {record.reason}")
 
     def milestone(self, message: str) -> None:
-        """A line above the bar."""
+        """A line above the bar; what goes on turns beside it."""
+        if self._phase is not None:
+            self._progress.remove_task(self._phase)
+            self._phase = None
+        if self._console.is_terminal and message.endswith(" ..."):
+            self._phase = self._progress.add_task(escape(message), total=None, best="")
+            return
         self._console.print(escape(message), soft_wrap=True)
 
     def _best_words(self, study: str) -> str:
-        """The best so far, to a ten-thousandth of a nat."""
+        """The best so far, to a ten-thousandth of a nat, and where it is."""
         best = self._best.get(study)
         if best is None:
             return "no whole trial yet"
-        return f"best {best.objective:.4f} nats per token" + (", protect violated" if best.violation else "")
+        at = f" at {_where(best.coefficients)}"
+        return f"best {best.objective:.4f} nats per token" + at + (", protect violated" if best.violation else "")
+
+    def _pace_words(self, study: str, done: int, planned: int) -> str:
+        """Trials a minute, and the time that is left at that pace: over the latest PACE trials that this run saw.
+
+        A search may end before all that is planned, so it is the most; nothing is said of the first seconds.
+        """
+        times = self._times.setdefault(study, deque(maxlen=PACE + 1))
+        times.append(monotonic())
+        spent = times[-1] - times[0]
+        if len(times) < 4 or spent < 1:
+            return ""
+        pace = (len(times) - 1) / spent
+        left = f", {_duration((planned - done) / pace)} left at most" if done < planned else ""
+        return f"; {60 * pace:.3g} trials a minute{left}"
 
     def _stopped_words(self, study: str) -> str:
         """How many trials were stopped early, where any was."""
@@ -124,3 +191,18 @@ class Progressing:
         if study not in self._tasks:
             self._tasks[study] = self._progress.add_task(study, best="")
         return self._tasks[study]
+
+
+def _where(coefficients: Coefficients) -> str:
+    """The largest MOST_NAMED coefficients, in the order of names."""
+    units = coefficients.units
+    named = sorted(sorted(units, key=lambda name: -units[name])[:MOST_NAMED])
+    told = ", ".join(f"{shorten(name, 14)} {coefficients.weights[name]:.2f}" for name in named)
+    return told + (", ..." if len(units) > MOST_NAMED else "")
+
+
+def _duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

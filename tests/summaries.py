@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from dem_opt.insight import Vectors
 from dem_opt.objective import mean_nll
 from dem_opt.records import Evaluation, Margin, Score, Standing, Summary, TrialRecord
 from dem_opt.simplex import UNIT, Coefficients, Space
+from dem_opt.surrogate import surrogate_of
 
 SPLITS = ("search", "held_out")
 RUNS = ("grid", "simplex-gp", "simplex-gp@1", "new")
@@ -22,6 +24,7 @@ CASES = {
     "three": {"names": ("code", "math", "prose")},
     "four": {"names": ("code", "math", "prose", "records")},
     "eight": {"names": tuple("abcdefgh"), "trials": 40},
+    "twelve": {"names": tuple(f"distribution {i}" for i in range(12)), "trials": 20},
     "hostile": {"names": HOSTILE, "study": HOSTILE[0]},
     "hostile three": {"names": HOSTILE[:3], "label": HOSTILE[1]},
     "one run": {"names": ("a", "b", "c"), "runs": ("simplex-gp",)},
@@ -115,4 +118,11 @@ def a_summary(
     margins = tuple(Margin(each.label, split, 0.1, -0.1, 0.3) for each in standings[:-1] for split in SPLITS)
     facts = {"study": study, "command": "dem-opt run"}
     stopped = {run: f"all {trials} planned trials of <{study}>" for run in runs}
-    return Summary(study, weights, tuple(standings), margins, found, facts, top, stopped, worst)
+    left_out = tuple(standing(name, "without", space.sample(rng)) for name in names) if top and len(names) > 1 else ()
+    vectors_KP = rng.normal(size=(len(names), 9))
+    vectors = Vectors(tuple(names), tuple(map(tuple, (vectors_KP @ vectors_KP.T).tolist())))
+    told = [record for records in found.values() for record in records]
+    believed = surrogate_of(space, told) if len(told) < 200 else None
+    return Summary(
+        study, weights, tuple(standings), margins, found, facts, top, stopped, worst, left_out, vectors, believed
+    )

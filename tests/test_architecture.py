@@ -25,6 +25,8 @@ FLOORS = [
         "usage",
         "interrupts",
         "options",
+        "addresses",
+        "insight",
     },
     {
         "checkpoints",
@@ -50,11 +52,11 @@ FLOORS = [
     },
     {"perplexity", "ledger"},
     {"resident", "samplers", "finetune", "passes", "held", "plan", "sources"},
-    {"pool", "search", "tracking", "check"},
+    {"pool", "search", "tracking", "mlflow_runs", "check", "geometry", "surrogate"},
     {"trials", "runs", "standings", "reweighting", "export", "card", "assets"},
     {"driver", "fidelity", "provenance", "generations"},
     {"study"},
-    {"answers", "terminal", "cli"},
+    {"answers", "terminal", "showing", "cli"},
 ]
 """Rooms from the ground up.  A room imports from lower floors, and from its own floor where ALLOWED says so."""
 
@@ -63,6 +65,9 @@ ALLOWED = {
     ("records", "errors"),
     ("looks", "records"),
     ("records", "simplex"),
+    ("records", "insight"),
+    ("insight", "simplex"),
+    ("tracking", "mlflow_runs"),
     ("comparison", "records"),
     ("usage", "records"),
     ("objective", "records"),
@@ -111,24 +116,28 @@ ALLOWED = {
     ("provenance", "driver"),
     ("reweighting", "trials"),
     ("cli", "answers"),
+    ("cli", "showing"),
+    ("showing", "answers"),
+    ("showing", "terminal"),
     ("cli", "terminal"),
 }
 
 TENSORS = {"checkpoints", "models", "adapters", "arena", "perplexity", "resident", "finetune", "assets", "export"}
 TENSORS |= {"pickled", "pool", "machine", "passes", "plan", "heads", "kernel", "quantized", "parameters", "layers"}
+TENSORS |= {"geometry"}
 """Rooms that work with torch."""
 
 DOORS = {
     "ray": {"pool"},
     "optuna": {"search", "samplers"},
-    "mlflow": {"tracking"},
+    "mlflow": {"mlflow_runs"},
     "sqlalchemy": {"database", "leases", "outages", "ledger"},
     "scipy": {"samplers", "racing"},
     "cmaes": {"samplers"},
     "rich": {"terminal"},
     "yaml": {"strict_yaml", "card"},
     "pydantic": {"config"},
-    "dashboards": {"cli"},
+    "dashboards": {"showing", "cli"},
     "datasets": {"documents"},
     "pyarrow": {"documents"},
     "jinja2": {"tokens"},
@@ -155,6 +164,8 @@ LIGHT = [
     "usage",
     "interrupts",
     "options",
+    "addresses",
+    "insight",
     "cli",
 ]
 """What must load without torch, so that a study file is checked at once."""
@@ -211,7 +222,7 @@ def test_outside_systems_enter_by_their_door(room):
 def test_dashboards_know_records_and_nothing_above():
     for path in (ROOT / "dashboards").glob("*.py"):
         rooms = {name.split(".")[1] for name in imports(path) if name.startswith("dem_opt.")}
-        assert rooms <= {"errors", "simplex", "records", "comparison", "usage"}, path.name
+        assert rooms <= {"errors", "simplex", "records", "comparison", "usage", "insight", "addresses"}, path.name
         outside = {name.partition(".")[0] for name in imports(path)}
         assert path.name == "publish.py" or not outside & {"optuna", "optuna_dashboard"}, path.name
 

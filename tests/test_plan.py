@@ -30,7 +30,7 @@ from dem_opt.models import Architecture, describe, empty_model, read_architectur
 from dem_opt.passes import Widths, activation_bytes, flops_per_token, gradient_bytes, head_bytes, read_widths
 from dem_opt.perplexity import reading
 from dem_opt.plan import BATCH_TOKENS, PACE, Plan, make_plan, refuse_too_large, residents_asked, sized
-from dem_opt.pool import _share
+from dem_opt.pool.placement import share
 from dem_opt.question import SEARCH
 from dem_opt.records import Composite, Request, Score, StoredModel
 from dem_opt.resident import Resident
@@ -228,16 +228,16 @@ def test_a_resident_passes_the_tokens_that_are_planned(template):
 @pytest.mark.parametrize(
     ("search", "composites"),
     [
-        ({"algorithm": "random", "trials": 6}, 1 + 6 + 3 + 1),
-        ({"algorithm": "simplex-gp", "trials": 6}, 1 + 6),
-        ({"algorithm": "simplex-gp", "trials": 2}, 1 + 4),
-        ({"algorithm": "grid", "divisions": 4}, 1 + 15 + 1),
+        ({"algorithm": "random", "trials": 6}, 1 + 6 + 3 + 1 + 3),
+        ({"algorithm": "simplex-gp", "trials": 6}, 1 + 6 + 3),
+        ({"algorithm": "simplex-gp", "trials": 2}, 1 + 4 + 3),
+        ({"algorithm": "grid", "divisions": 4}, 1 + 15 + 1 + 3),
     ],
 )
 def test_passes_are_base_trials_and_what_the_table_needs(world, search, composites):
     plan = plan_of(configured(world, search=search))
-    assert (plan.composites, plan.reported) == (composites, 6)
-    assert plan.tokens == (composites + 6) * 3 * 4 * 32
+    assert (plan.composites, plan.reported) == (composites, 9)
+    assert plan.tokens == (composites + 9) * 3 * 4 * 32
 
 
 def test_thirteen_billion_parameters_six_times(tmp_path, monkeypatch):
@@ -285,12 +285,12 @@ def test_pool_and_plan_count_residents_alike(gpus, asked, each):
     planned = residents_asked(Compute(residents=asked, gpus_per_resident=each), machine)
     if each > max(gpus, 1):
         with pytest.raises(InputError, match=f"compute.gpus_per_resident = {each}: the cluster has {gpus or 'no'} GPU"):
-            _share(cluster, None if asked == "auto" else asked, each)
+            share([cluster], None if asked == "auto" else asked, each)
     elif gpus and planned * each > gpus:
         with pytest.raises(InputError, match=f"compute.residents = {asked}: the cluster has {gpus} GPUs"):
-            _share(cluster, planned, each)
+            share([cluster], planned, each)
     else:
-        count, resources = _share(cluster, None if asked == "auto" else asked, each)
+        count, resources = share([cluster], None if asked == "auto" else asked, each)
         assert count == planned and resources["num_gpus"] == (each if gpus else 0)
 
 

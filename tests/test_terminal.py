@@ -7,7 +7,7 @@ from summaries import CASES, a_summary, a_trial
 
 from dashboards import tables
 from dem_opt import terminal
-from dem_opt.cli import _print_tables
+from dem_opt.showing import print_tables
 
 
 def watch(records, planned):
@@ -30,9 +30,9 @@ def test_a_line_for_every_new_best_and_every_tenth_of_the_way(capsys):
         planned=100,
     )
     assert capsys.readouterr().out.splitlines() == [
-        "s: 1 of 100 trials; best 3.0000 nats per token",
-        "s: 3 of 100 trials; best 2.0000 nats per token; 1 stopped early",
-        "s: 10 of 100 trials; best 2.0000 nats per token; 6 stopped early",
+        "s: 1 of 100 trials; best 3.0000 nats per token at a 0.50, b 0.50",
+        "s: 3 of 100 trials; best 2.0000 nats per token at a 0.50, b 0.50; 1 stopped early",
+        "s: 10 of 100 trials; best 2.0000 nats per token at a 0.50, b 0.50; 6 stopped early",
     ]
 
 
@@ -42,21 +42,24 @@ def test_before_the_first_whole_trial_there_is_no_best(capsys):
         "s: 1 of 3 trials; no whole trial yet",
         "s: trial 0 failed: nan",
         "s: 2 of 3 trials; no whole trial yet; 1 stopped early",
-        "s: 3 of 3 trials; best 1.5000 nats per token, protect violated; 1 stopped early",
+        "s: 3 of 3 trials; best 1.5000 nats per token at a 0.50, b 0.50, protect violated; 1 stopped early",
     ]
 
 
 def test_the_best_keeps_what_is_protected(capsys):
     watch([a_trial(0, 3.0), a_trial(1, 1.0, violation=0.1)], planned=100)
-    assert capsys.readouterr().out.splitlines() == ["s: 1 of 100 trials; best 3.0000 nats per token"]
+    assert capsys.readouterr().out.splitlines() == ["s: 1 of 100 trials; best 3.0000 nats per token at a 0.50, b 0.50"]
 
 
-@pytest.mark.parametrize("case", ["one", "two", "three", "four", "worst", "failures only", "base wins", "no trials"])
+@pytest.mark.parametrize(
+    "case", ["one", "two", "three", "four", "eight", "twelve", "worst", "failures only", "base wins", "no trials"]
+)
 def test_tables_fit_a_hundred_columns_and_no_number_breaks(capsys, case):
     summary = a_summary(**CASES[case])
-    _print_tables(summary)
+    print_tables(summary)
     told = capsys.readouterr().out
-    assert max(len(line.rstrip()) for line in told.splitlines()) <= terminal.WIDTH
+    tables_alone = [line.rstrip() for line in told.splitlines() if not line.startswith("The winner: ")]
+    assert max(map(len, tables_alone)) <= terminal.WIDTH
     for split in tables.SPLITS:
         for row in tables.final_table(summary, split).rows:
             assert all(f" {cell} " in told for cell in row[1:])
@@ -68,3 +71,34 @@ def test_answers_for_programs_are_strict_json(capsys):
     assert json.loads(capsys.readouterr().out) == {"found": [1.5, None]}
     with pytest.raises(ValueError):
         terminal.say_json(float("inf"))
+
+
+def test_the_pace_is_that_of_the_latest_trials_and_what_is_left_is_told(capsys, monkeypatch):
+    """A trial each 2 s, from the 20th on each 6 s: 30 a minute, then 10; left at most 80 trials of 2 s, 60 of 6 s."""
+    clock = iter([2.0 * done for done in range(20)] + [38 + 6.0 * later for later in range(1, 41)])
+    monkeypatch.setattr(terminal, "monotonic", lambda: next(clock))
+    watch([a_trial(number, 3.0 + number) for number in range(60)], planned=100)
+    told = {line.split(" of ")[0].split()[-1]: line for line in capsys.readouterr().out.splitlines()}
+    assert told["20"].endswith("30 trials a minute, 3 min left at most")
+    assert told["60"].endswith("10 trials a minute, 4 min left at most")
+
+
+def test_quiet_says_nothing_but_answers(capsys):
+    terminal.hush(True)
+    try:
+        watch([a_trial(0, 3.0), a_trial(1, None)], planned=2)
+        terminal.say("words")
+        terminal.table("title", ("a", "b"), [("1", "2")])
+        terminal.say_json({"answer": 1})
+        terminal.complain("a mistake")
+    finally:
+        terminal.hush(False)
+    told = capsys.readouterr()
+    assert json.loads(told.out) == {"answer": 1} and told.err == "a mistake\n"
+
+
+def test_work_that_goes_on_is_a_line_where_there_is_no_terminal(capsys):
+    with terminal.Progressing() as watching:
+        watching.milestone("loading 5 checkpoints ...")
+        watching.milestone("loaded")
+    assert capsys.readouterr().out == "loading 5 checkpoints ...\nloaded\n"

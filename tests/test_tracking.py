@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from dem_opt import tracking
-from dem_opt.records import Evaluation, Score, TrialRecord
+from dem_opt import mlflow_runs, tracking
+from dem_opt.mlflow_runs import Data, Dossier
+from dem_opt.records import Evaluation, Score, Standing, TrialRecord
 from dem_opt.simplex import Space
 from dem_opt.tracking import MlflowTracker, Place, Records, Tracker
 
@@ -141,7 +142,7 @@ def test_no_tracker_raises(where: str, make: Make, tmp_path: Path, warnings: lis
     assert not any(SECRET in warning or "\n" in warning for warning in warnings)
 
 
-def test_a_trial_is_logged_with_all_that_is_known_of_it(make: Make, logged: Callable[[], Logged]) -> None:
+def test_a_trial_is_logged_with_all_that_is_known_of_it(make: Make, logged: Callable[[], Logged], client: Any) -> None:
     run(make(), [], [trial(7)])
     (child,), (parent,) = logged().children, logged().parents
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
@@ -159,7 +160,13 @@ def test_a_trial_is_logged_with_all_that_is_known_of_it(make: Make, logged: Call
         "merge_seconds": 0.25,
         "score_seconds": 0.5,
         "propose_seconds": 0.125,
+        "window_nll.code": 0.5,
+        "window_nll.math": 0.75,
     }
+    assert [(one.step, one.value) for one in client.get_metric_history(child.info.run_id, "window_nll.code")] == [
+        (0, 0.5),
+        (1, 0.5),
+    ]
     assert (child.info.status, parent.info.status) == ("FINISHED", "FINISHED")
     assert parent.data.params == {"seed": "0"}
 
@@ -187,7 +194,7 @@ def test_a_failed_trial_says_why(make: Make, logged: Callable[[], Logged]) -> No
 def test_a_trial_has_one_run_however_often_it_is_told(
     make: Make, logged: Callable[[], Logged], warnings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "PAGE", 2)
+    monkeypatch.setattr(mlflow_runs, "PAGE", 2)
     first, later = [trial(number) for number in range(4)], [failed(4), trial(5)]
     run(make(), [], first)
     run(make(parameters={"seed": "1", "trials": "6"}), first, later)
@@ -355,3 +362,80 @@ def test_telemetry_is_off_and_the_users_settings_win(make: Make, monkeypatch: py
     make().close()
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
+
+
+STANDINGS = (
+    Standing(
+        "base", "base", "", None, {"search": SCORES, "held_out": SCORES}, {"search": 0.6, "held_out": 0.7}, 1, 9, 0.1
+    ),
+    Standing("it's code", "single", "", SPACE.vertices()[0], {"search": SCORES}, {"search": 0.5}, 1, 9, 0.1),
+    Standing("math", "without", "", SPACE.vertices()[0], {"search": SCORES}, {"search": 0.4}, 1, 9, 0.1),
+)
+
+
+def test_a_dossier_can_be_told_again_and_baselines_have_one_run_each(
+    make: Make, logged: Callable[[], Logged], client: Any, warnings: list[str]
+) -> None:
+    data = [
+        Data(name, split, f"{name}.jsonl", f"{split}{name}" * 40, 4)
+        for name in ("code", "math")
+        for split in ("search", "b")
+    ]
+    for words in ("first", "second"):
+        tracker = make(home="http://127.0.0.1:1/dashboard/studies/1")
+        files = {"report.html": f"<p>{words}", "figures/a.png": words.encode()}
+        metrics = {"best.objective_nll": 0.5}
+        tracker.describe(Dossier({"dem_opt.fingerprint": words}, f"**{words}**", data, files, metrics, STANDINGS))
+        tracker.close()
+    assert warnings == []
+    found = logged()
+    (parent,) = found.parents
+    note = parent.data.tags["mlflow.note.content"]
+    assert note == "**second**\n\n[This search in Optuna Dashboard](http://127.0.0.1:1/dashboard/studies/1)"
+    assert parent.data.tags["dem_opt.fingerprint"] == "second" and parent.data.metrics == metrics
+    assert len(parent.inputs.dataset_inputs) == 4
+    paths = [one.path for one in client.list_artifacts(parent.info.run_id)]
+    assert sorted(paths) == ["figures", "report.html"]
+    runs = client.search_runs([found.experiment.experiment_id], "tags.role = 'baseline'")
+    named = {run.data.tags["mlflow.runName"]: run for run in runs}
+    assert len(runs) == 3 and named.keys() == {"base", "it's code alone", "winner without math"}
+    base = named["base"].data
+    assert base.tags["mlflow.parentRunId"] == parent.info.run_id and base.params == {}
+    assert base.metrics["nll.code"] == 0.5 and base.metrics["held_out.objective_nll"] == 0.7
+    assert named["winner without math"].data.params == {"w.code": "1.0", "w.math": "0.0"}
+    assert not found.children, "baselines are no trials"
+
+
+def test_the_board_is_told_of_every_trials_page(make: Make, logged: Callable[[], Logged], uri: str) -> None:
+    told: list[tuple[str, dict[int, str], str]] = []
+    run(make(), [trial(0)])
+    place = make()
+    place._board = lambda study, pages, page: told.append((study, dict(pages), page))
+    run(place, [trial(0), trial(1)], [trial(2)])
+    found = logged()
+    pages = {int(child.data.tags["dem_opt.trial"]): child.info.run_id for child in found.children}
+    (_, repaired, page), (study, latest, _) = told
+    assert study.endswith("/simplex-gp#2")
+    assert page.endswith(f"/runs/{found.parents[0].info.run_id}") and page.startswith("http://127.0.0.1:")
+    assert {number: link.rpartition("/")[2] for number, link in (repaired | latest).items()} == pages
+    assert repaired.keys() == {0, 1} and latest.keys() == {2}
+
+
+def test_a_board_that_fails_costs_one_warning_and_no_run(
+    make: Make, logged: Callable[[], Logged], warnings: list[str]
+) -> None:
+    def fail(study: str, pages: object, page: str) -> None:
+        raise OSError("database is locked")
+
+    tracker = make()
+    tracker._board = fail
+    run(tracker, [trial(0)], [trial(1), trial(2)])
+    assert logged().numbers == [0, 1, 2]
+    (told,) = warnings
+    assert "links to MLflow could not be written (OSError: database is locked)" in told
+
+
+def test_a_trial_links_to_optuna_dashboard(make: Make, logged: Callable[[], Logged]) -> None:
+    run(make(board=lambda number: f"http://127.0.0.1:1/trials?numbers={number}"), [], [trial(3)])
+    (child,) = logged().children
+    assert "http://127.0.0.1:1/trials?numbers=3" in child.data.tags["mlflow.note.content"]

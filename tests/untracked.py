@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dem_opt.records import TrialRecord
-from dem_opt.tracking import Records
+from dem_opt.tracking import Dossier, Records
 
 
 class Untracked:
@@ -14,6 +14,9 @@ class Untracked:
         pass
 
     def reconcile(self, records: Records) -> None:
+        pass
+
+    def describe(self, dossier: Dossier) -> None:
         pass
 
     def register(self, folder: Path, metrics: Mapping[str, float], tags: Mapping[str, str]) -> str | None:

@@ -1,0 +1,132 @@
+"""What a study pays for being looked at: both dashboards polled every second, against both idle.
+
+    python benchmarks/look.py [--trials 160]
+
+One study of the quickstart's shape runs with `random` on one resident of one thread, a Ray actor.  Both servers run all
+the while; in every other block of trials they are asked once a second for what their pages ask for.  So both kinds of
+trials see the same machine, busy or not.  A trial's wall time is what its resident spent and was idle before it.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from threading import Event, Thread
+from time import perf_counter
+from urllib.request import Request, urlopen
+
+from trial import SHAPES, make_study
+
+from dashboards import launcher
+from dem_opt.config import load
+from dem_opt.models import silence_transformers
+from dem_opt.pool import RayCompute
+from dem_opt.records import Silence, TrialRecord
+from dem_opt.study import Study
+
+BLOCK, EDGE = 6, 2
+"""Trials of a block; those at its beginning that are not counted."""
+
+
+@dataclass
+class Poll:
+    """Asks both servers once a second while `on`; a context."""
+
+    addresses: launcher.Addresses
+    on: Event = field(default_factory=Event)
+    ended: Event = field(default_factory=Event)
+    seconds: list[float] = field(default_factory=list)
+    unanswered: int = 0
+
+    def __enter__(self) -> "Poll":
+        self._thread = Thread(target=self._run)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self.ended.wait(1):
+            if self.on.is_set():
+                began = perf_counter()
+                try:
+                    self._ask(f"{self.addresses.optuna}api/studies/1?after=0")
+                    self._ask(
+                        f"{self.addresses.mlflow}ajax-api/2.0/mlflow/runs/search",
+                        {"experiment_ids": ["1"], "max_results": 100, "order_by": ["attributes.start_time DESC"]},
+                    )
+                except OSError:
+                    self.unanswered += 1
+                    continue
+                self.seconds.append(perf_counter() - began)
+
+    def _ask(self, address: str, body: object = None) -> None:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        with urlopen(Request(address, data, headers), timeout=60) as answer:
+            answer.read()
+
+
+@dataclass
+class Watch(Silence):
+    """An observer that starts the servers at the first trial, and looks in every other block."""
+
+    path: Path
+    records: list[TrialRecord] = field(default_factory=list)
+    poll: Poll | None = None
+
+    def trial_ended(self, record: TrialRecord, done: int, planned: int) -> None:
+        """Keep it; look in the block that begins, or don't."""
+        self.records.append(record)
+        if self.poll is None:
+            config = load(self.path)
+            self._servers = launcher.running(config.storage, config.tracking.uri)
+            self.poll = Poll(self._servers.__enter__()).__enter__()
+        (self.poll.on.set if done // BLOCK % 2 else self.poll.on.clear)()
+
+    def close(self) -> None:
+        """Stops polling and servers."""
+        assert self.poll is not None
+        self.poll.__exit__()
+        self._servers.__exit__(None, None, None)
+
+
+def main() -> None:
+    """Measure and print as JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--trials", type=int, default=160)
+    given = parser.parse_args()
+    silence_transformers()
+    with TemporaryDirectory() as folder:
+        path = make_study(Path(folder), SHAPES["quickstart"], given.trials)
+        config, watch = load(path), Watch(path)
+        try:
+            Study(config, path, watch, RayCompute(config.compute.model_copy(update={"residents": 1}))).run()
+        finally:
+            watch.close()
+    spent: dict[bool, list[float]] = {True: [], False: []}
+    for number, record in enumerate(watch.records):
+        one = record.evaluation
+        if number >= BLOCK and number % BLOCK >= EDGE:
+            spent[bool(number // BLOCK % 2)].append(one.merge_seconds + one.score_seconds + one.wait_seconds)
+    assert watch.poll is not None
+    found = {
+        "trials looked at": len(spent[True]),
+        "trials alone": len(spent[False]),
+        "looked at ms, median": 1e3 * median(spent[True]),
+        "alone ms, median": 1e3 * median(spent[False]),
+        "ratio of medians": median(spent[True]) / median(spent[False]),
+        "ratio of best": min(spent[True]) / min(spent[False]),
+        "polls": len(watch.poll.seconds),
+        "polls without an answer": watch.poll.unanswered,
+        "a poll ms, median": 1e3 * median(watch.poll.seconds),
+    }
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""What commands show through the dashboards: figures and notes beside a study, pages, tables."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dem_opt import answers, terminal
+
+if TYPE_CHECKING:
+    from dashboards.board import Board
+    from dem_opt.comparison import Comparison
+    from dem_opt.records import Summary
+    from dem_opt.study import Study
+
+DOTS = 80
+"""Dots in an inch of the figures that MLflow gets."""
+
+
+@contextmanager
+def watched(path: Path, quiet: bool) -> Iterator[tuple["Study", "Board"]]:
+    """A study file, with progress on the terminal and in Optuna Dashboard while the block runs."""
+    from dashboards.board import Board
+    from dem_opt.config import load
+    from dem_opt.study import Study
+
+    config = load(path)
+    with (
+        terminal.Progressing(quiet=quiet) as progress,
+        Board(config.storage, progress, lambda pages: _show(study, study.summary(), pages)) as board,
+    ):
+        study = Study(config, path, board, board=board.link)
+        yield study, board
+
+
+def publish(study: "Study", pages: Mapping[str, str]) -> "Summary":
+    """What was found, in Optuna Dashboard and MLflow; `pages` are those of searches in MLflow."""
+    from dashboards.figures import all_figures
+    from dashboards.paper import image
+    from dashboards.report import render, study_note
+    from dashboards.tables import final_table, markdown
+
+    summary = study.summary()
+    note = _show(study, summary, pages)
+    tables = "\n\n".join(markdown(final_table(summary, split)) for split in ("search", "held_out"))
+    images = {f"figures/{name}.png": image(figure, "png", DOTS) for name, figure in all_figures(summary).items()}
+    table = terminal.as_json(answers.of_summary(summary))
+    files: dict[str, str | bytes] = {
+        "report.html": render(summary),
+        "summary.json": table,
+        "final_table.md": tables,
+        **images,
+    }
+    study.describe(summary, f"{study_note(summary, {})}\n\n{tables}" if note else "", files)
+    return summary
+
+
+def _show(study: "Study", summary: "Summary", pages: Mapping[str, str]) -> str:
+    """Figures and note into Optuna Dashboard, for every search of a study; the note."""
+    from dashboards.figures import all_figures
+    from dashboards.publish import publish as put
+    from dashboards.report import study_note
+
+    figures, note = all_figures(summary), ""
+    for name in {records[0].study: None for records in summary.trials.values() if records}:
+        links = {"This search in MLflow": pages[name]} if name in pages else {}
+        note = study_note(summary, links)
+        put(study.config.storage, name, figures, note)
+    return note
+
+
+def write_report(summary: "Summary", out: Path, figures: Path | None) -> list[Path]:
+    """The page, and its figures as files where a folder is given; the paths of these."""
+    from dashboards.figures import all_figures
+    from dashboards.paper import write_figures
+    from dashboards.report import write_report as write_page
+
+    write_page(summary, out)
+    return [] if figures is None else write_figures(all_figures(summary), figures)
+
+
+def tell_comparison(summary: "Summary", folder: Path, as_json: bool) -> None:
+    """Write the comparison as a page and for programs, then tell it."""
+    from dashboards.report import render_comparison, write
+    from dem_opt.comparison import compare
+
+    comparison = compare(summary)
+    page, data = folder / "comparison.html", folder / "comparison.json"
+    write(render_comparison(summary, comparison), page, "comparison")
+    write(terminal.as_json(answers.of_comparison(comparison)), data, "comparison")
+    if as_json:
+        terminal.say_json(answers.of_summary(summary) | {"comparison": answers.of_comparison(comparison)})
+        return
+    print_tables(summary)
+    _print_comparison(comparison)
+    terminal.say(f"Written: {page} and {data}")
+
+
+def print_tables(summary: "Summary") -> None:
+    """The final table on both splits, the best five, the margins, the winner."""
+    from dashboards.look import objective_words
+    from dashboards.tables import SPLITS, final_table, margin_table, top_table
+
+    for split, words in SPLITS.items():
+        made = final_table(summary, split)
+        terminal.table(f"NLL in nats per token, {words}", made.headers, made.rows, strong=len(made.rows) - 1)
+    top, words = top_table(summary), objective_words(summary)
+    terminal.table(f"Top five by the search split: {words}, nats per token", top.headers, top.rows, words=top.words)
+    margins = margin_table(summary)
+    terminal.table(f"Rival minus winner in {words}, nats per token", margins.headers, margins.rows)
+    winner = summary.winner
+    terminal.say(f"The winner: {winner.label}: {winner.coefficients}")
+
+
+def _print_comparison(comparison: "Comparison") -> None:
+    from dashboards.tables import comparison_table
+
+    made = comparison_table(comparison)
+    title = "Regret in nats per token: median [quartiles] over runs; of the grid the mean over orders"
+    terminal.table(title, made.headers, made.rows)

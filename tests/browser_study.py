@@ -1,0 +1,21 @@
+"""A program: `dem-opt` with residents in its own process, which take their time where PAUSE says so."""
+
+import os
+import sys
+import time
+
+from dem_opt import study
+from dem_opt.cli import main
+from dem_opt.pool import InProcessCompute
+from dem_opt.resident import Resident
+
+if __name__ == "__main__":
+    study.RayCompute = lambda settings: InProcessCompute()  # type: ignore[assignment,misc,return-value]
+    evaluate = Resident.evaluate
+
+    def slowly(resident, request):
+        time.sleep(float(os.environ.get("PAUSE", "0")))
+        return evaluate(resident, request)
+
+    Resident.evaluate = slowly  # type: ignore[method-assign]
+    sys.exit(main())
