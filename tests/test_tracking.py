@@ -42,6 +42,12 @@ def failed(number: int) -> TrialRecord:
     return trial(number, objective=None, scores={}, evaluation=Evaluation({}), reason="the loss\nis nan" * 100)
 
 
+@pytest.fixture(autouse=True)
+def restless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits between two attempts."""
+    monkeypatch.setattr(tracking, "REST", -1.0)
+
+
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """One MLflow database for this module; every test has an experiment of its own."""
