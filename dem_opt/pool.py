@@ -246,10 +246,15 @@ class Compute(Protocol):
     def residents(self, build: Build, spec: ResidentSpec) -> Pool:
         """A pool of residents that are ready."""
 
-    def jobs(self, function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[tuple[Job, Result | Exception]]:
+    def jobs(
+        self, function: Callable[[Job], Result], jobs: Sequence[Job], parts: int = 0, gpus: int | None = None
+    ) -> Iterator[tuple[Job, Result | Exception]]:
         """Run an importable function on every job; yields (job, result) as they end.
 
         A job's exception is yielded in place of its result, so that the others go on.
+
+        parts  in how many parts the CPUs are divided, one for each job: the number of jobs unless given
+        gpus   GPUs of each job: one where there are any unless given
         """
 
 
@@ -268,7 +273,9 @@ class InProcessCompute:
         """One resident."""
         return InProcessPool(build, spec)
 
-    def jobs(self, function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[tuple[Job, Result | Exception]]:
+    def jobs(
+        self, function: Callable[[Job], Result], jobs: Sequence[Job], parts: int = 0, gpus: int | None = None
+    ) -> Iterator[tuple[Job, Result | Exception]]:
         """Each job in turn."""
         for job in jobs:
             try:
@@ -309,11 +316,20 @@ class RayCompute:
         count = None if self._settings.residents == "auto" else self._settings.residents
         return RayPool(build, spec, count, self._settings.patience)
 
-    def jobs(self, function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[tuple[Job, Result | Exception]]:
-        """Jobs as Ray tasks, which divide the CPUs among them evenly; each gets a GPU where there are any."""
-        ray = self._ray
-        cpus = max(int(ray.cluster_resources().get("CPU", 1)) // max(len(jobs), 1), 1)
-        task = ray.remote(function).options(num_cpus=cpus, num_gpus=int(self.device == "cuda"), max_retries=1)
+    def jobs(
+        self, function: Callable[[Job], Result], jobs: Sequence[Job], parts: int = 0, gpus: int | None = None
+    ) -> Iterator[tuple[Job, Result | Exception]]:
+        """Jobs as Ray tasks, which wait for what they ask for.
+
+        Raises InputError where the cluster has not the GPUs of one job.
+        """
+        ray, there = self._ray, self._ray.cluster_resources()
+        cpus = max(int(there.get("CPU", 1)) // max(parts or len(jobs), 1), 1)
+        asked = min(int(there.get("GPU", 0)), 1) if gpus is None else gpus
+        if asked > there.get("GPU", 0):
+            mend = f"the cluster has {there.get('GPU', 0):g} GPUs; ask for as many at most"
+            raise InputError(None, "fine_tuning.gpus", asked, mend)
+        task = ray.remote(function).options(num_cpus=cpus, num_gpus=asked, max_retries=1)
         running = {task.remote(job): job for job in jobs}
         while running:
             (done, *_), _ = ray.wait(list(running), num_returns=1)

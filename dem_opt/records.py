@@ -301,6 +301,9 @@ class Observer(Protocol):
     def milestone(self, message: str) -> None:
         """Something worth a line happened."""
 
+    def training(self, name: str, step: int, steps: int, loss: float) -> None:
+        """A fine-tuning is at `step` of `steps`; its training loss there, in nats per token."""
+
 
 class Silence:
     """An observer that does nothing."""
@@ -309,6 +312,9 @@ class Silence:
         """Nothing."""
 
     def milestone(self, message: str) -> None:
+        """Nothing."""
+
+    def training(self, name: str, step: int, steps: int, loss: float) -> None:
         """Nothing."""
 
 

@@ -16,8 +16,7 @@ from dem_opt.driver import Driver
 from dem_opt.errors import InputError
 from dem_opt.export import Export, Scores, output_dtype, prove, prove_scores, write_composite
 from dem_opt.fidelity import known_cost, tell_cost
-from dem_opt.finetune import FineTuned, FineTuneJob, fine_tune, is_wanted
-from dem_opt.hub import locate
+from dem_opt.finetune import FineTuned
 from dem_opt.ledger import Ledger, StudyRow
 from dem_opt.pool import Compute, RayCompute
 from dem_opt.question import SEARCH, SPLITS, Question, changes, refuse_other_scoring
@@ -31,6 +30,7 @@ from dem_opt.sources import Sources, gather
 from dem_opt.standings import carried_over, entries, rescored, summarize, top_entries
 from dem_opt.tracking import MlflowTracker, Place, Tracker
 from dem_opt.trials import finished, is_known, objectives, recall
+from dem_opt.tuning import fine_tunings, train
 
 LIBRARIES = ("torch", "transformers", "optuna", "mlflow", "ray", "dem-opt")
 
@@ -106,25 +106,7 @@ class Study:
 
         A checkpoint that `train` did not make is left alone.  Raises the first failure, after the others ended.
         """
-        done: dict[str, FineTuned] = {}
-        failures: list[Exception] = []
-        jobs = [job for job in self._fine_tunings() if is_wanted(job)]
-        if not jobs:
-            return done
-        with self._compute as compute:
-            for job, result in compute.jobs(fine_tune, jobs):
-                if isinstance(result, Exception):
-                    failures.append(result)
-                    self._observer.milestone(f"{job.name}: not trained: {result}")
-                else:
-                    done[job.name] = result
-                    self._observer.milestone(
-                        f"{job.name}: {result.steps} steps in {result.seconds:.0f} s, "
-                        f"training loss {result.first_loss:.3f} to {result.last_loss:.3f} nats per token"
-                    )
-        if failures:
-            raise failures[0]
-        return done
+        return train(self.config, fine_tunings(self.config, self._where), self._compute, self._observer)
 
     def score(self, weights: Mapping[str, float]) -> Scores:
         """Scores of one composite by split and distribution; what the ledger has is not measured again."""
@@ -350,16 +332,6 @@ class Study:
 
     def _nothing_yet(self) -> InputError:
         return InputError(self._where, None, None, f"nothing is measured yet; first: dem-opt run {self._where}")
-
-    def _fine_tunings(self) -> list[FineTuneJob]:
-        """A job for each distribution that has training data."""
-        settings, window = self.config.fine_tuning, self.config.evaluation.window
-        base = locate(self.config.base, "base")
-        return [
-            FineTuneJob(name, base, one.train, one.checkpoint.path, window, **settings.model_dump())
-            for name, one in self.config.distributions.items()
-            if one.train is not None and one.checkpoint is not None and one.checkpoint.path is not None
-        ]
 
     def _facts(self, question: Question) -> dict[str, str]:
         """What reproduces the study: where its parts are, their content, and with what it was run."""

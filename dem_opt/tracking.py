@@ -169,14 +169,7 @@ class _Runs:
     """
 
     def __init__(self, place: Place) -> None:
-        self._mlflow = _import_mlflow()
-        if place.uri.startswith(_SQLITE):
-            _make_database(self._mlflow, Path(place.uri.removeprefix(_SQLITE)))
-        if in_database := place.uri.startswith(("sqlite", "postgresql")):
-            connect(place.uri, "tracking.uri").dispose()
-        self._client = self._mlflow.MlflowClient(tracking_uri=place.uri, registry_uri=place.uri)
-        location = place.artifacts.absolute().as_uri() if in_database else None
-        self._experiment = self._find_experiment(place.experiment, location)
+        self._mlflow, self._client, self._experiment = connected(place.uri, place.experiment, place.artifacts)
         self._model = place.model
         self._parent = self._find_parent(place.study, place.uid)
         self._set_parameters(place.parameters)
@@ -234,12 +227,6 @@ class _Runs:
         )
         return str(made.version)
 
-    def _find_experiment(self, name: str, location: str | None) -> str:
-        experiment = self._client.get_experiment_by_name(name)
-        if experiment is not None:
-            return str(experiment.experiment_id)
-        return str(self._client.create_experiment(name, artifact_location=location))
-
     def _find_parent(self, study: str, uid: str) -> "Run":
         """The study's run, found by its tags and running again, or made."""
         found = self._search(f"tags.`{_STUDY}` = '{study}' and tags.`{_UID}` = '{uid}'")
@@ -285,6 +272,24 @@ class _Runs:
             runs.extend(page)
             if not (token := page.token):
                 return runs
+
+
+def connected(uri: str, experiment: str, artifacts: Path) -> tuple[Any, Any, str]:
+    """MLflow, a client, and the id of an experiment, made where it is missing; raises whatever MLflow raises.
+
+    artifacts  where a new experiment in a database keeps its files; a server decides for itself
+    """
+    mlflow = _import_mlflow()
+    if uri.startswith(_SQLITE):
+        _make_database(mlflow, Path(uri.removeprefix(_SQLITE)))
+    if in_database := uri.startswith(("sqlite", "postgresql")):
+        connect(uri, "tracking.uri").dispose()
+    client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+    found = client.get_experiment_by_name(experiment)
+    if found is not None:
+        return mlflow, client, str(found.experiment_id)
+    location = artifacts.absolute().as_uri() if in_database else None
+    return mlflow, client, str(client.create_experiment(experiment, artifact_location=location))
 
 
 def _import_mlflow() -> Any:

@@ -23,6 +23,7 @@ FLOORS = [
         "question",
         "intervals",
         "usage",
+        "steps",
     },
     {
         "checkpoints",
@@ -44,9 +45,9 @@ FLOORS = [
         "heads",
     },
     {"perplexity", "ledger"},
-    {"resident", "samplers", "finetune", "passes", "plan", "sources"},
-    {"pool", "search", "tracking", "check"},
-    {"trials", "runs", "standings", "reweighting", "export", "card", "assets"},
+    {"resident", "samplers", "mixture", "lora", "training", "finetune", "passes", "plan", "sources"},
+    {"pool", "search", "tracking", "check", "curves"},
+    {"trials", "runs", "standings", "reweighting", "export", "card", "assets", "tuning"},
     {"driver", "fidelity"},
     {"study"},
     {"answers", "terminal", "cli"},
@@ -62,6 +63,7 @@ ALLOWED = {
     ("usage", "records"),
     ("objective", "records"),
     ("intervals", "objective"),
+    ("steps", "errors"),
     ("config", "errors"),
     ("config", "simplex"),
     ("config", "strict_yaml"),
@@ -91,6 +93,10 @@ ALLOWED = {
     ("tokens", "documents"),
     ("corpus", "documents"),
     ("corpus", "tokens"),
+    ("finetune", "lora"),
+    ("finetune", "mixture"),
+    ("finetune", "training"),
+    ("curves", "tracking"),
     ("plan", "passes"),
     ("sources", "plan"),
     ("standings", "trials"),
@@ -102,7 +108,19 @@ ALLOWED = {
 }
 
 TENSORS = {"checkpoints", "models", "adapters", "arena", "perplexity", "resident", "finetune", "assets", "export"}
-TENSORS |= {"pickled", "pool", "machine", "passes", "plan", "heads", "kernel", "quantized", "parameters"}
+TENSORS |= {
+    "training",
+    "lora",
+    "pickled",
+    "pool",
+    "machine",
+    "passes",
+    "plan",
+    "heads",
+    "kernel",
+    "quantized",
+    "parameters",
+}
 """Rooms that work with torch."""
 
 DOORS = {
@@ -120,8 +138,10 @@ DOORS = {
     "pyarrow": {"documents"},
     "jinja2": {"tokens"},
     "huggingface_hub": {"hub", "models"},
+    "peft": {"lora"},
     "torch": TENSORS,
-    "transformers": {"models", "arena", "tokens", "corpus", "heads", "perplexity", "finetune", "assets", "export"},
+    "transformers": {"models", "arena", "tokens", "corpus", "heads", "perplexity", "finetune", "assets", "export"}
+    | {"training"},
 }
 """Who may import what, at the top of a module or inside its functions."""
 
@@ -139,6 +159,7 @@ LIGHT = [
     "question",
     "intervals",
     "usage",
+    "steps",
     "cli",
 ]
 """What must load without torch, so that a study file is checked at once."""

@@ -21,8 +21,9 @@ from dem_opt.assets.generated import json_record, math_problem
 from dem_opt.assets.library import library_documents, split_modules, topic_documents, within
 from dem_opt.corpus import pack
 from dem_opt.errors import InputError
-from dem_opt.finetune import save_checkpoint, train_model
+from dem_opt.finetune import save_checkpoint
 from dem_opt.models import silence_transformers
+from dem_opt.training import Recipe, train_model
 
 DISTRIBUTIONS = ("code", "math", "prose", "records")
 SPLITS = ("train", "val", "held_out")
@@ -177,7 +178,8 @@ def make_base(out: Path, corpora: Corpora, settings: Settings, seed: int) -> Non
     tokenizer = make_tokenizer(corpora, settings.vocabulary)
     model = untrained_base(settings, len(tokenizer), tokenizer.eos_token_id, seed)
     windows = pack(mixture_documents(corpora, settings, seed), tokenizer, settings.window)
-    train_model(model, windows, settings.base_steps, settings.base_learning_rate, settings.batch_size, seed)
+    recipe = Recipe(settings.base_steps, settings.base_learning_rate, settings.batch_size, seed)
+    train_model(model, windows, recipe)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(out, model, tokenizer, {})
 
