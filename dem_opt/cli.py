@@ -9,7 +9,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from dem_opt import __version__, answers, terminal
+from dem_opt import __version__, answers, terminal, versus
 from dem_opt.errors import EvaluationError, InputError
 
 if TYPE_CHECKING:
@@ -73,6 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--algorithms", help="separated by commas; grid,random,simplex-gp unless given")
     compare.add_argument("--seeds", type=int, help="runs of each algorithm; 1 unless given")
+    compare.add_argument(
+        "--data-mixing",
+        metavar="GRID",
+        help="train a model for each mixture of the data, `study` for the study file's or 3 for thirds, and compare",
+    )
     compare.add_argument(
         "--reweight", metavar="WEIGHTS", help="run nothing: the best of what is measured, with code=2,math=1, say"
     )
@@ -185,6 +190,9 @@ def _run(given: argparse.Namespace) -> None:
 def _compare(given: argparse.Namespace) -> None:
     if given.reweight is not None:
         _reweight(given)
+        return
+    if given.data_mixing is not None:
+        versus.mix(given)
         return
     algorithms = ALGORITHMS if given.algorithms is None else given.algorithms
     seeds = 1 if given.seeds is None else given.seeds

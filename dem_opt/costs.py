@@ -153,10 +153,7 @@ def curve(mixed: Sequence[Mixed]) -> tuple[Tried, ...]:
         Tried(
             tried,
             tried * each,
-            {
-                split: expected_best([one.objective[split] for one in ranked], tried)
-                for split in (SEARCH, HELD_OUT)
-            },
+            {split: expected_best([one.objective[split] for one in ranked], tried) for split in (SEARCH, HELD_OUT)},
         )
         for tried in range(1, len(ranked) + 1)
     )
@@ -169,8 +166,8 @@ def _against(edited: Edited, mixed: Sequence[Mixed]) -> Against:
         mixed[0].budget,
         tried,
         tried[-1].flops / own,
-        as_good and as_good.mixtures,
-        as_good and as_good.flops / own,
+        None if as_good is None else as_good.mixtures,
+        None if as_good is None else as_good.flops / own,
         max((one.mixtures for one in tried if one.flops <= own), default=0),
     )
 
@@ -187,8 +184,8 @@ def verdict(one: Against, edited: Edited) -> list[str]:
         told.append(f"At equal quality: no number of them is expected to be as good as the composite, up to {whole}.")
     else:
         told.append(
-            f"At equal quality: {one.equal_quality} of the {whole} are expected to be as good, for {one.equal_ratio:.2f} "
-            "times the operations."
+            f"At equal quality: {one.equal_quality} of the {whole} are expected to be as good, for "
+            f"{one.equal_ratio:.2f} times the operations."
         )
     if one.equal_cost == 0:
         told.append("At equal cost: not one mixture.")

@@ -201,5 +201,3 @@ def log_mixing(config: StudyConfig, jobs: Sequence[MixtureJob], found: Mixing, o
         }
         curves.write(Note("data mixing", one.job.name, identity(one.job), parameters, metrics))
     curves.close()
-
-

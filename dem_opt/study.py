@@ -11,6 +11,7 @@ from typing import Self
 from dem_opt import config as study_file
 from dem_opt.card import texts
 from dem_opt.config import StudyConfig
+from dem_opt.costs import Mixing
 from dem_opt.database import Engine, Lease, connect, holding, is_there, masked
 from dem_opt.driver import Driver
 from dem_opt.errors import InputError
@@ -18,6 +19,7 @@ from dem_opt.export import Export, Scores, output_dtype, prove, prove_scores, wr
 from dem_opt.fidelity import known_cost, tell_cost
 from dem_opt.finetune import FineTuned
 from dem_opt.ledger import Ledger, StudyRow
+from dem_opt.mixing import hold_against, log_mixing, mixture_jobs, mixtures, score_mixtures, singles
 from dem_opt.pool import Compute, RayCompute
 from dem_opt.question import SEARCH, SPLITS, Question, changes, refuse_other_scoring
 from dem_opt.records import Composite, Observer, ResidentSpec, Silence, Standing, StoredModel, Summary, TrialRecord
@@ -107,6 +109,24 @@ class Study:
         A checkpoint that `train` did not make is left alone.  Raises the first failure, after the others ended.
         """
         return train(self.config, fine_tunings(self.config, self._where), self._compute, self._observer)
+
+    def mix(self, grid: str) -> Mixing:
+        """Train and score a model for each mixture of the grid, to hold the winner against.
+
+        grid  "study" for the study file's mixtures, "3" for all multiples of a third
+        """
+        tried = mixtures(self.config, grid, self._where)
+        jobs = mixture_jobs(self.config, tried, singles(self.config, self._where))
+        files = gather(self.config, self._where, resident=False).exact()
+        with self._open_found() as ledger:
+            summary = self.summary()
+            train(self.config, [one.job for one in jobs], self._compute, self._observer)
+            with self._compute as compute:
+                sources = files.on(compute.device)
+                composites = score_mixtures(sources, jobs, ledger, compute, self._observer)
+            found = hold_against(self.config, self._where, sources, ledger, summary, jobs, composites)
+        log_mixing(self.config, jobs, found, self._observer)
+        return found
 
     def score(self, weights: Mapping[str, float]) -> Scores:
         """Scores of one composite by split and distribution; what the ledger has is not measured again."""

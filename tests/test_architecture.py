@@ -24,6 +24,7 @@ FLOORS = [
         "intervals",
         "usage",
         "steps",
+        "costs",
     },
     {
         "checkpoints",
@@ -48,9 +49,9 @@ FLOORS = [
     {"resident", "samplers", "mixture", "lora", "training", "finetune", "passes", "plan", "sources"},
     {"pool", "search", "tracking", "check", "curves"},
     {"trials", "runs", "standings", "reweighting", "export", "card", "assets", "tuning"},
-    {"driver", "fidelity"},
+    {"driver", "fidelity", "mixing"},
     {"study"},
-    {"answers", "terminal", "cli"},
+    {"answers", "terminal", "versus", "cli"},
 ]
 """Rooms from the ground up.  A room imports from lower floors, and from its own floor where ALLOWED says so."""
 
@@ -102,7 +103,10 @@ ALLOWED = {
     ("standings", "trials"),
     ("reweighting", "standings"),
     ("fidelity", "driver"),
+    ("mixing", "driver"),
     ("reweighting", "trials"),
+    ("versus", "terminal"),
+    ("cli", "versus"),
     ("cli", "answers"),
     ("cli", "terminal"),
 }
@@ -133,7 +137,7 @@ DOORS = {
     "rich": {"terminal"},
     "yaml": {"strict_yaml", "card"},
     "pydantic": {"config"},
-    "dashboards": {"cli"},
+    "dashboards": {"cli", "versus"},
     "datasets": {"documents"},
     "pyarrow": {"documents"},
     "jinja2": {"tokens"},
@@ -160,6 +164,8 @@ LIGHT = [
     "intervals",
     "usage",
     "steps",
+    "costs",
+    "versus",
     "cli",
 ]
 """What must load without torch, so that a study file is checked at once."""
@@ -216,7 +222,7 @@ def test_outside_systems_enter_by_their_door(room):
 def test_dashboards_know_records_and_nothing_above():
     for path in (ROOT / "dashboards").glob("*.py"):
         rooms = {name.split(".")[1] for name in imports(path) if name.startswith("dem_opt.")}
-        assert rooms <= {"errors", "simplex", "records", "comparison", "usage"}, path.name
+        assert rooms <= {"errors", "simplex", "records", "comparison", "usage", "costs"}, path.name
         outside = {name.partition(".")[0] for name in imports(path)}
         assert path.name == "publish.py" or not outside & {"optuna", "optuna_dashboard"}, path.name
 
