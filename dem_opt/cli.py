@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 
     quickstart = add("quickstart", _quickstart, "make a small base, data and a study, and do the whole main job")
     quickstart.add_argument("folder", type=Path, nargs="?", default=Path("quickstart"), metavar="DIR")
+    quickstart.add_argument("--files", action="store_true", help="make data, tokenizer, base and study file, no more")
     quickstart.add_argument("--seed", type=int, default=0, help="seeds data, base, fine-tunes and search")
     check = add(
         "check",
@@ -348,6 +349,8 @@ def _quickstart(given: argparse.Namespace) -> None:
     began = perf_counter()
     seconds: dict[str, float] = {}
     path = make_assets(given.folder, given.seed, terminal.say)
+    if given.files:
+        return
     seconds["data, tokenizer and base"] = perf_counter() - began
     with RayCompute(load(path).compute):
         for words in ("train", "run", "compare --algorithms grid", f"export --out {given.folder / 'best'}", "report"):

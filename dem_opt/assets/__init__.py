@@ -17,6 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dem_opt.assets.further import TASK, service_log, write_task
 from dem_opt.assets.generated import json_record, math_problem
 from dem_opt.assets.library import library_documents, split_modules, topic_documents, within
 from dem_opt.corpus import pack
@@ -26,6 +27,12 @@ from dem_opt.models import silence_transformers
 from dem_opt.training import Recipe, train_model
 
 DISTRIBUTIONS = ("code", "math", "prose", "records")
+ADDED = "logs"
+"""The distribution that is there to be added."""
+
+QUESTIONS = 200
+"""Documents of the task."""
+
 SPLITS = ("train", "val", "held_out")
 RECORD = "assets.json"
 END = "<|end|>"
@@ -89,6 +96,8 @@ def make_assets(
     observer("writing data from the standard library and from generators")
     corpora = make_corpora(settings, seed)
     write_corpora(folder / "data", corpora)
+    write_corpora(folder / "data", {ADDED: added_corpus(settings, seed)})
+    write_task(folder / "tasks", corpora["math"]["held_out"][:QUESTIONS], END)
     observer(f"training the base on a mixture ({settings.base_steps} steps)")
     make_base(folder / "models" / "base", corpora, settings, seed)
     study.write_text(study_text(settings, seed), encoding="utf-8")
@@ -114,6 +123,11 @@ def make_corpora(settings: Settings, seed: int) -> Corpora:
         "prose": without_repeats(prose),
         "records": records,
     }
+
+
+def added_corpus(settings: Settings, seed: int) -> dict[str, list[str]]:
+    """A distribution that neither tokenizer nor base has seen, to be added to a study that has been run."""
+    return generated_documents(service_log, settings.characters, random.Random(f"{seed} {ADDED}"))
 
 
 def shuffled(documents: list[str], rng: random.Random, characters: int) -> list[str]:
@@ -223,6 +237,8 @@ search: {{algorithm: simplex-gp, trials: {trials}, seed: {seed}}}
 compute: {{residents: {residents}}}  # models this small are scored faster by two residents than by one with two threads
 # The same for every distribution; `dem-opt train` makes the checkpoints that are missing.
 fine_tuning: {{steps: {steps}, learning_rate: {learning_rate}, batch_size: {batch_size}, seed: {seed}}}
+# For `dem-opt evaluate`, which needs lm-evaluation-harness: how often the answer of a worked problem is exact.
+evaluate: {{tasks: [{task}], include: tasks}}
 """
 
 DISTRIBUTION = """\
@@ -243,6 +259,7 @@ def study_text(settings: Settings, seed: int) -> str:
         trials=settings.trials,
         residents="auto" if torch.cuda.is_available() else min(2, os.cpu_count() or 1),
         seed=seed,
+        task=TASK,
         steps=settings.fine_tuning_steps,
         learning_rate=f"{settings.fine_tuning_learning_rate:.1e}",
         batch_size=settings.batch_size,
