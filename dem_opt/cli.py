@@ -1,4 +1,4 @@
-"""dem-opt: quickstart | check | train | run | compare | score | merge | export | report | dashboard."""
+"""dem-opt: quickstart | check | train | run | compare | score | evaluate | merge | export | report | dashboard."""
 
 import argparse
 import shlex
@@ -86,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     which = score.add_mutually_exclusive_group(required=True)
     which.add_argument("--weights", help="coefficients, such as code=.3,math=.7")
     which.add_argument("--model", type=Path, metavar="DIR", help="a model's folder")
+    evaluate = add("evaluate", versus.evaluate, "score the best composites, base and fine-tunes on the study's tasks")
+    evaluate.add_argument("--by", metavar="TASK", help="rank by a task, not by the loss on the search split")
     merge = add("merge", _merge, "write the composite of given coefficients")
     merge.add_argument("--weights", required=True, help="coefficients, such as code=.3,math=.7")
     export = add("export", _export, "write the winner, prove it from disk, register it as champion")
@@ -96,9 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (merge, export):
         sub.add_argument("--out", type=Path, metavar="DIR", required=True, help="the folder to write")
         sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="what to write, not the base's")
-    for sub in (check, run, compare, score, merge, export):
+    for sub in (check, run, compare, score, evaluate, merge, export):
         sub.add_argument("--json", action="store_true", help="print the answer as JSON")
-    for sub in (check, train, run, compare, score, merge, export, report, dashboard):
+    for sub in (check, train, run, compare, score, evaluate, merge, export, report, dashboard):
         sub.add_argument("study", type=Path, metavar="STUDY", help="the study file")
     return parser
 

@@ -21,15 +21,36 @@ from dem_opt.pool import Compute
 from dem_opt.question import SEARCH, SPLITS, Question
 from dem_opt.records import Composite, Observer, ResidentSpec, StoredModel, Summary
 from dem_opt.resident import build
-from dem_opt.sources import Sources, check_files
+from dem_opt.sources import Sources, check_files, gather
 from dem_opt.trials import is_known, objectives, recall
-from dem_opt.tuning import settings
+from dem_opt.tuning import settings, train
 
 FOLDER = "mixing"
 """Where models of mixtures are written, in the study's output."""
 
 STUDY = "study"
 """The grid that means the mixtures of the study file."""
+
+
+def mix(
+    config: StudyConfig,
+    where: object,
+    grid: str,
+    ledger: Ledger,
+    summary: Summary,
+    compute: Compute,
+    observer: Observer,
+) -> Mixing:
+    """Train and score a model for each mixture of the grid, and hold the winner against them."""
+    jobs = mixture_jobs(config, mixtures(config, grid, where), singles(config, where))
+    files = gather(config, where, resident=False).exact()
+    train(config, [one.job for one in jobs], compute, observer)
+    with compute:
+        sources = files.on(compute.device)
+        composites = score_mixtures(sources, jobs, ledger, compute, observer)
+    found = hold_against(config, where, sources, ledger, summary, jobs, composites)
+    log_mixing(config, jobs, found, observer)
+    return found
 
 
 @dataclass(frozen=True)

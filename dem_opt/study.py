@@ -13,13 +13,14 @@ from dem_opt.card import texts
 from dem_opt.config import StudyConfig
 from dem_opt.costs import Mixing
 from dem_opt.database import Engine, Lease, connect, holding, is_there, masked
+from dem_opt.downstream import evaluate, wanted
 from dem_opt.driver import Driver
 from dem_opt.errors import InputError
 from dem_opt.export import Export, Scores, output_dtype, prove, prove_scores, write_composite
 from dem_opt.fidelity import known_cost, tell_cost
 from dem_opt.finetune import FineTuned
 from dem_opt.ledger import Ledger, StudyRow
-from dem_opt.mixing import hold_against, log_mixing, mixture_jobs, mixtures, score_mixtures, singles
+from dem_opt.mixing import mix
 from dem_opt.pool import Compute, RayCompute
 from dem_opt.question import SEARCH, SPLITS, Question, changes, refuse_other_scoring
 from dem_opt.records import Composite, Observer, ResidentSpec, Silence, Standing, StoredModel, Summary, TrialRecord
@@ -30,6 +31,7 @@ from dem_opt.search import Search
 from dem_opt.simplex import Coefficients
 from dem_opt.sources import Sources, gather
 from dem_opt.standings import carried_over, entries, rescored, summarize, top_entries
+from dem_opt.tasks import TaskTable
 from dem_opt.tracking import MlflowTracker, Place, Tracker
 from dem_opt.trials import finished, is_known, objectives, recall
 from dem_opt.tuning import fine_tunings, train
@@ -115,18 +117,13 @@ class Study:
 
         grid  "study" for the study file's mixtures, "3" for all multiples of a third
         """
-        tried = mixtures(self.config, grid, self._where)
-        jobs = mixture_jobs(self.config, tried, singles(self.config, self._where))
-        files = gather(self.config, self._where, resident=False).exact()
         with self._open_found() as ledger:
-            summary = self.summary()
-            train(self.config, [one.job for one in jobs], self._compute, self._observer)
-            with self._compute as compute:
-                sources = files.on(compute.device)
-                composites = score_mixtures(sources, jobs, ledger, compute, self._observer)
-            found = hold_against(self.config, self._where, sources, ledger, summary, jobs, composites)
-        log_mixing(self.config, jobs, found, self._observer)
-        return found
+            return mix(self.config, self._where, grid, ledger, self.summary(), self._compute, self._observer)
+
+    def evaluate(self) -> TaskTable:
+        """Score base, fine-tunes, uniform average and the best composites on the study file's tasks."""
+        given = wanted(self.config, self._where)
+        return evaluate(self.config, self._where, given, self.summary(), self._compute, self._observer)
 
     def score(self, weights: Mapping[str, float]) -> Scores:
         """Scores of one composite by split and distribution; what the ledger has is not measured again."""

@@ -10,6 +10,7 @@ from dem_opt.errors import InputError
 
 if TYPE_CHECKING:
     from dem_opt.costs import Mixing
+    from dem_opt.tasks import TaskTable
 
 
 def of_mixing(found: "Mixing") -> dict[str, Any]:
@@ -56,3 +57,47 @@ def tell_mixing(found: "Mixing", folder: Path, as_json: bool) -> None:
     for line in verdicts(found):
         terminal.say(line)
     terminal.say(f"Written: {page} and {data}")
+
+
+def evaluate(given: Namespace) -> None:
+    """`dem-opt evaluate`: models on tasks, ranked by loss or by a task."""
+    from dem_opt.study import Study
+
+    with terminal.Progressing(quiet=given.json) as watching:
+        found = Study.load(given.study, watching).evaluate()
+    ranked = found.ranked(given.by)
+    if given.json:
+        terminal.say_json(of_tasks(found) | {"ranked": [one.label for one in ranked]})
+        return
+    headers = ("model", "search", "held-out", *(f"{task} {_metric(found, task)}" for task in found.tasks))
+    rows = [
+        (
+            one.label,
+            *(f"{one.objective[split]:.4f}" if split in one.objective else "-" for split in ("search", "held_out")),
+            *(f"{score.value:.4f}" + _error(score.error) for score in (one.scores[task] for task in found.tasks)),
+        )
+        for one in ranked
+    ]
+    order = "loss on the search split" if given.by is None else given.by
+    terminal.table(f"Loss in nats per token, and tasks; the best by {order} first", headers, rows, strong=0)
+    for task, by_split in found.agreement.items():
+        told = ", ".join(f"{split.replace('_', '-')} {_correlation(value)}" for split, value in by_split.items())
+        terminal.say(f"Rank correlation of loss and {task} over {len(found.models)} models (1: they agree): {told}")
+
+
+def of_tasks(found: "TaskTable") -> dict[str, Any]:
+    """Models on tasks as plain data."""
+    units = {"objective": "nats per token", "agreement": "Spearman's rank correlation, 1 where lower loss is better"}
+    return asdict(found) | {"agreement": found.agreement, "units": units}
+
+
+def _metric(found: "TaskTable", task: str) -> str:
+    return found.models[0].scores[task].metric
+
+
+def _error(error: float | None) -> str:
+    return "" if error is None else f" ± {error:.4f}"
+
+
+def _correlation(value: float | None) -> str:
+    return "none, one of both is constant" if value is None else f"{value:+.2f}"

@@ -25,6 +25,7 @@ FLOORS = [
         "usage",
         "steps",
         "costs",
+        "tasks",
     },
     {
         "checkpoints",
@@ -46,10 +47,10 @@ FLOORS = [
         "heads",
     },
     {"perplexity", "ledger"},
-    {"resident", "samplers", "mixture", "lora", "training", "finetune", "passes", "plan", "sources"},
+    {"resident", "samplers", "mixture", "lora", "training", "finetune", "harness", "passes", "plan", "sources"},
     {"pool", "search", "tracking", "check", "curves"},
     {"trials", "runs", "standings", "reweighting", "export", "card", "assets", "tuning"},
-    {"driver", "fidelity", "mixing"},
+    {"driver", "fidelity", "mixing", "downstream"},
     {"study"},
     {"answers", "terminal", "versus", "cli"},
 ]
@@ -65,6 +66,7 @@ ALLOWED = {
     ("objective", "records"),
     ("intervals", "objective"),
     ("steps", "errors"),
+    ("tasks", "errors"),
     ("config", "errors"),
     ("config", "simplex"),
     ("config", "strict_yaml"),
@@ -112,19 +114,8 @@ ALLOWED = {
 }
 
 TENSORS = {"checkpoints", "models", "adapters", "arena", "perplexity", "resident", "finetune", "assets", "export"}
-TENSORS |= {
-    "training",
-    "lora",
-    "pickled",
-    "pool",
-    "machine",
-    "passes",
-    "plan",
-    "heads",
-    "kernel",
-    "quantized",
-    "parameters",
-}
+TENSORS |= {"pickled", "pool", "machine", "passes", "plan", "heads", "kernel", "quantized", "parameters"}
+TENSORS |= {"training", "lora", "harness"}
 """Rooms that work with torch."""
 
 DOORS = {
@@ -142,6 +133,7 @@ DOORS = {
     "pyarrow": {"documents"},
     "jinja2": {"tokens"},
     "huggingface_hub": {"hub", "models"},
+    "lm_eval": {"harness"},
     "peft": {"lora"},
     "torch": TENSORS,
     "transformers": {"models", "arena", "tokens", "corpus", "heads", "perplexity", "finetune", "assets", "export"}
@@ -165,6 +157,7 @@ LIGHT = [
     "usage",
     "steps",
     "costs",
+    "tasks",
     "versus",
     "cli",
 ]

@@ -50,7 +50,7 @@ def write_task(folder: Path, problems: Sequence[str], end: str) -> None:
         "test_split": "test",
         "output_type": "generate_until",
         "doc_to_text": "{{question}}\nAnswer:",
-        "doc_to_target": " {{answer}}",
+        "doc_to_target": "{{answer}}",
         "generation_kwargs": {"until": ["\n", end], "max_gen_toks": 16, "do_sample": False},
         "filter_list": [
             {"name": "stripped", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}

@@ -360,7 +360,7 @@ class Evaluate(Section):
 
     tasks: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
     include: StudyPath | None = None
-    top: Positive = 5
+    top: Annotated[int, Field(gt=0, le=5)] = 5
     limit: Positive | None = None
     shots: Annotated[int, Field(ge=0)] | None = None
     batch: Positive = 8
