@@ -30,7 +30,7 @@ from dem_opt.runs import Runs, check_algorithms, run_names
 from dem_opt.search import Search
 from dem_opt.simplex import Coefficients
 from dem_opt.sources import Sources, gather
-from dem_opt.standings import carried_over, entries, rescored, summarize, top_entries
+from dem_opt.standings import carried_over, entries, rescored, summarize, told_reuse, top_entries
 from dem_opt.tasks import TaskTable
 from dem_opt.tracking import MlflowTracker, Place, Tracker
 from dem_opt.trials import finished, is_known, objectives, recall
@@ -272,7 +272,7 @@ class Study:
         if row.question != asked:
             self._observer.milestone(
                 f"{name} now asks another question ({changes(row.question, asked)}): generation {generation} begins "
-                f"with {len(start)} composites that are measured already"
+                + told_reuse(ledger, question, start)
             )
         return generation, start
 
