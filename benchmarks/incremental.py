@@ -9,8 +9,9 @@ is finished is not run again, but for the study that grows.
 """
 
 import argparse
-import shutil
+import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from time import perf_counter
 
@@ -80,6 +81,14 @@ def measure(
     return spent.tolist(), np.minimum.accumulate(whole).tolist()
 
 
+def copy(source: Path, target: Path) -> None:
+    """A database with all that is committed, in the place of an earlier copy."""
+    for path in target.parent.glob(f"{target.name}*"):
+        path.unlink()
+    with closing(sqlite3.connect(source)) as one, closing(sqlite3.connect(target)) as other:
+        one.backup(other)
+
+
 def until(spent: Sequence[float], best: Sequence[float], objective: float) -> float:
     """Forward-equivalents after which the best is at most so high; infinite where it never is."""
     return min((cost for cost, found in zip(spent, best, strict=True) if found <= objective), default=np.inf)
@@ -105,7 +114,7 @@ def main() -> None:
         fresh = measure(after, folder, books / "fresh.db", number)
         long = measure(after, folder, books / "long.db", number + 100, trials=LONG)
         measure(before, folder, books / "four.db", number)
-        shutil.copy(books / "four.db", books / "grown.db")
+        copy(books / "four.db", books / "grown.db")
         grown = measure(after, folder, books / "grown.db", number, known=1 - 1 / len(after.tunes))
         reference = min(fresh[1][-1], grown[1][-1], long[1][-1])
         told = []

@@ -20,16 +20,16 @@ _MARKS = (1, 2, 3, 5, 8, 11, 15, 20, 30, 50, 100)
 
 
 def quality_table(found: Mixing) -> Table:
-    """The composite and the best mixture of each budget: what each takes, and its NLL on the held-out split."""
+    """The composite and the best mixture of each budget: what they take, and the NLL on the held-out split."""
     names = list(found.weights)
     edited = found.edited
-    own = (f"{edited.label}: {len(edited.coefficients)} fine-tunes and the search", edited.cost, edited)
+    own = (f"{len(edited.coefficients)} fine-tunes and the search", edited.cost, edited)
     rows = [_row(*own, names)]
     for one in found.against:
         best = found.best(one.budget)
         cost = sum((mixed.cost for mixed in found.mixed if mixed.budget == one.budget), Cost())
-        rows.append(_row(f"best of {one.mixtures} mixtures, {BUDGETS[one.budget]}", cost, best, names))
-        rows.append(_row(f"that mixture alone, {BUDGETS[one.budget]}", best.cost, best, names))
+        rows.append(_row(f"{one.mixtures} mixtures, tokens of {one.budget}", cost, best, names))
+        rows.append(_row(f"the best of these alone, tokens of {one.budget}", best.cost, best, names))
     headers = ("model", "trained tokens", "FLOPs", "seconds", "search", "held-out", *names)
     return Table(headers, tuple(rows))
 

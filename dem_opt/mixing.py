@@ -19,7 +19,7 @@ from dem_opt.ledger import Ledger
 from dem_opt.mixture import Mixture, Part, lattice
 from dem_opt.pool import Compute
 from dem_opt.question import SEARCH, SPLITS, Question
-from dem_opt.records import Composite, Observer, ResidentSpec, StoredModel, Summary
+from dem_opt.records import Composite, Observer, ResidentSpec, Silence, StoredModel, Summary
 from dem_opt.resident import build
 from dem_opt.sources import Sources, check_files, gather
 from dem_opt.trials import is_known, objectives, recall
@@ -44,13 +44,24 @@ def mix(
     """Train and score a model for each mixture of the grid, and hold the winner against them."""
     jobs = mixture_jobs(config, mixtures(config, grid, where), singles(config, where))
     files = gather(config, where, resident=False).exact()
-    train(config, [one.job for one in jobs], compute, observer)
+    train(config, [one.job for one in jobs], compute, _Ends(observer))
     with compute:
         sources = files.on(compute.device)
         composites = score_mixtures(sources, jobs, ledger, compute, observer)
     found = hold_against(config, where, sources, ledger, summary, jobs, composites)
     log_mixing(config, jobs, found, observer)
     return found
+
+
+class _Ends(Silence):
+    """Tells the end of each training, not its steps: there are many."""
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+
+    def milestone(self, message: str) -> None:
+        """Told on."""
+        self._observer.milestone(message)
 
 
 @dataclass(frozen=True)
