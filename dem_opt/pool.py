@@ -284,6 +284,14 @@ class InProcessCompute:
                 yield job, error
 
 
+def _work(function: Callable[[Job], Result], threads: int, job: Job) -> Result:
+    """A job with its share of CPU threads, whatever the process did before: Ray uses processes again."""
+    import torch
+
+    torch.set_num_threads(threads)
+    return function(job)
+
+
 class RayCompute:
     """Ray: the one this process is connected to already, or else `settings.ray`, left again at the end.
 
@@ -329,8 +337,8 @@ class RayCompute:
         if asked > there.get("GPU", 0):
             mend = f"the cluster has {there.get('GPU', 0):g} GPUs; ask for as many at most"
             raise InputError(None, "fine_tuning.gpus", asked, mend)
-        task = ray.remote(function).options(num_cpus=cpus, num_gpus=asked, max_retries=1)
-        running = {task.remote(job): job for job in jobs}
+        task = ray.remote(_work).options(num_cpus=cpus, num_gpus=asked, max_retries=1)
+        running = {task.remote(function, cpus, job): job for job in jobs}
         while running:
             (done, *_), _ = ray.wait(list(running), num_returns=1)
             job = running.pop(done)
