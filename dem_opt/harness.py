@@ -43,7 +43,7 @@ def check_tasks(tasks: tuple[str, ...], include: Path | None, where: object) -> 
     """Raise InputError for a task that the harness does not know, or a folder of tasks that is not there."""
     if include is not None and not include.is_dir():
         raise InputError(include, "evaluate.include", None, "no such folder")
-    known = _manager(include).all_tasks
+    known = _manager(include, tasks).all_tasks
     for task in tasks:
         if task not in known:
             raise InputError(
@@ -72,7 +72,7 @@ def run_tasks(job: TaskJob) -> dict[str, TaskScore]:
                 limit=job.limit,
                 bootstrap_iters=100,
                 log_samples=False,
-                task_manager=_manager(job.include),
+                task_manager=_manager(job.include, job.tasks),
             )
         except OSError as error:
             reason = str(error).strip().partition("\n")[0]
@@ -105,10 +105,13 @@ def _score(task: str, found: Any) -> TaskScore:
 
 
 @cache
-def _manager(include: Path | None) -> Any:
-    """What knows the tasks: looking through the harness's own takes seconds."""
-    harness = _import_harness()
-    return harness.tasks.TaskManager(include_path=None if include is None else str(include))
+def _manager(include: Path | None, tasks: tuple[str, ...]) -> Any:
+    """What knows these tasks: the folder alone where it has them all; looking through the others takes seconds."""
+    found = _import_harness().tasks.TaskManager
+    if include is None:
+        return found()
+    own = found(include_path=str(include), include_defaults=False)
+    return own if {*tasks} <= {*own.all_tasks} else found(include_path=str(include))
 
 
 def _near(task: str, known: list[str]) -> str:

@@ -272,7 +272,8 @@ def _is_finished(folder: Path, record: dict[str, object]) -> bool:
         written = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    data = [folder / "data" / f"{name}.{split}.jsonl" for name in DISTRIBUTIONS for split in SPLITS]
+    data = [folder / "data" / f"{name}.{split}.jsonl" for name in (*DISTRIBUTIONS, ADDED) for split in SPLITS]
+    data.append(folder / "tasks" / f"{TASK}.yaml")
     files = [folder / "study.yaml", folder / "models" / "base" / "model.safetensors", *data]
     return all(file.is_file() for file in files) and bool(written == json.loads(json.dumps(record)))
 
