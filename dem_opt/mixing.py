@@ -35,14 +35,13 @@ STUDY = "study"
 def mix(
     config: StudyConfig,
     where: object,
-    grid: str,
+    jobs: Sequence["MixtureJob"],
     ledger: Ledger,
     summary: Summary,
     compute: Compute,
     observer: Observer,
 ) -> Mixing:
-    """Train and score a model for each mixture of the grid, and hold the winner against them."""
-    jobs = mixture_jobs(config, mixtures(config, grid, where), singles(config, where))
+    """Train and score a model for each job, and hold the winner against them."""
     files = gather(config, where, resident=False).exact()
     train(config, [one.job for one in jobs], compute, _Ends(observer))
     with compute:
@@ -51,6 +50,14 @@ def mix(
     found = hold_against(config, where, sources, ledger, summary, jobs, composites)
     log_mixing(config, jobs, found, observer)
     return found
+
+
+def planned(config: StudyConfig, where: object, grid: str) -> list["MixtureJob"]:
+    """A job for each mixture of the grid and each budget.
+
+    Raises InputError for a grid that is none, and for fine-tunes of which nobody knows what they took.
+    """
+    return mixture_jobs(config, mixtures(config, grid, where), singles(config, where))
 
 
 class _Ends(Silence):

@@ -20,7 +20,7 @@ from dem_opt.export import Export, Scores, output_dtype, prove, prove_scores, wr
 from dem_opt.fidelity import known_cost, tell_cost
 from dem_opt.finetune import FineTuned
 from dem_opt.ledger import Ledger, StudyRow
-from dem_opt.mixing import mix
+from dem_opt.mixing import mix, planned
 from dem_opt.pool import Compute, RayCompute
 from dem_opt.question import SEARCH, SPLITS, Question, changes, refuse_other_scoring
 from dem_opt.records import Composite, Observer, ResidentSpec, Silence, Standing, StoredModel, Summary, TrialRecord
@@ -117,8 +117,9 @@ class Study:
 
         grid  "study" for the study file's mixtures, "3" for all multiples of a third
         """
+        jobs = planned(self.config, self._where, grid)
         with self._open_found() as ledger:
-            return mix(self.config, self._where, grid, ledger, self.summary(), self._compute, self._observer)
+            return mix(self.config, self._where, jobs, ledger, self.summary(), self._compute, self._observer)
 
     def evaluate(self) -> TaskTable:
         """Score base, fine-tunes, uniform average and the best composites on the study file's tasks."""

@@ -213,6 +213,7 @@ def test_measuring_steps_changes_no_bit(job: FineTuneJob, tmp_path: Path) -> Non
     assert AutoModelForCausalLM.from_pretrained(kept.out / STEPS / "3").config.use_cache
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's, when it loads
 def test_an_adapter_is_trained_read_and_merged(job: FineTuneJob, tmp_path: Path) -> None:
     lora = {"r": 2, "lora_alpha": 4}
     apart = dataclasses.replace(job, lora=lora)
