@@ -428,7 +428,7 @@ def test_a_study_that_grows_looks_first_at_few_points_and_the_new_vertex(tmp_pat
     assert [one.weights["records"] for one in first] == [0.0] * 6 + [1.0]
     seen = [one.weights for one in first[:6]]
     gaps = [max(abs(a[name] - b[name]) for name in a) for i, a in enumerate(seen) for b in seen[:i]]
-    assert min(gaps) >= 0.25, "of the lattice's points no two are neighbors"
+    assert min(gaps) >= 0.5, "of the lattice's points, a quarter apart, no two are neighbors"
     new = gather(load(grown), grown).question().corpora[SEARCH]["records"]
     for point in first[:6]:
         composite = gather(load(grown), grown).question().composite(point)
