@@ -1,11 +1,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test chaos browser check bench clean
+.PHONY: quickstart headline test chaos browser check bench clean
 
 ## quickstart: the whole method on this machine, into ./quickstart
 quickstart: .venv/ready
 	$(BIN)/dem-opt quickstart quickstart
+
+## headline: merging four fine-tunes against training on fifteen mixtures of their data, on the quickstart's files
+headline: .venv/ready
+	$(BIN)/dem-opt quickstart --files quickstart
+	$(BIN)/dem-opt train studies/headline.yaml
+	$(BIN)/dem-opt run studies/headline.yaml
+	$(BIN)/dem-opt compare --data-mixing study studies/headline.yaml
 
 ## test: all tests, in two processes
 test: .venv/ready

@@ -22,8 +22,9 @@ from trial import SHAPES, make_study
 from dashboards import launcher
 from dem_opt.config import load
 from dem_opt.models import silence_transformers
+from dem_opt.observers import Silence
 from dem_opt.pool import RayCompute
-from dem_opt.records import Silence, TrialRecord
+from dem_opt.records import TrialRecord
 from dem_opt.study import Study
 
 BLOCK, EDGE = 6, 2

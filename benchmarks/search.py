@@ -29,10 +29,11 @@ from dem_opt.database import connect
 from dem_opt.driver import Driver
 from dem_opt.ledger import Ledger
 from dem_opt.looks import replay
+from dem_opt.observers import Silence
 from dem_opt.pool import InProcessCompute
 from dem_opt.question import SEARCH, Question
 from dem_opt.racing import Race
-from dem_opt.records import Score, Silence, TrialRecord
+from dem_opt.records import Score, TrialRecord
 from dem_opt.resident import build
 from dem_opt.samplers.history import Trial
 from dem_opt.samplers.optuna_sampler import OptunaSampler

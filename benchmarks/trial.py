@@ -35,8 +35,9 @@ from dem_opt.leases import holding
 from dem_opt.ledger import Ledger
 from dem_opt.mlflow_runs import MlflowRuns, Place
 from dem_opt.models import silence_transformers
+from dem_opt.observers import Silence
 from dem_opt.pool import SETTINGS, InProcessPool, RayCompute
-from dem_opt.records import Composite, Evaluation, Request, ResidentSpec, Score, Silence, TrialRecord
+from dem_opt.records import Composite, Evaluation, Request, ResidentSpec, Score, TrialRecord
 from dem_opt.resident import Resident
 from dem_opt.search import Search
 from dem_opt.simplex import UNIT

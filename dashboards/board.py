@@ -7,7 +7,8 @@ from typing import Self
 
 from dashboards.publish import TrialNotes
 from dem_opt.errors import InputError, shorten
-from dem_opt.records import Observer, TrialRecord
+from dem_opt.observers import Observer
+from dem_opt.records import TrialRecord
 
 SHARES = (0.05, 0.25, 0.5, 0.75)
 """After which shares of a search's planned trials its figures are drawn anew; at its end they are in any case."""
@@ -50,6 +51,10 @@ class Board:
     def milestone(self, message: str) -> None:
         """Passes it on."""
         self._watching.milestone(message)
+
+    def training(self, name: str, step: int, steps: int, loss: float) -> None:
+        """Passes it on."""
+        self._watching.training(name, step, steps, loss)
 
     def link(self, study: str, pages: Mapping[int, str], page: str) -> None:
         """Notes the pages in MLflow of trials that have no note yet, and the study's own; from any thread."""

@@ -1,7 +1,7 @@
 """The offline pages: a Summary as one HTML file that needs no network, the report or the comparison of its searches."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from math import exp
@@ -150,6 +150,19 @@ def render_comparison(summary: Summary, comparison: Comparison) -> str:
     )
     heading = f"{summary.study}: what its searches found for what they spent"
     return _page(f"{summary.study}: comparison", heading, main, figures)
+
+
+def render_page(
+    title: str,
+    heading: str,
+    answer: str,
+    figures: Mapping[str, go.Figure],
+    tables: Sequence[tuple[str, Table]],
+) -> str:
+    """A page with an answer, figures by name, and tables with their captions."""
+    main = f'<p class="answer">{escape(answer)}</p>' + "".join(_figure(name, figures) for name in figures)
+    main += "".join(f"<section>{_html_table(table, caption)}</section>" for caption, table in tables)
+    return _page(title, heading, main, figures)
 
 
 def _page(title: str, heading: str, main: str, figures: Mapping[str, go.Figure]) -> str:

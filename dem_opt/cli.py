@@ -1,4 +1,4 @@
-"""dem-opt: quickstart | check | train | run | compare | score | merge | export | report | dashboard."""
+"""dem-opt: quickstart | check | train | run | compare | score | evaluate | merge | export | report | dashboard."""
 
 import argparse
 import shlex
@@ -10,7 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from dem_opt import __version__, answers, showing, terminal
+from dem_opt import __version__, answers, showing, terminal, versus
 from dem_opt.errors import EvaluationError, InputError, OutageError
 from dem_opt.interrupts import sigterm_as_ctrl_c
 from dem_opt.options import weights_of
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
     quickstart = add("quickstart", _quickstart, "make a small base, data and a study, and do the whole main job")
     quickstart.add_argument("folder", type=Path, nargs="?", default=Path("quickstart"), metavar="DIR")
+    quickstart.add_argument("--files", action="store_true", help="make data, tokenizer, base and study file, no more")
     quickstart.add_argument("--seed", type=int, default=0, help="seeds data, base, fine-tunes and search")
     check = add(
         "check",
@@ -81,12 +82,19 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--algorithms", help="separated by commas; grid,random,simplex-gp unless given")
     compare.add_argument("--seeds", type=int, help="runs of each algorithm; 1 unless given")
     compare.add_argument(
+        "--data-mixing",
+        metavar="GRID",
+        help="train a model for each mixture of the data, `study` for the study file's or 3 for thirds, and compare",
+    )
+    compare.add_argument(
         "--reweight", metavar="WEIGHTS", help="run nothing: the best of what is measured, with code=2,math=1, say"
     )
     score = add("score", _score, "perplexities of one composite, or of any model, on the study's corpora")
     which = score.add_mutually_exclusive_group(required=True)
     which.add_argument("--weights", help="coefficients, such as code=.3,math=.7")
     which.add_argument("--model", type=Path, metavar="DIR", help="a model's folder")
+    evaluate = add("evaluate", versus.evaluate, "score the best composites, base and fine-tunes on the study's tasks")
+    evaluate.add_argument("--by", metavar="TASK", help="rank by a task, not by the loss on the search split")
     merge = add("merge", _merge, "write the composite of given coefficients")
     merge.add_argument("--weights", required=True, help="coefficients, such as code=.3,math=.7")
     export = add("export", _export, "write the winner, prove it from disk, register it as champion")
@@ -98,11 +106,11 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (merge, export):
         sub.add_argument("--out", type=Path, metavar="DIR", required=True, help="the folder to write")
         sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="what to write, not the base's")
-    for sub in (check, train, run, compare, score, merge, export, report):
+    for sub in (check, train, run, compare, score, evaluate, merge, export, report):
         sub.add_argument("--json", action="store_true", help="print the answer as JSON")
-    for sub in (quickstart, check, train, run, compare, score, merge, export, report, dashboard):
+    for sub in (quickstart, check, train, run, compare, score, evaluate, merge, export, report, dashboard):
         sub.add_argument("--quiet", action="store_true", help="print nothing but the answer of --json, and errors")
-    for sub in (check, train, run, compare, score, merge, export, report, dashboard):
+    for sub in (check, train, run, compare, score, evaluate, merge, export, report, dashboard):
         sub.add_argument("study", type=Path, metavar="STUDY", help="the study file")
     return parser
 
@@ -215,6 +223,9 @@ def _compare(given: argparse.Namespace) -> None:
     if given.reweight is not None:
         _reweight(given)
         return
+    if given.data_mixing is not None:
+        versus.mix(given)
+        return
     algorithms = ALGORITHMS if given.algorithms is None else given.algorithms
     seeds = 1 if given.seeds is None else given.seeds
     if seeds < 1:
@@ -318,6 +329,8 @@ def _quickstart(given: argparse.Namespace) -> None:
     began = perf_counter()
     seconds: dict[str, float] = {}
     path = make_assets(given.folder, given.seed, terminal.say)
+    if given.files:
+        return
     seconds["data, tokenizer and base"] = perf_counter() - began
     with RayCompute(load(path).compute):
         for words in ("train", "run", "compare --algorithms grid", f"export --out {given.folder / 'best'}", "report"):

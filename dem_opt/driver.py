@@ -12,10 +12,11 @@ from dem_opt.interrupts import finishing
 from dem_opt.leases import Lease
 from dem_opt.ledger import Ledger
 from dem_opt.looks import replay
+from dem_opt.observers import Observer
 from dem_opt.pool import Pool
 from dem_opt.question import SEARCH, Question
 from dem_opt.racing import CLEAR, Race
-from dem_opt.records import Composite, Evaluation, Failure, Observer, Request, Score
+from dem_opt.records import Composite, Evaluation, Failure, Request, Score
 from dem_opt.search import Proposal, Search
 from dem_opt.tracking import Tracker
 from dem_opt.trials import attributes, race_for, trial_record

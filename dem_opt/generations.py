@@ -7,7 +7,7 @@ from dem_opt.leases import Lease
 from dem_opt.ledger import Ledger, StudyRow
 from dem_opt.question import Question, changes, refuse_other_scoring
 from dem_opt.simplex import Coefficients
-from dem_opt.standings import carried_over
+from dem_opt.standings import carried_over, told_reuse
 
 
 def enter(
@@ -32,8 +32,6 @@ def enter(
     ledger.enter_study(StudyRow(name, generation, row.scoring | scored, asked))
     start = carried_over(ledger, question) if generation > 1 else []
     if change:
-        tell(
-            f"{name} now asks another question ({change}): generation {generation} begins with {len(start)} composites "
-            "that are measured already"
-        )
+        reuse = told_reuse(ledger, question, start)
+        tell(f"{name} now asks another question ({change}): generation {generation} begins {reuse}")
     return generation, start

@@ -8,6 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from dem_opt.config import ModelSource
 from dem_opt.errors import InputError
 from dem_opt.pickled import converted
+from dem_opt.steps import step_folder
 
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
 """The files of a repository that are fetched: no pickled weights, no code."""
@@ -17,10 +18,12 @@ PATIENCE = 10.0
 
 
 def locate(source: ModelSource, field: str) -> Path:
-    """The folder of a model: its path, or where the cache keeps its hub id's revision.
+    """The folder of a model: its path, a kept step of a run, or where the cache keeps its hub id's revision.
 
-    Raises InputError for an id that is neither in the cache nor to be had.
+    Raises InputError for an id that is neither in the cache nor to be had, and for a step that was not kept.
     """
+    if source.run is not None and source.step is not None:
+        return step_folder(source.run, source.step, field)
     folder = source.path if source.hub is None else _cached(source, source.hub, field)
     assert folder is not None
     return converted(folder, field) if source.pickled else folder

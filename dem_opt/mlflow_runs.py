@@ -1,8 +1,6 @@
 """A study's runs in MLflow, in plain calls: a parent, a child for each trial and baseline, the winner as a model."""
 
 import json
-import logging
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,8 +11,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from dem_opt.addresses import mlflow_run
-from dem_opt.database import connect
 from dem_opt.errors import shorten
+from dem_opt.mlflow_client import connected
 from dem_opt.records import Score, Standing, TrialRecord
 
 if TYPE_CHECKING:
@@ -36,15 +34,7 @@ _ROLE = "role"
 _KIND = {"mlflow.experimentKind": "custom_model_development"}
 """So that MLflow opens an experiment with its runs, and not with an application's traces."""
 
-_SQLITE = "sqlite:///"
 _LONGEST_DIGEST = 36
-_SETTINGS = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
-}
 
 Records = Mapping[int, Callable[[], TrialRecord]]
 """Finished trials by number; a record is made where it is missing."""
@@ -116,16 +106,11 @@ class MlflowRuns:
     """
 
     def __init__(self, place: Place, alone: Alone) -> None:
-        self._mlflow, self._alone = _import_mlflow(), alone
-        if place.uri.startswith(_SQLITE):
-            _make_database(self._mlflow, Path(place.uri.removeprefix(_SQLITE)))
-        if in_database := place.uri.startswith(("sqlite", "postgresql")):
-            connect(place.uri, "tracking.uri").dispose()
-        self._client = self._mlflow.MlflowClient(tracking_uri=place.uri, registry_uri=place.uri)
-        location = place.artifacts.absolute().as_uri() if in_database else None
+        self._alone = alone
+        with alone():
+            self._mlflow, self._client, self._experiment = connected(place.uri, place.experiment, place.artifacts)
         self._model, self._board, self._uri, self._home = place.model, place.board, place.uri, place.home
         with alone():
-            self._experiment = self._find_experiment(place.experiment, location)
             self._parent = self._find_parent(place.study, place.uid)
             self._set_parameters(place.parameters)
             self._find_children()
@@ -241,12 +226,6 @@ class MlflowRuns:
         )
         return str(made.version)
 
-    def _find_experiment(self, name: str, location: str | None) -> str:
-        experiment = self._client.get_experiment_by_name(name)
-        if experiment is not None:
-            return str(experiment.experiment_id)
-        return str(self._client.create_experiment(name, artifact_location=location, tags=_KIND))
-
     def _find_parent(self, study: str, uid: str) -> "Run":
         """The study's run, found by its tags and running again, or made."""
         found = self._search(f"tags.`{_STUDY}` = '{study}' and tags.`{_UID}` = '{uid}'")
@@ -296,29 +275,6 @@ class MlflowRuns:
             runs.extend(page)
             if not (token := page.token):
                 return runs
-
-
-def _import_mlflow() -> Any:
-    """MLflow without telemetry and chatter, impatient with a server that is away; the user's settings win."""
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
-    import mlflow
-
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    return mlflow
-
-
-def _make_database(mlflow: Any, path: Path) -> None:
-    """MLflow's tables in a new file, whole or not at all: MLflow can't go on with a file that it left half-made."""
-    if path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        uri = f"{_SQLITE}{folder}/new.db"
-        mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri).search_experiments(max_results=1)
-        if not path.exists():
-            Path(folder, "new.db").rename(path)
 
 
 def _metrics(record: TrialRecord) -> list[tuple[str, float]]:

@@ -295,26 +295,6 @@ class TrialRecord:
         return self.evaluation.forward_tokens > 0
 
 
-class Observer(Protocol):
-    """Who watches a study: figures and progress bars know the study, the study does not know them."""
-
-    def trial_ended(self, record: TrialRecord, done: int, planned: int) -> None:
-        """A trial was told, `done` of `planned`."""
-
-    def milestone(self, message: str) -> None:
-        """Something worth a line happened."""
-
-
-class Silence:
-    """An observer that does nothing."""
-
-    def trial_ended(self, record: TrialRecord, done: int, planned: int) -> None:
-        """Nothing."""
-
-    def milestone(self, message: str) -> None:
-        """Nothing."""
-
-
 @dataclass(frozen=True)
 class Standing:
     """One line of the final table: a composite worth knowing, and what finding it cost.

@@ -176,7 +176,13 @@ def _check_expert(
     """The header of a distribution's checkpoint or adapter, which must fit the base."""
     kind, source = distribution.expert
     field = f"distributions.{name}.{kind}"
+    untrained = distribution.train is not None and source.place is not None and not exists(source.place)
+    if untrained:
+        raise InputError(where, field, str(source.place), f"no such folder; `dem-opt train {where}` makes it")
     folder = locate(source, field)
+    if not exists(folder) and distribution.train is None:
+        mend = f"no such folder; name one that is there, or give distributions.{name}.train, so that it can be trained"
+        raise InputError(where, field, str(folder), mend)
     if kind == "adapter":
         if compressed:
             mend = f"{name} is an adapter, which is small as it is: write exact, or give checkpoints only"
@@ -184,8 +190,6 @@ def _check_expert(
         adapter = read_adapter(folder, field)
         check_adapter(architecture, base, adapter)
         return adapter.header
-    if not exists(folder) and distribution.train is not None:
-        raise InputError(where, field, str(folder), f"no such folder; `dem-opt train {where}` makes it")
     header = read_header(folder, field)
     check_fit(architecture, base, header)
     return header

@@ -10,21 +10,25 @@ from typing import Self
 from dem_opt import config as study_file
 from dem_opt.card import texts
 from dem_opt.config import StudyConfig
+from dem_opt.costs import Mixing
 from dem_opt.database import Engine, connect, is_there, masked
+from dem_opt.downstream import evaluate, wanted
 from dem_opt.driver import Driver
 from dem_opt.errors import InputError
 from dem_opt.export import Export, Scores, output_dtype, prove, prove_scores, write_composite
 from dem_opt.fidelity import known_cost, tell_cost
-from dem_opt.finetune import FineTuned, fine_tune, is_wanted, jobs_of
+from dem_opt.finetune import FineTuned
 from dem_opt.generations import enter
 from dem_opt.geometry import measure_once, recall_vectors
 from dem_opt.leases import Lease, holding
 from dem_opt.ledger import Ledger, StudyRow
+from dem_opt.mixing import mix, planned
+from dem_opt.observers import Observer, Silence
 from dem_opt.outages import Patience
 from dem_opt.pool import Compute, RayCompute
 from dem_opt.provenance import compare_libraries, dossier, dossiers, facts, libraries, measures, place
 from dem_opt.question import SEARCH, SPLITS, Question
-from dem_opt.records import Composite, Observer, ResidentSpec, Silence, Standing, StoredModel, Summary, TrialRecord
+from dem_opt.records import Composite, ResidentSpec, Standing, StoredModel, Summary, TrialRecord
 from dem_opt.resident import build
 from dem_opt.reweighting import checked, reweighted
 from dem_opt.runs import Runs, check_algorithms, run_names
@@ -33,8 +37,10 @@ from dem_opt.simplex import Coefficients
 from dem_opt.sources import Sources, gather
 from dem_opt.standings import entries, left_out_entries, rescored, summarize, top_entries
 from dem_opt.surrogate import surrogate_of
+from dem_opt.tasks import TaskTable
 from dem_opt.tracking import Board, MlflowTracker, Tracker
 from dem_opt.trials import finished, is_known, missing, objectives, recall
+from dem_opt.tuning import fine_tunings, train
 
 
 @dataclass(frozen=True)
@@ -144,26 +150,21 @@ class Study:
 
         A checkpoint that `train` did not make is left alone.  Raises the first failure, after the others ended.
         """
-        done: dict[str, FineTuned] = {}
-        failures: list[Exception] = []
-        jobs = [job for job in jobs_of(self.config) if is_wanted(job)]
-        if not jobs:
-            return done
-        with self._compute as compute:
-            self._observer.milestone(f"training {len(jobs)} checkpoints: {', '.join(job.name for job in jobs)} ...")
-            for job, result in compute.jobs(fine_tune, jobs):
-                if isinstance(result, Exception):
-                    failures.append(result)
-                    self._observer.milestone(f"{job.name}: not trained: {result}")
-                else:
-                    done[job.name] = result
-                    self._observer.milestone(
-                        f"{job.name}: {result.steps} steps in {result.seconds:.0f} s, "
-                        f"training loss {result.first_loss:.3f} to {result.last_loss:.3f} nats per token"
-                    )
-        if failures:
-            raise failures[0]
-        return done
+        return train(self.config, fine_tunings(self.config, self._where), self._compute, self._observer)
+
+    def mix(self, grid: str) -> Mixing:
+        """Train and score a model for each mixture of the grid, to hold the winner against.
+
+        grid  "study" for the study file's mixtures, "3" for all multiples of a third
+        """
+        jobs = planned(self.config, self._where, grid)
+        with self._open_found() as ledger:
+            return mix(self.config, self._where, jobs, ledger, self.summary(), self._compute, self._observer)
+
+    def evaluate(self) -> TaskTable:
+        """Score base, fine-tunes, uniform average and the best composites on the study file's tasks."""
+        given = wanted(self.config, self._where)
+        return evaluate(self.config, self._where, given, self.summary(), self._compute, self._observer)
 
     def score(self, weights: Mapping[str, float]) -> Scores:
         """Scores of one composite by split and distribution; what the ledger has is not measured again."""

@@ -111,6 +111,7 @@ class Progressing:
         self._best: dict[str, TrialRecord] = {}
         self._stopped: Counter[str] = Counter()
         self._tasks: dict[str, TaskID] = {}
+        self._tenths: dict[str, int] = {}
         self._progress = Progress(
             SpinnerColumn(finished_text=" "),
             TextColumn("{task.description}"),
@@ -149,6 +150,15 @@ class Progressing:
             self.milestone(f"{record.study}: {done} of {planned} trials; {shown}")
         if record.reason:
             self.milestone(f"{record.study}: trial {record.number} failed: {record.reason}")
+
+    def training(self, name: str, step: int, steps: int, loss: float) -> None:
+        """Moves the fine-tuning's bar, or prints a line for every tenth of the way."""
+        shown = f"training loss {loss:.3f} nats per token"
+        if self._console.is_terminal:
+            self._progress.update(self._task(name), completed=step, total=steps, best=shown)
+        elif step * LINES // steps > self._tenths.get(name, 0):
+            self._tenths[name] = step * LINES // steps
+            self.milestone(f"{name}: {step} of {steps} steps; {shown}")
 
     def milestone(self, message: str) -> None:
         """A line above the bar; what goes on turns beside it."""

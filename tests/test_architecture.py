@@ -14,6 +14,7 @@ FLOORS = [
         "errors",
         "simplex",
         "records",
+        "observers",
         "looks",
         "objective",
         "comparison",
@@ -27,6 +28,9 @@ FLOORS = [
         "options",
         "addresses",
         "insight",
+        "steps",
+        "costs",
+        "tasks",
     },
     {
         "checkpoints",
@@ -51,12 +55,13 @@ FLOORS = [
         "heads",
     },
     {"perplexity", "ledger"},
-    {"resident", "samplers", "finetune", "passes", "held", "plan", "sources"},
-    {"pool", "search", "tracking", "mlflow_runs", "check", "geometry", "surrogate"},
-    {"trials", "runs", "standings", "reweighting", "export", "card", "assets"},
-    {"driver", "fidelity", "provenance", "generations"},
+    {"resident", "samplers", "mixture", "lora", "training", "finetune", "harness"}
+    | {"passes", "held", "plan", "sources"},
+    {"pool", "search", "tracking", "mlflow_client", "mlflow_runs", "curves", "check", "geometry", "surrogate"},
+    {"trials", "runs", "standings", "reweighting", "export", "card", "assets", "tuning"},
+    {"driver", "fidelity", "provenance", "generations", "mixing", "downstream"},
     {"study"},
-    {"answers", "terminal", "showing", "cli"},
+    {"answers", "terminal", "showing", "versus", "cli"},
 ]
 """Rooms from the ground up.  A room imports from lower floors, and from its own floor where ALLOWED says so."""
 
@@ -65,6 +70,7 @@ ALLOWED = {
     ("records", "errors"),
     ("looks", "records"),
     ("records", "simplex"),
+    ("observers", "records"),
     ("records", "insight"),
     ("insight", "simplex"),
     ("tracking", "mlflow_runs"),
@@ -72,6 +78,8 @@ ALLOWED = {
     ("usage", "records"),
     ("objective", "records"),
     ("intervals", "objective"),
+    ("steps", "errors"),
+    ("tasks", "errors"),
     ("config", "errors"),
     ("config", "simplex"),
     ("config", "strict_yaml"),
@@ -105,6 +113,11 @@ ALLOWED = {
     ("corpus", "documents"),
     ("corpus", "tokens"),
     ("plan", "held"),
+    ("finetune", "lora"),
+    ("finetune", "mixture"),
+    ("finetune", "training"),
+    ("curves", "mlflow_client"),
+    ("mlflow_runs", "mlflow_client"),
     ("plan", "passes"),
     ("sources", "plan"),
     ("standings", "trials"),
@@ -114,7 +127,10 @@ ALLOWED = {
     ("leases", "outages"),
     ("fidelity", "driver"),
     ("provenance", "driver"),
+    ("mixing", "driver"),
     ("reweighting", "trials"),
+    ("versus", "terminal"),
+    ("cli", "versus"),
     ("cli", "answers"),
     ("cli", "showing"),
     ("showing", "answers"),
@@ -124,27 +140,29 @@ ALLOWED = {
 
 TENSORS = {"checkpoints", "models", "adapters", "arena", "perplexity", "resident", "finetune", "assets", "export"}
 TENSORS |= {"pickled", "pool", "machine", "passes", "plan", "heads", "kernel", "quantized", "parameters", "layers"}
-TENSORS |= {"geometry"}
+TENSORS |= {"geometry", "training", "lora", "harness"}
 """Rooms that work with torch."""
 
 DOORS = {
     "ray": {"pool"},
     "optuna": {"search", "samplers"},
-    "mlflow": {"mlflow_runs"},
+    "mlflow": {"mlflow_client", "mlflow_runs"},
     "sqlalchemy": {"database", "leases", "outages", "ledger"},
     "scipy": {"samplers", "racing"},
     "cmaes": {"samplers"},
     "rich": {"terminal"},
     "yaml": {"strict_yaml", "card"},
     "pydantic": {"config"},
-    "dashboards": {"showing", "cli"},
+    "dashboards": {"showing", "cli", "versus"},
     "datasets": {"documents"},
     "pyarrow": {"documents"},
     "jinja2": {"tokens"},
     "huggingface_hub": {"hub", "models"},
+    "lm_eval": {"harness"},
+    "peft": {"lora"},
     "torch": TENSORS,
     "transformers": {"models", "arena", "layers", "tokens", "corpus", "heads"}
-    | {"perplexity", "finetune", "assets", "export"},
+    | {"perplexity", "finetune", "assets", "export", "training"},
 }
 """Who may import what, at the top of a module or inside its functions."""
 
@@ -152,6 +170,7 @@ LIGHT = [
     "errors",
     "simplex",
     "records",
+    "observers",
     "looks",
     "objective",
     "comparison",
@@ -166,6 +185,10 @@ LIGHT = [
     "options",
     "addresses",
     "insight",
+    "steps",
+    "costs",
+    "tasks",
+    "versus",
     "cli",
 ]
 """What must load without torch, so that a study file is checked at once."""
@@ -222,7 +245,8 @@ def test_outside_systems_enter_by_their_door(room):
 def test_dashboards_know_records_and_nothing_above():
     for path in (ROOT / "dashboards").glob("*.py"):
         rooms = {name.split(".")[1] for name in imports(path) if name.startswith("dem_opt.")}
-        assert rooms <= {"errors", "simplex", "records", "comparison", "usage", "insight", "addresses"}, path.name
+        allowed = {"errors", "simplex", "records", "observers", "comparison", "usage", "insight", "addresses", "costs"}
+        assert rooms <= allowed, path.name
         outside = {name.partition(".")[0] for name in imports(path)}
         assert path.name == "publish.py" or not outside & {"optuna", "optuna_dashboard"}, path.name
 

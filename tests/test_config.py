@@ -278,13 +278,6 @@ def test_a_file_that_is_not_there_or_not_text_is_named(tmp_path):
         load(tmp_path / "binary.yaml")
 
 
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[1] / "studies").glob("*.yaml")), ids=lambda path: path.stem
-)
-def test_every_study_of_the_gallery_loads(path):
-    assert load(path).name == path.stem
-
-
 MODELS = {
     "adapters/code": ("adapters/code", None, None),
     "{path: adapters/code}": ("adapters/code", None, None),
@@ -310,6 +303,10 @@ BAD_MODELS = {
     "{path: a, hub: b/c}": "must be a path, or a mapping with `hub:`",
     "{path: a, revision: v2}": "revision: belongs to a `hub:`",
     "{hub: a/b/c}": "should match pattern",
+    "{run: models/code}": "run, step: belong together",
+    "{step: best}": "run, step: belong together",
+    "{run: models/code, step: last}": "base.step",
+    "{path: a, run: models/code, step: 3}": "or with `run:` and `step:`",
     "{hubb: a/b}": "hubb = 'a/b': unknown key; did you mean 'hub'",
     "3": "",
 }
@@ -331,3 +328,13 @@ def test_a_fine_tune_is_one_thing(tmp_path, given):
     study["distributions"]["code"] |= dict.fromkeys(given, "models/code")
     with pytest.raises(InputError, match="a `checkpoint:` or an `adapter:`, and not both"):
         load(write(tmp_path, study))
+
+
+def test_a_kept_step_needs_a_training_that_keeps_them(tmp_path):
+    study = copy.deepcopy(STUDY)
+    study["distributions"]["code"] |= {"checkpoint": {"run": "models/code", "step": "best"}, "train": "data/code.jsonl"}
+    with pytest.raises(InputError, match=r"distributions.code.checkpoint.step: needs `fine_tuning: \{keep: true\}`"):
+        load(write(tmp_path, study))
+    loaded = load(write(tmp_path, study | {"fine_tuning": {"keep": True}})).distributions["code"].checkpoint
+    assert (loaded.place, loaded.step) == (tmp_path / "models/code", "best")
+    assert loaded.model_dump() == {"run": str(tmp_path / "models/code"), "step": "best"}

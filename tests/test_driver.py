@@ -12,7 +12,8 @@ from dem_opt.database import connect
 from dem_opt.driver import Driver
 from dem_opt.leases import holding
 from dem_opt.ledger import Ledger
-from dem_opt.records import Evaluation, Failure, Request, Silence
+from dem_opt.observers import Silence
+from dem_opt.records import Evaluation, Failure, Request
 from dem_opt.resident import build
 from dem_opt.search import Search
 from dem_opt.sources import gather

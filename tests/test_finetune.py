@@ -20,7 +20,9 @@ from dem_opt.config import DataFile
 from dem_opt.corpus import pack
 from dem_opt.documents import read_documents
 from dem_opt.errors import InputError
-from dem_opt.finetune import RECORD, FineTuneJob, fine_tune, is_finished, save_checkpoint, train_model
+from dem_opt.finetune import FineTuneJob, fine_tune, is_finished, save_checkpoint
+from dem_opt.steps import RECORD
+from dem_opt.training import Recipe, train_model
 
 TINY = Settings(
     characters=(16_000, 2_000, 2_000),
@@ -109,9 +111,9 @@ def test_the_loss_is_the_mean_nll_of_scored_tokens_of_separate_documents(job: Fi
                 logprobs_TV = model(ids_BT, use_cache=False).logits[0].log_softmax(-1)
             nats -= logprobs_TV[:-1].gather(1, ids_BT[0, 1:, None]).sum().item()
             tokens += len(fragment_T) - 1
-    (loss,) = train_model(model, windows, 1, 1e-3, len(windows), seed=0)
+    (point,) = train_model(model, windows, Recipe(1, 1e-3, len(windows), seed=0))
     assert tokens == sum(windows.tokens_W)
-    assert loss == pytest.approx(nats / tokens, rel=1e-5)
+    assert point.loss == pytest.approx(nats / tokens, rel=1e-5)
 
 
 TEMPLATE = (

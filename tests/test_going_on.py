@@ -31,6 +31,9 @@ class Listener:
     def milestone(self, message: str) -> None:
         self.said.append(message)
 
+    def training(self, name: str, step: int, steps: int, loss: float) -> None:
+        raise AssertionError("nothing is trained")
+
 
 def run(path: Path, monkeypatch: pytest.MonkeyPatch) -> Listener:
     """Runs a study in this process, without MLflow; what it said."""

@@ -35,9 +35,10 @@ from dem_opt.checkpoints import content_hash, read_header
 from dem_opt.errors import InputError
 from dem_opt.export import write_composite
 from dem_opt.models import check_base, load_model
+from dem_opt.observers import Silence
 from dem_opt.perplexity import prepare, score
 from dem_opt.pool import InProcessCompute
-from dem_opt.records import Composite, Silence, StoredModel, Windows
+from dem_opt.records import Composite, StoredModel, Windows
 from dem_opt.simplex import UNIT
 from dem_opt.study import Study
 

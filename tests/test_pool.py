@@ -75,6 +75,17 @@ def test_jobs_come_back_once_and_one_that_fails_stops_no_other(compute):
     assert isinstance(results[13], InputError) and "unlucky" in str(results[13])
 
 
+@pytest.mark.parametrize(("parts", "threads"), [(1, 2), (2, 1), (5, 1)])
+def test_a_jobs_threads_depend_on_the_parts_and_not_on_how_many_jobs_are_left(ray_session, parts, threads):
+    with RayCompute(Settings()) as compute:
+        assert dict(compute.jobs(workers.count_threads, [7], parts)) == {7: threads}
+
+
+def test_a_job_that_asks_for_more_gpus_than_there_are_is_refused(ray_session):
+    with RayCompute(Settings()) as compute, pytest.raises(InputError, match=r"fine_tuning.gpus = 2: the cluster has 0"):
+        list(compute.jobs(workers.double, [1], gpus=2))
+
+
 def test_a_resident_that_dies_is_replaced_and_its_request_sent_again(ray_session, tmp_path):
     answers = gather(RayCompute(Settings(residents=1)), workers.Mortal, 6, tmp_path / "grave")
     assert sorted(answers) == list(range(6))

@@ -17,9 +17,9 @@ from untracked import nowhere
 from dem_opt.checkpoints import content_hash
 from dem_opt.config import load
 from dem_opt.errors import EvaluationError, InputError
+from dem_opt.observers import Silence
 from dem_opt.pool import InProcessCompute
 from dem_opt.question import SEARCH
-from dem_opt.records import Silence
 from dem_opt.resident import Resident
 from dem_opt.search import Search, study_names
 from dem_opt.sources import _check_window, gather
@@ -400,3 +400,36 @@ def test_an_unknown_algorithm_is_named(tmp_path):
 def test_a_report_of_nothing_says_what_to_do_first(tmp_path):
     with pytest.raises(InputError, match="dem-opt run"):
         open_study(worlds.study(tmp_path)).summary()
+
+
+def test_what_is_reused_is_told_with_its_reason(tmp_path, untracked):
+    path = worlds.study(tmp_path, search=GRID)
+    open_study(path).compare(["random"])
+    watching = Witness()
+    grown = worlds.study(tmp_path, ("code", "math", "prose", "records"), search=GRID)
+    open_study(grown, watching).compare(["random"])
+    told = next(line for line in watching.lines if "generation 2" in line)
+    assert "so scores on code, math, prose hold; of these only records is scored" in told
+    shrunk = worlds.study(tmp_path, ("code", "prose"), search=GRID)
+    open_study(shrunk, watching).compare(["random"])
+    told = next(line for line in watching.lines if "generation 3" in line)
+    assert "so scores on code, prose hold; none of these is scored again" in told
+
+
+def test_a_study_that_grows_looks_first_at_few_points_and_the_new_vertex(tmp_path, untracked, evaluated):
+    """Six composites, spread over those that are known, on the new corpus alone; then the new fine-tune whole."""
+    path = worlds.study(tmp_path, search=GRID)
+    open_study(path).compare(["grid"])
+    evaluated.clear()
+    grown = worlds.study(tmp_path, ("code", "math", "prose", "records"), search={"trials": 7})
+    study = open_study(grown)
+    study.compare(["simplex-gp"])
+    first = [record.coefficients for record in study.summary().trials["simplex-gp"]]
+    assert [one.weights["records"] for one in first] == [0.0] * 6 + [1.0]
+    seen = [one.weights for one in first[:6]]
+    gaps = [max(abs(a[name] - b[name]) for name in a) for i, a in enumerate(seen) for b in seen[:i]]
+    assert min(gaps) >= 0.5, "of the lattice's points, a quarter apart, no two are neighbors"
+    new = gather(load(grown), grown).question().corpora[SEARCH]["records"]
+    for point in first[:6]:
+        composite = gather(load(grown), grown).question().composite(point)
+        assert [key for known, key in evaluated if known == composite and key in search_keys(grown)] == [new]

@@ -51,6 +51,15 @@ def test_the_best_keeps_what_is_protected(capsys):
     assert capsys.readouterr().out.splitlines() == ["s: 1 of 100 trials; best 3.0000 nats per token at a 0.50, b 0.50"]
 
 
+def test_a_line_for_every_tenth_of_a_training(capsys):
+    with terminal.Progressing() as watching:
+        for step in range(1, 51):
+            watching.training("code", step, 50, 4 - step / 50)
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 10
+    assert told[-1] == "code: 50 of 50 steps; training loss 3.000 nats per token"
+
+
 @pytest.mark.parametrize(
     "case", ["one", "two", "three", "four", "eight", "twelve", "worst", "failures only", "base wins", "no trials"]
 )

@@ -94,3 +94,9 @@ def double(job: int) -> int:
     if job == 13:
         raise InputError(None, "job", job, "unlucky")
     return 2 * job
+
+
+def count_threads(job: int) -> int:
+    import torch
+
+    return torch.get_num_threads()

@@ -17,14 +17,22 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dem_opt.assets.further import TASK, service_log, write_task
 from dem_opt.assets.generated import json_record, math_problem
 from dem_opt.assets.library import library_documents, split_modules, topic_documents, within
 from dem_opt.corpus import pack
 from dem_opt.errors import InputError
-from dem_opt.finetune import save_checkpoint, train_model
+from dem_opt.finetune import save_checkpoint
 from dem_opt.models import silence_transformers
+from dem_opt.training import Recipe, train_model
 
 DISTRIBUTIONS = ("code", "math", "prose", "records")
+ADDED = "logs"
+"""The distribution that is there to be added."""
+
+QUESTIONS = 200
+"""Documents of the task."""
+
 SPLITS = ("train", "val", "held_out")
 RECORD = "assets.json"
 END = "<|end|>"
@@ -88,6 +96,8 @@ def make_assets(
     observer("writing data from the standard library and from generators")
     corpora = make_corpora(settings, seed)
     write_corpora(folder / "data", corpora)
+    write_corpora(folder / "data", {ADDED: added_corpus(settings, seed)})
+    write_task(folder / "tasks", corpora["math"]["held_out"][:QUESTIONS], END)
     observer(f"training the base on a mixture ({settings.base_steps} steps)")
     make_base(folder / "models" / "base", corpora, settings, seed)
     study.write_text(study_text(settings, seed), encoding="utf-8")
@@ -113,6 +123,11 @@ def make_corpora(settings: Settings, seed: int) -> Corpora:
         "prose": without_repeats(prose),
         "records": records,
     }
+
+
+def added_corpus(settings: Settings, seed: int) -> dict[str, list[str]]:
+    """A distribution that neither tokenizer nor base has seen, to be added to a study that has been run."""
+    return generated_documents(service_log, settings.characters, random.Random(f"{seed} {ADDED}"))
 
 
 def shuffled(documents: list[str], rng: random.Random, characters: int) -> list[str]:
@@ -177,7 +192,8 @@ def make_base(out: Path, corpora: Corpora, settings: Settings, seed: int) -> Non
     tokenizer = make_tokenizer(corpora, settings.vocabulary)
     model = untrained_base(settings, len(tokenizer), tokenizer.eos_token_id, seed)
     windows = pack(mixture_documents(corpora, settings, seed), tokenizer, settings.window)
-    train_model(model, windows, settings.base_steps, settings.base_learning_rate, settings.batch_size, seed)
+    recipe = Recipe(settings.base_steps, settings.base_learning_rate, settings.batch_size, seed)
+    train_model(model, windows, recipe)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(out, model, tokenizer, {})
 
@@ -221,6 +237,8 @@ search: {{algorithm: simplex-gp, trials: {trials}, seed: {seed}}}
 compute: {{residents: {residents}}}  # models this small are scored faster by two residents than by one with two threads
 # The same for every distribution; `dem-opt train` makes the checkpoints that are missing.
 fine_tuning: {{steps: {steps}, learning_rate: {learning_rate}, batch_size: {batch_size}, seed: {seed}}}
+# For `dem-opt evaluate`, which needs lm-evaluation-harness: how often the answer of a worked problem is exact.
+evaluate: {{tasks: [{task}], include: tasks}}
 """
 
 DISTRIBUTION = """\
@@ -241,6 +259,7 @@ def study_text(settings: Settings, seed: int) -> str:
         trials=settings.trials,
         residents="auto" if torch.cuda.is_available() else min(2, os.cpu_count() or 1),
         seed=seed,
+        task=TASK,
         steps=settings.fine_tuning_steps,
         learning_rate=f"{settings.fine_tuning_learning_rate:.1e}",
         batch_size=settings.batch_size,
@@ -253,7 +272,8 @@ def _is_finished(folder: Path, record: dict[str, object]) -> bool:
         written = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    data = [folder / "data" / f"{name}.{split}.jsonl" for name in DISTRIBUTIONS for split in SPLITS]
+    data = [folder / "data" / f"{name}.{split}.jsonl" for name in (*DISTRIBUTIONS, ADDED) for split in SPLITS]
+    data.append(folder / "tasks" / f"{TASK}.yaml")
     files = [folder / "study.yaml", folder / "models" / "base" / "model.safetensors", *data]
     return all(file.is_file() for file in files) and bool(written == json.loads(json.dumps(record)))
 

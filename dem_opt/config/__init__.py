@@ -8,9 +8,12 @@ from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_va
 
 from dem_opt.config.sections import (
     ALGORITHMS,
+    BUDGETS,
     Compute,
     DataFile,
+    DataMixing,
     Distribution,
+    Evaluate,
     EvaluationSection,
     FineTuning,
     General,
@@ -31,10 +34,13 @@ from dem_opt.strict_yaml import read_yaml
 
 __all__ = [
     "ALGORITHMS",
+    "BUDGETS",
     "Compute",
     "DataFile",
     "Distribution",
+    "Evaluate",
     "EvaluationSection",
+    "FineTuning",
     "General",
     "ModelSource",
     "Search",
@@ -61,6 +67,8 @@ class StudyConfig(Section):
     tracking: Tracking
     outages: Outages = Outages()
     fine_tuning: FineTuning = FineTuning()
+    data_mixing: DataMixing = DataMixing()
+    evaluate: Evaluate | None = None
     output: StudyPath
 
     _paths = field_validator("output", mode="before")(from_here)
@@ -96,6 +104,18 @@ class StudyConfig(Section):
                     raise ValueError(f"objective.{field}.{name}: no such distribution or general corpus; {known}")
         if not any(self.weights.values()):
             raise ValueError("objective.weights: at least one weight must be above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _check_training(self) -> Self:
+        for name, one in self.distributions.items():
+            kind, source = one.expert
+            if one.train is not None and source.run is not None and not self.fine_tuning.keep:
+                raise ValueError(f"distributions.{name}.{kind}.step: needs `fine_tuning: {{keep: true}}`")
+        for number, shares in enumerate(self.data_mixing.mixtures, start=1):
+            for name in shares.keys() - self.distributions.keys():
+                known = nearest(name, self.distributions)
+                raise ValueError(f"data_mixing.mixtures: no. {number}: {name!r} is no distribution; {known}")
         return self
 
     @model_validator(mode="after")

@@ -37,6 +37,8 @@ def from_here(value: Path | str | None, info: ValidationInfo) -> Path | None:
 
 StudyPath = Annotated[Path, Field(strict=False)]
 Column = Annotated[str, Field(min_length=1)]
+BUDGETS: tuple[Literal["all", "one"], ...] = ("all", "one")
+SHARES_TOLERANCE = 1e-6
 _COLUMNS = {"text": ("text",), "prompt_completion": ("prompt", "completion"), "messages": ("messages",)}
 
 
@@ -86,15 +88,18 @@ class DataFile(Section):
 class ModelSource(Section):
     """A model or an adapter: a folder, or a hub id and its revision.  A path alone is a folder.
 
-    pickled  whether pickled weights may be read, of which only tensors are accepted
+    pickled   whether pickled weights may be read, of which only tensors are accepted
+    run, step the folder of a fine-tuning that kept its steps, and one of them: a number, or the best by validation NLL
     """
 
     path: StudyPath | None = None
     hub: Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")] | None = None
     revision: str | None = None
     pickled: bool = False
+    run: StudyPath | None = None
+    step: Literal["best"] | Positive | None = None
 
-    _paths = field_validator("path", mode="before")(from_here)
+    _paths = field_validator("path", "run", mode="before")(from_here)
 
     @model_validator(mode="before")
     @classmethod
@@ -103,21 +108,31 @@ class ModelSource(Section):
 
     @model_validator(mode="after")
     def _check_place(self) -> Self:
-        if (self.path is None) == (self.hub is None):
-            raise ValueError("must be a path, or a mapping with `hub:` and `revision:`")
-        if self.path is not None and self.revision is not None:
+        if (self.run is None) != (self.step is None):
+            raise ValueError("run, step: belong together, as in {run: models/code, step: best}")
+        if [self.path, self.hub, self.run].count(None) != 2:
+            raise ValueError("must be a path, or a mapping with `hub:` and `revision:`, or with `run:` and `step:`")
+        if self.hub is None and self.revision is not None:
             raise ValueError("revision: belongs to a `hub:`, a folder has none")
         return self
 
     @model_serializer
     def _as_written(self) -> str | dict[str, Any]:
         """A path alone where nothing else is said."""
-        if self.hub is None and not self.pickled:
+        if self.path is not None and not self.pickled:
             return str(self.path)
-        given = {"path": self.path and str(self.path), "hub": self.hub, "revision": self.revision}
+        places = {name: place and str(place) for name, place in (("path", self.path), ("run", self.run))}
+        given = {**places, "step": self.step, "hub": self.hub, "revision": self.revision}
         return {key: value for key, value in given.items() if value} | ({"pickled": True} if self.pickled else {})
 
+    @property
+    def place(self) -> Path | None:
+        """The folder that a fine-tuning of it writes; None for a hub id."""
+        return self.run or self.path
+
     def __str__(self) -> str:
+        if self.run is not None:
+            return f"{self.run}, step {self.step}"
         return str(self.path) if self.hub is None else f"{self.hub}@{self.revision or 'main'}"
 
 
@@ -295,9 +310,68 @@ class Tracking(Section):
 
 
 class FineTuning(Section):
-    """What `dem-opt train` does for each distribution: full fine-tuning of the base."""
+    """What `dem-opt train` does for each distribution that has training data.
+
+    One with a `checkpoint:` has all of its weights trained, one with an `adapter:` a LoRA of the base.
+
+    batch_size  windows in a step
+    save_every  steps between saved states, from the last of which a run goes on that was killed; auto: a tenth of all
+    keep        whether the weights of saved states are kept, each with its validation NLL: `{run: ..., step: ...}`
+    dtype       what weights are trained in; auto: the base's.  They are saved in the base's
+    gpus        GPUs of each; auto: one where there are any
+    trainer     any other argument of transformers' Trainer
+    lora        any argument of peft's LoraConfig, for adapters
+    """
 
     steps: Positive = 60
     learning_rate: PositiveReal = 3e-4
     batch_size: Positive = 16
     seed: Seed = 0
+    save_every: Literal["auto"] | Positive = "auto"
+    keep: bool = False
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    gpus: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    trainer: dict[str, Any] = Field(default_factory=dict)
+    lora: dict[str, Any] = Field(default_factory=dict)
+
+
+Shares = dict[Name, NotNegative]
+
+
+class DataMixing(Section):
+    """The models trained on mixed data that `dem-opt compare --data-mixing study` holds the composites against.
+
+    mixtures  shares of the tokens by distribution, each summing to 1; what is left out has 0
+    tokens    all: each is trained on as many tokens as all single fine-tunes together; one: on as many as one of them
+    """
+
+    mixtures: list[Shares] = Field(default_factory=list)
+    tokens: list[Literal["all", "one"]] = Field(default_factory=lambda: list(BUDGETS), min_length=1)
+
+    @model_validator(mode="after")
+    def _check_sums(self) -> Self:
+        for number, shares in enumerate(self.mixtures, start=1):
+            if abs((total := sum(shares.values())) - 1) > SHARES_TOLERANCE:
+                raise ValueError(f"mixtures: no. {number} sums to {total:g}, not to 1: {shares}")
+        return self
+
+
+class Evaluate(Section):
+    """Tasks of lm-evaluation-harness that `dem-opt evaluate` scores models on.
+
+    tasks    their names
+    include  a folder of task files of your own
+    top      how many of the best composites
+    limit    documents of each task at most
+    shots    worked examples before each question; what the task says unless given
+    batch    requests in one forward call
+    """
+
+    tasks: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    include: StudyPath | None = None
+    top: Annotated[int, Field(gt=0, le=5)] = 5
+    limit: Positive | None = None
+    shots: Annotated[int, Field(ge=0)] | None = None
+    batch: Positive = 8
+
+    _paths = field_validator("include", mode="before")(from_here)

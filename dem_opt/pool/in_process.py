@@ -55,7 +55,9 @@ class InProcessCompute:
         """One resident."""
         return InProcessPool(build, spec)
 
-    def jobs(self, function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[tuple[Job, Result | Exception]]:
+    def jobs(
+        self, function: Callable[[Job], Result], jobs: Sequence[Job], parts: int = 0, gpus: int | None = None
+    ) -> Iterator[tuple[Job, Result | Exception]]:
         """Each job in turn."""
         for job in jobs:
             try:

@@ -63,10 +63,15 @@ class Compute(Protocol):
     def residents(self, build: Build, spec: ResidentSpec, tell: Tell) -> Pool:
         """A pool of residents that are ready; `tell` hears of those that die or join."""
 
-    def jobs(self, function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[tuple[Job, Result | Exception]]:
+    def jobs(
+        self, function: Callable[[Job], Result], jobs: Sequence[Job], parts: int = 0, gpus: int | None = None
+    ) -> Iterator[tuple[Job, Result | Exception]]:
         """Run an importable function on every job; yields (job, result) as they end.
 
         A job's exception is yielded in place of its result, so that the others go on.
+
+        parts  in how many parts the CPUs are divided, one for each job: the number of jobs unless given
+        gpus   GPUs of each job: one where there are any unless given
         """
 
 

@@ -29,6 +29,14 @@ of 15 the driver's small work stalls the threads of a merge (64 ms against 6 for
 """
 
 
+def _work(function: Callable[[Job], Result], threads: int, job: Job) -> Result:
+    """A job with its share of CPU threads, whatever the process did before: Ray uses processes again."""
+    import torch
+
+    torch.set_num_threads(threads)
+    return function(job)
+
+
 class RayCompute:
     """Ray: the one this process is connected to already, or else `settings.ray`, left again at the end.
 
@@ -62,12 +70,21 @@ class RayCompute:
         count = None if self._settings.residents == "auto" else self._settings.residents
         return RayPool(build, spec, count, self._settings.patience, tell)
 
-    def jobs(self, function: Callable[[Job], Result], jobs: Sequence[Job]) -> Iterator[tuple[Job, Result | Exception]]:
-        """Jobs as Ray tasks, which divide the CPUs among them evenly; each gets a GPU where there are any."""
-        ray = self._ray
-        cpus = max(int(ray.cluster_resources().get("CPU", 1)) // max(len(jobs), 1), 1)
-        task = ray.remote(function).options(num_cpus=cpus, num_gpus=int(self.device == "cuda"), max_retries=1)
-        running = {task.remote(job): job for job in jobs}
+    def jobs(
+        self, function: Callable[[Job], Result], jobs: Sequence[Job], parts: int = 0, gpus: int | None = None
+    ) -> Iterator[tuple[Job, Result | Exception]]:
+        """Jobs as Ray tasks, which wait for what they ask for.
+
+        Raises InputError where the cluster has not the GPUs of one job.
+        """
+        ray, there = self._ray, self._ray.cluster_resources()
+        cpus = max(int(there.get("CPU", 1)) // max(parts or len(jobs), 1), 1)
+        asked = min(int(there.get("GPU", 0)), 1) if gpus is None else gpus
+        if asked > there.get("GPU", 0):
+            mend = f"the cluster has {there.get('GPU', 0):g} GPUs; ask for as many at most"
+            raise InputError(None, "fine_tuning.gpus", asked, mend)
+        task = ray.remote(_work).options(num_cpus=cpus, num_gpus=asked, max_retries=1)
+        running = {task.remote(function, cpus, job): job for job in jobs}
         while running:
             (done, *_), _ = ray.wait(list(running), num_returns=1)
             job = running.pop(done)

@@ -8,7 +8,7 @@ from cmaes import CMA
 from numpy.typing import NDArray
 
 from dem_opt.samplers.history import Trial, values_of
-from dem_opt.samplers.sampler import Choice, first_new
+from dem_opt.samplers.sampler import Choice, first_new, first_points
 from dem_opt.simplex import Coefficients, Space, plane, project
 
 Array = NDArray[np.float64]
@@ -45,7 +45,7 @@ class CMAES:
 
     def propose(self, trials: Sequence[Trial], begin: Sequence[Coefficients], rng: np.random.Generator) -> Choice:
         """The next point; a uniform draw where the distribution has nothing new."""
-        if (choice := first_new((*begin, *self.space.landmarks()), trials)) is not None:
+        if (choice := first_new(first_points(self.space, begin), trials)) is not None:
             return choice
         if self.space.is_point:
             return Choice(self.space.sample(rng))

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from dem_opt.samplers import cube
 from dem_opt.samplers.history import Trial, thin, values_of
-from dem_opt.samplers.sampler import Choice, first_new
+from dem_opt.samplers.sampler import Choice, first_new, first_points
 from dem_opt.simplex import Coefficients, Space
 
 MOST = 1000
@@ -48,7 +48,7 @@ class OptunaSampler:
 
     def propose(self, trials: Sequence[Trial], begin: Sequence[Coefficients], rng: np.random.Generator) -> Choice:
         """The next point; a uniform draw where there is nothing to learn from, or nothing new comes."""
-        if (choice := first_new((*begin, *self.space.landmarks()), trials)) is not None:
+        if (choice := first_new(first_points(self.space, begin), trials)) is not None:
             return choice
         if self.space.is_point or all(trial.objective is None for trial in trials):
             return Choice(self.space.sample(rng))

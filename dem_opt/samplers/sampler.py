@@ -13,6 +13,9 @@ from optuna.trial import FrozenTrial
 from dem_opt.samplers.history import History, Trial, distributions, parameters, start
 from dem_opt.simplex import Coefficients, Space
 
+ENOUGH = 3
+"""Points to begin with that are as good as landmarks."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -77,6 +80,19 @@ class SimplexSampler(BaseSampler):
     ) -> NoReturn:
         """Raises ValueError: a coefficient can't be drawn without the others."""
         raise ValueError(f"{param_name!r} with {param_distribution} is no coefficient of {self._space}")
+
+
+def first_points(space: Space, begin: Sequence[Coefficients]) -> list[Coefficients]:
+    """What is looked at first: the points that the study was told to begin with, then vertices and centroid.
+
+    A study that begins with at least ENOUGH knows what they span: of the landmarks it looks only at the vertices of
+    distributions that none of them uses.
+    """
+    if len(begin) < ENOUGH:
+        return [*begin, *space.landmarks()]
+    used = {name for point in begin for name, units in point.items if units}
+    unused = set(space.names) - used
+    return [*begin, *(one for one in space.vertices() if any(units and name in unused for name, units in one.items))]
 
 
 def first_new(points: Iterable[Coefficients], trials: Sequence[Trial]) -> Choice | None:

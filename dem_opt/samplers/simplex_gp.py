@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 
 from dem_opt.samplers import gp
 from dem_opt.samplers.history import Trial, latest, thin, values_of
-from dem_opt.samplers.sampler import Choice, first_new
+from dem_opt.samplers.sampler import Choice, first_new, first_points
 from dem_opt.simplex import Coefficients, Space, project
 
 Array = NDArray[np.float64]
@@ -56,7 +56,7 @@ class SimplexGP:
 
     def propose(self, trials: Sequence[Trial], begin: Sequence[Coefficients], rng: np.random.Generator) -> Choice:
         """The next point."""
-        if (known := first_new((*begin, *self.space.landmarks()), trials)) is not None:
+        if (known := first_new(first_points(self.space, begin), trials)) is not None:
             return known
         if self.space.is_point or all(trial.objective is None for trial in trials):
             return Choice(self.space.sample(rng))

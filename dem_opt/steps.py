@@ -1,0 +1,77 @@
+"""What a fine-tuning left behind: its record, its journal, the steps that it kept."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dem_opt.errors import InputError
+
+RECORD = "fine_tuning.json"
+"""The file of a checkpoint folder that says what it was made from."""
+
+JOURNAL = "steps.jsonl"
+"""The file that has a line for every step of a training, and for every validation."""
+
+STEPS = "steps"
+"""The folder of a run that holds the weights of its kept steps, by number."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A line of a journal.
+
+    seconds     of training up to then, those before a kill included
+    loss        of the step's batch, in nats per scored token
+    validation  NLL in nats per token on the distribution's windows of the search split
+    """
+
+    step: int
+    seconds: float
+    loss: float | None = None
+    learning_rate: float | None = None
+    validation: float | None = None
+
+    def as_written(self) -> dict[str, float]:
+        """What it has."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def read_journal(path: Path) -> list[Point]:
+    """The lines of a journal, one that is not finished left out; none where there is no journal."""
+    points = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        try:
+            points.append(Point(**json.loads(line)))
+        except (ValueError, TypeError):
+            break
+    return points
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The record of a checkpoint folder, or None where there is none."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def step_folder(run: Path, step: int | str, field: str) -> Path:
+    """The folder of a kept step; `best` is the one of the lowest validation NLL, the earliest of several.
+
+    Raises InputError where the run, or the step, is not there.
+    """
+    validated = {point.step: point.validation for point in read_journal(run / JOURNAL) if point.validation is not None}
+    kept = sorted(step for step in validated if (run / STEPS / str(step)).is_dir())
+    if not kept:
+        mend = "has no kept steps: `dem-opt train` keeps them with `fine_tuning: {keep: true}`"
+        raise InputError(run, f"{field}.run", None, mend if run.exists() else "no such run; `dem-opt train` makes it")
+    chosen = min(kept, key=lambda step: (validated[step], step)) if step == "best" else step
+    if chosen not in kept:
+        raise InputError(run, f"{field}.step", step, f"was not kept; there are best, {', '.join(map(str, kept))}")
+    return run / STEPS / str(chosen)
