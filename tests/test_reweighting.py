@@ -93,10 +93,11 @@ def test_the_winner_is_that_of_brute_force_and_nothing_is_measured_or_written(me
         assert one.objective[SEARCH] == mean_nll(one.scores[SEARCH], weights)
 
 
-def test_the_studys_own_weighting_finds_its_winner(measured):
+def test_the_studys_own_weighting_finds_its_winner_or_what_is_better_without_a_distribution(measured):
     study = open_study(measured)
-    own, again = study.summary().winner, study.reweighted({"code": 1, "math": 1, "prose": 1}).winner
-    assert again.coefficients == own.coefficients and again.objective == own.objective
+    summary, again = study.summary(), study.reweighted({"code": 1, "math": 1, "prose": 1}).winner
+    (best, *_) = sorted([summary.winner, *summary.left_out], key=lambda one: one.objective[SEARCH])
+    assert again.coefficients == best.coefficients and again.objective == best.objective
 
 
 def test_what_was_stopped_is_no_candidate(measured):

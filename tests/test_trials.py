@@ -343,7 +343,8 @@ def test_several_seeds_are_several_searches_over_one_ledger(tmp_path):
     assert [one.label for one in summary.standings if one.role == "best"].count("best of random") == 1
     alone = make(tmp_path / "alone", search={"algorithm": "random", "trials": 4, "seed": 2}).compare(["random"])
     assert points[-1] == tuple(record.coefficients for record in alone.trials["random"])
-    assert list(Runs(study.config, 1).there()) == list(summary.trials)
+    with Runs(study.config, 1).there() as searches:
+        assert list(searches) == list(summary.trials)
 
 
 def test_gradients_are_automatic_where_they_are_worth_it(tmp_path, monkeypatch):

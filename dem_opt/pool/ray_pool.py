@@ -2,6 +2,7 @@
 
 import socket
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
@@ -185,7 +186,7 @@ class RayPool:
     def _lost(self, member: _Member, reason: str) -> Done | None:
         """Replace a resident; what it had is sent again.  The answer, where its request was sent often enough."""
         sent = list(member.queue)
-        self._tell(f"a resident was lost while it scored trial or baseline {sent[0].request.ticket}; it is replaced")
+        self._tell("a resident was lost while it scored; it is replaced, and what it had is scored again")
         self._replace(member)
         first, *others = sent
         if not (is_failure := first.attempt == ATTEMPTS):
@@ -201,26 +202,36 @@ class RayPool:
         new.deaths = deaths
 
     def _loaded(self, member: _Member) -> None:
-        """A resident is ready, or it died before, or it was refused."""
+        """A resident is ready, or it died before, or it was refused.
+
+        Raises InputError for one that is refused and OutageError for one that died too often, while none has worked
+        yet or none is left; else the others go on without it.
+        """
         try:
             self.threads.append(_get(self._ray, member.loading))
         except self._ray.exceptions.RayActorError as error:
-            if member.deaths + 1 >= ATTEMPTS and not self._ready():
-                raise OutageError(f"a resident died {ATTEMPTS} times while it loaded: {first_line(error)}") from None
-            self._replace(member)
+            if member.deaths + 1 < ATTEMPTS:
+                self._replace(member)
+            else:
+                died = f"a resident died {ATTEMPTS} times while it loaded: {first_line(error)}"
+                self._refuse(member, OutageError(died))
             return
         except InputError as error:
-            if not self._ready():
-                raise
-            self._tell(f"warning: a resident is refused: {error}")
-            self._members.remove(member)
-            self._refused += 1
+            self._refuse(member, error)
             return
         member.loading, member.deaths = None, 0
         self._ready_at = monotonic()
         waiting, self._waiting = self._waiting, deque()
         for request, attempt in waiting:
             self._send(request, attempt)
+
+    def _refuse(self, member: _Member, error: Exception) -> None:
+        """Go on without a resident; raises the error where that can't be."""
+        if not self._answered or not self._ready():
+            raise error from None
+        self._tell(f"warning: a resident is refused: {error}")
+        self._members.remove(member)
+        self._refused += 1
 
     def _end_hanging(self) -> Done | None:
         """End the residents that hang; an answer, where a request has hung often enough.
@@ -253,8 +264,9 @@ class RayPool:
         """Recruit for nodes that have joined, where the number of residents is not given."""
         if self._asked is not None or monotonic() - self._grown_at < GROWTH:
             return
-        self._grown_at = monotonic()
-        count, _ = share(_nodes(self._ray), None, self._devices)
+        self._grown_at, count = monotonic(), 0
+        with suppress(InputError):
+            count, _ = share(_nodes(self._ray), None, self._devices)
         for _ in range(count - self._refused - len(self._members)):
             self._tell("a node has joined; it gets a resident")
             self._members.append(self._recruit())
