@@ -8,13 +8,12 @@ MOMENT is "never", BOUNDARY:CALL (right after that call of it), or "told+SECONDS
 import os
 import signal
 import sys
-from collections.abc import Callable
-from functools import wraps
 from threading import Timer
 from typing import Any
 
 import optuna
 from counted import build
+from killed import after
 from mlflow.tracking import MlflowClient
 
 from dem_opt import cli, export, study
@@ -35,21 +34,6 @@ BOUNDARIES: dict[str, tuple[Any, str]] = {
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def after(owner: Any, name: str, act: Callable[[int], None]) -> None:
-    """Let every call of a function be followed by `act` with the number of the call."""
-    original, calls = getattr(owner, name), 0
-
-    @wraps(original)
-    def wrapped(*arguments: Any, **named: Any) -> Any:
-        nonlocal calls
-        result = original(*arguments, **named)
-        calls += 1
-        act(calls)
-        return result
-
-    setattr(owner, name, wrapped)
 
 
 def arm(moment: str) -> None:
