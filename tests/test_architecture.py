@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -223,6 +224,12 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 def rooms_imported(room: str) -> set[str]:
     names = {name.split(".")[1] for path in ROOMS[room] for name in imports(path) if name.startswith("dem_opt.")}
     return names - {room, "__version__"}
+
+
+def test_the_wheel_has_every_folder_of_modules():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent for top in ("dem_opt", "dashboards") for path in (ROOT / top).rglob("*.py")}
+    assert sorted(listed) == sorted(str(folder.relative_to(ROOT)).replace("/", ".") for folder in folders)
 
 
 def test_every_room_has_a_floor():
