@@ -19,6 +19,7 @@ from dem_opt.adapters import Edit, load_edits, read_adapter
 from dem_opt.checkpoints import DTYPES, read_header, read_tensors
 from dem_opt.kernel import MergeKernel, Values
 from dem_opt.layers import Split, move_activations, split_layers
+from dem_opt.mapped import BLOCK, Block, Mapped
 from dem_opt.models import Architecture, describe, parameter_of, stored_dtypes
 from dem_opt.parameters import load_parameters, map_parameters, read_parameters
 from dem_opt.quantized import Quantized, quantize, row_length, rows_of
@@ -45,8 +46,8 @@ class Arena:
         The dtypes of the model's parameters are the evaluation's; composites are rounded to those of the first
         checkpoint.  All must fit (`check_fit`, `check_adapter`).  With `vectors` "int8" the first is the base, which
         is stored as it is, and of each of the others, which are no adapters, only the vector.  Checkpoints whose
-        content is `streamed` stay in their files, which are mapped, and pass through the device parameter by
-        parameter in every merge that has them: the bits are the same.
+        content is `streamed` stay in their files, which are mapped, and pass through the device block by block in
+        every merge that has them: the bits are the same.
 
         Of several `devices` each has some of the layers (`split_layers`): what is stored and live of them, and their
         merges.  The model takes its inputs on the first and moves what its layers are called with.  The same device
@@ -60,11 +61,11 @@ class Arena:
         whole = [one for one in distinct if one.base is None and one not in compressed]
         self._base = distinct[0].content if compressed else None
         self._segments = _lay_out(model, architecture, whole, self._split, self._devices)
-        self._streamed = {
-            one.content: dict(map_parameters(architecture, one.path)) for one in whole if one.content in streamed
-        }
+        self._mapped = Mapped(
+            {one.content: dict(map_parameters(architecture, one.path)) for one in whole if one.content in streamed}
+        )
         for checkpoint in whole:
-            if checkpoint.content not in self._streamed:
+            if checkpoint.content not in self._mapped:
                 self._load(architecture, checkpoint)
         for checkpoint in compressed:
             self._compress(architecture, checkpoint)
@@ -90,11 +91,18 @@ class Arena:
                 kernel = self._kernels[segment.number]
                 kernel.merge(segment.live_P, self._from_base(composite, segment), segment.dtype)
             return
-        flat = all(content in segment.stored_NP for segment in self._segments for content, _ in composite.terms)
-        for segment in self._segments:
-            for part in [segment.whole] if flat else segment.places:
-                terms = [(units, self._values(content, segment, part)) for content, units in composite.terms]
-                self._kernels[segment.number].merge(segment.live_P[part.slice], terms, segment.dtype)
+        contents = [content for content, _ in composite.terms]
+        edited = any(content in self._edited for content in contents)
+        mapped = {content for content in map(self._root, contents) if content in self._mapped}
+        parts = [(segment, part) for segment in self._segments for part in segment.parts(edited, bool(mapped))]
+        blocks = [part.block(segment.live_P.device) for segment, part in parts]
+        for (segment, part), fetched in zip(parts, self._mapped.ahead(sorted(mapped), blocks), strict=True):
+            terms = [(units, self._values(content, segment, part, fetched)) for content, units in composite.terms]
+            self._kernels[segment.number].merge(segment.live_P[part.slice], terms, segment.dtype)
+
+    def _root(self, content: str) -> str:
+        """The checkpoint that a stored model's values are read of: an adapter's is its base."""
+        return self._edited[content][0] if content in self._edited else content
 
     def _from_base(self, composite: Composite, segment: "_Segment") -> list[tuple[int, Values]]:
         """The terms of a composite over a segment: the base, and vectors in the composite's order."""
@@ -154,14 +162,17 @@ class Arena:
         )
         return chain((none_P,), vectors)
 
-    def _values(self, content: str, segment: "_Segment", place: "_Place") -> Tensor:
-        """A checkpoint's values at a place, flat; those of an adapter are computed, streamed ones fetched."""
-        if content in self._streamed:
-            return self._streamed[content][place.name].reshape(-1).to(segment.live_P.device)
+    def _values(
+        self, content: str, segment: "_Segment", place: "_Place", fetched: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """A checkpoint's values at a place, flat; those of an adapter are computed, mapped ones may be fetched."""
+        if content in self._mapped:
+            block = place.block(segment.live_P.device)
+            return self._mapped.values(content, block) if fetched is None else fetched[content]
         if content not in self._edited:
             return segment.stored_NP[content][place.slice]
         base, edits = self._edited[content]
-        values_P = self._values(base, segment, place)
+        values_P = self._values(base, segment, place, fetched)
         return edits[place.name].apply(values_P.view(place.shape)).reshape(-1) if place.name in edits else values_P
 
     def _load(self, architecture: Architecture, checkpoint: StoredModel) -> None:
@@ -279,16 +290,27 @@ def _edited(model: StoredModel, values: Named, parameters: Mapping[str, str]) ->
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a parameter lies in its segment."""
+    """Where a parameter lies in its segment, or a part of it from its element `first` on."""
 
     name: str
     shape: torch.Size
     start: int
+    first: int = 0
 
     @property
     def slice(self) -> slice:
         """Its elements."""
         return slice(self.start, self.start + self.shape.numel())
+
+    def parts(self, size: int) -> Iterator["_Place"]:
+        """Its elements, so many at a time."""
+        for first in range(0, self.shape.numel(), size):
+            count = min(size, self.shape.numel() - first)
+            yield _Place(self.name, torch.Size([count]), self.start + first, first)
+
+    def block(self, device: torch.device) -> Block:
+        """What of its parameter it is."""
+        return Block(self.name, slice(self.first, self.first + self.shape.numel()), device)
 
 
 @dataclass(frozen=True)
@@ -309,10 +331,13 @@ class _Segment:
     stored_NP: dict[str, Tensor]
     vectors_NP: dict[str, Quantized] = field(default_factory=dict)
 
-    @property
-    def whole(self) -> _Place:
-        """All of it."""
-        return _Place("", torch.Size([self.size]), 0)
+    def parts(self, edited: bool, mapped: bool) -> Sequence[_Place]:
+        """What is merged at once: parameters that adapters edit, blocks of mapped files, or all of it."""
+        if edited:
+            return self.places
+        if mapped:
+            return [part for place in self.places for part in place.parts(BLOCK)]
+        return [_Place("", torch.Size([self.size]), 0)]
 
     @property
     def nbytes(self) -> int:

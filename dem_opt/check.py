@@ -135,7 +135,7 @@ def _stored(name: str, header: Header) -> Stored:
         tensors=len(tensors),
         parameters=sum(prod(one.shape) for one in tensors),
         dtypes=dict(Counter(one.dtype for one in tensors)),
-        bytes=sum(one.end - one.start for one in tensors),
+        bytes=sum(one.nbytes for one in tensors),
         hashed=known_content(header) is not None,
     )
 
@@ -201,7 +201,7 @@ def _duration(seconds: float) -> str:
 def _export_bytes(files: Files) -> int:
     """Bytes of a composite on disk: the base's tensors, tied ones once."""
     tensors = files.headers["base"].tensors.items()
-    return sum(one.end - one.start for name, one in tensors if name not in files.architecture.aliases)
+    return sum(one.nbytes for name, one in tensors if name not in files.architecture.aliases)
 
 
 def _standing(path: Path) -> Path:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dem_opt.declared import refuse_quantized
 from dem_opt.errors import InputError
+from dem_opt.gauges import gauge
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -52,6 +53,11 @@ class StoredTensor:
     start: int
     end: int
 
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return self.end - self.start
+
 
 @dataclass(frozen=True)
 class Header:
@@ -69,6 +75,11 @@ class Header:
     def files(self) -> list[Path]:
         """The weight files, in order of name."""
         return sorted({tensor.file for tensor in self.tensors.values()})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def read_header(folder: Path, field: str) -> Header:
@@ -119,10 +130,11 @@ def hash_tensors(header: Header) -> str:
     """
     content = hashlib.sha256()
     names = sorted(header.tensors)
-    with ThreadPoolExecutor() as threads:
+    with ThreadPoolExecutor() as threads, gauge(f"hashing {header.field}", header.nbytes) as hashed:
         digests = threads.map(lambda item: _digest(header, item[0], item[1]), read_tensors(header, names))
         for name, digest in zip(names, digests, strict=True):
             stored = header.tensors[name]
+            hashed(stored.nbytes)
             content.update(repr((name, stored.dtype, stored.shape, digest)).encode())
     return content.hexdigest()
 
@@ -141,13 +153,15 @@ def read_into(header: Header, places: Mapping[str, Tensor]) -> None:
     count beside the place until the file is closed.  Raises InputError for a file that has become shorter.
     """
     order = sorted(places, key=lambda name: (header.tensors[name].file, header.tensors[name].start))
-    with _Reader(header) as reader:
+    total = sum(place.nbytes for place in places.values())
+    with _Reader(header) as reader, gauge(f"loading {header.folder.name}", total) as loaded:
         for name in order:
             place = places[name]
             here = place if place.device.type == "cpu" else torch.empty(place.shape, dtype=place.dtype)
             reader.read(name, here)
             if here is not place:
                 place.copy_(here)
+            loaded(place.nbytes)
 
 
 def read_each(header: Header, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -175,7 +189,7 @@ class _Reader(ExitStack):
     def read(self, name: str, here: Tensor) -> None:
         """Fill contiguous memory with a stored tensor."""
         stored = self._header.tensors[name]
-        assert here.is_contiguous() and here.nbytes == stored.end - stored.start
+        assert here.is_contiguous() and here.nbytes == stored.nbytes
         stream = self._streams[stored.file]
         stream.seek(self._first[stored.file] + stored.start)
         if not _fill(stream, here.view(-1).view(torch.uint8).numpy().data):

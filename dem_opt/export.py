@@ -17,6 +17,7 @@ from dem_opt.adapters import content_of
 from dem_opt.arena import merged_tensors
 from dem_opt.checkpoints import DTYPES, INDEX, WEIGHTS, Header, hash_tensors, read_header, read_tensors
 from dem_opt.errors import InputError, nearest
+from dem_opt.gauges import gauge
 from dem_opt.models import Architecture, load_model, parameter_of, read_architecture, stored_dtypes, stored_names
 from dem_opt.records import Composite, Score, StoredModel
 from dem_opt.simplex import UNIT
@@ -157,12 +158,14 @@ def prove(export: Export) -> None:
     fused = architecture.layout(original).fused
     loaded = _loaded(architecture, export.path, header)
     fresh = merged_tensors(architecture, export.base, export.stored, export.composite, names, export.dtype)
-    for (name, stored), (_, merged) in zip(read_tensors(header, names), fresh, strict=True):
-        if stored.dtype != merged.dtype or not _same_bits(stored, merged):
-            raise ExportError(f"{export.path}: {name} is not what was merged")
-        parameter = parameters[name]
-        if parameter not in fused and not _same_bits(loaded[parameter], merged):
-            raise ExportError(f"{export.path}: {parameter} does not load as it was merged")
+    with gauge("comparing from disk", len(names), "tensors") as compared:
+        for (name, stored), (_, merged) in zip(read_tensors(header, names), fresh, strict=True):
+            if stored.dtype != merged.dtype or not _same_bits(stored, merged):
+                raise ExportError(f"{export.path}: {name} is not what was merged")
+            parameter = parameters[name]
+            if parameter not in fused and not _same_bits(loaded[parameter], merged):
+                raise ExportError(f"{export.path}: {parameter} does not load as it was merged")
+            compared(1)
 
 
 def _loaded(architecture: Architecture, folder: Path, header: Header) -> dict[str, Tensor]:
@@ -269,14 +272,18 @@ def _write_weights(
     buffers = dict(read_tensors(base, architecture.layout(base).buffers.values()))
     written: dict[str, str] = {}
     total = 0
-    for file, names in plan.items():
-        merged = merged_tensors(architecture, export.base, export.stored, export.composite, names, export.dtype)
-        tensors = dict(merged) | buffers
-        _refuse_infinite(tensors)
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        written |= dict.fromkeys(tensors, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-        buffers = {}
+    with gauge("merging and writing", sum(map(len, plan.values())), "tensors") as done:
+        for file, names in plan.items():
+            tensors = dict(buffers)
+            merged = merged_tensors(architecture, export.base, export.stored, export.composite, names, export.dtype)
+            for name, tensor in merged:
+                tensors[name] = tensor
+                done(1)
+            _refuse_infinite(tensors)
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            written |= dict.fromkeys(tensors, file)
+            total += sum(tensor.nbytes for tensor in tensors.values())
+            buffers = {}
     if len(plan) > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": written})
 

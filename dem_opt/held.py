@@ -11,6 +11,7 @@ from dem_opt.arena import ALIGNMENT
 from dem_opt.checkpoints import DTYPES, Header
 from dem_opt.config import StudyConfig
 from dem_opt.kernel import CPU_BLOCK, CPU_THREADS, DEVICE_BLOCK
+from dem_opt.mapped import AHEAD, BLOCK
 from dem_opt.models import Architecture
 from dem_opt.quantized import rows_of
 
@@ -75,6 +76,18 @@ def streamed_bytes(
     return (tuple(one.folder for one in streamed), stored) if free >= 0 else ((), kept)
 
 
+def fetched_bytes(architecture: Architecture, unlike: Sequence[Header]) -> int:
+    """Bytes on a GPU of what is fetched of one checkpoint that stays in its files.
+
+    Merges have blocks, or all of a parameter where adapters need that, and those that come next; the reduction of a
+    gradient has all of its parameter.
+    """
+    base, largest = unlike[0], max(architecture.sizes.values())
+    elements = AHEAD * (largest if any(one.adapter for one in unlike) else min(BLOCK, largest))
+    layout = architecture.layout(base)
+    return max(elements, largest) * max(layout.dtype(base, name).itemsize for name in architecture.parameters)
+
+
 def reduced_bytes(architecture: Architecture, itemsize: int, device: str) -> int:
     """Bytes of the largest parameter's gradient, and of three blocks in float32 that it is reduced by."""
     largest = max(architecture.sizes.values())
@@ -110,7 +123,7 @@ def _factored(header: Header, names: Collection[str]) -> int:
     parts = [(name, stored) for name, factors in adapter.factors.items() for stored in factors.values()]
     parts += [*adapter.whole.items(), *adapter.repeated.items()]
     tensors = [header.tensors[stored] for name, stored in parts if name in names]
-    return sum(one.end - one.start for one in tensors)
+    return sum(one.nbytes for one in tensors)
 
 
 def _applied(architecture: Architecture, names: Collection[str], adapters: int) -> int:

@@ -194,7 +194,7 @@ def holding(engine: Engine, study: str, several: bool = False, patience: Patienc
     where the holder is alive.
     """
     create_missing(engine, _Tables.metadata)
-    lease = Lease(engine, study, several and engine.dialect.name == "postgresql", patience)
+    lease = Lease(engine, study, several and _has_several(engine), patience)
     lease._take()
     ended = Event()
     beating = Thread(target=lease._beat, args=[ended], daemon=True)
@@ -205,6 +205,17 @@ def holding(engine: Engine, study: str, several: bool = False, patience: Patienc
         ended.set()
         beating.join()
         lease._release()
+
+
+def visiting(engine: Engine, study: str, patience: Patience = IMPATIENT) -> Lease:
+    """What shows a study's drivers, and gives turns beside them, to one who does not drive it."""
+    create_missing(engine, _Tables.metadata)
+    return Lease(engine, study, _has_several(engine), patience)
+
+
+def _has_several(engine: Engine) -> bool:
+    """Whether a study may have several drivers: where the database is a server."""
+    return engine.dialect.name == "postgresql"
 
 
 def _now(connection: Connection) -> float:

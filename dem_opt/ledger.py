@@ -122,7 +122,7 @@ class Ledger:
 
         Raises InputError where a newer version of dem_opt made them.
         """
-        self._engine, self.patience = engine, patience
+        self.engine, self.patience = engine, patience
         self._refuse_newer()
         create_missing(engine, _Tables.metadata)
         with engine.begin() as connection:
@@ -147,7 +147,7 @@ class Ledger:
         wanted = select(_Score).where(
             _Score.composite.in_(found), _Score.scoring == scoring, _Score.corpus.in_(corpora)
         )
-        with Session(self._engine) as session:
+        with Session(self.engine) as session:
             for row in session.scalars(wanted):
                 found[row.composite][row.corpus] = _score(row)
         return [found[key] for key in keys]
@@ -180,8 +180,8 @@ class Ledger:
         if not rows:
             return
         terms = {"key": composite.key, "terms": json.dumps(dict(composite.terms))}
-        with self._engine.begin() as connection:
-            connection.execute(insert_into(self._engine, _Composite).values(terms).on_conflict_do_nothing())
+        with self.engine.begin() as connection:
+            connection.execute(insert_into(self.engine, _Composite).values(terms).on_conflict_do_nothing())
             connection.execute(self._insert_longer(), rows)
             for corpus, gradient in sorted((gradients or {}).items()):
                 self._add_gradient(connection, (composite.key, corpus, differentiation or scoring), gradient)
@@ -194,14 +194,14 @@ class Ledger:
         text = json.dumps(dict(gradient) | (json.loads(known) if known else {}))
         row = {"composite": key[0], "corpus": key[1], "scoring": key[2], "gradient": text}
         connection.execute(
-            insert_into(self._engine, _Gradient)
+            insert_into(self.engine, _Gradient)
             .values(row)
             .on_conflict_do_update(index_elements=["composite", "corpus", "scoring"], set_={"gradient": text})
         )
 
     def _insert_longer(self) -> Any:
         """Inserts a score, or puts it in the place of one of fewer windows."""
-        insert = insert_into(self._engine, _Score)
+        insert = insert_into(self.engine, _Score)
         new, old = insert.excluded, _Score.__table__.c
         replaced = {name: new[name] for name in ("windows", "nats_W", "tokens_W", "created")}
         added = {name: old[name] + new[name] for name in ("forward_tokens", "seconds")}
@@ -219,7 +219,7 @@ class Ledger:
             _Gradient.scoring == differentiation,
             _Gradient.corpus.in_(corpora),
         )
-        with Session(self._engine) as session:
+        with Session(self.engine) as session:
             return {corpus: json.loads(gradient) for corpus, gradient in session.execute(wanted)}
 
     @patient
@@ -230,7 +230,7 @@ class Ledger:
             .where(_Score.composite == composite.key, _Score.scoring == scoring, _Score.corpus.in_(corpora))
             .distinct()
         )
-        with Session(self._engine) as session:
+        with Session(self.engine) as session:
             return sum(seconds for _, seconds in session.execute(evaluations))
 
     @patient
@@ -238,7 +238,7 @@ class Ledger:
         """The median over evaluations of seconds for each forward token; None where nothing was measured."""
         evaluations = select(_Score.created, _Score.seconds, _Score.forward_tokens).distinct()
         wanted = evaluations.where(_Score.scoring == scoring, _Score.forward_tokens > 0)
-        with Session(self._engine) as session:
+        with Session(self.engine) as session:
             rates = [seconds / tokens for _, seconds, tokens in session.execute(wanted)]
         return median(rates) if rates else None
 
@@ -252,13 +252,13 @@ class Ledger:
             .group_by(_Composite.key)
             .order_by(func.min(_Score.id))
         )
-        with Session(self._engine) as session:
+        with Session(self.engine) as session:
             return [Composite.of(json.loads(terms)) for terms in session.scalars(measured)]
 
     @patient
     def study(self, name: str) -> StudyRow | None:
         """What was entered for a study, or None."""
-        with Session(self._engine) as session:
+        with Session(self.engine) as session:
             row = session.get(_Study, name)
         return (
             None
@@ -274,14 +274,14 @@ class Ledger:
             "scoring": json.dumps(row.scoring),
             "question": json.dumps(row.question),
         }
-        entry = insert_into(self._engine, _Study).values(name=row.name, **known)
-        with self._engine.begin() as connection:
+        entry = insert_into(self.engine, _Study).values(name=row.name, **known)
+        with self.engine.begin() as connection:
             connection.execute(entry.on_conflict_do_update(index_elements=["name"], set_=known))
 
     @patient
     def libraries(self, study: str) -> dict[str, str]:
         """Versions of the libraries that a study was last run with, by name; empty where nothing says so."""
-        with Session(self._engine) as session:
+        with Session(self.engine) as session:
             row = session.get(_Libraries, study)
         return {} if row is None else dict(json.loads(row.versions))
 
@@ -289,18 +289,18 @@ class Ledger:
     def enter_libraries(self, study: str, versions: Mapping[str, str]) -> None:
         """Writes with what a study is run."""
         known = {"versions": json.dumps(dict(versions))}
-        entry = insert_into(self._engine, _Libraries).values(study=study, **known)
-        with self._engine.begin() as connection:
+        entry = insert_into(self.engine, _Libraries).values(study=study, **known)
+        with self.engine.begin() as connection:
             connection.execute(entry.on_conflict_do_update(index_elements=["study"], set_=known))
 
     def _refuse_newer(self) -> None:
-        if not inspect(self._engine).has_table(_Schema.__tablename__):
+        if not inspect(self.engine).has_table(_Schema.__tablename__):
             return
-        with Session(self._engine) as session:
+        with Session(self.engine) as session:
             version = session.scalar(select(func.max(_Schema.version))) or SCHEMA
         if version > SCHEMA:
             mend = f"its schema has version {version}, this dem_opt knows {SCHEMA}; use a newer dem_opt"
-            raise InputError(None, "storage", masked(str(self._engine.url)), mend)
+            raise InputError(None, "storage", masked(str(self.engine.url)), mend)
 
 
 def _columns(corpus: str, score: Score) -> dict[str, object]:

@@ -15,7 +15,7 @@ import torch
 from dem_opt.checkpoints import DTYPES, Header, known_content
 from dem_opt.config import Compute, StudyConfig
 from dem_opt.errors import InputError
-from dem_opt.held import held_bytes, reduced_bytes, streamed_bytes
+from dem_opt.held import fetched_bytes, held_bytes, reduced_bytes, streamed_bytes
 from dem_opt.looks import stops
 from dem_opt.machine import Machine, Speed
 from dem_opt.models import Architecture
@@ -154,7 +154,7 @@ def make_plan(
         architecture, unlike, names, study, share - sum(held.values()) - call_bytes(least), held["stored"]
     )
     if machine.device != "cpu":
-        held["scratch"] += len(streamed) * itemsize * max(architecture.sizes.values())
+        held["scratch"] += len(streamed) * fetched_bytes(architecture, unlike)
     batch = _batch(study, share - sum(held.values()), call_bytes)
     rows, reduced = _rows(batch, given.window, block), reduced_bytes(architecture, itemsize, machine.device)
     kept = replace(widths, layers=-(-widths.layers * max(split.layers) // max(sum(split.layers), 1)))

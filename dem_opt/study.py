@@ -1,7 +1,7 @@
 """All that can be done with a study file, and what wires the rooms together."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from dem_opt.fidelity import known_cost, tell_cost
 from dem_opt.finetune import FineTuned
 from dem_opt.generations import enter
 from dem_opt.geometry import measure_once, recall_vectors
-from dem_opt.leases import Lease, holding
+from dem_opt.leases import Lease, holding, visiting
 from dem_opt.ledger import Ledger, StudyRow
 from dem_opt.mixing import mix, planned
 from dem_opt.observers import Observer, Silence
@@ -38,7 +38,7 @@ from dem_opt.sources import Sources, gather
 from dem_opt.standings import entries, left_out_entries, rescored, summarize, top_entries
 from dem_opt.surrogate import surrogate_of
 from dem_opt.tasks import TaskTable
-from dem_opt.tracking import Board, MlflowTracker, Tracker
+from dem_opt.tracking import Board, Drivers, MlflowTracker, Tracker
 from dem_opt.trials import finished, is_known, missing, objectives, recall
 from dem_opt.tuning import fine_tunings, train
 
@@ -229,7 +229,7 @@ class Study:
             export = _write(sources, coefficients, out, approve, dtype)
             for cost in known_cost(ledger, question):
                 self._observer.milestone(str(cost))
-            return Champion(winner, exported, export, self._register(exported, export, row.generation))
+            return Champion(winner, exported, export, self._register(ledger, exported, export, row.generation))
 
     def summary(self) -> Summary:
         """What the study has found so far, from its database alone.
@@ -243,11 +243,12 @@ class Study:
     def describe(self, summary: Summary, note: str, files: Mapping[str, str | bytes]) -> None:
         """Write a summary down in MLflow, with baselines, a note and files, in the runs of its searches."""
         with self._open_found() as ledger:
-            generation = self._row(ledger).generation
-        runs = Runs(self.config, generation)
-        for run, told in dossiers(summary, note, files).items():
-            with closing(self._tracker(runs.open(run))) as tracker:
-                tracker.describe(told)
+            runs = Runs(self.config, self._row(ledger).generation)
+            lease = visiting(ledger.engine, self.config.name, self._patience)
+            with lease.turn("describing"):
+                for run, told in dossiers(summary, note, files).items():
+                    with closing(runs.open(run)) as search, closing(self._tracker(search, lease)) as tracker:
+                        tracker.describe(told)
 
     def reweighted(self, weights: Mapping[str, float]) -> Summary:
         """What the study would have found with another weighting of its objective, from its database alone.
@@ -352,19 +353,19 @@ class Study:
         found = (summary.standings, summary.margins) if summary else ((), ())
         return texts(sources, coefficients, folder, libraries(), dtype, *found)
 
-    def _register(self, winner: Standing, export: Export, generation: int) -> str | None:
+    def _register(self, ledger: Ledger, winner: Standing, export: Export, generation: int) -> str | None:
         """The winner's version in MLflow, under its algorithm's run; None where MLflow can't be reached."""
         tags = {"composite": export.composite.key, "content": export.content, "coefficients": str(winner.coefficients)}
         with (
             closing(Runs(self.config, generation).open(winner.run)) as search,
-            closing(self._tracker(search)) as tracker,
+            closing(self._tracker(search, visiting(ledger.engine, self.config.name, self._patience))) as tracker,
         ):
             return tracker.register(export.path, measures(winner), tags)
 
-    def _tracker(self, search: Search, lease: Lease | None = None) -> Tracker:
+    def _tracker(self, search: Search, lease: Lease) -> Tracker:
         """MLflow for one Optuna study."""
-        alone = partial(lease.turn, "logging") if lease else nullcontext
-        return MlflowTracker(place(self.config, search), self._observer.milestone, alone, self._board)
+        drivers = Drivers(partial(lease.turn, "logging"), lambda: bool(lease.others()))
+        return MlflowTracker(place(self.config, search), self._observer.milestone, drivers, self._board)
 
     def _row(self, ledger: Ledger) -> StudyRow:
         row = ledger.study(self.config.name)

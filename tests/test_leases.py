@@ -18,7 +18,7 @@ from sqlalchemy.exc import OperationalError
 from dem_opt import leases
 from dem_opt.database import connect
 from dem_opt.errors import InputError
-from dem_opt.leases import holding
+from dem_opt.leases import holding, visiting
 
 SPAWN = multiprocessing.get_context("spawn")
 NOBODY = 2**22 + 1
@@ -171,6 +171,17 @@ def test_on_a_server_several_drivers_see_each_other_and_on_sqlite_there_is_one(e
         with holding(engine, "study", several=True) as second, holding(engine, "other", several=True):
             assert list(first.others()) == [second.token] and list(second.others()) == [first.token]
         assert first.others() == {}
+
+
+def test_who_does_not_drive_sees_the_drivers_of_a_server_and_is_seen_by_none(engine: Engine) -> None:
+    visitor = visiting(engine, "study")
+    assert visitor.others() == {}
+    with holding(engine, "study", several=True) as lease:
+        assert list(visitor.others()) == ([lease.token] if engine.dialect.name == "postgresql" else [])
+        assert lease.others() == {}
+        with visitor.turn("describing"):
+            pass
+    assert visitor.others() == {}
 
 
 @pytest.mark.parametrize("holder", GONE)

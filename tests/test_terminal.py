@@ -1,12 +1,15 @@
 """What people see while they wait: the best of whole trials, and how many were stopped."""
 
 import json
+from io import StringIO
 
 import pytest
+from rich.console import Console
 from summaries import CASES, a_summary, a_trial
 
 from dashboards import tables
 from dem_opt import terminal
+from dem_opt.gauges import gauge
 from dem_opt.showing import print_tables
 
 
@@ -58,6 +61,39 @@ def test_a_line_for_every_tenth_of_a_training(capsys):
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 10
     assert told[-1] == "code: 50 of 50 steps; training loss 3.000 nats per token"
+
+
+def test_long_work_is_told_in_tenths_of_bytes_or_of_what_it_counts(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(terminal, "monotonic", lambda: clock[0])
+    with terminal.Progressing():
+        with gauge("hashing base", 26 * 10**9) as done:
+            for _ in range(20):
+                clock[0] += 1
+                done(13 * 10**8)
+        with gauge("comparing", 4, "tensors") as done:
+            for _ in range(4):
+                done(1)
+        with gauge("merging", 4, "tensors") as done:
+            clock[0] += 10
+            done(1)
+    with gauge("hashing unwatched", 1) as done:
+        clock[0] += 10
+        done(1)
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "hashing base: 7.8 GB of 26.0 GB", "what is done within five seconds is not told"
+    assert told[-2:] == ["hashing base: 26.0 GB of 26.0 GB", "merging: 1 of 4 tensors"] and len(told) == 9
+
+
+def test_bars_of_long_work_show_and_go_when_it_is_done(monkeypatch):
+    console = Console(file=StringIO(), force_terminal=True, width=100)
+    monkeypatch.setattr(terminal, "_out", console)
+    with terminal.Progressing() as progress, gauge("loading [base]", 26 * 10**9) as done:
+        done(13 * 10**9)
+        progress._progress.refresh()
+        assert "loading [base]" in console.file.getvalue() and "13.0 GB of 26.0 GB" in console.file.getvalue()
+        done(13 * 10**9)
+        assert not progress._progress.tasks
 
 
 @pytest.mark.parametrize(

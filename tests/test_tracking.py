@@ -16,7 +16,7 @@ from dem_opt import mlflow_runs, tracking
 from dem_opt.mlflow_runs import Data, Dossier
 from dem_opt.records import Evaluation, Score, Standing, TrialRecord
 from dem_opt.simplex import Space
-from dem_opt.tracking import MlflowTracker, Place, Records, Tracker
+from dem_opt.tracking import NO_OTHERS, Drivers, MlflowTracker, Place, Records, Tracker
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 
@@ -75,7 +75,11 @@ def make(
         "artifacts": tmp_path / "artifacts",
         "parameters": {"seed": "0"},
     }
-    return lambda **changed: MlflowTracker(Place(**{**settings, **changed}), warnings.append)
+
+    def make_tracker(drivers: Drivers = NO_OTHERS, **changed: Any) -> MlflowTracker:
+        return MlflowTracker(Place(**{**settings, **changed}), warnings.append, drivers)
+
+    return make_tracker
 
 
 @pytest.fixture
@@ -305,6 +309,12 @@ def test_a_run_that_failed_in_the_middle_is_gone_on_with(
     assert len(warnings) == 1
     assert logged().numbers == [0, 1]
     assert logged().statuses == {"FINISHED"}
+
+
+def test_the_parent_ends_with_the_last_driver(make: Make, logged: Callable[[], Logged]) -> None:
+    for others, status in ((True, "RUNNING"), (False, "FINISHED"), (True, "RUNNING"), (False, "FINISHED")):
+        run(make(drivers=Drivers(others=partial(bool, others))), [trial(0)])
+        assert [parent.info.status for parent in logged().parents] == [status]
 
 
 def test_a_study_that_was_made_anew_has_a_run_of_its_own(make: Make, logged: Callable[[], Logged]) -> None:

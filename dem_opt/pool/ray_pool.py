@@ -8,6 +8,7 @@ from time import monotonic
 from typing import Any
 
 from dem_opt.errors import InputError, OutageError
+from dem_opt.gauges import gauge
 from dem_opt.pool.placement import Resources, share
 from dem_opt.pool.protocols import Build, Done, Tell, Worker, answer
 from dem_opt.records import Evaluation, Failure, Request, ResidentSpec
@@ -273,13 +274,16 @@ class RayPool:
 
     def _wait_until_ready(self) -> None:
         deadline = monotonic() + self._patience
-        while loading := [member for member in self._members if member.loading is not None]:
-            references = {member.loading: member for member in loading}
-            done, _ = self._ray.wait(list(references), num_returns=1, timeout=max(deadline - monotonic(), 0.0))
-            if not done:
-                late = f"{len(loading)} of {len(self._members)} residents were not ready in this many seconds"
-                raise InputError(None, "compute.patience", self._patience, f"{late}; {self._lacking()}")
-            self._loaded(references[done[0]])
+        with gauge("loading", len(self._members), "residents") as ready:
+            while loading := [member for member in self._members if member.loading is not None]:
+                references = {member.loading: member for member in loading}
+                done, _ = self._ray.wait(list(references), num_returns=1, timeout=max(deadline - monotonic(), 0.0))
+                if not done:
+                    late = f"{len(loading)} of {len(self._members)} residents were not ready in this many seconds"
+                    raise InputError(None, "compute.patience", self._patience, f"{late}; {self._lacking()}")
+                member = references[done[0]]
+                self._loaded(member)
+                ready(member.loading is None)
 
     def _lacking(self) -> str:
         return f"each needs {self._resources}, free now: {self._ray.available_resources()}"
