@@ -20,7 +20,7 @@ test: .venv/ready
 
 ## chaos: faults with real processes: killed drivers, residents and nodes, outages, signals, hostile text
 chaos: .venv/ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/chaos
+	$(BIN)/python -m pytest -n 2 --dist loadfile --timeout 1200 tests/chaos
 
 ## browser: both dashboards and the report in a headless Chromium, under 2 minutes; screenshots in build/screenshots
 browser: .venv/ready

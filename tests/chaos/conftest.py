@@ -1,6 +1,6 @@
 """What the tests of faults share: a Ray that outlives the drivers, and folders of tiny studies."""
 
-import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,15 +22,13 @@ CPUS = 4
 
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
-    """A Ray that drivers join and leave."""
-    import os
-
-    import ray
+    """A Ray that drivers join and leave, and this process does not join."""
+    from ray.cluster_utils import Cluster
 
     os.environ.update(SETTINGS | {"PYTHONPATH": books.environment()["PYTHONPATH"]})
-    ray.init(address="local", num_cpus=CPUS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": CPUS, "include_dashboard": False})
+    yield made.address
+    made.shutdown()
 
 
 @pytest.fixture
