@@ -6,7 +6,7 @@ from functools import wraps
 from time import monotonic, sleep
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from dem_opt.database import masked
@@ -27,7 +27,7 @@ class Patience:
 
     what     the database in words, without its password
     seconds  at most so long for one piece of work
-    tell     is called with one line when the waiting begins, and when it ends
+    tell     is called with one line when the waiting begins, for each new reason, and when it ends
     """
 
     what: str = "the database"
@@ -39,7 +39,7 @@ class Patience:
 
         So it has to be safe to repeat.  Raises OutageError when the time is up.
         """
-        began, pause, told = monotonic(), FIRST_PAUSE, False
+        began, pause, told = monotonic(), FIRST_PAUSE, set[str]()
         while True:
             try:
                 result = work()
@@ -50,9 +50,9 @@ class Patience:
                 if left <= 0:
                     waited = f"; it was waited for for {self.seconds:g} s" if told else ""
                     raise OutageError(f"{self.what} can't be used ({reason}){waited}") from None
-                if not told:
-                    self.tell(f"waiting for {self.what} ({reason}), for at most {self.seconds:g} s")
-                told = True
+                if reason not in told:
+                    self.tell(f"waiting for {self.what} ({reason}), for at most {left:.0f} s")
+                told.add(reason)
                 sleep(min(pause, left))
                 pause = min(2 * pause, LONGEST_PAUSE)
             else:
@@ -68,12 +68,15 @@ IMPATIENT = Patience()
 def outage(error: BaseException) -> str | None:
     """The reason, in the driver's own words, where an error says that the database can't be used now; else None.
 
-    Optuna wraps what SQLAlchemy raises; the cause is looked for in the chain.
+    Optuna wraps what SQLAlchemy raises; the cause is looked for in the chain.  It also tries some queries again on a
+    connection that is gone, which SQLAlchemy refuses before anything of the transaction is undone.
     """
     found: BaseException | None = error
     while found is not None:
         if isinstance(found, PoolTimeoutError):
             return "no free connection"
+        if isinstance(found, PendingRollbackError):
+            return "its connection was lost"
         if isinstance(found, DBAPIError) and _is_outage(found):
             first = next(iter(str(found.orig).splitlines()), "no reason given")
             return shorten(masked(first), 200)

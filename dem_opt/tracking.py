@@ -82,7 +82,7 @@ class MlflowTracker:
         self._patience = place.patience
         self._name, self._warn = f"MLflow at {masked(place.uri)}", warn
         self._runs: MlflowRuns | None = None
-        self._out = self._is_behind = self._lacks = False
+        self._out = self._is_behind = self._lacks = self._is_unlinked = False
         self._failed = -inf
         self._room = Semaphore(QUEUE)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
@@ -157,15 +157,17 @@ class MlflowTracker:
             self._room.release()
 
     def _link(self, pages: Mapping[int, str], page: str) -> None:
-        """Tells the board, which never fails a study, nor MLflow's log of it."""
+        """Tells the board, which never fails a study, nor MLflow's log of it.  Its first failure is a warning."""
         if self._board is None:
             return
         try:
             self._board(self._study, pages, page)
         except Exception as error:
-            self._board = None
-            reason = shorten(masked(f"{type(error).__name__}: {error}".splitlines()[0]), 300)
-            self._warn(f"links to MLflow could not be written ({reason}); the next run writes what is missing")
+            if not self._is_unlinked:
+                self._is_unlinked = True
+                cause = error.__cause__ or error
+                reason = shorten(masked(f"{type(cause).__name__}: {cause}".splitlines()[0]), 300)
+                self._warn(f"links to MLflow could not be written ({reason}); they are made up for later")
 
     def _opened(self) -> MlflowRuns:
         if self._runs is None:

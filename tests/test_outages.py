@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, text
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
 
 from dem_opt import outages
 from dem_opt.errors import OutageError
@@ -93,3 +93,28 @@ def test_a_closed_database_is_an_outage(tmp_path: Path) -> None:
     with pytest.raises(OperationalError) as caught, engine.connect():
         pass
     assert outage(caught.value) == "unable to open database file"
+
+
+def test_a_connection_that_is_lost_in_a_transaction_stays_an_outage_until_it_is_undone(postgres_url: str) -> None:
+    engine = create_engine(postgres_url)
+    with engine.connect() as connection, engine.connect() as other:
+        pid = connection.scalar(text("SELECT pg_backend_pid()"))
+        other.execute(text(f"SELECT pg_terminate_backend({pid})"))
+        for reason in ("terminating connection", "its connection was lost"):
+            with pytest.raises(SQLAlchemyError) as caught:
+                connection.scalar(text("SELECT 1"))
+            assert reason in (outages.outage(caught.value) or "")
+    engine.dispose()
+
+
+def test_each_reason_is_told_once() -> None:
+    said: list[str] = []
+    errors = iter([away("restarting"), away("restarting"), away("read-only"), away("restarting")])
+
+    def work() -> int:
+        for error in errors:
+            raise error
+        return 7
+
+    assert Patience("X", 60.0, said.append)(work) == 7
+    assert [line.partition("(")[2].partition(")")[0] for line in said[:-1]] == ["restarting", "read-only"]
