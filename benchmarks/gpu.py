@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -87,7 +87,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Load:
-    """From files to the first score: seconds, and bytes read for each of them."""
+    """From files to the first score: seconds, and bytes read for each of them.
+
+    merge, streamed  milliseconds of a merge of what is loaded, and of one whose experts stay in their files
+    """
 
     parameters: int
     count: int
@@ -95,6 +98,8 @@ class Load:
     load: float
     first: float
     gigabytes: float
+    merge: float
+    streamed: float
 
 
 class Clock:
@@ -244,14 +249,21 @@ def loads(clock: Clock, most: float) -> Iterator[Load]:
         del model
         release(clock.device)
         corpus = Corpus("a", "search", "key", random_windows(8, 256, 32000))
-        began = perf_counter()
-        resident = Resident(ResidentSpec(stored[0], tuple(stored[1:]), (corpus,), name))
-        loaded = perf_counter() - began
+        spec = ResidentSpec(stored[0], tuple(stored[1:]), (corpus,), name)
         composite = Composite.of(dict(zip((one.content for one in stored), shares(3), strict=True)))
-        resident.evaluate(Request(0, composite, ("key",)))
+        request = Request(0, composite, ("key",))
+        began = perf_counter()
+        resident = Resident(spec)
+        loaded = perf_counter() - began
+        resident.evaluate(request)
         first = perf_counter() - began
+        merge = min(resident.evaluate(request).merge_seconds for _ in range(3))
+        del resident
+        release(clock.device)
+        resident = Resident(replace(spec, streamed=tuple(one.content for one in stored[1:])))
+        streamed = min(resident.evaluate(request).merge_seconds for _ in range(3))
         gigabytes = sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors")) / 1e9
-    yield Load(int(size), 3, name, loaded, first, gigabytes)
+    yield Load(int(size), 3, name, loaded, first, gigabytes, 1e3 * merge, 1e3 * streamed)
 
 
 def show(title: str, rows: list, columns: dict[str, str]) -> None:
@@ -284,9 +296,18 @@ def main() -> None:
     )
     loaded = list(loads(clock, given.most))
     show(
-        "From files, seconds",
+        "From files: seconds to load and to the first score, milliseconds of a merge, and of one with experts in files",
         loaded,
-        {"parameters": ",", "count": "", "dtype": "", "gigabytes": ".1f", "load": ".2f", "first": ".2f"},
+        {
+            "parameters": ",",
+            "count": "",
+            "dtype": "",
+            "gigabytes": ".1f",
+            "load": ".2f",
+            "first": ".2f",
+            "merge": ".1f",
+            "streamed": ".1f",
+        },
     )
     merged = list(merges(clock, given.most))
     show(

@@ -181,7 +181,7 @@ class Progressing:
                 self._progress.remove_task(self._tasks.pop(name))
         elif not done:
             self._began[name], self._tenths[name] = monotonic(), 0
-        elif self._is_tenth(name, done, total) and monotonic() - self._began[name] > LONG:
+        elif self._is_tenth(name, done, total) and total > 1 and monotonic() - self._began[name] > LONG:
             self.milestone(f"{name}: {told}")
 
     def milestone(self, message: str) -> None:
