@@ -3,18 +3,20 @@
 import json
 import sys
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from time import monotonic
 from types import TracebackType
 from typing import Self
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.filesize import decimal
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from dem_opt.errors import shorten
 from dem_opt.gauges import watched
@@ -103,6 +105,17 @@ def say_json(data: object) -> None:
     sys.stdout.write(as_json(data))
 
 
+class _Bars(Progress):
+    """Bars, and below them the words of each, which may be longer than a line."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """What is drawn."""
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields["words"]:
+                yield Padding(Text(task.fields["words"]), (0, 0, 0, 2))
+
+
 class Progressing:
     """An observer: a progress bar for each algorithm on a terminal, plain lines elsewhere.
 
@@ -120,13 +133,12 @@ class Progressing:
         self._tenths: dict[str, int] = {}
         self._began: dict[str, float] = {}
         self._watched = ExitStack()
-        self._progress = Progress(
+        self._progress = _Bars(
             SpinnerColumn(finished_text=" "),
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             TextColumn("{task.fields[told]}"),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[best]}"),
             console=self._console,
             disable=not self._console.is_terminal,
         )
@@ -155,7 +167,7 @@ class Progressing:
         found = self._best_words(record.study)
         shown = found + self._stopped_words(record.study) + self._pace_words(record.study, done, planned)
         if self._console.is_terminal:
-            self._move(record.study, done, planned, f"{done}/{planned}", escape(shown))
+            self._move(record.study, done, planned, f"{done}/{planned}", shown)
         elif found != before or done == planned or done * LINES // planned > (done - 1) * LINES // planned:
             self.milestone(f"{record.study}: {done} of {planned} trials; {shown}")
         if record.reason:
@@ -172,8 +184,10 @@ class Progressing:
     def work(self, name: str, done: int, total: int, unit: str) -> None:
         """Moves the bar of other long work, which goes when all is done, or prints a line for every tenth of the way.
 
-        Where there is no terminal, work of less than LONG seconds is not told of.
+        Where there is no terminal, work of less than LONG seconds is not told of; nowhere, what has no parts.
         """
+        if total <= 1:
+            return
         told = f"{decimal(done)} of {decimal(total)}" if unit == "bytes" else f"{done} of {total} {unit}"
         if self._console.is_terminal:
             self._move(name, done, total, told, "")
@@ -181,7 +195,7 @@ class Progressing:
                 self._progress.remove_task(self._tasks.pop(name))
         elif not done:
             self._began[name], self._tenths[name] = monotonic(), 0
-        elif self._is_tenth(name, done, total) and total > 1 and monotonic() - self._began[name] > LONG:
+        elif self._is_tenth(name, done, total) and monotonic() - self._began[name] > LONG:
             self.milestone(f"{name}: {told}")
 
     def milestone(self, message: str) -> None:
@@ -190,7 +204,7 @@ class Progressing:
             self._progress.remove_task(self._phase)
             self._phase = None
         if self._console.is_terminal and message.endswith(" ..."):
-            self._phase = self._progress.add_task(escape(message), total=None, told="", best="")
+            self._phase = self._progress.add_task(escape(message), total=None, told="", words="")
             return
         self._console.print(escape(message), soft_wrap=True)
 
@@ -221,11 +235,11 @@ class Progressing:
         stopped = self._stopped[study]
         return f"; {stopped} stopped early" if stopped else ""
 
-    def _move(self, name: str, done: int, total: int, told: str, best: str) -> None:
+    def _move(self, name: str, done: int, total: int, told: str, words: str) -> None:
         """A bar, which is made at first."""
         if name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(escape(name), told="", best="")
-        self._progress.update(self._tasks[name], completed=done, total=total, told=told, best=best)
+            self._tasks[name] = self._progress.add_task(escape(name), told="", words="")
+        self._progress.update(self._tasks[name], completed=done, total=total, told=told, words=words)
 
     def _is_tenth(self, name: str, done: int, total: int) -> bool:
         """Whether another tenth of the way is done."""

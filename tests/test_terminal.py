@@ -96,6 +96,20 @@ def test_bars_of_long_work_show_and_go_when_it_is_done(monkeypatch):
         assert not progress._progress.tasks
 
 
+@pytest.mark.parametrize("width", [60, 80, 110])
+def test_on_a_terminal_nothing_of_the_progress_is_cut(monkeypatch, width):
+    console = Console(file=StringIO(), force_terminal=True, width=width, color_system=None)
+    monkeypatch.setattr(terminal, "_out", console)
+    clock = iter([2.0 * second for second in range(100)])
+    monkeypatch.setattr(terminal, "monotonic", lambda: next(clock))
+    with terminal.Progressing() as watching:
+        for number in range(9):
+            watching.trial_ended(a_trial(number, 3.0), number + 1, 26)
+    last = " ".join(console.file.getvalue().rpartition("9/26")[2].split())
+    assert "best 3.0000 nats per token at a 0.50, b 0.50; 30 trials a minute, 34 s left at most" in last
+    assert "…" not in console.file.getvalue()
+
+
 @pytest.mark.parametrize(
     "case", ["one", "two", "three", "four", "eight", "twelve", "worst", "failures only", "base wins", "no trials"]
 )
