@@ -3,8 +3,9 @@
     python benchmarks/look.py [--trials 160]
 
 One study of the quickstart's shape runs with `random` on one resident of one thread, a Ray actor.  Both servers run all
-the while; in every other block of trials they are asked once a second for what their pages ask for.  So both kinds of
-trials see the same machine, busy or not.  A trial's wall time is what its resident spent and was idle before it.
+the while; in every other block of trials they are asked once a second for what their pages ask for: of Optuna's trials
+those that were not finished when it was asked before.  So both kinds of trials see the same machine, busy or not.  A
+trial's wall time is what its resident spent and was idle before it.
 """
 
 import argparse
@@ -39,6 +40,8 @@ class Poll:
     on: Event = field(default_factory=Event)
     ended: Event = field(default_factory=Event)
     seconds: list[float] = field(default_factory=list)
+    finished: int = 0
+    optuna: list[float] = field(default_factory=list)
     unanswered: int = 0
 
     def __enter__(self) -> "Poll":
@@ -55,7 +58,9 @@ class Poll:
             if self.on.is_set():
                 began = perf_counter()
                 try:
-                    self._ask(f"{self.addresses.optuna}api/studies/1?after=0")
+                    study = json.loads(self._ask(f"{self.addresses.optuna}api/studies/1?after={self.finished}"))
+                    self.finished += sum(trial["state"] in ("Complete", "Fail") for trial in study["trials"])
+                    self.optuna.append(perf_counter() - began)
                     self._ask(
                         f"{self.addresses.mlflow}ajax-api/2.0/mlflow/runs/search",
                         {"experiment_ids": ["1"], "max_results": 100, "order_by": ["attributes.start_time DESC"]},
@@ -65,11 +70,11 @@ class Poll:
                     continue
                 self.seconds.append(perf_counter() - began)
 
-    def _ask(self, address: str, body: object = None) -> None:
+    def _ask(self, address: str, body: object = None) -> bytes:
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
         with urlopen(Request(address, data, headers), timeout=60) as answer:
-            answer.read()
+            return bytes(answer.read())
 
 
 @dataclass
@@ -125,6 +130,8 @@ def main() -> None:
         "polls": len(watch.poll.seconds),
         "polls without an answer": watch.poll.unanswered,
         "a poll ms, median": 1e3 * median(watch.poll.seconds),
+        "of that Optuna Dashboard's": 1e3 * median(watch.poll.optuna),
+        "finished trials that it has told": watch.poll.finished,
     }
     print(json.dumps(found, indent=2))
 

@@ -31,20 +31,22 @@ def all_figures(summary: Summary) -> dict[str, go.Figure]:
     """Every figure under its stable id (a valid HTML id), in reading order, but for those that nothing is known for.
 
     A comparison where there are several runs; the surrogate's slice of more than three distributions; leave-one-out
-    and vectors where they were measured.
+    and vectors where they were measured.  Changes are those of the held-out split, of the search split until the winner
+    is scored there.
     """
+    split = "held_out" if summary.winner.scores.get("held_out") else "search"
     believed, many = summary.surrogate, len(summary.distributions) > 3
     return {
         "coefficients": coefficients_bar(summary),
-        "change": change_heat_map(summary),
-        **({"price": price_heat_map(summary)} if any(one.role == "single" for one in summary.standings) else {}),
+        "change": change_heat_map(summary, split),
+        **({"price": price_heat_map(summary, split)} if any(one.role == "single" for one in summary.standings) else {}),
         "best-so-far": best_so_far(summary),
         **({"comparison": comparison_figure(compare(summary))} if len(summary.trials) > 1 else {}),
         "simplex": simplex_map(summary),
         **({"surrogate": surrogate_map(summary, believed)} if believed and believed.points and many else {}),
         "best-over-time": coefficients_over_time(summary),
         "utilisation": utilisation_over_time(summary),
-        **({"worth": worth_heat_map(summary)} if summary.left_out else {}),
+        **({"worth": worth_heat_map(summary, split)} if any(one.scores for one in summary.left_out) else {}),
         **({"vectors": cosine_heat_map(summary)} if summary.vectors is not None else {}),
     }
 
@@ -148,7 +150,12 @@ def _heat_map(
     colors: Sequence[tuple[float, str]] = DIVERGING,
     limit: float | None = None,
 ) -> go.Figure:
-    """A table of signed numbers in colours that saturate at `limit`, at the largest gain where that is None."""
+    """A table of signed numbers in colours that saturate at `limit`, at the largest gain where that is None.
+
+    Rows of which nothing is known are left out.
+    """
+    known = [(label, row) for label, row in zip(rows, values, strict=True) if any(value is not None for value in row)]
+    rows, values = [label for label, _ in known], [row for _, row in known]
     limit = limit or _saturation([value for row in values for value in row if value is not None])
     many = len(columns) > 6
     figure = go.Figure()

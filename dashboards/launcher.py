@@ -10,7 +10,7 @@ import sys
 import time
 import webbrowser
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +21,7 @@ from urllib.request import urlopen
 
 from dem_opt.addresses import LOOPBACK, address_of, is_server, preferred_port, without_login
 from dem_opt.errors import InputError, shorten
+from dem_opt.mlflow_client import make_database
 
 PATIENCE = 180.0
 """Seconds to wait for a server's first answer, and (a tenth of it) for its end before it is killed."""
@@ -132,6 +133,8 @@ def _servers(
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="dem-opt-")))
         servers = [stack.enter_context(_optuna_dashboard(storage_url, optuna_port, folder))]
         if not remote:
+            with suppress(OSError):  # the server says why
+                make_database(mlflow_uri)
             servers.append(stack.enter_context(_mlflow(mlflow_uri, artifacts, mlflow_port, folder)))
 
         def check() -> None:

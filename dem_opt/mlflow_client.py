@@ -24,8 +24,7 @@ def connected(uri: str, experiment: str, artifacts: Path) -> tuple[Any, Any, str
     artifacts  where a new experiment in a database keeps its files; a server decides for itself
     """
     mlflow = _import_mlflow()
-    if uri.startswith(_SQLITE):
-        _make_database(mlflow, Path(uri.removeprefix(_SQLITE)))
+    make_database(uri)
     if in_database := uri.startswith(("sqlite", "postgresql")):
         connect(uri, "tracking.uri").dispose()
     client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -34,6 +33,32 @@ def connected(uri: str, experiment: str, artifacts: Path) -> tuple[Any, Any, str
         return mlflow, client, str(found.experiment_id)
     location = artifacts.absolute().as_uri() if in_database else None
     return mlflow, client, str(client.create_experiment(experiment, artifact_location=location))
+
+
+def make_database(uri: str) -> None:
+    """MLflow's tables where `uri` names a file that is missing, whole or not at all, whoever else makes them.
+
+    MLflow can't go on with a file that it left half-made, nor can two of its processes make one together.
+    """
+    path = Path(uri.removeprefix(_SQLITE))
+    if not uri.startswith(_SQLITE) or path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        own = f"{_SQLITE}{folder}/new.db"
+        _import_mlflow().MlflowClient(tracking_uri=own, registry_uri=own).search_experiments(max_results=1)
+        _put(Path(folder, "new.db"), path)
+
+
+def _put(new: Path, path: Path) -> None:
+    """Give a file its name, unless another has it: by a link, which is sure, or where there are none by a move."""
+    try:
+        path.hardlink_to(new)
+    except FileExistsError:
+        return
+    except OSError:
+        if not path.exists():
+            new.rename(path)
 
 
 def _import_mlflow() -> Any:
@@ -45,15 +70,3 @@ def _import_mlflow() -> Any:
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     return mlflow
-
-
-def _make_database(mlflow: Any, path: Path) -> None:
-    """MLflow's tables in a new file, whole or not at all: MLflow can't go on with a file that it left half-made."""
-    if path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        uri = f"{_SQLITE}{folder}/new.db"
-        mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri).search_experiments(max_results=1)
-        if not path.exists():
-            Path(folder, "new.db").rename(path)

@@ -221,6 +221,18 @@ def test_the_heat_map_shows_the_change_against_the_base() -> None:
     assert (heat.zmin, heat.zmax) == (-1.0, 1.0)
 
 
+def test_while_a_study_runs_heat_maps_show_the_search_split_and_none_is_blank() -> None:
+    """Before the end only the search split is scored, and nothing without a distribution."""
+    whole = a_summary(("code", "math", "prose"))
+    known = tuple(replace(one, scores={"search": one.scores["search"]}) for one in whole.standings)
+    running = replace(whole, standings=known, left_out=tuple(replace(one, scores={}) for one in whole.left_out))
+    drawn = figures.all_figures(running)
+    assert whole.left_out and "worth" in figures.all_figures(whole) and "worth" not in drawn
+    for name in ("change", "price"):
+        assert "search split" in drawn[name].layout.title.text
+        assert all(any(value is not None for value in row) for row in drawn[name].data[0].z) and drawn[name].data[0].z
+
+
 def test_hostile_names_stay_text_in_both_pages() -> None:
     """A study, a distribution, a label and a failure's reason that would be elements."""
     summary = a_summary(HOSTILE, study=HOSTILE[1], label=HOSTILE[0])

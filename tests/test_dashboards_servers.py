@@ -217,3 +217,14 @@ def test_a_password_is_not_in_the_last_words(tmp_path: Path) -> None:
         process.wait()
     with pytest.raises(InputError, match=r"ended with status 3: can't reach postgresql\+psycopg://me:\*\*\*@host/db"):
         launcher.Server("optuna-dashboard", "http://127.0.0.1:1/", process, log).check(["s3cret"])
+
+
+def test_mlflows_file_is_made_once_however_many_make_it(tmp_path: Path) -> None:
+    """Three processes at once, as a driver and its dashboards are; what one has made the others keep."""
+    uri = f"sqlite:///{tmp_path}/deep/mlflow.db"
+    code = f"from dem_opt.mlflow_client import connected; from pathlib import Path; connected({uri!r}, 'e', Path('a'))"
+    command = [sys.executable, "-c", f"{code}; from dem_opt.mlflow_client import make_database; make_database({uri!r})"]
+    makers = [subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    told = [maker.communicate()[1] for maker in makers]
+    assert any(maker.returncode == 0 for maker in makers), told
+    assert "_alembic_tmp" not in "".join(told) and [one.name for one in (tmp_path / "deep").iterdir()] == ["mlflow.db"]
