@@ -27,6 +27,10 @@ PATIENCE = 180.0
 """Seconds to wait for a server's first answer, and (a tenth of it) for its end before it is killed."""
 
 
+NICENESS = 19
+"""What the servers stand back by where the study they show wants the processors too."""
+
+
 @dataclass(frozen=True)
 class Addresses:
     """Where a browser finds the two."""
@@ -197,6 +201,8 @@ def _started(
             env={**os.environ, **settings},
             start_new_session=True,
         )
+        with suppress(OSError):  # it has ended already
+            os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
     server = Server(program, f"http://{LOOPBACK}:{port}/", process, log)
     try:
         yield server
