@@ -5,13 +5,14 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from dashboards.look import OPTIMUM, label, told
+from dashboards.look import OPTIMUM, label, proportions, told
 from dem_opt.insight import Surrogate
 
 
 def draw_belief(figure: go.Figure, believed: Surrogate, corners: Mapping[str, str]) -> None:
     """The mean over a triangle whose corners a, b, c are distributions, in the colours of the objective."""
-    points = {corner: [point.weights[name] for point in believed.points] for corner, name in corners.items()}
+    parts = [proportions(point) for point in believed.points]
+    points = {corner: [each[name] for each in parts] for corner, name in corners.items()}
     marker = {"color": list(believed.means), "coloraxis": "coloraxis", "symbol": "hexagon", "size": 13, "opacity": 0.3}
     figure.add_scatterternary(**points, mode="markers", marker=marker, showlegend=False, hoverinfo="skip")
 

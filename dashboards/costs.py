@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from dashboards.look import color, finish, label, rgba
 from dashboards.report import render_page
 from dashboards.tables import Table
-from dem_opt.costs import HELD_OUT, SEARCH, Against, Cost, Edited, Mixed, Mixing, verdict
+from dem_opt.costs import HELD_OUT, SEARCH, Against, Cost, Edited, Mixed, Mixing, Start, verdict
 
 BUDGETS = {"all": "as many tokens as all fine-tunes", "one": "as many tokens as one fine-tune"}
 """How many tokens a mixture is trained on, for a reader."""
@@ -20,11 +20,11 @@ _MARKS = (1, 2, 3, 5, 8, 11, 15, 20, 30, 50, 100)
 
 
 def quality_table(found: Mixing) -> Table:
-    """The composite and the best mixture of each budget: what they take, and the NLL on the held-out split."""
+    """Base, composite and the best mixture of each budget: what they take, and the NLL on the held-out split."""
     names = list(found.weights)
     edited = found.edited
     own = (f"{len(edited.coefficients)} fine-tunes and the search", edited.cost, edited)
-    rows = [_row(*own, names)]
+    rows = [_row("base", Cost(), found.base, names), _row(*own, names)]
     for one in found.against:
         best = found.best(one.budget)
         cost = sum((mixed.cost for mixed in found.mixed if mixed.budget == one.budget), Cost())
@@ -34,7 +34,7 @@ def quality_table(found: Mixing) -> Table:
     return Table(headers, tuple(rows))
 
 
-def _row(words: str, cost: Cost, scored: Edited | Mixed, names: Sequence[str]) -> tuple[str, ...]:
+def _row(words: str, cost: Cost, scored: Start | Edited | Mixed, names: Sequence[str]) -> tuple[str, ...]:
     nll = scored.nll[HELD_OUT]
     objectives = (f"{scored.objective[split]:.4f}" for split in (SEARCH, HELD_OUT))
     spent = (f"{cost.trained_tokens:,}", f"{cost.flops:.2e}", f"{cost.seconds:.0f}")
@@ -124,8 +124,8 @@ def mixing_figure(found: Mixing) -> go.Figure:
 
 
 def verdicts(found: Mixing) -> list[str]:
-    """What it says, a line for each sentence."""
-    return [f"Mixtures with {BUDGETS[one.budget]}. {' '.join(verdict(one, found.edited))}" for one in found.against]
+    """What it says, a paragraph for each budget."""
+    return [f"Mixtures with {BUDGETS[one.budget]}. {' '.join(verdict(found, one))}" for one in found.against]
 
 
 def render_mixing(found: Mixing) -> str:
@@ -133,7 +133,8 @@ def render_mixing(found: Mixing) -> str:
     own = found.edited
     counted = (
         f"Counted as 6 P T for training and 2 P T for scoring, P = {found.parameters:,} parameters; the composite's "
-        f"fine-tunes took {own.training.flops:.2e}, its search {own.search.flops:.2e}"
+        f"fine-tunes took {own.training.flops:.2e} floating-point operations (FLOPs), its search "
+        f"{own.search.flops:.2e}."
     )
     tables = [(f"Cost and NLL in nats per token. {counted}", quality_table(found))]
     tables += [
@@ -144,7 +145,7 @@ def render_mixing(found: Mixing) -> str:
     return render_page(
         f"{found.study}: merging against mixing",
         f"{found.study}: merging fine-tunes against training on mixtures",
-        " ".join(verdicts(found)),
+        verdicts(found),
         {"mixing": mixing_figure(found)},
         tables,
     )

@@ -93,6 +93,13 @@ def told(coefficients: Coefficients | None) -> str:
     return ", ".join(f"{shorten(name, 16)} {weight:.3f}" for name, weight in coefficients.weights.items() if weight)
 
 
+def proportions(coefficients: Coefficients) -> dict[str, float]:
+    """Coefficients over their sum, by distribution; equal parts for the base alone, which has none."""
+    units = coefficients.units
+    total = sum(units.values())
+    return {name: each / total if total else 1 / len(units) for name, each in units.items()}
+
+
 def distribution_colors(names: Sequence[str]) -> dict[str, str]:
     """A colour for each distribution, by its place in the study file."""
     return {name: DISTRIBUTION_COLORS[place % len(DISTRIBUTION_COLORS)] for place, name in enumerate(names)}

@@ -155,12 +155,13 @@ def render_comparison(summary: Summary, comparison: Comparison) -> str:
 def render_page(
     title: str,
     heading: str,
-    answer: str,
+    answer: Sequence[str],
     figures: Mapping[str, go.Figure],
     tables: Sequence[tuple[str, Table]],
 ) -> str:
-    """A page with an answer, figures by name, and tables with their captions."""
-    main = f'<p class="answer">{escape(answer)}</p>' + "".join(_figure(name, figures) for name in figures)
+    """A page with an answer in paragraphs, figures by name, and tables with their captions."""
+    main = "".join(f'<p class="answer">{escape(paragraph)}</p>' for paragraph in answer)
+    main += "".join(_figure(name, figures) for name in figures)
     main += "".join(f"<section>{_html_table(table, caption)}</section>" for caption, table in tables)
     return _page(title, heading, main, figures)
 

@@ -19,6 +19,7 @@ from dashboards.look import (
     finish,
     label,
     objective_words,
+    proportions,
     spread,
     told,
 )
@@ -38,7 +39,8 @@ def simplex_map(summary: Summary) -> go.Figure:
 
     Runs of one algorithm are drawn alike.  A trial that was stopped has an open marker, and the colour of its estimate.
     One or two distributions: NLL against a coefficient.  Three: a ternary plot.  More: a regular polygon in
-    barycentric coordinates, where a composite stands at  sum_i w_i v_i / sum_i w_i  between the corners v_i.
+    barycentric coordinates, where a composite stands at  sum_i w_i v_i / sum_i w_i  between the corners v_i.  The base
+    alone, w = 0, has no proportions and stands in the middle.
     """
     shown = _shown(summary)
     count = len(summary.distributions)
@@ -50,6 +52,8 @@ def simplex_map(summary: Summary) -> go.Figure:
     drawn = sum(map(len, shown.values()))
     scored = sum(record.objective is not None for records in summary.trials.values() for record in records)
     where = "at its coefficient" if count <= 2 else "nearer to a corner the more it has of that distribution"
+    if count > 2 and any(_is_base(record.coefficients) for trials in shown.values() for _, record in trials):
+        where += " (the base, which has none, in the middle)"
     reading = (
         f"{drawn} of {scored} scored trials, each {where}; open ones were stopped early and show an estimate; "
         "the star is the winner."
@@ -65,9 +69,13 @@ def barycentric(
     coefficients: Sequence[Coefficients], names: Sequence[str], corners_K2: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Composites in the polygon, [R, 2]: the mean of its corners weighted by the coefficients."""
-    weights_RK = np.array([[each.weights[name] for name in names] for each in coefficients]).reshape(-1, len(names))
-    points_R2: NDArray[np.float64] = weights_RK / weights_RK.sum(axis=1, keepdims=True) @ corners_K2
+    parts_RK = np.array([[proportions(each)[name] for name in names] for each in coefficients]).reshape(-1, len(names))
+    points_R2: NDArray[np.float64] = parts_RK @ corners_K2
     return points_R2.round(4)
+
+
+def _is_base(coefficients: Coefficients) -> bool:
+    return not any(coefficients.units.values())
 
 
 def _draw_line(figure: go.Figure, summary: Summary, shown: Shown) -> None:
@@ -100,19 +108,19 @@ def _draw_ternary(figure: go.Figure, summary: Summary, shown: Shown) -> None:
     if believed is not None:
         draw_belief(figure, believed, corners)
     for algorithm, trials in shown.items():
-        weights = [record.coefficients.weights for _, record in trials]
-        points = {corner: [each[name] for each in weights] for corner, name in corners.items()}
+        parts = [proportions(record.coefficients) for _, record in trials]
+        points = {corner: [each[name] for each in parts] for corner, name in corners.items()}
         marker = _objective_marker(algorithm, trials)
         figure.add_scatterternary(**points, marker=marker, cliponaxis=False, **_series(algorithm, trials))
         figure.add_scatterternary(a=[None], b=[None], c=[None], **_legend_key(algorithm))
     if believed is not None:
-        at = {corner: [believed.optimum.weights[name]] for corner, name in corners.items()}
+        at = {corner: [proportions(believed.optimum)[name]] for corner, name in corners.items()}
         figure.add_scatterternary(**at, cliponaxis=False, **diamond(believed))
     total = 1.0
     if summary.winner.coefficients is not None:
-        best = summary.winner.coefficients.weights
-        total = sum(best.values())
-        star = {corner: [best[name]] for corner, name in corners.items()}
+        best = summary.winner.coefficients
+        total = sum(best.weights.values()) or total
+        star = {corner: [proportions(best)[name]] for corner, name in corners.items()}
         figure.add_scatterternary(**star, cliponaxis=False, **_star(summary.winner))
     frame = {"sum": total, "bgcolor": "rgba(0,0,0,0)", "domain": {"x": [0.08, 0.92]}}
     axes = {f"{corner}axis": {"title": {"text": label(name)}, "nticks": 5} for corner, name in corners.items()}

@@ -7,7 +7,7 @@ gradient of their own.  Attention's scores and what optimizers do are left out, 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import comb, fsum
+from math import comb, fsum, isfinite, nan
 
 SEARCH, HELD_OUT = "search", "held_out"
 
@@ -45,6 +45,14 @@ def training_cost(parameters: int, trained: int, tokens: int, seconds: float) ->
 def forward_cost(parameters: int, tokens: int, seconds: float) -> Cost:
     """Of so many tokens through a model in scoring."""
     return Cost(forward_tokens=tokens, forward_flops=2.0 * parameters * tokens, seconds=seconds)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What all ways start from, the base: its objective by split, its NLL by split and corpus."""
+
+    objective: Mapping[str, float]
+    nll: Mapping[str, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -123,13 +131,21 @@ class Mixing:
     parameters: int
     edited: Edited
     mixed: tuple[Mixed, ...]
-    base: Mapping[str, float]
+    base: Start
 
     @property
     def against(self) -> tuple[Against, ...]:
         """The composite against each budget's mixtures."""
         budgets = dict.fromkeys(one.budget for one in self.mixed)
         return tuple(_against(self.edited, [one for one in self.mixed if one.budget == name]) for name in budgets)
+
+    def kept(self, budget: str) -> float:
+        """The composite's gain over the base on the held-out split, as a part of what the best of a budget gains.
+
+        (base - composite) / (base - mixture) ;  not finite where the mixture gains nothing.
+        """
+        base, best = self.base.objective[HELD_OUT], self.best(budget).objective[HELD_OUT]
+        return (base - self.edited.objective[HELD_OUT]) / (base - best) if best < base else nan
 
     def best(self, budget: str) -> Mixed:
         """The best of a budget's mixtures, chosen on the search split."""
@@ -172,19 +188,22 @@ def _against(edited: Edited, mixed: Sequence[Mixed]) -> Against:
     )
 
 
-def verdict(one: Against, edited: Edited) -> list[str]:
+def verdict(found: Mixing, one: Against) -> list[str]:
     """What a comparison says, in sentences; every ratio stands with its number of mixtures."""
-    whole, last = f"{one.mixtures} mixtures", one.curve[-1]
+    edited, whole, last = found.edited, f"{one.mixtures} mixtures", one.curve[-1]
     gap = last.objective[HELD_OUT] - edited.objective[HELD_OUT]
     told = [
         f"All {whole} take {one.ratio:.2f} times the floating-point operations of the fine-tunes and the search; the "
         f"best of them is {abs(gap):.4f} nats per token {'worse' if gap > 0 else 'better'} on the held-out split."
     ]
+    if isfinite(kept := found.kept(one.budget)):
+        told.append(f"The composite's gain over the base is {kept:.0%} of that mixture's.")
     if one.equal_quality is None:
         told.append(f"At equal quality: no number of them is expected to be as good as the composite, up to {whole}.")
     else:
+        are = "is" if one.equal_quality == 1 else "are"
         told.append(
-            f"At equal quality: {one.equal_quality} of the {whole} are expected to be as good, for "
+            f"At equal quality: {one.equal_quality} of the {whole} {are} expected to be as good, for "
             f"{one.equal_ratio:.2f} times the operations."
         )
     if one.equal_cost == 0:

@@ -9,7 +9,7 @@ from typing import Any
 
 from dem_opt.checkpoints import content_hash
 from dem_opt.config import StudyConfig
-from dem_opt.costs import Cost, Edited, Mixed, Mixing, forward_cost, training_cost
+from dem_opt.costs import Cost, Edited, Mixed, Mixing, Start, forward_cost, training_cost
 from dem_opt.curves import Curves, Note
 from dem_opt.driver import Driver
 from dem_opt.errors import InputError
@@ -20,7 +20,7 @@ from dem_opt.mixture import Mixture, Part, lattice
 from dem_opt.observers import Observer, Silence
 from dem_opt.pool import Compute
 from dem_opt.question import SEARCH, SPLITS, Question
-from dem_opt.records import Composite, ResidentSpec, StoredModel, Summary
+from dem_opt.records import Composite, ResidentSpec, Standing, StoredModel, Summary
 from dem_opt.resident import build
 from dem_opt.sources import Sources, check_files, gather
 from dem_opt.trials import is_known, objectives, recall
@@ -197,13 +197,18 @@ def hold_against(
     edited = Edited(
         winner.label,
         winner.coefficients.weights,
-        dict(winner.objective),
-        {split: {name: one.nll for name, one in scores.items()} for split, scores in winner.scores.items()},
+        *_scored(winner),
         trained,
         forward_cost(parameters, winner.forward_tokens, winner.seconds),
     )
     mixed = tuple(_mixed(one, composites[one.job.out.name], question, ledger, parameters) for one in jobs)
-    return Mixing(config.name, question.weights, parameters, edited, mixed, dict(summary.standings[0].objective))
+    return Mixing(config.name, question.weights, parameters, edited, mixed, Start(*_scored(summary.standings[0])))
+
+
+def _scored(one: Standing) -> tuple[Mapping[str, float], Mapping[str, Mapping[str, float]]]:
+    """A composite's objective by split, and its NLL by split and corpus."""
+    nll = {split: {name: score.nll for name, score in scores.items()} for split, scores in one.scores.items()}
+    return dict(one.objective), nll
 
 
 def _training(made: FineTuned, parameters: int) -> Cost:

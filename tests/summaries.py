@@ -34,6 +34,8 @@ CASES = {
     "failures only": {"names": ("a", "b", "c"), "outcome": "failed"},
     "no trials": {"names": ("a", "b", "c"), "trials": 0},
     "worst": {"names": ("a", "b", "c"), "worst": True},
+    "free sums": {"names": ("a", "b", "c"), "total": (0, 2)},
+    "free sums of four": {"names": ("a", "b", "c", "d"), "total": (0, 2)},
     "base wins": {"names": ("a", "b", "c", "d"), "outcome": "failed", "baselines": False},
 }
 
@@ -77,21 +79,24 @@ def a_summary(
     label: str = "best of simplex-gp",
     runs: Sequence[str] = RUNS,
     worst: bool = False,
+    total: tuple[float, float] = (1, 1),
 ) -> Summary:
     """A study with random scores; the winner stands last, whatever its score.
 
     Of five trials one failed, and of those of a search other than the grid one was stopped; `outcome` ("failed" or
-    "partial") says how all ended.
+    "partial") says how all ended.  Where coefficients may sum to nothing, every first trial is the base alone.
     """
     rng = np.random.default_rng(0)
-    space = Space(tuple(names))
+    least, most = total
+    space = Space(tuple(names), most, None if least == most else least)
+    origin = Coefficients(tuple((name, 0) for name in space.names))
     weights = dict.fromkeys(names, 1.0)
 
     def scores(windows: int = 3) -> dict[str, Score]:
         return {name: Score(tuple(rng.uniform(200, 300, windows)), (90, 100, 110)[:windows]) for name in names}
 
     def trial(run: str, number: int) -> TrialRecord:
-        name, point = f"{study}/{run}", space.sample(rng)
+        name, point = f"{study}/{run}", space.sample(rng) if least or number else origin
         if outcome == "failed" or (not outcome and number % 5 == 4):
             return TrialRecord(name, number, point, None, reason=f"window <0> is nan {study}", forwards=0.0)
         is_partial = outcome == "partial" or (number % 5 == 3 and run != "grid")

@@ -209,6 +209,17 @@ def test_the_polygon_puts_vertices_on_its_corners_and_the_centroid_in_the_middle
     assert points == pytest.approx(np.vstack([corners, [[0.0, 0.0]]]))
 
 
+@pytest.mark.parametrize("count", [3, 4])
+def test_the_base_stands_in_the_middle_of_the_map(count: int) -> None:
+    """It has no proportions."""
+    figure = simplex_map(a_summary(("a", "b", "c", "d")[:count], total=(0, 2), runs=("random",)))
+    (points,) = [trace for trace in figure.data if trace.hovertext and trace.legendgroup == "random"]
+    place = ["the base alone" in text for text in points.hovertext].index(True)
+    at = [values[place] for values in ((points.a, points.b, points.c) if count == 3 else (points.x, points.y))]
+    assert at == pytest.approx([1 / 3] * 3 if count == 3 else [0, 0])
+    assert "in the middle" in figure.layout.meta["reading"]
+
+
 def test_the_heat_map_shows_the_change_against_the_base() -> None:
     """Base 2.5 on both, the composite 2.5 and 1.5: changes 0 and -1; colours saturate at the gain of 1."""
     high, low = Score((25.0,), (10,)), Score((15.0,), (10,))

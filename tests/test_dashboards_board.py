@@ -31,12 +31,10 @@ class Watching:
         self.told.append(message)
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+@pytest.fixture
+def url(url: str) -> str:
     """A database with a study of some trials, one of which is still running."""
-    given = request.getfixturevalue("postgres_url") if request.param == "postgresql" else None
-    found = str(given or f"sqlite:///{tmp_path / 'study.db'}")
-    store = optuna.storages.RDBStorage(found)
+    store = optuna.storages.RDBStorage(url)
     study = optuna.create_study(storage=store, study_name="s")
     for weight in range(TRIALS - 1):
         params, space = {"a": weight / 10}, {"a": FloatDistribution(0.0, 1.0)}
@@ -44,7 +42,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     study.ask({"a": FloatDistribution(0.0, 1.0)})
     store.remove_session()
     store.engine.dispose()
-    return found
+    return url
 
 
 @pytest.fixture

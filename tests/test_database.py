@@ -1,24 +1,15 @@
 """Laws of the database room: what is refused and how it is told, and what connections get."""
 
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import create_engine, text
 
 from dem_opt.database import connect, masked, tune
 from dem_opt.errors import InputError
 
 SECRET = "hush"
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
-    is_local = request.param == "sqlite"
-    engine = connect(f"sqlite:///{tmp_path}/study.db" if is_local else request.getfixturevalue("postgres_url"))
-    yield engine
-    engine.dispose()
 
 
 @pytest.mark.parametrize(

@@ -25,14 +25,6 @@ NOBODY = 2**22 + 1
 """No system numbers its processes so high."""
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
-    is_local = request.param == "sqlite"
-    engine = connect(f"sqlite:///{tmp_path}/study.db" if is_local else request.getfixturevalue("postgres_url"))
-    yield engine
-    engine.dispose()
-
-
 @pytest.fixture
 def server(postgres_url: str) -> Iterator[Engine]:
     engine = connect(postgres_url)

@@ -4,7 +4,6 @@ import math
 import multiprocessing
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,21 +17,6 @@ from dem_opt.records import Composite, Score
 from dem_opt.simplex import UNIT
 
 SPAWN = multiprocessing.get_context("spawn")
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/study.db"
-    url: str = request.getfixturevalue("postgres_url")
-    return url
-
-
-@pytest.fixture
-def engine(url: str) -> Iterator[Engine]:
-    engine = connect(url)
-    yield engine
-    engine.dispose()
 
 
 @pytest.fixture

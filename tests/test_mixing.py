@@ -20,6 +20,7 @@ from dem_opt.costs import (
     Edited,
     Mixed,
     Mixing,
+    Start,
     curve,
     expected_best,
     forward_cost,
@@ -225,6 +226,20 @@ def edited(held_out: float, flops: float) -> Edited:
     return Edited("best", {"a": 1.0}, {SEARCH: 0.0, HELD_OUT: held_out}, {}, Cost(training_flops=flops), Cost())
 
 
+def against(composite: Edited, models: tuple[Mixed, ...], base: float = 5.0) -> Mixing:
+    return Mixing("s", {"a": 1.0}, 1, composite, models, Start({SEARCH: base, HELD_OUT: base}, {}))
+
+
+def test_what_a_composite_keeps_is_its_gain_over_the_best_mixture_s() -> None:
+    """A base of 5 nats, a composite of 4, a best mixture of 3; beside one that gains nothing it keeps nothing."""
+    models = (model(3.0, 3.0, 1.0), model(4.0, 4.0, 1.0))
+    found = against(edited(4.0, 1.0), models)
+    assert found.kept("all") == pytest.approx(0.5)
+    assert "gain over the base is 50% of that mixture's" in " ".join(verdict(found, *found.against))
+    worse = against(edited(4.0, 1.0), models, base=2.0)
+    assert math.isnan(worse.kept("all")) and "gain over" not in " ".join(verdict(worse, *worse.against))
+
+
 def test_equal_quality_and_equal_cost_are_read_off_the_curve() -> None:
     """Three mixtures of 10 operations: the best is expected at 3, 2 1/3 and 2 nats.
 
@@ -232,11 +247,11 @@ def test_equal_quality_and_equal_cost_are_read_off_the_curve() -> None:
     """
     models = tuple(model(nll, nll, 10.0) for nll in (3.0, 2.0, 4.0))
     assert [one.objective[HELD_OUT] for one in curve(models)] == pytest.approx([3, 7 / 3, 2])
-    (found,) = Mixing("s", {"a": 1.0}, 1, edited(2.5, 20.0), models, {}).against
+    (found,) = against(edited(2.5, 20.0), models).against
     assert (found.ratio, found.equal_quality, found.equal_ratio, found.equal_cost) == (1.5, 2, 1.0, 2)
-    (never,) = Mixing("s", {"a": 1.0}, 1, edited(1.0, 5.0), models, {}).against
+    (never,) = (whole := against(edited(1.0, 5.0), models)).against
     assert (never.equal_quality, never.equal_ratio, never.equal_cost) == (None, None, 0)
-    told = " ".join(verdict(never, edited(1.0, 5.0)))
+    told = " ".join(verdict(whole, never))
     assert "All 3 mixtures take 6.00 times" in told and "1.0000 nats per token worse" in told
     assert "no number of them" in told and "not one mixture" in told
 
