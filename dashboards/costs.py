@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from dashboards.look import color, finish, label, rgba
+from dashboards.look import OUTLINE, color, finish, label, rgba
 from dashboards.report import render_page
 from dashboards.tables import Table
 from dem_opt.costs import HELD_OUT, SEARCH, Against, Cost, Edited, Mixed, Mixing, Start, verdict
@@ -37,7 +37,7 @@ def quality_table(found: Mixing) -> Table:
 def _row(words: str, cost: Cost, scored: Start | Edited | Mixed, names: Sequence[str]) -> tuple[str, ...]:
     nll = scored.nll[HELD_OUT]
     objectives = (f"{scored.objective[split]:.4f}" for split in (SEARCH, HELD_OUT))
-    spent = (f"{cost.trained_tokens:,}", f"{cost.flops:.2e}", f"{cost.seconds:.0f}")
+    spent = (f"{cost.trained_tokens:,}", f"{cost.flops:.2e}" if cost.flops else "0", f"{cost.seconds:.0f}")
     return (words, *spent, *objectives, *(f"{nll[name]:.4f}" for name in names))
 
 
@@ -109,6 +109,8 @@ def mixing_figure(found: Mixing) -> go.Figure:
         marker={"color": color("simplex-gp"), "size": 12, "symbol": "diamond"},
         hovertemplate="%{x:.2e} FLOPs<br>%{y:.4f} nats per token<extra></extra>",
     )
+    base = round(found.base.objective[HELD_OUT], 6)
+    figure.add_hline(y=base, line={"color": OUTLINE, "width": 1, "dash": "dot"}, annotation_text="the base")
     figure.update_xaxes(title="floating-point operations of training and scoring (log scale)", type="log")
     figure.update_yaxes(title="NLL on the held-out split (nats per token)")
     reading = (
@@ -117,7 +119,8 @@ def mixing_figure(found: Mixing) -> go.Figure:
         "one reads the cost at equal quality, above and below it the quality at equal cost."
     )
     description = (
-        f"The composite scores {own.objective[HELD_OUT]:.4f} nats per token for {own.cost.flops:.2e} operations; "
+        f"The base scores {base:.4f} nats per token, the composite {own.objective[HELD_OUT]:.4f} for "
+        f"{own.cost.flops:.2e} operations; "
         f"{'; '.join(words)}."
     )
     return finish(figure, "Quality against cost", reading, description, 440)

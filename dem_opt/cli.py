@@ -11,7 +11,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from dem_opt import __version__, answers, showing, terminal, versus
-from dem_opt.errors import EvaluationError, InputError, OutageError
+from dem_opt.errors import EvaluationError, InputError, OutageError, TrainingError
 from dem_opt.interrupts import sigterm_as_ctrl_c
 from dem_opt.options import weights_of
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         terminal.complain(f"dem-opt: {error}")
         return MISTAKE
-    except EvaluationError as error:
+    except (EvaluationError, TrainingError) as error:
         terminal.complain(f"dem-opt: {error}")
         return OTHER
     except OutageError as error:

@@ -39,6 +39,10 @@ class EvaluationError(RuntimeError):
     """A composite could not be scored (a non-finite loss, say); the study goes on without it."""
 
 
+class TrainingError(RuntimeError):
+    """A model could not be trained (a loss that diverges, say); the others of the same command are."""
+
+
 class OutageError(RuntimeError):
     """What a study needs has been away for too long; nothing is lost, and the study goes on when it is run again."""
 

@@ -179,10 +179,8 @@ def _check_expert(
     untrained = distribution.train is not None and source.place is not None and not exists(source.place)
     if untrained:
         raise InputError(where, field, str(source.place), f"no such folder; `dem-opt train {where}` makes it")
+    check_origin(name, distribution, where)
     folder = locate(source, field)
-    if not exists(folder) and distribution.train is None:
-        mend = f"no such folder; name one that is there, or give distributions.{name}.train, so that it can be trained"
-        raise InputError(where, field, str(folder), mend)
     if kind == "adapter":
         if compressed:
             mend = f"{name} is an adapter, which is small as it is: write exact, or give checkpoints only"
@@ -193,6 +191,14 @@ def _check_expert(
     header = read_header(folder, field)
     check_fit(architecture, base, header)
     return header
+
+
+def check_origin(name: str, distribution: Distribution, where: object) -> None:
+    """Raise InputError for a distribution that has neither a checkpoint nor the data to train it from."""
+    kind, source = distribution.expert
+    if distribution.train is None and source.place is not None and not exists(source.place):
+        mend = f"no such folder; name one that is there, or give distributions.{name}.train, so that it can be trained"
+        raise InputError(where, f"distributions.{name}.{kind}", str(source.place), mend)
 
 
 def _check_gpus(config: StudyConfig, where: object) -> None:

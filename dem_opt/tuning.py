@@ -10,15 +10,19 @@ from typing import Any
 from dem_opt.config import StudyConfig
 from dem_opt.corpus import build_corpora
 from dem_opt.curves import Curves, Note
-from dem_opt.errors import InputError
+from dem_opt.errors import InputError, TrainingError
 from dem_opt.finetune import FineTuned, FineTuneJob, fine_tune, identity, is_wanted
 from dem_opt.hub import locate
 from dem_opt.lora import check_lora
 from dem_opt.observers import Observer
 from dem_opt.pool import Compute
+from dem_opt.sources import check_origin
 from dem_opt.steps import JOURNAL, read_journal
 from dem_opt.tokens import load_tokenizer
 from dem_opt.training import check_trainer
+
+FAULTS = (RuntimeError, OSError, MemoryError)
+"""What may go wrong in a training and is no fault of ours: it diverges, its process dies, memory or disk are full."""
 
 POLL = 1.0
 """Seconds between two looks at the journals of running jobs."""
@@ -30,12 +34,14 @@ STATES = 10
 def fine_tunings(config: StudyConfig, where: object) -> list[FineTuneJob]:
     """A job for each distribution that has training data; those of one run once.
 
-    Raises InputError for settings that the Trainer or peft does not know, and for two trainings of one folder.
+    Raises InputError for settings that the Trainer or peft does not know, for two trainings of one folder, and for a
+    distribution that has neither a checkpoint nor training data.
     """
     check_trainer(config.fine_tuning.trainer, where)
     base, jobs = locate(config.base, "base"), dict[Path, FineTuneJob]()
     for name, one in config.distributions.items():
         kind, source = one.expert
+        check_origin(name, one, where)
         if one.train is None or source.place is None:
             continue
         if kind == "adapter":
@@ -81,11 +87,12 @@ def train(
     """Do the jobs that are wanted, side by side as the cluster allows; by name what each gave.
 
     The CPUs are divided by the number of all jobs, done or not: a job has as many threads, and so the same bits,
-    whichever of the others are left.  Raises the first failure, after the others ended.
+    whichever of the others are left.  Raises the first failure, after the others ended: InputError, or TrainingError
+    for what went wrong at work.
     """
     wanted = [job for job in jobs if is_wanted(job)]
     done: dict[str, FineTuned] = {}
-    failures: list[Exception] = []
+    failures: list[tuple[FineTuneJob, Exception]] = []
     if not wanted:
         return done
     gpus = None if config.fine_tuning.gpus == "auto" else config.fine_tuning.gpus
@@ -93,7 +100,7 @@ def train(
         for job, result in compute.jobs(fine_tune, wanted, len(jobs), gpus):
             ended(job, result)
             if isinstance(result, Exception):
-                failures.append(result)
+                failures.append((job, result))
                 observer.milestone(f"{job.name}: not trained: {result}")
             else:
                 done[job.name] = result
@@ -101,8 +108,10 @@ def train(
                     f"{job.name}: {result.steps} steps in {result.seconds:.0f} s, "
                     f"training loss {result.first_loss:.3f} to {result.last_loss:.3f} nats per token"
                 )
-    if failures:
-        raise failures[0]
+    for job, failure in failures:
+        if isinstance(failure, FAULTS):
+            raise TrainingError(f"{job.name}: not trained: {failure}") from failure
+        raise failure
     return done
 
 

@@ -75,6 +75,13 @@ def test_jobs_come_back_once_and_one_that_fails_stops_no_other(compute):
     assert isinstance(results[13], InputError) and "unlucky" in str(results[13])
 
 
+def test_a_job_whose_process_dies_stops_no_other(ray_session):
+    with RayCompute(Settings()) as compute:
+        results = dict(compute.jobs(workers.die, [1, 13]))
+    assert results[1] == 1
+    assert isinstance(results[13], RuntimeError) and str(results[13]).startswith("its process ended (")
+
+
 @pytest.mark.parametrize(("parts", "threads"), [(1, 2), (2, 1), (5, 1)])
 def test_a_jobs_threads_depend_on_the_parts_and_not_on_how_many_jobs_are_left(ray_session, parts, threads):
     with RayCompute(Settings()) as compute:

@@ -5,11 +5,13 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dem_opt.adapters import read_adapter
+from dem_opt.cli import main
 from dem_opt.config import DataFile, load
 from dem_opt.corpus import build_corpora
 from dem_opt.errors import InputError
@@ -288,7 +291,7 @@ def test_a_lora_argument_that_peft_does_not_know(tmp_path: Path) -> None:
         train(path)
 
 
-def test_one_that_diverges_fails_alone(tmp_path: Path) -> None:
+def test_one_with_too_little_data_fails_alone(tmp_path: Path) -> None:
     """The other is trained; run again, only the one that failed is tried."""
     path = training_study(tmp_path)
     content = yaml.safe_load(path.read_text())
@@ -307,11 +310,29 @@ def test_a_learning_rate_that_diverges_is_named(job: FineTuneJob) -> None:
     assert list(job.out.parent.iterdir()) == []
 
 
-def test_a_distribution_with_neither_checkpoint_nor_data_is_named(tmp_path: Path) -> None:
+def test_trainings_that_diverge_are_told_in_one_line_and_leave_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By their names; the status is that of work which could not be done."""
+    monkeypatch.setattr("dem_opt.study.RayCompute", lambda settings: InProcessCompute())
+    diverging = {"steps": STEPS_OF_A_JOB, "batch_size": 4, "learning_rate": 1e30}
+    path = training_study(tmp_path, fine_tuning=diverging)
+    assert main(["train", "--quiet", str(path)]) == 1
+    assert re.fullmatch(
+        r"dem-opt: code: not trained: training loss is (nan|inf) at step \d+: lower learning_rate \(now 1e\+30\)\n",
+        capsys.readouterr().err,
+    )
+    assert not (tmp_path / "trained/code").exists() and not (tmp_path / "trained/math").exists()
+
+
+@pytest.mark.parametrize("begin", [train, lambda path: gather(load(path), path)], ids=["train", "run"])
+def test_a_distribution_with_neither_checkpoint_nor_data_is_named(
+    tmp_path: Path, begin: Callable[[Path], object]
+) -> None:
     path = worlds.study(tmp_path)
     shutil.rmtree(tmp_path / "models/code")
     with pytest.raises(InputError, match=r"distributions.code.checkpoint = .*give distributions.code.train"):
-        gather(load(path), path)
+        begin(path)
 
 
 def test_conversations_need_a_chat_template(job: FineTuneJob, tmp_path: Path) -> None:

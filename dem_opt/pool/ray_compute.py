@@ -73,7 +73,7 @@ class RayCompute:
     def jobs(
         self, function: Callable[[Job], Result], jobs: Sequence[Job], parts: int = 0, gpus: int | None = None
     ) -> Iterator[tuple[Job, Result | Exception]]:
-        """Jobs as Ray tasks, which wait for what they ask for.
+        """Jobs as Ray tasks, which wait for what they ask for; one whose process ends twice is a RuntimeError.
 
         Raises InputError where the cluster has not the GPUs of one job.
         """
@@ -93,7 +93,7 @@ class RayCompute:
             except ray.exceptions.RayTaskError as error:
                 yield job, error.cause
             except ray.exceptions.RayError as error:
-                yield job, error
+                yield job, RuntimeError(f"its process ended ({first_line(error)})")
 
     def _connect(self, address: str) -> None:
         for name, value in SETTINGS.items():
