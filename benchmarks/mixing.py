@@ -4,11 +4,8 @@ Bases of the quickstart's shape, which have learnt for 240, 960 and 3,840 steps 
 fine-tuned on the four distributions with two learning rates.  For each, Bayesian optimization finds the best composite,
 and models are trained on mixtures of the same data: equal parts, and twice as much of one as of each other.  They get
 as many tokens as one fine-tune, and as all four together.  Printed are means over the four distributions on the
-held-out split (nats per token), and what the composite keeps of what a mixture gains over the base,
-
-    (base - composite) / (base - mixture) ,
-
-where the mixture is the best of its budget, chosen on the search split.  What is finished in FOLDER is not made again.
+held-out split (nats per token), and the composite minus the best mixture of each budget, which is chosen on the search
+split: below 0 where merging is ahead.  What is finished in FOLDER is not made again.
 """
 
 import argparse
@@ -40,7 +37,6 @@ class Found:
     base: float
     composite: float
     mixtures: dict[str, float]
-    kept: dict[str, float]
 
 
 class Telling(Silence):
@@ -90,7 +86,6 @@ def measure(folder: Path, steps: int, rate: float) -> Found:
         mixing.base.objective[HELD_OUT],
         mixing.edited.objective[HELD_OUT],
         {one.budget: mixing.best(one.budget).objective[HELD_OUT] for one in mixing.against},
-        {one.budget: mixing.kept(one.budget) for one in mixing.against},
     )
 
 
@@ -105,10 +100,12 @@ def main() -> None:
         for rate in RATES:
             print(f"a base of {steps} steps, fine-tuned with {rate:g}", flush=True)
             found.append(measure(given.folder.resolve(), steps, rate))
-    print("\n| base's steps | learning rate | base | composite | mixture, one | kept | mixture, all | kept |")
+    print("\n| base's steps | learning rate | base | composite | tokens of one | minus it | tokens of all | minus it |")
     print("|---|---|---|---|---|---|---|---|")
     for one in found:
-        against = " | ".join(f"{one.mixtures[name]:.4f} | {one.kept[name]:.0%}" for name in ("one", "all"))
+        against = " | ".join(
+            f"{nll:.4f} | {one.composite - nll:+.4f}" for nll in (one.mixtures["one"], one.mixtures["all"])
+        )
         print(f"| {one.steps} | {one.rate:g} | {one.base:.4f} | {one.composite:.4f} | {against} |")
     print(json.dumps([asdict(one) for one in found]))
 

@@ -189,7 +189,8 @@ def _train(given: argparse.Namespace) -> None:
     if given.json:
         terminal.say_json({name: asdict(one) for name, one in made.items()})
         return
-    terminal.say(f"{len(made)} checkpoints trained." if made else "Every distribution has its checkpoint.")
+    trained = f"{len(made)} checkpoint{'s' if len(made) > 1 else ''} trained."
+    terminal.say(trained if made else "Every distribution has its checkpoint.")
 
 
 def _run(given: argparse.Namespace) -> None:
