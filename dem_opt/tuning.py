@@ -108,11 +108,12 @@ def train(
                     f"{job.name}: {result.steps} steps in {result.seconds:.0f} s, "
                     f"training loss {result.first_loss:.3f} to {result.last_loss:.3f} nats per token"
                 )
-    for job, failure in failures:
-        if isinstance(failure, FAULTS):
-            raise TrainingError(f"{job.name}: not trained: {failure}") from failure
-        raise failure
-    return done
+    if not failures:
+        return done
+    job, failure = failures[0]
+    if isinstance(failure, FAULTS):
+        raise TrainingError(f"{job.name}: not trained: {failure}") from failure
+    raise failure
 
 
 @contextmanager
