@@ -86,9 +86,14 @@ def label(name: str, length: int = 22) -> str:
     return escape(shorten(name, length), quote=False).replace("$", "&#36;")
 
 
+def is_base(coefficients: Coefficients) -> bool:
+    """Whether no vector is added."""
+    return not any(coefficients.units.values())
+
+
 def told(coefficients: Coefficients | None) -> str:
     """Coefficients above 0 in one line of plain text."""
-    if coefficients is None or not any(coefficients.units.values()):
+    if coefficients is None or is_base(coefficients):
         return "the base alone"
     return ", ".join(f"{shorten(name, 16)} {weight:.3f}" for name, weight in coefficients.weights.items() if weight)
 

@@ -17,6 +17,7 @@ from dashboards.look import (
     WINNER,
     color,
     finish,
+    is_base,
     label,
     objective_words,
     proportions,
@@ -52,7 +53,7 @@ def simplex_map(summary: Summary) -> go.Figure:
     drawn = sum(map(len, shown.values()))
     scored = sum(record.objective is not None for records in summary.trials.values() for record in records)
     where = "at its coefficient" if count <= 2 else "nearer to a corner the more it has of that distribution"
-    if count > 2 and any(_is_base(record.coefficients) for trials in shown.values() for _, record in trials):
+    if count > 2 and any(is_base(record.coefficients) for trials in shown.values() for _, record in trials):
         where += " (the base, which has none, in the middle)"
     reading = (
         f"{drawn} of {scored} scored trials, each {where}; open ones were stopped early and show an estimate; "
@@ -72,10 +73,6 @@ def barycentric(
     parts_RK = np.array([[proportions(each)[name] for name in names] for each in coefficients]).reshape(-1, len(names))
     points_R2: NDArray[np.float64] = parts_RK @ corners_K2
     return points_R2.round(4)
-
-
-def _is_base(coefficients: Coefficients) -> bool:
-    return not any(coefficients.units.values())
 
 
 def _draw_line(figure: go.Figure, summary: Summary, shown: Shown) -> None:

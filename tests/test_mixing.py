@@ -11,6 +11,7 @@ import worlds
 import yaml
 from mlflow.tracking import MlflowClient
 
+from dashboards.costs import mixing_figure, quality_table
 from dem_opt.cli import main
 from dem_opt.config import load
 from dem_opt.costs import (
@@ -139,6 +140,15 @@ def test_the_command_prints_every_ratio_with_its_number_of_mixtures(
     assert told["against"][0]["ratio"] == found.against[0].ratio
     page = (load(path).output / "mixing.html").read_text(encoding="utf-8")
     assert "Quality against cost" in page
+
+
+def test_the_base_costs_nothing_and_is_drawn(mixed: tuple[Path, Mixing]) -> None:
+    _, found = mixed
+    objectives = [f"{found.base.objective[split]:.4f}" for split in (SEARCH, HELD_OUT)]
+    each = [f"{found.base.nll[HELD_OUT][name]:.4f}" for name in found.weights]
+    assert quality_table(found).rows[0] == ("base", "0", "0", "0", *objectives, *each)
+    (line,) = mixing_figure(found).layout.shapes
+    assert line.y0 == line.y1 == pytest.approx(found.base.objective[HELD_OUT], abs=1e-6)
 
 
 @pytest.mark.parametrize(
