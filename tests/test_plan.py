@@ -1,4 +1,4 @@
-"""Laws of the plan: its bytes are those of the tensors, its passes those of a resident, and a check changes nothing."""
+"""Laws of the plan: its bytes are those of the tensors, its passes those of a resident."""
 
 import json
 import shutil
@@ -18,13 +18,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from dem_opt import models
 from dem_opt.arena import Arena
 from dem_opt.check import check
-from dem_opt.checkpoints import content_hash, known_content, read_header
+from dem_opt.checkpoints import content_hash, read_header
 from dem_opt.cli import main
 from dem_opt.config import Compute, StudyConfig, load
-from dem_opt.database import connect
 from dem_opt.errors import InputError
 from dem_opt.heads import find_head, nll, rows_at_once
-from dem_opt.ledger import Ledger, StudyRow
 from dem_opt.machine import Machine, Speed, this_machine
 from dem_opt.models import Architecture, describe, empty_model, read_architecture
 from dem_opt.passes import Widths, activation_bytes, flops_per_token, gradient_bytes, head_bytes, read_widths
@@ -32,9 +30,9 @@ from dem_opt.perplexity import reading
 from dem_opt.plan import BATCH_TOKENS, PACE, Plan, make_plan, refuse_too_large, residents_asked, sized
 from dem_opt.pool.placement import share
 from dem_opt.question import SEARCH
-from dem_opt.records import Composite, Request, Score, StoredModel
+from dem_opt.records import Composite, Request, StoredModel
 from dem_opt.resident import Resident
-from dem_opt.sources import check_files, gather, tell_twins
+from dem_opt.sources import check_files, gather
 
 LAPTOP = Machine("cpu", 1, 16 * 10**9, 12 * 10**9)
 GPUS = Machine("cuda", 4, 80 * 10**9, 79 * 10**9)
@@ -65,11 +63,6 @@ def plan_of(config: StudyConfig, machine: Machine = LAPTOP) -> Plan:
     files = check_files(config, "study.yaml")
     model = json.loads((config.base.path / "config.json").read_text())
     return make_plan(files.architecture, files.headers, model, config, machine)
-
-
-def listing(folder: Path) -> dict[Path, bytes]:
-    """Everything below a folder, files with what is in them."""
-    return {path: path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
 
 
 def save_models(folder: Path, names: list[str], dtype: torch.dtype, tied: bool) -> LlamaConfig:
@@ -406,96 +399,6 @@ def test_seconds_are_flops_and_bytes_or_what_was_measured(template):
     assert plan.seconds(Speed("", 0.0, 0.0, 0.25)) == 0.25 * plan.tokens
     on_gpus = plan_of(load(template / "study.yaml"), GPUS)
     assert on_gpus.seconds(Speed("", 0.0, 0.0, 0.25)) == 0.25 * plan.tokens / 4
-
-
-def test_a_check_uses_what_the_ledger_has_measured(world):
-    config = load(world / "study.yaml")
-    question = gather(config, "study.yaml").question()
-    engine = connect(config.storage)
-    ledger = Ledger(engine)
-    ledger.enter_study(StudyRow(config.name, 1, question.scored(), question.asked()))
-    scores = {key: Score((1.0,), (1,)) for key in question.keys(SEARCH)}
-    ledger.record(Composite.single(question.base), scores, question.scoring, 100, 50.0)
-    engine.dispose()
-    found = check(config, "study.yaml")
-    assert found.speed.token_seconds == 0.5 and found.seconds == 0.5 * found.plan.tokens
-
-
-@pytest.mark.parametrize("was_run", [False, True])
-def test_a_check_writes_nothing(world, capsys, was_run):
-    if was_run:
-        engine = connect(f"sqlite:///{world}/runs/tiny/study.db")
-        Ledger(engine)
-        engine.dispose()
-    before = listing(world)
-    assert main(["check", str(world / "study.yaml")]) == 0
-    assert listing(world) == before
-    told = capsys.readouterr().out
-    assert "fit together" in told and len(told.splitlines()) <= 50
-    assert main(["check", str(world / "study.yaml"), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["plan"]["resident"] > found["plan"]["stored"] > 0 and len(found["checkpoints"]) == 4
-    assert "merge kernel" in found["kernel"] and found["kernel"][1:] in told
-
-
-@pytest.mark.parametrize("command", ["check", "run", "compare", "score"])
-def test_a_study_too_large_for_this_machine_is_refused_before_it_loads(world, capsys, monkeypatch, command):
-    monkeypatch.setattr("dem_opt.sources.this_machine", lambda: Machine("cpu", 1, 10**8, 10**7))
-    monkeypatch.setattr("dem_opt.sources.content_hash", lambda *_: pytest.fail("read before it was refused"))
-    before = listing(world)
-    more = ["--weights", "code=1"] if command == "score" else []
-    assert main([command, str(world / "study.yaml"), *more]) == 2
-    told = capsys.readouterr().err
-    assert "compute.residents = 1" in told and "are available" in told and told.count("\n") == 1
-    assert listing(world) == before
-
-
-def test_a_merge_holds_no_resident_and_is_not_refused(world, monkeypatch):
-    monkeypatch.setattr("dem_opt.sources.this_machine", lambda: Machine("cpu", 1, 10**8, 10**7))
-    assert main(["merge", str(world / "study.yaml"), "--weights", "code=1", "--out", str(world / "out")]) == 0
-
-
-def test_content_is_known_once_it_was_hashed(world):
-    header = read_header(world / "models/code", "checkpoint")
-    assert known_content(header) is None
-    content = content_hash(header.folder)
-    assert known_content(header) == content
-
-
-def test_twins_are_named(world):
-    assert tell_twins({"base": "x", "a": "y", "b": "z"}) == []
-    assert tell_twins({"base": "x", "a": "x"}) == ["a is identical to the base: its distribution vector is zero"]
-    (told,) = tell_twins({"base": "x", "a": "y", "b": "y"})
-    assert "b and a have the same weights" in told
-    shutil.rmtree(world / "models/math")
-    shutil.copytree(world / "models/base", world / "models/math")
-    sources = gather(load(world / "study.yaml"), "study.yaml")
-    assert sources.warnings() == ["math is identical to the base: its distribution vector is zero"]
-    found = check(load(world / "study.yaml"), "study.yaml")
-    assert found.warnings == tuple(sources.warnings()) and found.unhashed == 0
-
-
-def test_another_tokenizer_is_told(world):
-    file = world / "models/math/tokenizer.json"
-    state = json.loads(file.read_text())
-    file.write_text(json.dumps(state | {"truncation": {"max_length": 8}}))
-    assert check(load(world / "study.yaml"), "study.yaml").warnings == ()
-    file.write_text(json.dumps(state | {"pre_tokenizer": None}))
-    (told,) = check(load(world / "study.yaml"), "study.yaml").warnings
-    assert told.startswith("math has another tokenizer")
-
-
-def test_tracking_that_can_not_be_reached_is_a_warning(world):
-    config = configured(world, tracking={"uri": "http://127.0.0.1:9"})
-    found = check(config, "study.yaml")
-    assert "can't be reached" in found.tracking and len(found.warnings) == 1
-
-
-def test_a_file_that_is_no_database_is_refused(world):
-    (world / "runs/tiny").mkdir(parents=True)
-    (world / "runs/tiny/study.db").write_text("not a database, but a text")
-    with pytest.raises(InputError, match="can't be used as a database"):
-        check(load(world / "study.yaml"), "study.yaml")
 
 
 def test_memory_is_what_the_system_says():
