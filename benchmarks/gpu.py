@@ -268,6 +268,9 @@ def loads(clock: Clock, most: float) -> Iterator[Load]:
 
 def show(title: str, rows: list, columns: dict[str, str]) -> None:
     """A table of dataclasses: attributes, and how each is written."""
+    if not rows:
+        print(f"\n{title}\nleft out: no time or memory for it")
+        return
     print(f"\n{title}\n" + "  ".join(f"{column:>13}" for column in columns))
     for row in rows:
         print("  ".join(f"{format(getattr(row, column), how):>13}" for column, how in columns.items()))
