@@ -13,8 +13,8 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from dem_opt.config import Search
-from dem_opt.samplers import make_sampler
-from dem_opt.samplers.history import ATTRIBUTES, Trial, distributions, parameters
+from dem_opt.search.samplers import make_sampler
+from dem_opt.search.samplers.history import ATTRIBUTES, Trial, distributions, parameters
 from dem_opt.simplex import Coefficients, Space
 
 SPACE = Space(tuple("abcdefgh"))

@@ -24,14 +24,14 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from dem_opt.arena import MergeKernel
-from dem_opt.checkpoints import content_hash
-from dem_opt.heads import find_head
-from dem_opt.models import silence_transformers
-from dem_opt.perplexity import prepare, score
-from dem_opt.records import Composite, Corpus, Request, ResidentSpec, StoredModel, Windows
-from dem_opt.resident import Resident
+from dem_opt.checkpoints.architecture import silence_transformers
+from dem_opt.checkpoints.files import content_hash
+from dem_opt.evaluation.lm_head import find_head
+from dem_opt.evaluation.nll import prepare, score
+from dem_opt.evaluation.worker import Resident
+from dem_opt.merging.merged_model import MergeKernel
 from dem_opt.simplex import UNIT
+from dem_opt.types import Composite, Corpus, Request, ResidentSpec, StoredModel, Windows
 
 SIZES = (10e6, 100e6, 1e9, 3e9, 7e9, 13e9)
 COUNTS = (2, 4, 8)

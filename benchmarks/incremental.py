@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from landscapes import Landscape, Tune, make_landscape
 
+from dem_opt.compute import InProcessCompute
 from dem_opt.observers import Silence
-from dem_opt.pool import InProcessCompute
-from dem_opt.records import TrialRecord
 from dem_opt.study import Study
+from dem_opt.types import TrialRecord
 
 LEVELS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 TRIALS, LONG = 40, 60

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import yaml
 
-from dem_opt.assets import QUICKSTART, make_assets
 from dem_opt.config import DataFile
-from dem_opt.finetune import FineTuneJob, fine_tune
+from dem_opt.training.fine_tune import FineTuneJob, fine_tune
+from dem_opt.workflows.quickstart import QUICKSTART, make_assets
 
 FOUR = ("code", "math", "prose", "records")
 

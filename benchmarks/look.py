@@ -20,13 +20,13 @@ from urllib.request import Request, urlopen
 
 from trial import SHAPES, make_study
 
-from dashboards import launcher
+from dem_opt.checkpoints.architecture import silence_transformers
+from dem_opt.compute import RayCompute
 from dem_opt.config import load
-from dem_opt.models import silence_transformers
+from dem_opt.dashboards import servers
 from dem_opt.observers import Silence
-from dem_opt.pool import RayCompute
-from dem_opt.records import TrialRecord
 from dem_opt.study import Study
+from dem_opt.types import TrialRecord
 
 BLOCK, EDGE = 6, 2
 """Trials of a block; those at its beginning that are not counted."""
@@ -36,7 +36,7 @@ BLOCK, EDGE = 6, 2
 class Poll:
     """Asks both servers once a second while `on`; a context."""
 
-    addresses: launcher.Addresses
+    addresses: servers.Addresses
     on: Event = field(default_factory=Event)
     ended: Event = field(default_factory=Event)
     seconds: list[float] = field(default_factory=list)
@@ -90,7 +90,7 @@ class Watch(Silence):
         self.records.append(record)
         if self.poll is None:
             config = load(self.path)
-            self._servers = launcher.running(config.storage, config.tracking.uri)
+            self._servers = servers.running(config.storage, config.tracking.uri)
             self.poll = Poll(self._servers.__enter__()).__enter__()
         (self.poll.on.set if done // BLOCK % 2 else self.poll.on.clear)()
 

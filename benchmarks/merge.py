@@ -27,13 +27,13 @@ import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from dem_opt.arena import Arena
-from dem_opt.checkpoints import content_hash
-from dem_opt.kernel import MergeKernel, told
-from dem_opt.machine import this_machine
-from dem_opt.models import empty_model, silence_transformers
-from dem_opt.records import Composite, StoredModel
+from dem_opt.checkpoints.architecture import empty_model, silence_transformers
+from dem_opt.checkpoints.files import content_hash
+from dem_opt.merging.kernel import MergeKernel, told
+from dem_opt.merging.merged_model import Arena
+from dem_opt.planning.hardware import this_machine
 from dem_opt.simplex import UNIT
+from dem_opt.types import Composite, StoredModel
 
 COUNTS = (2, 4, 8)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

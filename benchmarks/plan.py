@@ -22,15 +22,15 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dem_opt.check import check
-from dem_opt.checkpoints import content_hash
+from dem_opt.checkpoints.architecture import read_architecture
+from dem_opt.checkpoints.files import content_hash
 from dem_opt.config import StudyConfig, load
-from dem_opt.machine import probe
-from dem_opt.models import read_architecture
-from dem_opt.records import Composite, Corpus, Request, ResidentSpec, StoredModel, Windows
-from dem_opt.resident import Resident
+from dem_opt.evaluation.worker import Resident
+from dem_opt.planning.hardware import probe
+from dem_opt.planning.inputs import Files, check_files
 from dem_opt.simplex import UNIT
-from dem_opt.sources import Files, check_files
+from dem_opt.types import Composite, Corpus, Request, ResidentSpec, StoredModel, Windows
+from dem_opt.workflows.check import check
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import worlds

@@ -25,24 +25,24 @@ from numpy.typing import NDArray
 from optuna.samplers import GPSampler
 
 from dem_opt import config
-from dem_opt.database import connect
-from dem_opt.driver import Driver
-from dem_opt.ledger import Ledger
-from dem_opt.looks import replay
+from dem_opt.compute import InProcessCompute
+from dem_opt.evaluation.looks import replay
+from dem_opt.evaluation.racing import Race
+from dem_opt.evaluation.worker import build
 from dem_opt.observers import Silence
-from dem_opt.pool import InProcessCompute
-from dem_opt.question import SEARCH, Question
-from dem_opt.racing import Race
-from dem_opt.records import Score, TrialRecord
-from dem_opt.resident import build
-from dem_opt.samplers.history import Trial
-from dem_opt.samplers.optuna_sampler import OptunaSampler
-from dem_opt.search import study_names
+from dem_opt.planning.inputs import gather
+from dem_opt.search.loop import Driver
+from dem_opt.search.optuna_study import study_names
+from dem_opt.search.samplers.history import Trial
+from dem_opt.search.samplers.optuna_sampler import OptunaSampler
+from dem_opt.search.trials import objectives, recall
 from dem_opt.simplex import Coefficients
-from dem_opt.sources import gather
+from dem_opt.storage.engine import connect
+from dem_opt.storage.identity import SEARCH, Question
+from dem_opt.storage.ledger import Ledger
 from dem_opt.study import Study
-from dem_opt.tracking import Records
-from dem_opt.trials import objectives, recall
+from dem_opt.tracking.tracker import Records
+from dem_opt.types import Score, TrialRecord
 
 SEEDS = 2
 MARKS = (10, 12, 16, 20, 24, 30, 40, 48)

@@ -28,22 +28,22 @@ import yaml
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dem_opt.analysis.utilization import usage_of
+from dem_opt.checkpoints.architecture import silence_transformers
+from dem_opt.compute import SETTINGS, InProcessPool, RayCompute
 from dem_opt.config import load
-from dem_opt.database import connect
-from dem_opt.driver import Driver
-from dem_opt.leases import holding
-from dem_opt.ledger import Ledger
-from dem_opt.mlflow_runs import MlflowRuns, Place
-from dem_opt.models import silence_transformers
+from dem_opt.evaluation.worker import Resident
 from dem_opt.observers import Silence
-from dem_opt.pool import SETTINGS, InProcessPool, RayCompute
-from dem_opt.records import Composite, Evaluation, Request, ResidentSpec, Score, TrialRecord
-from dem_opt.resident import Resident
-from dem_opt.search import Search
+from dem_opt.planning.inputs import gather
+from dem_opt.search.loop import Driver
+from dem_opt.search.optuna_study import Search
 from dem_opt.simplex import UNIT
-from dem_opt.sources import gather
+from dem_opt.storage.engine import connect
+from dem_opt.storage.leases import holding
+from dem_opt.storage.ledger import Ledger
 from dem_opt.study import Study
-from dem_opt.usage import usage_of
+from dem_opt.tracking.study_runs import MlflowRuns, Place
+from dem_opt.types import Composite, Evaluation, Request, ResidentSpec, Score, TrialRecord
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import worlds

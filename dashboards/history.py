@@ -4,9 +4,18 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from dashboards.look import MOST_POINTS, TIMES, UTILISATION, distribution_colors, finish, label, say_nothing, spread
-from dem_opt.records import Evaluation, Summary, TrialRecord
-from dem_opt.usage import usage_of
+from dem_opt.analysis.utilization import usage_of
+from dem_opt.dashboards.style import (
+    MOST_POINTS,
+    TIMES,
+    UTILISATION,
+    distribution_colors,
+    finish,
+    label,
+    say_nothing,
+    spread,
+)
+from dem_opt.types import Evaluation, Summary, TrialRecord
 
 BARS = 60
 """Bars of a figure at most: beyond them, each is the mean of several trials."""

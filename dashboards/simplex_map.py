@@ -8,8 +8,8 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from dashboards.belief import diamond, draw_belief
-from dashboards.look import (
+from dem_opt.analysis.regret import algorithm_of
+from dem_opt.dashboards.style import (
     MOST_POINTS,
     OUTLINE,
     SEQUENTIAL,
@@ -24,9 +24,9 @@ from dashboards.look import (
     spread,
     told,
 )
-from dem_opt.comparison import algorithm_of
-from dem_opt.records import Standing, Summary, TrialRecord
+from dem_opt.dashboards.surrogate_marks import diamond, draw_belief
 from dem_opt.simplex import Coefficients
+from dem_opt.types import Standing, Summary, TrialRecord
 
 Trial = tuple[str, TrialRecord]
 """A scored trial, and the run that it is of."""

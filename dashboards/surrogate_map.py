@@ -2,11 +2,11 @@
 
 import plotly.graph_objects as go
 
-from dashboards.belief import diamond, draw_belief
-from dashboards.look import finish, label, objective_words, told
-from dashboards.simplex_map import objective_axis
+from dem_opt.dashboards.simplex_map import objective_axis
+from dem_opt.dashboards.style import finish, label, objective_words, told
+from dem_opt.dashboards.surrogate_marks import diamond, draw_belief
 from dem_opt.insight import Surrogate
-from dem_opt.records import Summary
+from dem_opt.types import Summary
 
 
 def surrogate_map(summary: Summary, believed: Surrogate) -> go.Figure:

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import comb, exp
 
-from dashboards.look import ABSENT, told
-from dem_opt.comparison import Comparison, Regret, Row, compare
-from dem_opt.records import Margin, Standing, Summary
-from dem_opt.usage import usage_of
+from dem_opt.analysis.regret import Comparison, Regret, Row, compare
+from dem_opt.analysis.utilization import usage_of
+from dem_opt.dashboards.style import ABSENT, told
+from dem_opt.types import Margin, Standing, Summary
 
 SPLITS = {"search": "search split", "held_out": "held-out split"}
 """The splits, and what a reader calls them."""

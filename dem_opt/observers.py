@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from dem_opt.records import TrialRecord
+from dem_opt.types import TrialRecord
 
 
 class Observer(Protocol):

@@ -8,39 +8,39 @@ from pathlib import Path
 from typing import Self
 
 from dem_opt import config as study_file
-from dem_opt.card import texts
+from dem_opt.analysis.mixing_cost import Mixing
+from dem_opt.analysis.results import entries, left_out_entries, rescored, summarize, top_entries
+from dem_opt.analysis.reweighting import checked, reweighted
+from dem_opt.analysis.surrogate import surrogate_of
+from dem_opt.analysis.task_scores import TaskTable
+from dem_opt.analysis.vector_geometry import measure_once, recall_vectors
+from dem_opt.compute import Compute, RayCompute
 from dem_opt.config import StudyConfig
-from dem_opt.costs import Mixing
-from dem_opt.database import Engine, connect, is_there, masked
-from dem_opt.downstream import evaluate, wanted
-from dem_opt.driver import Driver
 from dem_opt.errors import InputError
-from dem_opt.export import Export, Scores, output_dtype, prove, prove_scores, write_composite
-from dem_opt.fidelity import known_cost, tell_cost
-from dem_opt.finetune import FineTuned
-from dem_opt.generations import enter
-from dem_opt.geometry import measure_once, recall_vectors
-from dem_opt.leases import Lease, holding, visiting
-from dem_opt.ledger import Ledger, StudyRow
-from dem_opt.mixing import mix, planned
+from dem_opt.evaluation.worker import build
+from dem_opt.export.model_card import texts
+from dem_opt.export.writer import Export, Scores, output_dtype, prove, prove_scores, write_composite
 from dem_opt.observers import Observer, Silence
-from dem_opt.outages import Patience
-from dem_opt.pool import Compute, RayCompute
-from dem_opt.provenance import compare_libraries, dossier, dossiers, facts, libraries, measures, place
-from dem_opt.question import SEARCH, SPLITS, Question
-from dem_opt.records import Composite, ResidentSpec, Standing, StoredModel, Summary, TrialRecord
-from dem_opt.resident import build
-from dem_opt.reweighting import checked, reweighted
-from dem_opt.runs import Runs, check_algorithms, run_names
-from dem_opt.search import Search
+from dem_opt.planning.inputs import Sources, gather
+from dem_opt.search.loop import Driver
+from dem_opt.search.optuna_study import Search
+from dem_opt.search.runs import Runs, check_algorithms, run_names
+from dem_opt.search.trials import finished, is_known, missing, objectives, recall
+from dem_opt.search.warm_start import enter
 from dem_opt.simplex import Coefficients
-from dem_opt.sources import Sources, gather
-from dem_opt.standings import entries, left_out_entries, rescored, summarize, top_entries
-from dem_opt.surrogate import surrogate_of
-from dem_opt.tasks import TaskTable
-from dem_opt.tracking import Board, Drivers, MlflowTracker, Tracker
-from dem_opt.trials import finished, is_known, missing, objectives, recall
-from dem_opt.tuning import fine_tunings, train
+from dem_opt.storage.engine import Engine, connect, is_there, masked
+from dem_opt.storage.identity import SEARCH, SPLITS, Question
+from dem_opt.storage.leases import Lease, holding, visiting
+from dem_opt.storage.ledger import Ledger, StudyRow
+from dem_opt.storage.retry import Patience
+from dem_opt.tracking.tracker import Board, Drivers, MlflowTracker, Tracker
+from dem_opt.training.fine_tune import FineTuned
+from dem_opt.types import Composite, ResidentSpec, Standing, StoredModel, Summary, TrialRecord
+from dem_opt.workflows.data_mixing import mix, planned
+from dem_opt.workflows.downstream import evaluate, wanted
+from dem_opt.workflows.fine_tuning import fine_tunings, train
+from dem_opt.workflows.int8_error import known_cost, tell_cost
+from dem_opt.workflows.provenance import compare_libraries, dossier, dossiers, facts, libraries, measures, place
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ import sys
 import time
 
 from dem_opt import study
-from dem_opt.cli import main
-from dem_opt.pool import InProcessCompute
-from dem_opt.resident import Resident
+from dem_opt.cli.main import main
+from dem_opt.compute import InProcessCompute
+from dem_opt.evaluation.worker import Resident
 
 if __name__ == "__main__":
     study.RayCompute = lambda settings: InProcessCompute()  # type: ignore[assignment,misc,return-value]

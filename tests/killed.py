@@ -20,10 +20,10 @@ import worlds
 from mlflow.tracking import MlflowClient
 
 from dem_opt import Study
-from dem_opt.ledger import Ledger
-from dem_opt.pool import InProcessCompute
-from dem_opt.resident import Resident
-from dem_opt.search import Search
+from dem_opt.compute import InProcessCompute
+from dem_opt.evaluation.worker import Resident
+from dem_opt.search.optuna_study import Search
+from dem_opt.storage.ledger import Ledger
 
 SEARCH = {"algorithm": "simplex-gp", "trials": 8, "seed": 3}
 BOUNDARIES: dict[str, tuple[Any, str, int]] = {

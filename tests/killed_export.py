@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from dem_opt import export
-from dem_opt.checkpoints import content_hash
-from dem_opt.records import Composite, StoredModel
+from dem_opt.checkpoints.files import content_hash
+from dem_opt.export import writer
 from dem_opt.simplex import UNIT
+from dem_opt.types import Composite, StoredModel
 
 POINTS = {"first file": ("save_file", 1), "last file": ("save_file", 2), "renaming": ("rename", 1)}
 
@@ -38,8 +38,8 @@ def write(point: str, base: StoredModel, stored: dict[str, StoredModel], composi
     if pid := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     name, calls = POINTS[point]
-    die_after(export if name == "save_file" else Path, name, calls)
-    export.write_composite(base, stored, composite, out, lambda written: {})
+    die_after(writer if name == "save_file" else Path, name, calls)
+    writer.write_composite(base, stored, composite, out, lambda written: {})
     os._exit(0)
 
 
@@ -49,7 +49,7 @@ def main(out: Path, paths: list[Path]) -> None:
     composite = Composite.of(dict(zip(contents, (UNIT // 2, UNIT // 4, UNIT // 4), strict=True)))
     stored = {content: StoredModel(path, content) for content, path in zip(contents, paths, strict=True)}
     size = sum(file.stat().st_size for file in paths[0].glob("*.safetensors"))
-    export.SHARD_BYTES = size * 2 // 3
+    writer.SHARD_BYTES = size * 2 // 3
     left = {}
     for point in POINTS:
         assert write(point, stored[contents[0]], stored, composite, out) == -signal.SIGKILL, point

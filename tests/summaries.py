@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from dem_opt.analysis.surrogate import surrogate_of
+from dem_opt.evaluation.objective import mean_nll
 from dem_opt.insight import Vectors
-from dem_opt.objective import mean_nll
-from dem_opt.records import Evaluation, Margin, Score, Standing, Summary, TrialRecord
 from dem_opt.simplex import UNIT, Coefficients, Space
-from dem_opt.surrogate import surrogate_of
+from dem_opt.types import Evaluation, Margin, Score, Standing, Summary, TrialRecord
 
 SPLITS = ("search", "held_out")
 RUNS = ("grid", "simplex-gp", "simplex-gp@1", "new")

@@ -17,7 +17,7 @@ import worlds
 import yaml
 from safetensors.torch import load_file, save_file
 
-from dem_opt.cli import main
+from dem_opt.cli.main import main
 
 HANG = 60
 """Seconds after which one part of these laws counts as hanging."""

@@ -30,17 +30,17 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from dem_opt.card import Ingredient, recipe
-from dem_opt.checkpoints import content_hash, read_header
+from dem_opt.checkpoints.architecture import check_base, load_model
+from dem_opt.checkpoints.files import content_hash, read_header
+from dem_opt.compute import InProcessCompute
 from dem_opt.errors import InputError
-from dem_opt.export import write_composite
-from dem_opt.models import check_base, load_model
+from dem_opt.evaluation.nll import prepare, score
+from dem_opt.export.model_card import Ingredient, recipe
+from dem_opt.export.writer import write_composite
 from dem_opt.observers import Silence
-from dem_opt.perplexity import prepare, score
-from dem_opt.pool import InProcessCompute
-from dem_opt.records import Composite, StoredModel, Windows
 from dem_opt.simplex import UNIT
 from dem_opt.study import Study
+from dem_opt.types import Composite, StoredModel, Windows
 
 INSTALL = "pip install -c constraints.txt -e '.[bench]'"
 needs_mergekit = pytest.mark.skipif(find_spec("mergekit") is None, reason=f"needs mergekit: {INSTALL}")

@@ -13,12 +13,12 @@ import worlds
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dem_opt.assets import ADDED, DISTRIBUTIONS, QUICKSTART, study_text
-from dem_opt.check import check
 from dem_opt.config import load
-from dem_opt.lora import check_lora
-from dem_opt.mixing import mixtures
-from dem_opt.training import Recipe, check_trainer
+from dem_opt.training.lora import check_lora
+from dem_opt.training.trainer import Recipe, check_trainer
+from dem_opt.workflows.check import check
+from dem_opt.workflows.data_mixing import mixtures
+from dem_opt.workflows.quickstart import ADDED, DISTRIBUTIONS, QUICKSTART, study_text
 
 STUDIES = sorted((Path(__file__).parents[1] / "studies").glob("*.yaml"))
 NAMES = [path.stem for path in STUDIES]

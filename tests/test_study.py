@@ -14,15 +14,15 @@ from pyarrow import parquet
 from transformers import AutoModelForCausalLM
 from untracked import nowhere
 
-from dem_opt.checkpoints import content_hash
+from dem_opt.checkpoints.files import content_hash
+from dem_opt.compute import InProcessCompute
 from dem_opt.config import load
 from dem_opt.errors import EvaluationError, InputError
+from dem_opt.evaluation.worker import Resident
 from dem_opt.observers import Silence
-from dem_opt.pool import InProcessCompute
-from dem_opt.question import SEARCH
-from dem_opt.resident import Resident
-from dem_opt.search import Search, study_names
-from dem_opt.sources import _check_window, gather
+from dem_opt.planning.inputs import _check_window, gather
+from dem_opt.search.optuna_study import Search, study_names
+from dem_opt.storage.identity import SEARCH
 from dem_opt.study import Study
 
 GRID = {"algorithm": "random", "trials": 5, "divisions": 4}
@@ -316,8 +316,8 @@ def test_the_winner_is_exported_proved_and_registered(tmp_path):
 
 
 def test_a_model_that_can_not_be_proved_leaves_nothing(tmp_path, untracked, monkeypatch):
-    from dem_opt import export as exports
     from dem_opt import study as studies
+    from dem_opt.export import writer as exports
 
     study = open_study(worlds.study(tmp_path, search=GRID))
     study.run()

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from dem_opt.records import TrialRecord
-from dem_opt.tracking import Dossier, Records
+from dem_opt.tracking.tracker import Dossier, Records
+from dem_opt.types import TrialRecord
 
 
 class Untracked:

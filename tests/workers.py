@@ -6,7 +6,7 @@ from pathlib import Path
 from time import sleep
 
 from dem_opt.errors import InputError
-from dem_opt.records import Evaluation, Request, ResidentSpec, Score
+from dem_opt.types import Evaluation, Request, ResidentSpec, Score
 
 
 class Echo:

@@ -13,7 +13,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dem_opt.models import silence_transformers
+from dem_opt.checkpoints.architecture import silence_transformers
 
 silence_transformers()
 

@@ -12,7 +12,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from dem_opt.models import silence_transformers
+from dem_opt.checkpoints.architecture import silence_transformers
 
 silence_transformers()
 

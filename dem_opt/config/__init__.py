@@ -28,9 +28,9 @@ from dem_opt.config.sections import (
     Tracking,
     from_here,
 )
+from dem_opt.config.yaml import read_yaml
 from dem_opt.errors import InputError, nearest
 from dem_opt.simplex import TOLERANCE, Space
-from dem_opt.strict_yaml import read_yaml
 
 __all__ = [
     "ALGORITHMS",

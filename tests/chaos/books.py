@@ -14,8 +14,8 @@ from counted import notes_of
 from mlflow.tracking import MlflowClient
 
 from dem_opt.config import StudyConfig, load
-from dem_opt.database import connect
-from dem_opt.ledger import Ledger
+from dem_opt.storage.engine import connect
+from dem_opt.storage.ledger import Ledger
 
 HERE = Path(__file__).parent
 

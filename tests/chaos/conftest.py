@@ -14,7 +14,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import books  # noqa: E402
 import worlds  # noqa: E402
 
-from dem_opt.pool import SETTINGS  # noqa: E402
+from dem_opt.compute import SETTINGS  # noqa: E402
 
 CPUS = 4
 """More than the machine may have: residents of tiny models."""

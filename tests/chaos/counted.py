@@ -4,8 +4,8 @@ import json
 import os
 from pathlib import Path
 
-from dem_opt.records import Evaluation, Request, ResidentSpec
-from dem_opt.resident import Resident
+from dem_opt.evaluation.worker import Resident
+from dem_opt.types import Evaluation, Request, ResidentSpec
 
 
 class Counted(Resident):

@@ -16,10 +16,12 @@ from counted import build
 from killed import after
 from mlflow.tracking import MlflowClient
 
-from dem_opt import cli, export, study
-from dem_opt.ledger import Ledger
-from dem_opt.pool.ray_pool import RayPool
-from dem_opt.search import Search
+from dem_opt import study
+from dem_opt.cli import main
+from dem_opt.compute.ray_pool import RayPool
+from dem_opt.export import writer
+from dem_opt.search.optuna_study import Search
+from dem_opt.storage.ledger import Ledger
 
 BOUNDARIES: dict[str, tuple[Any, str]] = {
     "mid-ask": (optuna.storages._CachedStorage, "set_trial_param"),
@@ -28,7 +30,7 @@ BOUNDARIES: dict[str, tuple[Any, str]] = {
     "told": (Search, "tell"),
     "MLflow run created": (MlflowClient, "create_run"),
     "MLflow run ended": (MlflowClient, "set_terminated"),
-    "export renamed": (export, "write_composite"),
+    "export renamed": (writer, "write_composite"),
 }
 
 
@@ -47,10 +49,10 @@ def arm(moment: str) -> None:
         owner, name = BOUNDARIES[boundary]
         after(owner, name, lambda call: die() if call == int(last) else None)
         if name == "write_composite":
-            study.write_composite = export.write_composite
+            study.write_composite = writer.write_composite
 
 
 if __name__ == "__main__":
     study.build = build
     arm(sys.argv[1])
-    sys.exit(cli.main(sys.argv[2:]))
+    sys.exit(main.main(sys.argv[2:]))

@@ -15,10 +15,10 @@ import pytest
 import workers
 from counted import notes_of
 
+from dem_opt.compute import RayCompute
 from dem_opt.config import Compute as Settings
 from dem_opt.errors import InputError
-from dem_opt.pool import RayCompute
-from dem_opt.records import Composite, Request, ResidentSpec, StoredModel
+from dem_opt.types import Composite, Request, ResidentSpec, StoredModel
 
 SLOW: dict[str, Any] = {"documents": 1000, "evaluation": {"window": 64, "windows": 200, "held_out": 4}}
 """A trial of some tenths of a second."""

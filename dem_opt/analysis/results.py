@@ -1,0 +1,255 @@
+"""Composites with their scores, ranked in the final table."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dem_opt.analysis.bootstrap import difference
+from dem_opt.evaluation.objective import Objective
+from dem_opt.search.trials import exceeded, is_known, objectives, recall
+from dem_opt.simplex import UNIT, Coefficients, Space
+from dem_opt.storage.identity import SEARCH, SPLITS, Question
+from dem_opt.storage.ledger import Ledger
+from dem_opt.types import Composite, Margin, Score, Standing, Summary, TrialRecord
+
+TOP = 5
+"""How many of the best composites of the search split are scored on the held-out split too."""
+
+APART = 0.01
+"""By how much some coefficient must differ for two composites to be listed both."""
+
+CARRIED_OVER = 10
+"""How many composites of an earlier generation a new one begins with where nothing is to be measured of them."""
+
+SCORED_ANEW = 6
+"""How many where each costs a pass over every new corpus."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A composite that gets a line of the table, and what it cost to find: seconds of its own where None."""
+
+    label: str
+    role: str
+    algorithm: str
+    coefficients: Coefficients | None
+    composite: Composite
+    evaluations: int = 1
+    seconds: float | None = None
+    forwards: float = 1.0
+    run: str = ""
+
+
+def entries(question: Question, trials: Mapping[str, Sequence[TrialRecord]]) -> list[Entry]:
+    """Base, single fine-tunes, uniform average and each algorithm's best, the best of these last.
+
+    Of several searches by one algorithm, the one that found the best.
+    """
+    space = question.space
+    baselines = [Entry("base", "base", "", None, Composite.single(question.base))]
+    for name, content in sorted(question.experts.items()):
+        alone = Coefficients(tuple((one, UNIT * (one == name)) for one in space.names))
+        baselines.append(Entry(name, "single", "", alone, Composite.single(content)))
+    if space.dimension > 1:
+        centroid = space.centroid()
+        baselines.append(Entry("uniform", "uniform", "", centroid, question.composite(centroid)))
+    found: dict[str, Entry] = {}
+    for name, told in sorted(trials.items(), key=lambda pair: _best_rank(pair[1]), reverse=True):
+        if best := best_of(told):
+            algorithm = name.partition("@")[0]
+            found.pop(algorithm, None)
+            found[algorithm] = _best_entry(question, name, best, told)
+    return baselines + list(found.values())
+
+
+def best_of(trials: Sequence[TrialRecord]) -> TrialRecord | None:
+    """The best of the whole trials: a partial one never wins."""
+    return min((trial for trial in trials if is_whole(trial)), key=lambda trial: trial.rank, default=None)
+
+
+def _best_rank(trials: Sequence[TrialRecord]) -> tuple[float, ...]:
+    best = best_of(trials)
+    return best.rank if best else ()
+
+
+def is_whole(trial: TrialRecord) -> bool:
+    """Whether a trial was scored on all windows."""
+    return trial.objective is not None and not trial.is_partial
+
+
+def _best_entry(question: Question, run: str, best: TrialRecord, told: Sequence[TrialRecord]) -> Entry:
+    scored = [trial for trial in told if trial.objective is not None]
+    costs = (trial.evaluation.merge_seconds + trial.evaluation.score_seconds + trial.propose_seconds for trial in told)
+    algorithm = run.partition("@")[0]
+    return Entry(
+        f"best of {algorithm}",
+        "best",
+        algorithm,
+        best.coefficients,
+        question.composite(best.coefficients),
+        len({trial.coefficients for trial in scored}),
+        sum(costs),
+        sum(trial.forwards for trial in scored),
+        run,
+    )
+
+
+def top_entries(question: Question, trials: Mapping[str, Sequence[TrialRecord]], most: int = TOP) -> list[Entry]:
+    """The best composites of the search split, whoever found them, the best first, and none like a better one."""
+    whole = [trial for told in trials.values() for trial in told if is_whole(trial)]
+    chosen: list[Coefficients] = []
+    for trial in sorted(whole, key=lambda trial: trial.rank):
+        if len(chosen) < most and not any(_alike(trial.coefficients, better) for better in chosen):
+            chosen.append(trial.coefficients)
+    return [
+        Entry(f"no. {place}", "top", "", point, question.composite(point))
+        for place, point in enumerate(chosen, start=1)
+    ]
+
+
+def left_out_entries(question: Question, winner: Entry) -> list[Entry]:
+    """The winner without each of the distributions that it has some of, where others are left, named by it.
+
+    The others keep their proportions and grow to the winner's total: what the distribution's data are worth to it.
+    They are composites like any other, though bounds may forbid them as a winner.
+    """
+    if winner.role != "best" or winner.coefficients is None:
+        return []
+    made = []
+    for name, units in winner.coefficients.items:
+        others = {other: count for other, count in winner.coefficients.items if other != name}
+        if units and (rest := sum(others.values())):
+            total = rest + units
+            grown = Space(tuple(others), total / UNIT).at(np.array([others[one] / rest for one in sorted(others)]))
+            point = Coefficients(tuple(sorted((grown.units | {name: 0}).items())))
+            made.append(Entry(name, "without", "", point, question.composite(point)))
+    return made
+
+
+def _alike(one: Coefficients, other: Coefficients) -> bool:
+    """Whether no coefficient differs by as much as APART."""
+    units = other.units
+    return all(abs(mine - units[name]) < APART * UNIT for name, mine in one.items)
+
+
+def summarize(
+    study: str,
+    ledger: Ledger,
+    question: Question,
+    trials: Mapping[str, Sequence[TrialRecord]],
+    facts: Mapping[str, str],
+    stopped: Mapping[str, str] | None = None,
+) -> Summary:
+    """All that the table, the figures and the report are made from.
+
+    While a study runs, what is not measured yet is left out: composites on the search split, scores on the other.
+    """
+    found = [entry for entry in entries(question, trials) if is_known(ledger, question, entry.composite, SEARCH)]
+    by_split = objectives(ledger, question)
+    standings = tuple(_standing(ledger, question, by_split, entry) for entry in found)
+    top = tuple(_standing(ledger, question, by_split, entry) for entry in top_entries(question, trials))
+    winner = standings[-1]
+    without = [
+        entry for entry in left_out_entries(question, found[-1]) if is_known(ledger, question, entry.composite, SEARCH)
+    ]
+    left_out = tuple(_standing(ledger, question, by_split, entry) for entry in without)
+    pairs = [(split, rival) for split in SPLITS for rival in standings[:-1]]
+    margins = tuple(
+        _margin(by_split[split], rival, winner, split)
+        for split, rival in pairs
+        if split in rival.objective and split in winner.objective
+    )
+    frozen = {algorithm: tuple(records) for algorithm, records in trials.items()}
+    return Summary(study, question.weights, standings, margins, frozen, facts, top, stopped, question.worst, left_out)
+
+
+def _standing(ledger: Ledger, question: Question, by_split: Mapping[str, Objective], entry: Entry) -> Standing:
+    known = [split for split in by_split if is_known(ledger, question, entry.composite, split)]
+    scores = {split: recall(ledger, question, entry.composite, split) for split in known}
+    one_pass = len(question.keys(SEARCH)) * question.windows(SEARCH) * int(question.settings["evaluation.window"])
+    return Standing(
+        label=entry.label,
+        role=entry.role,
+        algorithm=entry.algorithm,
+        coefficients=entry.coefficients,
+        scores=scores,
+        objective={split: by_split[split](scores[split]) for split in known},
+        evaluations=entry.evaluations,
+        forwards=entry.forwards,
+        forward_tokens=round(entry.forwards * one_pass),
+        seconds=ledger.seconds(entry.composite, question.keys(SEARCH), question.scoring)
+        if entry.seconds is None
+        else entry.seconds,
+        violation=exceeded(ledger, question, scores.get(SEARCH, {})),
+        run=entry.run,
+    )
+
+
+def rescored(
+    one: Standing, label: str, scores: Mapping[str, Mapping[str, Score]], by_split: Mapping[str, Objective]
+) -> Standing:
+    """A line for another form of the same composite, with the scores of that form."""
+    objective = {split: by_split[split](by_name) for split, by_name in scores.items()}
+    return replace(one, label=label, scores=scores, objective=objective)
+
+
+def _margin(objective: Objective, rival: Standing, winner: Standing, split: str) -> Margin:
+    gap = difference(rival.scores[split], winner.scores[split], objective)
+    return Margin(rival.label, split, gap.mean, gap.low, gap.high)
+
+
+def carried_over(ledger: Ledger, question: Question) -> list[Coefficients]:
+    """The best composites of the ledger that the question's space still contains, as its coefficients.
+
+    A composite of an earlier question is a point of this one where it uses no other checkpoint: the face w_new = 0
+    of a simplex that has grown, or what is left of one that has shrunk.  Those with the most corpora scored come
+    first, by their violation and objective over these (the mean, while regrets are not known).  Where corpora are
+    missing, only they are measured, on the best of those and on what is farthest from all that are chosen, by the
+    greatest difference of a coefficient: near the best, the old corpora tell little that is new.
+    """
+    space, names = question.space, {content: name for name, content in question.experts.items()}
+    objective = objectives(ledger, question).get(SEARCH, Objective(question.weights))
+    ranked = []
+    for composite in ledger.composites(question.scoring):
+        units = dict(composite.terms)
+        units.pop(question.base, None)
+        if units.keys() <= names.keys():
+            by_name = {names[content]: count for content, count in units.items()}
+            point = Coefficients(tuple((name, by_name.get(name, 0)) for name in space.names))
+            if not space.contains(point):
+                continue
+            scores = recall(ledger, question, composite, SEARCH)
+            weights = {name: question.weights[name] for name in scores}
+            if any(weights.values()):
+                over = exceeded(ledger, question, scores)
+                ranked.append((-len(scores), over, replace(objective, weights=weights)(scores), composite.key, point))
+    ranked.sort()
+    if not ranked or -ranked[0][0] == len(question.corpora[SEARCH]):
+        return [point for *_, point in ranked[:CARRIED_OVER]]
+    known = [point for scored, *_, point in ranked if scored == ranked[0][0]]
+    others = [point for scored, *_, point in ranked if scored != ranked[0][0]]
+    return (_apart(known, SCORED_ANEW) + others)[:SCORED_ANEW]
+
+
+def told_reuse(ledger: Ledger, question: Question, start: Sequence[Coefficients]) -> str:
+    """What a new generation has of the ones before, and why it holds."""
+    if not start:
+        return "nothing that is measured is a composite of it"
+    found = [recall(ledger, question, question.composite(point), SEARCH) for point in start]
+    held = [name for name in question.corpora[SEARCH] if all(name in scores for scores in found)]
+    new = [name for name in question.corpora[SEARCH] if name not in held]
+    why = (
+        f"with {len(start)} composites whose checkpoints and windows are the same, so scores on {', '.join(held)} hold"
+    )
+    return f"{why}; of these only {', '.join(new)} is scored" if new else f"{why}; none of these is scored again"
+
+
+def _apart(ranked: Sequence[Coefficients], most: int) -> list[Coefficients]:
+    """The first point, then one after the other the one farthest from those chosen, the first of equals."""
+    rest = np.array([[units for _, units in point.items] for point in ranked]).reshape(len(ranked), -1)
+    chosen, distance_N = list[int](), np.full(len(ranked), np.inf)
+    while len(chosen) < min(most, len(ranked)) and distance_N.max() > 0:
+        chosen.append(int(distance_N.argmax()))
+        distance_N = np.minimum(distance_N, np.abs(rest - rest[chosen[-1]]).max(axis=1))
+    return [ranked[place] for place in chosen]

@@ -1,0 +1,83 @@
+"""What a pool and its surroundings promise, whoever keeps it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, Self, TypeVar
+
+from dem_opt.errors import EvaluationError
+from dem_opt.types import Evaluation, Failure, Request, ResidentSpec
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+Done = tuple[Request, Evaluation | Failure]
+"""A request with its answer."""
+
+
+class Worker(Protocol):
+    """What a pool keeps many of: a resident."""
+
+    def evaluate(self, request: Request) -> Evaluation:
+        """Scores for a request; raises EvaluationError where there are none."""
+
+
+class Pool(Protocol):
+    """Takes requests and gives every one back once, with its answer."""
+
+    @property
+    def capacity(self) -> int:
+        """How many requests are worked on at once."""
+
+    def submit(self, request: Request) -> None:
+        """Take a request; returns at once."""
+
+    def next_done(self) -> Done | None:
+        """Wait for the next answer; None where a moment passed without one.  Only while a request is out."""
+
+    def withdraw(self) -> set[int]:
+        """Take back the requests that nobody works on yet; their tickets."""
+
+    def close(self) -> None:
+        """Let all residents go."""
+
+
+Build = Callable[[ResidentSpec], Worker]
+"""Makes a worker where it is to live."""
+
+Tell = Callable[[str], None]
+"""Takes a line for people."""
+
+
+class Compute(Protocol):
+    """Where residents and jobs live; a context, entered before use."""
+
+    def __enter__(self) -> Self:
+        """Be ready to start residents."""
+
+    def __exit__(self, *exception: object) -> None:
+        """Let go of what was started."""
+
+    @property
+    def device(self) -> str:
+        """The kind of device that residents get: "cpu" or "cuda"."""
+
+    def residents(self, build: Build, spec: ResidentSpec, tell: Tell) -> Pool:
+        """A pool of residents that are ready; `tell` hears of those that die or join."""
+
+    def jobs(
+        self, function: Callable[[Job], Result], jobs: Sequence[Job], parts: int = 0, gpus: int | None = None
+    ) -> Iterator[tuple[Job, Result | Exception]]:
+        """Run an importable function on every job; yields (job, result) as they end.
+
+        A job's exception is yielded in place of its result, so that the others go on.
+
+        parts  in how many parts the CPUs are divided, one for each job: the number of jobs unless given
+        gpus   GPUs of each job: one where there are any unless given
+        """
+
+
+def answer(worker: Worker, request: Request) -> Evaluation | Failure:
+    """What a worker answers; that a composite can't be scored is an answer too."""
+    try:
+        return worker.evaluate(request)
+    except EvaluationError as error:
+        return Failure(str(error))

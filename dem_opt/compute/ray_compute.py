@@ -1,0 +1,121 @@
+"""Ray: the one this process is connected to already, or one that is started or joined."""
+
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Self
+
+from dem_opt.compute.protocols import Build, Job, Pool, Result, Tell
+from dem_opt.compute.ray_pool import RayPool, first_line, import_ray
+from dem_opt.config import Compute as ComputeSettings
+from dem_opt.errors import InputError
+from dem_opt.types import ResidentSpec
+
+KNOCK = 5.0
+"""Seconds in which a cluster's address must answer."""
+
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",
+}
+"""Ray's environment where the user has not set it.
+
+No reports to anybody; its coming rule for tasks without a GPU; and residents as urgent as the driver: at Ray's niceness
+of 15 the driver's small work stalls the threads of a merge (64 ms against 6 for a million parameters on two cores).
+"""
+
+
+def _work(function: Callable[[Job], Result], threads: int, job: Job) -> Result:
+    """A job with its share of CPU threads, whatever the process did before: Ray uses processes again."""
+    import torch
+
+    torch.set_num_threads(threads)
+    return function(job)
+
+
+class RayCompute:
+    """Ray: the one this process is connected to already, or else `settings.ray`, left again at the end.
+
+    Ray's own answer to SIGTERM, to leave at once, gives way to what there was.
+    "local" starts a Ray on this machine, "auto" looks for this machine's cluster, anything else is an address.
+    """
+
+    def __init__(self, settings: ComputeSettings) -> None:
+        self._settings = settings
+        self._connected_here = False
+
+    def __enter__(self) -> Self:
+        ray = self._ray = import_ray()
+        if not ray.is_initialized():
+            self._connect(self._settings.ray)
+            self._connected_here = True
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._connected_here:
+            self._ray.shutdown()
+            self._connected_here = False
+
+    @property
+    def device(self) -> str:
+        """cuda where the cluster has a GPU."""
+        return "cuda" if self._ray.cluster_resources().get("GPU") else "cpu"
+
+    def residents(self, build: Build, spec: ResidentSpec, tell: Tell) -> Pool:
+        """Residents as actors."""
+        count = None if self._settings.residents == "auto" else self._settings.residents
+        return RayPool(build, spec, count, self._settings.patience, tell)
+
+    def jobs(
+        self, function: Callable[[Job], Result], jobs: Sequence[Job], parts: int = 0, gpus: int | None = None
+    ) -> Iterator[tuple[Job, Result | Exception]]:
+        """Jobs as Ray tasks, which wait for what they ask for; one whose process ends twice is a RuntimeError.
+
+        Raises InputError where the cluster has not the GPUs of one job.
+        """
+        ray, there = self._ray, self._ray.cluster_resources()
+        cpus = max(int(there.get("CPU", 1)) // max(parts or len(jobs), 1), 1)
+        asked = min(int(there.get("GPU", 0)), 1) if gpus is None else gpus
+        if asked > there.get("GPU", 0):
+            mend = f"the cluster has {there.get('GPU', 0):g} GPUs; ask for as many at most"
+            raise InputError(None, "fine_tuning.gpus", asked, mend)
+        task = ray.remote(_work).options(num_cpus=cpus, num_gpus=asked, max_retries=1)
+        running = {task.remote(function, cpus, job): job for job in jobs}
+        while running:
+            (done, *_), _ = ray.wait(list(running), num_returns=1)
+            job = running.pop(done)
+            try:
+                yield job, ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                yield job, error.cause
+            except ray.exceptions.RayError as error:
+                yield job, RuntimeError(f"its process ended ({first_line(error)})")
+
+    def _connect(self, address: str) -> None:
+        for name, value in SETTINGS.items():
+            os.environ.setdefault(name, value)
+        dashboard = {"include_dashboard": False} if address == "local" else {}
+        _knock(address)
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            self._ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **dashboard)
+        except (ConnectionError, ValueError) as error:
+            mend = f"no Ray answers there ({first_line(error)})"
+            raise InputError(None, "compute.ray", address, mend) from None
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+def _knock(address: str) -> None:
+    """Whether anything listens at HOST:PORT; Ray itself would try for minutes, and then end the process."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if not (host and port.isdecimal()):
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=KNOCK).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(None, "compute.ray", address, f"nothing listens there ({error})") from None

@@ -1,0 +1,338 @@
+"""The winner as a checkpoint folder, proved from disk."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dem_opt.checkpoints.adapters import content_of
+from dem_opt.checkpoints.architecture import (
+    Architecture,
+    load_model,
+    parameter_of,
+    read_architecture,
+    stored_dtypes,
+    stored_names,
+)
+from dem_opt.checkpoints.files import DTYPES, INDEX, WEIGHTS, Header, hash_tensors, read_header, read_tensors
+from dem_opt.errors import InputError, nearest
+from dem_opt.merging.merged_model import merged_tensors
+from dem_opt.progress import gauge
+from dem_opt.simplex import UNIT
+from dem_opt.types import Composite, Score, StoredModel
+
+MARKER = "dem_opt.json"
+"""The file of an exported folder that says what it was made from; a folder that has it may be written again."""
+
+SHARD_BYTES = 5 * 10**9
+"""Bytes of tensors in one weight file at most."""
+
+COPIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "additional_chat_templates",
+)
+"""What an export takes over from the base's folder, where the base has it."""
+
+
+SAME_SCORE = {"exact": 1e-5, "int8": 2e-2}
+"""Relative difference of NLL up to which an export agrees with its composite, by the stored form of the vectors: that
+of two float32 forward passes of one model; what int8 may cost before something else is wrong."""
+
+Scores = Mapping[str, Mapping[str, Score]]
+"""By split, then by distribution."""
+
+
+class ExportError(RuntimeError):
+    """What was read back from disk is not what was to be written."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """A composite on disk.
+
+    base     gave config, tokenizer and the form in which weights are stored
+    stored   checkpoints and adapters by content, those of the composite's terms
+    content  the content hash of the written weights
+    dtype    what all sums were rounded to; None where each was rounded to its base tensor's dtype
+    """
+
+    path: Path
+    base: StoredModel
+    stored: Mapping[str, StoredModel]
+    composite: Composite
+    content: str
+    dtype: torch.dtype | None = None
+
+
+def output_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype of a name such as "bfloat16".
+
+    Raises InputError for one that can't be written.
+    """
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+    if name is not None and name not in known:
+        raise InputError(None, "--dtype", name, nearest(name, known))
+    return known[name] if name else None
+
+
+def write_composite(
+    base: StoredModel,
+    stored: Mapping[str, StoredModel],
+    composite: Composite,
+    out: Path,
+    approve: Callable[[Export], Mapping[str, str]],
+    dtype: torch.dtype | None = None,
+) -> Export:
+    """Write a composite as a Hugging Face folder, whole and approved or not at all.
+
+    Weights are stored as the base stores them, in its dtypes, or all of them in `dtype`, to which the float32 sums
+    are rounded once; a single checkpoint keeps its own.  Config (but for its dtype), generation config, tokenizer
+    and stored buffers are the base's.  Tied weights are written once.  When `approve` has seen it and not raised,
+    the texts that it gives are written beside them by name, and the folder gets its own name, in the place of an
+    earlier export.
+
+    Raises InputError where `out` holds anything else or can't be written, where a checkpoint's content is no
+    longer what `stored` says, and where a weight is beyond the dtype's range.
+    """
+    out = out.absolute()
+    used = {content: stored[content] for content, _ in composite.terms}
+    _refuse(out, [base.path, *(model.path for model in used.values())])
+    for model in (base, *used.values()):
+        if content_of(model) != model.content:
+            raise InputError(model.path, None, None, "its weights have changed since they were scored; run again")
+    header = read_header(base.path, "base")
+    architecture = read_architecture(header)
+    declared = dtype or _own_dtype(architecture, base, used, composite)
+    written = Export(out, base, used, composite, "", dtype)
+    with _in_place_of(out) as partial:
+        with _told(out):
+            partial.mkdir(parents=True)
+            names = stored_names(architecture, header)
+            _refuse_full(out, partial, _size(header, names, declared))
+            _write_weights(partial, architecture, header, _plan(header, names, declared), written)
+            _copy(base.path, partial)
+            if declared is not None:
+                _declare(partial / "config.json", declared)
+        content = hash_tensors(read_header(partial, "export"))
+        with _told(out):
+            _write_json(partial / MARKER, _provenance(composite, content))
+        texts = approve(replace(written, path=partial, content=content))
+        with _told(out):
+            for name, text in texts.items():
+                (partial / name).write_text(text, encoding="utf-8")
+    return replace(written, content=content)
+
+
+def _own_dtype(
+    architecture: Architecture, base: StoredModel, used: Mapping[str, StoredModel], composite: Composite
+) -> torch.dtype | None:
+    """The dtype of a composite that is one checkpoint, where that is not the base's."""
+    if len(composite.terms) > 1 or base.content in used:
+        return None
+    (model,) = used.values()
+    dtypes = set(stored_dtypes(architecture, (model if model.base is None else base).path).values())
+    alike = dtypes == set(stored_dtypes(architecture, base.path).values())
+    return None if alike or len(dtypes) > 1 else dtypes.pop()
+
+
+def prove(export: Export) -> None:
+    """Compare every tensor on disk with a fresh merge, bit for bit, and load the folder through transformers.
+
+    What is loaded must be the stored tensors, but where transformers fuses several into one.  Raises ExportError
+    naming the first tensor that differs.
+    """
+    header, original = read_header(export.path, "export"), read_header(export.base.path, "base")
+    if hash_tensors(header) != export.content:
+        raise ExportError(f"{export.path}: its weights are not those that were written")
+    architecture = read_architecture(original)
+    names, parameters = stored_names(architecture, original), parameter_of(architecture, original)
+    fused = architecture.layout(original).fused
+    loaded = _loaded(architecture, export.path, header)
+    fresh = merged_tensors(architecture, export.base, export.stored, export.composite, names, export.dtype)
+    with gauge("comparing from disk", len(names), "tensors") as compared:
+        for (name, stored), (_, merged) in zip(read_tensors(header, names), fresh, strict=True):
+            if stored.dtype != merged.dtype or not _same_bits(stored, merged):
+                raise ExportError(f"{export.path}: {name} is not what was merged")
+            parameter = parameters[name]
+            if parameter not in fused and not _same_bits(loaded[parameter], merged):
+                raise ExportError(f"{export.path}: {parameter} does not load as it was merged")
+            compared(1)
+
+
+def _loaded(architecture: Architecture, folder: Path, header: Header) -> dict[str, Tensor]:
+    """The parameters of an exported folder as transformers loads them.
+
+    Raises ExportError where they are not the base's.
+    """
+    alike = len({tensor.dtype for tensor in header.tensors.values()}) == 1
+    model = load_model(folder, "auto" if alike else torch.float32)
+    loaded = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    if unlike := sorted(loaded.keys() ^ architecture.parameters.keys()):
+        raise ExportError(f"{folder}: does not load with the base's parameters: {unlike[0]}")
+    return loaded
+
+
+def prove_scores(again: Scores, scores: Scores, vectors: str) -> None:
+    """Raise ExportError where a written folder scores otherwise than its composite did.
+
+    With exact vectors the bits are the same, so the scores are, up to what another number of threads changes in float32
+    sums.  Compressed ones have an error.
+    """
+    pairs = [(split, name, score) for split, by_name in scores.items() for name, score in by_name.items()]
+    for split, name, score in pairs:
+        other = again[split][name]
+        if abs(other.nll - score.nll) > SAME_SCORE[vectors] * score.nll:
+            raise ExportError(
+                f"the exported model scores {other.nll!r} nats per token on {name}, {split}, the winner {score.nll!r}"
+            )
+
+
+def _refuse(out: Path, inputs: Sequence[Path]) -> None:
+    """Raise InputError where `out` holds something that is not to be replaced."""
+    if out.resolve() in {folder.resolve() for folder in inputs}:
+        raise InputError(out, None, None, "is one of the checkpoints to be merged: name another folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
+        raise InputError(out, None, None, "holds something that dem-opt did not export: name another folder")
+    if out.exists() and not out.is_dir():
+        raise InputError(out, None, None, "is a file: name a folder")
+
+
+def _refuse_full(out: Path, partial: Path, size: int) -> None:
+    """Raise InputError where the disk has no room for so many bytes of weights."""
+    free = shutil.disk_usage(partial).free
+    if free < size:
+        mend = f"needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: name another disk"
+        raise InputError(out, None, None, mend)
+
+
+@contextmanager
+def _told(out: Path) -> Iterator[None]:
+    """What the system refuses while writing, as an InputError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(out, None, None, f"can't be written ({reason})") from error
+
+
+@contextmanager
+def _in_place_of(out: Path) -> Iterator[Path]:
+    """The name of a folder beside `out` that takes its place when all went well, and is gone when not."""
+    partial, former = (out.with_name(f".{out.name}.{state}") for state in ("partial", "former"))
+    _settle(out, partial, former)
+    try:
+        yield partial
+        with _told(out):
+            if out.exists():
+                out.rename(former)
+            partial.rename(out)
+    finally:
+        _settle(out, partial, former)
+
+
+def _settle(out: Path, partial: Path, former: Path) -> None:
+    """Clear away what an export, or one that was killed, left; `out` comes back if it was moved for nothing."""
+    if former.is_dir() and not out.exists():
+        former.rename(out)
+    for folder in (partial, former):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _size(header: Header, names: Sequence[str], dtype: torch.dtype | None) -> int:
+    """Bytes of the named tensors in a dtype, their own unless one is given."""
+    stored = [header.tensors[name] for name in names]
+    return sum(prod(tensor.shape) * (dtype or DTYPES[tensor.dtype]).itemsize for tensor in stored)
+
+
+def _plan(header: Header, names: Sequence[str], dtype: torch.dtype | None) -> dict[str, list[str]]:
+    """The names that go into each weight file, in order."""
+    shards: list[list[str]] = [[]]
+    for name in names:
+        if shards[-1] and _size(header, [*shards[-1], name], dtype) > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(name)
+    if len(shards) == 1:
+        return {WEIGHTS: shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def _write_weights(
+    folder: Path, architecture: Architecture, base: Header, plan: Mapping[str, Sequence[str]], export: Export
+) -> None:
+    """Merge and write one weight file after the other, the base's buffers in the first, and the index of several."""
+    buffers = dict(read_tensors(base, architecture.layout(base).buffers.values()))
+    written: dict[str, str] = {}
+    total = 0
+    with gauge("merging and writing", sum(map(len, plan.values())), "tensors") as done:
+        for file, names in plan.items():
+            tensors = dict(buffers)
+            merged = merged_tensors(architecture, export.base, export.stored, export.composite, names, export.dtype)
+            for name, tensor in merged:
+                tensors[name] = tensor
+                done(1)
+            _refuse_infinite(tensors)
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            written |= dict.fromkeys(tensors, file)
+            total += sum(tensor.nbytes for tensor in tensors.values())
+            buffers = {}
+    if len(plan) > 1:
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": written})
+
+
+def _refuse_infinite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise InputError for a tensor whose sums are beyond the range of its dtype."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(None, "--dtype", dtype, f"{name} is beyond its range: choose bfloat16 or float32")
+
+
+def _copy(base: Path, folder: Path) -> None:
+    """Config, generation config and tokenizer of the base."""
+    for path in sorted({path for pattern in COPIED for path in base.glob(pattern)}):
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name)
+        else:
+            shutil.copyfile(path, folder / path.name)
+
+
+def _declare(config: Path, dtype: torch.dtype) -> None:
+    """Let a config name this dtype, under the key that it has (`torch_dtype` until transformers 5)."""
+    data = json.loads(config.read_text(encoding="utf-8"))
+    keys = [key for key in ("dtype", "torch_dtype") if key in data] or ["dtype"]
+    _write_json(config, data | dict.fromkeys(keys, str(dtype).removeprefix("torch.")))
+
+
+def _provenance(composite: Composite, content: str) -> dict[str, object]:
+    """What the marker says: coefficients by content hash, the composite's key, the hash of what came out."""
+    coefficients = {term: units / UNIT for term, units in composite.terms}
+    return {"composite": composite.key, "coefficients": coefficients, "content": content}
+
+
+def _write_json(file: Path, data: object) -> None:
+    """Indented JSON."""
+    file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _same_bits(loaded: Tensor, merged: Tensor) -> bool:
+    """Whether a loaded parameter has the merged one's shape and bits, in the dtype that it was loaded in."""
+    exact = merged.to(loaded.dtype)
+    return loaded.shape == exact.shape and torch.equal(
+        loaded.contiguous().view(-1).view(torch.uint8), exact.view(-1).view(torch.uint8)
+    )

@@ -1,0 +1,255 @@
+"""Who drives a study: one process, or several where the database is a server, each under a lease that it renews."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from socket import gethostname
+from threading import Event, Thread
+from time import monotonic, sleep
+from typing import Any
+from uuid import uuid4
+
+from sqlalchemy import Connection, Engine, delete, func, select, text, update
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from dem_opt.errors import InputError
+from dem_opt.storage.engine import create_missing, insert_into
+from dem_opt.storage.retry import IMPATIENT, Patience, patient
+
+SILENCE = 60.0
+"""Seconds after which a driver on another host that has not renewed its lease counts as gone."""
+
+PAUSE = 0.02
+"""Seconds between two attempts to get a turn."""
+
+IMPATIENCE = 10.0
+"""Seconds after which whoever waits for a turn says so."""
+
+
+class _Tables(DeclarativeBase):
+    """The leases' table."""
+
+
+class _Driver(_Tables):
+    """Who drives a study.
+
+    slot     "" where a study has one driver at a time; else the driver's token
+    started  tells a process from a later one of the same number
+    """
+
+    __tablename__ = "dem_driver"
+
+    study: Mapped[str] = mapped_column(primary_key=True)
+    slot: Mapped[str] = mapped_column(primary_key=True)
+    token: Mapped[str]
+    host: Mapped[str]
+    pid: Mapped[int]
+    started: Mapped[str]
+    since: Mapped[float]
+    renewed: Mapped[float]
+
+
+class Lease:
+    """The right to drive one study, held by one process alone or beside others.
+
+    token   names this driver
+    shared  whether there may be others
+    """
+
+    def __init__(self, engine: Engine, study: str, shared: bool, patience: Patience) -> None:
+        self._engine, self._study, self.patience = engine, study, patience
+        self.shared, self.token = shared, uuid4().hex
+        self._slot = self.token if shared else ""
+        self._reached = 0.0
+
+    @patient
+    def renew(self) -> None:
+        """Says that this driver is alive.
+
+        Raises InputError where another driver has taken the study over.  Beside others a lease that was given up is
+        taken again: what this driver has in hand it may finish, since everything is written once.
+        """
+        self._renew()
+
+    def _renew(self) -> None:
+        with self._engine.begin() as connection:
+            now = _now(connection)
+            statement = update(_Driver).where(*self._mine).values(renewed=now)
+            if connection.execute(statement).rowcount == 0:
+                if not self.shared:
+                    raise InputError(None, "study", self._study, "another driver has taken the study over")
+                self._insert(connection, now)
+            self._reached = self._reached or now
+
+    @patient
+    def others(self) -> dict[str, str]:
+        """The other drivers of the study that are alive: who they are, by token.  Those that are gone are forgotten.
+
+        A driver on another host is gone when it has been silent for 60 seconds in which this one could have heard it:
+        after an outage of the database everybody gets that time again.
+        """
+        if not self.shared:
+            return {}
+        with self._engine.begin() as connection:
+            now = _now(connection)
+            theirs = (_Driver.study == self._study, _Driver.token != self.token)
+            rows = connection.execute(select(_Driver.__table__).where(*theirs)).all()
+            heard = {row.token: max(row.renewed, self._reached) for row in rows}
+            gone = [row.token for row in rows if not _is_alive(row, heard[row.token], now)]
+            if gone:
+                connection.execute(delete(_Driver).where(*theirs, _Driver.token.in_(gone)))
+            return {row.token: _who(row) for row in rows if row.token not in gone}
+
+    @contextmanager
+    def turn(self, work: str = "proposing") -> Iterator[Callable[[], None]]:
+        """Only one of a study's drivers at a time does this work; the others wait, and say so when it takes long.
+
+        The turn ends with the connection that it is held by, so also with the driver's life.  Gives a function that
+        raises what SQLAlchemy raises where the turn was lost.
+        """
+        if not self.shared:
+            yield _nothing
+            return
+        digest = sha256(f"{self._study}\0{work}".encode()).digest()
+        key = {"key": int.from_bytes(digest[:8], signed=True)}
+        with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            self._wait(connection, key, work)
+            try:
+                yield lambda: connection.execute(text("SELECT 1")).close()
+            finally:
+                with suppress(SQLAlchemyError):
+                    connection.execute(text("SELECT pg_advisory_unlock(:key)"), key)
+
+    def _wait(self, connection: Connection, key: dict[str, int], work: str) -> None:
+        began, told = monotonic(), False
+        while not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), key):
+            if not told and monotonic() - began > IMPATIENCE:
+                told = True
+                self.patience.tell(f"waiting for another driver of {self._study}, which is {work}")
+            sleep(PAUSE)
+
+    @property
+    def _mine(self) -> tuple[Any, ...]:
+        return _Driver.study == self._study, _Driver.token == self.token
+
+    def _take(self) -> None:
+        """Takes the lease, or raises InputError; looks again where somebody was quicker."""
+        while not self._attempt():
+            pass
+
+    def _attempt(self) -> bool:
+        """Whether the lease was taken from nobody, or from the very holder who was seen to be gone."""
+        with self._engine.begin() as connection:
+            now = self._reached = _now(connection)
+            this = (_Driver.study == self._study, _Driver.slot == self._slot)
+            seen = connection.execute(select(_Driver.__table__).where(*this)).one_or_none()
+            if seen is None:
+                return self._insert(connection, now)
+            if _is_alive(seen, seen.renewed, now):
+                mend = f"{_who(seen)} has been driving it since {_moment(seen)}; wait for it, or stop it"
+                raise InputError(None, "study", self._study, mend)
+            same = (*this, _Driver.token == seen.token, _Driver.renewed == seen.renewed)
+            return connection.execute(update(_Driver).where(*same).values(self._me(now))).rowcount == 1
+
+    def _insert(self, connection: Connection, now: float) -> bool:
+        fresh = insert_into(self._engine, _Driver).values(study=self._study, slot=self._slot, **self._me(now))
+        counted = fresh.on_conflict_do_nothing().execution_options(preserve_rowcount=True)
+        return connection.execute(counted).rowcount == 1
+
+    def _me(self, now: float) -> dict[str, Any]:
+        pid = os.getpid()
+        process = {"host": gethostname(), "pid": pid, "started": _started(pid) or ""}
+        return {"token": self.token, "since": now, "renewed": now, **process}
+
+    def _beat(self, ended: Event) -> None:
+        """Renews now and then.  That the lease is lost, the driver learns from its own renewal."""
+        while not ended.wait(SILENCE / 4):
+            try:
+                self._renew()
+            except DBAPIError:
+                self._reached = 0.0
+            except InputError:
+                return
+
+    def _release(self) -> None:
+        """Gives the lease back; where the database is away, it ends with this process, or by its silence."""
+        with suppress(DBAPIError), self._engine.begin() as connection:
+            connection.execute(delete(_Driver).where(*self._mine))
+
+
+def _nothing() -> None:
+    """Nothing to lose."""
+
+
+@contextmanager
+def holding(engine: Engine, study: str, several: bool = False, patience: Patience = IMPATIENT) -> Iterator[Lease]:
+    """Holds a lease of `study`: alone, or with `several` beside others where the database is a server.
+
+    A thread renews it while it is held.  A holder on this host whose process is gone is succeeded at once,
+    one on another host after 60 seconds without a renewal.  Raises InputError, which says who and since when,
+    where the holder is alive.
+    """
+    create_missing(engine, _Tables.metadata)
+    lease = Lease(engine, study, several and _has_several(engine), patience)
+    lease._take()
+    ended = Event()
+    beating = Thread(target=lease._beat, args=[ended], daemon=True)
+    beating.start()
+    try:
+        yield lease
+    finally:
+        ended.set()
+        beating.join()
+        lease._release()
+
+
+def visiting(engine: Engine, study: str, patience: Patience = IMPATIENT) -> Lease:
+    """What shows a study's drivers, and gives turns beside them, to one who does not drive it."""
+    create_missing(engine, _Tables.metadata)
+    return Lease(engine, study, _has_several(engine), patience)
+
+
+def _has_several(engine: Engine) -> bool:
+    """Whether a study may have several drivers: where the database is a server."""
+    return engine.dialect.name == "postgresql"
+
+
+def _now(connection: Connection) -> float:
+    """The database's clock, the one that all hosts share, in seconds since 1970."""
+    moment: datetime = connection.execute(select(func.now())).scalar_one()
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def _is_alive(holder: Any, heard: float, now: float) -> bool:
+    """Whether a holder's process runs, or where that can't be seen, whether it was heard lately."""
+    if holder.host == gethostname():
+        return bool(_started(holder.pid) == holder.started)
+    return bool(now - heard < SILENCE)
+
+
+def _started(pid: int) -> str | None:
+    """When a process started, in ticks since boot; "" where nothing says so, None where it is gone."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    state, *fields = status.rpartition(")")[2].split()
+    return None if state == "Z" else fields[18]
+
+
+def _who(holder: Any) -> str:
+    return f"process {holder.pid} on {holder.host}"
+
+
+def _moment(holder: Any) -> str:
+    return f"{datetime.fromtimestamp(holder.since, UTC):%Y-%m-%d %H:%M:%S} UTC"

@@ -1,0 +1,354 @@
+"""base + data -> one fine-tuned checkpoint per distribution (or one for a mixture).
+
+A checkpoint folder appears under its own name only when it is complete, with a record of what it was made from beside
+the weights.  Until then a hidden folder beside it holds what a killed fine-tuning goes on from.
+"""
+
+import copy
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from dem_opt.checkpoints.training_record import JOURNAL, RECORD, STEPS, read_record
+from dem_opt.config import DataFile
+from dem_opt.data.documents import read_documents
+from dem_opt.data.mixtures import Mixture, Part, blend
+from dem_opt.data.tokenize import load_tokenizer
+from dem_opt.data.windows import pack
+from dem_opt.errors import InputError, located
+from dem_opt.evaluation.nll import prepare, reading, score
+from dem_opt.training.lora import add_lora, merged
+from dem_opt.training.trainer import DivergedError, Recipe, parameters_of, train_model
+from dem_opt.types import Corpus, Windows
+
+
+@dataclass(frozen=True)
+class FineTuneJob:
+    """One fine-tuning: picklable, and importable with `fine_tune` by a worker.
+
+    base        a Hugging Face folder; `train` a data file, or a mixture of several; `out` the folder to be written
+    window      tokens in a window; `batch_size` windows in a step; `seed` orders the windows
+    trainer     any other argument of the Trainer
+    lora        given, arguments of peft's LoraConfig: an adapter is trained, and not the base's own weights
+    merged      whether the adapter is written into a full checkpoint
+    save_every  steps between saved states
+    validation  given, weights of saved states are kept, with their NLL on these windows
+    dtype       what weights are trained in; auto: the base's
+    gpus        GPUs to lay the model's layers out on, where there are more than one
+    """
+
+    name: str
+    base: Path
+    train: DataFile | Mixture
+    out: Path
+    window: int
+    steps: int
+    learning_rate: float
+    batch_size: int
+    seed: int
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    lora: Mapping[str, Any] | None = None
+    merged: bool = False
+    save_every: int = 10**9
+    validation: Corpus | None = None
+    dtype: str = "auto"
+    gpus: int = 1
+
+    @property
+    def recipe(self) -> Recipe:
+        """How its model is trained."""
+        return Recipe(self.steps, self.learning_rate, self.batch_size, self.seed, self.trainer, self.save_every)
+
+    @property
+    def place(self) -> Path:
+        """The folder that it works in until it is done."""
+        return self.out.with_name(f".{self.out.name}.training")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that go through the model, padding included."""
+        return self.steps * self.batch_size * self.window
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Its data files with their shares."""
+        return self.train.parts if isinstance(self.train, Mixture) else (Part(self.name, self.train, 1.0),)
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """What a fine-tuning gave.
+
+    Losses are nats per scored token of the first and last batch; `tokens` are all those that went through the
+    model, padding included; `seconds` are those of training, before a kill too.  `parameters` are the
+    base's, `trained` those that had gradients, an adapter's own where one was trained; 0 in older records.
+    """
+
+    path: Path
+    steps: int
+    tokens: int
+    seconds: float
+    first_loss: float
+    last_loss: float
+    parameters: int = 0
+    trained: int = 0
+
+
+def fine_tune(job: FineTuneJob) -> FineTuned:
+    """Fine-tune the base on the job's data and write the checkpoint, in the thread count the process has.
+
+    Same job, same number of threads, same bits, also where it was killed in between and goes on.  An earlier
+    checkpoint of `dem-opt train` at `job.out` is replaced.
+
+    Raises InputError for data that is unreadable or too small for one batch, and for an `out` that somebody
+    else made; DivergedError, a RuntimeError, when the loss is not finite.
+    """
+    _check_out(job.out)
+    made_from = _made_from(job)
+    with _alone(job.place):
+        if is_finished(job) and (made := result_of(job.out)):
+            shutil.rmtree(job.place)
+            return made
+        _claim(job.place, made_from)
+        try:
+            return _train(job, made_from)
+        except (DivergedError, InputError):
+            shutil.rmtree(job.place)
+            raise
+
+
+def _train(job: FineTuneJob, made_from: dict[str, Any]) -> FineTuned:
+    """Train from where the job's place stands, and write what came of it."""
+    tokenizer = load_tokenizer(job.base)
+    if AutoConfig.from_pretrained(job.base, local_files_only=True).is_encoder_decoder:
+        raise InputError(job.base, "base", None, "is an encoder-decoder, which can't be trained here: name checkpoints")
+    windows, model = _windows(job, tokenizer), _load(job)
+    parameters, trained = parameters_of(model)
+    parameters -= 0 if job.lora is None else trained
+    keeper = None if job.validation is None else _Keeper(job, model, tokenizer, job.validation)
+    points = train_model(model, windows, job.recipe, job.place, keeper)
+    losses = [point.loss for point in points if point.loss is not None]
+    made = FineTuned(job.out, job.steps, job.tokens, points[-1].seconds, losses[0], losses[-1], parameters, trained)
+    _write(job, model, tokenizer, {"made_from": made_from, "result": asdict(made) | {"path": job.out.name}})
+    return made
+
+
+def is_finished(job: FineTuneJob) -> bool:
+    """Whether the job's folder holds a checkpoint made from the same base, data and settings.
+
+    Raises InputError when the base or the data file is missing.
+    """
+    record = read_record(job.out)
+    return record is not None and record.get("made_from") == json.loads(json.dumps(_made_from(job)))
+
+
+def identity(job: FineTuneJob) -> str:
+    """A hash of what the job's checkpoint is made from.
+
+    Raises InputError when the base or the data file is missing.
+    """
+    return hashlib.sha256(json.dumps(_made_from(job)).encode()).hexdigest()
+
+
+def is_wanted(job: FineTuneJob) -> bool:
+    """Whether the job's folder is missing, or was made by `train` from other data or settings."""
+    return not job.out.exists() or ((job.out / RECORD).exists() and not is_finished(job))
+
+
+def result_of(folder: Path) -> FineTuned | None:
+    """What the fine-tuning gave that made a folder, or kept it as a step; None for a folder of another origin."""
+    result = (read_record(folder) or read_record(folder.parent.parent) or {}).get("result")
+    return FineTuned(**(result | {"path": folder})) if isinstance(result, dict) else None
+
+
+def save_checkpoint(
+    out: Path, model: Any, tokenizer: Any, records: dict[str, Any], working: Path | None = None
+) -> None:
+    """Write model (safetensors), tokenizer and JSON records by file name to a folder, whole or not at all.
+
+    The journal and the kept steps of a folder worked in come along.
+    """
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    for name, record in records.items():
+        (partial / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if working is not None:
+        shutil.copy(working / JOURNAL, partial)
+        if (working / STEPS).exists():
+            shutil.copytree(working / STEPS, partial / STEPS, copy_function=_link)
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
+
+
+def _link(source: str, target: str) -> str:
+    """A second name of a file where the file system has such, else a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """SHA-256 over names and bytes of files, in the order given."""
+    digest = hashlib.sha256()
+    for path in paths:
+        stat = path.stat()
+        digest.update(path.name.encode() + _file_digest(path, stat.st_ino, stat.st_size, stat.st_mtime_ns))
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=1000)
+def _file_digest(path: Path, *stamp: int) -> bytes:
+    """SHA-256 of a file, which is read once as long as its stamp is the same."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+class _Keeper:
+    """Keeps the weights of a state that was saved, and measures them."""
+
+    def __init__(self, job: FineTuneJob, model: Any, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> None:
+        self._job, self._model, self._tokenizer, self._corpus = job, model, tokenizer, corpus
+        self._use_cache = model.config.use_cache
+
+    def __call__(self, step: int) -> float:
+        """The NLL of the step's weights in nats per token."""
+        folder = self._job.place / STEPS / str(step)
+        folder.parent.mkdir(exist_ok=True)
+        kept, self._model.config.use_cache = self._model.config.use_cache, self._use_cache
+        save_checkpoint(folder, _stored(self._model, self._job), self._tokenizer, {})
+        self._model.config.use_cache = kept
+        return _nll(getattr(self._model, "get_base_model", lambda: self._model)(), self._corpus.windows)
+
+
+def _nll(model: PreTrainedModel, windows: Windows) -> float:
+    """The NLL of a model that is being trained, which stays as it is, random numbers too."""
+    training = model.training
+    model.train(False)
+    with torch.random.fork_rng():
+        found, _ = score(model, prepare(windows, model.device), 4096, reading(model))
+    model.train(training)
+    return found.nll
+
+
+def _windows(job: FineTuneJob, tokenizer: PreTrainedTokenizerBase) -> Windows:
+    """The job's training windows; of a mixture exactly as many as its steps take."""
+    packed = {}
+    for part in job.parts:
+        with located(part.data.path):
+            windows = pack(read_documents(part.data, "train"), tokenizer, job.window)
+        least = 1 if isinstance(job.train, Mixture) else job.batch_size
+        if len(windows) < least and part.share:
+            mend = f"makes {len(windows)} windows of {job.window} tokens: give more text or a smaller batch"
+            raise InputError(part.data.path, "fine_tuning.batch_size", job.batch_size, mend)
+        packed[part.name] = windows
+    if isinstance(job.train, Mixture):
+        return blend(job.train, packed, job.steps * job.batch_size, job.seed)
+    return packed[job.name]
+
+
+def _load(job: FineTuneJob) -> Any:
+    """The model to be trained."""
+    spread = {"device_map": "auto"} if job.gpus > 1 and torch.cuda.device_count() > 1 else {}
+    model = AutoModelForCausalLM.from_pretrained(job.base, dtype=job.dtype, local_files_only=True, **spread)
+    return model if job.lora is None else add_lora(model, job.lora, job.seed)
+
+
+def _write(job: FineTuneJob, model: Any, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any]) -> None:
+    """The finished checkpoint; what it was worked at in is gone then."""
+    stored = merged(model) if job.merged and job.lora is not None else model
+    save_checkpoint(job.out, _stored(stored, job), tokenizer, {RECORD: record}, job.place)
+    shutil.rmtree(job.place)
+
+
+def _stored(model: Any, job: FineTuneJob) -> Any:
+    """The model in the base's dtype: a copy where it was trained in another.  Adapters are saved as they are."""
+    if job.dtype == "auto" or (job.lora is not None and not job.merged):
+        return model
+    base = AutoConfig.from_pretrained(job.base, local_files_only=True).dtype or torch.float32
+    return model if base == model.dtype else copy.deepcopy(model).to(base)
+
+
+def _made_from(job: FineTuneJob) -> dict[str, Any]:
+    """What decides the bits of a checkpoint: the base's files, the data's bytes and format, and the settings.
+
+    A chat template is part of the base where the data are conversations.  Texts in a column of that name have
+    no entry for their format, and what is as it is unless said otherwise has none either: older records stay valid.
+    """
+    files = [part.data for part in job.parts]
+    kinds = {".safetensors", ".json"} | ({".jinja"} if any(one.format == "messages" for one in files) else set())
+    base = sorted(path for path in job.base.glob("*") if path.suffix in kinds)
+    for path, field_name in ((job.base / "config.json", "base"), *((one.path, "train") for one in files)):
+        if not path.is_file():
+            raise InputError(path, field_name, None, "no such file")
+    settings = asdict(job)
+    chosen = ("window", "steps", "learning_rate", "batch_size", "seed")
+    made_from = {
+        "base": hash_files(base),
+        "train": hash_files(one.path for one in files),
+        "settings": {name: settings[name] for name in chosen},
+        **{name: dict(given) for name in ("trainer", "lora") if (given := getattr(job, name)) is not None and given},
+        **({"adapter": "merged" if job.merged else "apart"} if job.lora is not None else {}),
+        **({"dtype": job.dtype} if job.dtype != "auto" else {}),
+        **({"keep": [job.save_every, job.validation.key]} if job.validation is not None else {}),
+        **({"mixture": [[part.name, part.share] for part in job.parts]} if isinstance(job.train, Mixture) else {}),
+    }
+    formats = [{one.format: one.columns} for one in files if one.columns != {"text": "text"}]
+    if not formats:
+        return made_from
+    return {**made_from, "format": formats if isinstance(job.train, Mixture) else formats[0]}
+
+
+@contextmanager
+def _alone(place: Path) -> Iterator[None]:
+    """The folder to work in, made where it is missing, and held against another process until this one is done.
+
+    A worker may outlive the command that was killed; the lock goes with its process.
+    """
+    while True:
+        place.mkdir(exist_ok=True)
+        held = os.open(place, os.O_RDONLY)
+        fcntl.flock(held, fcntl.LOCK_EX)
+        if place.exists() and os.path.samestat(os.fstat(held), place.stat()):
+            break
+        os.close(held)
+    try:
+        yield
+    finally:
+        os.close(held)
+
+
+def _claim(place: Path, made_from: dict[str, Any]) -> None:
+    """What the folder has of the same job stays, anything else goes."""
+    record, written = place / RECORD, json.dumps(made_from)
+    if record.exists() and record.read_text(encoding="utf-8") == written:
+        return
+    for path in place.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    record.write_text(written, encoding="utf-8")
+
+
+def _check_out(out: Path) -> None:
+    """Raise InputError where `out` can't be written, or holds what no fine-tuning of this project wrote."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(out.parent, "checkpoint", None, f"can't be made ({error.strerror})") from None
+    if not os.access(out.parent, os.W_OK):
+        raise InputError(out.parent, "checkpoint", None, "can't be written: change its permissions or name another")
+    if out.exists() and read_record(out) is None:
+        raise InputError(out, "checkpoint", None, "exists and was not made by `dem-opt train`: move it away")

@@ -1,0 +1,253 @@
+"""Windows + a recipe -> a trained model, by transformers' Trainer, which goes on where it was killed.
+
+A training minimizes the mean negative log-likelihood over the scored tokens of packed windows, with AdamW and a
+cosine schedule unless the recipe says otherwise.  Its *place* is a folder that holds what a killed training goes on
+from: the Trainer's states, and a journal of every step.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, final
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from dem_opt.checkpoints.training_record import JOURNAL, Point, read_journal
+from dem_opt.errors import InputError, nearest
+from dem_opt.types import Windows
+
+WARMUP = 0.1
+"""Share of the steps in which the learning rate rises from 0; then it falls to 0 along a cosine."""
+
+STATES = 2
+"""Saved states that are kept: the last whole one, and the one being written."""
+
+OWNED = {
+    "output_dir": "distributions.NAME.checkpoint",
+    "max_steps": "fine_tuning.steps",
+    "num_train_epochs": "fine_tuning.steps",
+    "per_device_train_batch_size": "fine_tuning.batch_size",
+    "learning_rate": "fine_tuning.learning_rate",
+    "seed": "fine_tuning.seed",
+    "data_seed": "fine_tuning.seed",
+    "save_strategy": "fine_tuning.save_every",
+    "save_steps": "fine_tuning.save_every",
+    "save_total_limit": "fine_tuning.keep",
+    "save_only_model": "fine_tuning.keep",
+    "resume_from_checkpoint": "nothing: a training that was killed goes on",
+    "eval_strategy": "fine_tuning.keep",
+    "logging_steps": "nothing: every step is logged",
+    "logging_strategy": "nothing: every step is logged",
+    "logging_nan_inf_filter": "nothing: a loss that is not finite ends a training",
+    "report_to": "tracking",
+    "disable_tqdm": "nothing: progress is told",
+    "push_to_hub": "nothing: export and upload yourself",
+}
+"""Arguments of the Trainer that the study file says elsewhere, and where."""
+
+_DONE = "whole"
+"""The file that marks a saved state as whole."""
+
+
+class DivergedError(RuntimeError):
+    """A training whose loss is not finite."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained.
+
+    batch_size  windows in a step, over gradient_accumulation_steps forward passes where `trainer` asks for several
+    trainer     any other argument of transformers' TrainingArguments
+    save_every  steps between saved states
+    """
+
+    steps: int
+    learning_rate: float
+    batch_size: int
+    seed: int
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    save_every: int = 10**9
+
+    @property
+    def rows(self) -> int:
+        """Windows in a forward pass.
+
+        Raises InputError where the batch is no multiple of gradient_accumulation_steps.
+        """
+        parts = self.trainer.get("gradient_accumulation_steps", 1)
+        if not isinstance(parts, int) or parts < 1 or self.batch_size % parts:
+            mend = f"must divide fine_tuning.batch_size, the {self.batch_size} windows of a step"
+            raise InputError(None, "fine_tuning.trainer.gradient_accumulation_steps", parts, mend)
+        return self.batch_size // parts
+
+
+def check_trainer(given: Mapping[str, Any], where: object) -> None:
+    """Raise InputError for an argument that the Trainer does not know, or that the study file says elsewhere."""
+    known = {one.name for one in fields(TrainingArguments) if one.init}
+    for name, value in given.items():
+        if name not in known:
+            mend = f"is no argument of transformers' Trainer; {nearest(name, known - OWNED.keys())}"
+            raise InputError(where, f"fine_tuning.trainer.{name}", value, mend)
+        if name in OWNED:
+            raise InputError(where, f"fine_tuning.trainer.{name}", value, f"is said by {OWNED[name]}")
+
+
+def train_model(
+    model: PreTrainedModel | nn.Module,
+    windows: Windows,
+    recipe: Recipe,
+    place: Path | None = None,
+    saved: Callable[[int], float | None] | None = None,
+) -> list[Point]:
+    """Train the model in place, and return what was logged of each step.
+
+    The windows go round in an order drawn from the seed, as often as the steps need; incomplete batches are
+    dropped.  With a `place` the training goes on at the last state there that is whole, to the same bits on the same
+    device with as many threads; `saved` is called after a state is saved, with its step, and may return a validation
+    NLL for the journal.
+
+    Raises DivergedError, naming the step, when a loss is not finite, and InputError for arguments that the Trainer
+    refuses.
+    """
+    with TemporaryDirectory() as scratch, _without_cache(model):
+        journal = _Journal(Path(scratch) if place is None else place, saved)
+        arguments = _arguments(journal.folder, recipe, place is not None)
+        trainer = Trainer(model, arguments, train_dataset=_Examples(windows), callbacks=[journal])
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=journal.go_on())
+        return read_journal(journal.folder / JOURNAL)
+
+
+@contextmanager
+def _without_cache(model: Any) -> Iterator[None]:
+    """The Trainer switches the cache of generated tokens off; what the model had comes back."""
+    kept = model.config.use_cache
+    try:
+        yield
+    finally:
+        model.config.use_cache = kept
+
+
+def parameters_of(model: nn.Module) -> tuple[int, int]:
+    """Parameters of a model, tied ones once, and how many of them are trained."""
+    counts = [(one.numel(), one.requires_grad) for one in model.parameters()]
+    return sum(count for count, _ in counts), sum(count for count, trained in counts if trained)
+
+
+def _arguments(folder: Path, recipe: Recipe, saves: bool) -> TrainingArguments:
+    """The Trainer's settings: it logs every step to its callbacks alone, and writes only to the folder."""
+    given: dict[str, Any] = {
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": math.ceil(WARMUP * recipe.steps),
+        "dataloader_drop_last": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        **recipe.trainer,
+    }
+    owned: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": recipe.steps,
+        "per_device_train_batch_size": recipe.rows,
+        "learning_rate": recipe.learning_rate,
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps" if saves else "no",
+        "save_steps": recipe.save_every,
+        "save_total_limit": STATES,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    try:
+        return TrainingArguments(**(given | owned))
+    except (TypeError, ValueError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        mend = f"the Trainer refuses it ({reason})"
+        raise InputError(None, "fine_tuning.trainer", dict(recipe.trainer), mend) from None
+
+
+class _Examples(Dataset[dict[str, torch.Tensor]]):
+    """Packed windows as the Trainer wants them: labels are the scored tokens, -100 elsewhere."""
+
+    def __init__(self, windows: Windows) -> None:
+        self.ids_WT = torch.from_numpy(windows.ids_WT)
+        self.positions_WT = torch.from_numpy(windows.positions_WT)
+        self.labels_WT = self.ids_WT.masked_fill(~torch.from_numpy(windows.scored_WT), -100)
+
+    def __len__(self) -> int:
+        return len(self.ids_WT)
+
+    def __getitem__(self, w: int) -> dict[str, torch.Tensor]:
+        return {
+            "input_ids": self.ids_WT[w],
+            "position_ids": self.positions_WT[w],
+            "labels": self.labels_WT[w],
+        }
+
+
+@final
+class _Journal(TrainerCallback):
+    """Writes down every step, marks saved states as whole, and stops at the first loss that is not finite."""
+
+    def __init__(self, folder: Path, saved: Callable[[int], float | None] | None) -> None:
+        self.folder, self._saved = folder, saved
+        self._before, self._began = 0.0, time.perf_counter()
+
+    def go_on(self) -> str | None:
+        """The last whole state, or None; what was written after it is forgotten."""
+        states = {int(path.name.rpartition("-")[2]): path for path in self.folder.glob("checkpoint-*")}
+        whole = [step for step, path in states.items() if (path / _DONE).exists()]
+        last = max(whole, default=0)
+        for step, path in states.items():
+            if step != last:
+                shutil.rmtree(path)
+        kept = [point for point in read_journal(self.folder / JOURNAL) if point.step <= last]
+        self._write("w", *kept)
+        self._before, self._began = (kept[-1].seconds if kept else 0.0), time.perf_counter()
+        return str(states[last]) if last else None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            reason = f"training loss is {logs['loss']} at step {state.global_step}: lower learning_rate"
+            raise DivergedError(f"{reason} (now {args.learning_rate:g})")
+        self._write("a", Point(state.global_step, self._seconds(), logs["loss"], logs.get("learning_rate")))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        validation = self._saved(state.global_step) if self._saved else None
+        if validation is not None:
+            self._write("a", Point(state.global_step, self._seconds(), validation=validation))
+        (self.folder / f"checkpoint-{state.global_step}" / _DONE).touch()
+
+    def _seconds(self) -> float:
+        return self._before + time.perf_counter() - self._began
+
+    def _write(self, mode: str, *points: Point) -> None:
+        with (self.folder / JOURNAL).open(mode, encoding="utf-8") as file:
+            file.writelines(json.dumps(point.as_written()) + "\n" for point in points)

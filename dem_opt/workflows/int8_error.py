@@ -1,0 +1,71 @@
+"""What compressed vectors cost: NLL of fine-tunes and uniform average against the same of vectors as they are."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from statistics import fmean
+
+from dem_opt.analysis.results import entries
+from dem_opt.planning.inputs import Sources, too_large
+from dem_opt.search.loop import Driver
+from dem_opt.search.trials import is_known, recall
+from dem_opt.storage.identity import SEARCH, Question
+from dem_opt.storage.ledger import Ledger
+from dem_opt.types import Composite, ResidentSpec
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """|NLL of compressed vectors - NLL| in nats per token, over composites and corpora of the search split."""
+
+    vectors: str
+    mean: float
+    largest: float
+    composites: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.vectors} vectors change the NLL by {self.mean:.1e} nats per token on average and at most by "
+            f"{self.largest:.1e}, over fine-tunes, uniform average ({self.composites}) and corpora of the search split"
+        )
+
+
+def tell_cost(
+    sources: Sources,
+    ledger: Ledger,
+    driving: Callable[[ResidentSpec, Question, Ledger], AbstractContextManager[Driver]],
+    where: object,
+) -> list[str]:
+    """Measure what compressed vectors cost, if there are any and memory allows vectors as they are; a line of it."""
+    question, exact = sources.question(), sources.exact()
+    if question.vectors == "exact":
+        return []
+    if shortage := too_large(exact.config, where):
+        return [f"what {question.vectors} vectors cost is not measured: {shortage}"]
+    with driving(exact.spec(), question.exact(), ledger) as driver:
+        driver.measure(_yardsticks(question), SEARCH)
+    return [str(cost) for cost in known_cost(ledger, question)]
+
+
+def known_cost(ledger: Ledger, question: Question) -> list[Fidelity]:
+    """The error by the ledger, of what it has in both forms; nothing where it has none in both."""
+    exact = question.exact()
+    if question.vectors == "exact":
+        return []
+    both = [
+        composite
+        for composite in _yardsticks(question)
+        if is_known(ledger, question, composite, SEARCH) and is_known(ledger, exact, composite, SEARCH)
+    ]
+    errors = [
+        abs(score.nll - recall(ledger, exact, composite, SEARCH)[name].nll)
+        for composite in both
+        for name, score in recall(ledger, question, composite, SEARCH).items()
+    ]
+    return [Fidelity(question.vectors, fmean(errors), max(errors), len(both))] if errors else []
+
+
+def _yardsticks(question: Question) -> Sequence[Composite]:
+    """The single fine-tunes and the uniform average; the base is exact in every form."""
+    baselines = [entry.composite for entry in entries(question, {})]
+    return [composite for composite in baselines if composite != Composite.single(question.base)]

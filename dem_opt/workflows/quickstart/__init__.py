@@ -1,0 +1,289 @@
+"""The quickstart's data, tokenizer and base, made from what this machine has.
+
+Four distributions: Python *code* and technical *prose* out of the standard library, generated *math*
+problems with worked steps, and generated JSON *records*.  Everything is drawn from one seed.  A module of the
+standard library, a problem and a record each stand in one split only.
+"""
+
+import json
+import os
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dem_opt.workflows.quickstart.further import TASK, service_log, write_task
+from dem_opt.workflows.quickstart.generated import json_record, math_problem
+from dem_opt.workflows.quickstart.library import library_documents, split_modules, topic_documents, within
+from dem_opt.data.windows import pack
+from dem_opt.errors import InputError
+from dem_opt.training.fine_tune import save_checkpoint
+from dem_opt.checkpoints.architecture import silence_transformers
+from dem_opt.training.trainer import Recipe, train_model
+
+DISTRIBUTIONS = ("code", "math", "prose", "records")
+ADDED = "logs"
+"""The distribution that is there to be added."""
+
+QUESTIONS = 200
+"""Documents of the task."""
+
+SPLITS = ("train", "val", "held_out")
+RECORD = "assets.json"
+END = "<|end|>"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the assets are made with; the defaults are the quickstart's, fixed for every seed.
+
+    characters     text of each distribution in train, search and held-out split
+    module_shares  how the standard library's modules are shared out over these splits
+    mixture        how the base's training text is shared out over distributions: most is code and prose,
+                   so the vectors of math and records have more to give
+    """
+
+    characters: tuple[int, int, int] = (450_000, 60_000, 90_000)
+    module_shares: tuple[float, float, float] = (0.7, 0.15, 0.15)
+    mixture: tuple[float, float, float, float] = (0.35, 0.05, 0.55, 0.05)
+    base_characters: int = 700_000
+    vocabulary: int = 1024
+    hidden: int = 160
+    layers: int = 3
+    heads: int = 5
+    feed_forward: int = 448
+    window: int = 128
+    base_steps: int = 240
+    base_learning_rate: float = 3e-3
+    batch_size: int = 16
+    fine_tuning_steps: int = 50
+    fine_tuning_learning_rate: float = 1e-3
+    windows: int = 16
+    held_out_windows: int = 64
+    trials: int = 40
+
+
+QUICKSTART = Settings()
+
+Corpora = dict[str, dict[str, list[str]]]
+"""Documents by distribution and split."""
+
+
+def make_assets(
+    folder: Path,
+    seed: int = 0,
+    observer: Callable[[str], None] = lambda line: None,
+    settings: Settings = QUICKSTART,
+) -> Path:
+    """Make data, tokenizer, base and study file in `folder`, or find them made; return the study file's path.
+
+    The observer is told a line when a part begins.  Finished assets of the same seed and settings are left
+    alone, an edited study file too; others, and half-finished ones, are made again.
+
+    Raises InputError for a folder that can't be written or that holds other things.
+    """
+    study = folder / "study.yaml"
+    record = {"seed": seed, "settings": asdict(settings), "python": sys.version}
+    if _is_finished(folder, record):
+        observer("data, tokenizer and base are already here")
+        return study
+    _claim(folder)
+    observer("writing data from the standard library and from generators")
+    corpora = make_corpora(settings, seed)
+    write_corpora(folder / "data", corpora)
+    write_corpora(folder / "data", {ADDED: added_corpus(settings, seed)})
+    write_task(folder / "tasks", corpora["math"]["held_out"][:QUESTIONS], END)
+    observer(f"training the base on a mixture ({settings.base_steps} steps)")
+    make_base(folder / "models" / "base", corpora, settings, seed)
+    study.write_text(study_text(settings, seed), encoding="utf-8")
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return study
+
+
+def make_corpora(settings: Settings, seed: int) -> Corpora:
+    """Documents of each distribution in each split; no text stands in two splits."""
+    modules = split_modules(settings.module_shares, random.Random(f"{seed} modules"))
+    code: dict[str, list[str]] = {}
+    prose: dict[str, list[str]] = {}
+    for split, names, characters in zip(SPLITS, modules, settings.characters, strict=True):
+        from_library = characters // 2 if split == "train" else characters
+        code[split], prose[split] = library_documents(names, characters, from_library)
+    rng = random.Random(f"{seed} topics")
+    prose["train"] = shuffled(prose["train"] + topic_documents(), rng, settings.characters[0])
+    math = generated_documents(math_problem, settings.characters, random.Random(f"{seed} math"))
+    records = generated_documents(json_record, settings.characters, random.Random(f"{seed} records"))
+    return {
+        "code": without_repeats(code),
+        "math": math,
+        "prose": without_repeats(prose),
+        "records": records,
+    }
+
+
+def added_corpus(settings: Settings, seed: int) -> dict[str, list[str]]:
+    """A distribution that neither tokenizer nor base has seen, to be added to a study that has been run."""
+    return generated_documents(service_log, settings.characters, random.Random(f"{seed} {ADDED}"))
+
+
+def shuffled(documents: list[str], rng: random.Random, characters: int) -> list[str]:
+    """Documents in an order drawn from `rng`, up to so many characters."""
+    return within(rng.sample(documents, len(documents)), characters)
+
+
+def without_repeats(splits: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The splits, each text kept only where it stands first."""
+    seen: set[str] = set()
+    kept: dict[str, list[str]] = {}
+    for split, documents in splits.items():
+        kept[split] = [text for text in dict.fromkeys(documents) if text not in seen]
+        seen.update(documents)
+    return kept
+
+
+def generated_documents(
+    make: Callable[[random.Random], str], characters: tuple[int, int, int], rng: random.Random
+) -> dict[str, list[str]]:
+    """Documents of a generator for each split, all of them different."""
+    seen: set[str] = set()
+    splits: dict[str, list[str]] = {}
+    for split, wanted in zip(SPLITS, characters, strict=True):
+        splits[split] = []
+        while wanted > 0:
+            document = make(rng)
+            if document not in seen:
+                seen.add(document)
+                splits[split].append(document)
+                wanted -= len(document)
+    return splits
+
+
+def write_corpora(folder: Path, corpora: Corpora) -> None:
+    """Write `<distribution>.<split>.jsonl`, one document a line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, splits in corpora.items():
+        for split, documents in splits.items():
+            lines = [json.dumps({"text": document}, ensure_ascii=False) + "\n" for document in documents]
+            (folder / f"{name}.{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def make_tokenizer(corpora: Corpora, vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the training texts: it writes any text, and its EOS is END."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((text for splits in corpora.values() for text in splits["train"]), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)  # type: ignore[no-untyped-call]
+
+
+def make_base(out: Path, corpora: Corpora, settings: Settings, seed: int) -> None:
+    """Train tokenizer and base on the mixture of the training texts and save both (float32)."""
+    silence_transformers()
+    tokenizer = make_tokenizer(corpora, settings.vocabulary)
+    model = untrained_base(settings, len(tokenizer), tokenizer.eos_token_id, seed)
+    windows = pack(mixture_documents(corpora, settings, seed), tokenizer, settings.window)
+    recipe = Recipe(settings.base_steps, settings.base_learning_rate, settings.batch_size, seed)
+    train_model(model, windows, recipe)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(out, model, tokenizer, {})
+
+
+def untrained_base(settings: Settings, vocabulary: int, end: int, seed: int) -> LlamaForCausalLM:
+    """A Llama of the settings' size with random float32 weights; `end` is the id of END."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=settings.hidden,
+            intermediate_size=settings.feed_forward,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            max_position_embeddings=4 * settings.window,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=end,
+        )
+    )
+
+
+def mixture_documents(corpora: Corpora, settings: Settings, seed: int) -> list[str]:
+    """The base's training documents, of each distribution its share of characters, shuffled."""
+    documents: list[str] = []
+    for name, share in zip(DISTRIBUTIONS, settings.mixture, strict=True):
+        documents += within(corpora[name]["train"], round(share * settings.base_characters))
+    random.Random(f"{seed} mixture").shuffle(documents)
+    return documents
+
+
+STUDY = """\
+# Four distributions, a base that knows some of them better than others, a fine-tuned checkpoint for each:
+# which coefficients give the best composite?  Relative paths start at this file.
+name: quickstart
+base: models/base
+distributions:
+{distributions}
+evaluation: {{window: {window}, windows: {windows}, held_out: {held_out}, seed: {seed}}}
+search: {{algorithm: simplex-gp, trials: {trials}, seed: {seed}}}
+compute: {{residents: {residents}}}  # models this small are scored faster by two residents than by one with two threads
+# The same for every distribution; `dem-opt train` makes the checkpoints that are missing.
+fine_tuning: {{steps: {steps}, learning_rate: {learning_rate}, batch_size: {batch_size}, seed: {seed}}}
+# For `dem-opt evaluate`, which needs lm-evaluation-harness: how often the answer of a worked problem is exact.
+evaluate: {{tasks: [{task}], include: tasks}}
+"""
+
+DISTRIBUTION = """\
+  {name}:
+    checkpoint: models/{name}
+    train: data/{name}.train.jsonl
+    validation: data/{name}.val.jsonl     # the search split: the winner is chosen by this alone
+    held_out: data/{name}.held_out.jsonl  # only reported on"""
+
+
+def study_text(settings: Settings, seed: int) -> str:
+    """The study file, commented, with paths that start at its folder."""
+    return STUDY.format(
+        distributions="\n".join(DISTRIBUTION.format(name=name) for name in DISTRIBUTIONS),
+        window=settings.window,
+        windows=settings.windows,
+        held_out=settings.held_out_windows,
+        trials=settings.trials,
+        residents="auto" if torch.cuda.is_available() else min(2, os.cpu_count() or 1),
+        seed=seed,
+        task=TASK,
+        steps=settings.fine_tuning_steps,
+        learning_rate=f"{settings.fine_tuning_learning_rate:.1e}",
+        batch_size=settings.batch_size,
+    )
+
+
+def _is_finished(folder: Path, record: dict[str, object]) -> bool:
+    """Whether the folder's assets were finished with the same seed, settings and Python."""
+    try:
+        written = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    data = [folder / "data" / f"{name}.{split}.jsonl" for name in (*DISTRIBUTIONS, ADDED) for split in SPLITS]
+    data.append(folder / "tasks" / f"{TASK}.yaml")
+    files = [folder / "study.yaml", folder / "models" / "base" / "model.safetensors", *data]
+    return all(file.is_file() for file in files) and bool(written == json.loads(json.dumps(record)))
+
+
+def _claim(folder: Path) -> None:
+    """Make the folder, or take one that is empty or this module's own, and mark it as unfinished."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()) and not (folder / RECORD).exists():
+            raise InputError(folder, None, None, "holds other things; name an empty folder or a new one")
+        (folder / RECORD).write_text("{}\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(folder, None, None, f"can't be written ({error.strerror})") from None

@@ -1,0 +1,81 @@
+"""Laws of the surrogate: it finds the lowest point of a quadratic, and its slice lies in the space."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from dem_opt.analysis.surrogate import FEWEST, MOST, surrogate_of
+from dem_opt.simplex import UNIT, Space
+from dem_opt.types import TrialRecord
+
+
+def trials_of(space: Space, lowest: Sequence[float], count: int = 40) -> list[TrialRecord]:
+    """Random trials of  3 + |w - lowest|^2 ."""
+    rng = np.random.default_rng(0)
+    points = [*space.landmarks(), *(space.sample(rng) for _ in range(count))]
+    losses = [3 + float(((space.point(point) - np.array(lowest)) ** 2).sum()) for point in points]
+    return [
+        TrialRecord("s", number, point, loss) for number, (point, loss) in enumerate(zip(points, losses, strict=True))
+    ]
+
+
+CASES = {
+    "two": (Space(("a", "b")), (0.3, 0.7)),
+    "three": (Space(("a", "b", "c")), (0.2, 0.5, 0.3)),
+    "an edge": (Space(("a", "b", "c")), (0.4, 0.6, 0.0)),
+    "four": (Space(("a", "b", "c", "d")), (0.4, 0.1, 0.3, 0.2)),
+    "half": (Space(("a", "b", "c"), 0.5), (0.1, 0.15, 0.25)),
+    "a range": (Space(("a", "b", "c"), 1.5, 0.5), (0.2, 0.5, 0.3)),
+    "bounds": (Space(("a", "b", "c"), bounds=(("a", 0.1, 0.6),)), (0.2, 0.5, 0.3)),
+}
+cases = pytest.mark.parametrize(("space", "lowest"), CASES.values(), ids=CASES)
+
+
+@cases
+def test_the_optimum_is_where_the_loss_is_lowest(space: Space, lowest: Sequence[float]) -> None:
+    found = surrogate_of(space, trials_of(space, lowest))
+    assert found is not None
+    assert space.point(found.optimum) == pytest.approx(lowest, abs=0.02)
+    assert found.mean == pytest.approx(3.0, abs=2e-3) and 0 <= found.deviation < 0.02
+
+
+@cases
+def test_the_slice_lies_in_the_space_and_keeps_the_other_coefficients(space: Space, lowest: Sequence[float]) -> None:
+    found = surrogate_of(space, trials_of(space, lowest))
+    assert found is not None and len(found.names) == min(space.dimension, 3)
+    assert len(found.points) == len(found.means) >= 50
+    others = {name: units for name, units in found.optimum.units.items() if name not in found.names}
+    for point, mean in zip(found.points, found.means, strict=True):
+        assert space.contains(point) and others.items() <= point.units.items()
+        exact = 3 + float(((space.point(point) - np.array(lowest)) ** 2).sum())
+        assert mean == pytest.approx(exact, abs=0.03)
+
+
+def test_four_distributions_leave_out_the_one_of_which_the_optimum_has_least() -> None:
+    space, lowest = CASES["four"]
+    found = surrogate_of(space, trials_of(space, lowest))
+    assert found is not None and found.names == ("a", "c", "d")
+
+
+def test_the_same_trials_give_the_same_belief() -> None:
+    space, lowest = CASES["four"]
+    assert surrogate_of(space, trials_of(space, lowest)) == surrogate_of(space, trials_of(space, lowest))
+
+
+def test_nothing_is_believed_of_few_trials_failed_ones_and_a_point() -> None:
+    space, lowest = CASES["three"]
+    trials = trials_of(space, lowest)
+    assert surrogate_of(space, trials[: FEWEST - 1]) is None
+    assert surrogate_of(space, [TrialRecord("s", 0, one.coefficients, None, reason="nan") for one in trials]) is None
+    assert surrogate_of(Space(("a",)), trials_of(Space(("a",)), (1.0,), 5)) is None
+    same = [TrialRecord("s", number, trials[0].coefficients, 3.0) for number in range(9)]
+    assert surrogate_of(space, same) is None, "one composite, however often"
+
+
+def test_many_trials_are_thinned_and_keep_the_best() -> None:
+    space, lowest = CASES["three"]
+    found = surrogate_of(space, trials_of(space, lowest, 3 * MOST))
+    assert found is not None and found.trials == MOST
+    assert space.point(found.optimum) == pytest.approx(lowest, abs=0.02)
+    assert sum(found.optimum.units.values()) == UNIT

@@ -1,0 +1,272 @@
+"""Laws of every architecture: what is loaded, merged, scored and written is what transformers makes of it."""
+
+from contextlib import contextmanager
+from functools import cached_property
+
+import numpy as np
+import pytest
+import torch
+import zoo
+
+from dem_opt.checkpoints.architecture import check_base, check_fit, describe, empty_model, load_model
+from dem_opt.checkpoints.files import content_hash, read_header
+from dem_opt.evaluation import nll
+from dem_opt.evaluation.lm_head import find_head
+from dem_opt.evaluation.nll import prepare, reading
+from dem_opt.export.writer import prove, write_composite
+from dem_opt.merging.merged_model import Arena
+from dem_opt.simplex import UNIT
+from dem_opt.types import Composite, StoredModel, Windows
+
+UNITS = (-2 * 10**8, 5 * 10**8, 7 * 10**8)
+PACKED = {"llama", "llama tied", "gpt2", "mistral", "qwen2", "qwen3", "gemma", "gemma2, soft-capped", "gemma3"} | {
+    "cohere",
+    "granite",
+    "phi",
+    "phi3",
+    "gpt_neox",
+}
+"""Architectures that keep packed documents apart; of the others, mixtures of experts do so on some devices only."""
+
+
+class World:
+    """Base, a and b of one architecture on disk."""
+
+    def __init__(self, folder, name, dtype=torch.float32):
+        self.name = name
+        self.stored = []
+        for seed, part in enumerate(("base", "a", "b")):
+            path = zoo.save(folder / part, name, seed, dtype)
+            self.stored.append(StoredModel(path, content_hash(path)))
+        self.architecture = check_base(read_header(self.stored[0].path, "base"))
+
+    @cached_property
+    def references(self):
+        """The checkpoints as transformers loads them."""
+        return [load_model(one.path, torch.float32) for one in self.stored]
+
+    def arena(self, dtype=torch.float32):
+        model = empty_model(self.stored[0].path, dtype)
+        return Arena(model, self.stored), model
+
+    @property
+    def contents(self):
+        return [one.content for one in self.stored]
+
+    def composite(self, units=UNITS):
+        return Composite.of({one.content: count for one, count in zip(self.stored, units, strict=True)})
+
+    def by_content(self):
+        return {one.content: one for one in self.stored}
+
+
+@pytest.fixture(scope="module", params=zoo.MODELS)
+def world(request, tmp_path_factory):
+    return World(tmp_path_factory.mktemp("zoo"), request.param)
+
+
+def inputs(model):
+    """Two rows of tokens, and what else a model of this kind is called with."""
+    ids = torch.randint(3, zoo.VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+    return (
+        {"input_ids": ids, "decoder_input_ids": ids.flip(1)} if model.config.is_encoder_decoder else {"input_ids": ids}
+    )
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(**inputs(model), use_cache=False).logits
+
+
+def test_a_checkpoint_fits_its_own_base(world):
+    base, *others = (read_header(one.path, "base") for one in world.stored)
+    for other in others:
+        check_fit(world.architecture, base, other)
+
+
+def test_a_vertex_is_the_checkpoint_to_the_bit(world):
+    arena, model = world.arena()
+    for one, reference in zip(world.stored, world.references, strict=True):
+        arena.merge(Composite.single(one.content))
+        theirs = dict(reference.named_parameters())
+        assert all(torch.equal(mine, theirs[name]) for name, mine in model.named_parameters())
+        torch.testing.assert_close(logits(model), logits(reference), rtol=1e-5, atol=1e-6)
+
+
+def test_a_composite_agrees_with_float64(world):
+    """As in the arena's own law: rounding N terms leaves at most (N + 1) 2^-24 sum |w x|, to first order."""
+    arena, model = world.arena()
+    arena.merge(world.composite())
+    references = [dict(one.named_parameters()) for one in world.references]
+    for name, mine in model.named_parameters():
+        terms = [units / UNIT * one[name].double() for units, one in zip(UNITS, references, strict=True)]
+        bound = 4 * 2**-24 * sum(term.abs() for term in terms) * (1 + 2**-20) + 2**-149
+        assert (mine.double() - sum(terms)).abs().le(bound).all(), name
+
+
+def test_an_export_is_proved_and_loads_as_the_composite(world, tmp_path):
+    written = write_composite(
+        world.stored[0], world.by_content(), world.composite(), tmp_path / "out", lambda written: {}
+    )
+    prove(written)
+    arena, model = world.arena()
+    arena.merge(world.composite())
+    loaded = load_model(tmp_path / "out", torch.float32)
+    theirs = dict(loaded.named_parameters())
+    assert all(torch.equal(mine, theirs[name]) for name, mine in model.named_parameters())
+    torch.testing.assert_close(logits(model), logits(loaded), rtol=1e-5, atol=1e-6)
+    base, out = (read_header(path, "a").tensors for path in (world.stored[0].path, tmp_path / "out"))
+    assert {name: one.shape for name, one in out.items()} == {name: one.shape for name, one in base.items()}
+
+
+def windows(layout, length=24, seed=0):
+    """Random documents of these lengths in each window; a pair's source is its first third."""
+    rng = np.random.default_rng(seed)
+    ids_WT = rng.integers(3, zoo.VOCABULARY, (len(layout), length))
+    positions_WT = np.zeros_like(ids_WT)
+    for window, lengths in enumerate(layout):
+        places = [place for document in lengths for place in range(document)]
+        positions_WT[window, : len(places)] = places
+    return ids_WT, positions_WT
+
+
+def score(model, *given, **named):
+    """As a resident does it."""
+    return nll.score(model, *given, **named, head=find_head(model))
+
+
+def text(layout):
+    ids_WT, positions_WT = windows(layout)
+    return Windows(ids_WT, positions_WT, positions_WT > 0)
+
+
+def pairs(layout):
+    ids_WT, positions_WT = windows(layout)
+    scored_WT = np.zeros(ids_WT.shape, dtype=bool)
+    for window, lengths in enumerate(layout):
+        start = 0
+        for document in lengths:
+            scored_WT[window, start + max(document // 3, 1) : start + document] = True
+            start += document
+    return Windows(ids_WT, positions_WT, scored_WT)
+
+
+def make_windows(model, layout):
+    return prepare((pairs if model.config.is_encoder_decoder else text)(layout), torch.device("cpu"))
+
+
+def near(expected, relative=2e-5):
+    return pytest.approx(expected, rel=relative)
+
+
+def test_the_nll_is_the_models_own_loss(world):
+    """transformers' loss is the mean over the labels; a pair's labels are its target, text's all but the first."""
+    model = world.references[0]
+    made = make_windows(model, [[12]])
+    ids_1T = made.ids_WT[:, :12]
+    if model.config.is_encoder_decoder:
+        called = {"input_ids": ids_1T[:, :4], "labels": ids_1T[:, 4:]}
+    else:
+        called = {"input_ids": ids_1T, "labels": ids_1T}
+    with torch.inference_mode():
+        loss = model(**called, use_cache=False).loss.item()
+    assert score(model, made, 96, reading(model))[0].nll == near(loss)
+
+
+LAYOUT = [[24], [3, 9, 12], [2, 2, 15], [7], [12, 12], [5, 6, 2]]
+
+
+def test_documents_do_not_see_each_other(world):
+    """Each window scores what its documents score by themselves, in a window of their own."""
+    model = world.references[0]
+    made = make_windows(model, LAYOUT)
+    together, _ = score(model, made, 96, reading(model))
+    alone = [score(model, make_one(made, document), 96, reading(model))[0].nats_W[0] for document in made.documents]
+    expected_W = np.bincount([one.window for one in made.documents], weights=alone)
+    assert together.nats_W == near(tuple(expected_W))
+
+
+def make_one(made, document):
+    """Windows that hold one document."""
+    part = np.s_[document.window : document.window + 1, document.start : document.end]
+    ids_1T = made.ids_WT[part].numpy()
+    scored_1T = np.zeros(ids_1T.shape, dtype=bool)
+    scored_1T[:, document.first - document.start :] = True
+    return prepare(Windows(ids_1T, np.arange(ids_1T.shape[1])[None], scored_1T), torch.device("cpu"))
+
+
+def differentiated(world, dtype):
+    """A composite's nats and gradient in an arena of this dtype, and the model."""
+    arena, model = world.arena(dtype)
+    arena.merge(world.composite())
+    model.config._experts_implementation = "eager" if dtype == torch.float64 else model.config._experts_implementation
+    made = make_windows(model, LAYOUT * 2)
+    kind = reading(world.references[0])
+    base, *experts = world.contents
+    with calculating(dtype):
+        plain = score(model, made, 60, kind)
+        with arena.reducing(base, experts) as gradient:
+            found = score(model, made, 60, kind, gradient=True)
+    return model, made, kind, plain, found, [gradient[content] for content in experts]
+
+
+@contextmanager
+def calculating(dtype):
+    """What models do in float32 whatever their dtype (norms, softmax), in that dtype."""
+    with pytest.MonkeyPatch.context() as patched:
+        if dtype == torch.float64:
+            patched.setattr(torch, "float32", torch.float64)
+            patched.setattr(torch, "float", torch.float64)
+            patched.setattr(torch.Tensor, "float", torch.Tensor.double)
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nats_with_a_gradient_are_those_without_to_the_bit(world, dtype):
+    """Of models that read packed windows; others have kernels that are others with gradients."""
+    model, _, kind, plain, found, _ = differentiated(world, dtype)
+    assert found == plain or kind != "packed"
+    assert found[0].nats_W == near(plain[0].nats_W, 1e-5 if dtype == torch.float32 else 1e-2)
+    assert not any(one.requires_grad or one.grad is not None for one in model.parameters()) and not model.training
+
+
+def test_the_gradient_is_that_of_finite_differences(world):
+    """In float64, (f(h) - f(-h)) / 2h along Theta_i - Theta, as transformers loads them; h is 1e-5."""
+    model, made, kind, _, _, gradient = differentiated(world, torch.float64)
+    base, *experts = (dict(one.named_parameters()) for one in world.references)
+    for expert, mine in zip(experts, gradient, strict=True):
+        nats = []
+        for step in (1e-5, -2e-5):
+            for name, parameter in model.named_parameters():
+                parameter.data += step * (expert[name].double() - base[name].double())
+            with calculating(torch.float64):
+                nats.append(sum(score(model, made, 60, kind)[0].nats_W))
+        for name, parameter in model.named_parameters():
+            parameter.data += 1e-5 * (expert[name].double() - base[name].double())
+        assert mine == pytest.approx((nats[0] - nats[1]) / 2e-5, rel=1e-6)
+
+
+def test_who_reads_packed_windows(world):
+    kind = reading(world.references[0])
+    if world.name in zoo.MODELS and zoo.MODELS[world.name][0] in ("t5", "bart"):
+        assert kind == "paired"
+    elif world.name in PACKED:
+        assert kind == "packed"
+    elif "moe" not in world.name and world.name not in ("mixtral", "olmoe"):
+        assert kind == "separate"
+
+
+def test_attention_is_torchs_own_where_the_architecture_knows_it(world):
+    """Which never holds all scores; soft-capped scores and ALiBi need them."""
+    model = empty_model(world.stored[0].path, torch.float32)
+    assert model.config._attn_implementation == ("sdpa" if model._supports_sdpa else "eager")
+    assert model._supports_sdpa == (world.name not in ("gemma2, soft-capped", "bloom", "mamba"))
+
+
+def test_the_description_does_not_depend_on_the_device_of_construction(world):
+    made = describe(world.references[0])
+    assert (made.parameters, made.aliases, made.buffers) == (
+        world.architecture.parameters,
+        world.architecture.aliases,
+        world.architecture.buffers,
+    )

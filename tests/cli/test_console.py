@@ -1,0 +1,163 @@
+"""What people see while they wait: the best of whole trials, and how many were stopped."""
+
+import json
+from io import StringIO
+
+import pytest
+from rich.console import Console
+from summaries import CASES, a_summary, a_trial
+
+from dem_opt.cli import console as terminal
+from dem_opt.cli.reports import print_tables
+from dem_opt.dashboards import tables
+from dem_opt.progress import gauge
+
+
+def watch(records, planned):
+    with terminal.Progressing() as watching:
+        for done, record in enumerate(records, start=1):
+            watching.trial_ended(record, done, planned)
+
+
+def test_a_line_for_every_new_best_and_every_tenth_of_the_way(capsys):
+    """The second is an estimate below the best, the third a new best, the fourth a tie, the fifth worse."""
+    watch(
+        [
+            a_trial(0, 3.0),
+            a_trial(1, 1.0, forwards=0.25, error=0.1),
+            a_trial(2, 2.0),
+            a_trial(3, 2.0),
+            a_trial(4, 2.5),
+            *[a_trial(number, 9.0, forwards=0.25, error=0.1) for number in range(5, 15)],
+        ],
+        planned=100,
+    )
+    assert capsys.readouterr().out.splitlines() == [
+        "s: 1 of 100 trials; best 3.0000 nats per token at a 0.50, b 0.50",
+        "s: 3 of 100 trials; best 2.0000 nats per token at a 0.50, b 0.50; 1 stopped early",
+        "s: 10 of 100 trials; best 2.0000 nats per token at a 0.50, b 0.50; 6 stopped early",
+    ]
+
+
+def test_before_the_first_whole_trial_there_is_no_best(capsys):
+    watch([a_trial(0, None), a_trial(1, 1.0, error=0.1), a_trial(2, 1.5, violation=0.1)], planned=3)
+    assert capsys.readouterr().out.splitlines() == [
+        "s: 1 of 3 trials; no whole trial yet",
+        "s: trial 0 failed: nan",
+        "s: 2 of 3 trials; no whole trial yet; 1 stopped early",
+        "s: 3 of 3 trials; best 1.5000 nats per token at a 0.50, b 0.50, protect violated; 1 stopped early",
+    ]
+
+
+def test_the_best_keeps_what_is_protected(capsys):
+    watch([a_trial(0, 3.0), a_trial(1, 1.0, violation=0.1)], planned=100)
+    assert capsys.readouterr().out.splitlines() == ["s: 1 of 100 trials; best 3.0000 nats per token at a 0.50, b 0.50"]
+
+
+def test_a_line_for_every_tenth_of_a_training(capsys):
+    with terminal.Progressing() as watching:
+        for step in range(1, 51):
+            watching.training("code", step, 50, 4 - step / 50)
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 10
+    assert told[-1] == "code: 50 of 50 steps; training loss 3.000 nats per token"
+
+
+def test_long_work_is_told_in_tenths_of_bytes_or_of_what_it_counts(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(terminal, "monotonic", lambda: clock[0])
+    with terminal.Progressing():
+        with gauge("hashing base", 26 * 10**9) as done:
+            for _ in range(20):
+                clock[0] += 1
+                done(13 * 10**8)
+        with gauge("comparing", 4, "tensors") as done:
+            for _ in range(4):
+                done(1)
+        with gauge("merging", 4, "tensors") as done:
+            clock[0] += 10
+            done(1)
+    with gauge("hashing unwatched", 1) as done:
+        clock[0] += 10
+        done(1)
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "hashing base: 7.8 GB of 26.0 GB", "what is done within five seconds is not told"
+    assert told[-2:] == ["hashing base: 26.0 GB of 26.0 GB", "merging: 1 of 4 tensors"] and len(told) == 9
+
+
+def test_bars_of_long_work_show_and_go_when_it_is_done(monkeypatch):
+    console = Console(file=StringIO(), force_terminal=True, width=100)
+    monkeypatch.setattr(terminal, "_out", console)
+    with terminal.Progressing() as progress, gauge("loading [base]", 26 * 10**9) as done:
+        done(13 * 10**9)
+        progress._progress.refresh()
+        assert "loading [base]" in console.file.getvalue() and "13.0 GB of 26.0 GB" in console.file.getvalue()
+        done(13 * 10**9)
+        assert not progress._progress.tasks
+
+
+@pytest.mark.parametrize("width", [60, 80, 110])
+def test_on_a_terminal_nothing_of_the_progress_is_cut(monkeypatch, width):
+    console = Console(file=StringIO(), force_terminal=True, width=width, color_system=None)
+    monkeypatch.setattr(terminal, "_out", console)
+    clock = iter([2.0 * second for second in range(100)])
+    monkeypatch.setattr(terminal, "monotonic", lambda: next(clock))
+    with terminal.Progressing() as watching:
+        for number in range(9):
+            watching.trial_ended(a_trial(number, 3.0), number + 1, 26)
+    last = " ".join(console.file.getvalue().rpartition("9/26")[2].split())
+    assert "best 3.0000 nats per token at a 0.50, b 0.50; 30 trials a minute, 34 s left at most" in last
+    assert "…" not in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "case", ["one", "two", "three", "four", "eight", "twelve", "worst", "failures only", "base wins", "no trials"]
+)
+def test_tables_fit_a_hundred_columns_and_no_number_breaks(capsys, case):
+    summary = a_summary(**CASES[case])
+    print_tables(summary)
+    told = capsys.readouterr().out
+    tables_alone = [line.rstrip() for line in told.splitlines() if not line.startswith("The winner: ")]
+    assert max(map(len, tables_alone)) <= terminal.WIDTH
+    for split in tables.SPLITS:
+        for row in tables.final_table(summary, split).rows:
+            assert all(f" {cell} " in told for cell in row[1:])
+    assert all(cell in told for row in tables.margin_table(summary).rows for cell in row[:3])
+
+
+def test_answers_for_programs_are_strict_json(capsys):
+    terminal.say_json({"found": [1.5, None]})
+    assert json.loads(capsys.readouterr().out) == {"found": [1.5, None]}
+    with pytest.raises(ValueError):
+        terminal.say_json(float("inf"))
+
+
+def test_the_pace_is_that_of_the_latest_trials_and_what_is_left_is_told(capsys, monkeypatch):
+    """A trial each 2 s, from the 20th on each 6 s: 30 a minute, then 10; left at most 80 trials of 2 s, 60 of 6 s."""
+    clock = iter([2.0 * done for done in range(20)] + [38 + 6.0 * later for later in range(1, 41)])
+    monkeypatch.setattr(terminal, "monotonic", lambda: next(clock))
+    watch([a_trial(number, 3.0 + number) for number in range(60)], planned=100)
+    told = {line.split(" of ")[0].split()[-1]: line for line in capsys.readouterr().out.splitlines()}
+    assert told["20"].endswith("30 trials a minute, 3 min left at most")
+    assert told["60"].endswith("10 trials a minute, 4 min left at most")
+
+
+def test_quiet_says_nothing_but_answers(capsys):
+    terminal.hush(True)
+    try:
+        watch([a_trial(0, 3.0), a_trial(1, None)], planned=2)
+        terminal.say("words")
+        terminal.table("title", ("a", "b"), [("1", "2")])
+        terminal.say_json({"answer": 1})
+        terminal.complain("a mistake")
+    finally:
+        terminal.hush(False)
+    told = capsys.readouterr()
+    assert json.loads(told.out) == {"answer": 1} and told.err == "a mistake\n"
+
+
+def test_work_that_goes_on_is_a_line_where_there_is_no_terminal(capsys):
+    with terminal.Progressing() as watching:
+        watching.milestone("loading 5 checkpoints ...")
+        watching.milestone("loaded")
+    assert capsys.readouterr().out == "loading 5 checkpoints ...\nloaded\n"

@@ -1,0 +1,140 @@
+"""The tables that terminal and pages share."""
+
+from dataclasses import replace
+from math import exp
+
+import pytest
+from summaries import CASES, SPLITS, a_summary, a_trial, of_trials
+
+from dem_opt.analysis.regret import compare
+from dem_opt.dashboards import tables
+from dem_opt.simplex import Space
+from dem_opt.types import Margin, Score, Standing, Summary
+
+Ends = tuple[float, float]
+HIGH, LOW = Score((20.0, 30.0), (10, 10)), Score((10.0, 20.0), (10, 10))
+"""Two windows of 10 tokens: 2.5 and 1.5 nats a token."""
+
+STANDINGS = (
+    Standing("base", "base", "", None, {"search": {"a": HIGH, "b": HIGH}}, {"search": 2.5}, 1, 950, 0.25),
+    Standing(
+        "best",
+        "best",
+        "tpe",
+        Space(("a", "b")).centroid(),
+        {"search": {"a": HIGH, "b": LOW}},
+        {"search": 2.0},
+        2860,
+        2_288_000,
+        12.0,
+        forwards=1234.56,
+    ),
+)
+
+
+def test_the_final_table_says_nll_mean_perplexity_and_cost() -> None:
+    """The means are 2.5 and (2.5 + 1.5) / 2 = 2, e^2 = 7.389."""
+    table = tables.final_table(Summary("s", {"a": 1.0, "b": 1.0}, STANDINGS, (), {}, {}), "search")
+    assert table.headers == ("composite", "a", "b", "mean", "perplexity", "evals", "FE", "seconds")
+    assert table.rows[0] == ("base", "2.5000", "2.5000", "2.5000", f"{exp(2.5):.3f}", "1", "1.0", "0.2")
+    assert table.rows[1] == ("best", "2.5000", "1.5000", "2.0000", "7.389", "2,860", "1,234.6", "12.0")
+    assert table.lowest == {(0, 1), (1, 1), (1, 2), (1, 3), (1, 4)}
+    unknown = tables.final_table(Summary("s", {"a": 1.0}, STANDINGS, (), {}, {}), "held_out")
+    assert unknown.rows[0][1:4] == ("-", "-", "-") and not unknown.lowest
+
+
+def test_a_largest_regret_has_no_perplexity() -> None:
+    table = tables.final_table(Summary("s", {"a": 1.0, "b": 1.0}, STANDINGS, (), {}, {}, worst=True), "search")
+    assert table.headers == ("composite", "a", "b", "worst regret", "evals", "FE", "seconds")
+    assert table.rows[1] == ("best", "2.5000", "1.5000", "2.0000", "2,860", "1,234.6", "12.0")
+    assert table.lowest == {(0, 1), (1, 1), (1, 2), (1, 3)}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_table_has_a_cell_for_every_header(case: dict[str, object]) -> None:
+    summary = a_summary(**case)
+    made = [tables.final_table(summary, split) for split in SPLITS]
+    made += [tables.top_table(summary), tables.margin_table(summary), tables.trial_table(summary)]
+    made += [tables.usage_table(summary)]
+    for table in (*made, tables.comparison_table(compare(summary))):
+        assert {len(row) for row in table.rows} <= {len(table.headers)}
+
+
+def test_what_violates_protection_says_by_how_much() -> None:
+    summary = a_summary(("a", "b"))
+    *others, winner = summary.standings
+    over = replace(summary, standings=(*others, replace(winner, violation=0.0312)))
+    for split in SPLITS:
+        before, after = (tables.final_table(each, split).rows for each in (summary, over))
+        assert after[-1] == (f"{winner.label} (protect: +0.031 over)", *before[-1][1:]) and after[:-1] == before[:-1]
+
+
+def test_general_corpora_have_columns() -> None:
+    summary = a_summary(("a", "b"))
+    general = replace(summary, weights={**summary.weights, "web": 0.0})
+    assert tables.final_table(general, "search").headers[:4] == ("composite", "a", "b", "web")
+
+
+def test_the_top_says_its_gap_and_what_is_not_known() -> None:
+    """1.75 held out and 2.0 on the search split: a gap of -0.25; the second is not scored on the held-out split."""
+    base, best = STANDINGS
+    first = replace(best, objective={"search": 2.0, "held_out": 1.75})
+    table = tables.top_table(Summary("s", {}, (), (), {}, {}, top=(first, replace(base, violation=0.5))))
+    assert table.headers == ("no.", "coefficients", "search", "held-out", "gap")
+    assert table.rows == (
+        ("1", "a 0.500, b 0.500", "2.0000", "1.7500", "-0.2500"),
+        ("2", "the base alone (protect: +0.500 over)", "2.5000", "-", "-"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("search", "held_out", "verdict"),
+    [
+        ((0.1, 0.3), (0.2, 0.4), "better"),
+        ((-0.3, -0.1), (-0.4, -0.2), "worse"),
+        ((-0.1, 0.1), (-0.1, 0.1), "not told apart"),
+        ((0.1, 0.3), (-0.3, -0.1), "search: better;\nheld-out: worse"),
+        ((0.1, 0.3), (-0.3, 0.1), "search: better;\nheld-out:\nnot told apart"),
+    ],
+)
+def test_losses_are_said_as_plainly_as_wins(search: Ends, held_out: Ends, verdict: str) -> None:
+    found = {"search": search, "held_out": held_out}
+    margins = tuple(Margin("rival", split, sum(ends) / 2, *ends) for split, ends in found.items())
+    table = tables.margin_table(Summary("s", {}, (), margins, {}, {}))
+    assert [row[-1] for row in table.rows] == [verdict]
+    assert table.rows[0][1] == f"{sum(search) / 2:+.4f} [{search[0]:+.4f}, {search[1]:+.4f}]"
+
+
+def test_the_trials_say_what_came_of_them_and_why_a_search_ended() -> None:
+    trials = {
+        "tpe": [a_trial(0, 2.0, seconds=0.5), a_trial(1, 3.0, 0.25, error=0.1, seconds=1.0), a_trial(2, None, 0.0)],
+        "tpe@1": [],
+    }
+    table = tables.trial_table(of_trials(trials, stopped={"tpe": "20 minutes", "tpe@1": ""}))
+    assert table.rows == (
+        ("tpe", "20 minutes", "nan", "1", "1", "1", "1.2", "0.0 s", "1.5 s"),
+        ("tpe@1", "-", "-", "0", "0", "0", "0.0", "0.0 s", "0.0 s"),
+    )
+
+
+def test_a_comparison_tells_the_first_a_middle_and_the_last_mark() -> None:
+    """40 trials each, marks 10, 20, 40: tpe has 2 at 10 and 1 at 20 in one run, 1 at once in the other."""
+    slow = [a_trial(k, 3.0 - (k >= 5) - (k >= 15)) for k in range(40)]
+    fast = [a_trial(k, 1.0, seconds=0.25) for k in range(40)]
+    table = tables.comparison_table(
+        compare(of_trials({"tpe": slow, "tpe@1": fast, "random": slow, "cmaes": [a_trial(0, None)]}))
+    )
+    assert table.headers == ("algorithm", "runs", "FE in all", "at 10 FE", "at 20 FE", "at 40 FE", "proposing")
+    assert table.rows == (
+        (
+            "tpe",
+            "2",
+            "80.0",
+            "0.5000\n[0.2500, 0.7500]",
+            "0.0000\n[0.0000, 0.0000]",
+            "0.0000\n[0.0000, 0.0000]",
+            "0.125 s",
+        ),
+        ("random", "1", "40.0", "1.0000", "0.0000", "0.0000", "0.000 s"),
+        ("cmaes", "1", "1.0", "-", "-", "-", "0.000 s"),
+    )

@@ -1,0 +1,140 @@
+"""Cards and recipes: what they tell is what was done, and whatever users write shows as it is."""
+
+import pytest
+import worlds
+import yaml
+
+from dem_opt.config import load
+from dem_opt.export.model_card import Ingredient, licence, model_card, recipe, resolved
+from dem_opt.simplex import UNIT, Coefficients
+from dem_opt.types import Margin, Score, Standing, StoredModel
+
+UNITS = {"base": 10**8, "code": 3 * 10**8, "math": 6 * 10**8}
+
+
+def ingredients(folder, units=UNITS, licences=()):
+    """Folders without weights, with cards that state licences."""
+    made = []
+    for name, count in units.items():
+        (folder / name).mkdir(parents=True)
+        made.append(Ingredient(name, StoredModel(folder / name, f"{name}-content"), count))
+    for one, stated in zip(made, licences, strict=False):
+        (one.path / "README.md").write_text(f"---\nlicense: {stated}\ntags: [x]\n---\n# A model\n")
+    return made
+
+
+def standing(label, nll):
+    scores = {"code": Score((nll, nll), (1, 1)), "math": Score((2 * nll,), (1,))}
+    both = {"search": scores, "held_out": scores}
+    coefficients = Coefficients((("code", 3 * 10**8), ("math", 6 * 10**8)))
+    return Standing(label, "best", "random", coefficients, both, dict.fromkeys(both, 1.5 * nll), 1, 2, 3.0)
+
+
+def front(card):
+    return yaml.safe_load(card.split("---\n", 2)[1])
+
+
+def rows(card):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in card.splitlines() if line[:1] == "|"]
+
+
+def test_a_card_tells_coefficients_scores_margins_and_provenance(tmp_path):
+    margins = [Margin("base", "held_out", 0.5, 0.25, 0.75)]
+    study = "name: tiny\nbase: <b>models</b>\n"
+    standings = [standing("winner", 2.0)]
+    card = model_card("study", ingredients(tmp_path), {"torch": "2.13.0"}, study, standings, margins, "bfloat16")
+    assert front(card)["library_name"] == "transformers" and "license" not in front(card)
+    for name, weight in (("base", "0.100000000"), ("code", "0.300000000"), ("math", "0.600000000")):
+        assert [name, weight, "not stated", f"{name}-content"] in rows(card)
+    assert rows(card).count(["winner", "2.0000", "4.0000", "3.0000", "20.086"]) == 2
+    assert ["torch", "2.13.0"] in rows(card)
+    assert ["base", "held-out", "0.5000", "0.2500 to 0.7500"] in rows(card)
+    assert "search split" in card and "held-out split" in card and "All weights are bfloat16" in card
+    assert "    name: tiny\n    base: <b>models</b>\n" in card
+
+
+def test_a_card_without_scores_says_none(tmp_path):
+    card = model_card("study", ingredients(tmp_path, {"base": 0, "code": UNIT}), {})
+    assert "split" not in card and "0.000000000" in card and "Margins" not in card and "float32." in card
+
+
+@pytest.mark.parametrize(
+    ("licences", "told"),
+    [
+        (("mit", "mit", "mit"), "mit"),
+        (("mit", "mit", "apache-2.0"), None),
+        (("mit", "mit"), None),
+        (("&a [*a, {{: ", "mit", "mit"), None),
+        (("[" * 5000, "mit", "mit"), None),
+    ],
+)
+def test_a_licence_is_told_where_all_that_went_in_state_the_same(tmp_path, licences, told):
+    made = ingredients(tmp_path, licences=licences)
+    card = model_card("study", made, {})
+    assert front(card).get("license") == told
+    assert front(card)["base_model"] == ["base", "code", "math"]
+
+
+def test_what_did_not_go_in_is_no_base_model_and_its_licence_does_not_count(tmp_path):
+    made = ingredients(tmp_path, UNITS | {"math": 0}, ("mit", "mit", "other"))
+    told = front(model_card("study", made, {}))
+    assert told["license"] == "mit" and told["base_model"] == ["base", "code"]
+
+
+def test_a_folder_in_a_hubs_cache_has_the_hubs_name(tmp_path):
+    folder = tmp_path / "models--some--model-7b" / "snapshots" / "0123"
+    folder.mkdir(parents=True)
+    card = model_card("study", [Ingredient("base", StoredModel(folder, "x"), UNIT)], {})
+    assert front(card)["base_model"] == ["some/model-7b"]
+
+
+def test_a_licence_file_is_pointed_at(tmp_path):
+    (tmp_path / "LICENSE.txt").write_text("as you like")
+    assert licence(tmp_path) == "see its LICENSE"
+    (tmp_path / "README.md").write_text("---\nlicense: [mit, gpl-3.0]\n---\n")
+    assert licence(tmp_path) == "mit, gpl-3.0"
+
+
+def test_what_users_write_shows_as_it_is_in_a_card(tmp_path):
+    label = "a|b <script>alert(1)</script> [x](http://y) `z`\n# not a title"
+    made = [Ingredient(label, StoredModel(one.path, label), one.units) for one in ingredients(tmp_path)]
+    (made[0].path / "README.md").write_text("---\nlicense: '<script>'\n---\n")
+    card = model_card(label, made, {}, standings=[standing(label, 1.0)], margins=[Margin(label, label, 1, 0, 2)])
+    assert "<script" not in card.replace("\\<script", "")
+    assert "\n# not a title" not in card
+    shown = [line for line in card.splitlines() if line.startswith("| ") and "script" in line]
+    assert len(shown) == 6
+    assert all(line.count("|") - line.count("\\|") in (5, 6) for line in shown)
+
+
+def test_a_recipe_is_the_formula_in_absolute_paths(tmp_path):
+    worlds.save_model(tmp_path / "base", seed=0)
+    others = ingredients(tmp_path / "more", {"code": 3 * 10**8, "math": 0})
+    made = [Ingredient("base", StoredModel(tmp_path / "more/../base", "x"), 7 * 10**8), *others]
+    assert yaml.safe_load(recipe(made)) == {
+        "merge_method": "task_arithmetic",
+        "base_model": str(tmp_path / "base"),
+        "models": [{"model": str(tmp_path / "more/code"), "parameters": {"weight": 0.3}}],
+        "parameters": {"normalize": False, "lambda": 1.0},
+        "dtype": "float32",
+        "out_dtype": "float32",
+    }
+    assert yaml.safe_load(recipe(made, "bfloat16"))["out_dtype"] == "bfloat16"
+
+
+def test_a_resolved_study_has_defaults_and_no_passwords(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    uri = "postgresql+psycopg://me:secret@host/db"
+    outside = tmp_path / "home/models/base"
+    study = tmp_path / "home/study/study.yaml"
+    study.parent.mkdir(parents=True)
+    one = {"checkpoint": "models/code", "validation": "data/code.jsonl"}
+    study.write_text(
+        yaml.safe_dump({"name": "s", "base": str(outside), "distributions": {"code": one}, "storage": uri})
+    )
+    text = resolved(load(study), study.parent)
+    told = yaml.safe_load(text)
+    assert "secret" not in text and str(tmp_path) not in text
+    assert told["storage"] == "postgresql+psycopg://me:***@host/db"
+    assert told["base"] == "~/models/base" and told["distributions"]["code"] == one
+    assert told["tracking"]["uri"] == "sqlite:///runs/s/mlflow.db" and told["search"]["trials"] == 40

@@ -1,0 +1,95 @@
+"""Laws of the loop: what is proposed follows from what was told, and never from which resident is faster."""
+
+import random
+from pathlib import Path
+
+import pytest
+import worlds
+from untracked import Untracked
+
+from dem_opt.config import load
+from dem_opt.evaluation.worker import build
+from dem_opt.observers import Silence
+from dem_opt.planning.inputs import gather
+from dem_opt.search.loop import Driver
+from dem_opt.search.optuna_study import Search
+from dem_opt.storage.engine import connect
+from dem_opt.storage.leases import holding
+from dem_opt.storage.ledger import Ledger
+from dem_opt.types import Evaluation, Failure, Request
+
+
+class Jumbled:
+    """A pool whose answers come in an order drawn from a seed."""
+
+    def __init__(self, resident, capacity: int, seed: int):
+        self.capacity, self._resident = capacity, resident
+        self._rng, self._waiting = random.Random(seed), []
+
+    def submit(self, request: Request) -> None:
+        self._waiting.append(request)
+
+    def next_done(self) -> tuple[Request, Evaluation | Failure]:
+        request = self._waiting.pop(self._rng.randrange(len(self._waiting)))
+        return request, self._resident.evaluate(request)
+
+    def withdraw(self) -> set[int]:
+        raise AssertionError("nobody asked to stop")
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A study's settings, its question, and a resident that answers it."""
+    path = worlds.study(tmp_path_factory.mktemp("driver"), search={"algorithm": "simplex-gp", "trials": 9, "seed": 1})
+    config = load(path)
+    sources = gather(config, path)
+    return config, sources.question(), build(sources.spec())
+
+
+def trials(world, folder: Path, pool, lookahead: int) -> list:
+    """Coefficients and objectives, in the order of their numbers, of a search with these residents."""
+    config, question, _ = world
+    url = f"sqlite:///{folder / 'study.db'}"
+    folder.mkdir()
+    engine = connect(url)
+    search = Search(url, "jumbled", config.space, config.search)
+    with holding(engine, "jumbled") as lease:
+        Driver(question, Ledger(engine), pool, Silence()).optimize(search, lookahead, Untracked(), lease)
+    engine.dispose()
+    return [(trial.number, trial.coefficients, trial.objective) for trial in search.trials()]
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 4])
+@pytest.mark.parametrize("lookahead", [0, 1, 2])
+def test_the_order_of_answers_changes_no_trial(world, tmp_path, capacity, lookahead):
+    first, second = (
+        trials(world, tmp_path / str(seed), Jumbled(world[2], capacity, seed), lookahead) for seed in (0, 1)
+    )
+    assert len(first) == 9 and first == second
+
+
+class Watched(Jumbled):
+    """A pool that answers in order, and knows how many requests were out whenever another one came."""
+
+    def __init__(self, resident, capacity: int):
+        super().__init__(resident, capacity, 0)
+        self.out: list[int] = []
+
+    def submit(self, request: Request) -> None:
+        self.out.append(len(self._waiting))
+        super().submit(request)
+
+    def next_done(self) -> tuple[Request, Evaluation | Failure]:
+        request = self._waiting.pop(0)
+        return request, self._resident.evaluate(request)
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 4])
+def test_no_resident_is_idle_while_a_proposal_is_made(world, tmp_path, capacity):
+    """With one proposal ahead for each, whichever of them is through has another one, and so have all others."""
+    pool = Watched(world[2], capacity)
+    made = len(trials(world, tmp_path / "study", pool, 1))
+    assert pool.out == [min(number, 2 * capacity - 1) for number in range(made)]

@@ -1,0 +1,198 @@
+"""The Optuna study: ask, tell, best, adopt, on a real SQLite file."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from optuna.distributions import FloatDistribution
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState
+
+from dem_opt import config
+from dem_opt.search.optuna_study import METRIC, Search
+from dem_opt.simplex import Coefficients, Space
+
+ALGORITHMS = ["simplex-gp", "grid", "random"]
+SPACE = Space(("code", "math", "prose"))
+TRIALS = 7
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One database for all tests: making its tables takes longer than a study."""
+    return f"sqlite:///{tmp_path_factory.mktemp('search')}/study.db"
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    """A study for each test."""
+    return f"example/{request.node.name}#1"
+
+
+def open_search(url: str, name: str, algorithm: str = "simplex-gp", **settings: object) -> Search:
+    chosen = config.Search.model_validate({"algorithm": algorithm, "trials": TRIALS, "divisions": 2, **settings})
+    return Search(url, name, SPACE, chosen)
+
+
+def loss(coefficients: Coefficients) -> float:
+    """Quadratic, least on the face code = 0."""
+    return float(((SPACE.point(coefficients) - [0.0, 0.4, 0.6]) ** 2).sum())
+
+
+def play(search: Search, objective: Callable[[Coefficients], float] = loss) -> Iterator[Coefficients]:
+    while (proposal := search.ask()) is not None:
+        search.tell(proposal.number, objective(proposal.coefficients), {})
+        yield proposal.coefficients
+
+
+def storage_of(url: str, name: str) -> tuple[RDBStorage, int]:
+    storage = RDBStorage(url)
+    return storage, storage.get_study_id_from_name(name)
+
+
+def die_while_asking(url: str, name: str) -> None:
+    """What a kill between the first and the second parameter of a proposal leaves."""
+    storage, study_id = storage_of(url, name)
+    trial_id = storage.create_new_trial(study_id)
+    storage.set_trial_param(trial_id, "code", 0.25, FloatDistribution(0.0, 1.0))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_asks_what_is_planned_and_no_more(url: str, name: str, algorithm: str) -> None:
+    search = open_search(url, name, algorithm)
+    proposals = list(play(search))
+    # C(2 + 3 - 1, 3 - 1) = 6 points of the lattice
+    planned = 6 if algorithm == "grid" else TRIALS
+    assert len(proposals) == search.planned == search.told == planned
+    assert search.ask() is None
+    storage, study_id = storage_of(url, name)
+    assert all(trial.state is TrialState.COMPLETE for trial in storage.get_all_trials(study_id))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_trial_keeps_exact_units_and_what_was_told(url: str, name: str, algorithm: str) -> None:
+    search = open_search(url, name, algorithm)
+    for number in range(5):
+        proposal = search.ask()
+        assert proposal is not None and proposal.number == number and proposal.seconds > 0
+        search.tell(number, 2.0 + number, {"perplexity": {"code": 7.5}, "tokens": 12})
+        (*_, trial) = open_search(url, name, algorithm).trials()
+        assert trial.coefficients == proposal.coefficients
+        assert sum(trial.coefficients.units.values()) == SPACE.total_units
+        assert (trial.state, trial.objective) == ("complete", 2.0 + number)
+        assert trial.attributes == {"perplexity": {"code": 7.5}, "tokens": 12}
+
+
+@pytest.mark.parametrize("total", [0.5, 2 / 3, 1.0, 1.7])
+def test_vertices_of_any_total_survive_the_storage(url: str, name: str, total: float) -> None:
+    space = Space(("a", "b"), total)
+    search = Search(url, f"{name}/scaled", space, config.Search())
+    proposals = [search.ask(), search.ask()]
+    assert [proposal and proposal.coefficients for proposal in proposals] == space.vertices()
+    assert [trial.coefficients for trial in search.trials()] == space.vertices()
+
+
+@pytest.fixture(scope="module", params=ALGORITHMS)
+def uninterrupted(request: pytest.FixtureRequest, url: str) -> tuple[str, list[Coefficients]]:
+    return request.param, list(play(open_search(url, f"uninterrupted/{request.param}", request.param)))
+
+
+@pytest.mark.parametrize("death", ["between trials", "while asking", "while scoring"])
+@pytest.mark.parametrize("after", [1, 5])
+def test_a_resumed_study_proposes_what_an_uninterrupted_one_does(
+    url: str, name: str, uninterrupted: tuple[str, list[Coefficients]], death: str, after: int
+) -> None:
+    algorithm, whole = uninterrupted
+    first = open_search(url, name, algorithm)
+    parts = list(islice(play(first), after))
+    if death == "while asking":
+        die_while_asking(url, name)
+    elif death == "while scoring":
+        first.ask()
+
+    resumed = open_search(url, name, algorithm)
+    parts += play(resumed)
+
+    assert parts == whole
+    assert all(trial.state == "complete" for trial in resumed.trials())
+
+
+def test_what_died_while_asking_is_failed_and_not_counted(url: str, name: str) -> None:
+    search = open_search(url, name)
+    search.ask()
+    die_while_asking(url, name)
+    search.ask()
+    resumed = open_search(url, name)
+    adopted = [resumed.ask(), resumed.ask()]
+    assert [proposal and proposal.number for proposal in adopted] == [0, 2]
+    assert [proposal and proposal.coefficients for proposal in adopted] == SPACE.vertices()[:2]
+    assert [trial.number for trial in search.trials()] == [0, 2] and search.told == 0
+    storage, study_id = storage_of(url, name)
+    broken = storage.get_all_trials(study_id)[1]
+    assert broken.state is TrialState.FAIL and "interrupted" in broken.user_attrs["dem_opt"]["reason"]
+
+
+def test_failure_is_told_with_its_reason(url: str, name: str) -> None:
+    search = open_search(url, name)
+    search.ask()
+    search.tell(0, None, {"reason": "lost"})
+    (failed,) = search.trials()
+    assert (failed.state, failed.objective, failed.attributes) == ("failed", None, {"reason": "lost"})
+
+
+def test_a_finished_trial_stays_as_it_is(url: str, name: str) -> None:
+    search = open_search(url, name)
+    search.ask()
+    search.tell(0, 1.0, {"tokens": 1})
+    search.tell(0, None, {"reason": "told twice"})
+    search.tell(0, 5.0, {"tokens": 2})
+    (trial,) = search.trials()
+    assert (trial.state, trial.objective, trial.attributes) == ("complete", 1.0, {"tokens": 1})
+
+
+@pytest.mark.parametrize("objective", [float("nan"), float("inf")])
+def test_an_objective_is_finite(url: str, name: str, objective: float) -> None:
+    search = open_search(url, name)
+    search.ask()
+    with pytest.raises(ValueError, match="objective of trial 0"):
+        search.tell(0, objective, {})
+    assert search.trials()[0].state == "running"
+
+
+def test_a_study_keeps_its_uid_and_starting_points(url: str, name: str) -> None:
+    start = [SPACE.nearest(np.array([0.2, 0.3, 0.5])), SPACE.nearest(np.array([0.0, 0.3, 0.7]))]
+    first = Search(url, f"{name}/grown#2", SPACE, config.Search(), start)
+    again = Search(url, f"{name}/grown#2", SPACE, config.Search(), start[:1])
+    other = Search(url, f"{name}/grown#3", SPACE, config.Search())
+    assert first.uid == again.uid != other.uid
+    expected = [*start, *SPACE.landmarks()]
+    assert list(islice(play(again), len(expected))) == expected
+
+
+def test_more_trials_may_be_planned_later(url: str, name: str) -> None:
+    assert len(list(play(open_search(url, name, trials=4)))) == 4
+    assert len(list(play(open_search(url, name, trials=6)))) == 2
+
+
+def test_one_distribution_has_one_trial(url: str, name: str) -> None:
+    space = Space(("only",))
+    search = Search(url, f"{name}/one", space, config.Search())
+    assert [point.units for point in play(search, lambda _: 1.0)] == [{"only": 10**9}]
+    assert search.planned == 1
+
+
+def test_a_path_may_hold_braces_and_percent_signs(tmp_path: Path) -> None:
+    folder = tmp_path / "{run} 5%"
+    folder.mkdir()
+    Search(f"sqlite:///{folder}/study.db", "x", SPACE, config.Search())
+    assert (folder / "study.db").exists()
+
+
+def test_optuna_shows_the_metric_and_the_journal_is_written_ahead(url: str, name: str) -> None:
+    open_search(url, name)
+    storage, study_id = storage_of(url, name)
+    assert METRIC in str(storage.get_study_system_attrs(study_id))
+    with storage.engine.connect() as connection:
+        assert connection.exec_driver_sql("pragma journal_mode").scalar() == "wal"

@@ -1,0 +1,224 @@
+"""Known answers of CMA-ES, of sequential quadratic programming, and of all at the corners of a space."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import pytest
+from cmaes import CMA
+from numpy.typing import NDArray
+from scipy.optimize import linprog
+
+from dem_opt.search.samplers.cmaes import CMAES
+from dem_opt.search.samplers.history import Trial
+from dem_opt.search.samplers.optuna_sampler import OptunaSampler, tpe
+from dem_opt.search.samplers.sampler import Choice, Proposer
+from dem_opt.search.samplers.slsqp import SLSQP
+from dem_opt.simplex import Coefficients, Space
+
+Array = NDArray[np.float64]
+Loss = Callable[[Array], tuple[float, Array]]
+SIMPLEX = Space(tuple("abcd"))
+SPACES = [
+    Space(tuple("abc"), 2.0, 0.0),
+    Space(tuple("abcd"), bounds=(("a", 0.0, 0.3), ("b", 0.1, 0.5))),
+    Space(tuple("abcd"), 1.5, 0.5, (("a", 0.1, 0.4), ("b", 0.2, 0.2))),
+]
+
+
+def told(space: Space, number: int, point: Coefficients, loss: Loss) -> Trial:
+    value, slope = loss(space.point(point))
+    gradient = dict(zip(space.names, slope.tolist(), strict=True))
+    return Trial(number, point, "complete", value, {"gradient": gradient})
+
+
+def propose(proposer: Proposer, trials: Sequence[Trial], seed: int = 0, begin: Sequence[Coefficients] = ()) -> Choice:
+    return proposer.propose(trials, begin, np.random.default_rng([seed, len(trials)]))
+
+
+def play(
+    proposer: Proposer, space: Space, loss: Loss, count: int, seed: int = 0, begin: Sequence[Coefficients] = ()
+) -> list[Trial]:
+    trials: list[Trial] = []
+    for number in range(count):
+        trials.append(told(space, number, propose(proposer, trials, seed, begin).coefficients, loss))
+    return trials
+
+
+def values(trials: Sequence[Trial]) -> list[float]:
+    return [trial.objective for trial in trials if trial.objective is not None]
+
+
+def quadratic(optimum: Array, outside: Array | float, seed: int = 0) -> Loss:
+    """|A (x - m)|^2 / 2 + s' x  with s above 0 only where m is 0: on the simplex it is least at m, where it is 0."""
+    size = len(optimum)
+    root = np.random.default_rng(seed).normal(size=(2 * size, size)) / np.sqrt(2 * size)
+    form, slope = root.T @ root, np.where(optimum > 0, 0.0, outside)
+    return lambda x: (
+        float(0.5 * (x - optimum) @ form @ (x - optimum) + slope @ x),
+        form @ (x - optimum) + slope,
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "count"),
+    [(lambda space: OptunaSampler(space, tpe), 60), (CMAES, 80), (lambda space: SLSQP(space, 0), 8)],
+    ids=["tpe", "cmaes", "gradient"],
+)
+@pytest.mark.parametrize("space", SPACES, ids=["free", "bounded", "both"])
+def test_the_exact_corner_is_found_that_is_no_landmark(
+    make: Callable[[Space], Proposer], count: int, space: Space
+) -> None:
+    """A linear loss is least at a corner: here by linear programming over the shares."""
+    cost = np.arange(space.dimension) - 1.5
+    bounds = [(0, min(cap, 1)) for cap in space.caps_F]
+    solved = linprog(cost @ space.jacobian(), A_eq=np.ones((1, len(bounds))), b_eq=[1], bounds=bounds)
+    corner = space.at(solved.x)
+    assert corner not in space.landmarks()
+    trials = play(make(space), space, lambda x: (float(cost @ x), cost), count)
+    assert corner in [trial.coefficients for trial in trials]
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_cma_es_finds_the_minimum_in_a_face(size: int) -> None:
+    space = Space(tuple("abcdefgh"[:size]))
+    optimum = np.array([0.6, 0.4] + [0.0] * (size - 2))
+    trials = play(CMAES(space), space, quadratic(optimum, 0.2), 40 + 15 * size)
+    best = min(trials, key=lambda trial: trial.objective or 0.0)
+    assert best.objective is not None and best.objective < 1e-3
+    assert ((space.point(best.coefficients) == 0) == (optimum == 0)).all()
+
+
+def test_cma_es_is_told_whole_generations_and_draws_from_the_newest() -> None:
+    """Three trials of a new generation, running, ended or failed, leave the distribution as it was."""
+    size = CMA(mean=np.zeros(3), sigma=1).population_size
+    loss, sampler = quadratic(np.array([0.5, 0.5, 0, 0]), 0.1), CMAES(SIMPLEX)
+    trials = play(sampler, SIMPLEX, loss, 2 * size)
+    rng, number = np.random.default_rng(0), 2 * size
+    others = [SIMPLEX.sample(rng) for _ in range(3)]
+    drawn = {
+        sampler.propose([*trials, *new], [], np.random.default_rng(7)).coefficients
+        for new in (
+            [],
+            [Trial(number + i, point, "running") for i, point in enumerate(others)],
+            [Trial(number + i, point, "failed") for i, point in enumerate(others)],
+            [told(SIMPLEX, number + i, point, loss) for i, point in enumerate(others)],
+        )
+    }
+    assert len(drawn) == 1
+    first = sampler.propose(trials[:size], [], np.random.default_rng(7)).coefficients
+    assert first not in drawn
+
+
+def test_cma_es_starts_anew_where_it_has_converged() -> None:
+    """Values that never differ say that it should stop; its spread is then again as wide as at first."""
+    trials = play(CMAES(SIMPLEX), SIMPLEX, lambda x: (2.0, 0 * x), 300)
+    late = np.array([SIMPLEX.point(trial.coefficients) for trial in trials[-100:]])
+    assert late.std(axis=0).max() > 0.02
+    assert len({trial.coefficients for trial in trials}) == 300
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_cma_es_stands_any_history(size: int) -> None:
+    """Draws after it has shrunk to a point, one point told over and over, and everything failed."""
+    space, rng = Space(tuple("abcd"[:size])), np.random.default_rng(0)
+    point = space.sample(rng)
+    near = [space.at(space.shares(point) + 1e-7 * rng.normal(size=size)) for _ in range(300)]
+    far = [space.sample(rng) for _ in range(300)]
+    trials = [told(space, i, p, lambda x: (float(x @ x), x)) for i, p in enumerate([*space.landmarks(), *near, *far])]
+    same = [told(space, i, p, lambda x: (1.0, x)) for i, p in enumerate([*space.landmarks(), *[point] * 300])]
+    failed = [Trial(i, p, "failed") for i, p in enumerate([*space.landmarks(), *far])]
+    for history in (trials, same, failed):
+        for count in range(len(space.landmarks()), len(history), 37):
+            proposed = propose(CMAES(space), history[:count]).coefficients
+            assert space.contains(proposed) and proposed not in {trial.coefficients for trial in history[:count]}
+
+
+FACES = {
+    "corner": np.array([0.0, 0.0, 1.0, 0.0]),
+    "edge": np.array([0.7, 0.0, 0.0, 0.3]),
+    "face": np.array([0.2, 0.5, 0.0, 0.3]),
+}
+
+
+@pytest.mark.parametrize("optimum", FACES.values(), ids=FACES)
+@pytest.mark.parametrize("scale", [1.0, 0.01], ids=["steep", "flat"])
+def test_a_quadratic_s_minimum_in_a_face_takes_few_gradients(optimum: Array, scale: float) -> None:
+    loss = quadratic(optimum, np.array([0.3, 0.1, 0.2, 0.1]))
+    trials = play(SLSQP(SIMPLEX, 0), SIMPLEX, lambda x: (scale * loss(x)[0], scale * loss(x)[1]), 8)
+    assert min(values(trials)) < 1e-6 * scale
+    best = SIMPLEX.point(min(trials, key=lambda trial: trial.objective or 0.0).coefficients)
+    assert ((best == 0) == (optimum == 0)).all() and np.abs(best - optimum).max() < 1e-3
+
+
+def test_gradients_reach_the_minimum_within_bounds() -> None:
+    """|w - m|^2 / 2 with m = (.9, 0, .1) is least, where a <= .6 and b >= .1, at the projection: (.6, .1, .3)."""
+    space = Space(tuple("abc"), bounds=(("a", 0.0, 0.6), ("b", 0.1, 1.0)))
+    centre = np.array([0.9, 0.0, 0.1])
+    trials = play(SLSQP(space, 0), space, lambda x: (float((x - centre) @ (x - centre)) / 2, x - centre), 6)
+    assert space.check({"a": 0.6, "b": 0.1, "c": 0.3}) in [trial.coefficients for trial in trials]
+
+
+def wells(x: Array) -> tuple[float, Array]:
+    """Least at d (-0.5), with a well of its own, higher (-0.45), at each other corner, and flat between."""
+    depth = np.array([0.45, 0.45, 0.45, 0.5])
+    return -float(depth @ x**4), -4 * depth * x**3
+
+
+def test_runs_start_again_until_all_corners_are_seen() -> None:
+    """It begins with the centroid, then goes through the corners, then through points that its seed draws."""
+    trials = play(SLSQP(SIMPLEX, 0), SIMPLEX, wells, 30)
+    points = [trial.coefficients for trial in trials]
+    assert points[0] == SIMPLEX.centroid() and set(SIMPLEX.vertices()) <= set(points)
+    assert len(set(points)) == 30
+    assert points == [trial.coefficients for trial in play(SLSQP(SIMPLEX, 0), SIMPLEX, wells, 30, seed=1)]
+    assert points != [trial.coefficients for trial in play(SLSQP(SIMPLEX, 1), SIMPLEX, wells, 30)]
+
+
+def test_it_begins_with_the_best_of_what_it_was_told_to_begin_with() -> None:
+    begin = [SIMPLEX.check({"a": 0.9, "b": 0.1}), SIMPLEX.check({"c": 0.9, "d": 0.1})]
+    loss = quadratic(np.array([0, 0, 0.8, 0.2]), 0.1)
+    trials = play(SLSQP(SIMPLEX, 0), SIMPLEX, loss, 6, begin=begin)
+    assert [trial.coefficients for trial in trials[:2]] == begin
+    assert SIMPLEX.centroid() not in [trial.coefficients for trial in trials]
+    assert min(values(trials)) < 1e-6
+
+
+def test_what_failed_is_stepped_back_from_and_no_start() -> None:
+    loss = quadratic(np.array([0.7, 0.3, 0, 0]), 0.2)
+    first = told(SIMPLEX, 0, SIMPLEX.centroid(), loss)
+    step = propose(SLSQP(SIMPLEX, 0), [first]).coefficients
+    back = propose(SLSQP(SIMPLEX, 0), [first, Trial(1, step, "failed")]).coefficients
+    whole, part = (SIMPLEX.point(point) - SIMPLEX.point(first.coefficients) for point in (step, back))
+    assert part == pytest.approx(0.1 * whole, abs=1e-8)
+    assert propose(SLSQP(SIMPLEX, 0), [Trial(0, SIMPLEX.centroid(), "failed")]).coefficients == SIMPLEX.vertices()[0]
+
+
+@pytest.mark.parametrize("attributes", [{}, {"gradient": {"a": 1.0}}], ids=["none", "part"])
+def test_trials_without_gradients_are_passed_over(attributes: Mapping[str, Mapping[str, float]]) -> None:
+    points = [SIMPLEX.centroid(), *SIMPLEX.vertices()[:2]]
+    trials = [Trial(i, point, "complete", 1.0, attributes) for i, point in enumerate(points)]
+    assert propose(SLSQP(SIMPLEX, 0), trials).coefficients == SIMPLEX.vertices()[2]
+
+
+def test_beside_a_running_trial_a_point_is_drawn() -> None:
+    trials = [Trial(0, SIMPLEX.centroid(), "running")]
+    drawn = [propose(SLSQP(SIMPLEX, 0), trials, seed) for seed in (1, 2)]
+    assert drawn[0] != drawn[1] and all(choice.expected is None for choice in drawn)
+
+
+def test_after_the_last_start_points_are_drawn() -> None:
+    """Every start has failed: then the generator that is passed decides."""
+    trials: list[Trial] = []
+    for number in range(100):
+        assert propose(SLSQP(SIMPLEX, 0), trials, 1) == propose(SLSQP(SIMPLEX, 0), trials, 2)
+        trials.append(Trial(number, propose(SLSQP(SIMPLEX, 0), trials).coefficients, "failed"))
+    assert propose(SLSQP(SIMPLEX, 0), trials, 1) != propose(SLSQP(SIMPLEX, 0), trials, 2)
+
+
+def test_the_expected_improvement_is_half_the_slope_along_the_step() -> None:
+    loss = quadratic(np.array([0.4, 0.3, 0.2, 0.1]), 0.0)
+    trials = [told(SIMPLEX, 0, SIMPLEX.centroid(), loss)]
+    choice = propose(SLSQP(SIMPLEX, 0), trials)
+    step = SIMPLEX.point(choice.coefficients) - 0.25
+    assert choice.expected == pytest.approx(-0.5 * loss(np.full(4, 0.25))[1] @ step) and choice.expected > 0
+    assert propose(SLSQP(SIMPLEX, 0), []).expected is None

@@ -1,0 +1,42 @@
+"""Laws of signals: the first lets what is at work finish, the second does not, and nothing of it stays behind."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from dem_opt.signals import SIGNALS, finishing, sigterm_as_ctrl_c
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("again", SIGNALS)
+def test_the_first_signal_asks_and_the_second_stops(number: int, again: int) -> None:
+    before, told = [signal.getsignal(one) for one in SIGNALS], []
+    with pytest.raises(KeyboardInterrupt), finishing(lambda: told.append("asked")) as asked:
+        assert not asked.is_set()
+        os.kill(os.getpid(), number)
+        assert asked.is_set() and told == ["asked"]
+        os.kill(os.getpid(), again)
+    assert told == ["asked"]
+    assert [signal.getsignal(one) for one in SIGNALS] == before
+
+
+def test_sigterm_is_ctrl_c_within_and_what_it_was_afterwards() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), sigterm_as_ctrl_c():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_thread_that_gets_no_signals_is_never_asked() -> None:
+    found: list[bool] = []
+
+    def work() -> None:
+        with finishing(lambda: None) as asked:
+            found.append(asked.is_set())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [False]

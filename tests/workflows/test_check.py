@@ -1,0 +1,121 @@
+"""Laws of a check: it tells what a study will meet, refuses what can't be, and changes nothing."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import worlds
+
+from dem_opt.checkpoints.files import content_hash, known_content, read_header
+from dem_opt.cli.main import main
+from dem_opt.config import load
+from dem_opt.errors import InputError
+from dem_opt.planning.hardware import Machine
+from dem_opt.planning.inputs import gather, tell_twins
+from dem_opt.storage.engine import connect
+from dem_opt.storage.identity import SEARCH
+from dem_opt.storage.ledger import Ledger, StudyRow
+from dem_opt.types import Composite, Score
+from dem_opt.workflows.check import check
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A tiny study to spoil."""
+    return worlds.study(tmp_path / "world").parent
+
+
+def listing(folder: Path) -> dict[Path, bytes]:
+    """Everything below a folder, files with what is in them."""
+    return {path: path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+
+
+def test_a_check_uses_what_the_ledger_has_measured(world):
+    config = load(world / "study.yaml")
+    question = gather(config, "study.yaml").question()
+    engine = connect(config.storage)
+    ledger = Ledger(engine)
+    ledger.enter_study(StudyRow(config.name, 1, question.scored(), question.asked()))
+    scores = {key: Score((1.0,), (1,)) for key in question.keys(SEARCH)}
+    ledger.record(Composite.single(question.base), scores, question.scoring, 100, 50.0)
+    engine.dispose()
+    found = check(config, "study.yaml")
+    assert found.speed.token_seconds == 0.5 and found.seconds == 0.5 * found.plan.tokens
+
+
+@pytest.mark.parametrize("was_run", [False, True])
+def test_a_check_writes_nothing(world, capsys, was_run):
+    if was_run:
+        engine = connect(f"sqlite:///{world}/runs/tiny/study.db")
+        Ledger(engine)
+        engine.dispose()
+    before = listing(world)
+    assert main(["check", str(world / "study.yaml")]) == 0
+    assert listing(world) == before
+    told = capsys.readouterr().out
+    assert "fit together" in told and len(told.splitlines()) <= 50
+    assert main(["check", str(world / "study.yaml"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["plan"]["resident"] > found["plan"]["stored"] > 0 and len(found["checkpoints"]) == 4
+    assert "merge kernel" in found["kernel"] and found["kernel"][1:] in told
+
+
+@pytest.mark.parametrize("command", ["check", "run", "compare", "score"])
+def test_a_study_too_large_for_this_machine_is_refused_before_it_loads(world, capsys, monkeypatch, command):
+    monkeypatch.setattr("dem_opt.planning.inputs.this_machine", lambda: Machine("cpu", 1, 10**8, 10**7))
+    monkeypatch.setattr("dem_opt.planning.inputs.content_hash", lambda *_: pytest.fail("read before it was refused"))
+    before = listing(world)
+    more = ["--weights", "code=1"] if command == "score" else []
+    assert main([command, str(world / "study.yaml"), *more]) == 2
+    told = capsys.readouterr().err
+    assert "compute.residents = 1" in told and "are available" in told and told.count("\n") == 1
+    assert listing(world) == before
+
+
+def test_a_merge_holds_no_resident_and_is_not_refused(world, monkeypatch):
+    monkeypatch.setattr("dem_opt.planning.inputs.this_machine", lambda: Machine("cpu", 1, 10**8, 10**7))
+    assert main(["merge", str(world / "study.yaml"), "--weights", "code=1", "--out", str(world / "out")]) == 0
+
+
+def test_content_is_known_once_it_was_hashed(world):
+    header = read_header(world / "models/code", "checkpoint")
+    assert known_content(header) is None
+    content = content_hash(header.folder)
+    assert known_content(header) == content
+
+
+def test_twins_are_named(world):
+    assert tell_twins({"base": "x", "a": "y", "b": "z"}) == []
+    assert tell_twins({"base": "x", "a": "x"}) == ["a is identical to the base: its distribution vector is zero"]
+    (told,) = tell_twins({"base": "x", "a": "y", "b": "y"})
+    assert "b and a have the same weights" in told
+    shutil.rmtree(world / "models/math")
+    shutil.copytree(world / "models/base", world / "models/math")
+    sources = gather(load(world / "study.yaml"), "study.yaml")
+    assert sources.warnings() == ["math is identical to the base: its distribution vector is zero"]
+    found = check(load(world / "study.yaml"), "study.yaml")
+    assert found.warnings == tuple(sources.warnings()) and found.unhashed == 0
+
+
+def test_another_tokenizer_is_told(world):
+    file = world / "models/math/tokenizer.json"
+    state = json.loads(file.read_text())
+    file.write_text(json.dumps(state | {"truncation": {"max_length": 8}}))
+    assert check(load(world / "study.yaml"), "study.yaml").warnings == ()
+    file.write_text(json.dumps(state | {"pre_tokenizer": None}))
+    (told,) = check(load(world / "study.yaml"), "study.yaml").warnings
+    assert told.startswith("math has another tokenizer")
+
+
+def test_tracking_that_can_not_be_reached_is_a_warning(world):
+    path = worlds.study(world, tracking={"uri": "http://127.0.0.1:9"})
+    found = check(load(path), "study.yaml")
+    assert "can't be reached" in found.tracking and len(found.warnings) == 1
+
+
+def test_a_file_that_is_no_database_is_refused(world):
+    (world / "runs/tiny").mkdir(parents=True)
+    (world / "runs/tiny/study.db").write_text("not a database, but a text")
+    with pytest.raises(InputError, match="can't be used as a database"):
+        check(load(world / "study.yaml"), "study.yaml")

@@ -1,0 +1,274 @@
+"""Laws of data mixing as a baseline: what is trained, what it costs, what a curve and a ratio say."""
+
+import json
+import math
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import worlds
+import yaml
+from mlflow.tracking import MlflowClient
+
+from dem_opt.analysis.mixing_cost import (
+    HELD_OUT,
+    SEARCH,
+    Cost,
+    Edited,
+    Mixed,
+    Mixing,
+    Start,
+    curve,
+    expected_best,
+    forward_cost,
+    training_cost,
+    verdict,
+)
+from dem_opt.cli.main import main
+from dem_opt.compute import InProcessCompute
+from dem_opt.config import load
+from dem_opt.dashboards.mixing_plots import mixing_figure, quality_table
+from dem_opt.data.mixtures import Mixture, Part, blend, counts, lattice
+from dem_opt.errors import InputError
+from dem_opt.evaluation.worker import Resident
+from dem_opt.observers import Silence
+from dem_opt.study import Study
+from dem_opt.types import Windows
+
+NAMES = ("code", "math")
+MIXTURES = [{"code": 0.5, "math": 0.5}, {"code": 0.25, "math": 0.75}, {"math": 1.0}]
+
+
+def mixing_study(folder: Path, **more: object) -> Path:
+    """Two distributions to be trained in a few steps, and three mixtures."""
+    path = worlds.study(folder, NAMES)
+    content = yaml.safe_load(path.read_text())
+    for number, name in enumerate(NAMES):
+        data = worlds.write_documents(folder / f"data/{name}.train.jsonl", worlds.documents(number, 40))
+        content["distributions"][name] |= {"checkpoint": f"trained/{name}", "train": str(data)}
+    content["search"] = {"algorithm": "random", "trials": 4}
+    content["fine_tuning"] = {"steps": 4, "batch_size": 4}
+    content["data_mixing"] = {"mixtures": MIXTURES}
+    path.write_text(yaml.safe_dump(content | more, sort_keys=False))
+    return path
+
+
+def opened(path: Path) -> Study:
+    return Study.load(path, Silence(), InProcessCompute())
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Mixing]:
+    """A study that was run, and what was found of its mixtures."""
+    path = mixing_study(tmp_path_factory.mktemp("mixing"))
+    study = opened(path)
+    study.train()
+    study.run()
+    return path, study.mix("study")
+
+
+def test_mixtures_have_the_tokens_of_all_fine_tunes_or_of_one(mixed: tuple[Path, Mixing]) -> None:
+    _, found = mixed
+    single = 4 * 4 * 32
+    assert found.edited.training.trained_tokens == 2 * single
+    assert [(one.budget, one.cost.trained_tokens) for one in found.mixed] == (
+        [("all", 2 * single)] * 3 + [("one", single)] * 3
+    )
+    assert [one.shares for one in found.mixed][:3] == [*MIXTURES[:2], {"code": 0.0, "math": 1.0}]
+
+
+def test_costs_are_six_and_two_operations_a_parameter_and_token(mixed: tuple[Path, Mixing]) -> None:
+    path, found = mixed
+    P, single, search_pass = found.parameters, 4 * 4 * 32, 2 * 4 * 32
+    assert found.edited.training.training_flops == 6 * P * 2 * single
+    winner = opened(path).summary().winner
+    assert found.edited.search.forward_flops == 2 * P * winner.forward_tokens
+    assert winner.forward_tokens == round(winner.forwards * search_pass)
+    for one in found.mixed:
+        tokens = single * (2 if one.budget == "all" else 1)
+        assert one.cost.flops == 6 * P * tokens + 2 * P * search_pass
+    all_of_them = found.against[0]
+    assert all_of_them.ratio == pytest.approx(
+        sum(one.cost.flops for one in found.mixed if one.budget == "all") / found.edited.cost.flops
+    )
+
+
+def test_a_mixture_scores_as_its_folder_does(mixed: tuple[Path, Mixing]) -> None:
+    path, found = mixed
+    folders = sorted((load(path).output / "mixing").iterdir())
+    assert len(folders) == 6
+    scores = [opened(path).score_model(folder) for folder in folders]
+    told = sorted((one.nll[SEARCH]["code"], one.nll[HELD_OUT]["math"]) for one in found.mixed)
+    assert sorted((one[SEARCH]["code"].nll, one[HELD_OUT]["math"].nll) for one in scores) == told
+
+
+def test_what_is_trained_and_scored_is_not_done_again(
+    mixed: tuple[Path, Mixing], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, found = mixed
+    monkeypatch.setattr(Resident, "evaluate", None)
+    monkeypatch.setattr("dem_opt.workflows.fine_tuning.fine_tune", None)
+    again = opened(path).mix("study")
+    assert again.mixed == found.mixed and again.edited == found.edited
+
+
+def test_every_mixture_is_a_baseline_run_with_its_curve(mixed: tuple[Path, Mixing]) -> None:
+    path, found = mixed
+    client = MlflowClient(load(path).tracking.uri)
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    runs = client.search_runs([experiment], "tags.`dem_opt.kind` = 'data mixing'")
+    told = {run.data.metrics["held_out.objective_nll"] for run in runs}
+    assert len(runs) == 6 and told == {one.objective[HELD_OUT] for one in found.mixed}
+    trained = client.search_runs([experiment], "tags.`dem_opt.kind` = 'fine-tuning'")
+    assert len(trained) == 8
+    for run in trained:
+        steps = [point.step for point in client.get_metric_history(run.info.run_id, "train.loss")]
+        assert steps == list(range(1, int(run.data.params["steps"]) + 1)) and run.info.status == "FINISHED"
+
+
+def test_the_command_prints_every_ratio_with_its_number_of_mixtures(
+    mixed: tuple[Path, Mixing], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, found = mixed
+    monkeypatch.setattr(Study, "mix", lambda study, grid: found)
+    assert main(["compare", "--data-mixing", "study", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "All 3 mixtures take" in shown and "At equal cost" in shown
+    assert main(["compare", "--data-mixing", "study", "--json", str(path)]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["against"][0]["ratio"] == found.against[0].ratio
+    page = (load(path).output / "mixing.html").read_text(encoding="utf-8")
+    assert "Quality against cost" in page
+
+
+def test_the_base_costs_nothing_and_is_drawn(mixed: tuple[Path, Mixing]) -> None:
+    _, found = mixed
+    objectives = [f"{found.base.objective[split]:.4f}" for split in (SEARCH, HELD_OUT)]
+    each = [f"{found.base.nll[HELD_OUT][name]:.4f}" for name in found.weights]
+    assert quality_table(found).rows[0] == ("base", "0", "0", "0", *objectives, *each)
+    (line,) = mixing_figure(found).layout.shapes
+    assert line.y0 == line.y1 == pytest.approx(found.base.objective[HELD_OUT], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("0", r"--data-mixing = '0': is no grid"),
+        ("lots", r"--data-mixing = 'lots': is no grid"),
+    ],
+)
+def test_a_grid_that_is_none(mixed: tuple[Path, Mixing], given: str, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        opened(mixed[0]).mix(given)
+
+
+@pytest.mark.parametrize(
+    ("mixtures", "told"),
+    [
+        ([{"code": 0.5, "math": 0.4}], r"data_mixing: mixtures: no. 1 sums to 0.9, not to 1"),
+        (
+            [{"code": 1.0}, {"maths": 1.0}],
+            r"data_mixing.mixtures: no. 2: 'maths' is no distribution; did you mean 'math'",
+        ),
+        ([], r"data_mixing.mixtures: the study file has no mixtures"),
+    ],
+)
+def test_mixtures_that_are_none(tmp_path: Path, mixtures: list[dict[str, float]], told: str) -> None:
+    path = mixing_study(tmp_path, data_mixing={"mixtures": mixtures})
+    with pytest.raises(InputError, match=told):
+        opened(path).mix("study")
+
+
+def test_a_fine_tune_of_another_origin_has_no_known_cost(tmp_path: Path) -> None:
+    path = mixing_study(tmp_path)
+    worlds.save_model(tmp_path / "trained/code", 1)
+    with pytest.raises(InputError, match=r"distributions.code.checkpoint = .*was not made by `dem-opt train`"):
+        opened(path).mix("study")
+
+
+def test_shares_become_whole_windows_that_sum_to_all() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        shares, total = rng.dirichlet(np.ones(5)).tolist(), int(rng.integers(5, 500))
+        found = counts(shares, total)
+        assert sum(found) == total
+        assert all(abs(one - share * total) < 1 for one, share in zip(found, shares, strict=True))
+    assert counts([0.3, 0.7], 10) == [3, 7]
+
+
+def windows_of(count: int, token: int) -> Windows:
+    ids = np.full((count, 4), token) * 100 + np.arange(count)[:, None]
+    return Windows(ids, np.tile(np.arange(4), (count, 1)), np.ones((count, 4), dtype=np.bool_))
+
+
+def test_a_blend_repeats_no_window_before_all_were_seen() -> None:
+    parts = (Part("few", None, 0.5), Part("many", None, 0.5))  # type: ignore[arg-type]
+    packed = {"few": windows_of(3, 1), "many": windows_of(50, 2)}
+    made = blend(Mixture(parts), packed, 16, seed=0)
+    few = [int(ids[0]) for ids in made.ids_WT if ids[0] < 200]
+    many = [int(ids[0]) for ids in made.ids_WT if ids[0] >= 200]
+    assert len(few) == len(many) == len(set(many)) == 8
+    assert set(few[:3]) == set(few[3:6]) == {100, 101, 102}
+    again = blend(Mixture(parts), packed, 16, seed=0)
+    other = blend(Mixture(parts), packed, 16, seed=1)
+    assert np.array_equal(made.ids_WT, again.ids_WT) and not np.array_equal(made.ids_WT, other.ids_WT)
+
+
+def test_a_lattice_has_every_mixture_of_its_parts_once() -> None:
+    found = lattice(["a", "b", "c", "d"], 3)
+    assert len(found) == math.comb(3 + 3, 3) == len({tuple(one.values()) for one in found})
+    assert all(sum(one.values()) == pytest.approx(1) for one in found)
+
+
+def test_the_expected_best_is_the_mean_over_all_orders() -> None:
+    ranked = [1.0, 2.5, 2.0, 7.0]  # by another split than they are told on
+    for tried in range(1, 5):
+        orders = [min(order[:tried]) for order in permutations(range(4))]
+        assert expected_best(ranked, tried) == pytest.approx(np.mean([ranked[first] for first in orders]))
+
+
+def model(search: float, held_out: float, flops: float, budget: str = "all") -> Mixed:
+    return Mixed(budget, {"a": 1.0}, {SEARCH: search, HELD_OUT: held_out}, {}, Cost(training_flops=flops))
+
+
+def edited(held_out: float, flops: float) -> Edited:
+    return Edited("best", {"a": 1.0}, {SEARCH: 0.0, HELD_OUT: held_out}, {}, Cost(training_flops=flops), Cost())
+
+
+def against(composite: Edited, models: tuple[Mixed, ...], base: float = 5.0) -> Mixing:
+    return Mixing("s", {"a": 1.0}, 1, composite, models, Start({SEARCH: base, HELD_OUT: base}, {}))
+
+
+def test_what_a_composite_keeps_is_its_gain_over_the_best_mixture_s() -> None:
+    """A base of 5 nats, a composite of 4, a best mixture of 3; beside one that gains nothing it keeps nothing."""
+    models = (model(3.0, 3.0, 1.0), model(4.0, 4.0, 1.0))
+    found = against(edited(4.0, 1.0), models)
+    assert found.kept("all") == pytest.approx(0.5)
+    assert "gain over the base is 50% of that mixture's" in " ".join(verdict(found, *found.against))
+    worse = against(edited(4.0, 1.0), models, base=2.0)
+    assert math.isnan(worse.kept("all")) and "gain over" not in " ".join(verdict(worse, *worse.against))
+
+
+def test_equal_quality_and_equal_cost_are_read_off_the_curve() -> None:
+    """Three mixtures of 10 operations: the best is expected at 3, 2 1/3 and 2 nats.
+
+    E[1] = (2 + 3 + 4) / 3 ,  E[2] = (2 + 2 + 3) / 3 ,  E[3] = 2 .
+    """
+    models = tuple(model(nll, nll, 10.0) for nll in (3.0, 2.0, 4.0))
+    assert [one.objective[HELD_OUT] for one in curve(models)] == pytest.approx([3, 7 / 3, 2])
+    (found,) = against(edited(2.5, 20.0), models).against
+    assert (found.ratio, found.equal_quality, found.equal_ratio, found.equal_cost) == (1.5, 2, 1.0, 2)
+    (never,) = (whole := against(edited(1.0, 5.0), models)).against
+    assert (never.equal_quality, never.equal_ratio, never.equal_cost) == (None, None, 0)
+    told = " ".join(verdict(whole, never))
+    assert "All 3 mixtures take 6.00 times" in told and "1.0000 nats per token worse" in told
+    assert "no number of them" in told and "not one mixture" in told
+
+
+def test_frozen_parameters_need_no_gradient_of_their_own() -> None:
+    assert training_cost(10, 10, 7, 0).flops == 6 * 10 * 7
+    assert training_cost(10, 1, 7, 0).flops == (4 * 10 + 2) * 7
+    assert forward_cost(10, 7, 0).flops == 2 * 10 * 7
+    total = training_cost(10, 10, 7, 1.0) + forward_cost(10, 7, 2.0)
+    assert (total.flops, total.seconds, total.trained_tokens, total.forward_tokens) == (8 * 10 * 7, 3.0, 7, 7)

@@ -1,0 +1,178 @@
+"""Laws of models on tasks: each measured once and as the harness would, ranked, with how far rankings agree."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import worlds
+import yaml
+from mlflow.tracking import MlflowClient
+
+from dem_opt.analysis.task_scores import Tasked, TaskScore, TaskTable, spearman
+from dem_opt.cli.main import main
+from dem_opt.compute import InProcessCompute
+from dem_opt.config import load
+from dem_opt.errors import InputError
+from dem_opt.observers import Silence
+from dem_opt.study import Study
+from dem_opt.workflows import lm_eval
+from dem_opt.workflows.lm_eval import TaskJob, run_tasks
+from dem_opt.workflows.quickstart.further import TASK, write_task
+from dem_opt.workflows.quickstart.generated import math_problem
+
+CLOZE = "tiny_cloze"
+
+
+def write_cloze(folder: Path) -> None:
+    """A task of which random models do not all score the same: the more likely of two words."""
+    rng = random.Random(0)
+    rows = []
+    for _ in range(24):
+        words = rng.sample(worlds.WORDS, 5)
+        rows.append({"text": " ".join(words[:3]), "choices": words[3:], "right": rng.randint(0, 1)})
+    documents = folder / f"{CLOZE}.jsonl"
+    documents.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    task = {
+        "task": CLOZE,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(documents)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "right",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 1.0},
+    }
+    (folder / f"{CLOZE}.yaml").write_text(json.dumps(task), encoding="utf-8")
+
+
+def tasked_study(folder: Path, **more: object) -> Path:
+    """A tiny study with two tasks: the quickstart's arithmetic, and a cloze."""
+    rng = random.Random(0)
+    write_task(folder / "tasks", [math_problem(rng) for _ in range(6)], "<eos>")
+    write_cloze(folder / "tasks")
+    path = worlds.study(folder, ("code", "math"), search={"algorithm": "random", "trials": 5})
+    asked = {"tasks": [TASK, CLOZE], "include": "tasks", "limit": 6, "top": 2}
+    content = yaml.safe_load(path.read_text()) | {"evaluate": asked | more}
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def opened(path: Path) -> Study:
+    return Study.load(path, Silence(), InProcessCompute())
+
+
+@pytest.fixture(scope="module")
+def tasked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TaskTable]:
+    path = tasked_study(tmp_path_factory.mktemp("tasked"))
+    opened(path).run()
+    return path, opened(path).evaluate()
+
+
+def test_base_fine_tunes_average_and_the_best_do_the_tasks(tasked: tuple[Path, TaskTable]) -> None:
+    path, found = tasked
+    summary = opened(path).summary()
+    expected = [one.label for one in summary.standings if one.role != "best"]
+    assert [one.label for one in found.models][: len(expected)] == expected
+    composites = {one.coefficients for one in summary.standings if one.role != "best"}
+    best = [one.coefficients for one in summary.top[:2] if one.coefficients not in composites]
+    assert len(found.models) == len(expected) + len(best)
+    for one in found.models:
+        assert set(one.scores) == {TASK, CLOZE} and set(one.objective) == {"search", "held_out"}
+    assert len({one.scores[CLOZE].value for one in found.models}) > 1
+    assert not list((load(path).output / "downstream").glob("model-*")), "composites are gone when they are done"
+
+
+def test_a_composite_scores_as_its_written_folder_does(tasked: tuple[Path, TaskTable], tmp_path: Path) -> None:
+    path, found = tasked
+    best = found.models[-1]
+    assert best.coefficients is not None
+    opened(path).merge(best.coefficients, tmp_path / "written")
+    job = TaskJob("again", tmp_path / "written", tmp_path / "written", (CLOZE,), path.parent / "tasks", limit=6)
+    assert run_tasks(job)[CLOZE] == best.scores[CLOZE]
+
+
+def test_what_was_measured_is_not_measured_again(
+    tasked: tuple[Path, TaskTable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, found = tasked
+    monkeypatch.setattr("dem_opt.workflows.downstream.run_tasks", None)
+    assert opened(path).evaluate() == found
+
+
+def test_the_scores_are_in_mlflow(tasked: tuple[Path, TaskTable]) -> None:
+    path, found = tasked
+    client = MlflowClient(load(path).tracking.uri)
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    runs = client.search_runs([experiment], "tags.`dem_opt.kind` = 'downstream'")
+    told = sorted((run.info.run_name, run.data.metrics[f"{CLOZE}.acc"]) for run in runs)
+    assert told == sorted((one.label, one.scores[CLOZE].value) for one in found.models)
+
+
+def test_the_command_ranks_and_tells_the_correlation(
+    tasked: tuple[Path, TaskTable], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, found = tasked
+    monkeypatch.setattr(Study, "evaluate", lambda study: found)
+    assert main(["evaluate", "--by", CLOZE, str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert f"the best by {CLOZE} first" in shown and f"Rank correlation of loss and {CLOZE}" in shown
+    assert main(["evaluate", "--by", CLOZE, "--json", str(path)]) == 0
+    told = json.loads(capsys.readouterr().out)
+    scores = {one.label: one.scores[CLOZE].value for one in found.models}
+    assert [scores[label] for label in told["ranked"]] == sorted(scores.values(), reverse=True)
+    assert main(["evaluate", "--by", "close", str(path)]) == 2
+    assert "is no task of the study" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"tasks": ["tiny_close"]}, r"evaluate.tasks = 'tiny_close': .*knows no such task; did you mean 'tiny_cloze'"),
+        ({"include": "nowhere"}, r"nowhere: evaluate.include: no such folder"),
+    ],
+)
+def test_tasks_that_are_unknown(tmp_path: Path, more: dict[str, object], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        opened(tasked_study(tmp_path, **more)).evaluate()
+
+
+def test_a_study_without_tasks(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"study.yaml: evaluate: the study file names no tasks"):
+        opened(worlds.study(tmp_path)).evaluate()
+
+
+def test_a_missing_harness_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(lm_eval.__dict__, "_CHATTER", ())
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+    with pytest.raises(InputError, match=r"pip install 'dem-opt\[downstream\]'"):
+        opened(tasked_study(tmp_path)).evaluate()
+
+
+def score(value: float, higher: bool = True) -> TaskScore:
+    return TaskScore("t", "acc", value, None, higher, 10)
+
+
+def table(pairs: list[tuple[float, float]], higher: bool = True) -> TaskTable:
+    models = [
+        Tasked(str(place), "top", None, {"search": loss, "held_out": loss}, {"t": score(value, higher)})
+        for place, (loss, value) in enumerate(pairs)
+    ]
+    return TaskTable("s", ("t",), tuple(models))
+
+
+def test_agreement_is_one_where_the_lower_loss_has_the_better_score() -> None:
+    pairs = [(3.0, 0.1), (2.0, 0.5), (1.0, 0.9)]
+    assert table(pairs).agreement["t"] == {"search": pytest.approx(1), "held_out": pytest.approx(1)}
+    assert table(pairs, higher=False).agreement["t"]["search"] == pytest.approx(-1)
+    assert table([(3.0, 0.1), (2.0, 0.1)]).agreement["t"]["search"] is None
+    assert [one.label for one in table(pairs).ranked("t")] == ["2", "1", "0"]
+    assert [one.label for one in table(pairs, higher=False).ranked("t")] == ["0", "1", "2"]
+    assert [one.label for one in table(pairs, higher=False).ranked(None)] == ["2", "1", "0"]
+
+
+def test_ranks_of_ties_are_their_mean() -> None:
+    """Ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: covariance 4.5, spreads sqrt(4.5 * 5)."""
+    assert spearman([1, 2, 2, 9], [1, 2, 3, 4]) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)

@@ -1,0 +1,132 @@
+"""Laws of a study that is run again: elsewhere, with other libraries, beside other drivers, without MLflow."""
+
+from pathlib import Path
+
+import pytest
+import worlds
+from mlflow.tracking import MlflowClient
+from sqlalchemy import text
+from untracked import nowhere
+
+from dem_opt import Study
+from dem_opt.compute import InProcessCompute
+from dem_opt.errors import InputError
+from dem_opt.storage.engine import connect
+from dem_opt.storage.leases import holding
+from dem_opt.storage.ledger import Ledger
+from dem_opt.types import TrialRecord
+from dem_opt.workflows.provenance import libraries
+
+
+class Listener:
+    """Keeps what an observer is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.records: list[TrialRecord] = []
+
+    def trial_ended(self, record: TrialRecord, done: int, planned: int) -> None:
+        self.records.append(record)
+
+    def milestone(self, message: str) -> None:
+        self.said.append(message)
+
+    def training(self, name: str, step: int, steps: int, loss: float) -> None:
+        raise AssertionError("nothing is trained")
+
+
+def run(path: Path, monkeypatch: pytest.MonkeyPatch) -> Listener:
+    """Runs a study in this process, without MLflow; what it said."""
+    listener = Listener()
+    with monkeypatch.context() as patch:
+        patch.setattr(Study, "_tracker", nowhere)
+        Study.load(path, listener, InProcessCompute()).run()
+    return listener
+
+
+@pytest.mark.parametrize("algorithm", ["simplex-gp", "tpe", "cmaes"])
+def test_sqlite_and_postgresql_give_the_same_trials_to_the_bit(
+    tmp_path: Path, postgres_url: str, monkeypatch: pytest.MonkeyPatch, algorithm: str
+) -> None:
+    search = {"algorithm": algorithm, "trials": 12, "seed": 4}
+    found = []
+    for name, sections in (("sqlite", {}), ("server", {"storage": postgres_url})):
+        listener = run(worlds.study(tmp_path / name, search=search, **sections), monkeypatch)
+        found.append(
+            [(one.number, one.coefficients.items, one.objective, one.error, one.scores) for one in listener.records]
+        )
+    assert len(found[0]) == 12 and found[0] == found[1]
+
+
+@pytest.fixture
+def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A study of three trials that was run."""
+    path = worlds.study(tmp_path, search={"algorithm": "random", "trials": 3})
+    run(path, monkeypatch)
+    return path
+
+
+def test_with_the_same_libraries_nothing_is_scored_again(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not [line for line in run(begun, monkeypatch).said if "since the last run" in line]
+
+
+@pytest.mark.parametrize("drift", [0.0, 1e-3])
+def test_where_libraries_changed_the_best_is_scored_again_and_a_difference_is_told(
+    begun: Path, monkeypatch: pytest.MonkeyPatch, drift: float
+) -> None:
+    study = Study.load(begun)
+    engine = connect(study.config.storage)
+    ledger = Ledger(engine)
+    assert ledger.libraries("tiny") == libraries()
+    ledger.enter_libraries("tiny", libraries() | {"torch": "1.0"})
+    winner = study.summary().winner
+    if drift:
+        _change_nats(engine, drift)
+    (told,) = [line for line in run(begun, monkeypatch).said if "since the last run" in line]
+    assert f"torch 1.0 -> {libraries()['torch']}" in told
+    if drift:
+        now = winner.objective["search"]
+        assert f"the best composite scores {now:.9f}, not {now * (1 + drift):.9f}: {-now * drift:+.1e} nats" in told
+    else:
+        assert told.endswith("the best composite scores the same to the bit")
+    assert ledger.libraries("tiny") == libraries()
+    engine.dispose()
+
+
+def _change_nats(engine, drift: float) -> None:
+    """As if all scores had been measured by something that counts a little more."""
+    import numpy as np
+
+    with engine.begin() as connection:
+        for row in connection.execute(text("SELECT id, nats_W FROM dem_score")).all():
+            nats_W = np.frombuffer(row[1], dtype="<f8") * (1 + drift)
+            changed = {"nats": nats_W.astype("<f8").tobytes(), "id": row[0]}
+            connection.execute(text("UPDATE dem_score SET nats_W = :nats WHERE id = :id"), changed)
+
+
+def test_another_question_is_refused_while_others_ask_the_old_one(
+    tmp_path: Path, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sections = {"storage": postgres_url, "search": {"algorithm": "random", "trials": 3}}
+    run(worlds.study(tmp_path, **sections), monkeypatch)
+    changed = worlds.study(tmp_path, **sections, simplex={"bounds": {"code": [0, 0.5]}})
+    engine = connect(postgres_url)
+    with holding(engine, "tiny", several=True), pytest.raises(InputError, match="while it is driven by process"):
+        run(changed, monkeypatch)
+    assert any("generation 2" in line for line in run(changed, monkeypatch).said)
+    engine.dispose()
+
+
+def test_what_mlflow_lacks_is_logged_without_scoring(begun: Path) -> None:
+    study = Study.load(begun, Listener(), InProcessCompute())
+    assert study.sync() and study.sync()
+    client = MlflowClient(study.config.tracking.uri)
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    assert sorted(run.data.tags["dem_opt.trial"] for run in runs if "dem_opt.trial" in run.data.tags) == ["0", "1", "2"]
+
+
+def test_there_is_nothing_to_sync_before_a_run(tmp_path: Path) -> None:
+    path = worlds.study(tmp_path)
+    with pytest.raises(InputError, match="nothing is measured yet"):
+        Study.load(path).sync()
+    assert not (tmp_path / "runs").exists()
