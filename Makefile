@@ -27,9 +27,9 @@ browser: .venv/ready
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[browser]'
 	$(BIN)/python -m pytest -m browser tests/test_browser.py
 
-## check: lint, format and types
+## check: lint, format, layers and types
 check: .venv/ready
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports && $(BIN)/mypy
 
 ## bench: what merges and trials cost beside the machine's limits, under 15 minutes; benchmarks/gpu.py is for a GPU
 bench: .venv/ready

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import yaml
 
-from dem_opt.analysis.mixing_cost import HELD_OUT
 from dem_opt.compute import InProcessCompute
 from dem_opt.observers import Silence
 from dem_opt.study import Study
+from dem_opt.types import HELD_OUT
 from dem_opt.workflows.quickstart import DISTRIBUTIONS, QUICKSTART, make_assets
 
 STEPS = (240, 960, 3840)

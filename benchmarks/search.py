@@ -38,11 +38,11 @@ from dem_opt.search.samplers.optuna_sampler import OptunaSampler
 from dem_opt.search.trials import objectives, recall
 from dem_opt.simplex import Coefficients
 from dem_opt.storage.engine import connect
-from dem_opt.storage.identity import SEARCH, Question
+from dem_opt.storage.identity import Question
 from dem_opt.storage.ledger import Ledger
 from dem_opt.study import Study
 from dem_opt.tracking.tracker import Records
-from dem_opt.types import Score, TrialRecord
+from dem_opt.types import SEARCH, Score, TrialRecord
 
 SEEDS = 2
 MARKS = (10, 12, 16, 20, 24, 30, 40, 48)

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from dem_opt.analysis.mixing_cost import HELD_OUT, SEARCH, Against, Cost, Edited, Mixed, Mixing, Start, verdict
+from dem_opt.analysis.mixing_cost import Against, Cost, Edited, Mixed, Mixing, Start, verdict
 from dem_opt.dashboards.html_report import render_page
 from dem_opt.dashboards.style import OUTLINE, color, finish, label, rgba
 from dem_opt.dashboards.tables import Table
+from dem_opt.types import HELD_OUT, SEARCH
 
 BUDGETS = {"all": "as many tokens as all fine-tunes", "one": "as many tokens as one fine-tune"}
 """How many tokens a mixture is trained on, for a reader."""

@@ -29,13 +29,13 @@ from dem_opt.search.trials import finished, is_known, missing, objectives, recal
 from dem_opt.search.warm_start import enter
 from dem_opt.simplex import Coefficients
 from dem_opt.storage.engine import Engine, connect, is_there, masked
-from dem_opt.storage.identity import SEARCH, SPLITS, Question
+from dem_opt.storage.identity import Question
 from dem_opt.storage.leases import Lease, holding, visiting
 from dem_opt.storage.ledger import Ledger, StudyRow
 from dem_opt.storage.retry import Patience
 from dem_opt.tracking.tracker import Board, Drivers, MlflowTracker, Tracker
 from dem_opt.training.fine_tune import FineTuned
-from dem_opt.types import Composite, ResidentSpec, Standing, StoredModel, Summary, TrialRecord
+from dem_opt.types import SEARCH, SPLITS, Composite, ResidentSpec, Standing, StoredModel, Summary, TrialRecord
 from dem_opt.workflows.data_mixing import mix, planned
 from dem_opt.workflows.downstream import evaluate, wanted
 from dem_opt.workflows.fine_tuning import fine_tunings, train

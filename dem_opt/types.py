@@ -20,6 +20,14 @@ from dem_opt.errors import EvaluationError
 from dem_opt.insight import Surrogate, Vectors
 from dem_opt.simplex import UNIT, Coefficients
 
+SEARCH = "search"
+"""The split that proposals and the choice of the winner see."""
+
+HELD_OUT = "held_out"
+"""The split that only reports."""
+
+SPLITS = (SEARCH, HELD_OUT)
+
 
 @dataclass(frozen=True)
 class Composite:

@@ -22,8 +22,8 @@ from dem_opt.evaluation.worker import Resident
 from dem_opt.observers import Silence
 from dem_opt.planning.inputs import _check_window, gather
 from dem_opt.search.optuna_study import Search, study_names
-from dem_opt.storage.identity import SEARCH
 from dem_opt.study import Study
+from dem_opt.types import SEARCH
 
 GRID = {"algorithm": "random", "trials": 5, "divisions": 4}
 

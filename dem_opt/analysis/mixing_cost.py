@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import comb, fsum, isfinite, nan
 
-SEARCH, HELD_OUT = "search", "held_out"
+from dem_opt.types import HELD_OUT, SEARCH
 
 
 @dataclass(frozen=True)

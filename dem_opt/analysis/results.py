@@ -9,21 +9,15 @@ from dem_opt.analysis.bootstrap import difference
 from dem_opt.evaluation.objective import Objective
 from dem_opt.search.trials import exceeded, is_known, objectives, recall
 from dem_opt.simplex import UNIT, Coefficients, Space
-from dem_opt.storage.identity import SEARCH, SPLITS, Question
+from dem_opt.storage.identity import Question
 from dem_opt.storage.ledger import Ledger
-from dem_opt.types import Composite, Margin, Score, Standing, Summary, TrialRecord
+from dem_opt.types import SEARCH, SPLITS, Composite, Margin, Score, Standing, Summary, TrialRecord
 
 TOP = 5
 """How many of the best composites of the search split are scored on the held-out split too."""
 
 APART = 0.01
 """By how much some coefficient must differ for two composites to be listed both."""
-
-CARRIED_OVER = 10
-"""How many composites of an earlier generation a new one begins with where nothing is to be measured of them."""
-
-SCORED_ANEW = 6
-"""How many where each costs a pass over every new corpus."""
 
 
 @dataclass(frozen=True)
@@ -197,59 +191,3 @@ def rescored(
 def _margin(objective: Objective, rival: Standing, winner: Standing, split: str) -> Margin:
     gap = difference(rival.scores[split], winner.scores[split], objective)
     return Margin(rival.label, split, gap.mean, gap.low, gap.high)
-
-
-def carried_over(ledger: Ledger, question: Question) -> list[Coefficients]:
-    """The best composites of the ledger that the question's space still contains, as its coefficients.
-
-    A composite of an earlier question is a point of this one where it uses no other checkpoint: the face w_new = 0
-    of a simplex that has grown, or what is left of one that has shrunk.  Those with the most corpora scored come
-    first, by their violation and objective over these (the mean, while regrets are not known).  Where corpora are
-    missing, only they are measured, on the best of those and on what is farthest from all that are chosen, by the
-    greatest difference of a coefficient: near the best, the old corpora tell little that is new.
-    """
-    space, names = question.space, {content: name for name, content in question.experts.items()}
-    objective = objectives(ledger, question).get(SEARCH, Objective(question.weights))
-    ranked = []
-    for composite in ledger.composites(question.scoring):
-        units = dict(composite.terms)
-        units.pop(question.base, None)
-        if units.keys() <= names.keys():
-            by_name = {names[content]: count for content, count in units.items()}
-            point = Coefficients(tuple((name, by_name.get(name, 0)) for name in space.names))
-            if not space.contains(point):
-                continue
-            scores = recall(ledger, question, composite, SEARCH)
-            weights = {name: question.weights[name] for name in scores}
-            if any(weights.values()):
-                over = exceeded(ledger, question, scores)
-                ranked.append((-len(scores), over, replace(objective, weights=weights)(scores), composite.key, point))
-    ranked.sort()
-    if not ranked or -ranked[0][0] == len(question.corpora[SEARCH]):
-        return [point for *_, point in ranked[:CARRIED_OVER]]
-    known = [point for scored, *_, point in ranked if scored == ranked[0][0]]
-    others = [point for scored, *_, point in ranked if scored != ranked[0][0]]
-    return (_apart(known, SCORED_ANEW) + others)[:SCORED_ANEW]
-
-
-def told_reuse(ledger: Ledger, question: Question, start: Sequence[Coefficients]) -> str:
-    """What a new generation has of the ones before, and why it holds."""
-    if not start:
-        return "nothing that is measured is a composite of it"
-    found = [recall(ledger, question, question.composite(point), SEARCH) for point in start]
-    held = [name for name in question.corpora[SEARCH] if all(name in scores for scores in found)]
-    new = [name for name in question.corpora[SEARCH] if name not in held]
-    why = (
-        f"with {len(start)} composites whose checkpoints and windows are the same, so scores on {', '.join(held)} hold"
-    )
-    return f"{why}; of these only {', '.join(new)} is scored" if new else f"{why}; none of these is scored again"
-
-
-def _apart(ranked: Sequence[Coefficients], most: int) -> list[Coefficients]:
-    """The first point, then one after the other the one farthest from those chosen, the first of equals."""
-    rest = np.array([[units for _, units in point.items] for point in ranked]).reshape(len(ranked), -1)
-    chosen, distance_N = list[int](), np.full(len(ranked), np.inf)
-    while len(chosen) < min(most, len(ranked)) and distance_N.max() > 0:
-        chosen.append(int(distance_N.argmax()))
-        distance_N = np.minimum(distance_N, np.abs(rest - rest[chosen[-1]]).max(axis=1))
-    return [ranked[place] for place in chosen]

@@ -8,9 +8,9 @@ from dem_opt.analysis.results import summarize
 from dem_opt.errors import InputError, nearest
 from dem_opt.search.trials import exceeded, objectives, recall
 from dem_opt.simplex import Coefficients
-from dem_opt.storage.identity import SEARCH, Question
+from dem_opt.storage.identity import Question
 from dem_opt.storage.ledger import Ledger
-from dem_opt.types import Composite, Summary, TrialRecord
+from dem_opt.types import SEARCH, Composite, Summary, TrialRecord
 
 MEASURED = "the ledger"
 """What the table says in the place of an algorithm."""

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from math import fsum, sqrt
 
 from dem_opt.errors import InputError, nearest
-
-SEARCH, HELD_OUT = "search", "held_out"
+from dem_opt.types import HELD_OUT, SEARCH
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from dem_opt.config import DataFile, Distribution, EvaluationSection, General
 from dem_opt.data.documents import Chat, Document, Pair, identity, read_documents
 from dem_opt.data.tokenize import Tokens, encode_chats, encode_pairs, encode_texts, rendered, tokenizer_digest
 from dem_opt.errors import InputError, located
-from dem_opt.storage.identity import HELD_OUT, SEARCH
-from dem_opt.types import Corpus, Windows
+from dem_opt.types import HELD_OUT, SEARCH, Corpus, Windows
 
 SURPLUS = 8
 """Windows are drawn from at most this many times those asked for, so that a large file costs no more time."""

@@ -17,8 +17,8 @@ from dem_opt.errors import InputError
 from dem_opt.evaluation.looks import LOOKS
 from dem_opt.planning.hardware import this_machine
 from dem_opt.planning.plan import BATCH_TOKENS, Plan, evaluation_dtype, make_plan, refuse_too_large, stored_dtype
-from dem_opt.storage.identity import SPLITS, Question
-from dem_opt.types import Corpus, ResidentSpec, StoredModel
+from dem_opt.storage.identity import Question
+from dem_opt.types import SPLITS, Corpus, ResidentSpec, StoredModel
 
 _POSITIONS = ("max_position_embeddings", "n_positions")
 

@@ -15,11 +15,11 @@ from dem_opt.observers import Observer
 from dem_opt.search.optuna_study import Proposal, Search
 from dem_opt.search.trials import attributes, race_for, trial_record
 from dem_opt.signals import finishing
-from dem_opt.storage.identity import SEARCH, Question
+from dem_opt.storage.identity import Question
 from dem_opt.storage.leases import Lease
 from dem_opt.storage.ledger import Ledger
 from dem_opt.tracking.tracker import Tracker
-from dem_opt.types import Composite, Evaluation, Failure, Request, Score
+from dem_opt.types import SEARCH, Composite, Evaluation, Failure, Request, Score
 
 PAUSE = 0.5
 """Seconds between two looks at the trials that other drivers have in hand."""

@@ -15,11 +15,13 @@ from dem_opt.search.optuna_study import Proposal, Search, Trial
 from dem_opt.search.samplers.history import thin
 from dem_opt.search.samplers.kernel import interpolate
 from dem_opt.simplex import Coefficients
-from dem_opt.storage.identity import SEARCH, SPLITS, Question
+from dem_opt.storage.identity import Question
 from dem_opt.storage.ledger import Ledger
 from dem_opt.types import (
     GRADIENT_FORWARDS,
     PENALTY,
+    SEARCH,
+    SPLITS,
     Composite,
     Evaluation,
     Failure,

@@ -7,15 +7,7 @@ from hashlib import sha256
 
 from dem_opt.errors import InputError
 from dem_opt.simplex import Coefficients, Space
-from dem_opt.types import Composite
-
-SEARCH = "search"
-"""The split that proposals and the choice of the winner see."""
-
-HELD_OUT = "held_out"
-"""The split that only reports."""
-
-SPLITS = (SEARCH, HELD_OUT)
+from dem_opt.types import HELD_OUT, SEARCH, Composite
 
 _BEFORE = ("evaluation.vectors", "exact")
 """What scores were of before there was another form of the vectors."""

@@ -19,11 +19,11 @@ from dem_opt.observers import Observer, Silence
 from dem_opt.planning.inputs import Sources, check_files, gather
 from dem_opt.search.loop import Driver
 from dem_opt.search.trials import is_known, objectives, recall
-from dem_opt.storage.identity import SEARCH, SPLITS, Question
+from dem_opt.storage.identity import Question
 from dem_opt.storage.ledger import Ledger
 from dem_opt.tracking.job_runs import Curves, Note
 from dem_opt.training.fine_tune import FineTuned, FineTuneJob, identity, result_of
-from dem_opt.types import Composite, ResidentSpec, Standing, StoredModel, Summary
+from dem_opt.types import SEARCH, SPLITS, Composite, ResidentSpec, Standing, StoredModel, Summary
 from dem_opt.workflows.fine_tuning import settings, train
 
 FOLDER = "mixing"

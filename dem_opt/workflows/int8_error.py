@@ -9,9 +9,9 @@ from dem_opt.analysis.results import entries
 from dem_opt.planning.inputs import Sources, too_large
 from dem_opt.search.loop import Driver
 from dem_opt.search.trials import is_known, recall
-from dem_opt.storage.identity import SEARCH, Question
+from dem_opt.storage.identity import Question
 from dem_opt.storage.ledger import Ledger
-from dem_opt.types import Composite, ResidentSpec
+from dem_opt.types import SEARCH, Composite, ResidentSpec
 
 
 @dataclass(frozen=True)

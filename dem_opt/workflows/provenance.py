@@ -18,10 +18,10 @@ from dem_opt.search.loop import Driver
 from dem_opt.search.optuna_study import Search
 from dem_opt.search.trials import objectives, recall
 from dem_opt.storage.engine import masked
-from dem_opt.storage.identity import SEARCH, SPLITS, Question
+from dem_opt.storage.identity import Question
 from dem_opt.tracking.study_runs import Data, Dossier, Place, standing_metrics
 from dem_opt.tracking.urls import optuna_study, optuna_trial
-from dem_opt.types import Standing, Summary, TrialRecord
+from dem_opt.types import SEARCH, SPLITS, Standing, Summary, TrialRecord
 
 LIBRARIES = ("torch", "transformers", "optuna", "mlflow", "ray", "dem-opt")
 

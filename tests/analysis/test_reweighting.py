@@ -17,11 +17,11 @@ from dem_opt.evaluation.objective import Objective, mean_nll
 from dem_opt.evaluation.worker import Resident
 from dem_opt.search.trials import recall
 from dem_opt.storage.engine import connect
-from dem_opt.storage.identity import HELD_OUT, SEARCH, Question
+from dem_opt.storage.identity import Question
 from dem_opt.storage.leases import holding
 from dem_opt.storage.ledger import Ledger
 from dem_opt.study import Study
-from dem_opt.types import Composite
+from dem_opt.types import HELD_OUT, SEARCH, Composite
 
 SEARCHED = {"algorithm": "random", "trials": 8, "divisions": 4}
 WEIGHTINGS = [{"code": 1}, {"code": 2, "math": 1}, {"prose": 1, "math": 0}, {"code": 0.1, "math": 0.1, "prose": 5}]

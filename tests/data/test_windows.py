@@ -15,10 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from dem_opt.config import DataFile, Distribution, EvaluationSection, General
 from dem_opt.data.documents import Chat, Document, Pair, Turn
 from dem_opt.data.tokenize import encode_chats, encode_pairs
-from dem_opt.data.windows import HELD_OUT, SEARCH, build_corpora, pack
+from dem_opt.data.windows import build_corpora, pack
 from dem_opt.errors import InputError
 from dem_opt.evaluation.nll import prepare, score
-from dem_opt.types import Corpus, Windows
+from dem_opt.types import HELD_OUT, SEARCH, Corpus, Windows
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 EXOTIC = "\u2028\x85\x00 \U0001f469\u200d\U0001f52c \u202etes\u0301t\ufeff \U0010ffff\r\n\t"

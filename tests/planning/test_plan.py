@@ -37,8 +37,7 @@ from dem_opt.planning.activations import (
 from dem_opt.planning.hardware import Machine, Speed, this_machine
 from dem_opt.planning.inputs import check_files, gather
 from dem_opt.planning.plan import BATCH_TOKENS, PACE, Plan, make_plan, refuse_too_large, residents_asked, sized
-from dem_opt.storage.identity import SEARCH
-from dem_opt.types import Composite, Request, StoredModel
+from dem_opt.types import SEARCH, Composite, Request, StoredModel
 from dem_opt.workflows.check import check
 
 LAPTOP = Machine("cpu", 1, 16 * 10**9, 12 * 10**9)

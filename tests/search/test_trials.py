@@ -19,10 +19,9 @@ from dem_opt.search.samplers.kernel import interpolate
 from dem_opt.search.trials import base_scores, recall
 from dem_opt.simplex import Coefficients
 from dem_opt.storage.engine import connect
-from dem_opt.storage.identity import HELD_OUT, SEARCH
 from dem_opt.storage.ledger import Ledger
 from dem_opt.study import Study
-from dem_opt.types import Composite, Evaluation, Request, TrialRecord
+from dem_opt.types import HELD_OUT, SEARCH, Composite, Evaluation, Request, TrialRecord
 
 WINDOWS = 16
 NAMES = ("code", "math", "prose")

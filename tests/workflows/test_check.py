@@ -14,9 +14,8 @@ from dem_opt.errors import InputError
 from dem_opt.planning.hardware import Machine
 from dem_opt.planning.inputs import gather, tell_twins
 from dem_opt.storage.engine import connect
-from dem_opt.storage.identity import SEARCH
 from dem_opt.storage.ledger import Ledger, StudyRow
-from dem_opt.types import Composite, Score
+from dem_opt.types import SEARCH, Composite, Score
 from dem_opt.workflows.check import check
 
 
