@@ -28,10 +28,10 @@ from dem_opt.checkpoints.architecture import silence_transformers
 from dem_opt.checkpoints.files import content_hash
 from dem_opt.evaluation.lm_head import find_head
 from dem_opt.evaluation.nll import prepare, score
-from dem_opt.evaluation.worker import Resident
+from dem_opt.evaluation.worker import Worker
 from dem_opt.merging.merged_model import MergeKernel
 from dem_opt.simplex import UNIT
-from dem_opt.types import Composite, Corpus, Request, ResidentSpec, StoredModel, Windows
+from dem_opt.types import Composite, Corpus, Request, StoredModel, Windows, WorkerSpec
 
 SIZES = (10e6, 100e6, 1e9, 3e9, 7e9, 13e9)
 COUNTS = (2, 4, 8)
@@ -235,7 +235,7 @@ def trial_once(clock: Clock, shape: dict, name: str, window: int, rows: int) -> 
 
 
 def loads(clock: Clock, most: float) -> Iterator[Load]:
-    """From files of up to a billion parameters to a resident's first score; the files are in the page cache."""
+    """From files of up to a billion parameters to a worker's first score; the files are in the page cache."""
     size = max((size for size in SHAPES if size <= min(most, 1e9)), default=min(SHAPES))
     name = "float32" if clock.device.type == "cpu" else "bfloat16"
     if clock.left < 60:
@@ -249,19 +249,19 @@ def loads(clock: Clock, most: float) -> Iterator[Load]:
         del model
         release(clock.device)
         corpus = Corpus("a", "search", "key", random_windows(8, 256, 32000))
-        spec = ResidentSpec(stored[0], tuple(stored[1:]), (corpus,), name)
+        spec = WorkerSpec(stored[0], tuple(stored[1:]), (corpus,), name)
         composite = Composite.of(dict(zip((one.content for one in stored), shares(3), strict=True)))
         request = Request(0, composite, ("key",))
         began = perf_counter()
-        resident = Resident(spec)
+        worker = Worker(spec)
         loaded = perf_counter() - began
-        resident.evaluate(request)
+        worker.evaluate(request)
         first = perf_counter() - began
-        merge = min(resident.evaluate(request).merge_seconds for _ in range(3))
-        del resident
+        merge = min(worker.evaluate(request).merge_seconds for _ in range(3))
+        del worker
         release(clock.device)
-        resident = Resident(replace(spec, streamed=tuple(one.content for one in stored[1:])))
-        streamed = min(resident.evaluate(request).merge_seconds for _ in range(3))
+        worker = Worker(replace(spec, streamed=tuple(one.content for one in stored[1:])))
+        streamed = min(worker.evaluate(request).merge_seconds for _ in range(3))
         gigabytes = sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors")) / 1e9
     yield Load(int(size), 3, name, loaded, first, gigabytes, 1e3 * merge, 1e3 * streamed)
 

@@ -20,7 +20,7 @@ import torch
 from landscapes import Landscape, Tune, make_landscape
 
 from dem_opt.compute import InProcessCompute
-from dem_opt.observers import Silence
+from dem_opt.observers import NullProgress
 from dem_opt.study import Study
 from dem_opt.types import TrialRecord
 
@@ -44,7 +44,7 @@ class Untracked:
         """Nothing."""
 
 
-class Telling(Silence):
+class Telling(NullProgress):
     """Milestones for people."""
 
     def milestone(self, message: str) -> None:

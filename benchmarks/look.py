@@ -2,10 +2,10 @@
 
     python benchmarks/look.py [--trials 160]
 
-One study of the quickstart's shape runs with `random` on one resident of one thread, a Ray actor.  Both servers run all
+One study of the quickstart's shape runs with `random` on one worker of one thread, a Ray actor.  Both servers run all
 the while; in every other block of trials they are asked once a second for what their pages ask for: of Optuna's trials
 those that were not finished when it was asked before.  So both kinds of trials see the same machine, busy or not.  A
-trial's wall time is what its resident spent and was idle before it.
+trial's wall time is what its worker spent and was idle before it.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from dem_opt.checkpoints.architecture import silence_transformers
 from dem_opt.compute import RayCompute
 from dem_opt.config import load
 from dem_opt.dashboards import servers
-from dem_opt.observers import Silence
+from dem_opt.observers import NullProgress
 from dem_opt.study import Study
 from dem_opt.types import TrialRecord
 
@@ -78,7 +78,7 @@ class Poll:
 
 
 @dataclass
-class Watch(Silence):
+class Watch(NullProgress):
     """An observer that starts the servers at the first trial, and looks in every other block."""
 
     path: Path
@@ -111,7 +111,7 @@ def main() -> None:
         path = make_study(Path(folder), SHAPES["quickstart"], given.trials)
         config, watch = load(path), Watch(path)
         try:
-            Study(config, path, watch, RayCompute(config.compute.model_copy(update={"residents": 1}))).run()
+            Study(config, path, watch, RayCompute(config.compute.model_copy(update={"workers": 1}))).run()
         finally:
             watch.close()
     spent: dict[bool, list[float]] = {True: [], False: []}

@@ -6,8 +6,8 @@ Everything is a ratio of two things that ran in turns in one process, best of se
 
 - merge over copy: bytes a second of a merge (N reads and a write) over those of  out.copy_(x)  (a read and a write)
   for millions of parameters as memory allows, compiled and without a compiler;
-- candidates a second, random Llamas of about 100 million parameters: the arena's merge over a plain loop over state
-  dicts, and over mergekit writing to disk and `from_pretrained` (where mergekit is installed: the extra `bench`);
+- candidates a second, random Llamas of about 100 million parameters: a merge over a plain loop over
+  state dicts, and over mergekit writing to disk and `from_pretrained` (where mergekit is installed: the extra `bench`);
 - loading, in a process of its own: seconds to the first merge from files in the page cache, and the peak of memory
   (VmHWM, Linux) over the bytes that are stored and live.
 """
@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from dem_opt.checkpoints.architecture import empty_model, silence_transformers
 from dem_opt.checkpoints.files import content_hash
 from dem_opt.merging.kernel import MergeKernel, told
-from dem_opt.merging.merged_model import Arena
+from dem_opt.merging.merged_model import MergedModel
 from dem_opt.planning.hardware import this_machine
 from dem_opt.simplex import UNIT
 from dem_opt.types import Composite, StoredModel
@@ -103,7 +103,7 @@ def candidates(folder: Path, rounds: int) -> dict[str, float]:
     folders = make_models(folder, 4, torch.float32)
     stored = [StoredModel(one, content_hash(one)) for one in folders]
     units = equal_units(4)
-    arena = Arena(empty_model(folders[0], torch.float32), stored)
+    merged_model = MergedModel(empty_model(folders[0], torch.float32), stored)
     composite = Composite.of({one.content: count for one, count in zip(stored, units, strict=True)})
     plain = AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32)
     states = [AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32).state_dict() for one in folders]
@@ -113,7 +113,7 @@ def candidates(folder: Path, rounds: int) -> dict[str, float]:
         merged = {name: sum(w * state[name] for w, state in zip(weights, states, strict=True)) for name in states[0]}
         plain.load_state_dict(merged)
 
-    seconds = best({"arena": lambda: arena.merge(composite), "state dicts": loop}, rounds)
+    seconds = best({"merged model": lambda: merged_model.merge(composite), "state dicts": loop}, rounds)
     if find_spec("mergekit") is not None:
         seconds |= best({"mergekit": lambda: by_mergekit(folder, folders, weights)}, 2)
     return seconds
@@ -148,15 +148,17 @@ def measure_loading(folders: Sequence[Path]) -> dict[str, float]:
     model = empty_model(folders[0], torch.float32)
     Path("/proc/self/clear_refs").write_text("5")
     before, began = status("VmRSS"), perf_counter()
-    arena = Arena(model, stored)
+    merged_model = MergedModel(model, stored)
     loaded = perf_counter() - began
-    arena.merge(Composite.of({one.content: count for one, count in zip(stored, equal_units(len(stored)), strict=True)}))
+    merged_model.merge(
+        Composite.of({one.content: count for one, count in zip(stored, equal_units(len(stored)), strict=True)})
+    )
     merged = perf_counter() - began
     return {
-        "bytes": arena.nbytes,
+        "bytes": merged_model.nbytes,
         "load_seconds": loaded,
         "first_merge_seconds": merged - loaded,
-        "peak_over_bytes": (status("VmHWM") - before) / arena.nbytes,
+        "peak_over_bytes": (status("VmHWM") - before) / merged_model.nbytes,
     }
 
 
@@ -191,7 +193,7 @@ def main() -> None:
         found["candidate_seconds"] = spent = candidates(Path(folder), given.rounds)
     print("a candidate of 100 million parameters from four checkpoints in float32")
     for name, one in spent.items():
-        print(f"  {name:12} {one * 1e3:8.1f} ms   {one / spent['arena']:6.1f} times the arena's")
+        print(f"  {name:12} {one * 1e3:8.1f} ms   {one / spent['merged model']:6.1f} times the merged model's")
     if "mergekit" not in spent:
         print("  mergekit is not installed (the extra `bench`): skipped")
     for dtype in DTYPES:

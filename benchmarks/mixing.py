@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from dem_opt.compute import InProcessCompute
-from dem_opt.observers import Silence
+from dem_opt.observers import NullProgress
 from dem_opt.study import Study
 from dem_opt.types import HELD_OUT
 from dem_opt.workflows.quickstart import DISTRIBUTIONS, QUICKSTART, make_assets
@@ -39,7 +39,7 @@ class Found:
     mixtures: dict[str, float]
 
 
-class Telling(Silence):
+class Telling(NullProgress):
     """Milestones for people."""
 
     def milestone(self, message: str) -> None:

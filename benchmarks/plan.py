@@ -1,9 +1,9 @@
-"""How true the plan is: predicted against measured peak memory and seconds of a real resident, and the time of a check.
+"""How true the plan is: predicted against measured peak memory and seconds of a real worker, and the time of a check.
 
     python benchmarks/plan.py [--vocabulary 32000] [--stored float32] [--experts 2] [--window 512] [--windows 8]
 
 Makes a random Llama of about a hundred million parameters and its fine-tunes in a temporary folder, loads them into a
-resident in a process of its own, and scores three composites there.  Peak memory is VmHWM of that process minus its RSS
+worker in a process of its own, and scores three composites there.  Peak memory is VmHWM of that process minus its RSS
 before anything is loaded (Linux), of loading and of scoring apart; on a GPU it is what the allocator reserved.  Then a
 check of a study of six sharded checkpoints of 13 billion parameters, in sparse files.
 """
@@ -25,11 +25,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dem_opt.checkpoints.architecture import read_architecture
 from dem_opt.checkpoints.files import content_hash
 from dem_opt.config import StudyConfig, load
-from dem_opt.evaluation.worker import Resident
+from dem_opt.evaluation.worker import Worker
 from dem_opt.planning.hardware import probe
 from dem_opt.planning.inputs import Files, check_files
 from dem_opt.simplex import UNIT
-from dem_opt.types import Composite, Corpus, Request, ResidentSpec, StoredModel, Windows
+from dem_opt.types import Composite, Corpus, Request, StoredModel, Windows, WorkerSpec
 from dem_opt.workflows.check import check
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -63,8 +63,8 @@ def random_windows(count: int, window: int, vocabulary: int) -> Windows:
     return Windows(ids_WT, positions_WT, positions_WT > 0)
 
 
-def spec_of(files: Files, config: StudyConfig) -> ResidentSpec:
-    """What a resident of this study would hold, over random texts."""
+def spec_of(files: Files, config: StudyConfig) -> WorkerSpec:
+    """What a worker of this study would hold, over random texts."""
     plan, given = files.plan(), config.evaluation
     models = [StoredModel(header.folder, content_hash(header.folder)) for header in files.headers.values()]
     counts = {"search": given.windows, "held_out": given.held_out}
@@ -73,7 +73,7 @@ def spec_of(files: Files, config: StudyConfig) -> ResidentSpec:
         for name in config.distributions
         for split, count in counts.items()
     )
-    return ResidentSpec(models[0], tuple(models[1:]), corpora, plan.dtype, plan.batch_tokens)
+    return WorkerSpec(models[0], tuple(models[1:]), corpora, plan.dtype, plan.batch_tokens)
 
 
 def status(field: str) -> int:
@@ -83,21 +83,21 @@ def status(field: str) -> int:
 
 
 def measure(study: Path) -> dict[str, float]:
-    """In a process of its own: load a resident, score three composites."""
+    """In a process of its own: load a worker, score three composites."""
     config = load(study)
     spec = spec_of(check_files(config, study), config)
     Path("/proc/self/clear_refs").write_text("5")
     before, began = status("VmRSS"), perf_counter()
-    resident = Resident(spec)
+    worker = Worker(spec)
     loaded, after_loading = perf_counter() - began, status("VmHWM")
     Path("/proc/self/clear_refs").write_text("5")
-    contents = [spec.base.content, *(expert.content for expert in spec.experts)]
+    contents = [spec.base.content, *(expert.content for expert in spec.fine_tunes)]
     share = UNIT // len(contents)
     units = dict.fromkeys(contents, share) | {contents[0]: UNIT - share * (len(contents) - 1)}
     keys = tuple(corpus.key for corpus in spec.corpora if corpus.split == "search")
     seconds = []
     for ticket in range(3):
-        answer = resident.evaluate(Request(ticket, Composite.of(units), keys))
+        answer = worker.evaluate(Request(ticket, Composite.of(units), keys))
         seconds.append(answer.merge_seconds + answer.score_seconds)
     cuda = torch.cuda.is_available()
     return {
@@ -114,7 +114,7 @@ def measure(study: Path) -> dict[str, float]:
 
 def compare(given: argparse.Namespace, folder: Path) -> None:
     """Print prediction, measurement and their ratio."""
-    names = [f"tune{number}" for number in range(1, given.experts + 1)]
+    names = [f"tune{number}" for number in range(1, given.fine_tunes + 1)]
     make_small(folder, names, given.vocabulary, given.stored)
     study = make_study(folder, names, window=given.window, windows=given.windows, held_out=given.windows)
     config = load(study)
@@ -122,7 +122,7 @@ def compare(given: argparse.Namespace, folder: Path) -> None:
     plan = files.plan()
     speed = probe(plan.machine.device, plan.dtype, plan.widths.hidden, plan.widths.intermediate)
     one = replace(plan, composites=1, reported=0)
-    predicted = plan.resident - plan.process
+    predicted = plan.worker - plan.process
     command = [sys.executable, __file__, "--measure", str(study)]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
     parameters = sum(int(np.prod(shape)) for shape in read_architecture(files.headers["base"]).parameters.values())

@@ -20,16 +20,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from dem_opt.evaluation.interim_analyses import replay
 from landscapes import REPORTED, TUNED_ON, Landscape, make_landscape
 from numpy.typing import NDArray
 from optuna.samplers import GPSampler
 
 from dem_opt import config
 from dem_opt.compute import InProcessCompute
-from dem_opt.evaluation.looks import replay
 from dem_opt.evaluation.racing import Race
 from dem_opt.evaluation.worker import build
-from dem_opt.observers import Silence
+from dem_opt.observers import NullProgress
 from dem_opt.planning.inputs import gather
 from dem_opt.search.loop import Driver
 from dem_opt.search.optuna_study import study_names
@@ -38,7 +38,7 @@ from dem_opt.search.samplers.optuna_sampler import OptunaSampler
 from dem_opt.search.trials import objectives, recall
 from dem_opt.simplex import Coefficients
 from dem_opt.storage.engine import connect
-from dem_opt.storage.identity import Question
+from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
 from dem_opt.study import Study
 from dem_opt.tracking.tracker import Records
@@ -186,29 +186,29 @@ def seconds_of(records: Sequence[TrialRecord], steep: bool) -> float:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[Question, Ledger, Callable[[Coefficients], float]]]:
+def opened(path: Path) -> Iterator[tuple[StudyIdentity, Ledger, Callable[[Coefficients], float]]]:
     """A landscape's question, its ledger, and its objective in nats per token, measured where the ledger lacks it."""
     landscape = config.load(path)
     sources = gather(landscape, path)
-    question, engine = sources.question(), connect(landscape.storage)
+    identity, engine = sources.identity(), connect(landscape.storage)
     ledger = Ledger(engine)
-    with closing(InProcessCompute().residents(build, sources.spec(), str)) as pool:
-        driver, objective = Driver(question, ledger, pool, Silence()), objectives(ledger, question)[SEARCH]
+    with closing(InProcessCompute().workers(build, sources.spec(), str)) as pool:
+        driver, objective = Driver(identity, ledger, pool, NullProgress()), objectives(ledger, identity)[SEARCH]
 
         def measure(coefficients: Coefficients) -> float:
-            composite = question.composite(coefficients)
+            composite = identity.composite(coefficients)
             driver.measure([composite], SEARCH)
-            return objective(recall(ledger, question, composite, SEARCH))
+            return objective(recall(ledger, identity, composite, SEARCH))
 
-        yield question, ledger, measure
+        yield identity, ledger, measure
     engine.dispose()
 
 
 def optuna_gp(path: Path, seed: int, trials: int = 40) -> Curve:
     """Optuna's GPSampler over s / sum s, from the same first observations."""
     best, asks, told = [], [], list[Trial]()
-    with opened(path) as (question, _, measure):
-        proposer = OptunaSampler(question.space, lambda drawn: GPSampler(seed=drawn))
+    with opened(path) as (identity, _, measure):
+        proposer = OptunaSampler(identity.space, lambda drawn: GPSampler(seed=drawn))
         for number in range(trials):
             began = perf_counter()
             point = proposer.propose(told, [], np.random.default_rng([seed, number])).coefficients
@@ -223,12 +223,12 @@ def race_grid(path: Path, orders: int = 20) -> tuple[RacedGrid, ...]:
 
     Replayed from what the ledger has of the whole grid.
     """
-    with opened(path) as (question, ledger, measure):
-        corpora, windows = question.corpora[SEARCH], question.sizes(SEARCH)
-        weights = {corpora[name]: weight for name, weight in question.weights.items()}
-        lattice = list(question.space.lattice(10))
+    with opened(path) as (identity, ledger, measure):
+        corpora, windows = identity.corpora[SEARCH], identity.sizes(SEARCH)
+        weights = {corpora[name]: weight for name, weight in identity.weights.items()}
+        lattice = list(identity.space.lattice(10))
         values = [measure(point) for point in lattice]
-        scores = [ledger.look_up(question.composite(point), tuple(windows), question.scoring) for point in lattice]
+        scores = [ledger.look_up(identity.composite(point), tuple(windows), identity.scoring) for point in lattice]
         return tuple(
             _race(np.random.default_rng(order).permutation(len(lattice)), values, scores, weights, windows)
             for order in range(orders)

@@ -3,9 +3,9 @@
     python benchmarks/trial.py [--marks 10,100,1000] [--only trials|growth]
 
 Trials: random Llamas (the quickstart's shape, and one whose forward pass takes a second or more) go through a study
-with `random`, its residents Ray actors of one thread, SQLite and MLflow behind it.  A trial's wall time is what its
-resident spent and was idle before it; the same merge and the model's own logits and loss are timed before and after the
-study, and in turn with a resident's evaluation in one process.  Growth: ask, tell, ledger and MLflow for residents that
+with `random`, its workers Ray actors of one thread, SQLite and MLflow behind it.  A trial's wall time is what its
+worker spent and was idle before it; the same merge and the model's own logits and loss are timed before and after the
+study, and in turn with a worker's evaluation in one process.  Growth: ask, tell, ledger and MLflow for workers that
 answer at once, as trials add up.  Seconds of a busy machine say little, ratios within a run more.
 """
 
@@ -32,8 +32,8 @@ from dem_opt.analysis.utilization import usage_of
 from dem_opt.checkpoints.architecture import silence_transformers
 from dem_opt.compute import SETTINGS, InProcessPool, RayCompute
 from dem_opt.config import load
-from dem_opt.evaluation.worker import Resident
-from dem_opt.observers import Silence
+from dem_opt.evaluation.worker import Worker
+from dem_opt.observers import NullProgress
 from dem_opt.planning.inputs import gather
 from dem_opt.search.loop import Driver
 from dem_opt.search.optuna_study import Search
@@ -43,7 +43,7 @@ from dem_opt.storage.leases import holding
 from dem_opt.storage.ledger import Ledger
 from dem_opt.study import Study
 from dem_opt.tracking.study_runs import MlflowRuns, Place
-from dem_opt.types import Composite, Evaluation, Request, ResidentSpec, Score, TrialRecord
+from dem_opt.types import Composite, Evaluation, Request, Score, TrialRecord, WorkerSpec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import worlds
@@ -74,7 +74,7 @@ def make_study(folder: Path, shape: Mapping[str, int], trials: int, algorithm: s
         "distributions": {name: {"checkpoint": name, "validation": f"{name}.jsonl"} for name in NAMES},
         "evaluation": {"window": 128, "windows": WINDOWS, "held_out": 8},
         "search": {"algorithm": algorithm, "trials": trials, "racing": False},
-        "compute": {"residents": 1},
+        "compute": {"workers": 1},
     }
     (folder / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
     return folder / "study.yaml"
@@ -83,11 +83,11 @@ def make_study(folder: Path, shape: Mapping[str, int], trials: int, algorithm: s
 class Bare:
     """The same merge and forward passes with nothing around them."""
 
-    def __init__(self, spec: ResidentSpec) -> None:
-        self._resident = Resident(spec)
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._resident = Worker(spec)
         self._model, self._arena = self._resident._model, self._resident._arena
         self._corpora = [self._resident._windows[one.key] for one in spec.corpora if one.split == "search"]
-        contents = [one.content for one in (spec.base, *spec.experts)]
+        contents = [one.content for one in (spec.base, *spec.fine_tunes)]
         self._request = Request(
             0,
             Composite.of(dict.fromkeys(contents, UNIT // len(contents))),
@@ -95,7 +95,7 @@ class Bare:
         )
 
     def evaluation_seconds(self) -> float:
-        """What a resident's evaluation of it takes here."""
+        """What a worker's evaluation of it takes here."""
         began = perf_counter()
         self._resident.evaluate(self._request)
         return perf_counter() - began
@@ -116,7 +116,7 @@ class Bare:
 
 
 @dataclass
-class Watch(Silence):
+class Watch(NullProgress):
     """An observer that keeps records, and when they came."""
 
     records: list[TrialRecord]
@@ -128,13 +128,13 @@ class Watch(Silence):
         self.times.append(perf_counter())
 
 
-def run_study(path: Path, residents: int) -> Watch:
-    """A study from its first trial to its last, its residents of one thread each."""
+def run_study(path: Path, workers: int) -> Watch:
+    """A study from its first trial to its last, its workers of one thread each."""
     import ray
 
     os.environ.update(SETTINGS)
-    ray.init(address="local", num_cpus=residents, include_dashboard=False, logging_level=logging.ERROR)
-    written = yaml.safe_load(path.read_text()) | {"compute": {"residents": residents}, "output": f"runs/{residents}"}
+    ray.init(address="local", num_cpus=workers, include_dashboard=False, logging_level=logging.ERROR)
+    written = yaml.safe_load(path.read_text()) | {"compute": {"workers": workers}, "output": f"runs/{workers}"}
     path.write_text(yaml.safe_dump(written, sort_keys=False))
     watch = Watch([], [])
     try:
@@ -146,13 +146,13 @@ def run_study(path: Path, residents: int) -> Watch:
 
 
 def walls(records: Sequence[TrialRecord]) -> list[float]:
-    """Seconds of a resident for each trial from the second on, the idle ones before it included."""
+    """Seconds of a worker for each trial from the second on, the idle ones before it included."""
     made = [record.evaluation for record in records[1:]]
     return [one.merge_seconds + one.score_seconds + one.wait_seconds for one in made]
 
 
 def time_trials(name: str, trials: int, algorithm: str) -> dict[str, float | str]:
-    """A trial over its merge and bare forward pass; utilisation; trials a minute of one resident and of two."""
+    """A trial over its merge and bare forward pass; utilisation; trials a minute of one worker and of two."""
     torch.set_num_threads(1)
     with TemporaryDirectory() as folder:
         path = make_study(Path(folder), SHAPES[name], trials, algorithm)
@@ -186,7 +186,7 @@ def time_trials(name: str, trials: int, algorithm: str) -> dict[str, float | str
 class Instant:
     """Answers at once, with nats of the right number of windows."""
 
-    def __init__(self, spec: ResidentSpec) -> None:
+    def __init__(self, spec: WorkerSpec) -> None:
         self._tokens = {one.key: one.windows.tokens_W for one in spec.corpora}
         self._rng = np.random.default_rng(0)
 
@@ -227,12 +227,12 @@ def time_growth(marks: Sequence[int], algorithm: str) -> list[dict[str, float]]:
         path = worlds.study(Path(folder), NAMES, search=search)
         config = load(path)
         sources = gather(config, path)
-        question, pool = sources.question(), InProcessPool(Instant, sources.spec())
+        identity, pool = sources.identity(), InProcessPool(Instant, sources.spec())
         engine = connect(config.storage)
         searched = Search(config.storage, "growing", config.space, config.search)
         place = Place(config.tracking.uri, "e", "m", "growing", searched.uid, Path(folder) / "artifacts", {})
-        driver, tracker = Driver(question, Ledger(engine), pool, Silence()), InTurn(place, marks[-1])
-        driver.measure([Composite.single(question.base)], "search")
+        driver, tracker = Driver(identity, Ledger(engine), pool, NullProgress()), InTurn(place, marks[-1])
+        driver.measure([Composite.single(identity.base)], "search")
         with holding(engine, "growing") as lease, suppress(Ended):
             driver.optimize(searched, 1, tracker, lease)
         engine.dispose()

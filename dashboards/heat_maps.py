@@ -24,7 +24,7 @@ from dem_opt.dashboards.style import (
     signed,
 )
 from dem_opt.dashboards.surrogate_map import surrogate_map
-from dem_opt.types import Standing, Summary
+from dem_opt.types import ResultRow, Summary
 
 
 def all_figures(summary: Summary) -> dict[str, go.Figure]:
@@ -39,7 +39,7 @@ def all_figures(summary: Summary) -> dict[str, go.Figure]:
     return {
         "coefficients": coefficients_bar(summary),
         "change": change_heat_map(summary, split),
-        **({"price": price_heat_map(summary, split)} if any(one.role == "single" for one in summary.standings) else {}),
+        **({"price": price_heat_map(summary, split)} if any(one.role == "single" for one in summary.results) else {}),
         "best-so-far": best_so_far(summary),
         **({"comparison": comparison_figure(compare(summary))} if len(summary.trials) > 1 else {}),
         "simplex": simplex_map(summary),
@@ -81,21 +81,21 @@ def change_heat_map(summary: Summary, split: str = "held_out") -> go.Figure:
     Colours saturate at the largest gain, so that one fine-tune's loss elsewhere does not wash the gains out;
     the numbers in the cells are exact.
     """
-    base, *others = summary.standings
+    base, *others = summary.results
     names = list(summary.weights)
-    change = [[_change(standing, base, split, name) for name in names] for standing in others]
+    change = [[_change(result, base, split, name) for name in names] for result in others]
     title = f"NLL change against the base, {split.replace('_', '-')} split"
     reading = "NLL minus the base's, nats per token: negative is better. Colours saturate at the largest gain."
-    labels = [standing.label for standing in others]
+    labels = [result.label for result in others]
     return _heat_map(change, labels, names, title, reading, "only the base was scored")
 
 
 def price_heat_map(summary: Summary, split: str = "held_out") -> go.Figure:
     """NLL(standing) - NLL(the distribution's own fine-tune): what sharing one model costs, in nats per token."""
-    own = {one.label: one for one in summary.standings if one.role == "single"}
-    shown = [one for one in summary.standings if one.role in ("base", "uniform", "best")]
+    own = {one.label: one for one in summary.results if one.role == "single"}
+    shown = [one for one in summary.results if one.role in ("base", "uniform", "best")]
     names = [name for name in summary.distributions if name in own]
-    price = [[_change(standing, own[name], split, name) for name in names] for standing in shown]
+    price = [[_change(result, own[name], split, name) for name in names] for result in shown]
     title = f"Price of sharing, {split.replace('_', '-')} split"
     reading = (
         "NLL minus that of the distribution's own fine-tune, nats per token: what one model for all costs. Colours "
@@ -190,14 +190,14 @@ def _saturation(changes: Sequence[float]) -> float:
     return max(gains or [abs(change) for change in changes], default=1.0) or 1.0
 
 
-def _change(standing: Standing, reference: Standing, split: str, name: str) -> float | None:
+def _change(result: ResultRow, reference: ResultRow, split: str, name: str) -> float | None:
     """NLL(standing) - NLL(reference) on one corpus, None where one of them was not scored."""
-    scores, others = standing.scores.get(split, {}), reference.scores.get(split, {})
+    scores, others = result.scores.get(split, {}), reference.scores.get(split, {})
     return round(scores[name].nll - others[name].nll, 6) if name in scores and name in others else None
 
 
-def _objective_change(standing: Standing, reference: Standing, split: str) -> float | None:
-    one, other = standing.objective.get(split), reference.objective.get(split)
+def _objective_change(result: ResultRow, reference: ResultRow, split: str) -> float | None:
+    one, other = result.objective.get(split), reference.objective.get(split)
     return None if one is None or other is None else round(one - other, 6)
 
 

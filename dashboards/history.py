@@ -1,4 +1,4 @@
-"""A search over time: the coefficients of its best trial, and what its residents did."""
+"""A search over time: the coefficients of its best trial, and what its workers did."""
 
 from collections.abc import Sequence
 
@@ -55,7 +55,7 @@ def coefficients_over_time(summary: Summary) -> go.Figure:
 
 
 def utilisation_over_time(summary: Summary) -> go.Figure:
-    """Seconds that a resident spent on each trial, and the share of them in which it was merging or scoring."""
+    """Seconds that a worker spent on each trial, and the share of them in which it was merging or scoring."""
     run = shown_run(summary)
     records = [record for record in summary.trials.get(run, ()) if record.measured]
     groups = _groups(records)
@@ -94,10 +94,10 @@ def utilisation_over_time(summary: Summary) -> go.Figure:
     used = usage_of(records).utilisation
     whole = "unknown" if used is None else f"{used:.0%}"
     reading = (
-        f"What residents did for the trials of {run or 'the search'} that went through a model. Waiting is the time "
-        "between a resident's trials; utilisation is the share that is not waiting."
+        f"What workers did for the trials of {run or 'the search'} that went through a model. Waiting is the time "
+        "between a worker's trials; utilisation is the share that is not waiting."
     )
-    return finish(figure, "Residents over time", reading, f"Utilisation over all trials: {whole}.", 380)
+    return finish(figure, "Workers over time", reading, f"Utilisation over all trials: {whole}.", 380)
 
 
 def _best_steps(records: Sequence[TrialRecord]) -> list[tuple[int, TrialRecord]]:
@@ -140,7 +140,7 @@ def _seconds(evaluation: Evaluation) -> dict[str, float]:
 
 
 def _busy(group: Sequence[TrialRecord]) -> float | None:
-    """Percent of the seconds of some trials in which residents were merging or scoring."""
+    """Percent of the seconds of some trials in which workers were merging or scoring."""
     spent = [_seconds(record.evaluation) for record in group]
     all_of = sum(sum(one.values()) for one in spent)
     return round(100 * (1 - sum(one["waiting"] for one in spent) / all_of), 2) if all_of else None

@@ -30,9 +30,9 @@ from dem_opt.dashboards.tables import (
     vector_table,
 )
 from dem_opt.errors import InputError
-from dem_opt.types import Standing, Summary
+from dem_opt.types import ResultRow, Summary
 
-_USED = "What residents did: seconds in all, utilisation from the second trial on, tokens not scored, a smaller batch"
+_USED = "What workers did: seconds in all, utilisation from the second trial on, tokens not scored, a smaller batch"
 
 
 def study_note(summary: Summary, links: Mapping[str, str]) -> str:
@@ -81,7 +81,7 @@ def _beside(summary: Summary) -> str:
     """The base's and the uniform average's objective, where they are known."""
     found = [
         (one.label, one.objective["search"])
-        for one in summary.standings
+        for one in summary.results
         if one.role in ("base", "uniform") and one is not summary.winner and "search" in one.objective
     ]
     return f" ({', '.join(f'{label} {number(value)}' for label, value in found)})" if found else ""
@@ -129,7 +129,7 @@ def render(summary: Summary) -> str:
         trials=_html_table(trial_table(summary), "Trials by search", "words"),
         vectors=_html_table(vector_table(summary), "Each distribution; left out: nats per token above the winner"),
         distributions="".join(_figure(name, figures) for name in ("worth", "vectors") if name in figures),
-        cost=_html_table(cost_table(summary), "What the parts of the study took; seconds of residents and proposals")
+        cost=_html_table(cost_table(summary), "What the parts of the study took; seconds of workers and proposals")
         + _html_table(usage_table(summary), _USED)
         + _figure("utilisation", figures),
         facts=_facts(summary.facts),
@@ -182,7 +182,7 @@ def _template(name: str) -> Template:
 
 def _answer(summary: Summary) -> str:
     """The winner in two sentences, and its perplexities where the objective is a mean."""
-    winner, base = summary.winner, summary.standings[0]
+    winner, base = summary.winner, summary.results[0]
     shown = "the base alone" if winner.coefficients is None else str(winner.coefficients)
     found = [
         (words, number(winner.objective.get(split)), number(base.objective.get(split)))
@@ -195,7 +195,7 @@ def _answer(summary: Summary) -> str:
     return f"<strong>{escape(winner.label)}</strong>: {escape(shown)}.<br>{what[0].upper()}{what[1:]} {escape(scores)}."
 
 
-def _perplexities(winner: Standing, base: Standing) -> str:
+def _perplexities(winner: ResultRow, base: ResultRow) -> str:
     """exp(mean NLL) of both on the held-out split."""
     split = "held_out"
     if split not in winner.objective or split not in base.objective:

@@ -4,7 +4,15 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from dem_opt.analysis.mixing_cost import Against, Cost, Edited, Mixed, Mixing, Start, verdict
+from dem_opt.analysis.mixing_cost import (
+    BaseScore,
+    BudgetComparison,
+    Cost,
+    MergeResult,
+    MixingComparison,
+    MixtureResult,
+    verdict,
+)
 from dem_opt.dashboards.html_report import render_page
 from dem_opt.dashboards.style import OUTLINE, color, finish, label, rgba
 from dem_opt.dashboards.tables import Table
@@ -20,7 +28,7 @@ _MARKS = (1, 2, 3, 5, 8, 11, 15, 20, 30, 50, 100)
 """After how many mixtures the table tells what they are expected to give."""
 
 
-def quality_table(found: Mixing) -> Table:
+def quality_table(found: MixingComparison) -> Table:
     """Base, composite and the best mixture of each budget: what they take, and the NLL on the held-out split."""
     names = list(found.weights)
     edited = found.edited
@@ -35,14 +43,16 @@ def quality_table(found: Mixing) -> Table:
     return Table(headers, tuple(rows))
 
 
-def _row(words: str, cost: Cost, scored: Start | Edited | Mixed, names: Sequence[str]) -> tuple[str, ...]:
+def _row(
+    words: str, cost: Cost, scored: BaseScore | MergeResult | MixtureResult, names: Sequence[str]
+) -> tuple[str, ...]:
     nll = scored.nll[HELD_OUT]
     objectives = (f"{scored.objective[split]:.4f}" for split in (SEARCH, HELD_OUT))
     spent = (f"{cost.trained_tokens:,}", f"{cost.flops:.2e}" if cost.flops else "0", f"{cost.seconds:.0f}")
     return (words, *spent, *objectives, *(f"{nll[name]:.4f}" for name in names))
 
 
-def curve_table(found: Mixing, one: Against) -> Table:
+def curve_table(found: MixingComparison, one: BudgetComparison) -> Table:
     """What k mixtures of a budget are expected to give, and what they cost against the composite."""
     own = found.edited
     marks = [tried for tried in one.curve if tried.mixtures in _MARKS or tried.mixtures == one.mixtures]
@@ -60,7 +70,7 @@ def curve_table(found: Mixing, one: Against) -> Table:
     return Table(headers, rows)
 
 
-def mixture_table(found: Mixing) -> Table:
+def mixture_table(found: MixingComparison) -> Table:
     """Every model of a mixture."""
     rows = tuple(
         (one.budget, _shares(one), f"{one.objective[SEARCH]:.4f}", f"{one.objective[HELD_OUT]:.4f}")
@@ -69,11 +79,11 @@ def mixture_table(found: Mixing) -> Table:
     return Table(("tokens of", "shares", "search", "held-out"), rows, words=2)
 
 
-def _shares(one: Mixed) -> str:
+def _shares(one: MixtureResult) -> str:
     return ", ".join(f"{name} {share:g}" for name, share in one.shares.items() if share)
 
 
-def mixing_figure(found: Mixing) -> go.Figure:
+def mixing_figure(found: MixingComparison) -> go.Figure:
     """Expected held-out NLL of the best mixture against operations, a line a budget; the composite's point."""
     figure, words = go.Figure(), []
     for one in found.against:
@@ -127,12 +137,12 @@ def mixing_figure(found: Mixing) -> go.Figure:
     return finish(figure, "Quality against cost", reading, description, 440)
 
 
-def verdicts(found: Mixing) -> list[str]:
+def verdicts(found: MixingComparison) -> list[str]:
     """What it says, a paragraph for each budget."""
     return [f"Mixtures with {BUDGETS[one.budget]}. {' '.join(verdict(found, one))}" for one in found.against]
 
 
-def render_mixing(found: Mixing) -> str:
+def render_mixing(found: MixingComparison) -> str:
     """The page."""
     own = found.edited
     counted = (

@@ -26,7 +26,7 @@ from dem_opt.dashboards.style import (
 )
 from dem_opt.dashboards.surrogate_marks import diamond, draw_belief
 from dem_opt.simplex import Coefficients
-from dem_opt.types import Standing, Summary, TrialRecord
+from dem_opt.types import ResultRow, Summary, TrialRecord
 
 Trial = tuple[str, TrialRecord]
 """A scored trial, and the run that it is of."""
@@ -191,7 +191,7 @@ def _symbols(algorithm: str, trials: Sequence[Trial]) -> list[str]:
     return [f"{shape}-open" if record.is_partial else shape for _, record in trials]
 
 
-def _star(winner: Standing) -> dict[str, Any]:
+def _star(winner: ResultRow) -> dict[str, Any]:
     text = f"the winner<br>{label(told(winner.coefficients), 200)}"
     marker = {"symbol": "star", "size": 17, "color": WINNER, "line": {"width": 1, "color": "white"}}
     return {

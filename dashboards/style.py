@@ -49,7 +49,7 @@ ALIKE = ((0.0, "#BC9BDD"), (0.5, "#F7F7F7"), (1.0, "#7CC4A4"))
 """Cosines: violet where vectors oppose each other, green where they agree."""
 
 TIMES = {"scoring": "#5F7D95", "merging": "#A9BCCB", "waiting": "#E2C39A"}
-"""What a resident's seconds go into."""
+"""What a worker's seconds go into."""
 
 UTILISATION = "#B0359E"
 OPTIMUM = "#D55E00"

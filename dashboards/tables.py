@@ -8,7 +8,7 @@ from math import comb, exp
 from dem_opt.analysis.regret import Comparison, Regret, Row, compare
 from dem_opt.analysis.utilization import usage_of
 from dem_opt.dashboards.style import ABSENT, told
-from dem_opt.types import Margin, Standing, Summary
+from dem_opt.types import Margin, ResultRow, Summary
 
 SPLITS = {"search": "search split", "held_out": "held-out split"}
 """The splits, and what a reader calls them."""
@@ -45,11 +45,11 @@ def final_table(summary: Summary, split: str) -> Table:
     """
     objective = ("worst regret",) if summary.worst else ("mean", "perplexity")
     headers = ("composite", *summary.weights, *objective, "evals", "FE", "seconds")
-    values = [_values(standing, split, summary) for standing in summary.standings]
+    values = [_values(result, split, summary) for result in summary.results]
     lowest = {(row, column) for column, each in enumerate(zip(*values, strict=True), 1) for row in _lowest(each)}
     rows = tuple(
-        (_label(standing), *_numbers(known, summary), *_costs(standing))
-        for standing, known in zip(summary.standings, values, strict=True)
+        (_label(result), *_numbers(known, summary), *_costs(result))
+        for result, known in zip(summary.results, values, strict=True)
     )
     return Table(headers, rows, frozenset(lowest))
 
@@ -88,7 +88,7 @@ def trial_table(summary: Summary) -> Table:
 
 
 def usage_table(summary: Summary) -> Table:
-    """What residents did for each search's trials: seconds in all, their utilisation, tokens that were not scored."""
+    """What workers did for each search's trials: seconds in all, their utilisation, tokens that were not scored."""
     headers = ("search", "measured", "merging", "scoring", "waiting", "proposing", "utilisation", "unscored", "batch")
     rows = []
     for run, records in summary.trials.items():
@@ -121,7 +121,7 @@ def cost_table(summary: Summary) -> Table:
 
 def _baseline_cost(summary: Summary) -> tuple[str, ...]:
     """Composites that no search asked for: base, fine-tunes, uniform average, the winner without one distribution."""
-    found = [*(one for one in summary.standings if one.role != "best"), *summary.left_out]
+    found = [*(one for one in summary.results if one.role != "best"), *summary.left_out]
     forwards, seconds = sum(one.forwards for one in found), sum(one.seconds for one in found)
     return "baselines and leave-one-out", f"{len(found):,}", f"{forwards:,.1f}", f"{seconds:,.1f}"
 
@@ -141,7 +141,7 @@ def vector_table(summary: Summary) -> Table:
     return Table(headers, tuple(rows))
 
 
-def _gap(one: Standing | None, winner: Standing, split: str) -> str:
+def _gap(one: ResultRow | None, winner: ResultRow, split: str) -> str:
     """Objective of a standing minus the winner's, signed."""
     if one is None or split not in one.objective or split not in winner.objective:
         return ABSENT
@@ -190,9 +190,9 @@ def _share(value: float | None) -> str:
     return ABSENT if value is None else f"{value:.1%}"
 
 
-def _values(standing: Standing, split: str, summary: Summary) -> list[float | None]:
+def _values(result: ResultRow, split: str, summary: Summary) -> list[float | None]:
     """What is compared: NLL of each corpus, the objective, and of a mean its perplexity; None where not scored."""
-    scores, objective = standing.scores.get(split, {}), standing.objective.get(split)
+    scores, objective = result.scores.get(split, {}), result.objective.get(split)
     values = [*(scores[name].nll if name in scores else None for name in summary.weights), objective]
     return values if summary.worst else [*values, None if objective is None else exp(objective)]
 
@@ -204,16 +204,16 @@ def _numbers(values: Sequence[float | None], summary: Summary) -> list[str]:
     return [*map(number, nll), ABSENT if perplexity is None else f"{perplexity:.3f}"]
 
 
-def _costs(standing: Standing) -> tuple[str, str, str]:
-    return f"{standing.evaluations:,}", f"{standing.forwards:,.1f}", f"{standing.seconds:.1f}"
+def _costs(result: ResultRow) -> tuple[str, str, str]:
+    return f"{result.evaluations:,}", f"{result.forwards:,.1f}", f"{result.seconds:.1f}"
 
 
-def _label(standing: Standing) -> str:
-    return standing.label + _over(standing)
+def _label(result: ResultRow) -> str:
+    return result.label + _over(result)
 
 
-def _over(standing: Standing) -> str:
-    return f" (protect: +{standing.violation:.3f} over)" if standing.violation else ""
+def _over(result: ResultRow) -> str:
+    return f" (protect: +{result.violation:.3f} over)" if result.violation else ""
 
 
 def _lowest(values: Iterable[float | None]) -> list[int]:

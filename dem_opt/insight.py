@@ -7,7 +7,7 @@ from dem_opt.simplex import Coefficients
 
 
 @dataclass(frozen=True)
-class Vectors:
+class VectorGeometry:
     """The distribution vectors  v_i = Theta_i - Theta , by their inner products over all stored parameters.
 
     inner  < v_i , v_j > , a row for each of `names`

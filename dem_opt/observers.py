@@ -18,7 +18,7 @@ class Observer(Protocol):
         """A fine-tuning is at `step` of `steps`; its training loss there, in nats per token."""
 
 
-class Silence:
+class NullProgress:
     """An observer that does nothing."""
 
     def trial_ended(self, record: TrialRecord, done: int, planned: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Self
 
 from dem_opt import config as study_file
-from dem_opt.analysis.mixing_cost import Mixing
+from dem_opt.analysis.mixing_cost import MixingComparison
 from dem_opt.analysis.results import entries, left_out_entries, rescored, summarize, top_entries
 from dem_opt.analysis.reweighting import checked, reweighted
 from dem_opt.analysis.surrogate import surrogate_of
@@ -20,8 +20,8 @@ from dem_opt.errors import InputError
 from dem_opt.evaluation.worker import build
 from dem_opt.export.model_card import texts
 from dem_opt.export.writer import Export, Scores, output_dtype, prove, prove_scores, write_composite
-from dem_opt.observers import Observer, Silence
-from dem_opt.planning.inputs import Sources, gather
+from dem_opt.observers import NullProgress, Observer
+from dem_opt.planning.inputs import Inputs, gather
 from dem_opt.search.loop import Driver
 from dem_opt.search.optuna_study import Search
 from dem_opt.search.runs import Runs, check_algorithms, run_names
@@ -29,18 +29,26 @@ from dem_opt.search.trials import finished, is_known, missing, objectives, recal
 from dem_opt.search.warm_start import enter
 from dem_opt.simplex import Coefficients
 from dem_opt.storage.engine import Engine, connect, is_there, masked
-from dem_opt.storage.identity import Question
+from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.leases import Lease, holding, visiting
 from dem_opt.storage.ledger import Ledger, StudyRow
-from dem_opt.storage.retry import Patience
+from dem_opt.storage.retry import RetryPolicy
 from dem_opt.tracking.tracker import Board, Drivers, MlflowTracker, Tracker
 from dem_opt.training.fine_tune import FineTuned
-from dem_opt.types import SEARCH, SPLITS, Composite, ResidentSpec, Standing, StoredModel, Summary, TrialRecord
+from dem_opt.types import SEARCH, SPLITS, Composite, ResultRow, StoredModel, Summary, TrialRecord, WorkerSpec
 from dem_opt.workflows.data_mixing import mix, planned
 from dem_opt.workflows.downstream import evaluate, wanted
 from dem_opt.workflows.fine_tuning import fine_tunings, train
 from dem_opt.workflows.int8_error import known_cost, tell_cost
-from dem_opt.workflows.provenance import compare_libraries, dossier, dossiers, facts, libraries, measures, place
+from dem_opt.workflows.provenance import (
+    compare_libraries,
+    facts,
+    libraries,
+    measures,
+    place,
+    study_description,
+    study_descriptions,
+)
 
 
 @dataclass(frozen=True)
@@ -52,8 +60,8 @@ class Champion:
     version   its number in MLflow, None where MLflow could not be reached
     """
 
-    standing: Standing
-    exported: Standing
+    result: ResultRow
+    exported: ResultRow
     export: Export
     version: str | None
 
@@ -75,10 +83,10 @@ class Study:
         board: Board | None = None,
     ) -> None:
         self.config, self._where, self._board = config, where, board
-        self._observer = observer or Silence()
+        self._observer = observer or NullProgress()
         self._compute = compute or RayCompute(config.compute)
         away = f"the database {masked(config.storage)}", config.outages.storage
-        self._patience = Patience(*away, self._observer.milestone)
+        self._patience = RetryPolicy(*away, self._observer.milestone)
 
     @classmethod
     def load(
@@ -91,7 +99,7 @@ class Study:
         """The study in a file."""
         return cls(study_file.load(Path(path)), path, observer, compute, board)
 
-    def run(self) -> Standing:
+    def run(self) -> ResultRow:
         """Optimize the coefficients; the winner.  Run again, it goes on where it stopped."""
         return self.compare([self.config.search.algorithm]).winner
 
@@ -107,28 +115,28 @@ class Study:
         name = self.config.name
         with self._driving() as (ledger, lease), self._compute as compute:
             sources = sources.on(compute.device)
-            question = sources.question()
+            identity = sources.identity()
             with lease.turn("beginning"):
-                generation, start = enter(name, question, ledger, lease, self._where, self._observer.milestone)
-            with self._driver(compute, sources.spec(), question, ledger) as driver:
+                generation, start = enter(name, identity, ledger, lease, self._where, self._observer.milestone)
+            with self._driver(compute, sources.spec(), identity, ledger) as driver:
                 with lease.turn("measuring baselines"):
-                    driver.measure(_yardsticks(question), SEARCH)
-                    found = self._trials(ledger, question, generation)
+                    driver.measure(_yardsticks(identity), SEARCH)
+                    found = self._trials(ledger, identity, generation)
                     compare_libraries(name, driver, found, self._observer.milestone)
                 runs = Runs(self.config, generation, lease, self._patience)
                 for run in run_names(algorithms, seeds):
                     with closing(runs.open(run, start, sources.gradients_fit)) as search:
                         self._optimize(driver, search, lease)
-                found = self._trials(ledger, question, generation)
+                found = self._trials(ledger, identity, generation)
                 with lease.turn("measuring the final table"):
-                    table = entries(question, found)
-                    reported = [*table, *top_entries(question, found), *left_out_entries(question, table[-1])]
+                    table = entries(identity, found)
+                    reported = [*table, *top_entries(identity, found), *left_out_entries(identity, table[-1])]
                     for split in SPLITS:
                         driver.measure([entry.composite for entry in reported], split)
             for cost in tell_cost(sources, ledger, partial(self._driver, compute), self._where):
                 self._observer.milestone(cost)
-            measure_once(sources.base, sources.experts, self.config.output, self._observer.milestone)
-            return self._summarize(ledger, question, generation)
+            measure_once(sources.base, sources.fine_tunes, self.config.output, self._observer.milestone)
+            return self._summarize(ledger, identity, generation)
 
     def sync(self) -> bool:
         """Write down in MLflow what it lacks of the trials that are told, each once; whether it has all of them now.
@@ -137,11 +145,11 @@ class Study:
         """
         with self._open_found() as ledger:
             row = self._row(ledger)
-        question, synced = Question.recall(row.question, row.scoring), True
+        identity, synced = StudyIdentity.recall(row.question, row.scoring), True
         with self._driving() as (ledger, lease), Runs(self.config, row.generation, lease).there() as searches:
             for search in searches.values():
                 tracker = self._tracker(search, lease)
-                tracker.reconcile(missing(ledger, question, search))
+                tracker.reconcile(missing(ledger, identity, search))
                 synced &= tracker.close()
         return synced
 
@@ -152,7 +160,7 @@ class Study:
         """
         return train(self.config, fine_tunings(self.config, self._where), self._compute, self._observer)
 
-    def mix(self, grid: str) -> Mixing:
+    def mix(self, grid: str) -> MixingComparison:
         """Train and score a model for each mixture of the grid, to hold the winner against.
 
         grid  "study" for the study file's mixtures, "3" for all multiples of a third
@@ -170,11 +178,11 @@ class Study:
         """Scores of one composite by split and distribution; what the ledger has is not measured again."""
         coefficients = self.config.space.check(weights, self._where, "--weights")
         sources = gather(self.config, self._where)
-        return self._score(sources, sources.question().composite(coefficients))
+        return self._score(sources, sources.identity().composite(coefficients))
 
     def score_model(self, folder: Path) -> Scores:
         """Scores of any model that has the base's tokenizer, by split and distribution."""
-        sources = gather(self.config, self._where, resident=False)
+        sources = gather(self.config, self._where, worker=False)
         model = sources.other(folder, "--model")
         return self._score(sources.exact(), Composite.single(model.content), model)
 
@@ -184,7 +192,7 @@ class Study:
         In `dtype` ("bfloat16", say) where one is given, else in the base's.
         """
         coefficients = self.config.space.check(weights, self._where, "--weights")
-        sources = gather(self.config, self._where, resident=False)
+        sources = gather(self.config, self._where, worker=False)
 
         def approve(written: Export) -> Mapping[str, str]:
             prove(written)
@@ -198,14 +206,14 @@ class Study:
         Its bits are compared with a fresh merge and its scores with the winner's before the folder gets its name.
         In another `dtype` its scores may differ; they are told beside the winner's.
         """
-        files = gather(self.config, self._where, resident=False)
+        files = gather(self.config, self._where, worker=False)
         with self._open_found() as ledger, self._compute as compute:
             sources, row = files.on(compute.device), self._row(ledger)
-            question = sources.question()
-            if row.question != question.asked():
+            identity = sources.identity()
+            if row.question != identity.asked():
                 mend = f"has changed since it was run; first: dem-opt run {self._where}"
                 raise InputError(self._where, None, None, mend)
-            summary = self._found(ledger, question, row.generation)
+            summary = self._found(ledger, identity, row.generation)
             winner = exported = summary.winner
             coefficients = winner.coefficients
             assert coefficients is not None
@@ -215,19 +223,19 @@ class Study:
                 self._observer.milestone("written; comparing it from disk, then scoring it ...")
                 prove(written)
                 model = sources.other(written.path, "export")
-                with self._driver(compute, sources.spec_of(model), question, ledger) as driver:
+                with self._driver(compute, sources.spec_of(model), identity, ledger) as driver:
                     again = {split: driver.score_afresh(Composite.single(model.content), split) for split in SPLITS}
                 if dtype is None:
-                    prove_scores(again, winner.scores, question.vectors)
-                if dtype is None and question.vectors == "exact":
+                    prove_scores(again, winner.scores, identity.vectors)
+                if dtype is None and identity.vectors == "exact":
                     return self._texts(sources, coefficients, dtype, summary)
                 label = f"exported in {dtype}" if dtype else "exported from the checkpoints as they are"
-                exported = rescored(winner, label, again, objectives(ledger, question))
-                shown = replace(summary, standings=(*summary.standings, exported))
+                exported = rescored(winner, label, again, objectives(ledger, identity))
+                shown = replace(summary, results=(*summary.results, exported))
                 return self._texts(sources, coefficients, dtype, shown)
 
             export = _write(sources, coefficients, out, approve, dtype)
-            for cost in known_cost(ledger, question):
+            for cost in known_cost(ledger, identity):
                 self._observer.milestone(str(cost))
             return Champion(winner, exported, export, self._register(ledger, exported, export, row.generation))
 
@@ -238,7 +246,7 @@ class Study:
         """
         with self._open_found() as ledger:
             row = self._row(ledger)
-            return self._found(ledger, Question.recall(row.question, row.scoring), row.generation)
+            return self._found(ledger, StudyIdentity.recall(row.question, row.scoring), row.generation)
 
     def describe(self, summary: Summary, note: str, files: Mapping[str, str | bytes]) -> None:
         """Write a summary down in MLflow, with baselines, a note and files, in the runs of its searches."""
@@ -246,7 +254,7 @@ class Study:
             runs = Runs(self.config, self._row(ledger).generation)
             lease = visiting(ledger.engine, self.config.name, self._patience)
             with lease.turn("describing"):
-                for run, told in dossiers(summary, note, files).items():
+                for run, told in study_descriptions(summary, note, files).items():
                     with closing(runs.open(run)) as search, closing(self._tracker(search, lease)) as tracker:
                         tracker.describe(told)
 
@@ -257,24 +265,24 @@ class Study:
         """
         with self._open_found() as ledger:
             row = self._row(ledger)
-            asked = Question.recall(row.question, row.scoring)
-            question = replace(asked, weights=checked(asked, weights, self._where, "--reweight"))
-            summary = reweighted(self.config.name, ledger, question, facts(self.config, self._where, question))
+            asked = StudyIdentity.recall(row.question, row.scoring)
+            identity = replace(asked, weights=checked(asked, weights, self._where, "--reweight"))
+            summary = reweighted(self.config.name, ledger, identity, facts(self.config, self._where, identity))
         if summary is None:
             raise self._nothing_yet()
         return summary
 
-    def _score(self, files: Sources, composite: Composite, model: StoredModel | None = None) -> Scores:
+    def _score(self, files: Inputs, composite: Composite, model: StoredModel | None = None) -> Scores:
         """Scores of a composite of the study's checkpoints, or of another model; what the ledger lacks is measured."""
         with self._open() as (_, ledger), self._compute as compute:
             sources = files.on(compute.device)
-            question = sources.question()
-            if not all(is_known(ledger, question, composite, split) for split in SPLITS):
+            identity = sources.identity()
+            if not all(is_known(ledger, identity, composite, split) for split in SPLITS):
                 spec = sources.spec() if model is None else sources.spec_of(model)
-                with self._driver(compute, spec, question, ledger) as driver:
+                with self._driver(compute, spec, identity, ledger) as driver:
                     for split in SPLITS:
                         driver.measure([composite], split)
-            return {split: recall(ledger, question, composite, split) for split in SPLITS}
+            return {split: recall(ledger, identity, composite, split) for split in SPLITS}
 
     @contextmanager
     def _open(self) -> Iterator[tuple[Engine, Ledger]]:
@@ -308,52 +316,52 @@ class Study:
             engine.dispose()
 
     @contextmanager
-    def _driver(self, compute: Compute, spec: ResidentSpec, question: Question, ledger: Ledger) -> Iterator[Driver]:
-        """A driver whose residents are ready."""
-        self._observer.milestone(f"loading {1 + len(spec.experts)} checkpoints ...")
-        with closing(compute.residents(build, spec, self._observer.milestone)) as pool:
-            yield Driver(question, ledger, pool, self._observer)
+    def _driver(self, compute: Compute, spec: WorkerSpec, identity: StudyIdentity, ledger: Ledger) -> Iterator[Driver]:
+        """A driver whose workers are ready."""
+        self._observer.milestone(f"loading {1 + len(spec.fine_tunes)} checkpoints ...")
+        with closing(compute.workers(build, spec, self._observer.milestone)) as pool:
+            yield Driver(identity, ledger, pool, self._observer)
 
     def _optimize(self, driver: Driver, search: Search, lease: Lease) -> None:
         """One run's Optuna study, from where it stands to its end."""
         with closing(self._tracker(search, lease)) as tracker:
-            tracker.describe(dossier(self.config, self._where, driver.question))
-            tracker.reconcile(missing(driver.ledger, driver.question, search))
+            tracker.describe(study_description(self.config, self._where, driver.identity))
+            tracker.reconcile(missing(driver.ledger, driver.identity, search))
             driver.optimize(search, self.config.search.lookahead, tracker, lease)
-            tracker.reconcile(missing(driver.ledger, driver.question, search))
+            tracker.reconcile(missing(driver.ledger, driver.identity, search))
         self._observer.milestone(f"{search.name} ended after {search.stopped}")
 
-    def _trials(self, ledger: Ledger, question: Question, generation: int) -> dict[str, tuple[TrialRecord, ...]]:
+    def _trials(self, ledger: Ledger, identity: StudyIdentity, generation: int) -> dict[str, tuple[TrialRecord, ...]]:
         """Finished trials of every search in this generation, by run."""
         with Runs(self.config, generation).there() as searches:
-            return {run: tuple(finished(ledger, question, search)) for run, search in searches.items()}
+            return {run: tuple(finished(ledger, identity, search)) for run, search in searches.items()}
 
-    def _summarize(self, ledger: Ledger, question: Question, generation: int) -> Summary:
+    def _summarize(self, ledger: Ledger, identity: StudyIdentity, generation: int) -> Summary:
         with Runs(self.config, generation).there() as searches:
-            trials = {run: finished(ledger, question, search) for run, search in searches.items()}
+            trials = {run: finished(ledger, identity, search) for run, search in searches.items()}
             stopped = {run: search.stopped for run, search in searches.items()}
-        told = facts(self.config, self._where, question)
-        summary = summarize(self.config.name, ledger, question, trials, told, stopped)
-        vectors = recall_vectors(question.base, question.experts, self.config.output)
-        believed = surrogate_of(question.space, [record for records in trials.values() for record in records])
+        told = facts(self.config, self._where, identity)
+        summary = summarize(self.config.name, ledger, identity, trials, told, stopped)
+        vectors = recall_vectors(identity.base, identity.fine_tunes, self.config.output)
+        believed = surrogate_of(identity.space, [record for records in trials.values() for record in records])
         return replace(summary, vectors=vectors, surrogate=believed)
 
-    def _found(self, ledger: Ledger, question: Question, generation: int) -> Summary:
+    def _found(self, ledger: Ledger, identity: StudyIdentity, generation: int) -> Summary:
         """The summary of a study that has a best trial; InputError where it has none yet."""
-        summary = self._summarize(ledger, question, generation)
+        summary = self._summarize(ledger, identity, generation)
         if summary.winner.role != "best":
             raise self._nothing_yet()
         return summary
 
     def _texts(
-        self, sources: Sources, coefficients: Coefficients, dtype: str | None, summary: Summary | None = None
+        self, sources: Inputs, coefficients: Coefficients, dtype: str | None, summary: Summary | None = None
     ) -> dict[str, str]:
         """What is written beside an export's weights, by file name."""
         folder = Path(str(self._where)).resolve().parent
-        found = (summary.standings, summary.margins) if summary else ((), ())
+        found = (summary.results, summary.margins) if summary else ((), ())
         return texts(sources, coefficients, folder, libraries(), dtype, *found)
 
-    def _register(self, ledger: Ledger, winner: Standing, export: Export, generation: int) -> str | None:
+    def _register(self, ledger: Ledger, winner: ResultRow, export: Export, generation: int) -> str | None:
         """The winner's version in MLflow, under its algorithm's run; None where MLflow can't be reached."""
         tags = {"composite": export.composite.key, "content": export.content, "coefficients": str(winner.coefficients)}
         with (
@@ -378,17 +386,17 @@ class Study:
 
 
 def _write(
-    sources: Sources,
+    sources: Inputs,
     coefficients: Coefficients,
     out: Path,
     approve: Callable[[Export], Mapping[str, str]],
     dtype: str | None,
 ) -> Export:
-    composite = sources.question().composite(coefficients)
+    composite = sources.identity().composite(coefficients)
     return write_composite(sources.base, sources.models(), composite, out, approve, output_dtype(dtype))
 
 
-def _yardsticks(question: Question) -> list[Composite]:
+def _yardsticks(identity: StudyIdentity) -> list[Composite]:
     """What trials are measured by, so that it comes before them: the base, and for regrets the single fine-tunes."""
-    singles = [Composite.single(content) for content in question.experts.values()] if question.worst else []
-    return [Composite.single(question.base), *singles]
+    singles = [Composite.single(content) for content in identity.fine_tunes.values()] if identity.worst else []
+    return [Composite.single(identity.base), *singles]

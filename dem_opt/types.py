@@ -1,4 +1,4 @@
-"""What travels between rooms: Composite, Windows, Corpus, Score, Request, Evaluation, Failure, ResidentSpec.
+"""What travels between rooms: Composite, Windows, Corpus, Score, Request, Evaluation, Failure, WorkerSpec.
 
 Shape suffixes here and in every tensor room: B batch rows, T tokens of a window, W windows of a corpus,
 N stored checkpoints (base and experts), P parameters, K distributions, V vocabulary.
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dem_opt.errors import EvaluationError
-from dem_opt.insight import Surrogate, Vectors
+from dem_opt.insight import Surrogate, VectorGeometry
 from dem_opt.simplex import UNIT, Coefficients
 
 SEARCH = "search"
@@ -47,11 +47,11 @@ class Composite:
         return cls(tuple(sorted((content, units) for content, units in contents.items() if units != 0)))
 
     @classmethod
-    def edited(cls, base: str, experts: Mapping[str, str], coefficients: Coefficients) -> "Composite":
+    def edited(cls, base: str, fine_tunes: Mapping[str, str], coefficients: Coefficients) -> "Composite":
         """The composite of coefficients by distribution, given content hashes of base and experts by name."""
         contents = {base: coefficients.base_units}
         for name, units in coefficients.items:
-            contents[experts[name]] = contents.get(experts[name], 0) + units
+            contents[fine_tunes[name]] = contents.get(fine_tunes[name], 0) + units
         return cls.of(contents)
 
     @classmethod
@@ -162,7 +162,7 @@ so the surrogate need not know the constraint.
 """
 
 
-class Referee(Protocol):
+class StoppingRule(Protocol):
     """What decides, look by look, whether a trial goes on (racing)."""
 
     def is_over(self, scores: Mapping[str, Score]) -> bool:
@@ -171,7 +171,7 @@ class Referee(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """What a resident is asked: a composite's nats on the named corpora.  `ticket` comes back unchanged.
+    """What a worker is asked: a composite's nats on the named corpora.  `ticket` comes back unchanged.
 
     known     scores that need not be measured again, by corpus; a short one is continued
     race      given, scoring stops at the first look at which the trial is lost
@@ -182,7 +182,7 @@ class Request:
     composite: Composite
     corpora: tuple[str, ...]
     known: Mapping[str, Score] = field(default_factory=dict)
-    race: Referee | None = None
+    race: StoppingRule | None = None
     gradient: bool = False
 
 
@@ -192,13 +192,13 @@ Gradient = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A resident's answer: a Score for each corpus key that was asked for, and what it took.
+    """A worker's answer: a Score for each corpus key that was asked for, and what it took.
 
     scores          short where the trial was stopped; what was known stands in them
     forward_tokens  tokens that went forward through the model, scored or not
     gradients       by corpus, where they were asked for
     scored_tokens   of the forward tokens those whose nats count; the others are padding, prompts, first tokens
-    wait_seconds    how long the resident was idle before, since its last evaluation
+    wait_seconds    how long the worker was idle before, since its last evaluation
     batch_tokens    tokens in one forward call at most, where memory allowed fewer than the study says; else 0
     note            what people should know of it
     """
@@ -234,8 +234,8 @@ class StoredModel:
 
 
 @dataclass(frozen=True, eq=False)
-class ResidentSpec:
-    """What a resident holds for life: stored checkpoints, corpora by key, the evaluation's settings.
+class WorkerSpec:
+    """What a worker holds for life: stored checkpoints, corpora by key, the evaluation's settings.
 
     base         gives architecture, parameter dtypes and tokenizer; one of the terms where its coefficient is not 0
     experts      the fine-tuned checkpoints
@@ -247,7 +247,7 @@ class ResidentSpec:
     """
 
     base: StoredModel
-    experts: tuple[StoredModel, ...]
+    fine_tunes: tuple[StoredModel, ...]
     corpora: tuple[Corpus, ...]
     dtype: str = "float32"
     batch_tokens: int = 4096
@@ -304,7 +304,7 @@ class TrialRecord:
 
 
 @dataclass(frozen=True)
-class Standing:
+class ResultRow:
     """One line of the final table: a composite worth knowing, and what finding it cost.
 
     role            "base", "single" (one fine-tune as it is), "uniform" (the centroid), "best" (of an algorithm), "top"
@@ -363,24 +363,24 @@ class Summary:
 
     study: str
     weights: Mapping[str, float]
-    standings: tuple[Standing, ...]
+    results: tuple[ResultRow, ...]
     margins: tuple[Margin, ...]
     trials: Mapping[str, tuple[TrialRecord, ...]]
     facts: Mapping[str, str]
-    top: tuple[Standing, ...] = ()
+    top: tuple[ResultRow, ...] = ()
     stopped: Mapping[str, str] | None = None
     worst: bool = False
-    left_out: tuple[Standing, ...] = ()
-    vectors: Vectors | None = None
+    left_out: tuple[ResultRow, ...] = ()
+    vectors: VectorGeometry | None = None
     surrogate: Surrogate | None = None
 
     @property
     def distributions(self) -> tuple[str, ...]:
         """The names that have a coefficient, in the study file's order; all where nothing has coefficients."""
-        found = [one.coefficients.weights for one in self.standings if one.coefficients is not None]
+        found = [one.coefficients.weights for one in self.results if one.coefficients is not None]
         return tuple(name for name in self.weights if not found or name in found[0])
 
     @property
-    def winner(self) -> Standing:
+    def winner(self) -> ResultRow:
         """The best composite of the search split."""
-        return self.standings[-1]
+        return self.results[-1]

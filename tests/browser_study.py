@@ -1,4 +1,4 @@
-"""A program: `dem-opt` with residents in its own process, which take their time where PAUSE says so."""
+"""A program: `dem-opt` with workers in its own process, which take their time where PAUSE says so."""
 
 import os
 import sys
@@ -7,15 +7,15 @@ import time
 from dem_opt import study
 from dem_opt.cli.main import main
 from dem_opt.compute import InProcessCompute
-from dem_opt.evaluation.worker import Resident
+from dem_opt.evaluation.worker import Worker
 
 if __name__ == "__main__":
     study.RayCompute = lambda settings: InProcessCompute()  # type: ignore[assignment,misc,return-value]
-    evaluate = Resident.evaluate
+    evaluate = Worker.evaluate
 
-    def slowly(resident, request):
+    def slowly(worker, request):
         time.sleep(float(os.environ.get("PAUSE", "0")))
-        return evaluate(resident, request)
+        return evaluate(worker, request)
 
-    Resident.evaluate = slowly  # type: ignore[method-assign]
+    Worker.evaluate = slowly  # type: ignore[method-assign]
     sys.exit(main())

@@ -28,7 +28,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
-    """Content hashes are cached in a folder that is gone afterwards, by residents in other processes too."""
+    """Content hashes are cached in a folder that is gone afterwards, by workers in other processes too."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 

@@ -21,14 +21,14 @@ from mlflow.tracking import MlflowClient
 
 from dem_opt import Study
 from dem_opt.compute import InProcessCompute
-from dem_opt.evaluation.worker import Resident
+from dem_opt.evaluation.worker import Worker
 from dem_opt.search.optuna_study import Search
 from dem_opt.storage.ledger import Ledger
 
 SEARCH = {"algorithm": "simplex-gp", "trials": 8, "seed": 3}
 BOUNDARIES: dict[str, tuple[Any, str, int]] = {
     "mid-ask": (optuna.storages._CachedStorage, "set_trial_param", 6 * 3 - 1),
-    "scored": (Resident, "evaluate", 6),
+    "scored": (Worker, "evaluate", 6),
     "ledger written": (Ledger, "record", 6),
     "told": (Search, "tell", 6),
     "MLflow run created": (MlflowClient, "create_run", 5),
@@ -56,7 +56,7 @@ def drive(folder: Path, boundary: str | None) -> int:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     try:
         torch.set_num_threads(1)
-        after(Resident, "evaluate", lambda call: (folder / "evaluations").open("a").write("x") and None)
+        after(Worker, "evaluate", lambda call: (folder / "evaluations").open("a").write("x") and None)
         if boundary:
             owner, name, last = BOUNDARIES[boundary]
             after(owner, name, lambda call: os._exit(9) if call == last else None)

@@ -6,9 +6,9 @@ import numpy as np
 
 from dem_opt.analysis.surrogate import surrogate_of
 from dem_opt.evaluation.objective import mean_nll
-from dem_opt.insight import Vectors
+from dem_opt.insight import VectorGeometry
 from dem_opt.simplex import UNIT, Coefficients, Space
-from dem_opt.types import Evaluation, Margin, Score, Standing, Summary, TrialRecord
+from dem_opt.types import Evaluation, Margin, ResultRow, Score, Summary, TrialRecord
 
 SPLITS = ("search", "held_out")
 RUNS = ("grid", "simplex-gp", "simplex-gp@1", "new")
@@ -105,29 +105,29 @@ def a_summary(
         evaluation = Evaluation({}, 900, 0.1, 0.2)
         return TrialRecord(name, number, point, mean_nll(found, weights), found, evaluation, 0.05, **cost)
 
-    def standing(label: str, role: str, coefficients: Coefficients | None, algorithm: str = "") -> Standing:
+    def result(label: str, role: str, coefficients: Coefficients | None, algorithm: str = "") -> ResultRow:
         found = {split: scores() for split in SPLITS}
         objective = {split: mean_nll(each, weights) for split, each in found.items()}
-        return Standing(label, role, algorithm, coefficients, found, objective, 1, 900, 0.3)
+        return ResultRow(label, role, algorithm, coefficients, found, objective, 1, 900, 0.3)
 
     found = {run: tuple(trial(run, i) for i in range(trials)) for run in runs}
-    standings = [standing("base", "base", None)]
+    results = [result("base", "base", None)]
     if baselines:
         alone = [Coefficients(tuple((one, UNIT * (one == name)) for one in space.names)) for name in names]
-        standings += [standing(name, "single", point) for name, point in zip(names, alone, strict=True)]
-        standings += [standing("uniform", "uniform", space.centroid())]
-    top: tuple[Standing, ...] = ()
+        results += [result(name, "single", point) for name, point in zip(names, alone, strict=True)]
+        results += [result("uniform", "uniform", space.centroid())]
+    top: tuple[ResultRow, ...] = ()
     if not outcome and trials:
-        standings += [standing(label, "best", space.sample(rng), "simplex-gp")]
-        top = tuple(standing(f"no. {place}", "top", space.sample(rng)) for place in range(1, 6))
-    margins = tuple(Margin(each.label, split, 0.1, -0.1, 0.3) for each in standings[:-1] for split in SPLITS)
+        results += [result(label, "best", space.sample(rng), "simplex-gp")]
+        top = tuple(result(f"no. {place}", "top", space.sample(rng)) for place in range(1, 6))
+    margins = tuple(Margin(each.label, split, 0.1, -0.1, 0.3) for each in results[:-1] for split in SPLITS)
     facts = {"study": study, "command": "dem-opt run"}
     stopped = {run: f"all {trials} planned trials of <{study}>" for run in runs}
-    left_out = tuple(standing(name, "without", space.sample(rng)) for name in names) if top and len(names) > 1 else ()
+    left_out = tuple(result(name, "without", space.sample(rng)) for name in names) if top and len(names) > 1 else ()
     vectors_KP = rng.normal(size=(len(names), 9))
-    vectors = Vectors(tuple(names), tuple(map(tuple, (vectors_KP @ vectors_KP.T).tolist())))
+    vectors = VectorGeometry(tuple(names), tuple(map(tuple, (vectors_KP @ vectors_KP.T).tolist())))
     told = [record for records in found.values() for record in records]
     believed = surrogate_of(space, told) if len(told) < 200 else None
     return Summary(
-        study, weights, tuple(standings), margins, found, facts, top, stopped, worst, left_out, vectors, believed
+        study, weights, tuple(results), margins, found, facts, top, stopped, worst, left_out, vectors, believed
     )

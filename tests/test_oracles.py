@@ -37,7 +37,7 @@ from dem_opt.errors import InputError
 from dem_opt.evaluation.nll import prepare, score
 from dem_opt.export.model_card import Ingredient, recipe
 from dem_opt.export.writer import write_composite
-from dem_opt.observers import Silence
+from dem_opt.observers import NullProgress
 from dem_opt.simplex import UNIT
 from dem_opt.study import Study
 from dem_opt.types import Composite, StoredModel, Windows
@@ -180,7 +180,7 @@ def test_the_recipe_beside_an_export_gives_the_exported_weights(tmp_path, dtype,
     path = worlds.study(tmp_path, simplex={"total": total})
     coefficients = {"code": total / 2, "math": total / 2}
     out = tmp_path / "out"
-    Study.load(path, Silence(), InProcessCompute()).merge(coefficients, out, dtype)
+    Study.load(path, NullProgress(), InProcessCompute()).merge(coefficients, out, dtype)
     told = yaml.safe_load((out / "mergekit.yaml").read_text())
     theirs, ours = mergekit(out / "mergekit.yaml", tmp_path / "theirs"), weights(out)
     parts = [(told["base_model"], 1 - total), *((one["model"], one["parameters"]["weight"]) for one in told["models"])]
@@ -221,7 +221,7 @@ def rolling(ids, prefix):
 def test_a_documents_nats_are_those_of_lm_evaluation_harness(tmp_path, record_property):
     path = worlds.study(tmp_path, names=("code", "math"))
     out = tmp_path / "out"
-    Study.load(path, Silence(), InProcessCompute()).merge({"code": 0.4, "math": 0.6}, out)
+    Study.load(path, NullProgress(), InProcessCompute()).merge({"code": 0.4, "math": 0.6}, out)
     texts = ["alpha beta gamma", *worlds.documents(7, 4)]
     worlds.write_documents(tmp_path / "task/documents.jsonl", texts)
     task = {

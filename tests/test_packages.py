@@ -31,7 +31,9 @@ def test_configuration_and_help_load_without_heavy_libraries(module):
 
 
 def test_the_sampler_loads_without_torch():
-    assert loaded("from dem_opt.search.samplers import SimplexSampler", ("torch", "transformers", "ray", "mlflow")) == []
+    assert (
+        loaded("from dem_opt.search.samplers import SimplexSampler", ("torch", "transformers", "ray", "mlflow")) == []
+    )
 
 
 def test_the_device_benchmark_needs_few_packages():

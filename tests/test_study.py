@@ -18,8 +18,8 @@ from dem_opt.checkpoints.files import content_hash
 from dem_opt.compute import InProcessCompute
 from dem_opt.config import load
 from dem_opt.errors import EvaluationError, InputError
-from dem_opt.evaluation.worker import Resident
-from dem_opt.observers import Silence
+from dem_opt.evaluation.worker import Worker
+from dem_opt.observers import NullProgress
 from dem_opt.planning.inputs import _check_window, gather
 from dem_opt.search.optuna_study import Search, study_names
 from dem_opt.study import Study
@@ -51,23 +51,23 @@ def untracked(monkeypatch):
 def evaluated(monkeypatch):
     """Counts the evaluations of every (composite, corpus)."""
     counts: Counter = Counter()
-    original = Resident.evaluate
+    original = Worker.evaluate
 
-    def counting(resident, request):
+    def counting(worker, request):
         counts.update((request.composite, key) for key in request.corpora)
-        return original(resident, request)
+        return original(worker, request)
 
-    monkeypatch.setattr(Resident, "evaluate", counting)
+    monkeypatch.setattr(Worker, "evaluate", counting)
     return counts
 
 
 def open_study(path: Path, observer=None) -> Study:
-    return Study.load(path, observer or Silence(), InProcessCompute())
+    return Study.load(path, observer or NullProgress(), InProcessCompute())
 
 
 def search_keys(path: Path) -> tuple[str, ...]:
     """Corpus keys of the search split."""
-    return gather(load(path), path).question().keys(SEARCH)
+    return gather(load(path), path).identity().keys(SEARCH)
 
 
 def edit(path: Path, change) -> Path:
@@ -84,7 +84,7 @@ def test_grid_and_search_share_every_measurement(tmp_path, untracked, evaluated)
     before = sum(evaluated.values())
     again = study.compare(["simplex-gp", "random", "grid"])
     assert sum(evaluated.values()) == before
-    assert [one.objective for one in again.standings] == [one.objective for one in summary.standings]
+    assert [one.objective for one in again.results] == [one.objective for one in summary.results]
     assert len(summary.trials["grid"]) == 15
 
 
@@ -92,7 +92,7 @@ def test_the_winner_is_the_search_splits_best(tmp_path, untracked):
     study = open_study(worlds.study(tmp_path, search=GRID))
     winner = study.run()
     summary = study.compare(["grid"])
-    bests = [one for one in summary.standings if one.role == "best"]
+    bests = [one for one in summary.results if one.role == "best"]
     assert summary.winner == min(bests, key=lambda one: one.objective["search"])
     trials = [record for records in summary.trials.values() for record in records]
     assert summary.winner.objective["search"] == min(record.objective for record in trials)
@@ -151,12 +151,12 @@ def test_a_general_corpus_is_scored_and_changes_no_objective(tmp_path, untracked
     study = open_study(add_general(path), watching)
     after = study.compare(["grid"])
     assert not old & set(evaluated)
-    assert {key for _, key in evaluated} == set(gather(load(path), path).question().keys(SEARCH)) - {
+    assert {key for _, key in evaluated} == set(gather(load(path), path).identity().keys(SEARCH)) - {
         k for _, k in old
-    } | {gather(load(path), path).question().corpora["held_out"]["web"]}, "only the new corpus is scored"
+    } | {gather(load(path), path).identity().corpora["held_out"]["web"]}, "only the new corpus is scored"
     assert any("general.web.validation is new" in line and "generation 2" in line for line in watching.lines)
     assert after.winner.objective == before.winner.objective and after.winner.coefficients == before.winner.coefficients
-    assert all(set(standing.scores[SEARCH]) == {"code", "math", "prose", "web"} for standing in after.standings)
+    assert all(set(result.scores[SEARCH]) == {"code", "math", "prose", "web"} for result in after.results)
     assert after.distributions == ("code", "math", "prose") and list(after.weights) == [*after.distributions, "web"]
     assert study.summary() == after and "merge kernel" in after.facts["merging here"]
 
@@ -195,7 +195,7 @@ def test_protection_changes_the_winner_to_the_best_that_keeps_it(tmp_path, untra
     """The allowance is the middle of what the free study's trials do to the corpus, so some keep it and some don't."""
     path = add_general(worlds.study(tmp_path, search=GRID | {"algorithm": algorithm}))
     free = open_study(path).compare([algorithm])
-    base = free.standings[0].scores[SEARCH][name].nll
+    base = free.results[0].scores[SEARCH][name].nll
     excess = sorted(record.scores[name].nll - base for record in free.trials[algorithm])
     best = free.winner.scores[SEARCH][name].nll - base
     allowance = max((excess[0] + best) / 2, 0.0)
@@ -269,21 +269,21 @@ def test_a_trial_calls_forward_once_for_each_batch_and_opens_no_file(tmp_path, u
     # 3 distributions of 16 windows of 32 tokens, 8 blocks of 2 windows, 64 tokens to a batch: 3 x 8 calls.
     path = worlds.study(tmp_path, search=GRID | {"racing": False})
     edit(path, lambda study: study["evaluation"].update(batch=64, windows=16, held_out=16))
-    calls, opened, original = [], [], Resident.evaluate
+    calls, opened, original = [], [], Worker.evaluate
 
-    def watched(resident, request):
-        handle = resident._model.register_forward_hook(lambda *_: calls.append(request.ticket))
+    def watched(worker, request):
+        handle = worker._model.register_forward_hook(lambda *_: calls.append(request.ticket))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("builtins.open", lambda *arguments, **_: opened.append(arguments))
             patch.setattr("safetensors.safe_open", lambda *arguments, **_: opened.append(arguments))
-            answer = original(resident, request)
+            answer = original(worker, request)
         handle.remove()
         if len(request.corpora) == 3:
             assert calls.count(request.ticket) == 24
         calls.clear()
         return answer
 
-    monkeypatch.setattr(Resident, "evaluate", watched)
+    monkeypatch.setattr(Worker, "evaluate", watched)
     open_study(path).run()
     assert opened == []
 
@@ -302,7 +302,7 @@ def test_the_winner_is_exported_proved_and_registered(tmp_path):
     study = open_study(worlds.study(tmp_path, search=GRID))
     winner = study.run()
     champion = study.export(tmp_path / "best")
-    assert champion.standing == winner and champion.version == "1"
+    assert champion.result == winner and champion.version == "1"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "best")
     weights = winner.coefficients.weights
     for name, parameter in model.named_parameters():
@@ -350,15 +350,15 @@ def test_a_checkpoint_that_changes_under_a_study_begins_a_generation(tmp_path, u
 
 
 def test_a_composite_that_can_not_be_scored_fails_alone(tmp_path, untracked, monkeypatch):
-    path, original = worlds.study(tmp_path, search=GRID), Resident.evaluate
+    path, original = worlds.study(tmp_path, search=GRID), Worker.evaluate
     keys = search_keys(path)
 
-    def failing(resident, request):
+    def failing(worker, request):
         if request.ticket == 2 and request.corpora == keys:
             raise EvaluationError("the loss of window 0 is nan")
-        return original(resident, request)
+        return original(worker, request)
 
-    monkeypatch.setattr(Resident, "evaluate", failing)
+    monkeypatch.setattr(Worker, "evaluate", failing)
     study = open_study(path)
     study.compare(["grid"])
     trials = study.summary().trials["grid"]
@@ -429,7 +429,7 @@ def test_a_study_that_grows_looks_first_at_few_points_and_the_new_vertex(tmp_pat
     seen = [one.weights for one in first[:6]]
     gaps = [max(abs(a[name] - b[name]) for name in a) for i, a in enumerate(seen) for b in seen[:i]]
     assert min(gaps) >= 0.5, "of the lattice's points, a quarter apart, no two are neighbors"
-    new = gather(load(grown), grown).question().corpora[SEARCH]["records"]
+    new = gather(load(grown), grown).identity().corpora[SEARCH]["records"]
     for point in first[:6]:
-        composite = gather(load(grown), grown).question().composite(point)
+        composite = gather(load(grown), grown).identity().composite(point)
         assert [key for known, key in evaluated if known == composite and key in search_keys(grown)] == [new]

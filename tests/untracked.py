@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from dem_opt.tracking.tracker import Dossier, Records
+from dem_opt.tracking.tracker import Records, StudyDescription
 from dem_opt.types import TrialRecord
 
 
@@ -16,7 +16,7 @@ class Untracked:
     def reconcile(self, records: Records) -> None:
         pass
 
-    def describe(self, dossier: Dossier) -> None:
+    def describe(self, study_description: StudyDescription) -> None:
         pass
 
     def register(self, folder: Path, metrics: Mapping[str, float], tags: Mapping[str, str]) -> str | None:

@@ -48,7 +48,7 @@ def forward_cost(parameters: int, tokens: int, seconds: float) -> Cost:
 
 
 @dataclass(frozen=True)
-class Start:
+class BaseScore:
     """What all ways start from, the base: its objective by split, its NLL by split and corpus."""
 
     objective: Mapping[str, float]
@@ -56,7 +56,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Mixed:
+class MixtureResult:
     """A model trained on a mixture.
 
     budget     "all": as many tokens as all single fine-tunes together; "one": as many as one of them
@@ -73,7 +73,7 @@ class Mixed:
 
 
 @dataclass(frozen=True)
-class Edited:
+class MergeResult:
     """A composite: which, what it scores, and what it took: every fine-tuning once, and the search."""
 
     label: str
@@ -90,7 +90,7 @@ class Edited:
 
 
 @dataclass(frozen=True)
-class Tried:
+class ExpectedBest:
     """What k mixtures give: expected over which k of all there are, the best of them chosen on the search split."""
 
     mixtures: int
@@ -99,7 +99,7 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class Against:
+class BudgetComparison:
     """Composites against mixtures of one budget.  Ratios are mixtures' floating-point operations over composites'.
 
     curve          by the number of mixtures tried
@@ -110,7 +110,7 @@ class Against:
     """
 
     budget: str
-    curve: tuple[Tried, ...]
+    curve: tuple[ExpectedBest, ...]
     ratio: float
     equal_quality: int | None
     equal_ratio: float | None
@@ -123,18 +123,18 @@ class Against:
 
 
 @dataclass(frozen=True)
-class Mixing:
+class MixingComparison:
     """What `dem-opt compare --data-mixing` found: the composite, the models trained on mixtures, the base."""
 
     study: str
     weights: Mapping[str, float]
     parameters: int
-    edited: Edited
-    mixed: tuple[Mixed, ...]
-    base: Start
+    edited: MergeResult
+    mixed: tuple[MixtureResult, ...]
+    base: BaseScore
 
     @property
-    def against(self) -> tuple[Against, ...]:
+    def against(self) -> tuple[BudgetComparison, ...]:
         """The composite against each budget's mixtures."""
         budgets = dict.fromkeys(one.budget for one in self.mixed)
         return tuple(_against(self.edited, [one for one in self.mixed if one.budget == name]) for name in budgets)
@@ -147,7 +147,7 @@ class Mixing:
         base, best = self.base.objective[HELD_OUT], self.best(budget).objective[HELD_OUT]
         return (base - self.edited.objective[HELD_OUT]) / (base - best) if best < base else nan
 
-    def best(self, budget: str) -> Mixed:
+    def best(self, budget: str) -> MixtureResult:
         """The best of a budget's mixtures, chosen on the search split."""
         return min((one for one in self.mixed if one.budget == budget), key=lambda one: one.objective[SEARCH])
 
@@ -161,12 +161,12 @@ def expected_best(ranked: Sequence[float], tried: int) -> float:
     return fsum(value * comb(len(ranked) - i, tried - 1) / every for i, value in enumerate(ranked, start=1))
 
 
-def curve(mixed: Sequence[Mixed]) -> tuple[Tried, ...]:
+def curve(mixed: Sequence[MixtureResult]) -> tuple[ExpectedBest, ...]:
     """What 1, 2, ... of the mixtures cost and give, on average over all orders of trying them."""
     ranked = sorted(mixed, key=lambda one: one.objective[SEARCH])
     each = fsum(one.cost.flops for one in mixed) / len(mixed)
     return tuple(
-        Tried(
+        ExpectedBest(
             tried,
             tried * each,
             {split: expected_best([one.objective[split] for one in ranked], tried) for split in (SEARCH, HELD_OUT)},
@@ -175,10 +175,10 @@ def curve(mixed: Sequence[Mixed]) -> tuple[Tried, ...]:
     )
 
 
-def _against(edited: Edited, mixed: Sequence[Mixed]) -> Against:
+def _against(edited: MergeResult, mixed: Sequence[MixtureResult]) -> BudgetComparison:
     tried, own = curve(mixed), edited.cost.flops
     as_good = next((one for one in tried if one.objective[HELD_OUT] <= edited.objective[HELD_OUT]), None)
-    return Against(
+    return BudgetComparison(
         mixed[0].budget,
         tried,
         tried[-1].flops / own,
@@ -188,7 +188,7 @@ def _against(edited: Edited, mixed: Sequence[Mixed]) -> Against:
     )
 
 
-def verdict(found: Mixing, one: Against) -> list[str]:
+def verdict(found: MixingComparison, one: BudgetComparison) -> list[str]:
     """What a comparison says, in sentences; every ratio stands with its number of mixtures."""
     edited, whole, last = found.edited, f"{one.mixtures} mixtures", one.curve[-1]
     gap = last.objective[HELD_OUT] - edited.objective[HELD_OUT]

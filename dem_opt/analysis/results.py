@@ -9,9 +9,9 @@ from dem_opt.analysis.bootstrap import difference
 from dem_opt.evaluation.objective import Objective
 from dem_opt.search.trials import exceeded, is_known, objectives, recall
 from dem_opt.simplex import UNIT, Coefficients, Space
-from dem_opt.storage.identity import Question
+from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
-from dem_opt.types import SEARCH, SPLITS, Composite, Margin, Score, Standing, Summary, TrialRecord
+from dem_opt.types import SEARCH, SPLITS, Composite, Margin, ResultRow, Score, Summary, TrialRecord
 
 TOP = 5
 """How many of the best composites of the search split are scored on the held-out split too."""
@@ -35,25 +35,25 @@ class Entry:
     run: str = ""
 
 
-def entries(question: Question, trials: Mapping[str, Sequence[TrialRecord]]) -> list[Entry]:
+def entries(identity: StudyIdentity, trials: Mapping[str, Sequence[TrialRecord]]) -> list[Entry]:
     """Base, single fine-tunes, uniform average and each algorithm's best, the best of these last.
 
     Of several searches by one algorithm, the one that found the best.
     """
-    space = question.space
-    baselines = [Entry("base", "base", "", None, Composite.single(question.base))]
-    for name, content in sorted(question.experts.items()):
+    space = identity.space
+    baselines = [Entry("base", "base", "", None, Composite.single(identity.base))]
+    for name, content in sorted(identity.fine_tunes.items()):
         alone = Coefficients(tuple((one, UNIT * (one == name)) for one in space.names))
         baselines.append(Entry(name, "single", "", alone, Composite.single(content)))
     if space.dimension > 1:
         centroid = space.centroid()
-        baselines.append(Entry("uniform", "uniform", "", centroid, question.composite(centroid)))
+        baselines.append(Entry("uniform", "uniform", "", centroid, identity.composite(centroid)))
     found: dict[str, Entry] = {}
     for name, told in sorted(trials.items(), key=lambda pair: _best_rank(pair[1]), reverse=True):
         if best := best_of(told):
             algorithm = name.partition("@")[0]
             found.pop(algorithm, None)
-            found[algorithm] = _best_entry(question, name, best, told)
+            found[algorithm] = _best_entry(identity, name, best, told)
     return baselines + list(found.values())
 
 
@@ -72,7 +72,7 @@ def is_whole(trial: TrialRecord) -> bool:
     return trial.objective is not None and not trial.is_partial
 
 
-def _best_entry(question: Question, run: str, best: TrialRecord, told: Sequence[TrialRecord]) -> Entry:
+def _best_entry(identity: StudyIdentity, run: str, best: TrialRecord, told: Sequence[TrialRecord]) -> Entry:
     scored = [trial for trial in told if trial.objective is not None]
     costs = (trial.evaluation.merge_seconds + trial.evaluation.score_seconds + trial.propose_seconds for trial in told)
     algorithm = run.partition("@")[0]
@@ -81,7 +81,7 @@ def _best_entry(question: Question, run: str, best: TrialRecord, told: Sequence[
         "best",
         algorithm,
         best.coefficients,
-        question.composite(best.coefficients),
+        identity.composite(best.coefficients),
         len({trial.coefficients for trial in scored}),
         sum(costs),
         sum(trial.forwards for trial in scored),
@@ -89,7 +89,7 @@ def _best_entry(question: Question, run: str, best: TrialRecord, told: Sequence[
     )
 
 
-def top_entries(question: Question, trials: Mapping[str, Sequence[TrialRecord]], most: int = TOP) -> list[Entry]:
+def top_entries(identity: StudyIdentity, trials: Mapping[str, Sequence[TrialRecord]], most: int = TOP) -> list[Entry]:
     """The best composites of the search split, whoever found them, the best first, and none like a better one."""
     whole = [trial for told in trials.values() for trial in told if is_whole(trial)]
     chosen: list[Coefficients] = []
@@ -97,12 +97,12 @@ def top_entries(question: Question, trials: Mapping[str, Sequence[TrialRecord]],
         if len(chosen) < most and not any(_alike(trial.coefficients, better) for better in chosen):
             chosen.append(trial.coefficients)
     return [
-        Entry(f"no. {place}", "top", "", point, question.composite(point))
+        Entry(f"no. {place}", "top", "", point, identity.composite(point))
         for place, point in enumerate(chosen, start=1)
     ]
 
 
-def left_out_entries(question: Question, winner: Entry) -> list[Entry]:
+def left_out_entries(identity: StudyIdentity, winner: Entry) -> list[Entry]:
     """The winner without each of the distributions that it has some of, where others are left, named by it.
 
     The others keep their proportions and grow to the winner's total: what the distribution's data are worth to it.
@@ -117,7 +117,7 @@ def left_out_entries(question: Question, winner: Entry) -> list[Entry]:
             total = rest + units
             grown = Space(tuple(others), total / UNIT).at(np.array([others[one] / rest for one in sorted(others)]))
             point = Coefficients(tuple(sorted((grown.units | {name: 0}).items())))
-            made.append(Entry(name, "without", "", point, question.composite(point)))
+            made.append(Entry(name, "without", "", point, identity.composite(point)))
     return made
 
 
@@ -130,7 +130,7 @@ def _alike(one: Coefficients, other: Coefficients) -> bool:
 def summarize(
     study: str,
     ledger: Ledger,
-    question: Question,
+    identity: StudyIdentity,
     trials: Mapping[str, Sequence[TrialRecord]],
     facts: Mapping[str, str],
     stopped: Mapping[str, str] | None = None,
@@ -139,30 +139,30 @@ def summarize(
 
     While a study runs, what is not measured yet is left out: composites on the search split, scores on the other.
     """
-    found = [entry for entry in entries(question, trials) if is_known(ledger, question, entry.composite, SEARCH)]
-    by_split = objectives(ledger, question)
-    standings = tuple(_standing(ledger, question, by_split, entry) for entry in found)
-    top = tuple(_standing(ledger, question, by_split, entry) for entry in top_entries(question, trials))
-    winner = standings[-1]
+    found = [entry for entry in entries(identity, trials) if is_known(ledger, identity, entry.composite, SEARCH)]
+    by_split = objectives(ledger, identity)
+    results = tuple(_result(ledger, identity, by_split, entry) for entry in found)
+    top = tuple(_result(ledger, identity, by_split, entry) for entry in top_entries(identity, trials))
+    winner = results[-1]
     without = [
-        entry for entry in left_out_entries(question, found[-1]) if is_known(ledger, question, entry.composite, SEARCH)
+        entry for entry in left_out_entries(identity, found[-1]) if is_known(ledger, identity, entry.composite, SEARCH)
     ]
-    left_out = tuple(_standing(ledger, question, by_split, entry) for entry in without)
-    pairs = [(split, rival) for split in SPLITS for rival in standings[:-1]]
+    left_out = tuple(_result(ledger, identity, by_split, entry) for entry in without)
+    pairs = [(split, rival) for split in SPLITS for rival in results[:-1]]
     margins = tuple(
         _margin(by_split[split], rival, winner, split)
         for split, rival in pairs
         if split in rival.objective and split in winner.objective
     )
     frozen = {algorithm: tuple(records) for algorithm, records in trials.items()}
-    return Summary(study, question.weights, standings, margins, frozen, facts, top, stopped, question.worst, left_out)
+    return Summary(study, identity.weights, results, margins, frozen, facts, top, stopped, identity.worst, left_out)
 
 
-def _standing(ledger: Ledger, question: Question, by_split: Mapping[str, Objective], entry: Entry) -> Standing:
-    known = [split for split in by_split if is_known(ledger, question, entry.composite, split)]
-    scores = {split: recall(ledger, question, entry.composite, split) for split in known}
-    one_pass = len(question.keys(SEARCH)) * question.windows(SEARCH) * int(question.settings["evaluation.window"])
-    return Standing(
+def _result(ledger: Ledger, identity: StudyIdentity, by_split: Mapping[str, Objective], entry: Entry) -> ResultRow:
+    known = [split for split in by_split if is_known(ledger, identity, entry.composite, split)]
+    scores = {split: recall(ledger, identity, entry.composite, split) for split in known}
+    one_pass = len(identity.keys(SEARCH)) * identity.windows(SEARCH) * int(identity.settings["evaluation.window"])
+    return ResultRow(
         label=entry.label,
         role=entry.role,
         algorithm=entry.algorithm,
@@ -172,22 +172,22 @@ def _standing(ledger: Ledger, question: Question, by_split: Mapping[str, Objecti
         evaluations=entry.evaluations,
         forwards=entry.forwards,
         forward_tokens=round(entry.forwards * one_pass),
-        seconds=ledger.seconds(entry.composite, question.keys(SEARCH), question.scoring)
+        seconds=ledger.seconds(entry.composite, identity.keys(SEARCH), identity.scoring)
         if entry.seconds is None
         else entry.seconds,
-        violation=exceeded(ledger, question, scores.get(SEARCH, {})),
+        violation=exceeded(ledger, identity, scores.get(SEARCH, {})),
         run=entry.run,
     )
 
 
 def rescored(
-    one: Standing, label: str, scores: Mapping[str, Mapping[str, Score]], by_split: Mapping[str, Objective]
-) -> Standing:
+    one: ResultRow, label: str, scores: Mapping[str, Mapping[str, Score]], by_split: Mapping[str, Objective]
+) -> ResultRow:
     """A line for another form of the same composite, with the scores of that form."""
     objective = {split: by_split[split](by_name) for split, by_name in scores.items()}
     return replace(one, label=label, scores=scores, objective=objective)
 
 
-def _margin(objective: Objective, rival: Standing, winner: Standing, split: str) -> Margin:
+def _margin(objective: Objective, rival: ResultRow, winner: ResultRow, split: str) -> Margin:
     gap = difference(rival.scores[split], winner.scores[split], objective)
     return Margin(rival.label, split, gap.mean, gap.low, gap.high)

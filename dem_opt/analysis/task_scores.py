@@ -25,7 +25,7 @@ class TaskScore:
 
 
 @dataclass(frozen=True)
-class Tasked:
+class TaskResults:
     """A model of a study: its label and role in the final table, its losses, its scores by task."""
 
     label: str
@@ -45,14 +45,14 @@ class TaskTable:
 
     study: str
     tasks: tuple[str, ...]
-    models: tuple[Tasked, ...]
+    models: tuple[TaskResults, ...]
 
     @property
     def agreement(self) -> dict[str, dict[str, float | None]]:
         """By task and split."""
         return {task: {split: self._agreement(task, split) for split in (SEARCH, HELD_OUT)} for task in self.tasks}
 
-    def ranked(self, by: str | None) -> list[Tasked]:
+    def ranked(self, by: str | None) -> list[TaskResults]:
         """The models, the best first: by a task's score, or by their loss on the search split.
 
         Raises InputError for a task that was not asked for.

@@ -1,4 +1,4 @@
-"""What residents did with their time and their tokens, from the records of trials."""
+"""What workers did with their time and their tokens, from the records of trials."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from dem_opt.types import Evaluation, TrialRecord
 class Usage:
     """Trials of one search that went through a model.
 
-    merging, scoring  seconds in all, in residents
-    waiting           seconds in all that residents were idle before these trials, since what they did before
+    merging, scoring  seconds in all, in workers
+    waiting           seconds in all that workers were idle before these trials, since what they did before
     proposing         seconds in all, beside them
     utilisation       (merging + scoring) / (merging + scoring + waiting) from the second trial on; None without any
     unscored          share of forward tokens whose nats do not count: padding, prompts, first tokens; None if unknown

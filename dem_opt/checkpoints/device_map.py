@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from dem_opt.errors import InputError
 
-FIELD = "compute.gpus_per_resident"
+FIELD = "compute.gpus_per_worker"
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from dem_opt.cli import console
 from dem_opt.errors import InputError
 
 if TYPE_CHECKING:
-    from dem_opt.analysis.mixing_cost import Mixing
+    from dem_opt.analysis.mixing_cost import MixingComparison
     from dem_opt.analysis.task_scores import TaskTable
 
 
-def of_mixing(found: "Mixing") -> dict[str, Any]:
+def of_mixing(found: "MixingComparison") -> dict[str, Any]:
     """Merging against mixing as plain data, with its units."""
     units = {
         "objective, nll": "nats per token",
@@ -37,7 +37,7 @@ def mix(given: Namespace) -> None:
     tell_mixing(found, study.config.output, given.json)
 
 
-def tell_mixing(found: "Mixing", folder: Path, as_json: bool) -> None:
+def tell_mixing(found: "MixingComparison", folder: Path, as_json: bool) -> None:
     """Write the comparison as a page and for programs, then tell it."""
     from dem_opt.dashboards.html_report import write
     from dem_opt.dashboards.mixing_plots import BUDGETS, curve_table, quality_table, render_mixing, verdicts

@@ -11,14 +11,14 @@ from dem_opt.simplex import UNIT, Coefficients
 if TYPE_CHECKING:
     from dem_opt.analysis.regret import Comparison
     from dem_opt.export.writer import Export
-    from dem_opt.types import Score, Standing, Summary
+    from dem_opt.types import ResultRow, Score, Summary
     from dem_opt.workflows.check import Findings
 
 
 def of_findings(found: "Findings") -> dict[str, Any]:
     """What a check found: bytes, tokens and seconds."""
     plan = found.plan
-    sums = {name: getattr(plan, name) for name in ("resident", "needed", "fitting", "tokens")}
+    sums = {name: getattr(plan, name) for name in ("worker", "needed", "fitting", "tokens")}
     return asdict(found) | {"plan": asdict(plan) | sums, "unhashed": found.unhashed}
 
 
@@ -28,7 +28,7 @@ def of_score(score: "Score") -> dict[str, Any]:
     return {"nll": score.nll, "perplexity": perplexity if isfinite(perplexity) else None, "tokens": score.tokens}
 
 
-def of_scores(one: "Standing") -> dict[str, Any]:
+def of_scores(one: "ResultRow") -> dict[str, Any]:
     """Scores and objective of a composite, by split."""
     scores = {
         split: {name: of_score(score) for name, score in by_name.items()} for split, by_name in one.scores.items()
@@ -58,7 +58,7 @@ def of_summary(summary: "Summary") -> dict[str, Any]:
         "objective": "worst regret" if summary.worst else "mean",
         "weights": dict(summary.weights),
         "winner": summary.winner.label,
-        "standings": [_of_standing(one) for one in summary.standings],
+        "standings": [_of_standing(one) for one in summary.results],
         "margins": [asdict(margin) for margin in summary.margins],
         "top": [_of_standing(one) for one in summary.top],
         "trials": {run: len(records) for run, records in summary.trials.items()},
@@ -84,7 +84,7 @@ def as_weights(coefficients: Coefficients) -> str:
     return ",".join(f"{name}={units / UNIT:.9f}".rstrip("0").rstrip(".") for name, units in used.items())
 
 
-def _of_standing(one: "Standing") -> dict[str, Any]:
+def _of_standing(one: "ResultRow") -> dict[str, Any]:
     return {
         "label": one.label,
         "role": one.role,

@@ -132,7 +132,7 @@ def _check(given: argparse.Namespace) -> None:
 
 
 def _print_findings(found: "Findings") -> None:
-    """A screen: what is on disk, what a resident holds, what the study takes, where it writes."""
+    """A screen: what is on disk, what a worker holds, what the study takes, where it writes."""
     from dem_opt.planning.plan import sized
 
     headers = ("checkpoint", "tensors", "parameters", "dtypes", "size", "hashed")
@@ -156,7 +156,7 @@ def _print_memory(plan: "Plan") -> None:
         (f"activations and logits of {plan.call_tokens:,} tokens", plan.activations),
         ("a merge's scratch, the windows", plan.scratch + plan.windows),
         ("the process and its libraries", plan.process),
-        ("one resident" if plan.gpus == 1 else f"one resident, on each of its {plan.gpus} GPUs", plan.resident),
+        ("one worker" if plan.gpus == 1 else f"one worker, on each of its {plan.gpus} GPUs", plan.worker),
     ]
     console.table(
         "Memory at the peak (1 GB = 1e9 bytes)", ("part", "size"), [(part, sized(size)) for part, size in parts], 5
@@ -164,7 +164,7 @@ def _print_memory(plan: "Plan") -> None:
 
 
 def _stored(plan: "Plan") -> str:
-    """What a resident keeps of the checkpoints, in words."""
+    """What a worker keeps of the checkpoints, in words."""
     if plan.vectors != "exact":
         return f"the base as it is stored, {plan.checkpoints - 1} vectors in {plan.vectors}"
     kept, files = plan.checkpoints - len(plan.streamed), len(plan.streamed)
@@ -290,7 +290,7 @@ def _merge(given: argparse.Namespace) -> None:
 def _export(given: argparse.Namespace) -> None:
     with console.Progressing(quiet=given.json) as watching:
         champion = _study(given, watching).export(given.out, given.dtype)
-    winner, exported = champion.standing, champion.exported
+    winner, exported = champion.result, champion.exported
     if given.json:
         assert winner.coefficients is not None
         written = json_output.of_export(given.out, given.dtype, champion.export, winner.coefficients)

@@ -1,7 +1,7 @@
-"""Many residents as Ray actors (in-process for tests); other importable jobs too."""
+"""Many workers as Ray actors (in-process for tests); other importable jobs too."""
 
 from dem_opt.compute.in_process import InProcessCompute, InProcessPool
-from dem_opt.compute.protocols import Compute, Pool, Worker
+from dem_opt.compute.protocols import Compute, Evaluator, Pool
 from dem_opt.compute.ray_compute import SETTINGS, RayCompute
 from dem_opt.compute.ray_pool import ATTEMPTS, RayPool
 
@@ -9,10 +9,10 @@ __all__ = [
     "ATTEMPTS",
     "SETTINGS",
     "Compute",
+    "Evaluator",
     "InProcessCompute",
     "InProcessPool",
     "Pool",
     "RayCompute",
     "RayPool",
-    "Worker",
 ]

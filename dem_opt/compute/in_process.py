@@ -1,4 +1,4 @@
-"""One resident in this process, and jobs one after the other: for tests, and for studies in a notebook."""
+"""One worker in this process, and jobs one after the other: for tests, and for studies in a notebook."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -6,13 +6,13 @@ from typing import Self
 
 from dem_opt.compute.protocols import Build, Done, Job, Pool, Result, Tell, answer
 from dem_opt.errors import InputError
-from dem_opt.types import Request, ResidentSpec
+from dem_opt.types import Request, WorkerSpec
 
 
 class InProcessPool:
-    """One resident in this process, loaded at once; requests are answered in order, when waited for."""
+    """One worker in this process, loaded at once; requests are answered in order, when waited for."""
 
-    def __init__(self, build: Build, spec: ResidentSpec) -> None:
+    def __init__(self, build: Build, spec: WorkerSpec) -> None:
         self._worker = build(spec)
         self._waiting: deque[Request] = deque()
 
@@ -41,7 +41,7 @@ class InProcessPool:
 
 
 class InProcessCompute:
-    """This process: one resident on the CPU, jobs one after the other."""
+    """This process: one worker on the CPU, jobs one after the other."""
 
     device = "cpu"
 
@@ -51,8 +51,8 @@ class InProcessCompute:
     def __exit__(self, *exception: object) -> None:
         return None
 
-    def residents(self, build: Build, spec: ResidentSpec, tell: Tell) -> Pool:
-        """One resident."""
+    def workers(self, build: Build, spec: WorkerSpec, tell: Tell) -> Pool:
+        """One worker."""
         return InProcessPool(build, spec)
 
     def jobs(

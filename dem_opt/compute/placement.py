@@ -1,4 +1,4 @@
-"""How many residents a cluster holds, and what each asks of it."""
+"""How many workers a cluster holds, and what each asks of it."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,35 +8,35 @@ Resources = Mapping[str, float]
 """A node's, or what is asked of it: how much of what, "CPU" and "GPU"."""
 
 
-def share(nodes: Sequence[Resources], residents: int | None, devices: int = 1) -> tuple[int, dict[str, int]]:
-    """How many residents, and what each asks of Ray, given the resources of the nodes and the GPUs of a resident.
+def share(nodes: Sequence[Resources], workers: int | None, devices: int = 1) -> tuple[int, dict[str, int]]:
+    """How many workers, and what each asks of Ray, given the resources of the nodes and the GPUs of a worker.
 
     Without a number: as many as there are GPUs for, else one for each node, with all the CPUs of the smallest.
-    Residents on CPUs divide them evenly; beside GPUs a share of the CPUs is left for the driver.  Raises InputError
-    for more residents, or more GPUs for each, than there is room for: a resident lives on one node.
+    Workers on CPUs divide them evenly; beside GPUs a share of the CPUs is left for the driver.  Raises InputError
+    for more workers, or more GPUs for each, than there is room for: a worker lives on one node.
     """
     gpus_N = [_count(node, "GPU") for node in nodes]
     if devices > max([*gpus_N, 1]):
         mend = f"{max(gpus_N)} GPUs on a node: write at most so many" if any(gpus_N) else "no GPU: leave it out"
-        raise InputError(None, "compute.gpus_per_resident", devices, f"the cluster has {mend}")
+        raise InputError(None, "compute.gpus_per_worker", devices, f"the cluster has {mend}")
     if any(gpus_N):
-        return _on_gpus(nodes, residents, devices)
+        return _on_gpus(nodes, workers, devices)
     cpus_N = [cpus for node in nodes if (cpus := _count(node, "CPU"))] or [1]
-    count = residents or len(cpus_N)
+    count = workers or len(cpus_N)
     if count > sum(cpus_N):
-        mend = f"the cluster has {sum(cpus_N)} CPUs, at least one for each resident"
-        raise InputError(None, "compute.residents", residents, mend)
+        mend = f"the cluster has {sum(cpus_N)} CPUs, at least one for each worker"
+        raise InputError(None, "compute.workers", workers, mend)
     each = next(each for each in range(max(cpus_N), 0, -1) if sum(cpus // each for cpus in cpus_N) >= count)
     return count, {"num_gpus": 0, "num_cpus": each}
 
 
-def _on_gpus(nodes: Sequence[Resources], residents: int | None, devices: int) -> tuple[int, dict[str, int]]:
+def _on_gpus(nodes: Sequence[Resources], workers: int | None, devices: int) -> tuple[int, dict[str, int]]:
     room_N = [_count(node, "GPU") // devices for node in nodes]
-    count = residents or sum(room_N)
+    count = workers or sum(room_N)
     if count > sum(room_N):
         gpus, each = sum(_count(node, "GPU") for node in nodes), "one" if devices == 1 else f"{devices} of one node"
-        mend = f"the cluster has {gpus} GPUs, {each} for each resident"
-        raise InputError(None, "compute.residents", residents, mend)
+        mend = f"the cluster has {gpus} GPUs, {each} for each worker"
+        raise InputError(None, "compute.workers", workers, mend)
     able = [(_count(node, "CPU"), min(room, count)) for node, room in zip(nodes, room_N, strict=True) if room]
     return count, {"num_gpus": devices, "num_cpus": max(min(cpus // (beside + 1) for cpus, beside in able), 1)}
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, Self, TypeVar
 
 from dem_opt.errors import EvaluationError
-from dem_opt.types import Evaluation, Failure, Request, ResidentSpec
+from dem_opt.types import Evaluation, Failure, Request, WorkerSpec
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -13,8 +13,8 @@ Done = tuple[Request, Evaluation | Failure]
 """A request with its answer."""
 
 
-class Worker(Protocol):
-    """What a pool keeps many of: a resident."""
+class Evaluator(Protocol):
+    """What a pool keeps many of: a worker."""
 
     def evaluate(self, request: Request) -> Evaluation:
         """Scores for a request; raises EvaluationError where there are none."""
@@ -37,10 +37,10 @@ class Pool(Protocol):
         """Take back the requests that nobody works on yet; their tickets."""
 
     def close(self) -> None:
-        """Let all residents go."""
+        """Let all workers go."""
 
 
-Build = Callable[[ResidentSpec], Worker]
+Build = Callable[[WorkerSpec], Evaluator]
 """Makes a worker where it is to live."""
 
 Tell = Callable[[str], None]
@@ -48,20 +48,20 @@ Tell = Callable[[str], None]
 
 
 class Compute(Protocol):
-    """Where residents and jobs live; a context, entered before use."""
+    """Where workers and jobs live; a context, entered before use."""
 
     def __enter__(self) -> Self:
-        """Be ready to start residents."""
+        """Be ready to start workers."""
 
     def __exit__(self, *exception: object) -> None:
         """Let go of what was started."""
 
     @property
     def device(self) -> str:
-        """The kind of device that residents get: "cpu" or "cuda"."""
+        """The kind of device that workers get: "cpu" or "cuda"."""
 
-    def residents(self, build: Build, spec: ResidentSpec, tell: Tell) -> Pool:
-        """A pool of residents that are ready; `tell` hears of those that die or join."""
+    def workers(self, build: Build, spec: WorkerSpec, tell: Tell) -> Pool:
+        """A pool of workers that are ready; `tell` hears of those that die or join."""
 
     def jobs(
         self, function: Callable[[Job], Result], jobs: Sequence[Job], parts: int = 0, gpus: int | None = None
@@ -75,7 +75,7 @@ class Compute(Protocol):
         """
 
 
-def answer(worker: Worker, request: Request) -> Evaluation | Failure:
+def answer(worker: Evaluator, request: Request) -> Evaluation | Failure:
     """What a worker answers; that a composite can't be scored is an answer too."""
     try:
         return worker.evaluate(request)

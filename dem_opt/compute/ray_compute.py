@@ -12,7 +12,7 @@ from dem_opt.compute.protocols import Build, Job, Pool, Result, Tell
 from dem_opt.compute.ray_pool import RayPool, first_line, import_ray
 from dem_opt.config import Compute as ComputeSettings
 from dem_opt.errors import InputError
-from dem_opt.types import ResidentSpec
+from dem_opt.types import WorkerSpec
 
 KNOCK = 5.0
 """Seconds in which a cluster's address must answer."""
@@ -24,7 +24,7 @@ SETTINGS = {
 }
 """Ray's environment where the user has not set it.
 
-No reports to anybody; its coming rule for tasks without a GPU; and residents as urgent as the driver: at Ray's niceness
+No reports to anybody; its coming rule for tasks without a GPU; and workers as urgent as the driver: at Ray's niceness
 of 15 the driver's small work stalls the threads of a merge (64 ms against 6 for a million parameters on two cores).
 """
 
@@ -65,9 +65,9 @@ class RayCompute:
         """cuda where the cluster has a GPU."""
         return "cuda" if self._ray.cluster_resources().get("GPU") else "cpu"
 
-    def residents(self, build: Build, spec: ResidentSpec, tell: Tell) -> Pool:
-        """Residents as actors."""
-        count = None if self._settings.residents == "auto" else self._settings.residents
+    def workers(self, build: Build, spec: WorkerSpec, tell: Tell) -> Pool:
+        """Workers as actors."""
+        count = None if self._settings.workers == "auto" else self._settings.workers
         return RayPool(build, spec, count, self._settings.patience, tell)
 
     def jobs(

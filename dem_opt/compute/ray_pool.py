@@ -1,4 +1,4 @@
-"""Residents as Ray actors that come and go: those that die or hang are replaced, those that join are used."""
+"""Workers as Ray actors that come and go: those that die or hang are replaced, those that join are used."""
 
 import socket
 from collections import deque
@@ -8,13 +8,13 @@ from time import monotonic
 from typing import Any
 
 from dem_opt.compute.placement import Resources, share
-from dem_opt.compute.protocols import Build, Done, Tell, Worker, answer
+from dem_opt.compute.protocols import Build, Done, Evaluator, Tell, answer
 from dem_opt.errors import InputError, OutageError
 from dem_opt.progress import gauge
-from dem_opt.types import Evaluation, Failure, Request, ResidentSpec
+from dem_opt.types import Evaluation, Failure, Request, WorkerSpec
 
 ATTEMPTS = 3
-"""How often a request is sent out before the death of its resident counts as its failure."""
+"""How often a request is sent out before the death of its worker counts as its failure."""
 
 MOMENT = 1.0
 """Seconds after which `next_done` returns without an answer."""
@@ -28,12 +28,12 @@ seconds, nor before so many have been answered."""
 
 
 class _Actor:
-    """One resident in a process of its own."""
+    """One worker in a process of its own."""
 
     def __init__(self) -> None:
-        self._worker: Worker | None = None
+        self._worker: Evaluator | None = None
 
-    def load(self, build: Build, spec: ResidentSpec) -> int:
+    def load(self, build: Build, spec: WorkerSpec) -> int:
         """Load; the number of CPU threads that torch uses here.
 
         Raises InputError for files that are not what they should be, with the node's name where there are several.
@@ -48,7 +48,7 @@ class _Actor:
 
     def evaluate(self, request: Request) -> Evaluation | Failure:
         """An answer.  Bugs are exceptions."""
-        assert self._worker is not None, "a resident is asked when it has loaded"
+        assert self._worker is not None, "a worker is asked when it has loaded"
         return answer(self._worker, request)
 
 
@@ -63,7 +63,7 @@ class _Sent:
 
 @dataclass
 class _Member:
-    """A resident.
+    """A worker.
 
     loading  the reference of its loading, None when it is ready
     queue    what it was sent; it works on the first
@@ -84,22 +84,22 @@ class _Member:
 
 
 class RayPool:
-    """Residents as Ray actors, on GPUs of their own, or on CPUs (`share`).
+    """Workers as Ray actors, on GPUs of their own, or on CPUs (`share`).
 
     One that dies, with its node or alone, or that hangs, is replaced, and what it had is sent out again, up to
-    ATTEMPTS times each.  Without a number of residents, nodes that join get some too.  Raises InputError where
-    residents are not ready within `patience` seconds, and says what is missing.
+    ATTEMPTS times each.  Without a number of workers, nodes that join get some too.  Raises InputError where
+    workers are not ready within `patience` seconds, and says what is missing.
     """
 
-    def __init__(self, build: Build, spec: ResidentSpec, residents: int | None, patience: float, tell: Tell) -> None:
+    def __init__(self, build: Build, spec: WorkerSpec, workers: int | None, patience: float, tell: Tell) -> None:
         ray = self._ray = import_ray()
-        self._asked, self._devices, self._patience, self._tell = residents, spec.devices, patience, tell
+        self._asked, self._devices, self._patience, self._tell = workers, spec.devices, patience, tell
         self._content = (build, ray.put(spec))
         self._windows = {corpus.key: len(corpus.windows) for corpus in spec.corpora}
         self._waiting: deque[tuple[Request, int]] = deque()
         self._slowest, self._answered, self._refused = 0.0, 0, 0
         self._ready_at = self._grown_at = monotonic()
-        count, self._resources = share(_nodes(ray), residents, spec.devices)
+        count, self._resources = share(_nodes(ray), workers, spec.devices)
         self._members = [self._recruit() for _ in range(count)]
         self.threads: list[int] = []
         try:
@@ -110,17 +110,17 @@ class RayPool:
 
     @property
     def capacity(self) -> int:
-        """The number of residents that are ready."""
+        """The number of workers that are ready."""
         return max(len(self._ready()), 1)
 
     def submit(self, request: Request) -> None:
-        """Send a request to the resident that has the fewest."""
+        """Send a request to the worker that has the fewest."""
         self._send(request, attempt=1)
 
     def next_done(self) -> Done | None:
-        """The next answer of any resident, the oldest request first where several are ready.
+        """The next answer of any worker, the oldest request first where several are ready.
 
-        Raises OutageError where no resident has been ready for `patience` seconds.
+        Raises OutageError where no worker has been ready for `patience` seconds.
         """
         deadline = monotonic() + MOMENT
         while (left := deadline - monotonic()) > 0:
@@ -137,7 +137,7 @@ class RayPool:
         return None
 
     def withdraw(self) -> set[int]:
-        """Take back what waits, and what is queued behind another request; a resident may still begin with it."""
+        """Take back what waits, and what is queued behind another request; a worker may still begin with it."""
         withdrawn = {request.ticket for request, _ in self._waiting}
         self._waiting.clear()
         for member in self._members:
@@ -172,12 +172,12 @@ class RayPool:
         member.queue.append(_Sent(member.actor.evaluate.remote(request), request, attempt))
 
     def _answer_of(self, member: _Member) -> Done | None:
-        """What a resident has answered; None where it died and its request was sent to another."""
+        """What a worker has answered; None where it died and its request was sent to another."""
         sent = member.queue[0]
         try:
             found: Evaluation | Failure = _get(self._ray, sent.reference)
         except self._ray.exceptions.RayActorError as error:
-            return self._lost(member, f"its resident died {ATTEMPTS} times: {first_line(error)}")
+            return self._lost(member, f"its worker died {ATTEMPTS} times: {first_line(error)}")
         member.queue.popleft()
         now = monotonic()
         rate = (now - member.since) / self._work(sent.request)
@@ -185,9 +185,9 @@ class RayPool:
         return sent.request, found
 
     def _lost(self, member: _Member, reason: str) -> Done | None:
-        """Replace a resident; what it had is sent again.  The answer, where its request was sent often enough."""
+        """Replace a worker; what it had is sent again.  The answer, where its request was sent often enough."""
         sent = list(member.queue)
-        self._tell("a resident was lost while it scored; it is replaced, and what it had is scored again")
+        self._tell("a worker was lost while it scored; it is replaced, and what it had is scored again")
         self._replace(member)
         first, *others = sent
         if not (is_failure := first.attempt == ATTEMPTS):
@@ -203,7 +203,7 @@ class RayPool:
         new.deaths = deaths
 
     def _loaded(self, member: _Member) -> None:
-        """A resident is ready, or it died before, or it was refused.
+        """A worker is ready, or it died before, or it was refused.
 
         Raises InputError for one that is refused and OutageError for one that died too often, while none has worked
         yet or none is left; else the others go on without it.
@@ -214,7 +214,7 @@ class RayPool:
             if member.deaths + 1 < ATTEMPTS:
                 self._replace(member)
             else:
-                died = f"a resident died {ATTEMPTS} times while it loaded: {first_line(error)}"
+                died = f"a worker died {ATTEMPTS} times while it loaded: {first_line(error)}"
                 self._refuse(member, OutageError(died))
             return
         except InputError as error:
@@ -227,15 +227,15 @@ class RayPool:
             self._send(request, attempt)
 
     def _refuse(self, member: _Member, error: Exception) -> None:
-        """Go on without a resident; raises the error where that can't be."""
+        """Go on without a worker; raises the error where that can't be."""
         if not self._answered or not self._ready():
             raise error from None
-        self._tell(f"warning: a resident is refused: {error}")
+        self._tell(f"warning: a worker is refused: {error}")
         self._members.remove(member)
         self._refused += 1
 
     def _end_hanging(self) -> Done | None:
-        """End the residents that hang; an answer, where a request has hung often enough.
+        """End the workers that hang; an answer, where a request has hung often enough.
 
         Raises OutageError where nobody has been ready for too long.
         """
@@ -248,7 +248,7 @@ class RayPool:
         if self._ready():
             self._ready_at = now
         elif now - self._ready_at > self._patience:
-            raise OutageError(f"no resident has been ready for {self._patience:g} s; {self._lacking()}")
+            raise OutageError(f"no worker has been ready for {self._patience:g} s; {self._lacking()}")
         return None
 
     def _limit(self, request: Request) -> float:
@@ -262,24 +262,24 @@ class RayPool:
         return sum(self._windows.get(key, 1) for key in request.corpora) * (3 if request.gradient else 1) or 1
 
     def _grow(self) -> None:
-        """Recruit for nodes that have joined, where the number of residents is not given."""
+        """Recruit for nodes that have joined, where the number of workers is not given."""
         if self._asked is not None or monotonic() - self._grown_at < GROWTH:
             return
         self._grown_at, count = monotonic(), 0
         with suppress(InputError):
             count, _ = share(_nodes(self._ray), None, self._devices)
         for _ in range(count - self._refused - len(self._members)):
-            self._tell("a node has joined; it gets a resident")
+            self._tell("a node has joined; it gets a worker")
             self._members.append(self._recruit())
 
     def _wait_until_ready(self) -> None:
         deadline = monotonic() + self._patience
-        with gauge("loading", len(self._members), "residents") as ready:
+        with gauge("loading", len(self._members), "workers") as ready:
             while loading := [member for member in self._members if member.loading is not None]:
                 references = {member.loading: member for member in loading}
                 done, _ = self._ray.wait(list(references), num_returns=1, timeout=max(deadline - monotonic(), 0.0))
                 if not done:
-                    late = f"{len(loading)} of {len(self._members)} residents were not ready in this many seconds"
+                    late = f"{len(loading)} of {len(self._members)} workers were not ready in this many seconds"
                     raise InputError(None, "compute.patience", self._patience, f"{late}; {self._lacking()}")
                 member = references[done[0]]
                 self._loaded(member)

@@ -262,7 +262,7 @@ class Search(Section):
     patience   stop after so many proposals in a row of which less than `tolerance` is expected
     tolerance  nats per token of expected improvement
     divisions  the grid's: 10 gives steps of a tenth of the total
-    lookahead  proposals made ahead for each resident, while it scores
+    lookahead  proposals made ahead for each worker, while it scores
     racing     stop scoring a trial when it will not win
     gradients  measure a trial's gradient too; auto: where that is worth its three forward passes, and memory allows
     """
@@ -281,16 +281,16 @@ class Search(Section):
 
 
 class Compute(Section):
-    """Residents and where they live.
+    """Workers and where they live.
 
-    residents          auto: as many as there are GPUs for; without GPUs one with all the CPUs
-    gpus_per_resident  GPUs that a resident's model is divided over, by layers
+    workers          auto: as many as there are GPUs for; without GPUs one with all the CPUs
+    gpus_per_worker  GPUs that a worker's model is divided over, by layers
     ray                local: a Ray of its own; auto: the cluster that this machine belongs to; or an address
-    patience           seconds to wait for residents to be ready
+    patience           seconds to wait for workers to be ready
     """
 
-    residents: Literal["auto"] | Positive = "auto"
-    gpus_per_resident: Positive = 1
+    workers: Literal["auto"] | Positive = "auto"
+    gpus_per_worker: Positive = 1
     ray: str = "local"
     patience: PositiveReal = 600.0
 

@@ -49,7 +49,7 @@ class Chat:
 Document = str | Pair | Chat
 
 
-def identity(document: Document) -> str:
+def document_identity(document: Document) -> str:
     """A text that only this document has among those of its format."""
     if isinstance(document, str):
         return document

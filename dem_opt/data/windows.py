@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dem_opt.config import DataFile, Distribution, EvaluationSection, General
-from dem_opt.data.documents import Chat, Document, Pair, identity, read_documents
+from dem_opt.data.documents import Chat, Document, Pair, document_identity, read_documents
 from dem_opt.data.tokenize import Tokens, encode_chats, encode_pairs, encode_texts, rendered, tokenizer_digest
 from dem_opt.errors import InputError, located
 from dem_opt.types import HELD_OUT, SEARCH, Corpus, Windows
@@ -189,7 +189,7 @@ class _Builder:
         """Distinct documents of a file in the order of a seeded hash of their text."""
         seed = self.evaluation.seed
         distinct = set(read_documents(file, field))
-        return sorted(distinct, key=lambda document: sha256(f"{seed}\n{identity(document)}".encode()).digest())
+        return sorted(distinct, key=lambda document: sha256(f"{seed}\n{document_identity(document)}".encode()).digest())
 
     def divide(self, documents: list[Document], path: Path, field: str) -> tuple[list[Document], list[Document]]:
         """Cut so that the first part's share of characters is nearest to that of windows; both hold a document."""

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from dem_opt.evaluation.interim_analyses import stops
 from dem_opt.evaluation.lm_head import UNSCORED, Head, nll
-from dem_opt.evaluation.looks import stops
 from dem_opt.types import Score, Windows
 
 Reading = Literal["packed", "separate", "paired"]

@@ -9,7 +9,7 @@ from typing import Self
 import numpy as np
 from scipy.special import stdtrit
 
-from dem_opt.evaluation.looks import looks
+from dem_opt.evaluation.interim_analyses import interim_analyses
 from dem_opt.evaluation.objective import mean_nll
 from dem_opt.types import Score
 
@@ -93,7 +93,7 @@ class Race:
     @cached_property
     def _looks(self) -> int:
         """Looks before the end at which the race may be stopped."""
-        return max(looks({key: len(self.control[key].nats_W) for key in self.weights}) - 1, 1)
+        return max(interim_analyses({key: len(self.control[key].nats_W) for key in self.weights}) - 1, 1)
 
     def is_over(self, scores: Mapping[str, Score]) -> bool:
         """Whether the trial is stopped: it is lost, or it is clear on which side of the goal it is."""

@@ -1,4 +1,4 @@
-"""The state of a device, or of several, for life (arena, model, windows): Request -> Evaluation."""
+"""The state of a device, or of several, for life (merged model, model, windows): Request -> Evaluation."""
 
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -9,33 +9,33 @@ import torch
 from dem_opt.checkpoints.adapters import content_of
 from dem_opt.checkpoints.architecture import empty_model
 from dem_opt.errors import EvaluationError, InputError
+from dem_opt.evaluation.interim_analyses import INTERIM_ANALYSES, interim_analyses, replay, seen, stops
 from dem_opt.evaluation.lm_head import find_head
-from dem_opt.evaluation.looks import LOOKS, looks, replay, seen, stops
 from dem_opt.evaluation.nll import prepare, reading, score
-from dem_opt.merging.merged_model import Arena
-from dem_opt.types import Composite, Evaluation, Gradient, Request, ResidentSpec, Score, StoredModel
+from dem_opt.merging.merged_model import MergedModel
+from dem_opt.types import Composite, Evaluation, Gradient, Request, Score, StoredModel, WorkerSpec
 
 
-class Resident:
+class Worker:
     """Base, experts, live model and tokenized windows on its devices, loaded once.
 
     An evaluation merges in memory and calls the model once for each batch; it opens no file.  It knows no
     database and no tracker.  Raises InputError where a checkpoint is not what the spec says it is.
     """
 
-    def __init__(self, spec: ResidentSpec) -> None:
+    def __init__(self, spec: WorkerSpec) -> None:
         devices = _devices(spec.devices)
-        stored = list({model.content: model for model in (spec.base, *spec.experts)}.values())
+        stored = list({model.content: model for model in (spec.base, *spec.fine_tunes)}.values())
         for model in stored:
             _refuse_changed(model)
         self._model = empty_model(spec.base.path, getattr(torch, spec.dtype))
-        self._arena = Arena(self._model, stored, devices, spec.vectors, spec.streamed)
+        self._arena = MergedModel(self._model, stored, devices, spec.vectors, spec.streamed)
         self._arena.merge(Composite.single(spec.base.content))
         self._reading, self._head = reading(self._model), find_head(self._model)
         self._windows = {corpus.key: prepare(corpus.windows, devices[0]) for corpus in spec.corpora}
         self._batch_tokens, self._asked_tokens = spec.batch_tokens, spec.batch_tokens
         self._ended: float | None = None
-        self._base, self._experts = spec.base.content, [expert.content for expert in spec.experts]
+        self._base, self._experts = spec.base.content, [expert.content for expert in spec.fine_tunes]
 
     def evaluate(self, request: Request) -> Evaluation:
         """Scores of a composite on the corpora asked for, and what it took.
@@ -84,7 +84,7 @@ class Resident:
 
     def _halved_words(self) -> str:
         return (
-            f"a resident ran out of memory, and goes on with at most {self._batch_tokens:,} tokens in a forward call "
+            f"a worker ran out of memory, and goes on with at most {self._batch_tokens:,} tokens in a forward call "
             f"for {self._asked_tokens:,}; nats may differ in their last digits from those before"
         )
 
@@ -92,7 +92,7 @@ class Resident:
         """Scores at the look where the race ends, or of all windows."""
         windows = {key: len(self._windows[key].tokens_W) for key in request.corpora}
         known = dict(request.known)
-        for number in range(1, looks(windows) + 1) if request.race else (LOOKS,):
+        for number in range(1, interim_analyses(windows) + 1) if request.race else (INTERIM_ANALYSES,):
             for key, end in seen(windows, number).items():
                 if key not in known or len(known[key].nats_W) < end:
                     known[key] = self._score(key, known=known.get(key), end=end)
@@ -130,9 +130,9 @@ class _Spent:
     scored_tokens: int = 0
 
 
-def build(spec: ResidentSpec) -> Resident:
-    """A resident for a spec: what a pool ships to where the resident is to live."""
-    return Resident(spec)
+def build(spec: WorkerSpec) -> Worker:
+    """A worker for a spec: what a pool ships to where the worker is to live."""
+    return Worker(spec)
 
 
 def _refuse_changed(model: StoredModel) -> None:

@@ -11,10 +11,10 @@ import yaml
 
 from dem_opt.checkpoints.files import DTYPES, read_header
 from dem_opt.config import StudyConfig
-from dem_opt.planning.inputs import Sources
+from dem_opt.planning.inputs import Inputs
 from dem_opt.simplex import UNIT, Coefficients
 from dem_opt.storage.engine import masked
-from dem_opt.types import Margin, Standing, StoredModel
+from dem_opt.types import Margin, ResultRow, StoredModel
 
 CARD, RECIPE = "README.md", "mergekit.yaml"
 
@@ -47,19 +47,19 @@ class Ingredient:
 
 
 def texts(
-    sources: Sources,
+    sources: Inputs,
     coefficients: Coefficients,
     folder: Path,
     libraries: Mapping[str, str],
     dtype: str | None = None,
-    standings: Sequence[Standing] = (),
+    results: Sequence[ResultRow] = (),
     margins: Sequence[Margin] = (),
 ) -> dict[str, str]:
     """Card and recipe of a study's composite by file name; `folder` is the study file's."""
     base = Ingredient("base", sources.base, coefficients.base_units)
-    ingredients = [base, *(Ingredient(name, sources.experts[name], units) for name, units in coefficients.items)]
+    ingredients = [base, *(Ingredient(name, sources.fine_tunes[name], units) for name, units in coefficients.items)]
     study = resolved(sources.config, folder)
-    card = model_card(sources.config.name, ingredients, libraries, study, standings, margins, dtype)
+    card = model_card(sources.config.name, ingredients, libraries, study, results, margins, dtype)
     return {CARD: card, RECIPE: recipe(ingredients, dtype)}
 
 
@@ -68,7 +68,7 @@ def model_card(
     ingredients: Sequence[Ingredient],
     libraries: Mapping[str, str],
     study: str = "",
-    standings: Sequence[Standing] = (),
+    results: Sequence[ResultRow] = (),
     margins: Sequence[Margin] = (),
     dtype: str | None = None,
 ) -> str:
@@ -91,7 +91,7 @@ def model_card(
         *([f"All weights are {dtype}, rounded once from sums in float32."] if dtype else []),
         "## Coefficients",
         _table(["model", "coefficient", "licence", "content (SHA-256)"], rows),
-        *[_scores(split, standings) for split in (standings[0].objective if standings else ())],
+        *[_scores(split, results) for split in (results[0].objective if results else ())],
         *([_margins(margins)] if margins else []),
         "## Made with",
         _table(["library", "version"], [list(item) for item in libraries.items()]),
@@ -188,11 +188,11 @@ def _from(folder: Path, value: Any) -> Any:
     return value.replace(f"{folder}/", "").replace(f"{Path.home()}/", "~/")
 
 
-def _scores(split: str, standings: Sequence[Standing]) -> str:
+def _scores(split: str, results: Sequence[ResultRow]) -> str:
     """The table of one split: NLL for each distribution and their weighted mean, and the mean's perplexity."""
-    names = list(standings[0].scores[split])
+    names = list(results[0].scores[split])
     rows = []
-    for one in standings:
+    for one in results:
         mean = one.objective[split]
         nlls = [f"{one.scores[split][name].nll:.4f}" for name in names]
         rows.append([one.label, *nlls, f"{mean:.4f}", f"{exp(mean):.3f}"])

@@ -17,7 +17,7 @@ _BLOCK = 2**22
 
 
 @dataclass(frozen=True, eq=False)
-class Quantized:
+class Int8Vector:
     """Values  s_r q  over flat memory: int8 q, and a float32 scale s for each row r.
 
     starts_R  where each row begins, ascending from 0; it ends where the next begins
@@ -46,11 +46,11 @@ class Quantized:
         rows_P = torch.searchsorted(self.starts_R, positions_P, right=True) - 1
         return self.values_P[part], (self.scale_R * weight)[rows_P]
 
-    def within(self, part: slice) -> "Quantized":
+    def within(self, part: slice) -> "Int8Vector":
         """Those of a part that begins where a row does."""
         bounds = torch.tensor([part.start, part.stop], device=self.starts_R.device)
         first, last = torch.searchsorted(self.starts_R, bounds).tolist()
-        return Quantized(self.values_P[part], self.scale_R[first:last], self.starts_R[first:last] - part.start)
+        return Int8Vector(self.values_P[part], self.scale_R[first:last], self.starts_R[first:last] - part.start)
 
 
 def row_length(shape: tuple[int, ...]) -> int:
@@ -63,7 +63,7 @@ def rows_of(shape: tuple[int, ...]) -> int:
     return prod(shape) // row_length(shape)
 
 
-def quantize(expert: Tensor, base: Tensor, into: Quantized) -> None:
+def quantize(expert: Tensor, base: Tensor, into: Int8Vector) -> None:
     """Theta_i - Theta of one parameter:  s_r = max_r |Theta_i - Theta| / 127 ,  q = round((Theta_i - Theta) / s_r) .
 
     So what it stands for is at most s_r / 2 away from the vector, up to the rounding of float32.  Written to `into`.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dem_opt.merging.compiled import Term, native, outlook
-from dem_opt.merging.int8 import Quantized
+from dem_opt.merging.int8 import Int8Vector
 from dem_opt.simplex import UNIT
 
 CPU_BLOCK = 2**18
@@ -35,7 +35,7 @@ _ROUNDINGS = (
 
 _BY_TORCH = "the merge kernel is compiled by torch"
 
-Values = Tensor | Quantized
+Values = Tensor | Int8Vector
 
 
 class MergeKernel:
@@ -115,7 +115,7 @@ def _merge_stripe(
 
 def _multiply(x: Values, weight_1: Tensor, part: slice, out_P: Tensor) -> None:
     """out = w x  of a part.  Widening first is faster than multiplying numbers of two dtypes."""
-    x_P, factor = x.scaled(weight_1, part) if isinstance(x, Quantized) else (x[part], weight_1)
+    x_P, factor = x.scaled(weight_1, part) if isinstance(x, Int8Vector) else (x[part], weight_1)
     torch.mul(x_P if x_P.dtype == torch.float32 else out_P.copy_(x_P), factor, out=out_P)
 
 
@@ -143,7 +143,7 @@ def _merge_in_threads(
 
 def _knows(out_P: Tensor, values: Sequence[Values], dtype: torch.dtype) -> bool:
     """Whether kernel.cpp has a pass for these dtypes: all but to round to bfloat16 for float16, or the other way."""
-    stored = {(x.values_P if isinstance(x, Quantized) else x).dtype for x in values}
+    stored = {(x.values_P if isinstance(x, Int8Vector) else x).dtype for x in values}
     return stored <= _TYPES.keys() and {dtype, out_P.dtype} in _ROUNDINGS
 
 
@@ -153,13 +153,13 @@ def _merge_native(out_P: Tensor, weights: Sequence[float], values: Sequence[Valu
     assert merge is not None and out_P.is_contiguous()
     terms, keep = (Term * len(values))(), []
     for term, weight, x in zip(terms, weights, values, strict=True):
-        x_P = (x.values_P if isinstance(x, Quantized) else x).contiguous()
+        x_P = (x.values_P if isinstance(x, Int8Vector) else x).contiguous()
         x_P = x_P if x_P.data_ptr() % x_P.itemsize == 0 else x_P.clone()  # a mapped file may begin anywhere
         assert len(x_P) == len(out_P)
         keep.append(x_P)
-        scale = x.scale_R.data_ptr() if isinstance(x, Quantized) else None
+        scale = x.scale_R.data_ptr() if isinstance(x, Int8Vector) else None
         term.values, term.scale, term.type, term.weight = x_P.data_ptr(), scale, _TYPES[x_P.dtype], weight
-    starts_R = next((x.starts_R for x in values if isinstance(x, Quantized)), None)
+    starts_R = next((x.starts_R for x in values if isinstance(x, Int8Vector)), None)
     rows = (None, 0) if starts_R is None else (starts_R.data_ptr(), len(starts_R))
     threads = torch.get_num_threads()
     merge(terms, len(values), out_P.data_ptr(), _TYPES[dtype], _TYPES[out_P.dtype], len(out_P), *rows, threads)

@@ -20,7 +20,7 @@ from dem_opt.checkpoints.architecture import Architecture, describe, parameter_o
 from dem_opt.checkpoints.device_map import Split, move_activations, split_layers
 from dem_opt.checkpoints.files import DTYPES, read_header, read_tensors
 from dem_opt.checkpoints.loading import load_parameters, map_parameters, read_parameters
-from dem_opt.merging.int8 import Quantized, quantize, row_length, rows_of
+from dem_opt.merging.int8 import Int8Vector, quantize, row_length, rows_of
 from dem_opt.merging.kernel import MergeKernel, Values
 from dem_opt.merging.streaming import BLOCK, Block, Mapped
 from dem_opt.simplex import UNIT
@@ -30,7 +30,7 @@ ALIGNMENT = 64
 """Every parameter starts at a multiple of this many elements, so at least of as many bytes."""
 
 
-class Arena:
+class MergedModel:
     """Stored checkpoints and a live model, by layers on its devices; `merge` makes the model any composite of them."""
 
     def __init__(
@@ -111,7 +111,7 @@ class Arena:
         return [(UNIT, segment.stored_NP[self._base]), *vectors]
 
     @contextmanager
-    def reducing(self, base: str, experts: Sequence[str]) -> Iterator[dict[str, float]]:
+    def reducing(self, base: str, fine_tunes: Sequence[str]) -> Iterator[dict[str, float]]:
         """Where `backward` is called within, gradients G of the parameters are not kept; what is kept are the sums of
 
             < G , Theta_i - Theta >   for each expert i, by content.
@@ -131,7 +131,7 @@ class Arena:
             gradient, parameter.grad = parameter.grad, None
             assert gradient is not None
             segment, place = places[parameter]
-            base_P, *values_NP = self._differing(base, experts, segment, place)
+            base_P, *values_NP = self._differing(base, fine_tunes, segment, place)
             found_N = inner(gradient.reshape(-1), base_P, values_NP, self._kernels[segment.number].block)
             sums_N[parameter] = sums_N[parameter] + found_N if parameter in sums_N else found_N
 
@@ -146,19 +146,21 @@ class Arena:
             for hook, parameter in zip(hooks, places, strict=True):
                 hook.remove()
                 parameter.requires_grad_(False)
-        total_N = torch.zeros(len(experts), dtype=torch.float64)
+        total_N = torch.zeros(len(fine_tunes), dtype=torch.float64)
         for parameter in self._parameters.values():
             total_N += sums_N[parameter].cpu() if parameter in sums_N else 0.0
-        found.update(zip(experts, total_N.tolist(), strict=True))
+        found.update(zip(fine_tunes, total_N.tolist(), strict=True))
 
-    def _differing(self, base: str, experts: Sequence[str], segment: "_Segment", place: "_Place") -> Iterator[Values]:
+    def _differing(
+        self, base: str, fine_tunes: Sequence[str], segment: "_Segment", place: "_Place"
+    ) -> Iterator[Values]:
         """Values at a place, the first of which is to be subtracted from the others: nothing, from vectors."""
         if self._base is None:
-            return (self._values(content, segment, place) for content in (base, *experts))
+            return (self._values(content, segment, place) for content in (base, *fine_tunes))
         assert base == self._base
         none_P = torch.zeros((), device=segment.live_P.device).expand(place.shape.numel())
         vectors = (
-            segment.vectors_NP[content].within(place.slice) if content != base else none_P for content in experts
+            segment.vectors_NP[content].within(place.slice) if content != base else none_P for content in fine_tunes
         )
         return chain((none_P,), vectors)
 
@@ -188,7 +190,7 @@ class Arena:
     def _compress(self, architecture: Architecture, checkpoint: StoredModel) -> None:
         """Read a checkpoint parameter by parameter and keep its vectors."""
         assert self._base is not None and checkpoint.base is None
-        places: dict[str, tuple[Tensor, Quantized]] = {}
+        places: dict[str, tuple[Tensor, Int8Vector]] = {}
         for segment in self._segments:
             vectors = segment.vectors_NP[checkpoint.content] = segment.no_vector()
             base_P = segment.stored_NP[self._base]
@@ -243,7 +245,7 @@ def merged_tensors(
     names: Sequence[str],
     dtype: torch.dtype | None = None,
 ) -> Named:
-    """A composite's tensors one at a time, straight from the files, under the base's names for them: the arena's bits.
+    """A composite's tensors one at a time, straight from the files, under the base's names for them.
 
     `stored` holds checkpoints and adapters by content.  Each tensor has the base's dtype, or its own where the
     composite is a single checkpoint.  Given a `dtype`, the float32 sums are rounded to that once, and to no other.
@@ -329,7 +331,7 @@ class _Segment:
     size: int
     live_P: Tensor
     stored_NP: dict[str, Tensor]
-    vectors_NP: dict[str, Quantized] = field(default_factory=dict)
+    vectors_NP: dict[str, Int8Vector] = field(default_factory=dict)
 
     def parts(self, edited: bool, mapped: bool) -> Sequence[_Place]:
         """What is merged at once: parameters that adapters edit, blocks of mapped files, or all of it."""
@@ -352,10 +354,10 @@ class _Segment:
         starts = [torch.arange(rows_of(one.shape)) * row_length(one.shape) + one.start for one in self.places]
         return torch.cat(starts).to(self.live_P.device)
 
-    def no_vector(self) -> Quantized:
+    def no_vector(self) -> Int8Vector:
         """A vector of zeros."""
         zeros_P = torch.zeros(self.size, dtype=torch.int8, device=self.live_P.device)
-        return Quantized(zeros_P, torch.zeros(len(self.starts_R), device=self.live_P.device), self.starts_R)
+        return Int8Vector(zeros_P, torch.zeros(len(self.starts_R), device=self.live_P.device), self.starts_R)
 
     def view(self, flat_P: Tensor, place: _Place) -> Tensor:
         """One parameter's part of a flat tensor."""

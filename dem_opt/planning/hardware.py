@@ -1,4 +1,4 @@
-"""What this machine has: the memory that residents find, and its speed."""
+"""What this machine has: the memory that workers find, and its speed."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ _COPIED = 2**24
 
 @dataclass(frozen=True)
 class Machine:
-    """The memory that residents find here.
+    """The memory that workers find here.
 
     device     "cuda" where there is a GPU, else "cpu"
     devices    the number of GPUs; 1 on a CPU
@@ -39,7 +39,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast residents are; `source` says whence that is known.
+    """How fast workers are; `source` says whence that is known.
 
     flops             floating-point operations a second of a matrix product, in the evaluation's dtype
     bandwidth         bytes a second, read and written

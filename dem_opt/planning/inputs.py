@@ -1,4 +1,4 @@
-"""A study's files, checked against each other and hashed: what its question and its residents are made from."""
+"""A study's files, checked against each other and hashed: what its question and its workers are made from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,11 +14,11 @@ from dem_opt.config import Distribution, StudyConfig
 from dem_opt.data.tokenize import load_tokenizer, tokenizer_digest
 from dem_opt.data.windows import build_corpora
 from dem_opt.errors import InputError
-from dem_opt.evaluation.looks import LOOKS
+from dem_opt.evaluation.interim_analyses import INTERIM_ANALYSES
 from dem_opt.planning.hardware import this_machine
 from dem_opt.planning.plan import BATCH_TOKENS, Plan, evaluation_dtype, make_plan, refuse_too_large, stored_dtype
-from dem_opt.storage.identity import Question
-from dem_opt.types import SPLITS, Corpus, ResidentSpec, StoredModel
+from dem_opt.storage.identity import StudyIdentity
+from dem_opt.types import SPLITS, Corpus, StoredModel, WorkerSpec
 
 _POSITIONS = ("max_position_embeddings", "n_positions")
 
@@ -38,21 +38,21 @@ class Files:
 
 
 @dataclass(frozen=True)
-class Sources:
+class Inputs:
     """Everything that a study reads.
 
     stored        what most of the base's tensors are, as torch names the dtype
     experts       by distribution
     batch_tokens  tokens in one forward call at most: a part of the scoring, decided once
     gradients_fit whether memory allows gradients, as far as is known
-    device        the kind of device that residents get, "cpu" or "cuda"
+    device        the kind of device that workers get, "cpu" or "cuda"
     streamed      contents of checkpoints that stay in their files
     """
 
     config: StudyConfig
     stored: str
     base: StoredModel
-    experts: Mapping[str, StoredModel]
+    fine_tunes: Mapping[str, StoredModel]
     corpora: tuple[Corpus, ...]
     tokenizer: str
     batch_tokens: int
@@ -60,8 +60,8 @@ class Sources:
     device: str = "cpu"
     streamed: tuple[str, ...] = ()
 
-    def on(self, device: str) -> "Sources":
-        """The same for residents on another kind of device."""
+    def on(self, device: str) -> "Inputs":
+        """The same for workers on another kind of device."""
         return replace(self, device=device)
 
     @property
@@ -71,24 +71,24 @@ class Sources:
 
     def warnings(self) -> list[str]:
         """What is no mistake but may surprise: checkpoints of the same content, and those that stay in their files."""
-        contents = {"base": self.base.content} | {name: one.content for name, one in self.experts.items()}
+        contents = {"base": self.base.content} | {name: one.content for name, one in self.fine_tunes.items()}
         names = [name for name, content in contents.items() if content in self.streamed]
         told = (
             [f"{', '.join(names)}: read from the files at every merge, since not all fits into memory"] if names else []
         )
         return tell_twins(contents) + told
 
-    def question(self) -> Question:
+    def identity(self) -> StudyIdentity:
         """The question by content."""
         evaluation = self.config.evaluation
         settings = {
             f"evaluation.{name}": getattr(evaluation, name)
             for name in ("window", "windows", "held_out", "vectors", "seed")
         }
-        settings |= {"evaluation.batch": self.batch_tokens, "evaluation.dtype": self.dtype, "looks": LOOKS}
-        return Question(
+        settings |= {"evaluation.batch": self.batch_tokens, "evaluation.dtype": self.dtype, "looks": INTERIM_ANALYSES}
+        return StudyIdentity(
             base=self.base.content,
-            experts={name: expert.content for name, expert in self.experts.items()},
+            fine_tunes={name: expert.content for name, expert in self.fine_tunes.items()},
             space=self.config.space,
             weights=self.config.weights,
             corpora={
@@ -101,20 +101,20 @@ class Sources:
             worst=self.config.objective.worst,
         )
 
-    def spec(self) -> ResidentSpec:
-        """What a resident of this study holds."""
+    def spec(self) -> WorkerSpec:
+        """What a worker of this study holds."""
         vectors = self.config.evaluation.vectors
-        experts = tuple(self.experts.values())
-        given = (self.dtype, self.batch_tokens, vectors, self.streamed, self.config.compute.gpus_per_resident)
-        return ResidentSpec(self.base, experts, self.corpora, *given)
+        fine_tunes = tuple(self.fine_tunes.values())
+        given = (self.dtype, self.batch_tokens, vectors, self.streamed, self.config.compute.gpus_per_worker)
+        return WorkerSpec(self.base, fine_tunes, self.corpora, *given)
 
-    def exact(self) -> "Sources":
+    def exact(self) -> "Inputs":
         """The same with vectors as they are."""
         return replace(self, config=exactly(self.config))
 
     def models(self) -> dict[str, StoredModel]:
         """Base and experts by content."""
-        return {model.content: model for model in (self.base, *self.experts.values())}
+        return {model.content: model for model in (self.base, *self.fine_tunes.values())}
 
     def other(self, folder: Path, field: str) -> StoredModel:
         """Another model, to be scored on this study's corpora.
@@ -129,10 +129,10 @@ class Sources:
             raise InputError(folder, field, None, "its tokenizer is not the base's, so perplexities would not compare")
         return StoredModel(folder, content_hash(folder, field))
 
-    def spec_of(self, model: StoredModel) -> ResidentSpec:
-        """What a resident holds that scores one other model."""
-        devices = self.config.compute.gpus_per_resident
-        return ResidentSpec(model, (), self.corpora, self.dtype, self.batch_tokens, devices=devices)
+    def spec_of(self, model: StoredModel) -> WorkerSpec:
+        """What a worker holds that scores one other model."""
+        devices = self.config.compute.gpus_per_worker
+        return WorkerSpec(model, (), self.corpora, self.dtype, self.batch_tokens, devices=devices)
 
 
 def exactly(config: StudyConfig) -> StudyConfig:
@@ -141,7 +141,7 @@ def exactly(config: StudyConfig) -> StudyConfig:
 
 
 def too_large(config: StudyConfig, where: object) -> str | None:
-    """Why residents of this study don't fit into this machine, where they are to live on it; else None."""
+    """Why workers of this study don't fit into this machine, where they are to live on it; else None."""
     if config.compute.ray != "local":
         return None
     plan = check_files(config, where).plan()
@@ -159,7 +159,7 @@ def check_files(config: StudyConfig, where: object) -> Files:
     """
     base = read_header(locate(config.base, "base"), "base")
     architecture = check_base(base)
-    architecture.split(config.compute.gpus_per_resident, where)
+    architecture.split(config.compute.gpus_per_worker, where)
     _check_gpus(config, where)
     _check_window(base.folder, config.evaluation.window, where)
     headers = {"base": base}
@@ -202,11 +202,11 @@ def check_origin(name: str, distribution: Distribution, where: object) -> None:
 
 
 def _check_gpus(config: StudyConfig, where: object) -> None:
-    """Raise InputError where residents that are to live on this machine want several GPUs, and it has none."""
-    gpus = config.compute.gpus_per_resident
+    """Raise InputError where workers that are to live on this machine want several GPUs, and it has none."""
+    gpus = config.compute.gpus_per_worker
     if gpus > 1 and config.compute.ray == "local" and this_machine().device == "cpu":
-        mend = "this machine has no GPU: leave it out, a resident on CPUs has all the memory anyway"
-        raise InputError(where, "compute.gpus_per_resident", gpus, mend)
+        mend = "this machine has no GPU: leave it out, a worker on CPUs has all the memory anyway"
+        raise InputError(where, "compute.gpus_per_worker", gpus, mend)
 
 
 def _check_window(base: Path, window: int, where: object) -> None:
@@ -226,8 +226,8 @@ def tell_twins(identities: Mapping[str, str]) -> list[str]:
     """A line for each checkpoint that is the base or another one, given what identifies each ("base" among them)."""
     first: dict[str, str] = {}
     told = []
-    for name, identity in identities.items():
-        other = first.setdefault(identity, name)
+    for name, header_identity in identities.items():
+        other = first.setdefault(header_identity, name)
         if other == "base" != name:
             told.append(f"{name} is identical to the base: its distribution vector is zero")
         elif other != name:
@@ -235,16 +235,16 @@ def tell_twins(identities: Mapping[str, str]) -> list[str]:
     return told
 
 
-def gather(config: StudyConfig, where: object, resident: bool = True) -> Sources:
+def gather(config: StudyConfig, where: object, worker: bool = True) -> Inputs:
     """Check, tokenize and hash all that a study names.
 
-    resident  whether residents on this machine will hold all of it: then it has to fit
+    worker  whether workers on this machine will hold all of it: then it has to fit
 
     Raises InputError, naming file and field, before anything is loaded or written.
     """
     files = check_files(config, where)
     plan, here = files.plan(), config.compute.ray == "local"
-    if resident and here:
+    if worker and here:
         refuse_too_large(plan, where)
     folder = files.headers["base"].folder
     tokenizer = load_tokenizer(folder)
@@ -254,17 +254,17 @@ def gather(config: StudyConfig, where: object, resident: bool = True) -> Sources
         for corpus in build_corpora(name, data, config.evaluation, tokenizer, files.architecture.paired)
     )
     base = StoredModel(folder, content_hash(folder, "base"))
-    experts = {name: _expert(one, files.headers[name], base) for name, one in config.distributions.items()}
-    return Sources(
+    fine_tunes = {name: _expert(one, files.headers[name], base) for name, one in config.distributions.items()}
+    return Inputs(
         config=config,
         stored=stored_dtype(files.headers["base"]),
         base=base,
-        experts=experts,
+        fine_tunes=fine_tunes,
         corpora=corpora,
         tokenizer=tokenizer_digest(tokenizer),
         batch_tokens=plan.batch_tokens if here or config.evaluation.batch != "auto" else BATCH_TOKENS,
         gradients_fit=plan.gradients or not here,
-        streamed=tuple({one.content for one in (base, *experts.values()) if here and one.path in plan.streamed}),
+        streamed=tuple({one.content for one in (base, *fine_tunes.values()) if here and one.path in plan.streamed}),
     )
 
 

@@ -1,7 +1,7 @@
 """What a study will need: bytes, passes, minutes.
 
-Arithmetic on headers, config.json and the study file; nothing is loaded.  It follows what arena, perplexity and
-resident do, so it changes when they do.
+Arithmetic on headers, config.json and the study file; nothing is loaded.  It follows what merged model, perplexity and
+worker do, so it changes when they do.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ from dem_opt.checkpoints.architecture import Architecture
 from dem_opt.checkpoints.files import DTYPES, Header, known_content
 from dem_opt.config import Compute, StudyConfig
 from dem_opt.errors import InputError
-from dem_opt.evaluation.looks import stops
+from dem_opt.evaluation.interim_analyses import stops
 from dem_opt.planning.activations import Widths, activation_bytes, flops_per_token, gradient_bytes, read_widths
 from dem_opt.planning.hardware import Machine, Speed
 from dem_opt.planning.weights import fetched_bytes, held_bytes, reduced_bytes, streamed_bytes
@@ -30,9 +30,9 @@ PACE = 0.6
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study will need.  Sizes are bytes, of one resident; on each of its GPUs, if it has several.
+    """What a study will need.  Sizes are bytes, of one worker; on each of its GPUs, if it has several.
 
-    stored        base and experts, as the arena keeps them (also for coefficients that never use the base)
+    stored        base and experts, as the merged model keeps them (also for coefficients that never use the base)
     live          the live model, in the evaluation's dtype
     scratch       what a merge sums in
     windows       tokens of all corpora, and the spec's own copy
@@ -42,8 +42,8 @@ class Plan:
     batch_tokens  tokens in one forward call at most, and call_tokens those of the largest that there is
     checkpoints   how many are stored; files of the same content once
     streamed      folders of those that stay in their files, because not all fit into the machine's whole memory
-    asked         residents that the study asks for; auto is as many as there are GPUs for, one on a CPU
-    gpus          GPUs of a resident: the sizes are then those of the one that holds most
+    asked         workers that the study asks for; auto is as many as there are GPUs for, one on a CPU
+    gpus          GPUs of a worker: the sizes are then those of the one that holds most
     trial_tokens  tokens through the model for one composite on the search split
     composites    of the search split at most: base, trials and those of the final table
     reported      composites of the held-out split: those of the final table
@@ -78,25 +78,25 @@ class Plan:
     merge_bytes: int
 
     @property
-    def resident(self) -> int:
-        """Bytes of one resident at its peak, on each of its GPUs."""
+    def worker(self) -> int:
+        """Bytes of one worker at its peak, on each of its GPUs."""
         return self.stored + self.live + self.scratch + self.windows + self.activations + self.process
 
     @property
     def gradients(self) -> bool:
-        """Whether gradients fit into the whole memory of the machine, beside all else that the residents hold."""
-        peak = self.resident - self.activations + max(self.activations, self.backward)
+        """Whether gradients fit into the whole memory of the machine, beside all else that the workers hold."""
+        peak = self.worker - self.activations + max(self.activations, self.backward)
         return peak * (self.asked if self.machine.device == "cpu" else 1) <= self.machine.total
 
     @property
     def needed(self) -> int:
-        """Bytes of the device: of all residents on a CPU, of one or its part on each GPU."""
-        return self.resident * (self.asked if self.machine.device == "cpu" else 1)
+        """Bytes of the device: of all workers on a CPU, of one or its part on each GPU."""
+        return self.worker * (self.asked if self.machine.device == "cpu" else 1)
 
     @property
     def fitting(self) -> int:
-        """How many residents fit into the memory that is available: on GPUs at most as many as there are GPUs for."""
-        here = self.machine.available // self.resident
+        """How many workers fit into the memory that is available: on GPUs at most as many as there are GPUs for."""
+        here = self.machine.available // self.worker
         return here if self.machine.device == "cpu" else min(here, 1) * (self.machine.devices // self.gpus)
 
     @property
@@ -108,7 +108,7 @@ class Plan:
         """Seconds of merging and scoring for the whole study.
 
         Measured seconds for a token where there are any; else  tokens * FLOPs / (PACE speed) + merges * bytes /
-        bandwidth .  Residents on GPUs divide it among them; those on a CPU divide the CPU.  A resident's GPUs merge at
+        bandwidth .  Workers on GPUs divide it among them; those on a CPU divide the CPU.  A worker's GPUs merge at
         once and score in turn.  Proposals, loading and
         hashing come on top.
         """
@@ -129,15 +129,15 @@ def make_plan(
 ) -> Plan:
     """The plan of a study whose checkpoints have these headers ("base" among them) and config.json.
 
-    `batch: auto` is BATCH_TOKENS, halved until a resident fits into the machine's whole memory, so that it does not
+    `batch: auto` is BATCH_TOKENS, halved until a worker fits into the machine's whole memory, so that it does not
     depend on what else runs there; never below one window.
     """
     base, given = headers["base"], study.evaluation
     dtype = evaluation_dtype(given.dtype, stored_dtype(base), machine.device)
     itemsize = _itemsize(dtype)
-    widths, asked = read_widths(architecture, model), residents_asked(study.compute, machine)
-    unlike = list({identity(header): header for header in headers.values()}.values())
-    gpus = study.compute.gpus_per_resident if machine.device != "cpu" else 1
+    widths, asked = read_widths(architecture, model), workers_asked(study.compute, machine)
+    unlike = list({header_identity(header): header for header in headers.values()}.values())
+    gpus = study.compute.gpus_per_worker if machine.device != "cpu" else 1
     split = architecture.split(gpus)
     shares = [[name for name in architecture.parameters if split.places[name] == number] for number in range(gpus)]
     every_held = [held_bytes(architecture, base, unlike, names, study, machine.device, itemsize) for names in shares]
@@ -182,13 +182,13 @@ def make_plan(
 
 
 def refuse_too_large(plan: Plan, where: object) -> None:
-    """Raise InputError with the plan's sums where the residents asked for don't fit into the memory available.
+    """Raise InputError with the plan's sums where the workers asked for don't fit into the memory available.
 
-    Also where a resident asks for more GPUs than there are.
+    Also where a worker asks for more GPUs than there are.
     """
     if not plan.asked:
         mend = f"this machine has {plan.machine.devices} GPUs: write at most so many"
-        raise InputError(where, "compute.gpus_per_resident", plan.gpus, mend)
+        raise InputError(where, "compute.gpus_per_worker", plan.gpus, mend)
     if plan.needed <= plan.machine.available:
         return
     parts = f"{plan.checkpoints} checkpoints {sized(plan.stored)}, live model {sized(plan.live)}, "
@@ -201,18 +201,18 @@ def refuse_too_large(plan: Plan, where: object) -> None:
     if plan.needed - plan.machine.available < plan.activations and plan.call_tokens > plan.window:
         mends.insert(0, "a smaller evaluation.batch")
     if plan.machine.device == "cpu" and plan.asked > 1:
-        mends.insert(0, "fewer residents")
+        mends.insert(0, "fewer workers")
     if plan.machine.device != "cpu" and plan.machine.devices >= 2 * plan.gpus:
-        mends.insert(0, f"compute.gpus_per_resident {2 * plan.gpus}")
+        mends.insert(0, f"compute.gpus_per_worker {2 * plan.gpus}")
     on_each = f" on each of {plan.gpus} GPUs" if plan.gpus > 1 else ""
     mend = (
-        f"{plan.asked} x {sized(plan.resident)}{on_each} are needed ({parts}), {sized(plan.machine.available)} of "
+        f"{plan.asked} x {sized(plan.worker)}{on_each} are needed ({parts}), {sized(plan.machine.available)} of "
         f"{sized(plan.machine.total)} are available; what would help: {', '.join(mends)}"
     )
-    raise InputError(where, "compute.residents", plan.asked, mend)
+    raise InputError(where, "compute.workers", plan.asked, mend)
 
 
-def identity(header: Header) -> str:
+def header_identity(header: Header) -> str:
     """What makes a checkpoint another one: its content where that is known already, else its folder."""
     return known_content(header) or str(header.folder.resolve())
 
@@ -230,11 +230,11 @@ def evaluation_dtype(setting: str, stored: str, device: str) -> str:
     return "float32" if device == "cpu" else stored
 
 
-def residents_asked(setting: Compute, machine: Machine) -> int:
-    """Residents of this machine, as the pool counts them: auto is as many as there are GPUs for, without GPUs one."""
-    if not isinstance(setting.residents, str):
-        return setting.residents
-    return machine.devices // setting.gpus_per_resident if machine.device == "cuda" else 1
+def workers_asked(setting: Compute, machine: Machine) -> int:
+    """Workers of this machine, as the pool counts them: auto is as many as there are GPUs for, without GPUs one."""
+    if not isinstance(setting.workers, str):
+        return setting.workers
+    return machine.devices // setting.gpus_per_worker if machine.device == "cuda" else 1
 
 
 def sized(count: float) -> str:

@@ -1,6 +1,6 @@
-"""What a resident holds for life on one of its devices, in bytes.
+"""What a worker holds for life on one of its devices, in bytes.
 
-Arithmetic on headers and the study file.  It follows what arena does, so it changes when that does.
+Arithmetic on headers and the study file.  It follows what merged model does, so it changes when that does.
 """
 
 from collections.abc import Collection, Sequence
@@ -16,7 +16,7 @@ from dem_opt.merging.merged_model import ALIGNMENT
 from dem_opt.merging.streaming import AHEAD, BLOCK
 
 PROCESS = 450 * 10**6
-"""Bytes that Python, torch, transformers and Ray take in a resident's process before it loads (its RSS, on Linux)."""
+"""Bytes that Python, torch, transformers and Ray take in a worker's process before it loads (its RSS, on Linux)."""
 
 CONTEXT = 600 * 10**6
 """Bytes that a process takes on a GPU before it stores anything: CUDA's context and the libraries' kernels.  Not
@@ -62,8 +62,8 @@ def streamed_bytes(
     The base first where coefficients sum to 1, since then no composite but itself reads it; else last; experts from
     the last one on.  None where even that does not help, nor for compressed vectors, which begin from the base.
     """
-    base, *experts = unlike
-    order = [one for one in reversed(experts) if not one.adapter]
+    base, *fine_tunes = unlike
+    order = [one for one in reversed(fine_tunes) if not one.adapter]
     order = [base, *order] if study.space.least is None and study.space.total == 1 else [*order, base]
     streamed: list[Header] = []
     for one in order if study.evaluation.vectors == "exact" else ():
@@ -104,12 +104,12 @@ def _stored(
     if vectors == "exact":
         return sum(_factored(one, names) if one.adapter else _flat(architecture, one, names) for one in unlike)
     rows = sum(rows_of(architecture.parameters[name]) for name in names)
-    whole, experts = _flat(architecture, base, names), len(unlike) - 1
-    return whole + experts * (_flat(architecture, base, names, 1) + 4 * rows) + (8 * rows if experts else 0)
+    whole, fine_tunes = _flat(architecture, base, names), len(unlike) - 1
+    return whole + fine_tunes * (_flat(architecture, base, names, 1) + 4 * rows) + (8 * rows if fine_tunes else 0)
 
 
 def _flat(architecture: Architecture, header: Header, names: Collection[str], itemsize: int | None = None) -> int:
-    """Bytes of a checkpoint in an arena's segments, tied weights once; in its own dtypes unless one is given."""
+    """Bytes of a checkpoint in an merged model's segments, tied weights once; in its own dtypes unless one is given."""
     layout = architecture.layout(header)
     return sum(
         -(-architecture.sizes[name] // ALIGNMENT) * ALIGNMENT * (itemsize or layout.dtype(header, name).itemsize)

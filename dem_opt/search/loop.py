@@ -9,13 +9,13 @@ from time import sleep
 
 from dem_opt.compute import Pool
 from dem_opt.errors import EvaluationError
-from dem_opt.evaluation.looks import replay
+from dem_opt.evaluation.interim_analyses import replay
 from dem_opt.evaluation.racing import CLEAR, Race
 from dem_opt.observers import Observer
 from dem_opt.search.optuna_study import Proposal, Search
 from dem_opt.search.trials import attributes, race_for, trial_record
 from dem_opt.signals import finishing
-from dem_opt.storage.identity import Question
+from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.leases import Lease
 from dem_opt.storage.ledger import Ledger
 from dem_opt.tracking.tracker import Tracker
@@ -38,7 +38,7 @@ class Flight:
 class Driver:
     """One driver at work: the rooms it has opened, and the question they answer."""
 
-    question: Question
+    identity: StudyIdentity
     ledger: Ledger
     pool: Pool
     observer: Observer
@@ -49,7 +49,7 @@ class Driver:
         Trials that a dead driver left come first, under their own numbers.  What is written, in this order: the
         ledger, Optuna, the tracker; so a crash at any point loses no score and repeats none.  A score is recorded
         as it comes; trials are told in the order in which they were asked for, so what is proposed depends on the
-        number of residents and never on which of them is faster.  While other drivers have trials in hand, it waits
+        number of workers and never on which of them is faster.  While other drivers have trials in hand, it waits
         for them, since their end may leave room for more.  Raises KeyboardInterrupt where it was asked to stop, when
         what was being scored is written.
         """
@@ -132,13 +132,13 @@ class Driver:
 
         Raises EvaluationError where it can't be scored.
         """
-        self.pool.submit(Request(0, composite, self.question.keys(split)))
+        self.pool.submit(Request(0, composite, self.identity.keys(split)))
         while (done := self.pool.next_done()) is None:
             pass
         _, answer = done
         if isinstance(answer, Failure):
             raise EvaluationError(f"{dict(composite.terms)} can't be scored: {answer.reason}")
-        return {name: answer.scores[key] for name, key in self.question.corpora[split].items()}
+        return {name: answer.scores[key] for name, key in self.identity.corpora[split].items()}
 
     def _plan(self, search: Search, proposal: Proposal, most: int) -> Flight:
         """How a proposal is measured.
@@ -149,28 +149,28 @@ class Driver:
         race = None
         if search.races and not search.is_known(proposal.coefficients) and not proposal.charged:
             told, clear = search.whole(proposal.number - most + 1), CLEAR if search.completes else inf
-            race = race_for(self.ledger, self.question, proposal.coefficients, told, clear)
+            race = race_for(self.ledger, self.identity, proposal.coefficients, told, clear)
         return Flight(proposal, race, search.measures_gradient(proposal.coefficients))
 
     def _request_of(self, flight: Flight) -> Request | None:
-        """What is to be asked of a resident for a trial; None where the ledger has all of it."""
-        composite, keys = self.question.composite(flight.proposal.coefficients), self.question.keys(SEARCH)
-        number, scoring = flight.proposal.number, self.question.scoring
+        """What is to be asked of a worker for a trial; None where the ledger has all of it."""
+        composite, keys = self.identity.composite(flight.proposal.coefficients), self.identity.keys(SEARCH)
+        number, scoring = flight.proposal.number, self.identity.scoring
         if flight.gradient:
-            known = self.ledger.gradients(composite, keys, self.question.differentiation)
-            experts = set(self.question.experts.values())
-            missing = tuple(key for key in keys if not experts <= known.get(key, {}).keys())
+            known = self.ledger.gradients(composite, keys, self.identity.differentiation)
+            fine_tunes = set(self.identity.fine_tunes.values())
+            missing = tuple(key for key in keys if not fine_tunes <= known.get(key, {}).keys())
             return Request(number, composite, missing, gradient=True) if missing else None
         if flight.race is None:
             return self._request(number, composite, SEARCH)
         seen = self.ledger.look_up(composite, keys, scoring)
-        is_decided = replay(flight.race, seen, self.question.sizes(SEARCH)) is not None
+        is_decided = replay(flight.race, seen, self.identity.sizes(SEARCH)) is not None
         return None if is_decided else Request(number, composite, keys, seen, flight.race)
 
     def _request(self, ticket: int, composite: Composite, split: str) -> Request | None:
         """The scores that the ledger lacks of all windows; None where it has them all."""
-        keys, windows = self.question.keys(split), self.question.windows(split)
-        known = self.ledger.look_up(composite, keys, self.question.scoring)
+        keys, windows = self.identity.keys(split), self.identity.windows(split)
+        known = self.ledger.look_up(composite, keys, self.identity.scoring)
         missing = tuple(key for key in keys if key not in known or len(known[key].nats_W) < windows)
         return Request(ticket, composite, missing, known) if missing else None
 
@@ -182,16 +182,16 @@ class Driver:
             self.ledger.record(
                 request.composite,
                 answer.scores,
-                self.question.scoring,
+                self.identity.scoring,
                 answer.forward_tokens,
                 seconds,
                 answer.gradients,
-                self.question.differentiation,
+                self.identity.differentiation,
             )
 
     def _finish(self, flight: Flight, answer: Evaluation | Failure, search: Search, tracker: Tracker) -> None:
         record = trial_record(
-            self.ledger, self.question, search.name, flight.proposal, answer, flight.race, flight.gradient
+            self.ledger, self.identity, search.name, flight.proposal, answer, flight.race, flight.gradient
         )
         search.tell(record.number, record.penalized, attributes(record))
         tracker.trial_ended(record)

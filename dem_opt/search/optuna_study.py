@@ -21,7 +21,7 @@ from dem_opt.search.samplers.history import start as starting_points
 from dem_opt.simplex import Coefficients, Space
 from dem_opt.storage import engine
 from dem_opt.storage.leases import Lease
-from dem_opt.storage.retry import IMPATIENT, Patience, patient
+from dem_opt.storage.retry import NO_RETRY, RetryPolicy, patient
 from dem_opt.types import GRADIENT_FORWARDS
 
 __all__ = ["METRIC", "Proposal", "Search", "Trial"]
@@ -67,7 +67,7 @@ class Search:
         start: Sequence[Coefficients] = (),
         gradients: bool = False,
         lease: Lease | None = None,
-        patience: Patience = IMPATIENT,
+        patience: RetryPolicy = NO_RETRY,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.name, self._space, self._search = name, space, search

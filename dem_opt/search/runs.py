@@ -9,7 +9,7 @@ from dem_opt.errors import InputError, nearest
 from dem_opt.search.optuna_study import Search, study_names
 from dem_opt.simplex import Coefficients
 from dem_opt.storage.leases import Lease
-from dem_opt.storage.retry import IMPATIENT, Patience
+from dem_opt.storage.retry import NO_RETRY, RetryPolicy
 
 GRADIENTS_FROM = 7
 """From how many free shares on gradients are worth their cost: with fewer, racing gets further for it (LOG.md)."""
@@ -25,7 +25,7 @@ class Runs:
     config: StudyConfig
     generation: int
     lease: Lease | None = None
-    patience: Patience = IMPATIENT
+    patience: RetryPolicy = NO_RETRY
 
     def optuna_name(self, run: str) -> str:
         """What Optuna calls a run's study."""

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from dem_opt.evaluation.looks import first, replay
+from dem_opt.evaluation.interim_analyses import first, replay
 from dem_opt.evaluation.objective import Objective, mean_nll, violation
 from dem_opt.evaluation.racing import Race
 from dem_opt.search.optuna_study import Proposal, Search, Trial
 from dem_opt.search.samplers.history import thin
 from dem_opt.search.samplers.kernel import interpolate
 from dem_opt.simplex import Coefficients
-from dem_opt.storage.identity import Question
+from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
 from dem_opt.types import (
     GRADIENT_FORWARDS,
@@ -39,49 +39,49 @@ MEASURED = ("forward_tokens", "scored_tokens", "merge_seconds", "score_seconds",
 
 
 def recall(
-    ledger: Ledger, question: Question, composite: Composite, split: str, whole: bool = True
+    ledger: Ledger, identity: StudyIdentity, composite: Composite, split: str, whole: bool = True
 ) -> dict[str, Score]:
     """Scores of a composite by distribution, those that the ledger has of all windows, or of any."""
-    known = ledger.look_up(composite, question.keys(split), question.scoring)
-    enough = question.windows(split) if whole else 1
-    by_name = question.corpora[split].items()
+    known = ledger.look_up(composite, identity.keys(split), identity.scoring)
+    enough = identity.windows(split) if whole else 1
+    by_name = identity.corpora[split].items()
     return {name: known[key] for name, key in by_name if key in known and len(known[key].nats_W) >= enough}
 
 
-def is_known(ledger: Ledger, question: Question, composite: Composite, split: str) -> bool:
+def is_known(ledger: Ledger, identity: StudyIdentity, composite: Composite, split: str) -> bool:
     """Whether the ledger has a composite's scores on all of a split."""
-    return len(recall(ledger, question, composite, split)) == len(question.corpora[split])
+    return len(recall(ledger, identity, composite, split)) == len(identity.corpora[split])
 
 
-def base_scores(ledger: Ledger, question: Question, split: str = SEARCH) -> dict[str, Score]:
+def base_scores(ledger: Ledger, identity: StudyIdentity, split: str = SEARCH) -> dict[str, Score]:
     """The base's scores by distribution."""
-    return recall(ledger, question, Composite.single(question.base), split)
+    return recall(ledger, identity, Composite.single(identity.base), split)
 
 
-def objectives(ledger: Ledger, question: Question) -> dict[str, Objective]:
+def objectives(ledger: Ledger, identity: StudyIdentity) -> dict[str, Objective]:
     """What is minimized, by split: for regrets, of the splits on which the ledger has every fine-tune's scores."""
-    if not question.worst:
-        return dict.fromkeys(SPLITS, Objective(question.weights))
+    if not identity.worst:
+        return dict.fromkeys(SPLITS, Objective(identity.weights))
     made = {}
     for split in SPLITS:
         own = {
-            name: recall(ledger, question, Composite.single(content), split)
-            for name, content in question.experts.items()
+            name: recall(ledger, identity, Composite.single(content), split)
+            for name, content in identity.fine_tunes.items()
         }
         if all(name in scores for name, scores in own.items()):
-            made[split] = Objective(question.weights, {name: scores[name] for name, scores in own.items()})
+            made[split] = Objective(identity.weights, {name: scores[name] for name, scores in own.items()})
     return made
 
 
-def exceeded(ledger: Ledger, question: Question, scores: Mapping[str, Score]) -> float:
+def exceeded(ledger: Ledger, identity: StudyIdentity, scores: Mapping[str, Score]) -> float:
     """The violation of whole scores on the search split, in nats per token, against the base's in the ledger."""
-    if not question.protect:
+    if not identity.protect:
         return 0.0
-    return violation(scores, base_scores(ledger, question), question.protect)
+    return violation(scores, base_scores(ledger, identity), identity.protect)
 
 
 def race_for(
-    ledger: Ledger, question: Question, at: Coefficients, told: Sequence[Trial], clear: float = inf
+    ledger: Ledger, identity: StudyIdentity, at: Coefficients, told: Sequence[Trial], clear: float = inf
 ) -> Race | None:
     """The race of a trial at these coefficients against the best of the whole trials that were told.
 
@@ -91,30 +91,30 @@ def race_for(
     """
     able = (trial for trial in told if not trial.attributes.get("violation"))
     best = min(able, key=lambda trial: (trial.objective, trial.number), default=None)
-    if best is None or question.worst:
+    if best is None or identity.worst:
         return None
-    place_F, known = question.space.shares(at), thin(told, 8 * CONTROLS)
-    shares_NF = np.array([question.space.shares(trial.coefficients) for trial in known])
+    place_F, known = identity.space.shares(at), thin(told, 8 * CONTROLS)
+    shares_NF = np.array([identity.space.shares(trial.coefficients) for trial in known])
     near = np.argsort(np.abs(shares_NF - place_F).sum(axis=1), kind="stable")[:CONTROLS]
     weights_N = interpolate(shares_NF[near], place_F)
-    composites = [question.composite(one.coefficients) for one in (best, *(known[i] for i in near))]
-    rival, *others = ledger.look_up_all(composites, question.keys(SEARCH), question.scoring)
-    weights = _weights_by_corpus(question)
+    composites = [identity.composite(one.coefficients) for one in (best, *(known[i] for i in near))]
+    rival, *others = ledger.look_up_all(composites, identity.keys(SEARCH), identity.scoring)
+    weights = _weights_by_corpus(identity)
     control = {key: weighted_sum([scores[key] for scores in others], weights_N.tolist()) for key in rival}
     return Race(control, weights, mean_nll(rival, weights), clear)
 
 
-def _weights_by_corpus(question: Question) -> dict[str, float]:
+def _weights_by_corpus(identity: StudyIdentity) -> dict[str, float]:
     """The objective's weight of each corpus, of those that have any."""
     weights: dict[str, float] = {}
-    for name, key in question.corpora[SEARCH].items():
-        weights[key] = weights.get(key, 0.0) + question.weights[name]
+    for name, key in identity.corpora[SEARCH].items():
+        weights[key] = weights.get(key, 0.0) + identity.weights[name]
     return {key: weight for key, weight in weights.items() if weight}
 
 
 def trial_record(
     ledger: Ledger,
-    question: Question,
+    identity: StudyIdentity,
     study: str,
     proposal: Proposal,
     answer: Evaluation | Failure,
@@ -132,38 +132,38 @@ def trial_record(
             reason=answer.reason,
             forwards=0.0,
         )
-    composite = question.composite(proposal.coefficients)
-    seen = recall(ledger, question, composite, SEARCH, whole=False)
+    composite = identity.composite(proposal.coefficients)
+    seen = recall(ledger, identity, composite, SEARCH, whole=False)
     if race is not None:
-        seen = _at_the_end(question, race, seen)
-        if any(len(score.nats_W) < question.windows(SEARCH) for score in seen.values()):
-            return _stopped(ledger, question, study, proposal, answer, race, seen)
-    measured = ledger.gradients(composite, question.keys(SEARCH), question.differentiation) if gradient else {}
+        seen = _at_the_end(identity, race, seen)
+        if any(len(score.nats_W) < identity.windows(SEARCH) for score in seen.values()):
+            return _stopped(ledger, identity, study, proposal, answer, race, seen)
+    measured = ledger.gradients(composite, identity.keys(SEARCH), identity.differentiation) if gradient else {}
     return TrialRecord(
         study,
         proposal.number,
         proposal.coefficients,
-        objectives(ledger, question)[SEARCH](seen),
+        objectives(ledger, identity)[SEARCH](seen),
         seen,
         answer,
         proposal.seconds,
-        violation=exceeded(ledger, question, seen),
+        violation=exceeded(ledger, identity, seen),
         forwards=GRADIENT_FORWARDS if gradient else 1.0 - proposal.charged,
-        gradient=slope(ledger, question, seen, measured) if gradient else {},
+        gradient=slope(ledger, identity, seen, measured) if gradient else {},
     )
 
 
-def _at_the_end(question: Question, race: Race, seen: Mapping[str, Score]) -> dict[str, Score]:
+def _at_the_end(identity: StudyIdentity, race: Race, seen: Mapping[str, Score]) -> dict[str, Score]:
     """Scores as they were at the look that ended the race."""
-    by_key = {question.corpora[SEARCH][name]: score for name, score in seen.items()}
-    ended = replay(race, by_key, question.sizes(SEARCH))
+    by_key = {identity.corpora[SEARCH][name]: score for name, score in seen.items()}
+    ended = replay(race, by_key, identity.sizes(SEARCH))
     assert ended is not None, "a race that was run is known to its end"
-    return {name: ended[key] for name, key in question.corpora[SEARCH].items()}
+    return {name: ended[key] for name, key in identity.corpora[SEARCH].items()}
 
 
 def _stopped(
     ledger: Ledger,
-    question: Question,
+    identity: StudyIdentity,
     study: str,
     proposal: Proposal,
     answer: Evaluation,
@@ -171,11 +171,11 @@ def _stopped(
     seen: Mapping[str, Score],
 ) -> TrialRecord:
     """The record of a trial that lost its race: control-variate estimates in the place of means."""
-    by_key = {key: seen[name] for name, key in question.corpora[SEARCH].items()}
+    by_key = {key: seen[name] for name, key in identity.corpora[SEARCH].items()}
     estimate = race.estimate(by_key)
-    base, over = base_scores(ledger, question), 0.0
-    for name, allowance in question.protect.items():
-        key = question.corpora[SEARCH][name]
+    base, over = base_scores(ledger, identity), 0.0
+    for name, allowance in identity.protect.items():
+        key = identity.corpora[SEARCH][name]
         over += max(0.0, race.nll(key, by_key[key]) - base[name].nll - allowance)
     return TrialRecord(
         study,
@@ -186,27 +186,27 @@ def _stopped(
         answer,
         proposal.seconds,
         violation=over,
-        forwards=sum(len(score.nats_W) for score in by_key.values()) / (len(by_key) * question.windows(SEARCH)),
+        forwards=sum(len(score.nats_W) for score in by_key.values()) / (len(by_key) * identity.windows(SEARCH)),
         error=max(estimate.error, 1e-12),
     )
 
 
 def slope(
-    ledger: Ledger, question: Question, scores: Mapping[str, Score], gradients: Mapping[str, Gradient]
+    ledger: Ledger, identity: StudyIdentity, scores: Mapping[str, Score], gradients: Mapping[str, Gradient]
 ) -> dict[str, float]:
     """d penalized / d w_i in nats per token by distribution, from gradients by corpus.
 
     sum over corpora of  (share + PENALTY [what is protected is violated])  d NLL / d w_i .
     """
-    shares = objectives(ledger, question)[SEARCH].shares(scores)
-    base = base_scores(ledger, question) if question.protect else {}
-    for name, allowance in question.protect.items():
+    shares = objectives(ledger, identity)[SEARCH].shares(scores)
+    base = base_scores(ledger, identity) if identity.protect else {}
+    for name, allowance in identity.protect.items():
         if scores[name].nll > base[name].nll + allowance:
             shares[name] = shares.get(name, 0.0) + PENALTY
-    corpora = question.corpora[SEARCH]
+    corpora = identity.corpora[SEARCH]
     return {
         expert: sum(share * gradients[corpora[name]][content] / scores[name].tokens for name, share in shares.items())
-        for expert, content in question.experts.items()
+        for expert, content in identity.fine_tunes.items()
     }
 
 
@@ -227,17 +227,17 @@ def attributes(record: TrialRecord) -> dict[str, Any]:
     return costs | told
 
 
-def recorded(ledger: Ledger, question: Question, study: str, trial: Trial) -> TrialRecord:
+def recorded(ledger: Ledger, identity: StudyIdentity, study: str, trial: Trial) -> TrialRecord:
     """The record of a finished trial, from Optuna and the ledger."""
     told = trial.attributes
     evaluation = Evaluation({}, **{name: told[name] for name in MEASURED if name in told})
     proposal = Proposal(trial.number, trial.coefficients, told.get("propose_seconds", 0.0))
     if trial.objective is None:
-        return trial_record(ledger, question, study, proposal, Failure(told["reason"]))
+        return trial_record(ledger, identity, study, proposal, Failure(told["reason"]))
     if not trial.error:
-        record = trial_record(ledger, question, study, proposal, evaluation, gradient=bool(trial.gradient))
+        record = trial_record(ledger, identity, study, proposal, evaluation, gradient=bool(trial.gradient))
         return replace(record, forwards=trial.forwards)
-    seen = recall(ledger, question, question.composite(trial.coefficients), SEARCH, whole=False)
+    seen = recall(ledger, identity, identity.composite(trial.coefficients), SEARCH, whole=False)
     return TrialRecord(
         study,
         trial.number,
@@ -252,14 +252,14 @@ def recorded(ledger: Ledger, question: Question, study: str, trial: Trial) -> Tr
     )
 
 
-def missing(ledger: Ledger, question: Question, search: Search) -> dict[int, Callable[[], TrialRecord]]:
+def missing(ledger: Ledger, identity: StudyIdentity, search: Search) -> dict[int, Callable[[], TrialRecord]]:
     """What a tracker may lack of a search, by number: the trials that are told, but for those of other drivers."""
     others = search.of_others()
     told = [trial for trial in search.trials() if trial.state != "running" and trial.number not in others]
-    return {trial.number: partial(recorded, ledger, question, search.name, trial) for trial in told}
+    return {trial.number: partial(recorded, ledger, identity, search.name, trial) for trial in told}
 
 
-def finished(ledger: Ledger, question: Question, search: Search) -> list[TrialRecord]:
+def finished(ledger: Ledger, identity: StudyIdentity, search: Search) -> list[TrialRecord]:
     """Records of the trials that are told, in the order of their numbers."""
     told = (trial for trial in search.trials() if trial.state != "running")
-    return [recorded(ledger, question, search.name, trial) for trial in told]
+    return [recorded(ledger, identity, search.name, trial) for trial in told]

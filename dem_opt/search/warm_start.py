@@ -9,7 +9,7 @@ from dem_opt.errors import InputError
 from dem_opt.evaluation.objective import Objective
 from dem_opt.search.trials import exceeded, objectives, recall
 from dem_opt.simplex import Coefficients
-from dem_opt.storage.identity import Question, changes, refuse_other_scoring
+from dem_opt.storage.identity import StudyIdentity, changes, refuse_other_scoring
 from dem_opt.storage.leases import Lease
 from dem_opt.storage.ledger import Ledger, StudyRow
 from dem_opt.types import SEARCH
@@ -22,14 +22,14 @@ SCORED_ANEW = 6
 
 
 def enter(
-    name: str, question: Question, ledger: Ledger, lease: Lease, where: object, tell: Callable[[str], None]
+    name: str, identity: StudyIdentity, ledger: Ledger, lease: Lease, where: object, tell: Callable[[str], None]
 ) -> tuple[int, list[Coefficients]]:
     """A study's generation and the points that it begins with; a first run, or a change, is written down.
 
     Raises InputError where its scores would not compare with those that the study has, and where other drivers are at
     work on the question that it asked before.
     """
-    asked, scored = question.asked(), question.scored()
+    asked, scored = identity.asked(), identity.scored()
     row = ledger.study(name)
     if row is None:
         ledger.enter_study(StudyRow(name, 1, scored, asked))
@@ -41,14 +41,14 @@ def enter(
         raise InputError(where, "name", name, mend)
     generation = row.generation + bool(change)
     ledger.enter_study(StudyRow(name, generation, row.scoring | scored, asked))
-    start = carried_over(ledger, question) if generation > 1 else []
+    start = carried_over(ledger, identity) if generation > 1 else []
     if change:
-        reuse = told_reuse(ledger, question, start)
+        reuse = told_reuse(ledger, identity, start)
         tell(f"{name} now asks another question ({change}): generation {generation} begins {reuse}")
     return generation, start
 
 
-def carried_over(ledger: Ledger, question: Question) -> list[Coefficients]:
+def carried_over(ledger: Ledger, identity: StudyIdentity) -> list[Coefficients]:
     """The best composites of the ledger that the question's space still contains, as its coefficients.
 
     A composite of an earlier question is a point of this one where it uses no other checkpoint: the face w_new = 0
@@ -57,37 +57,37 @@ def carried_over(ledger: Ledger, question: Question) -> list[Coefficients]:
     missing, only they are measured, on the best of those and on what is farthest from all that are chosen, by the
     greatest difference of a coefficient: near the best, the old corpora tell little that is new.
     """
-    space, names = question.space, {content: name for name, content in question.experts.items()}
-    objective = objectives(ledger, question).get(SEARCH, Objective(question.weights))
+    space, names = identity.space, {content: name for name, content in identity.fine_tunes.items()}
+    objective = objectives(ledger, identity).get(SEARCH, Objective(identity.weights))
     ranked = []
-    for composite in ledger.composites(question.scoring):
+    for composite in ledger.composites(identity.scoring):
         units = dict(composite.terms)
-        units.pop(question.base, None)
+        units.pop(identity.base, None)
         if units.keys() <= names.keys():
             by_name = {names[content]: count for content, count in units.items()}
             point = Coefficients(tuple((name, by_name.get(name, 0)) for name in space.names))
             if not space.contains(point):
                 continue
-            scores = recall(ledger, question, composite, SEARCH)
-            weights = {name: question.weights[name] for name in scores}
+            scores = recall(ledger, identity, composite, SEARCH)
+            weights = {name: identity.weights[name] for name in scores}
             if any(weights.values()):
-                over = exceeded(ledger, question, scores)
+                over = exceeded(ledger, identity, scores)
                 ranked.append((-len(scores), over, replace(objective, weights=weights)(scores), composite.key, point))
     ranked.sort()
-    if not ranked or -ranked[0][0] == len(question.corpora[SEARCH]):
+    if not ranked or -ranked[0][0] == len(identity.corpora[SEARCH]):
         return [point for *_, point in ranked[:CARRIED_OVER]]
     known = [point for scored, *_, point in ranked if scored == ranked[0][0]]
     others = [point for scored, *_, point in ranked if scored != ranked[0][0]]
     return (_apart(known, SCORED_ANEW) + others)[:SCORED_ANEW]
 
 
-def told_reuse(ledger: Ledger, question: Question, start: Sequence[Coefficients]) -> str:
+def told_reuse(ledger: Ledger, identity: StudyIdentity, start: Sequence[Coefficients]) -> str:
     """What a new generation has of the ones before, and why it holds."""
     if not start:
         return "nothing that is measured is a composite of it"
-    found = [recall(ledger, question, question.composite(point), SEARCH) for point in start]
-    held = [name for name in question.corpora[SEARCH] if all(name in scores for scores in found)]
-    new = [name for name in question.corpora[SEARCH] if name not in held]
+    found = [recall(ledger, identity, identity.composite(point), SEARCH) for point in start]
+    held = [name for name in identity.corpora[SEARCH] if all(name in scores for scores in found)]
+    new = [name for name in identity.corpora[SEARCH] if name not in held]
     why = (
         f"with {len(start)} composites whose checkpoints and windows are the same, so scores on {', '.join(held)} hold"
     )

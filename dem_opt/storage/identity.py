@@ -17,7 +17,7 @@ _WINDOWS = {SEARCH: "windows", HELD_OUT: "held_out"}
 
 
 @dataclass(frozen=True)
-class Question:
+class StudyIdentity:
     """A study with every path replaced by the hash of its content.
 
     base, experts  content hashes of the checkpoints
@@ -31,7 +31,7 @@ class Question:
     """
 
     base: str
-    experts: Mapping[str, str]
+    fine_tunes: Mapping[str, str]
     space: Space
     weights: Mapping[str, float]
     corpora: Mapping[str, Mapping[str, str]]
@@ -41,7 +41,7 @@ class Question:
 
     def composite(self, coefficients: Coefficients) -> Composite:
         """The composite of coefficients, by content."""
-        return Composite.edited(self.base, self.experts, coefficients)
+        return Composite.edited(self.base, self.fine_tunes, coefficients)
 
     @property
     def scoring(self) -> str:
@@ -60,7 +60,7 @@ class Question:
         """The stored form of the vectors."""
         return self.settings.get(*_BEFORE)
 
-    def exact(self) -> "Question":
+    def exact(self) -> "StudyIdentity":
         """The same of vectors as they are."""
         return replace(self, settings={**self.settings, "evaluation.vectors": "exact"})
 
@@ -85,7 +85,7 @@ class Question:
         """What makes this question another than the last: a change begins a new generation."""
         return {
             "base": self.base,
-            **{f"distributions.{name}": content for name, content in self.experts.items()},
+            **{f"distributions.{name}": content for name, content in self.fine_tunes.items()},
             **_written(self.space),
             **{f"objective.weights.{name}": repr(weight) for name, weight in self.weights.items()},
             **{f"objective.protect.{name}": repr(allowance) for name, allowance in self.protect.items()},
@@ -101,25 +101,25 @@ class Question:
     def _files(self) -> dict[str, str]:
         """Corpus keys by the study file's fields."""
         return {
-            f"{'distributions' if name in self.experts else 'general'}.{name}.{_FIELDS[split]}": key
+            f"{'distributions' if name in self.fine_tunes else 'general'}.{name}.{_FIELDS[split]}": key
             for split, by_name in self.corpora.items()
             for name, key in by_name.items()
         }
 
     @classmethod
-    def recall(cls, asked: Mapping[str, str], scored: Mapping[str, str]) -> "Question":
+    def recall(cls, asked: Mapping[str, str], scored: Mapping[str, str]) -> "StudyIdentity":
         """The question that `asked` and `scored` describe."""
-        experts, weights = _under("distributions.", asked), _under("objective.weights.", asked)
+        fine_tunes, weights = _under("distributions.", asked), _under("objective.weights.", asked)
         distributions, general = _under("distributions.", scored), _under("general.", asked)
         return cls(
             base=asked["base"],
-            experts=experts,
-            space=_read_space(tuple(experts), asked),
+            fine_tunes=fine_tunes,
+            space=_read_space(tuple(fine_tunes), asked),
             weights={name: float(weight) for name, weight in weights.items()},
             corpora={
                 split: {
-                    name: (distributions if name in experts else general)[f"{name}.{field}"]
-                    for name in (*experts, *_without(f".{field}", general))
+                    name: (distributions if name in fine_tunes else general)[f"{name}.{field}"]
+                    for name in (*fine_tunes, *_without(f".{field}", general))
                 }
                 for split, field in _FIELDS.items()
             },

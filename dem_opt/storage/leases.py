@@ -18,7 +18,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from dem_opt.errors import InputError
 from dem_opt.storage.engine import create_missing, insert_into
-from dem_opt.storage.retry import IMPATIENT, Patience, patient
+from dem_opt.storage.retry import NO_RETRY, RetryPolicy, patient
 
 SILENCE = 60.0
 """Seconds after which a driver on another host that has not renewed its lease counts as gone."""
@@ -60,7 +60,7 @@ class Lease:
     shared  whether there may be others
     """
 
-    def __init__(self, engine: Engine, study: str, shared: bool, patience: Patience) -> None:
+    def __init__(self, engine: Engine, study: str, shared: bool, patience: RetryPolicy) -> None:
         self._engine, self._study, self.patience = engine, study, patience
         self.shared, self.token = shared, uuid4().hex
         self._slot = self.token if shared else ""
@@ -186,7 +186,7 @@ def _nothing() -> None:
 
 
 @contextmanager
-def holding(engine: Engine, study: str, several: bool = False, patience: Patience = IMPATIENT) -> Iterator[Lease]:
+def holding(engine: Engine, study: str, several: bool = False, patience: RetryPolicy = NO_RETRY) -> Iterator[Lease]:
     """Holds a lease of `study`: alone, or with `several` beside others where the database is a server.
 
     A thread renews it while it is held.  A holder on this host whose process is gone is succeeded at once,
@@ -207,7 +207,7 @@ def holding(engine: Engine, study: str, several: bool = False, patience: Patienc
         lease._release()
 
 
-def visiting(engine: Engine, study: str, patience: Patience = IMPATIENT) -> Lease:
+def visiting(engine: Engine, study: str, patience: RetryPolicy = NO_RETRY) -> Lease:
     """What shows a study's drivers, and gives turns beside them, to one who does not drive it."""
     create_missing(engine, _Tables.metadata)
     return Lease(engine, study, _has_several(engine), patience)

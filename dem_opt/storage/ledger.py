@@ -13,7 +13,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from dem_opt.errors import InputError
 from dem_opt.storage.engine import create_missing, insert_into, masked
-from dem_opt.storage.retry import IMPATIENT, Patience, patient
+from dem_opt.storage.retry import NO_RETRY, RetryPolicy, patient
 from dem_opt.types import Composite, Gradient, Score
 
 SCHEMA = 3
@@ -117,7 +117,7 @@ class Ledger:
     While the database is away, whoever asks waits, as long as `patience` has it.
     """
 
-    def __init__(self, engine: Engine, patience: Patience = IMPATIENT) -> None:
+    def __init__(self, engine: Engine, patience: RetryPolicy = NO_RETRY) -> None:
         """Creates the tables that are missing.
 
         Raises InputError where a newer version of dem_opt made them.

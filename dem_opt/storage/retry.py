@@ -22,7 +22,7 @@ _BUGS = ("no such table", "no such column", "syntax error")
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How long a study waits for its database, and whom it tells.
 
     what     the database in words, without its password
@@ -61,7 +61,7 @@ class Patience:
                 return result
 
 
-IMPATIENT = Patience()
+NO_RETRY = RetryPolicy()
 """Gives up at once."""
 
 
@@ -95,7 +95,7 @@ def _is_outage(error: DBAPIError) -> bool:
 class _Patient(Protocol):
     """Has patience."""
 
-    patience: Patience
+    patience: RetryPolicy
 
 
 T = TypeVar("T")

@@ -35,7 +35,7 @@ class Note:
 
 
 @final
-class Curves:
+class JobRun:
     """Writes notes into MLflow, in one thread of its own; a failure is one warning, and nothing fails with it."""
 
     def __init__(self, uri: str, experiment: str, artifacts: Path, warn: Callable[[str], None]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dem_opt.errors import shorten
 from dem_opt.tracking.mlflow_client import connected
 from dem_opt.tracking.urls import mlflow_run
-from dem_opt.types import Score, Standing, TrialRecord
+from dem_opt.types import ResultRow, Score, TrialRecord
 
 if TYPE_CHECKING:
     from mlflow.entities import Run, RunInfo
@@ -80,7 +80,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Dossier:
+class StudyDescription:
     """What is known of a study beside its trials.
 
     tags       of the parent run
@@ -96,7 +96,7 @@ class Dossier:
     data: Sequence[Data] = ()
     files: Mapping[str, str | bytes] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
-    baselines: Sequence[Standing] = ()
+    baselines: Sequence[ResultRow] = ()
 
 
 class MlflowRuns:
@@ -146,21 +146,21 @@ class MlflowRuns:
         """The parent's page."""
         return mlflow_run(self._uri, self._experiment, self._parent.info.run_id)
 
-    def describe(self, dossier: Dossier) -> None:
+    def describe(self, study_description: StudyDescription) -> None:
         """Writes down what is known of the study; what is there already gives way to it."""
         parent, values = self._parent.info.run_id, self._mlflow.entities
         home = f"[This search in Optuna Dashboard]({self._home})" if self._home else ""
-        note = "\n\n".join(part for part in (dossier.note, home) if part)
-        tags = dict(dossier.tags) | ({_NOTE: note} if note else {})
+        note = "\n\n".join(part for part in (study_description.note, home) if part)
+        tags = dict(study_description.tags) | ({_NOTE: note} if note else {})
         now = self._parent.info.start_time
-        measured = [values.Metric(key, value, now, 0) for key, value in dossier.metrics.items()]
+        measured = [values.Metric(key, value, now, 0) for key, value in study_description.metrics.items()]
         self._client.log_batch(parent, measured, tags=[values.RunTag(key, value) for key, value in tags.items()])
-        if dossier.data:
-            self._client.log_inputs(parent, [_dataset(values, one) for one in dossier.data])
-        for path, content in dossier.files.items():
+        if study_description.data:
+            self._client.log_inputs(parent, [_dataset(values, one) for one in study_description.data])
+        for path, content in study_description.files.items():
             self._log_file(path, content)
-        for standing in dossier.baselines:
-            self._log_baseline(standing)
+        for result in study_description.baselines:
+            self._log_baseline(result)
 
     def _log_file(self, path: str, content: str | bytes) -> None:
         """An artifact of the parent."""
@@ -170,23 +170,22 @@ class MlflowRuns:
             file.write_bytes(content.encode() if isinstance(content, str) else content)
             self._client.log_artifact(self._parent.info.run_id, str(file), folder or None)
 
-    def _log_baseline(self, standing: Standing) -> None:
+    def _log_baseline(self, result: ResultRow) -> None:
         """A baseline's run, found by its label or made: scores of the search split in the columns of trials."""
-        label, values = _of_baseline(standing), self._mlflow.entities
+        label, values = _of_baseline(result), self._mlflow.entities
         parent = self._parent.info.run_id
-        tags = {_PARENT: parent, _ROLE: "baseline", _BASELINE: label, "dem_opt.kind": standing.role}
+        tags = {_PARENT: parent, _ROLE: "baseline", _BASELINE: label, "dem_opt.kind": result.role}
         known = [
             run
             for run in self._search(f"tags.`{_PARENT}` = '{parent}' and tags.`{_ROLE}` = 'baseline'")
             if run.data.tags.get(_BASELINE) == label
         ]
         run = known[0] if known else self._client.create_run(self._experiment, tags=tags, run_name=shorten(label, 200))
-        began, weights = run.info.start_time, standing.coefficients.weights if standing.coefficients else {}
+        began, weights = run.info.start_time, result.coefficients.weights if result.coefficients else {}
         params = [values.Param(f"w.{name}", str(weight)) for name, weight in weights.items()]
-        metrics = [values.Metric(key, value, began, 0) for key, value in standing_metrics(standing)]
+        metrics = [values.Metric(key, value, began, 0) for key, value in result_metrics(result)]
         metrics += [
-            values.Metric(key, nll, began, step)
-            for key, nll, step in _window_metrics(standing.scores.get("search", {}))
+            values.Metric(key, nll, began, step) for key, nll, step in _window_metrics(result.scores.get("search", {}))
         ]
         self._client.log_batch(run.info.run_id, metrics, [one for one in params if one.key not in run.data.params])
         self._client.set_terminated(run.info.run_id)
@@ -309,20 +308,20 @@ def _window_metrics(scores: Mapping[str, Score]) -> Iterator[tuple[str, float, i
                 yield f"window_nll.{name}", nats / tokens, window
 
 
-def _of_baseline(standing: Standing) -> str:
+def _of_baseline(result: ResultRow) -> str:
     """What a baseline's run is called."""
-    return {"single": f"{standing.label} alone", "without": f"winner without {standing.label}"}.get(
-        standing.role, standing.label
+    return {"single": f"{result.label} alone", "without": f"winner without {result.label}"}.get(
+        result.role, result.label
     )
 
 
-def standing_metrics(standing: Standing) -> list[tuple[str, float]]:
+def result_metrics(result: ResultRow) -> list[tuple[str, float]]:
     """Scores on the search split in the columns of trials, and those on the held-out split beside them."""
-    metrics = [("forward_equivalents", standing.forwards)]
+    metrics = [("forward_equivalents", result.forwards)]
     for split, prefix in (("search", ""), ("held_out", "held_out.")):
-        if split in standing.objective:
-            metrics.append((f"{prefix}objective_nll", standing.objective[split]))
-        for name, score in standing.scores.get(split, {}).items():
+        if split in result.objective:
+            metrics.append((f"{prefix}objective_nll", result.objective[split]))
+        for name, score in result.scores.get(split, {}).items():
             metrics += [(f"{prefix}nll.{name}", score.nll), (f"{prefix}perplexity.{name}", score.perplexity)]
     return metrics
 

@@ -12,10 +12,10 @@ from typing import NamedTuple, Protocol, TypeVar, final
 
 from dem_opt.errors import shorten
 from dem_opt.storage.engine import masked
-from dem_opt.tracking.study_runs import CHAMPION, Alone, Dossier, MlflowRuns, Place, Records
+from dem_opt.tracking.study_runs import CHAMPION, Alone, MlflowRuns, Place, Records, StudyDescription
 from dem_opt.types import TrialRecord
 
-__all__ = ["CHAMPION", "Dossier", "Drivers", "MlflowTracker", "Place", "Records", "Tracker"]
+__all__ = ["CHAMPION", "Drivers", "MlflowTracker", "Place", "Records", "StudyDescription", "Tracker"]
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ class Tracker(Protocol):
     def reconcile(self, records: Records) -> None:
         """Writes down what is missing of these trials, each exactly once.  Returns at once."""
 
-    def describe(self, dossier: Dossier) -> None:
+    def describe(self, study_description: StudyDescription) -> None:
         """Writes down what is known of the study beside its trials.  Returns at once."""
 
     def register(self, folder: Path, metrics: Mapping[str, float], tags: Mapping[str, str]) -> str | None:
@@ -102,9 +102,9 @@ class MlflowTracker:
         """Queues the runs that MLflow lacks, and the end of those that were begun only."""
         self._submit(lambda: self._log_all(records))
 
-    def describe(self, dossier: Dossier) -> None:
+    def describe(self, study_description: StudyDescription) -> None:
         """Queues it."""
-        self._submit(lambda: self._opened().describe(dossier))
+        self._submit(lambda: self._opened().describe(study_description))
 
     def register(self, folder: Path, metrics: Mapping[str, float], tags: Mapping[str, str]) -> str | None:
         """Registers a checkpoint folder under the model's name, with the alias "champion".

@@ -153,7 +153,7 @@ def is_finished(job: FineTuneJob) -> bool:
     return record is not None and record.get("made_from") == json.loads(json.dumps(_made_from(job)))
 
 
-def identity(job: FineTuneJob) -> str:
+def job_identity(job: FineTuneJob) -> str:
     """A hash of what the job's checkpoint is made from.
 
     Raises InputError when the base or the data file is missing.

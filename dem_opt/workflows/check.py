@@ -17,9 +17,9 @@ from dem_opt.merging.kernel import foretold
 from dem_opt.planning.hardware import Speed
 from dem_opt.planning.hardware import probe as probe_speed
 from dem_opt.planning.inputs import Files, check_files, tell_twins
-from dem_opt.planning.plan import Plan, identity, refuse_too_large, sized
+from dem_opt.planning.plan import Plan, header_identity, refuse_too_large, sized
 from dem_opt.storage.engine import connect, is_there, masked, probe
-from dem_opt.storage.identity import Question
+from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
 
 KNOCK = 2.0
@@ -78,7 +78,7 @@ class Findings:
         told = [
             tied,
             f"{memory}: {sized(machine.total)}, {sized(machine.available)} available. "
-            f"Residents{each}: {plan.fitting:,} fit, {plan.asked} asked for.",
+            f"Workers{each}: {plan.fitting:,} fit, {plan.asked} asked for.",
             f"Merging and scoring: about {_duration(self.seconds)} ({self.speed.source}). "
             "Loading, proposals and MLflow come on top.",
             f"{self.kernel[0].upper()}{self.kernel[1:]}.",
@@ -102,9 +102,9 @@ def check(config: StudyConfig, where: object) -> Findings:
     plan, storage = files.plan(), f"{masked(config.storage)}: {probe(config.storage)}"
     speed = _speed(config, plan)
     tracking, unreachable = _tracking(config.tracking.uri)
-    export, free = _export_bytes(files), shutil.disk_usage(_standing(config.output)).free
+    export, free = _export_bytes(files), shutil.disk_usage(_result(config.output)).free
     full = [f"an export needs {sized(export)}, {sized(free)} are free at {config.output}"] if free < export else []
-    identities = {name: identity(header) for name, header in files.headers.items()}
+    identities = {name: header_identity(header) for name, header in files.headers.items()}
     return Findings(
         checkpoints=tuple(_stored(name, header) for name, header in files.headers.items()),
         architecture=files.architecture.name,
@@ -122,7 +122,7 @@ def check(config: StudyConfig, where: object) -> Findings:
 
 
 def refuse(found: Findings, config: StudyConfig, where: object) -> None:
-    """Raise InputError, as a run would, where the residents don't fit into this machine's memory."""
+    """Raise InputError, as a run would, where the workers don't fit into this machine's memory."""
     if config.compute.ray == "local":
         refuse_too_large(found.plan, where)
 
@@ -172,7 +172,7 @@ def _measured(config: StudyConfig) -> float | None:
         row = ledger.study(config.name)
         if row is None:
             return None
-        return ledger.seconds_per_token(Question.recall(row.question, row.scoring).scoring)
+        return ledger.seconds_per_token(StudyIdentity.recall(row.question, row.scoring).scoring)
     finally:
         engine.dispose()
 
@@ -204,7 +204,7 @@ def _export_bytes(files: Files) -> int:
     return sum(one.nbytes for name, one in tensors if name not in files.architecture.aliases)
 
 
-def _standing(path: Path) -> Path:
+def _result(path: Path) -> Path:
     """The path, or the nearest folder above it that exists."""
     return next(place for place in (path, *path.absolute().parents) if place.exists())
 

@@ -7,7 +7,15 @@ from hashlib import sha256
 from math import prod
 from typing import Any
 
-from dem_opt.analysis.mixing_cost import Cost, Edited, Mixed, Mixing, Start, forward_cost, training_cost
+from dem_opt.analysis.mixing_cost import (
+    BaseScore,
+    Cost,
+    MergeResult,
+    MixingComparison,
+    MixtureResult,
+    forward_cost,
+    training_cost,
+)
 from dem_opt.checkpoints.files import content_hash
 from dem_opt.checkpoints.locate import locate
 from dem_opt.compute import Compute
@@ -15,15 +23,15 @@ from dem_opt.config import StudyConfig
 from dem_opt.data.mixtures import Mixture, Part, lattice
 from dem_opt.errors import InputError
 from dem_opt.evaluation.worker import build
-from dem_opt.observers import Observer, Silence
-from dem_opt.planning.inputs import Sources, check_files, gather
+from dem_opt.observers import NullProgress, Observer
+from dem_opt.planning.inputs import Inputs, check_files, gather
 from dem_opt.search.loop import Driver
 from dem_opt.search.trials import is_known, objectives, recall
-from dem_opt.storage.identity import Question
+from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
-from dem_opt.tracking.job_runs import Curves, Note
-from dem_opt.training.fine_tune import FineTuned, FineTuneJob, identity, result_of
-from dem_opt.types import SEARCH, SPLITS, Composite, ResidentSpec, Standing, StoredModel, Summary
+from dem_opt.tracking.job_runs import JobRun, Note
+from dem_opt.training.fine_tune import FineTuned, FineTuneJob, job_identity, result_of
+from dem_opt.types import SEARCH, SPLITS, Composite, ResultRow, StoredModel, Summary, WorkerSpec
 from dem_opt.workflows.fine_tuning import settings, train
 
 FOLDER = "mixing"
@@ -41,9 +49,9 @@ def mix(
     summary: Summary,
     compute: Compute,
     observer: Observer,
-) -> Mixing:
+) -> MixingComparison:
     """Train and score a model for each job, and hold the winner against them."""
-    files = gather(config, where, resident=False).exact()
+    files = gather(config, where, worker=False).exact()
     train(config, [one.job for one in jobs], compute, _Ends(observer))
     with compute:
         sources = files.on(compute.device)
@@ -61,7 +69,7 @@ def planned(config: StudyConfig, where: object, grid: str) -> list["MixtureJob"]
     return mixture_jobs(config, mixtures(config, grid, where), singles(config, where))
 
 
-class _Ends(Silence):
+class _Ends(NullProgress):
     """Tells the end of each training, not its steps: there are many."""
 
     def __init__(self, observer: Observer) -> None:
@@ -153,27 +161,27 @@ def mixture_jobs(
 
 
 def score_mixtures(
-    sources: Sources, jobs: Sequence[MixtureJob], ledger: Ledger, compute: Compute, observer: Observer
+    sources: Inputs, jobs: Sequence[MixtureJob], ledger: Ledger, compute: Compute, observer: Observer
 ) -> dict[str, Composite]:
     """Score every model on both splits, what the ledger has not; by the folder of each its composite.
 
     As many of them are in memory at once as the study has fine-tunes; one, where these are adapters or stay in files.
     """
-    question = sources.question()
+    identity = sources.identity()
     models = [StoredModel(one.job.out, content_hash(one.job.out, FOLDER)) for one in jobs]
     composites = {model.path.name: Composite.single(model.content) for model in models}
     missing = [
         model
         for model in {one.content: one for one in models}.values()
-        if not all(is_known(ledger, question, composites[model.path.name], split) for split in SPLITS)
+        if not all(is_known(ledger, identity, composites[model.path.name], split) for split in SPLITS)
     ]
-    whole = not sources.streamed and all(one.base is None for one in sources.experts.values())
-    size = len(sources.experts) if whole else 1
+    whole = not sources.streamed and all(one.base is None for one in sources.fine_tunes.values())
+    size = len(sources.fine_tunes) if whole else 1
     for start in range(0, len(missing), size):
         some = tuple(missing[start : start + size])
-        spec = ResidentSpec(some[0], some[1:], sources.corpora, sources.dtype, sources.batch_tokens)
-        with closing(compute.residents(build, spec, observer.milestone)) as pool:
-            driver = Driver(question, ledger, pool, observer)
+        spec = WorkerSpec(some[0], some[1:], sources.corpora, sources.dtype, sources.batch_tokens)
+        with closing(compute.workers(build, spec, observer.milestone)) as pool:
+            driver = Driver(identity, ledger, pool, observer)
             for split in SPLITS:
                 driver.measure([Composite.single(model.content) for model in some], split)
     return composites
@@ -182,30 +190,32 @@ def score_mixtures(
 def hold_against(
     config: StudyConfig,
     where: object,
-    sources: Sources,
+    sources: Inputs,
     ledger: Ledger,
     summary: Summary,
     jobs: Sequence[MixtureJob],
     composites: Mapping[str, Composite],
-) -> Mixing:
+) -> MixingComparison:
     """The comparison, from what the ledger and the checkpoints' records have."""
-    question, made = sources.question(), singles(config, where)
+    identity, made = sources.identity(), singles(config, where)
     parameters = sum(map(prod, check_files(config, where).architecture.parameters.values()))
     winner = summary.winner
     assert winner.coefficients is not None
     trained = sum((_training(one, parameters) for one in made.values()), Cost())
-    edited = Edited(
+    edited = MergeResult(
         winner.label,
         winner.coefficients.weights,
         *_scored(winner),
         trained,
         forward_cost(parameters, winner.forward_tokens, winner.seconds),
     )
-    mixed = tuple(_mixed(one, composites[one.job.out.name], question, ledger, parameters) for one in jobs)
-    return Mixing(config.name, question.weights, parameters, edited, mixed, Start(*_scored(summary.standings[0])))
+    mixed = tuple(_mixed(one, composites[one.job.out.name], identity, ledger, parameters) for one in jobs)
+    return MixingComparison(
+        config.name, identity.weights, parameters, edited, mixed, BaseScore(*_scored(summary.results[0]))
+    )
 
 
-def _scored(one: Standing) -> tuple[Mapping[str, float], Mapping[str, Mapping[str, float]]]:
+def _scored(one: ResultRow) -> tuple[Mapping[str, float], Mapping[str, Mapping[str, float]]]:
     """A composite's objective by split, and its NLL by split and corpus."""
     nll = {split: {name: score.nll for name, score in scores.items()} for split, scores in one.scores.items()}
     return dict(one.objective), nll
@@ -216,14 +226,16 @@ def _training(made: FineTuned, parameters: int) -> Cost:
     return training_cost(parameters, made.trained or parameters, made.tokens, made.seconds)
 
 
-def _mixed(one: MixtureJob, composite: Composite, question: Question, ledger: Ledger, parameters: int) -> Mixed:
+def _mixed(
+    one: MixtureJob, composite: Composite, identity: StudyIdentity, ledger: Ledger, parameters: int
+) -> MixtureResult:
     made = result_of(one.job.out)
     assert made is not None, "trained just now"
-    scores = {split: recall(ledger, question, composite, split) for split in SPLITS}
-    minimized = objectives(ledger, question)
-    tokens = len(question.keys(SEARCH)) * question.windows(SEARCH) * one.job.window
-    seconds = ledger.seconds(composite, question.keys(SEARCH), question.scoring)
-    return Mixed(
+    scores = {split: recall(ledger, identity, composite, split) for split in SPLITS}
+    minimized = objectives(ledger, identity)
+    tokens = len(identity.keys(SEARCH)) * identity.windows(SEARCH) * one.job.window
+    seconds = ledger.seconds(composite, identity.keys(SEARCH), identity.scoring)
+    return MixtureResult(
         one.budget,
         one.shares,
         {split: minimized[split](scores[split]) for split in SPLITS},
@@ -232,9 +244,9 @@ def _mixed(one: MixtureJob, composite: Composite, question: Question, ledger: Le
     )
 
 
-def log_mixing(config: StudyConfig, jobs: Sequence[MixtureJob], found: Mixing, observer: Observer) -> None:
+def log_mixing(config: StudyConfig, jobs: Sequence[MixtureJob], found: MixingComparison, observer: Observer) -> None:
     """Every model of a mixture as a baseline run in MLflow."""
-    curves = Curves(config.tracking.uri, config.tracking.experiment, config.output / "artifacts", observer.milestone)
+    curves = JobRun(config.tracking.uri, config.tracking.experiment, config.output / "artifacts", observer.milestone)
     for one, mixed in zip(jobs, found.mixed, strict=True):
         parameters = {f"share.{name}": f"{share:g}" for name, share in one.shares.items()} | {"tokens": one.budget}
         metrics = {f"{split}.objective_nll": nll for split, nll in mixed.objective.items()}
@@ -244,5 +256,5 @@ def log_mixing(config: StudyConfig, jobs: Sequence[MixtureJob], found: Mixing, o
             "training_flops": mixed.cost.training_flops,
             "seconds": mixed.cost.seconds,
         }
-        curves.write(Note("data mixing", one.job.name, identity(one.job), parameters, metrics))
+        curves.write(Note("data mixing", one.job.name, job_identity(one.job), parameters, metrics))
     curves.close()

@@ -9,16 +9,16 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from dem_opt.analysis.task_scores import Tasked, TaskScore, TaskTable
+from dem_opt.analysis.task_scores import TaskResults, TaskScore, TaskTable
 from dem_opt.compute import Compute
 from dem_opt.config import Evaluate, StudyConfig
 from dem_opt.errors import InputError
 from dem_opt.export.writer import write_composite
 from dem_opt.observers import Observer
-from dem_opt.planning.inputs import Sources, gather
+from dem_opt.planning.inputs import Inputs, gather
 from dem_opt.simplex import UNIT
-from dem_opt.tracking.job_runs import Curves, Note
-from dem_opt.types import Composite, Standing, Summary
+from dem_opt.tracking.job_runs import JobRun, Note
+from dem_opt.types import Composite, ResultRow, Summary
 from dem_opt.workflows.lm_eval import TaskJob, check_tasks, harness_version, run_tasks
 
 FOLDER = "downstream"
@@ -26,10 +26,10 @@ FOLDER = "downstream"
 
 
 @dataclass(frozen=True)
-class Entrant:
+class Candidate:
     """A line of the final table that is to do the tasks."""
 
-    standing: Standing
+    result: ResultRow
     composite: Composite
 
 
@@ -50,7 +50,7 @@ def evaluate(
     config: StudyConfig, where: object, given: Evaluate, summary: Summary, compute: Compute, observer: Observer
 ) -> TaskTable:
     """Score base, fine-tunes, uniform average and the best composites on the tasks, and log it."""
-    sources = gather(config, where, resident=False)
+    sources = gather(config, where, worker=False)
     doers = entrants(summary, sources, given.top)
     with compute:
         found = do_tasks(config, given, sources, doers, compute, observer)
@@ -58,22 +58,22 @@ def evaluate(
     return found
 
 
-def entrants(summary: Summary, sources: Sources, top: int) -> list[Entrant]:
+def entrants(summary: Summary, sources: Inputs, top: int) -> list[Candidate]:
     """Base, fine-tunes and uniform average, then the best composites; one that is among the others only once."""
-    question, found = sources.question(), dict[Composite, Standing]()
-    baselines = [one for one in summary.standings if one.role in ("base", "single", "uniform")]
+    identity, found = sources.identity(), dict[Composite, ResultRow]()
+    baselines = [one for one in summary.results if one.role in ("base", "single", "uniform")]
     for one in (*baselines, *summary.top[:top]):
         at = one.coefficients
-        composite = Composite.single(question.base) if at is None else question.composite(at)
+        composite = Composite.single(identity.base) if at is None else identity.composite(at)
         found.setdefault(composite, one)
-    return [Entrant(standing, composite) for composite, standing in found.items()]
+    return [Candidate(result, composite) for composite, result in found.items()]
 
 
 def do_tasks(
     config: StudyConfig,
     given: Evaluate,
-    sources: Sources,
-    doers: Sequence[Entrant],
+    sources: Inputs,
+    doers: Sequence[Candidate],
     compute: Compute,
     observer: Observer,
 ) -> TaskTable:
@@ -94,16 +94,16 @@ def do_tasks(
                 _keep(config, given, one.composite, task, score)
         scores = {task: score for task, score in kept.items() if score is not None}
         told = ", ".join(f"{task} {score.metric} {score.value:.4f}" for task, score in scores.items())
-        observer.milestone(f"{place} of {len(doers)}: {one.standing.label}: {told}{'' if missing else ' (known)'}")
-        at = one.standing.coefficients
+        observer.milestone(f"{place} of {len(doers)}: {one.result.label}: {told}{'' if missing else ' (known)'}")
+        at = one.result.coefficients
         weights = None if at is None else at.weights
-        models.append(Tasked(one.standing.label, one.standing.role, weights, dict(one.standing.objective), scores))
+        models.append(TaskResults(one.result.label, one.result.role, weights, dict(one.result.objective), scores))
     return TaskTable(config.name, tuple(given.tasks), tuple(models))
 
 
-def log_tasks(config: StudyConfig, doers: Sequence[Entrant], found: TaskTable, observer: Observer) -> None:
+def log_tasks(config: StudyConfig, doers: Sequence[Candidate], found: TaskTable, observer: Observer) -> None:
     """Every model's scores in MLflow."""
-    curves = Curves(config.tracking.uri, config.tracking.experiment, config.output / "artifacts", observer.milestone)
+    curves = JobRun(config.tracking.uri, config.tracking.experiment, config.output / "artifacts", observer.milestone)
     for one, model in zip(doers, found.models, strict=True):
         metrics = {f"{task}.{score.metric}": score.value for task, score in model.scores.items()}
         metrics |= {f"{split}.objective_nll": nll for split, nll in model.objective.items()}
@@ -115,14 +115,14 @@ def log_tasks(config: StudyConfig, doers: Sequence[Entrant], found: TaskTable, o
 
 def _measure(
     given: Evaluate,
-    sources: Sources,
+    sources: Inputs,
     folder: Path,
-    one: Entrant,
+    one: Candidate,
     tasks: tuple[str, ...],
     compute: Compute,
 ) -> dict[str, TaskScore]:
     job = TaskJob(
-        one.standing.label,
+        one.result.label,
         folder,
         sources.base.path,
         tasks,
@@ -138,7 +138,7 @@ def _measure(
 
 
 @contextmanager
-def _folder(config: StudyConfig, sources: Sources, composite: Composite) -> Iterator[Path]:
+def _folder(config: StudyConfig, sources: Inputs, composite: Composite) -> Iterator[Path]:
     """A model's folder: a checkpoint's own, or one that is written for the while."""
     full = {model.content: model.path for model in sources.models().values() if model.base is None}
     terms = dict(composite.terms)

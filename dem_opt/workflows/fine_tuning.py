@@ -16,8 +16,8 @@ from dem_opt.data.windows import build_corpora
 from dem_opt.errors import InputError, TrainingError
 from dem_opt.observers import Observer
 from dem_opt.planning.inputs import check_origin
-from dem_opt.tracking.job_runs import Curves, Note
-from dem_opt.training.fine_tune import FineTuned, FineTuneJob, fine_tune, identity, is_wanted
+from dem_opt.tracking.job_runs import JobRun, Note
+from dem_opt.training.fine_tune import FineTuned, FineTuneJob, fine_tune, is_wanted, job_identity
 from dem_opt.training.lora import check_lora
 from dem_opt.training.trainer import check_trainer
 
@@ -121,8 +121,8 @@ def _watched(
     config: StudyConfig, jobs: Sequence[FineTuneJob], observer: Observer
 ) -> Iterator[Callable[[FineTuneJob, object], None]]:
     """Journals of the jobs told and logged while they run; what is yielded is called with each job that ended."""
-    curves = Curves(config.tracking.uri, config.tracking.experiment, config.output / "artifacts", observer.milestone)
-    over, keys = Event(), {job.out: identity(job) for job in jobs}
+    curves = JobRun(config.tracking.uri, config.tracking.experiment, config.output / "artifacts", observer.milestone)
+    over, keys = Event(), {job.out: job_identity(job) for job in jobs}
 
     def look(job: FineTuneJob, status: str = "RUNNING", result: Mapping[str, float] | None = None) -> None:
         points = read_journal((job.place if status == "RUNNING" else job.out) / JOURNAL)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from dem_opt.analysis.results import entries
-from dem_opt.planning.inputs import Sources, too_large
+from dem_opt.planning.inputs import Inputs, too_large
 from dem_opt.search.loop import Driver
 from dem_opt.search.trials import is_known, recall
-from dem_opt.storage.identity import Question
+from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
-from dem_opt.types import SEARCH, Composite, ResidentSpec
+from dem_opt.types import SEARCH, Composite, WorkerSpec
 
 
 @dataclass(frozen=True)
@@ -31,41 +31,41 @@ class Fidelity:
 
 
 def tell_cost(
-    sources: Sources,
+    sources: Inputs,
     ledger: Ledger,
-    driving: Callable[[ResidentSpec, Question, Ledger], AbstractContextManager[Driver]],
+    driving: Callable[[WorkerSpec, StudyIdentity, Ledger], AbstractContextManager[Driver]],
     where: object,
 ) -> list[str]:
     """Measure what compressed vectors cost, if there are any and memory allows vectors as they are; a line of it."""
-    question, exact = sources.question(), sources.exact()
-    if question.vectors == "exact":
+    identity, exact = sources.identity(), sources.exact()
+    if identity.vectors == "exact":
         return []
     if shortage := too_large(exact.config, where):
-        return [f"what {question.vectors} vectors cost is not measured: {shortage}"]
-    with driving(exact.spec(), question.exact(), ledger) as driver:
-        driver.measure(_yardsticks(question), SEARCH)
-    return [str(cost) for cost in known_cost(ledger, question)]
+        return [f"what {identity.vectors} vectors cost is not measured: {shortage}"]
+    with driving(exact.spec(), identity.exact(), ledger) as driver:
+        driver.measure(_yardsticks(identity), SEARCH)
+    return [str(cost) for cost in known_cost(ledger, identity)]
 
 
-def known_cost(ledger: Ledger, question: Question) -> list[Fidelity]:
+def known_cost(ledger: Ledger, identity: StudyIdentity) -> list[Fidelity]:
     """The error by the ledger, of what it has in both forms; nothing where it has none in both."""
-    exact = question.exact()
-    if question.vectors == "exact":
+    exact = identity.exact()
+    if identity.vectors == "exact":
         return []
     both = [
         composite
-        for composite in _yardsticks(question)
-        if is_known(ledger, question, composite, SEARCH) and is_known(ledger, exact, composite, SEARCH)
+        for composite in _yardsticks(identity)
+        if is_known(ledger, identity, composite, SEARCH) and is_known(ledger, exact, composite, SEARCH)
     ]
     errors = [
         abs(score.nll - recall(ledger, exact, composite, SEARCH)[name].nll)
         for composite in both
-        for name, score in recall(ledger, question, composite, SEARCH).items()
+        for name, score in recall(ledger, identity, composite, SEARCH).items()
     ]
-    return [Fidelity(question.vectors, fmean(errors), max(errors), len(both))] if errors else []
+    return [Fidelity(identity.vectors, fmean(errors), max(errors), len(both))] if errors else []
 
 
-def _yardsticks(question: Question) -> Sequence[Composite]:
+def _yardsticks(identity: StudyIdentity) -> Sequence[Composite]:
     """The single fine-tunes and the uniform average; the base is exact in every form."""
-    baselines = [entry.composite for entry in entries(question, {})]
-    return [composite for composite in baselines if composite != Composite.single(question.base)]
+    baselines = [entry.composite for entry in entries(identity, {})]
+    return [composite for composite in baselines if composite != Composite.single(identity.base)]

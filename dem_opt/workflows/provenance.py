@@ -18,10 +18,10 @@ from dem_opt.search.loop import Driver
 from dem_opt.search.optuna_study import Search
 from dem_opt.search.trials import objectives, recall
 from dem_opt.storage.engine import masked
-from dem_opt.storage.identity import Question
-from dem_opt.tracking.study_runs import Data, Dossier, Place, standing_metrics
+from dem_opt.storage.identity import StudyIdentity
+from dem_opt.tracking.study_runs import Data, Place, StudyDescription, result_metrics
 from dem_opt.tracking.urls import optuna_study, optuna_trial
-from dem_opt.types import SEARCH, SPLITS, Standing, Summary, TrialRecord
+from dem_opt.types import SEARCH, SPLITS, ResultRow, Summary, TrialRecord
 
 LIBRARIES = ("torch", "transformers", "optuna", "mlflow", "ray", "dem-opt")
 
@@ -31,23 +31,23 @@ def libraries() -> dict[str, str]:
     return {library: version(library) for library in LIBRARIES}
 
 
-def facts(config: StudyConfig, where: object, question: Question) -> dict[str, str]:
+def facts(config: StudyConfig, where: object, identity: StudyIdentity) -> dict[str, str]:
     """What reproduces the study: where its parts are, their content, and with what it was run."""
     folder = Path(str(where)).resolve().parent
     revision = git_revision(folder)
     folders = {name: one.expert[1] for name, one in config.distributions.items()}
-    contents = {f"{name}: {folders.get(name, 'gone')}": content for name, content in question.experts.items()}
+    contents = {f"{name}: {folders.get(name, 'gone')}": content for name, content in identity.fine_tunes.items()}
     return {
         "study file": str(where),
         "storage": masked(config.storage),
         "MLflow": masked(config.tracking.uri),
-        f"base: {config.base}": question.base,
+        f"base: {config.base}": identity.base,
         **contents,
-        **question.settings,
-        **({"merging here": foretold(question.settings["device"])} if config.compute.ray == "local" else {}),
+        **identity.settings,
+        **({"merging here": foretold(identity.settings["device"])} if config.compute.ray == "local" else {}),
         **libraries(),
         **({"git revision": revision} if revision else {}),
-        "fingerprint": fingerprint(question),
+        "fingerprint": fingerprint(identity),
         "hardware": hardware(),
         "go on, or repeat": f"dem-opt run {where}",
         "the grid beside it": f"dem-opt compare --algorithms grid {where}",
@@ -80,34 +80,34 @@ def place(config: StudyConfig, search: Search) -> Place:
     )
 
 
-def dossier(config: StudyConfig, where: object, question: Question) -> Dossier:
+def study_description(config: StudyConfig, where: object, identity: StudyIdentity) -> StudyDescription:
     """What MLflow is told of a study before there are trials: the study resolved, fingerprint, hardware, data."""
     folder = Path(str(where)).resolve().parent
     revision = git_revision(folder)
     tags = {
-        "dem_opt.fingerprint": fingerprint(question),
+        "dem_opt.fingerprint": fingerprint(identity),
         "dem_opt.hardware": hardware(),
         **({"mlflow.source.git.commit": revision} if revision else {}),
     }
-    return Dossier(tags=tags, data=_data(config, question), files={"study.yaml": resolved(config, folder)})
+    return StudyDescription(tags=tags, data=_data(config, identity), files={"study.yaml": resolved(config, folder)})
 
 
-def dossiers(summary: Summary, note: str, files: Mapping[str, str | bytes]) -> dict[str, Dossier]:
+def study_descriptions(summary: Summary, note: str, files: Mapping[str, str | bytes]) -> dict[str, StudyDescription]:
     """What MLflow is told of what was found, by search: files and baselines in the winner's alone."""
-    baselines = [one for one in summary.standings if one.role != "best"] + list(summary.left_out)
+    baselines = [one for one in summary.results if one.role != "best"] + list(summary.left_out)
     made = {}
-    for best in summary.standings:
+    for best in summary.results:
         if best.run:
-            metrics = {f"best.{key}": value for key, value in standing_metrics(best)}
-            made[best.run] = Dossier(note=note, metrics=metrics)
+            metrics = {f"best.{key}": value for key, value in result_metrics(best)}
+            made[best.run] = StudyDescription(note=note, metrics=metrics)
             if best is summary.winner:
                 made[best.run] = replace(made[best.run], files=files, baselines=baselines)
     return made
 
 
-def fingerprint(question: Question) -> str:
+def fingerprint(identity: StudyIdentity) -> str:
     """SHA-256 of what the study asks and of what makes its scores comparable, all by content."""
-    return sha256(repr(sorted((question.asked() | question.scored()).items())).encode()).hexdigest()
+    return sha256(repr(sorted((identity.asked() | identity.scored()).items())).encode()).hexdigest()
 
 
 def hardware() -> str:
@@ -132,18 +132,18 @@ def _git(folder: Path, *words: str) -> str | None:
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
-def _data(config: StudyConfig, question: Question) -> list[Data]:
+def _data(config: StudyConfig, identity: StudyIdentity) -> list[Data]:
     """The corpora of both splits, and the files that they were cut from."""
     made = []
     for split in SPLITS:
-        for name, key in question.corpora[split].items():
+        for name, key in identity.corpora[split].items():
             given = config.corpora[name]
             file = given.validation if split == SEARCH or given.held_out is None else given.held_out
-            made.append(Data(name, split, str(file.path), key, question.windows(split)))
+            made.append(Data(name, split, str(file.path), key, identity.windows(split)))
     return made
 
 
-def measures(winner: Standing) -> dict[str, float]:
+def measures(winner: ResultRow) -> dict[str, float]:
     """What the registered winner is measured by, on both splits: nats per token and perplexities."""
     metrics = {f"{split}.objective_nll": nll for split, nll in winner.objective.items()}
     metrics |= {"search.protect_violation": winner.violation} if winner.violation else {}
@@ -171,11 +171,11 @@ def _change(
     best = best_of([trial for trials in found.values() for trial in trials])
     if best is None:
         return told
-    composite = driver.question.composite(best.coefficients)
-    known = recall(driver.ledger, driver.question, composite, SEARCH)
+    composite = driver.identity.composite(best.coefficients)
+    known = recall(driver.ledger, driver.identity, composite, SEARCH)
     again = driver.score_afresh(composite, SEARCH)
     if again == known:
         return f"{told}; the best composite scores the same to the bit"
-    objective = objectives(driver.ledger, driver.question)[SEARCH]
+    objective = objectives(driver.ledger, driver.identity)[SEARCH]
     old, new = objective(known), objective(again)
     return f"warning: {told}; the best composite scores {new:.9f}, not {old:.9f}: {new - old:+.1e} nats per token"

@@ -5,17 +5,17 @@ import pytest
 
 from dem_opt.analysis.results import Entry, left_out_entries
 from dem_opt.simplex import UNIT, Coefficients, Space
-from dem_opt.storage.identity import Question
+from dem_opt.storage.identity import StudyIdentity
 from dem_opt.types import Composite
 
 NAMES = ("a", "b", "c", "d")
 
 
-def question(names: tuple[str, ...], total: float = 1.0) -> Question:
-    return Question("base", {name: f"hash {name}" for name in names}, Space(names, total), {}, {}, {})
+def identity(names: tuple[str, ...], total: float = 1.0) -> StudyIdentity:
+    return StudyIdentity("base", {name: f"hash {name}" for name in names}, Space(names, total), {}, {}, {})
 
 
-def winner(asked: Question, point: Coefficients) -> Entry:
+def winner(asked: StudyIdentity, point: Coefficients) -> Entry:
     return Entry("best of grid", "best", "grid", point, asked.composite(point))
 
 
@@ -23,7 +23,7 @@ def winner(asked: Question, point: Coefficients) -> Entry:
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_the_others_grow_in_proportion_to_the_winners_total(total: float, count: int) -> None:
     rng = np.random.default_rng(0)
-    asked = question(NAMES[:count], total)
+    asked = identity(NAMES[:count], total)
     point = asked.space.sample(rng)
     made = left_out_entries(asked, winner(asked, point))
     assert [entry.label for entry in made] == list(NAMES[:count])
@@ -38,14 +38,14 @@ def test_the_others_grow_in_proportion_to_the_winners_total(total: float, count:
 
 
 def test_what_the_winner_has_nothing_of_is_not_left_out() -> None:
-    asked = question(NAMES)
+    asked = identity(NAMES)
     point = Coefficients((("a", UNIT // 2), ("b", 0), ("c", UNIT // 2), ("d", 0)))
     made = left_out_entries(asked, winner(asked, point))
     assert [entry.composite for entry in made] == [Composite.single("hash c"), Composite.single("hash a")]
 
 
 def test_a_winner_of_one_distribution_and_a_baseline_have_none() -> None:
-    asked = question(NAMES)
+    asked = identity(NAMES)
     alone = Coefficients(tuple((name, UNIT * (name == "a")) for name in NAMES))
     assert left_out_entries(asked, winner(asked, alone)) == []
     base = Entry("base", "base", "", None, Composite.single("base"))
@@ -54,7 +54,7 @@ def test_a_winner_of_one_distribution_and_a_baseline_have_none() -> None:
 
 def test_bounds_that_forbid_a_winner_forbid_no_comparison() -> None:
     space = Space(("a", "b"), bounds=(("a", 0.2, 0.6),))
-    asked = Question("base", {"a": "hash a", "b": "hash b"}, space, {}, {}, {})
+    asked = StudyIdentity("base", {"a": "hash a", "b": "hash b"}, space, {}, {}, {})
     point = space.nearest(np.array([0.5, 0.5]))
     made = left_out_entries(asked, winner(asked, point))
     assert [entry.composite for entry in made] == [Composite.single("hash b"), Composite.single("hash a")]

@@ -14,10 +14,10 @@ from dem_opt.cli import json_output
 from dem_opt.compute import InProcessCompute
 from dem_opt.errors import InputError
 from dem_opt.evaluation.objective import Objective, mean_nll
-from dem_opt.evaluation.worker import Resident
+from dem_opt.evaluation.worker import Worker
 from dem_opt.search.trials import recall
 from dem_opt.storage.engine import connect
-from dem_opt.storage.identity import Question
+from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.leases import holding
 from dem_opt.storage.ledger import Ledger
 from dem_opt.study import Study
@@ -52,9 +52,9 @@ def known_scores(study):
     with closing_engine(study) as engine:
         ledger = Ledger(engine)
         row = ledger.study("tiny")
-        question = Question.recall(row.question, row.scoring)
-        found = {one: recall(ledger, question, one, SEARCH) for one in ledger.composites(question.scoring)}
-    return {one: scores for one, scores in found.items() if len(scores) >= 3}, question
+        identity = StudyIdentity.recall(row.question, row.scoring)
+        found = {one: recall(ledger, identity, one, SEARCH) for one in ledger.composites(identity.scoring)}
+    return {one: scores for one, scores in found.items() if len(scores) >= 3}, identity
 
 
 @contextmanager
@@ -74,22 +74,22 @@ def dump(path):
 @pytest.mark.parametrize("weights", WEIGHTINGS, ids=str)
 def test_the_winner_is_that_of_brute_force_and_nothing_is_measured_or_written(measured, monkeypatch, weights):
     study = open_study(measured)
-    scores, question = known_scores(study)
-    base = Composite.single(question.base)
+    scores, identity = known_scores(study)
+    base = Composite.single(identity.base)
     values = {one: mean_nll(scores[one], weights) for one in scores if one != base}
     before, files = dump(measured), sorted(measured.parent.rglob("*"))
-    monkeypatch.setattr(Resident, "evaluate", lambda *_: pytest.fail("something was measured"))
+    monkeypatch.setattr(Worker, "evaluate", lambda *_: pytest.fail("something was measured"))
     found = study.reweighted(weights)
     assert dump(measured) == before and sorted(measured.parent.rglob("*")) == files
     winner = found.winner
     assert winner.objective[SEARCH] == min(values.values())
-    assert question.composite(winner.coefficients) == min(values, key=values.get)
+    assert identity.composite(winner.coefficients) == min(values, key=values.get)
     assert winner.evaluations == len(values) and winner.forwards == 0
     assert [one.objective[SEARCH] for one in found.top] == sorted(values.values())[:5]
     assert dict(found.weights) == {"code": 0.0, "math": 0.0, "prose": 0.0} | weights
     assert list(found.weights) == ["code", "math", "prose"]
-    assert [one.label for one in found.standings[:-1]] == ["base", "code", "math", "prose", "uniform"]
-    for one in found.standings:
+    assert [one.label for one in found.results[:-1]] == ["base", "code", "math", "prose", "uniform"]
+    for one in found.results:
         assert one.objective[SEARCH] == mean_nll(one.scores[SEARCH], weights)
 
 
@@ -104,8 +104,8 @@ def test_what_was_stopped_is_no_candidate(measured):
     study = open_study(measured)
     stopped = [record for record in study.summary().trials["random"] if record.is_partial]
     assert stopped, "the world has such trials"
-    scores, question = known_scores(study)
-    assert not {question.composite(record.coefficients) for record in stopped} & set(scores)
+    scores, identity = known_scores(study)
+    assert not {identity.composite(record.coefficients) for record in stopped} & set(scores)
 
 
 def test_a_score_fills_in_the_held_out_split(tmp_path):
@@ -125,12 +125,12 @@ def test_a_score_fills_in_the_held_out_split(tmp_path):
 def test_protection_ranks_what_keeps_it_first(measured, weighed, kept):
     """Every composite's excess is an allowance in its turn: the best of those that keep it wins."""
     study = open_study(measured)
-    scores, question = known_scores(study)
-    base = scores.pop(Composite.single(question.base))
-    weights = {name: float(name == weighed) for name in question.weights}
+    scores, identity = known_scores(study)
+    base = scores.pop(Composite.single(identity.base))
+    weights = {name: float(name == weighed) for name in identity.weights}
     with closing_engine(study) as engine:
         for allowance in sorted(found[kept].nll - base[kept].nll for found in scores.values())[::4]:
-            asked = replace(question, weights=weights, protect={kept: allowance})
+            asked = replace(identity, weights=weights, protect={kept: allowance})
             winner = reweighted("tiny", Ledger(engine), asked, {}).winner
             able = [one[weighed].nll for one in scores.values() if one[kept].nll - base[kept].nll <= allowance]
             assert winner.violation == 0 and winner.objective[SEARCH] == min(able)
@@ -141,8 +141,8 @@ def test_what_is_not_known_on_every_corpus_is_no_candidate(tmp_path):
     open_study(worlds.study(tmp_path, search=SEARCHED)).compare(["grid"])
     grown = open_study(worlds.study(tmp_path, ("code", "math", "prose", "records"), search=SEARCHED | {"trials": 3}))
     grown.compare(["random"])
-    scores, question = known_scores(grown)
-    whole = {one: found for one, found in scores.items() if len(found) == 4 and one != Composite.single(question.base)}
+    scores, identity = known_scores(grown)
+    whole = {one: found for one, found in scores.items() if len(found) == 4 and one != Composite.single(identity.base)}
     assert 0 < len(whole) < len(scores) - 1
     found = grown.reweighted({"code": 1}).winner
     assert found.evaluations == len(whole)
@@ -153,9 +153,9 @@ def test_of_largest_regrets_the_weighted_ones_count(tmp_path):
     path = worlds.study(tmp_path, search=SEARCHED, objective={"worst": True})
     study = open_study(path)
     study.compare(["grid"])
-    scores, question = known_scores(study)
-    own = {name: scores[Composite.single(content)][name] for name, content in question.experts.items()}
-    scores.pop(Composite.single(question.base))
+    scores, identity = known_scores(study)
+    own = {name: scores[Composite.single(content)][name] for name, content in identity.fine_tunes.items()}
+    scores.pop(Composite.single(identity.base))
     found = study.reweighted({"code": 1, "math": 3})
     assert found.worst
     assert found.winner.objective[SEARCH] == min(

@@ -1,4 +1,4 @@
-"""Laws of usage: what residents were idle for and what they scored, each counted once."""
+"""Laws of usage: what workers were idle for and what they scored, each counted once."""
 
 from dataclasses import replace
 

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 from dem_opt.analysis.vector_geometry import BLOCK, FILE, inner_products, keep, measure_once, recall_vectors, vectors_of
 from dem_opt.checkpoints.files import content_hash
-from dem_opt.insight import Vectors
+from dem_opt.insight import VectorGeometry
 from dem_opt.types import StoredModel
 
 EXPERTS = {"a": "hash a", "b": "hash b"}
-VECTORS = Vectors(("a", "b"), ((4.0, -3.0), (-3.0, 9.0)))
+VECTORS = VectorGeometry(("a", "b"), ((4.0, -3.0), (-3.0, 9.0)))
 
 
 def test_norms_and_cosines_by_hand() -> None:
@@ -26,7 +26,7 @@ def test_norms_and_cosines_by_hand() -> None:
 
 
 def test_a_zero_vector_has_no_direction() -> None:
-    vectors = Vectors(("a", "b"), ((0.0, 0.0), (0.0, 1.0)))
+    vectors = VectorGeometry(("a", "b"), ((0.0, 0.0), (0.0, 1.0)))
     assert vectors.cosine(0, 1) is None and vectors.cosine(0, 0) is None
 
 
@@ -77,7 +77,7 @@ def test_what_cannot_be_read_is_not_there(tmp_path: Path, text: str) -> None:
 def test_what_is_kept_is_found(tmp_path: Path) -> None:
     keep(VECTORS, "base", EXPERTS, tmp_path)
     assert recall_vectors("base", EXPERTS, tmp_path) == VECTORS
-    assert recall_vectors("base", {"b": "hash b"}, tmp_path) == Vectors(("b",), ((9.0,),))
+    assert recall_vectors("base", {"b": "hash b"}, tmp_path) == VectorGeometry(("b",), ((9.0,),))
     assert json.loads((tmp_path / FILE).read_text())["contents"] == ["hash a", "hash b"]
 
 

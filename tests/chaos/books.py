@@ -1,4 +1,4 @@
-"""A study's three books (Optuna, ledger, MLflow) and its residents' notes: whether each trial stands in each once."""
+"""A study's three books (Optuna, ledger, MLflow) and its workers' notes: whether each trial stands in each once."""
 
 import json
 import os
@@ -46,7 +46,7 @@ class Books:
 
     states  of Optuna's trials that have all their coefficients, by number
     logged  how often MLflow has each trial
-    begun   how often residents began with each piece of work
+    begun   how often workers began with each piece of work
     """
 
     config: StudyConfig

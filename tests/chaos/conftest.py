@@ -17,7 +17,7 @@ import worlds  # noqa: E402
 from dem_opt.compute import SETTINGS  # noqa: E402
 
 CPUS = 4
-"""More than the machine may have: residents of tiny models."""
+"""More than the machine may have: workers of tiny models."""
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +38,7 @@ def make_study(tmp_path: Path, ray_address: str) -> Callable[..., Path]:
     def make(trials: int, documents: int = 60, **sections: Any) -> Path:
         usual: dict[str, Any] = {
             "search": {"algorithm": "random", "trials": trials, "racing": False},
-            "compute": {"ray": ray_address, "residents": 1},
+            "compute": {"ray": ray_address, "workers": 1},
         }
         study = worlds.study(tmp_path, ("code", "math"), **(usual | sections))
         for seed, name in enumerate(("code", "math")):

@@ -1,17 +1,17 @@
-"""A resident that notes what it was asked for, in a file beside the models; importable by Ray's workers."""
+"""A worker that notes what it was asked for, in a file beside the models; importable by Ray's workers."""
 
 import json
 import os
 from pathlib import Path
 
-from dem_opt.evaluation.worker import Resident
-from dem_opt.types import Evaluation, Request, ResidentSpec
+from dem_opt.evaluation.worker import Worker
+from dem_opt.types import Evaluation, Request, WorkerSpec
 
 
-class Counted(Resident):
+class Counted(Worker):
     """Writes a line when an evaluation begins, and one when it has ended."""
 
-    def __init__(self, spec: ResidentSpec) -> None:
+    def __init__(self, spec: WorkerSpec) -> None:
         super().__init__(spec)
         self._notes = notes_of(Path(spec.base.path).parents[1])
 
@@ -33,5 +33,5 @@ def notes_of(folder: Path) -> Path:
     return folder / "evaluations.jsonl"
 
 
-def build(spec: ResidentSpec) -> Counted:
+def build(spec: WorkerSpec) -> Counted:
     return Counted(spec)

@@ -22,7 +22,7 @@ SECRET = "p@ss%{\"w'o}:rd</script>😀"
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=["signs", "length"])
 def test_a_path_of_any_text_works(tmp_path: Path, ray_address: str, folder: str) -> None:
-    compute = {"ray": ray_address, "residents": 1}
+    compute = {"ray": ray_address, "workers": 1}
     study = worlds.study(tmp_path / folder, ("code", "math"), compute=compute)
     for command in (["run"], ["export", "--out", study.parent / "best"], ["report"]):
         status, said = books.run("never", *command, study)

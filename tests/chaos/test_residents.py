@@ -1,4 +1,4 @@
-"""Residents that are killed, alone or with their node: the study goes on, and every trial is told once."""
+"""Workers that are killed, alone or with their node: the study goes on, and every trial is told once."""
 
 import json
 import os
@@ -12,13 +12,13 @@ from typing import Any
 
 import books
 import pytest
-import workers
+import stub_workers
 from counted import notes_of
 
 from dem_opt.compute import RayCompute
 from dem_opt.config import Compute as Settings
 from dem_opt.errors import InputError
-from dem_opt.types import Composite, Request, ResidentSpec, StoredModel
+from dem_opt.types import Composite, Request, StoredModel, WorkerSpec
 
 SLOW: dict[str, Any] = {"documents": 1000, "evaluation": {"window": 64, "windows": 200, "held_out": 4}}
 """A trial of some tenths of a second."""
@@ -30,7 +30,7 @@ def notes(study: Path) -> list[dict[str, Any]]:
 
 
 def at_work(driver: subprocess.Popen[str], study: Path, seen: int) -> int:
-    """The process of a resident that has just begun with something, after so many notes."""
+    """The process of a worker that has just begun with something, after so many notes."""
     while True:
         assert driver.poll() is None, f"the driver has ended: {driver.communicate()[0]}"
         lines = notes(study)
@@ -52,7 +52,7 @@ def test_residents_that_are_killed_while_they_score_lose_no_trial(make_study: Ca
             time.sleep(0.05)
     said, _ = driver.communicate(timeout=600)
     assert driver.returncode == 0, said
-    assert said.count("a resident was lost") <= kills
+    assert said.count("a worker was lost") <= kills
     found = books.read(study)
     found.check(planned)
     assert found.repeated <= kills
@@ -60,7 +60,7 @@ def test_residents_that_are_killed_while_they_score_lose_no_trial(make_study: Ca
 
 @pytest.fixture
 def cluster() -> Iterator[Any]:
-    """A head that holds nothing, and one node that holds residents."""
+    """A head that holds nothing, and one node that holds workers."""
     from ray.cluster_utils import Cluster
 
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -74,7 +74,7 @@ def test_nodes_that_are_killed_and_replaced_lose_no_trial(
     kills, planned = 5, 80
     monkeypatch.setenv("PYTHONPATH", books.environment()["PYTHONPATH"])
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    compute = {"ray": cluster.address, "residents": 2}
+    compute = {"ray": cluster.address, "workers": 2}
     study = make_study(planned, compute=compute, **SLOW)
     driver = books.start("never", "run", study)
     for kill in range(kills):
@@ -95,11 +95,11 @@ def pool_of(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
 
     monkeypatch.setenv("PYTHONPATH", books.environment()["PYTHONPATH"])
     compute = RayCompute(Settings(ray=cluster.address, patience=120))
-    spec = ResidentSpec(StoredModel(Path("models/code"), "content"), (), (), batch_tokens=64)
+    spec = WorkerSpec(StoredModel(Path("models/code"), "content"), (), (), batch_tokens=64)
 
     def make(tell: Callable[[str], None]) -> Any:
         compute.__enter__()
-        return compute.residents(workers.Fragile, spec, tell)
+        return compute.workers(stub_workers.Fragile, spec, tell)
 
     yield make
     compute.__exit__()
@@ -134,6 +134,6 @@ def test_nodes_that_join_get_residents_and_one_whose_files_differ_does_not(
         pool.next_done()
         time.sleep(0.1)
     assert pool.capacity == 2
-    assert said[0] == "a node has joined; it gets a resident"
-    assert said[-1] == "warning: a resident is refused: models/code on node south: its weights differ"
+    assert said[0] == "a node has joined; it gets a worker"
+    assert said[-1] == "warning: a worker is refused: models/code on node south: its weights differ"
     pool.close()

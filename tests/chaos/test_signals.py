@@ -30,7 +30,7 @@ def test_the_first_signal_finishes_what_is_being_scored(make_study: Callable[...
     assert status == 0, said
     found = books.read(study)
     found.check(PLANNED)
-    # What was queued behind it may have been begun before its resident was let go.
+    # What was queued behind it may have been begun before its worker was let go.
     assert found.repeated <= 1
 
 

@@ -12,7 +12,7 @@ from dem_opt.checkpoints.adapters import CONFIG, WEIGHTS, LowRank, check_adapter
 from dem_opt.checkpoints.architecture import check_base, empty_model, load_model, stored_names
 from dem_opt.checkpoints.files import content_hash, read_header
 from dem_opt.errors import InputError
-from dem_opt.merging.merged_model import Arena, merged_tensors
+from dem_opt.merging.merged_model import MergedModel, merged_tensors
 from dem_opt.simplex import UNIT
 from dem_opt.types import Composite, StoredModel
 
@@ -85,18 +85,18 @@ class World:
 
 
 def merged(world, stored, units):
-    """Parameters of a composite in an arena and streamed, which must be the same."""
+    """Parameters of a composite in an merged model and streamed, which must be the same."""
     composite = Composite.of({one.content: count for one, count in zip(stored, units, strict=True) if count})
     model = empty_model(world.base.path, torch.float32)
-    arena = Arena(model, [world.base, *stored])
-    arena.merge(composite)
+    merged_model = MergedModel(model, [world.base, *stored])
+    merged_model.merge(composite)
     by_content = {one.content: one for one in (world.base, *stored)}
     names = list(world.architecture.parameters)
     streamed = merged_tensors(world.architecture, world.base, by_content, composite, names)
     mine = {name: parameter.detach() for name, parameter in model.named_parameters()}
     assert all(torch.equal(tensor.float(), mine[name]) for name, tensor in streamed)
     other = empty_model(world.base.path, torch.float32)
-    Arena(other, [world.base, *stored], streamed=[world.base.content]).merge(composite)
+    MergedModel(other, [world.base, *stored], streamed=[world.base.content]).merge(composite)
     assert all(torch.equal(parameter, mine[name]) for name, parameter in other.named_parameters())
     return mine
 
@@ -150,8 +150,8 @@ def test_a_factored_adapter_costs_its_factors(tmp_path):
     factors = LowRank(torch.zeros(rank, hidden), torch.zeros(hidden, rank), 1.0, False)
     assert count * factors.nbytes == hidden * hidden * 4 // 2
     world = World(tmp_path, *CASES["lora"])
-    alone = Arena(empty_model(world.base.path, torch.float32), [world.base]).nbytes
-    both = Arena(empty_model(world.base.path, torch.float32), [world.base, *world.adapters]).nbytes
+    alone = MergedModel(empty_model(world.base.path, torch.float32), [world.base]).nbytes
+    both = MergedModel(empty_model(world.base.path, torch.float32), [world.base, *world.adapters]).nbytes
     stored = sum(one.nbytes for adapter in world.adapters for one in load_file(adapter.path / WEIGHTS).values())
     assert both - alone == stored
 
@@ -161,10 +161,10 @@ def test_on_a_wide_layer_thirty_two_adapters_take_less_than_two_dense_vectors(tm
     path = zoo.save(tmp_path / "base", "llama", 0, torch.bfloat16, **wide, num_key_value_heads=16)
     base = StoredModel(path, content_hash(path))
     folder = make_adapter(path, tmp_path / "adapter", 1, target_modules="all-linear")
-    dense = Arena(empty_model(path, torch.bfloat16), [base, StoredModel(path, "another name")]).nbytes
-    alone = Arena(empty_model(path, torch.bfloat16), [base]).nbytes
+    dense = MergedModel(empty_model(path, torch.bfloat16), [base, StoredModel(path, "another name")]).nbytes
+    alone = MergedModel(empty_model(path, torch.bfloat16), [base]).nbytes
     adapter = StoredModel(folder, "adapter", base.content)
-    factored = Arena(empty_model(path, torch.bfloat16), [base, adapter]).nbytes
+    factored = MergedModel(empty_model(path, torch.bfloat16), [base, adapter]).nbytes
     # The adapter made here has rank 4: one of rank 16 takes four times its bytes.
     assert 32 * 4 * (factored - alone) < 2 * (dense - alone)
 

@@ -14,7 +14,7 @@ from dem_opt.evaluation import nll
 from dem_opt.evaluation.lm_head import find_head
 from dem_opt.evaluation.nll import prepare, reading
 from dem_opt.export.writer import prove, write_composite
-from dem_opt.merging.merged_model import Arena
+from dem_opt.merging.merged_model import MergedModel
 from dem_opt.simplex import UNIT
 from dem_opt.types import Composite, StoredModel, Windows
 
@@ -45,9 +45,9 @@ class World:
         """The checkpoints as transformers loads them."""
         return [load_model(one.path, torch.float32) for one in self.stored]
 
-    def arena(self, dtype=torch.float32):
+    def merged_model(self, dtype=torch.float32):
         model = empty_model(self.stored[0].path, dtype)
-        return Arena(model, self.stored), model
+        return MergedModel(model, self.stored), model
 
     @property
     def contents(self):
@@ -85,18 +85,18 @@ def test_a_checkpoint_fits_its_own_base(world):
 
 
 def test_a_vertex_is_the_checkpoint_to_the_bit(world):
-    arena, model = world.arena()
+    merged_model, model = world.merged_model()
     for one, reference in zip(world.stored, world.references, strict=True):
-        arena.merge(Composite.single(one.content))
+        merged_model.merge(Composite.single(one.content))
         theirs = dict(reference.named_parameters())
         assert all(torch.equal(mine, theirs[name]) for name, mine in model.named_parameters())
         torch.testing.assert_close(logits(model), logits(reference), rtol=1e-5, atol=1e-6)
 
 
 def test_a_composite_agrees_with_float64(world):
-    """As in the arena's own law: rounding N terms leaves at most (N + 1) 2^-24 sum |w x|, to first order."""
-    arena, model = world.arena()
-    arena.merge(world.composite())
+    """As in the merged model's own law: rounding N terms leaves at most (N + 1) 2^-24 sum |w x|, to first order."""
+    merged_model, model = world.merged_model()
+    merged_model.merge(world.composite())
     references = [dict(one.named_parameters()) for one in world.references]
     for name, mine in model.named_parameters():
         terms = [units / UNIT * one[name].double() for units, one in zip(UNITS, references, strict=True)]
@@ -109,8 +109,8 @@ def test_an_export_is_proved_and_loads_as_the_composite(world, tmp_path):
         world.stored[0], world.by_content(), world.composite(), tmp_path / "out", lambda written: {}
     )
     prove(written)
-    arena, model = world.arena()
-    arena.merge(world.composite())
+    merged_model, model = world.merged_model()
+    merged_model.merge(world.composite())
     loaded = load_model(tmp_path / "out", torch.float32)
     theirs = dict(loaded.named_parameters())
     assert all(torch.equal(mine, theirs[name]) for name, mine in model.named_parameters())
@@ -131,7 +131,7 @@ def windows(layout, length=24, seed=0):
 
 
 def score(model, *given, **named):
-    """As a resident does it."""
+    """As a worker does it."""
     return nll.score(model, *given, **named, head=find_head(model))
 
 
@@ -196,18 +196,18 @@ def make_one(made, document):
 
 
 def differentiated(world, dtype):
-    """A composite's nats and gradient in an arena of this dtype, and the model."""
-    arena, model = world.arena(dtype)
-    arena.merge(world.composite())
+    """A composite's nats and gradient in an merged model of this dtype, and the model."""
+    merged_model, model = world.merged_model(dtype)
+    merged_model.merge(world.composite())
     model.config._experts_implementation = "eager" if dtype == torch.float64 else model.config._experts_implementation
     made = make_windows(model, LAYOUT * 2)
     kind = reading(world.references[0])
-    base, *experts = world.contents
+    base, *fine_tunes = world.contents
     with calculating(dtype):
         plain = score(model, made, 60, kind)
-        with arena.reducing(base, experts) as gradient:
+        with merged_model.reducing(base, fine_tunes) as gradient:
             found = score(model, made, 60, kind, gradient=True)
-    return model, made, kind, plain, found, [gradient[content] for content in experts]
+    return model, made, kind, plain, found, [gradient[content] for content in fine_tunes]
 
 
 @contextmanager
@@ -233,8 +233,8 @@ def test_nats_with_a_gradient_are_those_without_to_the_bit(world, dtype):
 def test_the_gradient_is_that_of_finite_differences(world):
     """In float64, (f(h) - f(-h)) / 2h along Theta_i - Theta, as transformers loads them; h is 1e-5."""
     model, made, kind, _, _, gradient = differentiated(world, torch.float64)
-    base, *experts = (dict(one.named_parameters()) for one in world.references)
-    for expert, mine in zip(experts, gradient, strict=True):
+    base, *fine_tunes = (dict(one.named_parameters()) for one in world.references)
+    for expert, mine in zip(fine_tunes, gradient, strict=True):
         nats = []
         for step in (1e-5, -2e-5):
             for name, parameter in model.named_parameters():

@@ -16,10 +16,10 @@ from dem_opt.checkpoints.device_map import move_activations, split_layers
 from dem_opt.checkpoints.files import content_hash
 from dem_opt.errors import InputError
 from dem_opt.evaluation.lm_head import find_head, nll
-from dem_opt.evaluation.worker import Resident
-from dem_opt.merging.merged_model import Arena
+from dem_opt.evaluation.worker import Worker
+from dem_opt.merging.merged_model import MergedModel
 from dem_opt.simplex import UNIT
-from dem_opt.types import Composite, Corpus, Request, ResidentSpec, StoredModel, Windows
+from dem_opt.types import Composite, Corpus, Request, StoredModel, Windows, WorkerSpec
 
 DEVICES = [torch.device("cpu", 0), torch.device("cpu", 1)]
 """Two names of one memory: what is moved from one to the other is copied, and what is not moved is not told."""
@@ -126,7 +126,7 @@ def test_tied_weights_lie_on_one_device_and_what_is_behind_the_layers_on_the_las
 
 def test_more_devices_than_layers_are_refused():
     assert split_layers(zoo.make("llama"), 2).layers == (1, 1)
-    with pytest.raises(InputError, match=r"study.yaml: compute.gpus_per_resident = 3: LlamaForCausalLM has 2 layers"):
+    with pytest.raises(InputError, match=r"study.yaml: compute.gpus_per_worker = 3: LlamaForCausalLM has 2 layers"):
         split_layers(zoo.make("llama"), 3, "study.yaml")
 
 
@@ -144,7 +144,7 @@ CASES = [(name, kind) for name in ARCHITECTURES for kind in KINDS if (name, kind
 
 
 class World:
-    """A base and two fine-tunes on disk, a corpus, and residents of them on one device and on several."""
+    """A base and two fine-tunes on disk, a corpus, and workers of them on one device and on several."""
 
     def __init__(self, folder: Path, name: str, dtype=torch.float32, streamed=False, **how):
         stored = [zoo.save(folder / part, name, seed, dtype) for seed, part in enumerate("abc")]
@@ -152,10 +152,10 @@ class World:
         self.streamed = tuple(one.content for one in self.stored[:2]) if streamed else ()
         self.how = how
 
-    def resident(self, devices):
-        base, *experts = self.stored
+    def worker(self, devices):
+        base, *fine_tunes = self.stored
         how = {"batch_tokens": 48, "streamed": self.streamed, "devices": devices} | self.how
-        return Resident(ResidentSpec(base, tuple(experts), (corpus(),), **how))
+        return Worker(WorkerSpec(base, tuple(fine_tunes), (corpus(),), **how))
 
     @property
     def composites(self):
@@ -182,12 +182,12 @@ def world(request, tmp_path_factory):
 
 
 def test_merges_nats_and_gradients_are_those_of_one_device_to_the_bit(world):
-    whole, divided = world.resident(1), world.resident(2)
+    whole, divided = world.worker(1), world.worker(2)
     assert len({one.number for one in divided._arena._segments}) == 2
     for composite in world.composites:
         requests = [Request(0, composite, ("key",), gradient=gradient) for gradient in (False, True)]
         for request in requests:
-            one, two = (resident.evaluate(request) for resident in (whole, divided))
+            one, two = (worker.evaluate(request) for worker in (whole, divided))
             assert one.scores == two.scores and one.gradients == two.gradients
             assert len(one.gradients) == request.gradient
         assert same_bits(whole._model, divided._model)
@@ -202,19 +202,21 @@ def test_adapters_give_the_bits_of_one_device(tmp_path, case, streamed):
     stored, models, found = [made.base, made.other, *made.adapters], [], []
     for devices in (1, 2):
         models.append(empty_model(made.base.path, torch.float32))
-        arena = Arena(models[-1], stored, ["cpu"] * devices, streamed=[made.base.content] if streamed else ())
-        arena.merge(Composite.of({one.content: UNIT // 4 for one in stored}))
+        merged_model = MergedModel(
+            models[-1], stored, ["cpu"] * devices, streamed=[made.base.content] if streamed else ()
+        )
+        merged_model.merge(Composite.of({one.content: UNIT // 4 for one in stored}))
         inputs = batch(models[-1])
-        with arena.reducing(made.base.content, [one.content for one in stored[1:]]) as sums:
+        with merged_model.reducing(made.base.content, [one.content for one in stored[1:]]) as sums:
             nll(models[-1], inputs, torch.ones(2, 9, dtype=torch.long), torch.arange(18), None).sum().backward()
-        found.append((sums, arena.nbytes))
+        found.append((sums, merged_model.nbytes))
     assert found[0] == found[1] and same_bits(*models)
 
 
 def test_what_lies_on_a_device_are_its_layers_alone(tmp_path):
     """By memory: parameters of one share have one memory, and no other one's."""
     world = World(tmp_path, "llama")
-    model = world.resident(2)._model
+    model = world.worker(2)._model
     memories = [set(), set()]
     for name, place in split_layers(model, 2).places.items():
         if name in dict(model.named_parameters()):
@@ -226,12 +228,12 @@ def test_what_lies_on_a_device_are_its_layers_alone(tmp_path):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_two_gpus_give_the_bits_of_one(tmp_path, name):
     world = World(tmp_path, name)
-    whole, divided = world.resident(1), world.resident(2)
+    whole, divided = world.worker(1), world.worker(2)
     devices = {parameter.device.index for parameter in divided._model.parameters()}
     assert devices == {0, 1}
     for composite in world.composites:
         for gradient in (False, True):
             request = Request(0, composite, ("key",), gradient=gradient)
-            one, two = (resident.evaluate(request) for resident in (whole, divided))
+            one, two = (worker.evaluate(request) for worker in (whole, divided))
             assert one.scores == two.scores
             assert one.gradients.get("key", {}) == pytest.approx(two.gradients.get("key", {}), rel=1e-6)

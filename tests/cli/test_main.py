@@ -171,7 +171,7 @@ def test_run_score_and_report_say_what_they_found(world, capsys, untracked, ray_
     study = str(world / "study.yaml")
     assert main(["run", study, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    labels = [standing["label"] for standing in found["standings"]]
+    labels = [result["label"] for result in found["standings"]]
     assert labels == ["base", "code", "math", "prose", "uniform", "best of random"]
     assert found["trials"] == {"random": 2} and len(found["margins"]) == 10
     assert main(["score", study, "--weights", "code=1", "--json"]) == 0
@@ -196,7 +196,7 @@ def test_run_score_and_report_say_what_they_found(world, capsys, untracked, ray_
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """Residents without Ray."""
+    """Workers without Ray."""
     monkeypatch.setattr("dem_opt.study.RayCompute", lambda settings: InProcessCompute())
 
 

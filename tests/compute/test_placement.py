@@ -1,4 +1,4 @@
-"""Where residents go on a cluster: how many, and what each asks of a node."""
+"""Where workers go on a cluster: how many, and what each asks of a node."""
 
 import re
 
@@ -12,7 +12,7 @@ LAPTOP = {"CPU": 8}
 
 
 @pytest.mark.parametrize(
-    ("nodes", "residents", "devices", "count", "asked"),
+    ("nodes", "workers", "devices", "count", "asked"),
     [
         ([LAPTOP], None, 1, 1, {"num_gpus": 0, "num_cpus": 8}),
         ([LAPTOP], 3, 1, 3, {"num_gpus": 0, "num_cpus": 2}),
@@ -23,13 +23,13 @@ LAPTOP = {"CPU": 8}
         ([BOX], None, 1, 8, {"num_gpus": 1, "num_cpus": 1}),
         ([BOX], 2, 1, 2, {"num_gpus": 1, "num_cpus": 5}),
         ([BOX], None, 4, 2, {"num_gpus": 4, "num_cpus": 5}),
-        # Three of eight leave two over: a resident does not reach across nodes.
+        # Three of eight leave two over: a worker does not reach across nodes.
         ([BOX, BOX], None, 3, 4, {"num_gpus": 3, "num_cpus": 5}),
         ([{"CPU": 4}, {"CPU": 2, "GPU": 1}], None, 1, 1, {"num_gpus": 1, "num_cpus": 1}),
     ],
 )
-def test_residents_fit_their_nodes(nodes, residents, devices, count, asked):
-    assert share(nodes, residents, devices) == (count, asked)
+def test_residents_fit_their_nodes(nodes, workers, devices, count, asked):
+    assert share(nodes, workers, devices) == (count, asked)
     kinds = {"num_gpus": "GPU", "num_cpus": "CPU"}
     needed = {kinds[kind]: number for kind, number in asked.items() if number}
     room = [min(int(node.get(kind, 0)) // number for kind, number in needed.items()) for node in nodes]
@@ -37,15 +37,15 @@ def test_residents_fit_their_nodes(nodes, residents, devices, count, asked):
 
 
 @pytest.mark.parametrize(
-    ("nodes", "residents", "devices", "said"),
+    ("nodes", "workers", "devices", "said"),
     [
-        ([LAPTOP], 9, 1, "compute.residents = 9: the cluster has 8 CPUs, at least one for each resident"),
-        ([BOX], 9, 1, "compute.residents = 9: the cluster has 8 GPUs, one for each resident"),
-        ([BOX, BOX], 5, 3, "compute.residents = 5: the cluster has 16 GPUs, 3 of one node for each resident"),
-        ([BOX], None, 9, "compute.gpus_per_resident = 9: the cluster has 8 GPUs on a node: write at most so many"),
-        ([LAPTOP], None, 2, "compute.gpus_per_resident = 2: the cluster has no GPU: leave it out"),
+        ([LAPTOP], 9, 1, "compute.workers = 9: the cluster has 8 CPUs, at least one for each worker"),
+        ([BOX], 9, 1, "compute.workers = 9: the cluster has 8 GPUs, one for each worker"),
+        ([BOX, BOX], 5, 3, "compute.workers = 5: the cluster has 16 GPUs, 3 of one node for each worker"),
+        ([BOX], None, 9, "compute.gpus_per_worker = 9: the cluster has 8 GPUs on a node: write at most so many"),
+        ([LAPTOP], None, 2, "compute.gpus_per_worker = 2: the cluster has no GPU: leave it out"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_a_line(nodes, residents, devices, said):
+def test_what_does_not_fit_is_refused_in_a_line(nodes, workers, devices, said):
     with pytest.raises(InputError, match=re.escape(said)):
-        share(nodes, residents, devices)
+        share(nodes, workers, devices)

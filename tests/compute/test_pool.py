@@ -1,4 +1,4 @@
-"""Laws of pools: every request comes back once, whatever happens to the residents."""
+"""Laws of pools: every request comes back once, whatever happens to the workers."""
 
 import subprocess
 import sys
@@ -6,16 +6,16 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-import workers
+import stub_workers
 
 from dem_opt.compute import ATTEMPTS, InProcessCompute, RayCompute, ray_pool
 from dem_opt.config import Compute as Settings
 from dem_opt.errors import InputError
-from dem_opt.types import Composite, Evaluation, Failure, Request, ResidentSpec, StoredModel
+from dem_opt.types import Composite, Evaluation, Failure, Request, StoredModel, WorkerSpec
 
 
-def spec(path: Path = Path("nowhere")) -> ResidentSpec:
-    return ResidentSpec(StoredModel(path, "content"), (), (), batch_tokens=64)
+def spec(path: Path = Path("nowhere")) -> WorkerSpec:
+    return WorkerSpec(StoredModel(path, "content"), (), (), batch_tokens=64)
 
 
 def requests(count: int) -> list[Request]:
@@ -27,13 +27,13 @@ def compute(request):
     if request.param == "in process":
         return InProcessCompute()
     request.getfixturevalue("ray_session")
-    return RayCompute(Settings(residents=int(request.param[-1])))
+    return RayCompute(Settings(workers=int(request.param[-1])))
 
 
 def gather(compute, build, count: int, path: Path = Path("nowhere")) -> dict:
     """All answers by ticket, asserting that each comes once."""
     answers = {}
-    with compute, closing(compute.residents(build, spec(path), print)) as pool:
+    with compute, closing(compute.workers(build, spec(path), print)) as pool:
         for request in requests(count):
             pool.submit(request)
         while len(answers) < count:
@@ -46,7 +46,7 @@ def gather(compute, build, count: int, path: Path = Path("nowhere")) -> dict:
 
 
 def test_every_request_comes_back_once_with_its_answer(compute):
-    answers = gather(compute, workers.Echo, 40)
+    answers = gather(compute, stub_workers.Echo, 40)
     assert sorted(answers) == list(range(40))
     for ticket, answer in answers.items():
         if ticket % 7 == 5:
@@ -59,25 +59,25 @@ def test_every_request_comes_back_once_with_its_answer(compute):
 
 def test_a_bug_is_no_failure_of_a_composite(compute):
     with pytest.raises(ZeroDivisionError, match="a bug"):
-        gather(compute, workers.Broken, 1)
+        gather(compute, stub_workers.Broken, 1)
 
 
 def test_what_a_resident_refuses_reaches_the_user_as_it_was_said(compute):
     with pytest.raises(InputError) as refusal:
-        gather(compute, workers.refuse, 1)
+        gather(compute, stub_workers.refuse, 1)
     assert str(refusal.value) == "nowhere: base: is no model"
 
 
 def test_jobs_come_back_once_and_one_that_fails_stops_no_other(compute):
     with compute:
-        results = dict(compute.jobs(workers.double, [1, 13, 5]))
+        results = dict(compute.jobs(stub_workers.double, [1, 13, 5]))
     assert results[1] == 2 and results[5] == 10
     assert isinstance(results[13], InputError) and "unlucky" in str(results[13])
 
 
 def test_a_job_whose_process_dies_stops_no_other(ray_session):
     with RayCompute(Settings()) as compute:
-        results = dict(compute.jobs(workers.die, [1, 13]))
+        results = dict(compute.jobs(stub_workers.die, [1, 13]))
     assert results[1] == 1
     assert isinstance(results[13], RuntimeError) and str(results[13]).startswith("its process ended (")
 
@@ -85,36 +85,36 @@ def test_a_job_whose_process_dies_stops_no_other(ray_session):
 @pytest.mark.parametrize(("parts", "threads"), [(1, 2), (2, 1), (5, 1)])
 def test_a_jobs_threads_depend_on_the_parts_and_not_on_how_many_jobs_are_left(ray_session, parts, threads):
     with RayCompute(Settings()) as compute:
-        assert dict(compute.jobs(workers.count_threads, [7], parts)) == {7: threads}
+        assert dict(compute.jobs(stub_workers.count_threads, [7], parts)) == {7: threads}
 
 
 def test_a_job_that_asks_for_more_gpus_than_there_are_is_refused(ray_session):
     with RayCompute(Settings()) as compute, pytest.raises(InputError, match=r"fine_tuning.gpus = 2: the cluster has 0"):
-        list(compute.jobs(workers.double, [1], gpus=2))
+        list(compute.jobs(stub_workers.double, [1], gpus=2))
 
 
 def test_a_resident_that_dies_is_replaced_and_its_request_sent_again(ray_session, tmp_path):
-    answers = gather(RayCompute(Settings(residents=1)), workers.Mortal, 6, tmp_path / "grave")
+    answers = gather(RayCompute(Settings(workers=1)), stub_workers.Mortal, 6, tmp_path / "grave")
     assert sorted(answers) == list(range(6))
     assert isinstance(answers[3], Evaluation) and (tmp_path / "grave").exists()
 
 
 def test_a_request_that_kills_every_resident_fails_with_the_reason(ray_session):
-    answers = gather(RayCompute(Settings(residents=1)), workers.Doomed, 4)
+    answers = gather(RayCompute(Settings(workers=1)), stub_workers.Doomed, 4)
     assert sorted(answers) == [0, 1, 2, 3]
     assert isinstance(answers[3], Failure) and f"died {ATTEMPTS} times" in answers[3].reason
 
 
-@pytest.mark.parametrize("residents", [1, 2])
-def test_a_resident_that_hangs_is_replaced_and_its_request_sent_again(ray_session, tmp_path, monkeypatch, residents):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_resident_that_hangs_is_replaced_and_its_request_sent_again(ray_session, tmp_path, monkeypatch, workers):
     monkeypatch.setattr(ray_pool, "HANGS_AT_LEAST", 1.0)
-    answers = gather(RayCompute(Settings(residents=residents)), workers.Stuck, 9, tmp_path / "mark")
+    answers = gather(RayCompute(Settings(workers=workers)), stub_workers.Stuck, 9, tmp_path / "mark")
     assert sorted(answers) == list(range(9))
     assert isinstance(answers[4], Evaluation) and (tmp_path / "mark").exists()
 
 
 def test_what_nobody_works_on_can_be_taken_back(compute):
-    with compute, closing(compute.residents(workers.Echo, spec(), print)) as pool:
+    with compute, closing(compute.workers(stub_workers.Echo, spec(), print)) as pool:
         for request in requests(8):
             pool.submit(request)
         withdrawn, answered = pool.withdraw(), set()
@@ -124,24 +124,24 @@ def test_what_nobody_works_on_can_be_taken_back(compute):
         assert withdrawn and not withdrawn & answered
 
 
-@pytest.mark.parametrize("residents", [1, 2])
-def test_residents_divide_the_cpus(ray_session, residents):
-    # Ray gives a worker floor(num_cpus) threads: 2 CPUs are 2 threads for one resident, 1 each for two.
-    answers = gather(RayCompute(Settings(residents=residents)), workers.threads, 2)
-    assert {answer.scores["a"].nats_W[0] for answer in answers.values()} == {2.0 / residents}
+@pytest.mark.parametrize("workers", [1, 2])
+def test_residents_divide_the_cpus(ray_session, workers):
+    # Ray gives a worker floor(num_cpus) threads: 2 CPUs are 2 threads for one worker, 1 each for two.
+    answers = gather(RayCompute(Settings(workers=workers)), stub_workers.threads, 2)
+    assert {answer.scores["a"].nats_W[0] for answer in answers.values()} == {2.0 / workers}
 
 
 def test_more_residents_than_cpus_are_refused(ray_session):
-    with pytest.raises(InputError, match=r"compute.residents = 3: the cluster has 2 CPUs"):
-        gather(RayCompute(Settings(residents=3)), workers.Echo, 1)
+    with pytest.raises(InputError, match=r"compute.workers = 3: the cluster has 2 CPUs"):
+        gather(RayCompute(Settings(workers=3)), stub_workers.Echo, 1)
 
 
 def test_residents_that_find_no_room_are_told_in_time(ray_session):
-    first = RayCompute(Settings(residents=1))
-    with first, closing(first.residents(workers.Echo, spec(), print)):
-        late = RayCompute(Settings(residents=2, patience=0.5))
-        with pytest.raises(InputError, match=r"compute.patience = 0.5: 2 of 2 residents were not ready"):
-            late.__enter__().residents(workers.Echo, spec(), print)
+    first = RayCompute(Settings(workers=1))
+    with first, closing(first.workers(stub_workers.Echo, spec(), print)):
+        late = RayCompute(Settings(workers=2, patience=0.5))
+        with pytest.raises(InputError, match=r"compute.patience = 0.5: 2 of 2 workers were not ready"):
+            late.__enter__().workers(stub_workers.Echo, spec(), print)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nonsense"])

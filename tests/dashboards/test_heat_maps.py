@@ -18,7 +18,7 @@ from dem_opt.dashboards.simplex_map import barycentric, simplex_map
 from dem_opt.dashboards.style import ALGORITHM_COLORS, MOST_POINTS, color
 from dem_opt.errors import InputError
 from dem_opt.simplex import Space
-from dem_opt.types import Score, Standing, Summary
+from dem_opt.types import ResultRow, Score, Summary
 
 Case = dict[str, object]
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -223,11 +223,11 @@ def test_the_base_stands_in_the_middle_of_the_map(count: int) -> None:
 def test_the_heat_map_shows_the_change_against_the_base() -> None:
     """Base 2.5 on both, the composite 2.5 and 1.5: changes 0 and -1; colours saturate at the gain of 1."""
     high, low = Score((25.0,), (10,)), Score((15.0,), (10,))
-    standings = (
-        Standing("base", "base", "", None, {"held_out": {"a": high, "b": high}}, {}, 1, 1, 0.0),
-        Standing("best", "best", "grid", None, {"held_out": {"a": high, "b": low}}, {}, 1, 1, 0.0),
+    results = (
+        ResultRow("base", "base", "", None, {"held_out": {"a": high, "b": high}}, {}, 1, 1, 0.0),
+        ResultRow("best", "best", "grid", None, {"held_out": {"a": high, "b": low}}, {}, 1, 1, 0.0),
     )
-    heat = heat_maps.change_heat_map(Summary("s", {"a": 1.0, "b": 1.0}, standings, (), {}, {})).data[0]
+    heat = heat_maps.change_heat_map(Summary("s", {"a": 1.0, "b": 1.0}, results, (), {}, {})).data[0]
     assert [list(row) for row in heat.z] == [[0.0, -1.0]] and [list(row) for row in heat.text] == [["+0.000", "-1.000"]]
     assert (heat.zmin, heat.zmax) == (-1.0, 1.0)
 
@@ -235,8 +235,8 @@ def test_the_heat_map_shows_the_change_against_the_base() -> None:
 def test_while_a_study_runs_heat_maps_show_the_search_split_and_none_is_blank() -> None:
     """Before the end only the search split is scored, and nothing without a distribution."""
     whole = a_summary(("code", "math", "prose"))
-    known = tuple(replace(one, scores={"search": one.scores["search"]}) for one in whole.standings)
-    running = replace(whole, standings=known, left_out=tuple(replace(one, scores={}) for one in whole.left_out))
+    known = tuple(replace(one, scores={"search": one.scores["search"]}) for one in whole.results)
+    running = replace(whole, results=known, left_out=tuple(replace(one, scores={}) for one in whole.left_out))
     drawn = heat_maps.all_figures(running)
     assert whole.left_out and "worth" in heat_maps.all_figures(whole) and "worth" not in drawn
     for name in ("change", "price"):

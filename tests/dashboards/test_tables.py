@@ -9,15 +9,15 @@ from summaries import CASES, SPLITS, a_summary, a_trial, of_trials
 from dem_opt.analysis.regret import compare
 from dem_opt.dashboards import tables
 from dem_opt.simplex import Space
-from dem_opt.types import Margin, Score, Standing, Summary
+from dem_opt.types import Margin, ResultRow, Score, Summary
 
 Ends = tuple[float, float]
 HIGH, LOW = Score((20.0, 30.0), (10, 10)), Score((10.0, 20.0), (10, 10))
 """Two windows of 10 tokens: 2.5 and 1.5 nats a token."""
 
 STANDINGS = (
-    Standing("base", "base", "", None, {"search": {"a": HIGH, "b": HIGH}}, {"search": 2.5}, 1, 950, 0.25),
-    Standing(
+    ResultRow("base", "base", "", None, {"search": {"a": HIGH, "b": HIGH}}, {"search": 2.5}, 1, 950, 0.25),
+    ResultRow(
         "best",
         "best",
         "tpe",
@@ -62,8 +62,8 @@ def test_every_table_has_a_cell_for_every_header(case: dict[str, object]) -> Non
 
 def test_what_violates_protection_says_by_how_much() -> None:
     summary = a_summary(("a", "b"))
-    *others, winner = summary.standings
-    over = replace(summary, standings=(*others, replace(winner, violation=0.0312)))
+    *others, winner = summary.results
+    over = replace(summary, results=(*others, replace(winner, violation=0.0312)))
     for split in SPLITS:
         before, after = (tables.final_table(each, split).rows for each in (summary, over))
         assert after[-1] == (f"{winner.label} (protect: +0.031 over)", *before[-1][1:]) and after[:-1] == before[:-1]

@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from dem_opt.config import DataFile
-from dem_opt.data.documents import Chat, Document, Pair, Turn, identity, read_documents
+from dem_opt.data.documents import Chat, Document, Pair, Turn, document_identity, read_documents
 from dem_opt.errors import InputError
 
 EXOTIC = "\u2028\x85\x00 \U0001f469\u200d\U0001f52c \u202etes\u0301t\ufeff \u05e9\u05dc\u05d5\u05dd \U0010ffff\r\n\r\t"
@@ -106,7 +106,7 @@ def test_a_lone_carriage_return_ends_no_line(tmp_path: Path) -> None:
 def test_documents_that_differ_have_different_identities() -> None:
     alike = [Pair("ab", "c"), Pair("a", "bc"), Pair("", "abc"), chat("user: a", "assistant: b"), chat("user: ab")]
     alike.append(chat("assistant: a", "user: b"))
-    assert len({identity(document) for document in alike}) == len(alike)
+    assert len({document_identity(document) for document in alike}) == len(alike)
 
 
 def test_reading_parquet_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

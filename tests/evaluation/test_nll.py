@@ -5,6 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from dem_opt.evaluation.interim_analyses import first, stops
 from numpy.typing import NDArray
 from transformers import (
     AutoModelForCausalLM,
@@ -21,7 +22,6 @@ from transformers import (
 from dem_opt.errors import EvaluationError
 from dem_opt.evaluation import nll
 from dem_opt.evaluation.lm_head import ROWS, find_head
-from dem_opt.evaluation.looks import first, stops
 from dem_opt.evaluation.nll import PreparedWindows, Reading, isolates_documents, prepare
 from dem_opt.types import Score, Windows
 
@@ -73,7 +73,7 @@ def score(
     known: Score | None = None,
     end: int | None = None,
 ) -> tuple[Score, int]:
-    """As a resident does it: with the head that the model had when it was made."""
+    """As a worker does it: with the head that the model had when it was made."""
     return nll.score(model, windows, batch_tokens, reading, known, end, head=head_of(model))
 
 

@@ -4,9 +4,9 @@ from math import inf, sqrt
 
 import numpy as np
 import pytest
+from dem_opt.evaluation.interim_analyses import INTERIM_ANALYSES, first, interim_analyses, look, replay, seen, stops
 from scipy.stats import t as student
 
-from dem_opt.evaluation.looks import LOOKS, first, look, looks, replay, seen, stops
 from dem_opt.evaluation.racing import CLEAR, ERROR, MARGIN, Race
 from dem_opt.types import Score
 
@@ -15,7 +15,7 @@ from dem_opt.types import Score
 def test_stops_ascend_to_the_end_by_blocks_that_are_at_most_the_first(windows):
     found = (0, *stops(windows))
     blocks = np.diff(found)
-    assert found[-1] == windows and len(blocks) == min(windows, LOOKS)
+    assert found[-1] == windows and len(blocks) == min(windows, INTERIM_ANALYSES)
     assert blocks.min() > 0 and blocks.max() == blocks[0] <= blocks.min() + 1
 
 
@@ -33,7 +33,7 @@ WINDOWS = {"a": 16, "b": 3}
 
 
 def test_a_look_sees_the_same_share_of_every_corpus_until_it_is_through():
-    assert looks(WINDOWS) == LOOKS
+    assert interim_analyses(WINDOWS) == INTERIM_ANALYSES
     assert [seen(WINDOWS, number) for number in (1, 3, 8)] == [{"a": 2, "b": 1}, {"a": 6, "b": 3}, {"a": 16, "b": 3}]
     whole = {"a": score(range(16)), "b": score(range(3))}
     assert look(whole, WINDOWS, 3) == {"a": first(whole["a"], 6), "b": whole["b"]}
@@ -176,7 +176,7 @@ def test_the_error_is_spent_but_not_all_at_one_look():
     part = first(trial, 8)
     found = race.estimate({"a": part})
     for share, lost in ((0.98, False), (1.02, True)):
-        wanted = share * student.isf(ERROR / (LOOKS - 1), 7) * found.error - MARGIN
+        wanted = share * student.isf(ERROR / (INTERIM_ANALYSES - 1), 7) * found.error - MARGIN
         shift = 100 * (wanted - found.difference)
         assert race.is_over({"a": score([nats + shift for nats in part.nats_W], part.tokens_W)}) == lost
 

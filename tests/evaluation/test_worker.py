@@ -1,4 +1,4 @@
-"""Laws of a resident: it is what the checkpoints are, whatever it was before."""
+"""Laws of a worker: it is what the checkpoints are, whatever it was before."""
 
 import shutil
 from dataclasses import replace
@@ -9,52 +9,52 @@ import pytest
 import torch
 import worlds
 import zoo
+from dem_opt.evaluation.interim_analyses import first, replay, stops
 from transformers import AutoModelForCausalLM
 
 from dem_opt.checkpoints.files import content_hash
 from dem_opt.config import load
 from dem_opt.errors import EvaluationError, InputError
-from dem_opt.evaluation.looks import first, replay, stops
 from dem_opt.evaluation.racing import MARGIN, Race
-from dem_opt.evaluation.worker import Resident
-from dem_opt.planning.inputs import Sources, gather
+from dem_opt.evaluation.worker import Worker
+from dem_opt.planning.inputs import Inputs, gather
 from dem_opt.simplex import UNIT
-from dem_opt.types import Composite, Corpus, Request, ResidentSpec, Score, StoredModel, Windows
+from dem_opt.types import Composite, Corpus, Request, Score, StoredModel, Windows, WorkerSpec
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory) -> Sources:
+def sources(tmp_path_factory) -> Inputs:
     path = worlds.study(tmp_path_factory.mktemp("world"))
     return gather(load(path), path)
 
 
 @pytest.fixture(scope="module")
-def resident(sources) -> Resident:
-    return Resident(sources.spec())
+def worker(sources) -> Worker:
+    return Worker(sources.spec())
 
 
-def keys(sources: Sources) -> tuple[str, ...]:
+def keys(sources: Inputs) -> tuple[str, ...]:
     return tuple(corpus.key for corpus in sources.corpora)
 
 
-def composites(sources: Sources) -> list[Composite]:
-    space, question = sources.config.space, sources.question()
+def composites(sources: Inputs) -> list[Composite]:
+    space, identity = sources.config.space, sources.identity()
     rng = np.random.default_rng(0)
     points = [*space.landmarks(), *(space.sample(rng) for _ in range(3))]
-    return [Composite.single(question.base), *(question.composite(point) for point in points)]
+    return [Composite.single(identity.base), *(identity.composite(point) for point in points)]
 
 
-def test_what_was_merged_before_changes_no_bit(sources, resident):
+def test_what_was_merged_before_changes_no_bit(sources, worker):
     answers = {}
     for composite in composites(sources) + composites(sources)[::-1]:
-        scores = resident.evaluate(Request(0, composite, keys(sources))).scores
+        scores = worker.evaluate(Request(0, composite, keys(sources))).scores
         assert answers.setdefault(composite, scores) == scores
 
 
-def test_it_scores_as_the_checkpoint_itself_does(sources, resident):
-    for model in (sources.base, *sources.experts.values()):
+def test_it_scores_as_the_checkpoint_itself_does(sources, worker):
+    for model in (sources.base, *sources.fine_tunes.values()):
         loaded = AutoModelForCausalLM.from_pretrained(model.path).eval()
-        answer = resident.evaluate(Request(0, Composite.single(model.content), keys(sources)))
+        answer = worker.evaluate(Request(0, Composite.single(model.content), keys(sources)))
         for corpus in sources.corpora:
             windows = corpus.windows
             with torch.inference_mode():
@@ -68,18 +68,18 @@ def test_it_scores_as_the_checkpoint_itself_does(sources, resident):
             assert answer.scores[corpus.key].nats_W == pytest.approx(expected_W, rel=1e-5)
 
 
-def test_it_answers_what_was_asked_and_says_what_it_took(sources, resident):
+def test_it_answers_what_was_asked_and_says_what_it_took(sources, worker):
     asked = keys(sources)[:2]
-    answer = resident.evaluate(Request(7, composites(sources)[-1], asked))
+    answer = worker.evaluate(Request(7, composites(sources)[-1], asked))
     assert tuple(answer.scores) == asked
     assert answer.forward_tokens == sum(corpus.windows.ids_WT.size for corpus in sources.corpora if corpus.key in asked)
     assert answer.merge_seconds > 0 and answer.score_seconds > 0
 
 
-def test_a_corpus_named_twice_is_scored_once(sources, resident):
+def test_a_corpus_named_twice_is_scored_once(sources, worker):
     (one, two, *_), composite = keys(sources), composites(sources)[-1]
-    answer = resident.evaluate(Request(0, composite, (one, two, one, one)))
-    assert answer == replace(resident.evaluate(Request(0, composite, (one, two))), **seconds(answer))
+    answer = worker.evaluate(Request(0, composite, (one, two, one, one)))
+    assert answer == replace(worker.evaluate(Request(0, composite, (one, two))), **seconds(answer))
 
 
 def seconds(answer):
@@ -92,11 +92,11 @@ def tokens_of(sources, count):
 
 
 @pytest.mark.parametrize("known", [0, 1, 2, 3, 4])
-def test_known_scores_are_continued_and_not_measured_again(sources, resident, known):
+def test_known_scores_are_continued_and_not_measured_again(sources, worker, known):
     composite = composites(sources)[-1]
-    whole = resident.evaluate(Request(0, composite, keys(sources))).scores
+    whole = worker.evaluate(Request(0, composite, keys(sources))).scores
     marked = {key: Score((0.5,) * known, score.tokens_W[:known]) for key, score in whole.items() if known}
-    answer = resident.evaluate(Request(0, composite, keys(sources), marked))
+    answer = worker.evaluate(Request(0, composite, keys(sources), marked))
     assert {key: score.nats_W[:known] for key, score in answer.scores.items()} == {key: (0.5,) * known for key in whole}
     assert {key: score.nats_W[known:] for key, score in answer.scores.items()} == {
         key: score.nats_W[known:] for key, score in whole.items()
@@ -105,7 +105,7 @@ def test_known_scores_are_continued_and_not_measured_again(sources, resident, kn
         key: score.tokens_W for key, score in whole.items()
     }
     assert answer.forward_tokens == tokens_of(sources, 4) - tokens_of(sources, known)
-    assert resident.evaluate(Request(0, composite, keys(sources), whole)).forward_tokens == 0
+    assert worker.evaluate(Request(0, composite, keys(sources), whole)).forward_tokens == 0
 
 
 class LostAt:
@@ -120,22 +120,22 @@ class LostAt:
 
 @pytest.mark.parametrize("known", [0, 1, 3, 4])
 @pytest.mark.parametrize("lost", [1, 2, 3, 4, 5])
-def test_a_race_ends_at_the_look_that_decides_it(sources, resident, known, lost):
+def test_a_race_ends_at_the_look_that_decides_it(sources, worker, known, lost):
     """Of 4 windows there are 4 looks; the last one is the end whatever the referee says."""
     composite, windows = composites(sources)[-1], dict.fromkeys(keys(sources), 4)
-    whole = resident.evaluate(Request(0, composite, keys(sources))).scores
+    whole = worker.evaluate(Request(0, composite, keys(sources))).scores
     prefix = {key: first(score, known) for key, score in whole.items() if known}
-    answer = resident.evaluate(Request(0, composite, keys(sources), prefix, LostAt(lost)))
+    answer = worker.evaluate(Request(0, composite, keys(sources), prefix, LostAt(lost)))
     end = min(lost, 4)
     assert answer.scores == {key: first(score, end) for key, score in whole.items()}
     assert answer.forward_tokens == max(tokens_of(sources, end) - tokens_of(sources, known), 0)
     assert replay(LostAt(lost), whole, windows) == answer.scores
 
 
-def test_a_race_may_know_more_of_one_corpus_than_of_another(sources, resident):
+def test_a_race_may_know_more_of_one_corpus_than_of_another(sources, worker):
     composite, (one, *others) = composites(sources)[-1], keys(sources)
-    whole = resident.evaluate(Request(0, composite, (one, *others))).scores
-    answer = resident.evaluate(Request(0, composite, (one, *others), {one: first(whole[one], 3)}, LostAt(2)))
+    whole = worker.evaluate(Request(0, composite, (one, *others))).scores
+    answer = worker.evaluate(Request(0, composite, (one, *others), {one: first(whole[one], 3)}, LostAt(2)))
     assert answer.scores == {key: first(score, 2) for key, score in whole.items()}
     assert answer.forward_tokens == sum(corpus.windows.ids_WT[:2].size for corpus in sources.corpora[1:])
 
@@ -143,9 +143,9 @@ def test_a_race_may_know_more_of_one_corpus_than_of_another(sources, resident):
 def test_corpora_of_fewer_windows_are_through_earlier(sources):
     spec = sources.spec()
     short = replace(spec.corpora[0], windows=cut(spec.corpora[0].windows, 2))
-    resident = Resident(replace(spec, corpora=(short, *spec.corpora[1:])))
+    worker = Worker(replace(spec, corpora=(short, *spec.corpora[1:])))
     composite, asked = composites(sources)[-1], keys(sources)[:2]
-    ends = [resident.evaluate(Request(0, composite, asked, {}, LostAt(count))).scores for count in (1, 2, 3, 4)]
+    ends = [worker.evaluate(Request(0, composite, asked, {}, LostAt(count))).scores for count in (1, 2, 3, 4)]
     assert [[len(score.nats_W) for score in scores.values()] for scores in ends] == [[1, 1], [2, 2], [2, 3], [2, 4]]
 
 
@@ -156,17 +156,17 @@ def cut(windows, count):
 def test_a_real_race_stops_the_worse_of_two_and_not_the_better(sources):
     """The base's single fine-tunes are noise; against the better of the two, what is worse by far is stopped."""
     windows = {corpus.key: windows_of(corpus.windows, 40) for corpus in sources.corpora}
-    resident = Resident(
+    worker = Worker(
         replace(sources.spec(), corpora=tuple(replace(one, windows=windows[one.key]) for one in sources.corpora))
     )
-    content = sources.experts["code"].content
+    content = sources.fine_tunes["code"].content
     far = Composite.of({content: 5 * UNIT, sources.base.content: -4 * UNIT})
     asked = keys(sources)[:2]
-    better, worse = (resident.evaluate(Request(0, one, asked)).scores for one in (Composite.single(content), far))
+    better, worse = (worker.evaluate(Request(0, one, asked)).scores for one in (Composite.single(content), far))
     assert all(worse[key].nll > better[key].nll + MARGIN for key in asked)
     hard, easy = (Race.against(rival, dict.fromkeys(asked, 1.0)) for rival in (better, worse))
-    lost = resident.evaluate(Request(0, far, asked, {}, hard))
-    won = resident.evaluate(Request(0, Composite.single(content), asked, {}, easy))
+    lost = worker.evaluate(Request(0, far, asked, {}, hard))
+    won = worker.evaluate(Request(0, Composite.single(content), asked, {}, easy))
     assert won.scores == better
     (seen,) = {len(score.nats_W) for score in lost.scores.values()}
     assert seen in stops(40)[:-1] and lost.scores == {key: first(score, seen) for key, score in worse.items()}
@@ -180,35 +180,35 @@ def windows_of(windows, count):
 
 
 @pytest.mark.parametrize("name", ["code", "math"])
-def test_a_gradient_is_that_of_the_nats_of_each_corpus(sources, resident, name):
+def test_a_gradient_is_that_of_the_nats_of_each_corpus(sources, worker, name):
     """From the loss of transformers' model of the composite, whose gradient autograd keeps."""
-    corpora, content = sources.corpora[:2], sources.experts[name].content
+    corpora, content = sources.corpora[:2], sources.fine_tunes[name].content
     asked = tuple(corpus.key for corpus in corpora)
-    answer = resident.evaluate(Request(0, Composite.single(content), asked, gradient=True))
+    answer = worker.evaluate(Request(0, Composite.single(content), asked, gradient=True))
     base = dict(AutoModelForCausalLM.from_pretrained(sources.base.path).named_parameters())
     for corpus in corpora:
-        loaded, windows = AutoModelForCausalLM.from_pretrained(sources.experts[name].path).eval(), corpus.windows
+        loaded, windows = AutoModelForCausalLM.from_pretrained(sources.fine_tunes[name].path).eval(), corpus.windows
         ids_WT, positions_WT = torch.tensor(windows.ids_WT), torch.tensor(windows.positions_WT)
         logits_WTV = loaded(ids_WT, position_ids=positions_WT, use_cache=False).logits[:, :-1]
         nats_WT = -logits_WTV.log_softmax(-1).gather(2, ids_WT[:, 1:, None])[..., 0]
         nats_WT[torch.tensor(windows.scored_WT[:, 1:])].sum().backward()
         found = answer.gradients[corpus.key]
-        assert found.keys() == {expert.content for expert in sources.experts.values()}
-        for expert in sources.experts.values():
+        assert found.keys() == {expert.content for expert in sources.fine_tunes.values()}
+        for expert in sources.fine_tunes.values():
             theirs = dict(AutoModelForCausalLM.from_pretrained(expert.path).named_parameters())
             parts = [((theirs[x] - base[x]).double() * one.grad).sum() for x, one in loaded.named_parameters()]
             assert found[expert.content] == pytest.approx(float(sum(parts).detach()), rel=1e-4)
 
 
 @pytest.mark.parametrize("known", [0, 2, 4])
-def test_with_a_gradient_all_windows_are_gone_through_and_scored_to_the_same_bits(sources, resident, known):
+def test_with_a_gradient_all_windows_are_gone_through_and_scored_to_the_same_bits(sources, worker, known):
     composite = composites(sources)[-1]
-    plain = resident.evaluate(Request(0, composite, keys(sources)))
+    plain = worker.evaluate(Request(0, composite, keys(sources)))
     prefix = {key: first(score, known) for key, score in plain.scores.items() if known}
-    answer = resident.evaluate(Request(0, composite, keys(sources), prefix, LostAt(1), gradient=True))
+    answer = worker.evaluate(Request(0, composite, keys(sources), prefix, LostAt(1), gradient=True))
     assert answer.scores == plain.scores and answer.forward_tokens == plain.forward_tokens
     assert set(answer.gradients) == set(keys(sources)) and not plain.gradients
-    again = resident.evaluate(Request(0, composite, keys(sources)))
+    again = worker.evaluate(Request(0, composite, keys(sources)))
     assert again.scores == plain.scores and not again.gradients
 
 
@@ -219,18 +219,18 @@ def test_of_models_with_other_kernels_scores_are_those_of_a_pass_without_gradien
     ids_WT = np.random.default_rng(0).integers(3, zoo.VOCABULARY, (5, 12))
     positions_WT = np.tile(np.arange(12), (5, 1))
     corpus = Corpus("a", "search", "key", Windows(ids_WT, positions_WT, positions_WT > 3))
-    resident = Resident(ResidentSpec(base, (expert,), (corpus,)))
+    worker = Worker(WorkerSpec(base, (expert,), (corpus,)))
     composite = Composite.of({base.content: UNIT // 2, expert.content: UNIT // 2})
-    plain = resident.evaluate(Request(0, composite, ("key",)))
-    answer = resident.evaluate(Request(0, composite, ("key",), gradient=True))
-    known = resident.evaluate(Request(0, composite, ("key",), plain.scores, gradient=True))
+    plain = worker.evaluate(Request(0, composite, ("key",)))
+    answer = worker.evaluate(Request(0, composite, ("key",), gradient=True))
+    known = worker.evaluate(Request(0, composite, ("key",), plain.scores, gradient=True))
     assert plain.scores == answer.scores == known.scores and answer.gradients == known.gradients
     assert answer.forward_tokens == 2 * known.forward_tokens == 2 * plain.forward_tokens
 
 
-def starve(resident, most):
+def starve(worker, most):
     """Let forward calls of more than so many tokens ask the allocator for what no machine has."""
-    resident._model.register_forward_pre_hook(
+    worker._model.register_forward_pre_hook(
         lambda _, __, named: torch.empty(2**46) if named["input_ids"].numel() > most else None, with_kwargs=True
     )
 
@@ -241,7 +241,7 @@ def test_where_memory_runs_out_batches_are_halved_and_that_is_told(sources, most
     """40 windows of 32 tokens are scored 5 at a time: 160 tokens, 80 (2 windows), 40 (1)."""
     corpora = tuple(replace(one, windows=windows_of(one.windows, 40)) for one in sources.corpora)
     spec, composite = replace(sources.spec(), corpora=corpora), composites(sources)[-1]
-    short, plain = Resident(spec), Resident(replace(spec, batch_tokens=left))
+    short, plain = Worker(spec), Worker(replace(spec, batch_tokens=left))
     starve(short, most)
     request = Request(0, composite, keys(sources)[:2], gradient=gradient)
     expected = plain.evaluate(request)
@@ -254,52 +254,52 @@ def test_where_memory_runs_out_batches_are_halved_and_that_is_told(sources, most
 
 
 def test_where_one_window_is_too_large_there_is_no_score(sources):
-    resident = Resident(sources.spec())
-    starve(resident, 31)
+    worker = Worker(sources.spec())
+    starve(worker, 31)
     with pytest.raises(EvaluationError, match="not enough memory for a forward pass of 32 tokens"):
-        resident.evaluate(Request(0, composites(sources)[-1], keys(sources)))
+        worker.evaluate(Request(0, composites(sources)[-1], keys(sources)))
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(sources):
-    resident = Resident(sources.spec())
-    resident._model.register_forward_pre_hook(lambda *_: torch.zeros(2, 3) @ torch.zeros(2, 3))
+    worker = Worker(sources.spec())
+    worker._model.register_forward_pre_hook(lambda *_: torch.zeros(2, 3) @ torch.zeros(2, 3))
     with pytest.raises(RuntimeError, match="shapes"):
-        resident.evaluate(Request(0, composites(sources)[-1], keys(sources)))
+        worker.evaluate(Request(0, composites(sources)[-1], keys(sources)))
 
 
-def test_scored_tokens_are_those_that_were_measured(sources, resident):
+def test_scored_tokens_are_those_that_were_measured(sources, worker):
     composite = composites(sources)[-1]
-    whole = resident.evaluate(Request(0, composite, keys(sources)))
+    whole = worker.evaluate(Request(0, composite, keys(sources)))
     assert whole.scored_tokens == sum(score.tokens for score in whole.scores.values()) < whole.forward_tokens
     prefix = {key: first(score, 3) for key, score in whole.scores.items()}
-    rest = resident.evaluate(Request(0, composite, keys(sources), prefix))
+    rest = worker.evaluate(Request(0, composite, keys(sources), prefix))
     assert rest.scored_tokens == whole.scored_tokens - sum(score.tokens for score in prefix.values())
 
 
 def test_a_resident_says_how_long_it_was_idle(sources):
-    resident, request = Resident(sources.spec()), Request(0, composites(sources)[-1], keys(sources))
-    assert resident.evaluate(request).wait_seconds == 0.0
-    assert resident.evaluate(request).wait_seconds > 0.0
+    worker, request = Worker(sources.spec()), Request(0, composites(sources)[-1], keys(sources))
+    assert worker.evaluate(request).wait_seconds == 0.0
+    assert worker.evaluate(request).wait_seconds > 0.0
 
 
 def test_an_expert_that_is_the_base_has_no_slope(sources):
     spec = sources.spec()
-    resident = Resident(replace(spec, experts=(*spec.experts, spec.base)))
-    answer = resident.evaluate(Request(0, composites(sources)[-1], keys(sources)[:1], gradient=True))
+    worker = Worker(replace(spec, fine_tunes=(*spec.fine_tunes, spec.base)))
+    answer = worker.evaluate(Request(0, composites(sources)[-1], keys(sources)[:1], gradient=True))
     (gradient,) = answer.gradients.values()
     assert len(gradient) == 4 and [content for content, slope in gradient.items() if not slope] == [spec.base.content]
 
 
 def test_a_loss_that_is_not_finite_is_no_score(sources):
-    resident = Resident(sources.spec())
-    content = sources.experts["code"].content
+    worker = Worker(sources.spec())
+    content = sources.fine_tunes["code"].content
     # Twice the largest float32 overflows in the merge: weights of inf, a loss of NaN.
-    for segment in resident._arena._segments:
+    for segment in worker._arena._segments:
         segment.stored_NP[content].fill_(3e38)
-    other = sources.experts["math"].content
+    other = sources.fine_tunes["math"].content
     terms = Composite.of({content: 3 * UNIT, other: -2 * UNIT})
     with pytest.raises(EvaluationError, match="window"):
-        resident.evaluate(Request(0, terms, keys(sources)))
+        worker.evaluate(Request(0, terms, keys(sources)))
 
 
 def test_a_checkpoint_that_changed_since_it_was_hashed_is_refused(sources, tmp_path):
@@ -307,6 +307,6 @@ def test_a_checkpoint_that_changed_since_it_was_hashed_is_refused(sources, tmp_p
     path = tmp_path / "world/study.yaml"
     spec = gather(load(path), path).spec()
     worlds.save_model(tmp_path / "world/models/math", seed=77)
-    assert content_hash(tmp_path / "world/models/math") not in {model.content for model in spec.experts}
+    assert content_hash(tmp_path / "world/models/math") not in {model.content for model in spec.fine_tunes}
     with pytest.raises(InputError, match="have changed"):
-        Resident(spec)
+        Worker(spec)

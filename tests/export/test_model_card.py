@@ -7,7 +7,7 @@ import yaml
 from dem_opt.config import load
 from dem_opt.export.model_card import Ingredient, licence, model_card, recipe, resolved
 from dem_opt.simplex import UNIT, Coefficients
-from dem_opt.types import Margin, Score, Standing, StoredModel
+from dem_opt.types import Margin, ResultRow, Score, StoredModel
 
 UNITS = {"base": 10**8, "code": 3 * 10**8, "math": 6 * 10**8}
 
@@ -23,11 +23,11 @@ def ingredients(folder, units=UNITS, licences=()):
     return made
 
 
-def standing(label, nll):
+def result(label, nll):
     scores = {"code": Score((nll, nll), (1, 1)), "math": Score((2 * nll,), (1,))}
     both = {"search": scores, "held_out": scores}
     coefficients = Coefficients((("code", 3 * 10**8), ("math", 6 * 10**8)))
-    return Standing(label, "best", "random", coefficients, both, dict.fromkeys(both, 1.5 * nll), 1, 2, 3.0)
+    return ResultRow(label, "best", "random", coefficients, both, dict.fromkeys(both, 1.5 * nll), 1, 2, 3.0)
 
 
 def front(card):
@@ -41,8 +41,8 @@ def rows(card):
 def test_a_card_tells_coefficients_scores_margins_and_provenance(tmp_path):
     margins = [Margin("base", "held_out", 0.5, 0.25, 0.75)]
     study = "name: tiny\nbase: <b>models</b>\n"
-    standings = [standing("winner", 2.0)]
-    card = model_card("study", ingredients(tmp_path), {"torch": "2.13.0"}, study, standings, margins, "bfloat16")
+    results = [result("winner", 2.0)]
+    card = model_card("study", ingredients(tmp_path), {"torch": "2.13.0"}, study, results, margins, "bfloat16")
     assert front(card)["library_name"] == "transformers" and "license" not in front(card)
     for name, weight in (("base", "0.100000000"), ("code", "0.300000000"), ("math", "0.600000000")):
         assert [name, weight, "not stated", f"{name}-content"] in rows(card)
@@ -99,7 +99,7 @@ def test_what_users_write_shows_as_it_is_in_a_card(tmp_path):
     label = "a|b <script>alert(1)</script> [x](http://y) `z`\n# not a title"
     made = [Ingredient(label, StoredModel(one.path, label), one.units) for one in ingredients(tmp_path)]
     (made[0].path / "README.md").write_text("---\nlicense: '<script>'\n---\n")
-    card = model_card(label, made, {}, standings=[standing(label, 1.0)], margins=[Margin(label, label, 1, 0, 2)])
+    card = model_card(label, made, {}, results=[result(label, 1.0)], margins=[Margin(label, label, 1, 0, 2)])
     assert "<script" not in card.replace("\\<script", "")
     assert "\n# not a title" not in card
     shown = [line for line in card.splitlines() if line.startswith("| ") and "script" in line]

@@ -19,7 +19,7 @@ from dem_opt.checkpoints.files import INDEX, WEIGHTS, content_hash, read_header
 from dem_opt.errors import InputError
 from dem_opt.export import writer
 from dem_opt.export.writer import MARKER, ExportError, output_dtype, prove, write_composite
-from dem_opt.merging.merged_model import Arena
+from dem_opt.merging.merged_model import MergedModel
 from dem_opt.simplex import UNIT
 from dem_opt.types import Composite, StoredModel
 
@@ -86,7 +86,7 @@ def test_an_export_loads_as_the_composite_that_was_scored(stored, tmp_path, monk
     assert (tmp_path / "out" / INDEX).exists() == (shard_bytes < 10**6)
     assert (tmp_path / "out" / WEIGHTS).exists() != (shard_bytes < 10**6)
     live = empty_model(stored[0].path, torch.float32)
-    Arena(live, stored).merge(merged)
+    MergedModel(live, stored).merge(merged)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     ids = torch.arange(24).view(2, 12)
     assert torch.equal(loaded(ids).logits, live(ids).logits)

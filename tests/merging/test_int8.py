@@ -14,9 +14,9 @@ from dem_opt.checkpoints.architecture import empty_model, read_architecture
 from dem_opt.checkpoints.files import read_header
 from dem_opt.config import StudyConfig, load
 from dem_opt.errors import InputError
-from dem_opt.merging.int8 import Quantized, quantize, row_length, rows_of
+from dem_opt.merging.int8 import Int8Vector, quantize, row_length, rows_of
 from dem_opt.merging.kernel import MergeKernel
-from dem_opt.merging.merged_model import Arena
+from dem_opt.merging.merged_model import MergedModel
 from dem_opt.planning.inputs import check_files, gather
 from dem_opt.planning.weights import _stored
 from dem_opt.simplex import UNIT
@@ -32,7 +32,7 @@ def compressed(shape, dtype=torch.float32, seed=0):
     base = torch.randn(shape, generator=generator).to(dtype)
     expert = (base + 0.1 * torch.randn(shape, generator=generator)).to(dtype)
     starts_R = torch.arange(rows_of(shape)) * row_length(shape)
-    into = Quantized(torch.zeros(base.numel(), dtype=torch.int8), torch.zeros(rows_of(shape)), starts_R)
+    into = Int8Vector(torch.zeros(base.numel(), dtype=torch.int8), torch.zeros(rows_of(shape)), starts_R)
     quantize(expert, base, into)
     return base, expert, into
 
@@ -65,14 +65,14 @@ def tame(request, tmp_path_factory):
 
 def arena_of(world, stored=None, live=torch.float32):
     model = empty_model(world.stored[0].path, live)
-    return Arena(model, stored or world.stored, vectors="int8"), model
+    return MergedModel(model, stored or world.stored, vectors="int8"), model
 
 
-def vectors_of(world, arena, content):
-    """What an arena has of an expert, by parameter, in float64."""
+def vectors_of(world, merged_model, content):
+    """What an merged model has of an expert, by parameter, in float64."""
     return {
         place.name: segment.vectors_NP[content].within(place.slice)[slice(0, 10**9)].double().view(place.shape)
-        for segment in arena._segments
+        for segment in merged_model._segments
         for place in segment.places
     }
 
@@ -81,9 +81,9 @@ def vectors_of(world, arena, content):
 def test_composites_are_the_base_and_what_is_stored_of_the_vectors(tame, units):
     """Rounding N coefficients, N scaled coefficients, N products and N sums to float32 leaves at most
     (N + 3) u of the terms' sizes; rounding to the stored dtype adds half an ulp."""
-    arena, model = arena_of(tame)
-    arena.merge(tame.composite(units))
-    vectors = [vectors_of(tame, arena, one.content) for one in tame.stored[1:]]
+    merged_model, model = arena_of(tame)
+    merged_model.merge(tame.composite(units))
+    vectors = [vectors_of(tame, merged_model, one.content) for one in tame.stored[1:]]
     for name, found in values(model).items():
         terms = [tame.weights[0][name].double()]
         terms += [count / UNIT * vector[name] for count, vector in zip(units[1:], vectors, strict=True)]
@@ -95,10 +95,10 @@ def test_composites_are_the_base_and_what_is_stored_of_the_vectors(tame, units):
 
 
 def test_the_base_is_exact_and_a_vertex_is_off_by_half_a_scale(tame):
-    arena, model = arena_of(tame)
-    arena.merge(Composite.single(tame.stored[0].content))
+    merged_model, model = arena_of(tame)
+    merged_model.merge(Composite.single(tame.stored[0].content))
     assert_same_bits(values(model), {name: tensor.float() for name, tensor in tame.weights[0].items()})
-    arena.merge(Composite.single(tame.stored[1].content))
+    merged_model.merge(Composite.single(tame.stored[1].content))
     differing = 0
     for name, found in values(model).items():
         exact = tame.weights[1][name].double()
@@ -113,11 +113,11 @@ def test_the_base_is_exact_and_a_vertex_is_off_by_half_a_scale(tame):
 
 @pytest.mark.parametrize("units", UNITS)
 def test_neither_the_compiler_nor_the_order_changes_a_bit(tame, units):
-    arena, model = arena_of(tame)
-    arena.merge(tame.composite(units))
+    merged_model, model = arena_of(tame)
+    merged_model.merge(tame.composite(units))
     before = values(model)
-    arena._kernels = [MergeKernel(compiled=False, block=37)]
-    arena.merge(tame.composite(units))
+    merged_model._kernels = [MergeKernel(compiled=False, block=37)]
+    merged_model.merge(tame.composite(units))
     assert_same_bits(values(model), before)
     other, model = arena_of(tame, [tame.stored[0], tame.stored[2], tame.stored[1]])
     other.merge(tame.composite(units))
@@ -125,16 +125,16 @@ def test_neither_the_compiler_nor_the_order_changes_a_bit(tame, units):
 
 
 def test_gradients_are_reduced_against_what_is_stored(tame):
-    arena, model = arena_of(tame, live=torch.float64)
-    arena.merge(tame.composite(UNITS[1]))
+    merged_model, model = arena_of(tame, live=torch.float64)
+    merged_model.merge(tame.composite(UNITS[1]))
     contents = [one.content for one in tame.stored]
-    found = reduced(arena, model, contents)
+    found = reduced(merged_model, model, contents)
     parameters = dict(model.named_parameters())
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     for loss in losses(model):
         loss.backward()
-    vectors = [vectors_of(tame, arena, content) for content in contents[1:]]
+    vectors = [vectors_of(tame, merged_model, content) for content in contents[1:]]
     expected = [float(sum((x.grad * vector[name]).sum() for name, x in parameters.items())) for vector in vectors]
     assert list(found.values()) == pytest.approx(expected, rel=1e-6)
 
@@ -143,10 +143,10 @@ def test_gradients_are_reduced_against_what_is_stored(tame):
 def test_the_plan_counts_the_bytes_of_the_arena(tame, count):
     stored = tame.stored[:count]
     headers = [read_header(one.path, "base") for one in stored]
-    arena, _ = arena_of(tame, stored)
-    live = sum(segment.live_P.nbytes for segment in arena._segments)
+    merged_model, _ = arena_of(tame, stored)
+    live = sum(segment.live_P.nbytes for segment in merged_model._segments)
     architecture = read_architecture(headers[0])
-    assert _stored(architecture, headers[0], headers, architecture.parameters, "int8") + live == arena.nbytes
+    assert _stored(architecture, headers[0], headers, architecture.parameters, "int8") + live == merged_model.nbytes
 
 
 def configured(path, **evaluation) -> StudyConfig:
@@ -156,7 +156,7 @@ def configured(path, **evaluation) -> StudyConfig:
 
 def test_scores_of_compressed_vectors_are_others_and_depend_on_the_base(tmp_path):
     path = worlds.study(tmp_path)
-    exact, int8 = (gather(configured(path, vectors=form), path).question() for form in ("exact", "int8"))
+    exact, int8 = (gather(configured(path, vectors=form), path).identity() for form in ("exact", "int8"))
     assert exact.scoring != int8.scoring and int8.exact() == exact
     older = replace(exact, settings={key: x for key, x in exact.settings.items() if key != "evaluation.vectors"})
     assert older.scoring == exact.scoring
@@ -192,7 +192,7 @@ def test_a_study_of_compressed_vectors_tells_what_they_cost_and_exports_the_full
     (told,) = (line for line in seen.lines if "vectors change the NLL" in line)
     assert told.startswith("int8 vectors change the NLL by ") and "(4)" in told
     champion = test_study.open_study(path, seen).export(tmp_path / "out")
-    assert seen.lines[-1] == told and champion.standing.objective == winner.objective
+    assert seen.lines[-1] == told and champion.result.objective == winner.objective
     assert champion.exported.objective != winner.objective
     assert champion.exported.objective["search"] == pytest.approx(winner.objective["search"], rel=1e-2)
     configured(path, vectors="exact")
@@ -202,7 +202,7 @@ def test_a_study_of_compressed_vectors_tells_what_they_cost_and_exports_the_full
 
 def test_a_study_begun_before_there_were_forms_stays_exact(tmp_path):
     path = worlds.study(tmp_path)
-    scored = gather(load(path), path).question().scored()
+    scored = gather(load(path), path).identity().scored()
     del scored["evaluation.vectors"]
     refuse_other_scoring(path, scored, scored | {"evaluation.vectors": "exact"})
     with pytest.raises(InputError, match=r"begun with 'exact'"):

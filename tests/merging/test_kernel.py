@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dem_opt.merging.compiled import UNUSED_SECONDS, Native, native, outlook
-from dem_opt.merging.int8 import Quantized
+from dem_opt.merging.int8 import Int8Vector
 from dem_opt.merging.kernel import MergeKernel, foretold, told
 from dem_opt.simplex import UNIT
 
@@ -150,7 +150,7 @@ def quantized(lengths, seed):
     generator = torch.Generator().manual_seed(seed)
     values_P = torch.randint(-127, 128, (sum(lengths),), generator=generator, dtype=torch.int8)
     starts_R = torch.tensor([0, *lengths[:-1]]).cumsum(0)
-    return Quantized(values_P, torch.rand(len(lengths), generator=generator), starts_R)
+    return Int8Vector(values_P, torch.rand(len(lengths), generator=generator), starts_R)
 
 
 @pytest.mark.parametrize("live", [torch.float32, torch.bfloat16])

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from dem_opt.checkpoints.architecture import empty_model, read_architecture
 from dem_opt.checkpoints.files import content_hash, read_header
-from dem_opt.merging.merged_model import ALIGNMENT, Arena, inner, merged_tensors
+from dem_opt.merging.merged_model import ALIGNMENT, MergedModel, inner, merged_tensors
 from dem_opt.simplex import UNIT, Coefficients
 from dem_opt.types import Composite, StoredModel
 
@@ -80,9 +80,9 @@ class World:
         names = list(architecture.parameters)
         return dict(merged_tensors(architecture, self.stored[0], by_content, composite, names))
 
-    def arena(self, stored=None, dtype=torch.float32):
+    def merged_model(self, stored=None, dtype=torch.float32):
         model = empty_model(self.stored[0].path, dtype)
-        return Arena(model, stored or self.stored), model
+        return MergedModel(model, stored or self.stored), model
 
     def composite(self, units):
         return Composite.of({model.content: count for model, count in zip(self.stored, units, strict=True)})
@@ -108,29 +108,29 @@ def assert_same_bits(ones, others):
 
 @pytest.mark.parametrize("live", [torch.float32, torch.bfloat16])
 def test_a_single_term_is_that_checkpoint_bit_for_bit(world, live):
-    arena, model = world.arena(dtype=live)
+    merged_model, model = world.merged_model(dtype=live)
     for stored, weights in zip(world.stored, world.weights, strict=True):
-        arena.merge(Composite.single(stored.content))
+        merged_model.merge(Composite.single(stored.content))
         assert_same_bits(values(model), {name: tensor.to(live) for name, tensor in weights.items()})
 
 
 def test_zero_coefficients_give_the_base_and_one_gives_the_expert(world):
     base, a, b = world.stored
-    experts = {"a": a.content, "b": b.content}
-    arena, model = world.arena()
+    fine_tunes = {"a": a.content, "b": b.content}
+    merged_model, model = world.merged_model()
     for units, index in (((0, 0), 0), ((UNIT, 0), 1), ((0, UNIT), 2)):
-        arena.merge(Composite.edited(base.content, experts, Coefficients((("a", units[0]), ("b", units[1])))))
+        merged_model.merge(Composite.edited(base.content, fine_tunes, Coefficients((("a", units[0]), ("b", units[1])))))
         assert_same_bits(values(model), {name: tensor.float() for name, tensor in world.weights[index].items()})
 
 
 @pytest.mark.parametrize("units", UNITS)
 def test_merging_has_no_memory(world, units):
-    arena, model = world.arena()
-    arena.merge(world.composite(units))
+    merged_model, model = world.merged_model()
+    merged_model.merge(world.composite(units))
     first = values(model)
-    arena.merge(world.composite((UNIT, 0, 0)))
-    arena.merge(world.composite(units[::-1]))
-    arena.merge(world.composite(units))
+    merged_model.merge(world.composite((UNIT, 0, 0)))
+    merged_model.merge(world.composite(units[::-1]))
+    merged_model.merge(world.composite(units))
     assert_same_bits(values(model), first)
 
 
@@ -138,8 +138,8 @@ def test_merging_has_no_memory(world, units):
 def test_the_order_of_the_checkpoints_changes_no_bit(world, units):
     merged = []
     for stored in (world.stored, world.stored[::-1]):
-        arena, model = world.arena(stored)
-        arena.merge(world.composite(units))
+        merged_model, model = world.merged_model(stored)
+        merged_model.merge(world.composite(units))
         merged.append(values(model))
     assert_same_bits(*merged)
 
@@ -160,8 +160,8 @@ def test_merging_agrees_with_float64(world, units):
 
 @pytest.mark.parametrize("units", UNITS)
 def test_streaming_from_files_gives_the_arenas_bits_in_the_stored_dtype(world, units):
-    arena, model = world.arena()
-    arena.merge(world.composite(units))
+    merged_model, model = world.merged_model()
+    merged_model.merge(world.composite(units))
     merged = world.merged(world.composite(units))
     assert {name: tensor.dtype for name, tensor in merged.items()} == {
         name: stored_dtype(world.dtype, name) for name in world.weights[0]
@@ -170,11 +170,11 @@ def test_streaming_from_files_gives_the_arenas_bits_in_the_stored_dtype(world, u
 
 
 def test_the_forward_pass_is_that_of_the_checkpoint(world):
-    arena, model = world.arena()
+    merged_model, model = world.merged_model()
     ids = torch.randint(83, (2, 9), generator=torch.Generator().manual_seed(0))
     for stored in world.stored:
         reference = AutoModelForCausalLM.from_pretrained(stored.path, dtype=torch.float32)
-        arena.merge(Composite.single(stored.content))
+        merged_model.merge(Composite.single(stored.content))
         assert torch.equal(model(ids).logits, reference(ids).logits)
 
 
@@ -185,24 +185,24 @@ MIXED = [("bfloat16", "float32"), ("float32", "bfloat16"), ("bfloat16", "mixed")
 def test_checkpoints_of_other_dtypes_are_stored_as_they_are_and_sums_rounded_to_the_bases(tmp_path, base, expert):
     ours, theirs = World(tmp_path / "ours", "llama tied", base), World(tmp_path / "theirs", "llama tied", expert)
     ours.stored[1], ours.weights[1] = theirs.stored[1], theirs.weights[1]
-    arena, model = ours.arena()
+    merged_model, model = ours.merged_model()
     for stored, weights in zip(ours.stored, ours.weights, strict=True):
-        arena.merge(Composite.single(stored.content))
+        merged_model.merge(Composite.single(stored.content))
         assert_same_bits(values(model), {name: tensor.float() for name, tensor in weights.items()})
         assert_same_bits(ours.merged(Composite.single(stored.content)), weights)
     composite = ours.composite((0, 4 * 10**8, 6 * 10**8))
-    arena.merge(composite)
+    merged_model.merge(composite)
     streamed = ours.merged(composite)
     assert {name: tensor.dtype for name, tensor in streamed.items()} == {
         name: stored_dtype(base, name) for name in streamed
     }
     assert_same_bits(values(model), {name: tensor.float() for name, tensor in streamed.items()})
     everything = [tensor for weights in ours.weights for tensor in weights.values()]
-    assert arena.nbytes < 1.3 * sum(x.nbytes for x in everything) + 4 * sum(x.numel() for x in streamed.values())
+    assert merged_model.nbytes < 1.3 * sum(x.nbytes for x in everything) + 4 * sum(x.numel() for x in streamed.values())
 
 
 def test_parameters_are_aligned_views_of_one_memory_for_each_stored_dtype_tied_ones_once(world):
-    _, model = world.arena()
+    _, model = world.merged_model()
     parameters = list(model.parameters())
     memories = {parameter.untyped_storage().data_ptr(): parameter.untyped_storage() for parameter in parameters}
     assert len(memories) == (2 if world.dtype == "mixed" else 1)
@@ -215,25 +215,25 @@ def test_parameters_are_aligned_views_of_one_memory_for_each_stored_dtype_tied_o
 
 
 def test_the_base_need_not_be_stored(world):
-    everything, expected = world.arena()
-    experts, model = world.arena(world.stored[1:])
+    everything, expected = world.merged_model()
+    fine_tunes, model = world.merged_model(world.stored[1:])
     composite = world.composite((0, 4 * 10**8, 6 * 10**8))
     everything.merge(composite)
-    experts.merge(composite)
+    fine_tunes.merge(composite)
     assert_same_bits(values(model), values(expected))
     with pytest.raises(KeyError):
-        experts.merge(world.composite((UNIT, 0, 0)))
+        fine_tunes.merge(world.composite((UNIT, 0, 0)))
 
 
 def test_a_merge_needs_no_file(tmp_path):
     world = World(tmp_path, "llama tied", "bfloat16")
-    arena, model = world.arena()
-    arena.merge(world.composite(UNITS[0]))
+    merged_model, model = world.merged_model()
+    merged_model.merge(world.composite(UNITS[0]))
     before = values(model)
     for stored in world.stored:
         shutil.rmtree(stored.path)
-    arena.merge(world.composite((UNIT, 0, 0)))
-    arena.merge(world.composite(UNITS[0]))
+    merged_model.merge(world.composite((UNIT, 0, 0)))
+    merged_model.merge(world.composite(UNITS[0]))
     assert_same_bits(values(model), before)
 
 
@@ -241,27 +241,27 @@ def test_a_merge_needs_no_file(tmp_path):
 @pytest.mark.parametrize("live", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("which", [(0,), (1, 2), (0, 1, 2)], ids=str)
 def test_checkpoints_that_stay_in_their_files_give_the_same_bits_and_take_no_memory(world, which, live, units):
-    resident, expected = world.arena(dtype=live)
+    worker, expected = world.merged_model(dtype=live)
     model = empty_model(world.stored[0].path, live)
-    arena = Arena(model, world.stored, streamed={world.stored[one].content for one in which})
-    bits = [len(one.live_P) * one.live_P.itemsize for one in arena._segments]
-    assert arena.nbytes == resident.nbytes - len(which) * (resident.nbytes - sum(bits)) // 3
+    merged_model = MergedModel(model, world.stored, streamed={world.stored[one].content for one in which})
+    bits = [len(one.live_P) * one.live_P.itemsize for one in merged_model._segments]
+    assert merged_model.nbytes == worker.nbytes - len(which) * (worker.nbytes - sum(bits)) // 3
     for composite in (world.composite(units), *(Composite.single(one.content) for one in world.stored)):
-        arena.merge(composite)
-        resident.merge(composite)
+        merged_model.merge(composite)
+        worker.merge(composite)
         assert_same_bits(values(model), values(expected))
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 83 * 20, 10**6])
 @pytest.mark.parametrize("which", [(0,), (0, 1, 2)], ids=str)
 def test_bits_do_not_depend_on_how_much_is_fetched_at_once(world, which, size, monkeypatch):
-    resident, expected = world.arena(dtype=torch.float32)
+    worker, expected = world.merged_model(dtype=torch.float32)
     monkeypatch.setattr("dem_opt.merging.merged_model.BLOCK", size)
     model = empty_model(world.stored[0].path, torch.float32)
-    arena = Arena(model, world.stored, streamed={world.stored[one].content for one in which})
+    merged_model = MergedModel(model, world.stored, streamed={world.stored[one].content for one in which})
     for composite in (world.composite(UNITS[1]), Composite.single(world.stored[0].content)):
-        arena.merge(composite)
-        resident.merge(composite)
+        merged_model.merge(composite)
+        worker.merge(composite)
         assert_same_bits(values(model), values(expected))
 
 
@@ -275,7 +275,7 @@ def test_loading_holds_at_its_peak_hardly_more_than_what_stays(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from dem_opt.merging.merged_model import Arena
+from dem_opt.merging.merged_model import MergedModel
 from dem_opt.merging.kernel import MergeKernel
 from dem_opt.checkpoints.architecture import empty_model
 from dem_opt.types import StoredModel
@@ -289,8 +289,8 @@ MergeKernel()
 model = empty_model(Path(sys.argv[1]), torch.float32)
 before = status("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")
-arena = Arena(model, [StoredModel(Path(folder), folder) for folder in sys.argv[1:]])
-print((status("VmHWM") - before) / arena.nbytes, arena.nbytes)
+merged model = MergedModel(model, [StoredModel(Path(folder), folder) for folder in sys.argv[1:]])
+print((status("VmHWM") - before) / merged model.nbytes, merged model.nbytes)
 """
     command = [sys.executable, "-c", code, *(str(tmp_path / name) for name in "abcd")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -300,10 +300,10 @@ print((status("VmHWM") - before) / arena.nbytes, arena.nbytes)
 
 def test_a_single_term_is_exact_where_denormals_are_flushed(tmp_path):
     world = World(tmp_path, "llama tied", "float32")
-    arena, model = world.arena()
+    merged_model, model = world.merged_model()
     try:
         torch.set_flush_denormal(True)
-        arena.merge(Composite.single(world.stored[1].content))
+        merged_model.merge(Composite.single(world.stored[1].content))
     finally:
         torch.set_flush_denormal(False)
     assert_same_bits(values(model), world.weights[1])
@@ -321,8 +321,8 @@ def losses(model, count=2):
         yield model(torch.randint(83, (2, 9), generator=torch.Generator().manual_seed(seed))).logits.square().sum()
 
 
-def reduced(arena, model, contents, count=2):
-    with arena.reducing(contents[0], contents[1:]) as found:
+def reduced(merged_model, model, contents, count=2):
+    with merged_model.reducing(contents[0], contents[1:]) as found:
         for loss in losses(model, count):
             loss.backward()
     return found
@@ -338,22 +338,22 @@ def expected(tame, model, count=2):
     gradients = {name: parameter.grad.double() for name, parameter in parameters.items()}
     for parameter in parameters.values():
         parameter.requires_grad_(False).grad = None
-    base, *experts = tame.weights
-    return [sum((g * (one[x].double() - base[x].double())).sum() for x, g in gradients.items()) for one in experts]
+    base, *fine_tunes = tame.weights
+    return [sum((g * (one[x].double() - base[x].double())).sum() for x, g in gradients.items()) for one in fine_tunes]
 
 
 @pytest.mark.parametrize("live", [torch.float32, torch.bfloat16, torch.float64])
 def test_gradients_are_reduced_against_every_vector(tame, live):
     """Also for gradients in bfloat16, as autograd makes them; there one backward, since autograd's sum would round."""
-    arena, model = tame.arena(dtype=live)
-    arena.merge(tame.composite(UNITS[1]))
-    before = values(model), [{name: x.clone() for name, x in one.stored_NP.items()} for one in arena._segments]
+    merged_model, model = tame.merged_model(dtype=live)
+    merged_model.merge(tame.composite(UNITS[1]))
+    before = values(model), [{name: x.clone() for name, x in one.stored_NP.items()} for one in merged_model._segments]
     contents = [one.content for one in tame.stored]
     count = 1 if live == torch.bfloat16 else 2
-    found = reduced(arena, model, contents, count)
+    found = reduced(merged_model, model, contents, count)
     assert list(found) == contents[1:]
     assert_same_bits(values(model), before[0])
-    for segment, stored_NP in zip(arena._segments, before[1], strict=True):
+    for segment, stored_NP in zip(merged_model._segments, before[1], strict=True):
         assert_same_bits(segment.stored_NP, stored_NP)
     oracle = [float(one) for one in expected(tame, model, count)]
     assert list(found.values()) == pytest.approx(oracle, rel=1e-10 if live == torch.float64 else 1e-4)
@@ -363,28 +363,28 @@ def test_gradients_are_reduced_against_every_vector(tame, live):
 def test_gradients_are_reduced_against_vectors_of_other_dtypes(tmp_path, base, expert):
     ours, theirs = World(tmp_path / "ours", "gpt2", base, False), World(tmp_path / "theirs", "gpt2", expert, False)
     ours.stored[1], ours.weights[1] = theirs.stored[1], theirs.weights[1]
-    arena, model = ours.arena(dtype=torch.float64)
-    arena.merge(ours.composite(UNITS[0]))
-    found = reduced(arena, model, [one.content for one in ours.stored])
+    merged_model, model = ours.merged_model(dtype=torch.float64)
+    merged_model.merge(ours.composite(UNITS[0]))
+    found = reduced(merged_model, model, [one.content for one in ours.stored])
     assert list(found.values()) == pytest.approx([float(one) for one in expected(ours, model)], rel=1e-10)
 
 
 def test_at_most_one_gradient_lives_and_none_stays(tame):
     """Before a parameter's gradient is stored, and when it is, autograd's own hooks count those that are."""
-    arena, model = tame.arena()
-    arena.merge(tame.composite(UNITS[1]))
+    merged_model, model = tame.merged_model()
+    merged_model.merge(tame.composite(UNITS[1]))
     parameters, counts, reached = list(model.parameters()), [], set()
 
     def count(*_):
         counts.append(sum(parameter.grad is not None for parameter in parameters))
 
-    base, *experts = (one.content for one in tame.stored)
+    base, *fine_tunes = (one.content for one in tame.stored)
     for parameter in parameters:
         parameter.requires_grad_(True)
         parameter.register_hook(count)
         parameter.register_post_accumulate_grad_hook(count)
         parameter.register_post_accumulate_grad_hook(lambda one: reached.add(id(one)))
-    with arena.reducing(base, experts):
+    with merged_model.reducing(base, fine_tunes):
         for loss in losses(model):
             loss.backward()
             assert not any(parameter.grad is not None for parameter in parameters)
@@ -396,36 +396,36 @@ def test_gradients_are_reduced_against_vectors_from_files(tame):
     contents, found = [one.content for one in tame.stored], []
     for streamed in ((), contents[:2]):
         model = empty_model(tame.stored[0].path, torch.float32)
-        arena = Arena(model, tame.stored, streamed=streamed)
-        arena.merge(tame.composite(UNITS[1]))
-        found.append(reduced(arena, model, contents))
+        merged_model = MergedModel(model, tame.stored, streamed=streamed)
+        merged_model.merge(tame.composite(UNITS[1]))
+        found.append(reduced(merged_model, model, contents))
     assert found[0] == found[1]
 
 
 def test_a_failure_within_leaves_the_model_without_gradients(tame):
-    arena, model = tame.arena()
-    arena.merge(tame.composite(UNITS[1]))
-    base, *experts = (one.content for one in tame.stored)
-    with pytest.raises(ZeroDivisionError), arena.reducing(base, experts):
+    merged_model, model = tame.merged_model()
+    merged_model.merge(tame.composite(UNITS[1]))
+    base, *fine_tunes = (one.content for one in tame.stored)
+    with pytest.raises(ZeroDivisionError), merged_model.reducing(base, fine_tunes):
         next(losses(model)).backward()
         raise ZeroDivisionError
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
     assert not next(losses(model)).requires_grad
-    assert reduced(arena, model, [base, base]) == {base: 0.0}
+    assert reduced(merged_model, model, [base, base]) == {base: 0.0}
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
 def test_an_adapters_vector_is_what_it_makes_of_the_base(tmp_path):
-    """The arena's own vertex is the oracle; that it is the adapter's, test_adapters tells."""
+    """The merged model's own vertex is the oracle; that it is the adapter's, test_adapters tells."""
     adapted = test_adapters.World(tmp_path, *test_adapters.CASES["dora"])
     stored = [adapted.base, adapted.other, *adapted.adapters]
     model = empty_model(adapted.base.path, torch.float64)
-    arena, vertices = Arena(model, stored), []
+    merged_model, vertices = MergedModel(model, stored), []
     for one in stored:
-        arena.merge(Composite.single(one.content))
+        merged_model.merge(Composite.single(one.content))
         vertices.append({name: x.clone() for name, x in model.named_parameters()})
-    arena.merge(Composite.of({one.content: units for one, units in zip(stored[1:], UNITS[1], strict=True)}))
-    found = reduced(arena, model, [one.content for one in stored])
+    merged_model.merge(Composite.of({one.content: units for one, units in zip(stored[1:], UNITS[1], strict=True)}))
+    found = reduced(merged_model, model, [one.content for one in stored])
     adapted.weights = vertices
     assert list(found.values()) == pytest.approx([float(one) for one in expected(adapted, model)], rel=1e-10)
 

@@ -45,11 +45,11 @@ def models(folder: Path, name: str, dtypes=(torch.float32,) * 3) -> None:
     worlds.tokenizer().save_pretrained(folder / "models/base")
 
 
-def write_study(folder: Path, experts: dict, **sections) -> Path:
+def write_study(folder: Path, fine_tunes: dict, **sections) -> Path:
     content = {
         "name": "inputs",
         "base": "models/base",
-        "distributions": experts,
+        "distributions": fine_tunes,
         "evaluation": {"window": 32, "windows": 4, "held_out": 4},
         "search": {"algorithm": "random", "trials": 4},
     }
@@ -110,11 +110,11 @@ def test_a_study_runs_and_its_winner_is_exported_and_scored_again(tmp_path, monk
     monkeypatch.setattr(Study, "_tracker", nowhere)
     path = WORLDS[case](tmp_path)
     assert main(["check", str(path)]) == 0
-    assert "one resident" in capsys.readouterr().out
+    assert "one worker" in capsys.readouterr().out
     study = Study.load(path, compute=InProcessCompute())
     winner = study.run()
     champion = study.export(tmp_path / "best")
-    assert champion.standing == winner
+    assert champion.result == winner
     assert set(read_header(tmp_path / "best", "a").tensors) == set(read_header(tmp_path / "models/base", "a").tensors)
     scores = study.score_model(tmp_path / "best")
     for split, by_name in winner.scores.items():

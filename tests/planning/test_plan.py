@@ -1,4 +1,4 @@
-"""Laws of the plan: its bytes are those of the tensors, its passes those of a resident."""
+"""Laws of the plan: its bytes are those of the tensors, its passes those of a worker."""
 
 import json
 import shutil
@@ -24,8 +24,8 @@ from dem_opt.config import Compute, StudyConfig, load
 from dem_opt.errors import InputError
 from dem_opt.evaluation.lm_head import find_head, nll, rows_at_once
 from dem_opt.evaluation.nll import reading
-from dem_opt.evaluation.worker import Resident
-from dem_opt.merging.merged_model import Arena
+from dem_opt.evaluation.worker import Worker
+from dem_opt.merging.merged_model import MergedModel
 from dem_opt.planning.activations import (
     Widths,
     activation_bytes,
@@ -36,7 +36,7 @@ from dem_opt.planning.activations import (
 )
 from dem_opt.planning.hardware import Machine, Speed, this_machine
 from dem_opt.planning.inputs import check_files, gather
-from dem_opt.planning.plan import BATCH_TOKENS, PACE, Plan, make_plan, refuse_too_large, residents_asked, sized
+from dem_opt.planning.plan import BATCH_TOKENS, PACE, Plan, make_plan, refuse_too_large, sized, workers_asked
 from dem_opt.types import SEARCH, Composite, Request, StoredModel
 from dem_opt.workflows.check import check
 
@@ -103,8 +103,8 @@ def test_stored_and_live_bytes_are_those_of_the_arena(tmp_path, count, dtype, ti
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
     plan = plan_of(load(tmp_path / "study.yaml"))
     stored = [StoredModel(tmp_path / name, content_hash(tmp_path / name)) for name in ("base", *names)]
-    arena = Arena(empty_model(tmp_path / "base", getattr(torch, live)), stored)
-    assert plan.stored + plan.live == arena.nbytes and plan.checkpoints == count + 1
+    merged_model = MergedModel(empty_model(tmp_path / "base", getattr(torch, live)), stored)
+    assert plan.stored + plan.live == merged_model.nbytes and plan.checkpoints == count + 1
 
 
 def test_a_checkpoint_that_is_there_twice_is_stored_once(world):
@@ -174,12 +174,12 @@ def test_autograd_keeps_about_as_many_bytes_as_are_planned(name, dtype):
     assert measured / 1.5 < planned < measured * 1.5
 
 
-@pytest.mark.parametrize(("machine", "residents"), [(LAPTOP, 1), (LAPTOP, 3), (GPUS, 1), (GPUS, 4)])
-def test_gradients_fit_if_a_backward_pass_fits_beside_all_else(world, machine, residents):
-    """Into the whole memory, whatever is available now: each GPU has one resident, a CPU all of them."""
-    plan = plan_of(configured(world, compute={"residents": residents}), machine)
+@pytest.mark.parametrize(("machine", "workers"), [(LAPTOP, 1), (LAPTOP, 3), (GPUS, 1), (GPUS, 4)])
+def test_gradients_fit_if_a_backward_pass_fits_beside_all_else(world, machine, workers):
+    """Into the whole memory, whatever is available now: each GPU has one worker, a CPU all of them."""
+    plan = plan_of(configured(world, compute={"workers": workers}), machine)
     assert plan.backward > plan.activations and plan.gradients
-    needed = (plan.resident - plan.activations + plan.backward) * (residents if machine.device == "cpu" else 1)
+    needed = (plan.worker - plan.activations + plan.backward) * (workers if machine.device == "cpu" else 1)
     for size, fits in ((needed, True), (needed - 1, False)):
         assert replace(plan, machine=replace(machine, total=size, available=0)).gradients == fits
 
@@ -219,7 +219,7 @@ def test_a_resident_passes_the_tokens_that_are_planned(template):
     config = load(template / "study.yaml")
     sources = gather(config, "study.yaml")
     keys = tuple(corpus.key for corpus in sources.corpora if corpus.split == SEARCH)
-    answer = Resident(sources.spec()).evaluate(Request(0, Composite.single(sources.base.content), keys))
+    answer = Worker(sources.spec()).evaluate(Request(0, Composite.single(sources.base.content), keys))
     assert answer.forward_tokens == plan_of(config).trial_tokens
     assert sources.batch_tokens == plan_of(config).batch_tokens == BATCH_TOKENS
 
@@ -263,18 +263,18 @@ def test_thirteen_billion_parameters_six_times(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("machine", [LAPTOP, GPUS])
-@pytest.mark.parametrize("residents", [1, 2, 4])
-def test_what_does_not_fit_is_refused_with_its_sums(world, machine, residents):
-    plan = plan_of(configured(world, compute={"residents": residents}), machine)
-    expected = plan.resident * (residents if machine.device == "cpu" else 1)
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_what_does_not_fit_is_refused_with_its_sums(world, machine, workers):
+    plan = plan_of(configured(world, compute={"workers": workers}), machine)
+    expected = plan.worker * (workers if machine.device == "cpu" else 1)
     assert plan.needed == expected
     exact, short = (replace(plan, machine=replace(machine, available=size)) for size in (expected, expected - 1))
     refuse_too_large(exact, "study.yaml")
-    assert exact.fitting == (residents if machine.device == "cpu" else 4)
+    assert exact.fitting == (workers if machine.device == "cpu" else 4)
     with pytest.raises(InputError, match=r"are needed .* are available") as refused:
         refuse_too_large(short, "study.yaml")
-    assert refused.value.field == "compute.residents" and sized(plan.resident) in str(refused.value)
-    assert short.fitting == (residents - 1 if machine.device == "cpu" else 0)
+    assert refused.value.field == "compute.workers" and sized(plan.worker) in str(refused.value)
+    assert short.fitting == (workers - 1 if machine.device == "cpu" else 0)
 
 
 @pytest.mark.parametrize("each", [1, 2, 3])
@@ -283,12 +283,12 @@ def test_what_does_not_fit_is_refused_with_its_sums(world, machine, residents):
 def test_pool_and_plan_count_residents_alike(gpus, asked, each):
     machine = Machine("cuda" if gpus else "cpu", max(gpus, 1), 10**9, 10**9)
     cluster = {"CPU": 8.0} | ({"GPU": float(gpus)} if gpus else {})
-    planned = residents_asked(Compute(residents=asked, gpus_per_resident=each), machine)
+    planned = workers_asked(Compute(workers=asked, gpus_per_worker=each), machine)
     if each > max(gpus, 1):
-        with pytest.raises(InputError, match=f"compute.gpus_per_resident = {each}: the cluster has {gpus or 'no'} GPU"):
+        with pytest.raises(InputError, match=f"compute.gpus_per_worker = {each}: the cluster has {gpus or 'no'} GPU"):
             share([cluster], None if asked == "auto" else asked, each)
     elif gpus and planned * each > gpus:
-        with pytest.raises(InputError, match=f"compute.residents = {asked}: the cluster has {gpus} GPUs"):
+        with pytest.raises(InputError, match=f"compute.workers = {asked}: the cluster has {gpus} GPUs"):
             share([cluster], planned, each)
     else:
         count, resources = share([cluster], None if asked == "auto" else asked, each)
@@ -311,7 +311,7 @@ def divided(deep, gpus: int, vectors: str = "exact", machine: Machine = GPUS, **
     folder, adapter = deep
     models = {"a": {"checkpoint": "a"}, "b": {"checkpoint": "b"}, "c": {"adapter": str(adapter)}}
     distributions = {name: one | {"validation": "none.jsonl"} for name, one in models.items()}
-    study = {"name": "s", "base": "base", "compute": {"gpus_per_resident": gpus, "ray": "auto"}}
+    study = {"name": "s", "base": "base", "compute": {"gpus_per_worker": gpus, "ray": "auto"}}
     study |= {"evaluation": {"vectors": vectors, "window": 32, "dtype": "float32"}} | sections
     if vectors == "int8":
         del distributions["c"]
@@ -323,20 +323,20 @@ def divided(deep, gpus: int, vectors: str = "exact", machine: Machine = GPUS, **
 @pytest.mark.parametrize("vectors", ["exact", "int8"])
 @pytest.mark.parametrize("gpus", [1, 2, 3, 4])
 def test_of_several_gpus_the_bytes_are_those_of_the_one_that_holds_most(deep, gpus, vectors):
-    """Stored and live, as the arena's segments and edits have them there."""
+    """Stored and live, as the merged model's segments and edits have them there."""
     plan, (folder, adapter) = divided(deep, gpus, vectors), deep
     stored = [StoredModel(folder / name, content_hash(folder / name)) for name in ("base", "a", "b")]
     if vectors == "exact":
         stored.append(StoredModel(adapter, "c", stored[0].content))
     model = empty_model(folder / "base", torch.float32)
-    arena = Arena(model, stored, ["cpu"] * gpus, vectors)
+    merged_model = MergedModel(model, stored, ["cpu"] * gpus, vectors)
     held = [0] * gpus
-    for segment in arena._segments:
+    for segment in merged_model._segments:
         held[segment.number] += segment.nbytes
-    for _, edits in arena._edited.values():
+    for _, edits in merged_model._edited.values():
         for name, edit in edits.items():
-            held[arena._split.places[name]] += edit.nbytes
-    assert plan.stored + plan.live == max(held) and sum(held) == arena.nbytes
+            held[merged_model._split.places[name]] += edit.nbytes
+    assert plan.stored + plan.live == max(held) and sum(held) == merged_model.nbytes
     assert plan.gpus == gpus and plan.asked == GPUS.devices // gpus == plan.fitting
     whole = divided(deep, 1, vectors)
     assert (plan.backward < whole.backward) == (gpus > 1) and plan.activations == whole.activations
@@ -345,21 +345,21 @@ def test_of_several_gpus_the_bytes_are_those_of_the_one_that_holds_most(deep, gp
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_where_a_study_does_not_fit_more_gpus_for_each_resident_are_offered(deep):
     plan = divided(deep, 1)
-    for gpus, devices, offered in ((1, 4, "compute.gpus_per_resident 2"), (2, 4, "compute.gpus_per_resident 4")):
-        machine = Machine("cuda", devices, plan.resident, plan.live)
+    for gpus, devices, offered in ((1, 4, "compute.gpus_per_worker 2"), (2, 4, "compute.gpus_per_worker 4")):
+        machine = Machine("cuda", devices, plan.worker, plan.live)
         with pytest.raises(InputError, match=offered) as refused:
             refuse_too_large(divided(deep, gpus, machine=machine), "study.yaml")
         assert ("on each of 2 GPUs" in str(refused.value)) == (gpus == 2)
     with pytest.raises(InputError) as refused:
-        refuse_too_large(replace(plan, machine=Machine("cuda", 1, plan.resident, plan.live)), "study.yaml")
-    assert "gpus_per_resident" not in str(refused.value)
+        refuse_too_large(replace(plan, machine=Machine("cuda", 1, plan.worker, plan.live)), "study.yaml")
+    assert "gpus_per_worker" not in str(refused.value)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_more_gpus_than_there_are_or_than_layers_are_refused(deep):
-    with pytest.raises(InputError, match=r"compute.gpus_per_resident = 6: this machine has 4 GPUs"):
+    with pytest.raises(InputError, match=r"compute.gpus_per_worker = 6: this machine has 4 GPUs"):
         refuse_too_large(divided(deep, 6), "study.yaml")
-    with pytest.raises(InputError, match=r"compute.gpus_per_resident = 7: LlamaForCausalLM has 6 layers"):
+    with pytest.raises(InputError, match=r"compute.gpus_per_worker = 7: LlamaForCausalLM has 6 layers"):
         divided(deep, 7)
 
 
@@ -371,10 +371,10 @@ def test_without_a_gpu_several_for_each_resident_are_refused(world, capsys, comm
     for name in ("base", "code", "math", "prose"):
         config = LlamaConfig.from_pretrained(world / "models" / name, num_hidden_layers=2)
         LlamaForCausalLM(config).save_pretrained(world / "models" / name)
-    configured(world, compute={"gpus_per_resident": 2})
+    configured(world, compute={"gpus_per_worker": 2})
     more = ["--weights", "code=1"] if command == "score" else []
     assert main([command, str(world / "study.yaml"), *more]) == 2
-    assert "compute.gpus_per_resident = 2: this machine has no GPU: leave it out" in capsys.readouterr().err
+    assert "compute.gpus_per_worker = 2: this machine has no GPU: leave it out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("gigabytes", [64, 4, 3, 2.5, 2, 1])
@@ -389,10 +389,10 @@ def test_batches_are_halved_until_they_fit(world, gigabytes):
     halves = [BATCH_TOKENS >> step for step in range(8)]
     assert plan.batch_tokens in halves and plan.batch_tokens >= 32
     if plan.batch_tokens > 32:
-        assert plan.resident <= machine.total
+        assert plan.worker <= machine.total
     if plan.batch_tokens < BATCH_TOKENS:
         double = min(2 * plan.batch_tokens // 32, 8)
-        assert plan.resident - plan.activations + activation_bytes(plan.widths, double, 32, 4) > machine.total
+        assert plan.worker - plan.activations + activation_bytes(plan.widths, double, 32, 4) > machine.total
     given = make_plan(architecture, files.headers, {}, configured(world, evaluation={"batch": 640}), machine)
     assert given.batch_tokens == 640
 

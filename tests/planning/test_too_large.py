@@ -25,10 +25,10 @@ def size(request, tmp_path_factory):
     return request.param, folder, read_architecture(read_header(folder / "base", "base"))
 
 
-def plan_of(size, experts: int, total: int, **sections) -> Plan:
+def plan_of(size, fine_tunes: int, total: int, **sections) -> Plan:
     """The plan of a base and so many fine-tunes of it in bfloat16 on one GPU."""
     _, folder, architecture = size
-    names = [f"tune{number}" for number in range(experts)]
+    names = [f"tune{number}" for number in range(fine_tunes)]
     distributions = {name: {"checkpoint": name, "validation": "texts.jsonl"} for name in names}
     study = {"name": "large", "base": "base", "distributions": distributions, **sections}
     (folder / "study.yaml").write_text(yaml.safe_dump(study))
@@ -86,7 +86,7 @@ def test_checkpoints_stay_in_files_until_the_rest_fits_and_bytes_are_of_the_rest
     """With a byte more than is needed nothing stays there; with less than the live model takes, nothing helps."""
     whole = plan_of(size, count, 10**15)
     one = whole.stored // (count + 1)
-    smallest = whole.resident - whole.activations + plan_of(size, count, whole.live + 10**9).activations
+    smallest = whole.worker - whole.activations + plan_of(size, count, whole.live + 10**9).activations
     for missing in range(1, count + 1):
         plan = plan_of(size, count, smallest - (missing - 1) * one - 1)
         assert len(plan.streamed) == missing and plan.stored == (count + 1 - missing) * one

@@ -1,4 +1,4 @@
-"""Laws of the loop: what is proposed follows from what was told, and never from which resident is faster."""
+"""Laws of the loop: what is proposed follows from what was told, and never from which worker is faster."""
 
 import random
 from pathlib import Path
@@ -9,7 +9,7 @@ from untracked import Untracked
 
 from dem_opt.config import load
 from dem_opt.evaluation.worker import build
-from dem_opt.observers import Silence
+from dem_opt.observers import NullProgress
 from dem_opt.planning.inputs import gather
 from dem_opt.search.loop import Driver
 from dem_opt.search.optuna_study import Search
@@ -22,8 +22,8 @@ from dem_opt.types import Evaluation, Failure, Request
 class Jumbled:
     """A pool whose answers come in an order drawn from a seed."""
 
-    def __init__(self, resident, capacity: int, seed: int):
-        self.capacity, self._resident = capacity, resident
+    def __init__(self, worker, capacity: int, seed: int):
+        self.capacity, self._resident = capacity, worker
         self._rng, self._waiting = random.Random(seed), []
 
     def submit(self, request: Request) -> None:
@@ -42,22 +42,22 @@ class Jumbled:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A study's settings, its question, and a resident that answers it."""
+    """A study's settings, its question, and a worker that answers it."""
     path = worlds.study(tmp_path_factory.mktemp("driver"), search={"algorithm": "simplex-gp", "trials": 9, "seed": 1})
     config = load(path)
     sources = gather(config, path)
-    return config, sources.question(), build(sources.spec())
+    return config, sources.identity(), build(sources.spec())
 
 
 def trials(world, folder: Path, pool, lookahead: int) -> list:
-    """Coefficients and objectives, in the order of their numbers, of a search with these residents."""
-    config, question, _ = world
+    """Coefficients and objectives, in the order of their numbers, of a search with these workers."""
+    config, identity, _ = world
     url = f"sqlite:///{folder / 'study.db'}"
     folder.mkdir()
     engine = connect(url)
     search = Search(url, "jumbled", config.space, config.search)
     with holding(engine, "jumbled") as lease:
-        Driver(question, Ledger(engine), pool, Silence()).optimize(search, lookahead, Untracked(), lease)
+        Driver(identity, Ledger(engine), pool, NullProgress()).optimize(search, lookahead, Untracked(), lease)
     engine.dispose()
     return [(trial.number, trial.coefficients, trial.objective) for trial in search.trials()]
 
@@ -74,8 +74,8 @@ def test_the_order_of_answers_changes_no_trial(world, tmp_path, capacity, lookah
 class Watched(Jumbled):
     """A pool that answers in order, and knows how many requests were out whenever another one came."""
 
-    def __init__(self, resident, capacity: int):
-        super().__init__(resident, capacity, 0)
+    def __init__(self, worker, capacity: int):
+        super().__init__(worker, capacity, 0)
         self.out: list[int] = []
 
     def submit(self, request: Request) -> None:

@@ -12,7 +12,7 @@ from untracked import nowhere
 from dem_opt.compute import InProcessCompute
 from dem_opt.errors import InputError
 from dem_opt.evaluation.racing import CLEAR, MARGIN
-from dem_opt.evaluation.worker import Resident
+from dem_opt.evaluation.worker import Worker
 from dem_opt.planning.inputs import gather
 from dem_opt.search.runs import Runs
 from dem_opt.search.samplers.kernel import interpolate
@@ -57,7 +57,7 @@ def make(folder: Path, observer=None, names=NAMES, **sections) -> Study:
 
 def of(study: Study):
     """The study's question and its ledger."""
-    return gather(study.config, "study.yaml").question(), Ledger(connect(study.config.storage))
+    return gather(study.config, "study.yaml").identity(), Ledger(connect(study.config.storage))
 
 
 def told(record: TrialRecord) -> TrialRecord:
@@ -74,7 +74,7 @@ def test_a_trial_that_loses_its_race_is_charged_for_what_it_was_shown(tmp_path, 
     watching = Witness()
     study = make(tmp_path, watching, search={"algorithm": algorithm, "trials": 14})
     study.run()
-    question, ledger = of(study)
+    identity, ledger = of(study)
     partial = [record for record in watching.records if record.is_partial]
     assert partial, "some lose"
     charged: dict[Coefficients, float] = {}
@@ -83,7 +83,7 @@ def test_a_trial_that_loses_its_race_is_charged_for_what_it_was_shown(tmp_path, 
         charged[record.coefficients] = charged.get(record.coefficients, 0.0) + record.forwards
         assert charged[record.coefficients] == seen / WINDOWS, "what completes a stopped trial is charged for the rest"
         assert record.is_partial == (seen < WINDOWS) == (record.error > 0)
-        stored = recall(ledger, question, question.composite(record.coefficients), SEARCH, whole=False)
+        stored = recall(ledger, identity, identity.composite(record.coefficients), SEARCH, whole=False)
         assert all(stored[name].nats_W[:seen] == score.nats_W for name, score in record.scores.items())
 
 
@@ -119,7 +119,7 @@ def test_an_estimate_is_the_control_s_objective_and_the_mean_paired_difference(t
     watching = Witness()
     study = make(tmp_path, watching)
     study.run()
-    question, ledger = of(study)
+    identity, ledger = of(study)
     space, whole = study.config.space, []
     for record in watching.records:
         if not record.is_partial:
@@ -130,7 +130,7 @@ def test_an_estimate_is_the_control_s_objective_and_the_mean_paired_difference(t
         (seen,) = windows_of(record)
         estimates = []
         for name, score in record.scores.items():
-            stored = [recall(ledger, question, question.composite(one.coefficients), SEARCH)[name] for one in whole]
+            stored = [recall(ledger, identity, identity.composite(one.coefficients), SEARCH)[name] for one in whole]
             control = weights @ np.array([one.nats_W for one in stored])
             gap = np.sum(score.nats_W - control[:seen]) / score.tokens
             estimates.append(control.sum() / stored[0].tokens + gap)
@@ -180,17 +180,17 @@ def test_windows_that_were_measured_are_not_measured_again(tmp_path, monkeypatch
     study.run()
     partial = next(record for record in watching.records if record.is_partial)
     requests: list[Request] = []
-    original = Resident.evaluate
+    original = Worker.evaluate
 
-    def watched(resident, request):
-        answer = original(resident, request)
+    def watched(worker, request):
+        answer = original(worker, request)
         requests.append(request)
         expected = sum(WINDOWS - len(request.known[key].nats_W) for key in request.corpora if key in request.known)
         if request.known:
             assert answer.forward_tokens == expected * 32
         return answer
 
-    monkeypatch.setattr(Resident, "evaluate", watched)
+    monkeypatch.setattr(Worker, "evaluate", watched)
     scores = study.score(partial.coefficients.weights)
     assert any(request.known for request in requests)
     for name, score in partial.scores.items():
@@ -239,16 +239,16 @@ def test_what_is_protected_pulls_on_the_gradient(tmp_path):
     objective = {"weights": {"math": 1}, "protect": dict.fromkeys(NAMES, 0.0)}
     study = make(tmp_path, watching, search={"gradients": True, "trials": 8}, objective=objective)
     study.compare(["simplex-gp", "gradient"])
-    question, ledger = of(study)
-    base = base_scores(ledger, question)
+    identity, ledger = of(study)
+    base = base_scores(ledger, identity)
     over = [record for record in watching.records if record.gradient and record.violation]
     assert over
     for record in over:
-        composite = question.composite(record.coefficients)
-        found = ledger.gradients(composite, question.keys(SEARCH), question.differentiation)
+        composite = identity.composite(record.coefficients)
+        found = ledger.gradients(composite, identity.keys(SEARCH), identity.differentiation)
         worse = [name for name in NAMES if record.scores[name].nll > base[name].nll]
-        for name, content in question.experts.items():
-            slopes = {one: found[question.corpora[SEARCH][one]][content] / record.scores[one].tokens for one in NAMES}
+        for name, content in identity.fine_tunes.items():
+            slopes = {one: found[identity.corpora[SEARCH][one]][content] / record.scores[one].tokens for one in NAMES}
             pulled = slopes["math"] + 10 * sum(slopes[one] for one in worse)
             assert record.gradient[name] == pytest.approx(pulled)
 
@@ -258,13 +258,13 @@ def test_the_largest_regret_is_minimized_against_every_own_fine_tune(tmp_path, a
     watching = Witness()
     study = make(tmp_path, watching, objective={"worst": True}, search={"algorithm": algorithm, "divisions": 4})
     summary = study.compare([algorithm])
-    question, ledger = of(study)
+    identity, ledger = of(study)
     for split in (SEARCH, HELD_OUT):
         own = {
-            name: recall(ledger, question, Composite.single(content), split)[name].nll
-            for name, content in question.experts.items()
+            name: recall(ledger, identity, Composite.single(content), split)[name].nll
+            for name, content in identity.fine_tunes.items()
         }
-        for one in summary.standings:
+        for one in summary.results:
             regrets = [score.nll - own[name] for name, score in one.scores[split].items()]
             assert one.objective[split] == pytest.approx(max(regrets))
     assert not any(record.is_partial for record in watching.records)
@@ -285,7 +285,7 @@ def test_every_space_is_searched_scored_and_compared(tmp_path, simplex, inside, 
     summary = study.compare(["simplex-gp", "grid"])
     for records in summary.trials.values():
         assert all(inside(record.coefficients.weights) and record.objective for record in records)
-    labels = [one.label for one in summary.standings]
+    labels = [one.label for one in summary.results]
     assert {"base", *NAMES, "uniform"} <= set(labels), "the fine-tunes as they are, in the space or not"
     assert study.summary() == summary
 
@@ -339,7 +339,7 @@ def test_several_seeds_are_several_searches_over_one_ledger(tmp_path):
     assert list(summary.trials) == ["grid", "random", "random@1", "random@2"]
     points = [tuple(record.coefficients for record in records) for records in summary.trials.values()]
     assert len(set(points)) == 4
-    assert [one.label for one in summary.standings if one.role == "best"].count("best of random") == 1
+    assert [one.label for one in summary.results if one.role == "best"].count("best of random") == 1
     alone = make(tmp_path / "alone", search={"algorithm": "random", "trials": 4, "seed": 2}).compare(["random"])
     assert points[-1] == tuple(record.coefficients for record in alone.trials["random"])
     with Runs(study.config, 1).there() as searches:

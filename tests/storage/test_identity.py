@@ -4,10 +4,10 @@ import pytest
 
 from dem_opt.errors import InputError
 from dem_opt.simplex import Space
-from dem_opt.storage.identity import Question, changes, refuse_other_scoring
+from dem_opt.storage.identity import StudyIdentity, changes, refuse_other_scoring
 
 
-def question(**fields) -> Question:
+def identity(**fields) -> StudyIdentity:
     known = {
         "base": "hash-0",
         "experts": {"code": "hash-1", "a.validation": "hash-2"},
@@ -26,7 +26,7 @@ def question(**fields) -> Question:
             "tokenizer": "t",
         },
     }
-    return Question(**known | fields)
+    return StudyIdentity(**known | fields)
 
 
 NAMES = ("a.validation", "code")
@@ -41,12 +41,12 @@ SPACES = [
 @pytest.mark.parametrize("worst", [False, True])
 @pytest.mark.parametrize("space", SPACES, ids=str)
 def test_a_question_comes_back_from_what_is_written_of_it(space, worst):
-    asked = question(space=space, worst=worst)
-    assert Question.recall(asked.asked(), asked.scored()) == asked
+    asked = identity(space=space, worst=worst)
+    assert StudyIdentity.recall(asked.asked(), asked.scored()) == asked
 
 
 def test_every_space_and_objective_is_another_question():
-    asked = [question(space=space, worst=worst).asked() for space in SPACES for worst in (False, True)]
+    asked = [identity(space=space, worst=worst).asked() for space in SPACES for worst in (False, True)]
     assert all(one != other for i, one in enumerate(asked) for other in asked[:i])
     assert changes(asked[0], asked[1]) == "objective.worst is new"
     assert changes(asked[0], asked[4]) == "simplex.total has changed"
@@ -63,40 +63,40 @@ def test_every_space_and_objective_is_another_question():
     ],
 )
 def test_the_scoring_key_sees_what_changes_nats_and_is_not_in_a_corpus(field, same):
-    other = question(settings=question().settings | {field: "other"})
-    assert (other.scoring == question().scoring) is same
+    other = identity(settings=identity().settings | {field: "other"})
+    assert (other.scoring == identity().scoring) is same
 
 
-@pytest.mark.parametrize("field", list(question().scored()))
+@pytest.mark.parametrize("field", list(identity().scored()))
 def test_every_change_of_scoring_is_refused_by_its_name(field):
     with pytest.raises(InputError) as refusal:
-        refuse_other_scoring("study.yaml", question().scored(), question().scored() | {field: "other"})
+        refuse_other_scoring("study.yaml", identity().scored(), identity().scored() | {field: "other"})
     assert str(refusal.value).startswith(f"study.yaml: {field}")
 
 
 def test_general_corpora_and_protection_are_asked_and_not_scored():
     fields = {"general.web.validation", "general.web.held_out", "objective.protect.web", "objective.protect.code"}
-    assert fields <= question().asked().keys() and not fields & question().scored().keys()
+    assert fields <= identity().asked().keys() and not fields & identity().scored().keys()
 
 
 def test_a_question_without_them_is_written_as_it_always_was():
-    plain = question(
+    plain = identity(
         weights={"code": 1.0, "a.validation": 0.3},
-        corpora={split: dict(list(by_name.items())[:2]) for split, by_name in question().corpora.items()},
+        corpora={split: dict(list(by_name.items())[:2]) for split, by_name in identity().corpora.items()},
         protect={},
     )
-    assert Question.recall(plain.asked(), plain.scored()) == plain
+    assert StudyIdentity.recall(plain.asked(), plain.scored()) == plain
     assert not [key for key in plain.asked() if key.startswith(("general.", "objective.protect."))]
 
 
 def test_what_only_one_of_two_knows_is_no_change():
-    old, new = question().scored(), question().scored()
+    old, new = identity().scored(), identity().scored()
     refuse_other_scoring(None, old, new | {"distributions.new.validation": "corpus-9"})
     refuse_other_scoring(None, old | {"distributions.gone.validation": "corpus-9"}, new)
 
 
 def test_changes_are_told_by_name():
-    old = question().asked()
+    old = identity().asked()
     new = {key: value for key, value in old.items() if key != "distributions.code"} | {
         "base": "hash-9",
         "distributions.more": "hash-8",
@@ -105,5 +105,5 @@ def test_changes_are_told_by_name():
 
 
 def test_gradients_are_kept_apart_by_base_and_scoring():
-    other = question(settings=question().settings | {"device": "cuda"})
-    assert len({one.differentiation for one in (question(), question(base="hash-9"), other)}) == 3
+    other = identity(settings=identity().settings | {"device": "cuda"})
+    assert len({one.differentiation for one in (identity(), identity(base="hash-9"), other)}) == 3

@@ -9,7 +9,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
 
 from dem_opt.errors import OutageError
 from dem_opt.storage import retry
-from dem_opt.storage.retry import Patience, outage, patient
+from dem_opt.storage.retry import RetryPolicy, outage, patient
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def away(words: str = "database is locked") -> OperationalError:
 class Shaky:
     """Fails so many times before it works."""
 
-    def __init__(self, failures: int, error: Exception, patience: Patience) -> None:
+    def __init__(self, failures: int, error: Exception, patience: RetryPolicy) -> None:
         self.failures, self.error, self.patience, self.calls = failures, error, patience, 0
 
     @patient
@@ -38,7 +38,7 @@ class Shaky:
 @pytest.mark.parametrize("failures", [0, 1, 5])
 def test_work_is_done_again_until_it_is_done_and_that_is_told_once(failures: int) -> None:
     said: list[str] = []
-    shaky = Shaky(failures, away(), Patience("the database X", 60.0, said.append))
+    shaky = Shaky(failures, away(), RetryPolicy("the database X", 60.0, said.append))
     assert shaky.work(7) == 7 and shaky.calls == failures + 1
     if failures:
         assert said[0] == "waiting for the database X (database is locked), for at most 60 s"
@@ -49,14 +49,14 @@ def test_work_is_done_again_until_it_is_done_and_that_is_told_once(failures: int
 
 def test_waiting_has_an_end() -> None:
     said: list[str] = []
-    shaky = Shaky(10**6, away("disk full"), Patience("the database X", 0.05, said.append))
+    shaky = Shaky(10**6, away("disk full"), RetryPolicy("the database X", 0.05, said.append))
     with pytest.raises(OutageError, match=r"the database X can't be used \(disk full\); it was waited for for 0.05 s"):
         shaky.work(7)
     assert len(said) == 1 and shaky.calls > 1
 
 
 def test_without_patience_an_outage_is_told_at_once() -> None:
-    shaky = Shaky(1, away(), retry.IMPATIENT)
+    shaky = Shaky(1, away(), retry.NO_RETRY)
     with pytest.raises(OutageError, match="database is locked"):
         shaky.work(7)
     assert shaky.calls == 1
@@ -66,7 +66,7 @@ def test_without_patience_an_outage_is_told_at_once() -> None:
     "error", [ValueError("a bug"), away("no such table: dem_score"), IntegrityError("", {}, Exception())]
 )
 def test_what_is_no_outage_is_not_waited_for(error: Exception) -> None:
-    shaky = Shaky(1, error, Patience("X", 60.0))
+    shaky = Shaky(1, error, RetryPolicy("X", 60.0))
     with pytest.raises(type(error)):
         shaky.work(7)
     assert shaky.calls == 1
@@ -116,5 +116,5 @@ def test_each_reason_is_told_once() -> None:
             raise error
         return 7
 
-    assert Patience("X", 60.0, said.append)(work) == 7
+    assert RetryPolicy("X", 60.0, said.append)(work) == 7
     assert [line.partition("(")[2].partition(")")[0] for line in said[:-1]] == ["restarting", "read-only"]

@@ -15,9 +15,9 @@ import pytest
 from dem_opt.simplex import Space
 from dem_opt.tracking import study_runs as mlflow_runs
 from dem_opt.tracking import tracker as tracking
-from dem_opt.tracking.study_runs import Data, Dossier
+from dem_opt.tracking.study_runs import Data, StudyDescription
 from dem_opt.tracking.tracker import NO_OTHERS, Drivers, MlflowTracker, Place, Records, Tracker
-from dem_opt.types import Evaluation, Score, Standing, TrialRecord
+from dem_opt.types import Evaluation, ResultRow, Score, TrialRecord
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 
@@ -382,11 +382,11 @@ def test_telemetry_is_off_and_the_users_settings_win(make: Make, monkeypatch: py
 
 
 STANDINGS = (
-    Standing(
+    ResultRow(
         "base", "base", "", None, {"search": SCORES, "held_out": SCORES}, {"search": 0.6, "held_out": 0.7}, 1, 9, 0.1
     ),
-    Standing("it's code", "single", "", SPACE.vertices()[0], {"search": SCORES}, {"search": 0.5}, 1, 9, 0.1),
-    Standing("math", "without", "", SPACE.vertices()[0], {"search": SCORES}, {"search": 0.4}, 1, 9, 0.1),
+    ResultRow("it's code", "single", "", SPACE.vertices()[0], {"search": SCORES}, {"search": 0.5}, 1, 9, 0.1),
+    ResultRow("math", "without", "", SPACE.vertices()[0], {"search": SCORES}, {"search": 0.4}, 1, 9, 0.1),
 )
 
 
@@ -402,7 +402,9 @@ def test_a_dossier_can_be_told_again_and_baselines_have_one_run_each(
         tracker = make(home="http://127.0.0.1:1/dashboard/studies/1")
         files = {"report.html": f"<p>{words}", "figures/a.png": words.encode()}
         metrics = {"best.objective_nll": 0.5}
-        tracker.describe(Dossier({"dem_opt.fingerprint": words}, f"**{words}**", data, files, metrics, STANDINGS))
+        tracker.describe(
+            StudyDescription({"dem_opt.fingerprint": words}, f"**{words}**", data, files, metrics, STANDINGS)
+        )
         tracker.close()
     assert warnings == []
     found = logged()

@@ -32,12 +32,12 @@ def listing(folder: Path) -> dict[Path, bytes]:
 
 def test_a_check_uses_what_the_ledger_has_measured(world):
     config = load(world / "study.yaml")
-    question = gather(config, "study.yaml").question()
+    identity = gather(config, "study.yaml").identity()
     engine = connect(config.storage)
     ledger = Ledger(engine)
-    ledger.enter_study(StudyRow(config.name, 1, question.scored(), question.asked()))
-    scores = {key: Score((1.0,), (1,)) for key in question.keys(SEARCH)}
-    ledger.record(Composite.single(question.base), scores, question.scoring, 100, 50.0)
+    ledger.enter_study(StudyRow(config.name, 1, identity.scored(), identity.asked()))
+    scores = {key: Score((1.0,), (1,)) for key in identity.keys(SEARCH)}
+    ledger.record(Composite.single(identity.base), scores, identity.scoring, 100, 50.0)
     engine.dispose()
     found = check(config, "study.yaml")
     assert found.speed.token_seconds == 0.5 and found.seconds == 0.5 * found.plan.tokens
@@ -56,7 +56,7 @@ def test_a_check_writes_nothing(world, capsys, was_run):
     assert "fit together" in told and len(told.splitlines()) <= 50
     assert main(["check", str(world / "study.yaml"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["plan"]["resident"] > found["plan"]["stored"] > 0 and len(found["checkpoints"]) == 4
+    assert found["plan"]["worker"] > found["plan"]["stored"] > 0 and len(found["checkpoints"]) == 4
     assert "merge kernel" in found["kernel"] and found["kernel"][1:] in told
 
 
@@ -68,7 +68,7 @@ def test_a_study_too_large_for_this_machine_is_refused_before_it_loads(world, ca
     more = ["--weights", "code=1"] if command == "score" else []
     assert main([command, str(world / "study.yaml"), *more]) == 2
     told = capsys.readouterr().err
-    assert "compute.residents = 1" in told and "are available" in told and told.count("\n") == 1
+    assert "compute.workers = 1" in told and "are available" in told and told.count("\n") == 1
     assert listing(world) == before
 
 

@@ -14,11 +14,11 @@ from mlflow.tracking import MlflowClient
 from dem_opt.analysis.mixing_cost import (
     HELD_OUT,
     SEARCH,
+    BaseScore,
     Cost,
-    Edited,
-    Mixed,
-    Mixing,
-    Start,
+    MergeResult,
+    MixingComparison,
+    MixtureResult,
     curve,
     expected_best,
     forward_cost,
@@ -31,8 +31,8 @@ from dem_opt.config import load
 from dem_opt.dashboards.mixing_plots import mixing_figure, quality_table
 from dem_opt.data.mixtures import Mixture, Part, blend, counts, lattice
 from dem_opt.errors import InputError
-from dem_opt.evaluation.worker import Resident
-from dem_opt.observers import Silence
+from dem_opt.evaluation.worker import Worker
+from dem_opt.observers import NullProgress
 from dem_opt.study import Study
 from dem_opt.types import Windows
 
@@ -55,11 +55,11 @@ def mixing_study(folder: Path, **more: object) -> Path:
 
 
 def opened(path: Path) -> Study:
-    return Study.load(path, Silence(), InProcessCompute())
+    return Study.load(path, NullProgress(), InProcessCompute())
 
 
 @pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Mixing]:
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, MixingComparison]:
     """A study that was run, and what was found of its mixtures."""
     path = mixing_study(tmp_path_factory.mktemp("mixing"))
     study = opened(path)
@@ -68,7 +68,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Mixing]:
     return path, study.mix("study")
 
 
-def test_mixtures_have_the_tokens_of_all_fine_tunes_or_of_one(mixed: tuple[Path, Mixing]) -> None:
+def test_mixtures_have_the_tokens_of_all_fine_tunes_or_of_one(mixed: tuple[Path, MixingComparison]) -> None:
     _, found = mixed
     single = 4 * 4 * 32
     assert found.edited.training.trained_tokens == 2 * single
@@ -78,7 +78,7 @@ def test_mixtures_have_the_tokens_of_all_fine_tunes_or_of_one(mixed: tuple[Path,
     assert [one.shares for one in found.mixed][:3] == [*MIXTURES[:2], {"code": 0.0, "math": 1.0}]
 
 
-def test_costs_are_six_and_two_operations_a_parameter_and_token(mixed: tuple[Path, Mixing]) -> None:
+def test_costs_are_six_and_two_operations_a_parameter_and_token(mixed: tuple[Path, MixingComparison]) -> None:
     path, found = mixed
     P, single, search_pass = found.parameters, 4 * 4 * 32, 2 * 4 * 32
     assert found.edited.training.training_flops == 6 * P * 2 * single
@@ -94,7 +94,7 @@ def test_costs_are_six_and_two_operations_a_parameter_and_token(mixed: tuple[Pat
     )
 
 
-def test_a_mixture_scores_as_its_folder_does(mixed: tuple[Path, Mixing]) -> None:
+def test_a_mixture_scores_as_its_folder_does(mixed: tuple[Path, MixingComparison]) -> None:
     path, found = mixed
     folders = sorted((load(path).output / "mixing").iterdir())
     assert len(folders) == 6
@@ -104,16 +104,16 @@ def test_a_mixture_scores_as_its_folder_does(mixed: tuple[Path, Mixing]) -> None
 
 
 def test_what_is_trained_and_scored_is_not_done_again(
-    mixed: tuple[Path, Mixing], monkeypatch: pytest.MonkeyPatch
+    mixed: tuple[Path, MixingComparison], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, found = mixed
-    monkeypatch.setattr(Resident, "evaluate", None)
+    monkeypatch.setattr(Worker, "evaluate", None)
     monkeypatch.setattr("dem_opt.workflows.fine_tuning.fine_tune", None)
     again = opened(path).mix("study")
     assert again.mixed == found.mixed and again.edited == found.edited
 
 
-def test_every_mixture_is_a_baseline_run_with_its_curve(mixed: tuple[Path, Mixing]) -> None:
+def test_every_mixture_is_a_baseline_run_with_its_curve(mixed: tuple[Path, MixingComparison]) -> None:
     path, found = mixed
     client = MlflowClient(load(path).tracking.uri)
     experiment = client.get_experiment_by_name("tiny").experiment_id
@@ -128,7 +128,7 @@ def test_every_mixture_is_a_baseline_run_with_its_curve(mixed: tuple[Path, Mixin
 
 
 def test_the_command_prints_every_ratio_with_its_number_of_mixtures(
-    mixed: tuple[Path, Mixing], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    mixed: tuple[Path, MixingComparison], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, found = mixed
     monkeypatch.setattr(Study, "mix", lambda study, grid: found)
@@ -142,7 +142,7 @@ def test_the_command_prints_every_ratio_with_its_number_of_mixtures(
     assert "Quality against cost" in page
 
 
-def test_the_base_costs_nothing_and_is_drawn(mixed: tuple[Path, Mixing]) -> None:
+def test_the_base_costs_nothing_and_is_drawn(mixed: tuple[Path, MixingComparison]) -> None:
     _, found = mixed
     objectives = [f"{found.base.objective[split]:.4f}" for split in (SEARCH, HELD_OUT)]
     each = [f"{found.base.nll[HELD_OUT][name]:.4f}" for name in found.weights]
@@ -158,7 +158,7 @@ def test_the_base_costs_nothing_and_is_drawn(mixed: tuple[Path, Mixing]) -> None
         ("lots", r"--data-mixing = 'lots': is no grid"),
     ],
 )
-def test_a_grid_that_is_none(mixed: tuple[Path, Mixing], given: str, told: str) -> None:
+def test_a_grid_that_is_none(mixed: tuple[Path, MixingComparison], given: str, told: str) -> None:
     with pytest.raises(InputError, match=told):
         opened(mixed[0]).mix(given)
 
@@ -228,16 +228,16 @@ def test_the_expected_best_is_the_mean_over_all_orders() -> None:
         assert expected_best(ranked, tried) == pytest.approx(np.mean([ranked[first] for first in orders]))
 
 
-def model(search: float, held_out: float, flops: float, budget: str = "all") -> Mixed:
-    return Mixed(budget, {"a": 1.0}, {SEARCH: search, HELD_OUT: held_out}, {}, Cost(training_flops=flops))
+def model(search: float, held_out: float, flops: float, budget: str = "all") -> MixtureResult:
+    return MixtureResult(budget, {"a": 1.0}, {SEARCH: search, HELD_OUT: held_out}, {}, Cost(training_flops=flops))
 
 
-def edited(held_out: float, flops: float) -> Edited:
-    return Edited("best", {"a": 1.0}, {SEARCH: 0.0, HELD_OUT: held_out}, {}, Cost(training_flops=flops), Cost())
+def edited(held_out: float, flops: float) -> MergeResult:
+    return MergeResult("best", {"a": 1.0}, {SEARCH: 0.0, HELD_OUT: held_out}, {}, Cost(training_flops=flops), Cost())
 
 
-def against(composite: Edited, models: tuple[Mixed, ...], base: float = 5.0) -> Mixing:
-    return Mixing("s", {"a": 1.0}, 1, composite, models, Start({SEARCH: base, HELD_OUT: base}, {}))
+def against(composite: MergeResult, models: tuple[MixtureResult, ...], base: float = 5.0) -> MixingComparison:
+    return MixingComparison("s", {"a": 1.0}, 1, composite, models, BaseScore({SEARCH: base, HELD_OUT: base}, {}))
 
 
 def test_what_a_composite_keeps_is_its_gain_over_the_best_mixture_s() -> None:

@@ -9,12 +9,12 @@ import worlds
 import yaml
 from mlflow.tracking import MlflowClient
 
-from dem_opt.analysis.task_scores import Tasked, TaskScore, TaskTable, spearman
+from dem_opt.analysis.task_scores import TaskResults, TaskScore, TaskTable, spearman
 from dem_opt.cli.main import main
 from dem_opt.compute import InProcessCompute
 from dem_opt.config import load
 from dem_opt.errors import InputError
-from dem_opt.observers import Silence
+from dem_opt.observers import NullProgress
 from dem_opt.study import Study
 from dem_opt.workflows import lm_eval
 from dem_opt.workflows.lm_eval import TaskJob, run_tasks
@@ -61,7 +61,7 @@ def tasked_study(folder: Path, **more: object) -> Path:
 
 
 def opened(path: Path) -> Study:
-    return Study.load(path, Silence(), InProcessCompute())
+    return Study.load(path, NullProgress(), InProcessCompute())
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +74,9 @@ def tasked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TaskTable]:
 def test_base_fine_tunes_average_and_the_best_do_the_tasks(tasked: tuple[Path, TaskTable]) -> None:
     path, found = tasked
     summary = opened(path).summary()
-    expected = [one.label for one in summary.standings if one.role != "best"]
+    expected = [one.label for one in summary.results if one.role != "best"]
     assert [one.label for one in found.models][: len(expected)] == expected
-    composites = {one.coefficients for one in summary.standings if one.role != "best"}
+    composites = {one.coefficients for one in summary.results if one.role != "best"}
     best = [one.coefficients for one in summary.top[:2] if one.coefficients not in composites]
     assert len(found.models) == len(expected) + len(best)
     for one in found.models:
@@ -157,7 +157,7 @@ def score(value: float, higher: bool = True) -> TaskScore:
 
 def table(pairs: list[tuple[float, float]], higher: bool = True) -> TaskTable:
     models = [
-        Tasked(str(place), "top", None, {"search": loss, "held_out": loss}, {"t": score(value, higher)})
+        TaskResults(str(place), "top", None, {"search": loss, "held_out": loss}, {"t": score(value, higher)})
         for place, (loss, value) in enumerate(pairs)
     ]
     return TaskTable("s", ("t",), tuple(models))

@@ -30,7 +30,7 @@ from dem_opt.data.mixtures import Mixture, Part
 from dem_opt.data.windows import build_corpora
 from dem_opt.errors import InputError
 from dem_opt.evaluation.nll import prepare, reading, score
-from dem_opt.observers import Silence
+from dem_opt.observers import NullProgress
 from dem_opt.planning.inputs import gather
 from dem_opt.study import Study
 from dem_opt.training.fine_tune import FineTuneJob, fine_tune, is_finished, is_wanted, result_of
@@ -80,7 +80,7 @@ def training_study(folder: Path, names: tuple[str, ...] = ("code", "math"), kind
 
 
 def train(path: Path) -> dict[str, object]:
-    return Study.load(path, Silence(), InProcessCompute()).train()
+    return Study.load(path, NullProgress(), InProcessCompute()).train()
 
 
 KILLED = """
@@ -188,8 +188,8 @@ def test_kept_steps_are_candidates_and_the_best_has_the_lowest_validation_nll(tm
     config = load(path)
     sources = gather(config, path)
     best = min(validated, key=lambda step: validated[step])
-    assert sources.experts["a"].path == run / STEPS / "2"
-    assert sources.experts["b"].path == run / STEPS / str(best)
+    assert sources.fine_tunes["a"].path == run / STEPS / "2"
+    assert sources.fine_tunes["b"].path == run / STEPS / str(best)
     assert bits(run / STEPS / "6") == bits(run)
     windows = next(one.windows for one in sources.corpora if one.distribution == "a" and one.split == "search")
     for step, nll in validated.items():
@@ -239,7 +239,7 @@ def model_of(folder: Path):
 def test_a_study_of_adapters_trains_them(tmp_path: Path) -> None:
     path = training_study(tmp_path, kind="adapter")
     assert sorted(train(path)) == ["code", "math"]
-    assert gather(load(path), path).experts["code"].base is not None
+    assert gather(load(path), path).fine_tunes["code"].base is not None
 
 
 def test_weights_trained_in_float32_are_saved_in_the_bases_dtype(job: FineTuneJob, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ class SimplexGP:
     The first proposals are the points that the study begins with, the vertices and the centroid.  Running
     trials are believed to come out at the posterior mean; failed ones count as the worst value seen.  A stopped trial's
     estimate has its standard error; gradients are derivative observations.  One thread is enough for matrices of this
-    size, competes with no resident, and gives the same bits however many there are.
+    size, competes with no worker, and gives the same bits however many there are.
 
     A stopped trial is proposed again, to be completed, where the improvement on the best whole trial that is expected
     of it is greater, for each forward-equivalent that is missing, than that of a new trial for each that it will take.

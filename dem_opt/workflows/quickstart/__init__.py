@@ -234,7 +234,7 @@ distributions:
 {distributions}
 evaluation: {{window: {window}, windows: {windows}, held_out: {held_out}, seed: {seed}}}
 search: {{algorithm: simplex-gp, trials: {trials}, seed: {seed}}}
-compute: {{residents: {residents}}}  # models this small are scored faster by two residents than by one with two threads
+compute: {{workers: {workers}}}  # models this small are scored faster by two workers than by one with two threads
 # The same for every distribution; `dem-opt train` makes the checkpoints that are missing.
 fine_tuning: {{steps: {steps}, learning_rate: {learning_rate}, batch_size: {batch_size}, seed: {seed}}}
 # For `dem-opt evaluate`, which needs lm-evaluation-harness: how often the answer of a worked problem is exact.
@@ -257,7 +257,7 @@ def study_text(settings: Settings, seed: int) -> str:
         windows=settings.windows,
         held_out=settings.held_out_windows,
         trials=settings.trials,
-        residents="auto" if torch.cuda.is_available() else min(2, os.cpu_count() or 1),
+        workers="auto" if torch.cuda.is_available() else min(2, os.cpu_count() or 1),
         seed=seed,
         task=TASK,
         steps=settings.fine_tuning_steps,

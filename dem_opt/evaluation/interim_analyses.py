@@ -5,18 +5,18 @@ Windows stand in a fixed order that was drawn at random, so the first k of every
 
 from collections.abc import Mapping
 
-from dem_opt.types import Referee, Score
+from dem_opt.types import Score, StoppingRule
 
-LOOKS = 8
+INTERIM_ANALYSES = 8
 """How often a race is looked at at most, the end included: after each eighth of every corpus's windows."""
 
 
 def stops(windows: int) -> tuple[int, ...]:
     """How many of a corpus's windows each look has seen, in ascending order, the last one all of them."""
-    return tuple(dict.fromkeys(-(-windows * look // LOOKS) for look in range(1, LOOKS + 1)))
+    return tuple(dict.fromkeys(-(-windows * look // INTERIM_ANALYSES) for look in range(1, INTERIM_ANALYSES + 1)))
 
 
-def looks(windows: Mapping[str, int]) -> int:
+def interim_analyses(windows: Mapping[str, int]) -> int:
     """How many looks there are at corpora of so many windows, the end included."""
     return max(len(stops(whole)) for whole in windows.values())
 
@@ -37,12 +37,14 @@ def look(scores: Mapping[str, Score], windows: Mapping[str, int], number: int) -
     return {key: first(scores[key], most) for key, most in asked.items()}
 
 
-def replay(referee: Referee | None, known: Mapping[str, Score], windows: Mapping[str, int]) -> dict[str, Score] | None:
+def replay(
+    referee: StoppingRule | None, known: Mapping[str, Score], windows: Mapping[str, int]
+) -> dict[str, Score] | None:
     """The scores with which a race over corpora of so many windows ends; None where too little is known to tell.
 
     It ends at the first look at which the trial is stopped, else, as without a referee, at the last one.
     """
-    last = looks(windows)
+    last = interim_analyses(windows)
     for number in range(1, last):
         scores = look(known, windows, number)
         if scores is None or (referee is not None and referee.is_over(scores)):

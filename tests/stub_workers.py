@@ -1,4 +1,4 @@
-"""Cheap stand-ins for residents, importable by Ray's workers: what a pool does is not about models."""
+"""Cheap stand-ins for workers, importable by Ray's workers: what a pool does is not about models."""
 
 import os
 from math import nan
@@ -6,13 +6,13 @@ from pathlib import Path
 from time import sleep
 
 from dem_opt.errors import InputError
-from dem_opt.types import Evaluation, Request, ResidentSpec, Score
+from dem_opt.types import Evaluation, Request, Score, WorkerSpec
 
 
 class Echo:
     """Answers with a score made of the ticket; some tickets fail."""
 
-    def __init__(self, spec: ResidentSpec) -> None:
+    def __init__(self, spec: WorkerSpec) -> None:
         self.batch_tokens = spec.batch_tokens
 
     def evaluate(self, request: Request) -> Evaluation:
@@ -23,7 +23,7 @@ class Echo:
 class Mortal(Echo):
     """Dies in the middle of ticket 3, once: the file in the spec's path tells that it has."""
 
-    def __init__(self, spec: ResidentSpec) -> None:
+    def __init__(self, spec: WorkerSpec) -> None:
         super().__init__(spec)
         self.grave = Path(spec.base.path)
 
@@ -46,7 +46,7 @@ class Doomed(Echo):
 class Stuck(Echo):
     """Sleeps for ever at ticket 4, once: the file in the spec's path tells that it has."""
 
-    def __init__(self, spec: ResidentSpec) -> None:
+    def __init__(self, spec: WorkerSpec) -> None:
         super().__init__(spec)
         self.mark = Path(spec.base.path)
 
@@ -60,7 +60,7 @@ class Stuck(Echo):
 class Fragile(Echo):
     """Can't be loaded where its node says so."""
 
-    def __init__(self, spec: ResidentSpec) -> None:
+    def __init__(self, spec: WorkerSpec) -> None:
         super().__init__(spec)
         if "DEM_OPT_TEST_FRAGILE" in os.environ:
             raise InputError(spec.base.path, None, None, "its weights differ")
@@ -73,11 +73,11 @@ class Broken(Echo):
         raise ZeroDivisionError("a bug")
 
 
-def refuse(spec: ResidentSpec) -> Echo:
+def refuse(spec: WorkerSpec) -> Echo:
     raise InputError(spec.base.path, "base", None, "is no model")
 
 
-def threads(spec: ResidentSpec) -> "Threads":
+def threads(spec: WorkerSpec) -> "Threads":
     return Threads(spec)
 
 
