@@ -37,7 +37,7 @@ class Widths:
     keys: int
     materialized: bool
     capped: bool
-    fine_tunes: int = 1
+    experts: int = 1
     states: int = 0
 
 
@@ -59,7 +59,7 @@ def read_widths(architecture: Architecture, model: Mapping[str, Any]) -> Widths:
         keys=groups * width,
         materialized=_look(model, "attn_logit_softcapping", default=None) is not None,
         capped=_look(model, "final_logit_softcapping", default=None) is not None,
-        fine_tunes=int(_look(model, "num_experts_per_tok", default=1)),
+        experts=int(_look(model, "num_experts_per_tok", default=1)),
         states=int(_look(model, "state_size", "mamba_d_state", "ssm_state_size", default=0))
         * int(_look(model, "expand", "mamba_expand", default=2) * hidden),
     )
@@ -118,7 +118,7 @@ def gradient_bytes(widths: Widths, rows: int, window: int, itemsize: int, device
     """
     tokens, square = rows * window, rows * window**2
     norm = widths.hidden * (4 + 2 * itemsize)
-    layer = 2 * norm + 4 * itemsize * (widths.queries + widths.fine_tunes * widths.intermediate) + 4 * 4 * widths.states
+    layer = 2 * norm + 4 * itemsize * (widths.queries + widths.experts * widths.intermediate) + 4 * 4 * widths.states
     scores = square * (itemsize + (2 * 4 * widths.heads if widths.materialized else 0))
     end = head_bytes(widths, tokens, itemsize, device, backward=True)
     return widths.layers * (tokens * layer + scores) + tokens * norm + end

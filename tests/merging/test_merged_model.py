@@ -289,8 +289,8 @@ MergeKernel()
 model = empty_model(Path(sys.argv[1]), torch.float32)
 before = status("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")
-merged model = MergedModel(model, [StoredModel(Path(folder), folder) for folder in sys.argv[1:]])
-print((status("VmHWM") - before) / merged model.nbytes, merged model.nbytes)
+merged = MergedModel(model, [StoredModel(Path(folder), folder) for folder in sys.argv[1:]])
+print((status("VmHWM") - before) / merged.nbytes, merged.nbytes)
 """
     command = [sys.executable, "-c", code, *(str(tmp_path / name) for name in "abcd")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

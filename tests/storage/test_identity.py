@@ -10,7 +10,7 @@ from dem_opt.storage.identity import StudyIdentity, changes, refuse_other_scorin
 def identity(**fields) -> StudyIdentity:
     known = {
         "base": "hash-0",
-        "experts": {"code": "hash-1", "a.validation": "hash-2"},
+        "fine_tunes": {"code": "hash-1", "a.validation": "hash-2"},
         "space": Space(("a.validation", "code")),
         "weights": {"code": 1.0, "a.validation": 0.3, "web": 0.0, "web.held_out": 0.5},
         "corpora": {

@@ -88,10 +88,10 @@ import os, sys, pickle
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from dem_opt import training
+from dem_opt.training import trainer
 from dem_opt.training.fine_tune import fine_tune
 job = pickle.loads(Path(sys.argv[1]).read_bytes())
-write = training._Journal._write
+write = trainer._Journal._write
 
 def life(moment):
     lines = 0
@@ -101,7 +101,7 @@ def life(moment):
         lines += 1
         if lines == moment:
             os._exit(9)
-    training._Journal._write = counted
+    trainer._Journal._write = counted
     fine_tune(job)
     os._exit(0)
 
