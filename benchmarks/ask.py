@@ -12,7 +12,7 @@ import optuna
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from dem_opt.config import Search
+from dem_opt.config import SearchSection
 from dem_opt.search.samplers import make_sampler
 from dem_opt.search.samplers.history import ATTRIBUTES, Trial, distributions, parameters
 from dem_opt.simplex import Coefficients, Space
@@ -52,7 +52,7 @@ def _told(number: int, point: Coefficients, goal_K: np.ndarray, gradients: bool)
 
 def seconds(algorithm: str, gradients: bool, count: int, times: int = 5) -> float:
     """The median of several asks with different seeds, in seconds of a processor."""
-    sampler = make_sampler(Search.model_validate({"algorithm": algorithm, "trials": 10**6}), SPACE)
+    sampler = make_sampler(SearchSection.model_validate({"algorithm": algorithm, "trials": 10**6}), SPACE)
     study = optuna.create_study(storage=InMemoryStorage(), sampler=sampler)
     study.add_trials(_frozen(trial) for trial in history(count, gradients))
     spent = []

@@ -119,7 +119,7 @@ def test_those_of_openllama_pass_the_check(size: str, tmp_path: Path) -> None:
         shapes = {name: tuple(one.shape) for name, one in LlamaForCausalLM(model).named_parameters()}
     save_sparse(config.base.path, model)
     for one in config.distributions.values():
-        kind, source = one.expert
+        kind, source = one.fine_tune
         if kind == "checkpoint":
             save_sparse(source.path, model)
         else:

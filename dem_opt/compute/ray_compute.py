@@ -10,7 +10,7 @@ from typing import Self
 
 from dem_opt.compute.protocols import Build, Job, Pool, Result, Tell
 from dem_opt.compute.ray_pool import RayPool, first_line, import_ray
-from dem_opt.config import Compute as ComputeSettings
+from dem_opt.config import ComputeSection
 from dem_opt.errors import InputError
 from dem_opt.types import WorkerSpec
 
@@ -44,7 +44,7 @@ class RayCompute:
     "local" starts a Ray on this machine, "auto" looks for this machine's cluster, anything else is an address.
     """
 
-    def __init__(self, settings: ComputeSettings) -> None:
+    def __init__(self, settings: ComputeSection) -> None:
         self._settings = settings
         self._connected_here = False
 

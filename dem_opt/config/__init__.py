@@ -1,32 +1,39 @@
-"""What a study file may say: strict, checked on load, every error names the field and the mend."""
+"""The study file: strict, checked on load; every error names the file, the field, its value and the mend.
+
+`load` reads one as a `StudyConfig`; `sections` has the sections, `reference` describes every key.  Imports root modules
+only, and no torch.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self, get_args, get_origin
+from typing import Annotated, Any, Self, get_origin
 
-from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from dem_opt.config.sections import (
     ALGORITHMS,
     BUDGETS,
-    Compute,
+    RENAMED_KEYS,
+    ComputeSection,
     DataFile,
-    DataMixing,
-    Distribution,
-    Evaluate,
+    DataMixingSection,
+    DistributionSection,
+    EvaluateSection,
     EvaluationSection,
-    FineTuning,
-    General,
+    FineTuningSection,
+    GeneralSection,
     ModelSource,
     Name,
-    Objective,
-    Outages,
-    Search,
+    ObjectiveSection,
+    OutagesSection,
+    SearchSection,
     Section,
     SimplexSection,
     StudyPath,
-    Tracking,
-    from_here,
+    TrackingSection,
+    default_note,
+    resolve_path,
+    section_of,
 )
 from dem_opt.config.yaml import read_yaml
 from dem_opt.errors import InputError, nearest
@@ -35,15 +42,15 @@ from dem_opt.simplex import TOLERANCE, Space
 __all__ = [
     "ALGORITHMS",
     "BUDGETS",
-    "Compute",
+    "ComputeSection",
     "DataFile",
-    "Distribution",
-    "Evaluate",
+    "DistributionSection",
+    "EvaluateSection",
     "EvaluationSection",
-    "FineTuning",
-    "General",
+    "FineTuningSection",
+    "GeneralSection",
     "ModelSource",
-    "Search",
+    "SearchSection",
     "StudyConfig",
     "load",
 ]
@@ -55,28 +62,61 @@ class StudyConfig(Section):
     """A whole study file, resolved: absolute paths, defaults filled in."""
 
     name: Name
-    base: ModelSource
-    distributions: Annotated[dict[Name, Distribution], Field(min_length=1)]
-    general: dict[Name, General] = Field(default_factory=dict)
-    simplex: SimplexSection = SimplexSection()
-    objective: Objective = Objective()
-    evaluation: EvaluationSection = EvaluationSection()
-    search: Search = Search()
-    compute: Compute = Compute()
-    storage: str
-    tracking: Tracking
-    outages: Outages = Outages()
-    fine_tuning: FineTuning = FineTuning()
-    data_mixing: DataMixing = DataMixing()
-    evaluate: Evaluate | None = None
-    output: StudyPath
+    """Name of the study, under which its trials are found again: letters, digits, `_`, `.` and `-`, at most 64."""
 
-    _paths = field_validator("output", mode="before")(from_here)
+    base: ModelSource
+    """Base model, of which the fine-tunes were trained."""
+
+    distributions: Annotated[dict[Name, DistributionSection], Field(min_length=1)]
+    """Data distributions by name, each with a fine-tune of the base."""
+
+    general: dict[Name, GeneralSection] = Field(default_factory=dict)
+    """General corpora by name, without a fine-tune of their own: a data file, or `validation` and `held_out`."""
+
+    simplex: SimplexSection = SimplexSection()
+    """Coefficient space."""
+
+    objective: ObjectiveSection = ObjectiveSection()
+    """Objective and constraints."""
+
+    evaluation: EvaluationSection = EvaluationSection()
+    """Scoring of composites."""
+
+    search: SearchSection = SearchSection()
+    """Search algorithm and its budget."""
+
+    compute: ComputeSection = ComputeSection()
+    """Workers."""
+
+    storage: Annotated[str, default_note("sqlite:///OUTPUT/study.db")]
+    """Database of trials and scores, as an SQLAlchemy URL (SQLite or PostgreSQL); a relative SQLite file starts at the
+    study file.
+    """
+
+    tracking: Annotated[TrackingSection, default_note("")]
+    """MLflow."""
+
+    outages: OutagesSection = OutagesSection()
+    """Waiting for services that are away."""
+
+    fine_tuning: FineTuningSection = FineTuningSection()
+    """Fine-tuning by `dem-opt train`."""
+
+    data_mixing: DataMixingSection = DataMixingSection()
+    """Data-mixing baselines."""
+
+    evaluate: EvaluateSection | None = None
+    """Downstream tasks of `dem-opt evaluate`."""
+
+    output: Annotated[StudyPath, default_note("runs/NAME")]
+    """Folder of databases, reports and artifacts."""
+
+    _paths = field_validator("output", mode="before")(resolve_path)
 
     @model_validator(mode="before")
     @classmethod
     def _fill_places(cls, data: Any, info: ValidationInfo) -> Any:
-        """Defaults that follow from other fields, and database URLs whose files start at the study file."""
+        """Fill in defaults that follow from other fields; relative SQLite files start at the study file's folder."""
         if not isinstance(data, dict):
             return data
         folder: Path = (info.context or {}).get("folder", Path())
@@ -108,9 +148,9 @@ class StudyConfig(Section):
 
     @model_validator(mode="after")
     def _check_training(self) -> Self:
-        for name, one in self.distributions.items():
-            kind, source = one.expert
-            if one.train is not None and source.run is not None and not self.fine_tuning.keep:
+        for name, distribution in self.distributions.items():
+            kind, source = distribution.fine_tune
+            if distribution.train is not None and source.run is not None and not self.fine_tuning.keep:
                 raise ValueError(f"distributions.{name}.{kind}.step: needs `fine_tuning: {{keep: true}}`")
         for number, shares in enumerate(self.data_mixing.mixtures, start=1):
             for name in shares.keys() - self.distributions.keys():
@@ -141,10 +181,10 @@ class StudyConfig(Section):
 
     @model_validator(mode="after")
     def _check_gradients(self) -> Self:
-        asked = self.search.gradients is True or self.search.algorithm == "gradient"
+        needs_gradients = self.search.gradients is True or self.search.algorithm == "gradient"
         if self.objective.worst and not any(self.weights[name] for name in self.distributions):
             raise ValueError("objective.worst: no distribution has a weight, so none has a regret")
-        if self.objective.worst and asked:
+        if self.objective.worst and needs_gradients:
             raise ValueError("objective.worst: a largest regret has no gradient where two are largest; search without")
         return self
 
@@ -164,29 +204,30 @@ class StudyConfig(Section):
         return Space(tuple(self.distributions), total, least if least < total else None, boxes)
 
     @property
-    def corpora(self) -> dict[str, Distribution | General]:
-        """Whatever has validation data: the distributions, then the general corpora."""
+    def corpora(self) -> dict[str, DistributionSection | GeneralSection]:
+        """Everything that has validation data: the distributions, then the general corpora."""
         return {**self.distributions, **self.general}
 
     @property
     def weights(self) -> dict[str, float]:
         """The objective's weight of each distribution and general corpus."""
-        given = self.objective.weights
-        if given is None:
-            given = dict.fromkeys(self.distributions, 1.0)
-        return {name: given.get(name, 0.0) for name in self.corpora}
+        weights = self.objective.weights
+        if weights is None:
+            weights = dict.fromkeys(self.distributions, 1.0)
+        return {name: weights.get(name, 0.0) for name in self.corpora}
 
 
 def load(path: Path) -> StudyConfig:
-    """The study in a YAML file.
+    """Read and check a study file.
 
-    Raises InputError, in one line that names the field, for anything that the file may not say.
+    Raises:
+        InputError: The file can't be read, or a field is unknown, missing or out of its range.
     """
     data = read_yaml(path)
     try:
         return StudyConfig.model_validate(data, context={"folder": path.resolve().parent})
     except ValidationError as error:
-        raise _in_the_users_words(path, error) from None
+        raise _input_error(path, error) from None
 
 
 def _database(url: Any, folder: Path) -> Any:
@@ -196,15 +237,21 @@ def _database(url: Any, folder: Path) -> Any:
     return url
 
 
-def _in_the_users_words(path: Path, error: ValidationError) -> InputError:
-    """One of pydantic's findings as one line: an unknown key, which is often why another is missing, or the first."""
+def _input_error(path: Path, error: ValidationError) -> InputError:
+    """The InputError for pydantic's findings: the first unknown key if there is any, else the first finding.
+
+    A misspelt key is often the reason why another one is missing, so unknown keys come first.
+    """
     findings = error.errors()
-    finding = next((one for one in findings if one["type"] == "extra_forbidden"), findings[0])
+    finding = next((finding for finding in findings if finding["type"] == "extra_forbidden"), findings[0])
+    # pydantic puts the tried member of a union into the location, as "literal['auto']" or "constrained-int".
     field = ".".join(
         str(part) for part in finding["loc"] if not str(part).startswith(("literal", "constrained", "function"))
     )
     value, kind = finding["input"], finding["type"]
     if kind == "extra_forbidden":
+        if present := RENAMED_KEYS.get(field):
+            return InputError(path, field, value, f"this key has been renamed; write {present}")
         known = _known_keys(StudyConfig, finding["loc"][:-1])
         return InputError(path, field, value, f"unknown key; {nearest(str(finding['loc'][-1]), known)}")
     if kind == "missing":
@@ -214,19 +261,12 @@ def _in_the_users_words(path: Path, error: ValidationError) -> InputError:
     return InputError(path, field, value, finding["msg"])
 
 
-def _known_keys(section: type[BaseModel], loc: tuple[int | str, ...]) -> Mapping[str, Any]:
-    """The keys of the section at `loc`, in which a field of named sections is followed by a name."""
+def _known_keys(section: type[Section], loc: tuple[int | str, ...]) -> Mapping[str, Any]:
+    """The keys of the section at `loc`; in a mapping of sections by name, the name follows the field."""
     parts = iter(loc)
     for part in parts:
         annotation = section.model_fields[str(part)].annotation
         if get_origin(annotation) is dict:
             next(parts, None)
-        section = _section(annotation) or section
+        section = section_of(annotation) or section
     return section.model_fields
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    """The section that an annotation is, holds by name, or may be."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(filter(None, map(_section, get_args(annotation))), None)

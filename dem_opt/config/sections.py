@@ -1,4 +1,4 @@
-"""The sections of a study file: data, models, coefficients, objective, evaluation, search, compute, tracking."""
+"""Sections of a study file. The docstring below each field is its description in the reference of the study file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,43 +19,74 @@ Positive = Annotated[int, Field(gt=0)]
 PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+StudyPath = Annotated[Path, Field(strict=False)]
+Column = Annotated[str, Field(min_length=1)]
+Range = Annotated[tuple[NotNegative, NotNegative], Field(strict=False)]
+Shares = dict[Name, NotNegative]
+
+RENAMED_KEYS: Mapping[str, str] = {
+    "compute.residents": "compute.workers",
+    "compute.gpus_per_resident": "compute.gpus_per_worker",
+}
+"""Keys of earlier releases and their present names, dotted from the root of the study file."""
+
+
+def default_note(text: str) -> Any:
+    """A field's default in words, for defaults that other fields decide."""
+    return Field(json_schema_extra={"default_note": text})
 
 
 class Section(BaseModel):
     """A part of the study file: frozen, strict about types, refusing unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
-def from_here(value: Path | str | None, info: ValidationInfo) -> Path | None:
-    """A path of the study file: relative paths start at the file's folder."""
+def section_of(annotation: Any) -> type[Section] | None:
+    """The first section class inside an annotation (`Section`, `dict[Name, Section]`, `Section | None`), if any."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(filter(None, map(section_of, get_args(annotation))), None)
+
+
+def resolve_path(value: Path | str | None, info: ValidationInfo) -> Path | None:
+    """A path of the study file; relative paths start at the file's folder."""
     if value is None or not isinstance(value, str | Path):
         return value
     folder: Path = (info.context or {}).get("folder", Path())
     return folder / value
 
 
-StudyPath = Annotated[Path, Field(strict=False)]
-Column = Annotated[str, Field(min_length=1)]
-BUDGETS: tuple[Literal["all", "one"], ...] = ("all", "one")
-SHARES_TOLERANCE = 1e-6
 _COLUMNS = {"text": ("text",), "prompt_completion": ("prompt", "completion"), "messages": ("messages",)}
 
 
 class DataFile(Section):
-    """A file of documents (.jsonl, .parquet or .txt), and in which columns its format finds them.
+    """A file of documents, and the columns in which its format finds them.
 
-    A path alone is a file of format text.  Only the columns of the format may be named.
+    A path alone is a file of format `text`.  Only the columns of the format may be named.
     """
 
     path: StudyPath
-    format: Literal["text", "prompt_completion", "messages"] = "text"
-    text: Column = "text"
-    prompt: Column = "prompt"
-    completion: Column = "completion"
-    messages: Column = "messages"
+    """Data file: `.jsonl` (one JSON object a line), `.parquet` (one document a row) or `.txt` (one document)."""
 
-    _paths = field_validator("path", mode="before")(from_here)
+    format: Literal["text", "prompt_completion", "messages"] = "text"
+    """Format of each document: running text, a prompt with the completion that is scored, or a conversation in which
+    the assistant's messages are scored.
+    """
+
+    text: Column = "text"
+    """Column of the text (format `text`)."""
+
+    prompt: Column = "prompt"
+    """Column of the prompt, which is read but not scored (format `prompt_completion`)."""
+
+    completion: Column = "completion"
+    """Column of the completion, which is scored (format `prompt_completion`)."""
+
+    messages: Column = "messages"
+    """Column of the list of messages, each with a `role` and a `content` (format `messages`)."""
+
+    _paths = field_validator("path", mode="before")(resolve_path)
 
     @model_validator(mode="before")
     @classmethod
@@ -74,7 +105,7 @@ class DataFile(Section):
 
     @model_serializer
     def _as_written(self) -> str | dict[str, str]:
-        """A path alone where everything else is as it would be."""
+        """The shortest form: a path alone where everything else is at its default."""
         if self.columns == {"text": "text"}:
             return str(self.path)
         return {"path": str(self.path), "format": self.format} | self.columns
@@ -86,20 +117,30 @@ class DataFile(Section):
 
 
 class ModelSource(Section):
-    """A model or an adapter: a folder, or a hub id and its revision.  A path alone is a folder.
+    """A model or an adapter: a folder, a model of the Hugging Face Hub, or a kept step of a fine-tuning run.
 
-    pickled   whether pickled weights may be read, of which only tensors are accepted
-    run, step the folder of a fine-tuning that kept its steps, and one of them: a number, or the best by validation NLL
+    A path alone is a folder.
     """
 
     path: StudyPath | None = None
-    hub: Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")] | None = None
-    revision: str | None = None
-    pickled: bool = False
-    run: StudyPath | None = None
-    step: Literal["best"] | Positive | None = None
+    """Folder in Hugging Face's format."""
 
-    _paths = field_validator("path", "run", mode="before")(from_here)
+    hub: Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")] | None = None
+    """Id on the Hugging Face Hub, `owner/name`, instead of a folder."""
+
+    revision: Annotated[str | None, default_note("main")] = None
+    """Branch, tag or commit of the hub id."""
+
+    pickled: bool = False
+    """Allow pickled weights (`pytorch_model.bin`), from which only tensors are loaded."""
+
+    run: StudyPath | None = None
+    """Folder of a fine-tuning run that kept its steps (`fine_tuning.keep`), instead of a folder of weights."""
+
+    step: Literal["best"] | Positive | None = None
+    """Kept step of `run`: its number, or `best` for the lowest validation NLL."""
+
+    _paths = field_validator("path", "run", mode="before")(resolve_path)
 
     @model_validator(mode="before")
     @classmethod
@@ -118,12 +159,12 @@ class ModelSource(Section):
 
     @model_serializer
     def _as_written(self) -> str | dict[str, Any]:
-        """A path alone where nothing else is said."""
+        """The shortest form: a path alone where nothing else is set."""
         if self.path is not None and not self.pickled:
             return str(self.path)
         places = {name: place and str(place) for name, place in (("path", self.path), ("run", self.run))}
-        given = {**places, "step": self.step, "hub": self.hub, "revision": self.revision}
-        return {key: value for key, value in given.items() if value} | ({"pickled": True} if self.pickled else {})
+        fields = {**places, "step": self.step, "hub": self.hub, "revision": self.revision}
+        return {key: value for key, value in fields.items() if value} | ({"pickled": True} if self.pickled else {})
 
     @property
     def place(self) -> Path | None:
@@ -136,38 +177,50 @@ class ModelSource(Section):
         return str(self.path) if self.hub is None else f"{self.hub}@{self.revision or 'main'}"
 
 
-class Distribution(Section):
-    """One data distribution: its fine-tune, which is a checkpoint or an adapter of the base, and its data.
-
-    train is for `dem-opt train` only.  Without held_out, the validation documents are divided in two.
-    """
+class DistributionSection(Section):
+    """One data distribution: its fine-tune, which is a checkpoint or an adapter of the base, and its data."""
 
     checkpoint: ModelSource | None = None
+    """Fine-tuned checkpoint of the base. Each distribution has a `checkpoint` or an `adapter`."""
+
     adapter: ModelSource | None = None
+    """LoRA adapter of the base (plain, rsLoRA or DoRA, as peft saves them)."""
+
     train: DataFile | None = None
+    """Training data, from which `dem-opt train` makes the fine-tune."""
+
     validation: DataFile
+    """Validation data, scored to choose the coefficients."""
+
     held_out: DataFile | None = None
+    """Held-out data, scored only to report. Unless given, the validation documents are divided in two halves."""
 
     @model_validator(mode="after")
-    def _check_expert(self) -> Self:
+    def _check_fine_tune(self) -> Self:
         if (self.checkpoint is None) == (self.adapter is None):
             raise ValueError("must have a `checkpoint:` or an `adapter:`, and not both")
         return self
 
     @property
-    def expert(self) -> tuple[Literal["checkpoint", "adapter"], ModelSource]:
-        """Which of the two it has, and where."""
+    def fine_tune(self) -> tuple[Literal["checkpoint", "adapter"], ModelSource]:
+        """The kind of the fine-tune and its source."""
         if self.checkpoint is not None:
             return "checkpoint", self.checkpoint
         assert self.adapter is not None
         return "adapter", self.adapter
 
 
-class General(Section):
-    """A corpus without a vector of its own; a data file alone is its validation."""
+class GeneralSection(Section):
+    """A general corpus, which is scored but has no fine-tune and no coefficient.
+
+    A data file alone is its validation data.
+    """
 
     validation: DataFile
+    """Validation data, for `objective.weights`, `objective.protect` and reports."""
+
     held_out: DataFile | None = None
+    """Held-out data. Unless given, the validation documents are divided in two halves."""
 
     @model_validator(mode="before")
     @classmethod
@@ -176,24 +229,21 @@ class General(Section):
         return {"validation": data} if alone else data
 
 
-Range = Annotated[tuple[NotNegative, NotNegative], Field(strict=False)]
-
-
 class SimplexSection(Section):
-    """The coefficient space: coefficients of at least 0 that sum to `total`.
-
-    total   a number, or the least and the greatest that the sum may be
-    bounds  the least and the greatest that a coefficient may be, by distribution
-    fixed   coefficients that are given, by distribution
-    """
+    """The coefficient space: coefficients of at least 0 that sum to `total`."""
 
     total: PositiveReal | Range = 1.0
+    """Sum of the coefficients; the base has the rest, 1 - total. A pair `[0, 2]` lets the sum vary between the two."""
+
     bounds: dict[Name, Range] = Field(default_factory=dict)
+    """Lowest and highest coefficient, by distribution: `{code: [0, 0.8]}`."""
+
     fixed: dict[Name, NotNegative] = Field(default_factory=dict)
+    """Coefficients that the search does not vary, by distribution: `{code: 0.3}`."""
 
     @property
     def sums(self) -> tuple[float, float]:
-        """The least and the greatest total."""
+        """The lowest and the highest total."""
         return (self.total, self.total) if isinstance(self.total, float) else self.total
 
     @property
@@ -213,140 +263,180 @@ class SimplexSection(Section):
         return self
 
 
-class Objective(Section):
-    """What is minimized, and what must not get worse.
+class ObjectiveSection(Section):
+    """What the search minimizes, and which corpora must not get worse."""
 
-    weights  by distribution or general corpus; equal for distributions where none are given, 0 for a name left out
-    worst    minimize the largest regret: NLL minus that of a distribution's own fine-tune, over those with a weight
-    protect  the most nats per token above the base, by distribution or general corpus
+    weights: Annotated[dict[Name, NotNegative] | None, default_note("1 for each distribution")] = None
+    """Weight of each NLL in the mean that is minimized, by distribution or general corpus; a name left out has 0."""
+
+    worst: bool = False
+    """Minimize the largest regret instead of the mean: NLL minus that of the distribution's own fine-tune, in nats per
+    token, over the distributions that have a weight.
     """
 
-    weights: dict[Name, NotNegative] | None = None
-    worst: bool = False
     protect: dict[Name, NotNegative] = Field(default_factory=dict)
+    """Constraints: NLL may exceed the base's by at most this allowance, in nats per token, by distribution or general
+    corpus.
+    """
 
 
 class EvaluationSection(Section):
-    """How composites are scored.
-
-    window    tokens in a window
-    windows   windows of the search split, for each distribution
-    held_out  windows of the held-out split, for each distribution
-    batch     tokens in one forward call at most; auto: 4096, halved until they fit into memory
-    dtype     auto: float32 on CPU, the base's dtype on a GPU
-    vectors   exact: checkpoints as they are stored; int8: distribution vectors with a scale for each row
-    seed      orders the documents and draws the windows
-    """
+    """How composites are scored."""
 
     window: Annotated[int, Field(ge=2)] = 1024
+    """Window length in tokens."""
+
     windows: Positive = 64
+    """Windows of the search split, for each distribution."""
+
     held_out: Positive = 64
+    """Windows of the held-out split, for each distribution."""
+
     batch: Literal["auto"] | Positive = "auto"
+    """Tokens in one forward call at most; `auto` is 4096, halved until a batch fits into memory."""
+
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the forward pass; `auto` is float32 on a CPU and the base's dtype on a GPU."""
+
     vectors: Literal["exact", "int8"] = "exact"
+    """Storage of the fine-tunes in memory: `exact` keeps checkpoints as they are stored; `int8` keeps distribution
+    vectors with one scale a row, in a quarter to a half of the memory, with an error that is measured and reported.
+    """
+
     seed: Seed = 0
+    """Seed that orders the documents and draws the windows."""
 
 
 Algorithm = Literal["simplex-gp", "grid", "random", "tpe", "cmaes", "gradient"]
 
 ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
-"""All ways of searching."""
+"""All search algorithms."""
 
 
-class Search(Section):
-    """How coefficients are proposed, and when that ends.
-
-    trials     at most so many
-    forwards   at most so many forward-equivalents: full forward passes over the search split
-    minutes    no trial is begun after so many, from the start of the command: the only decision that reads a clock
-    patience   stop after so many proposals in a row of which less than `tolerance` is expected
-    tolerance  nats per token of expected improvement
-    divisions  the grid's: 10 gives steps of a tenth of the total
-    lookahead  proposals made ahead for each worker, while it scores
-    racing     stop scoring a trial when it will not win
-    gradients  measure a trial's gradient too; auto: where that is worth its three forward passes, and memory allows
-    """
+class SearchSection(Section):
+    """How coefficients are proposed, and when the search stops."""
 
     algorithm: Algorithm = "simplex-gp"
+    """Search algorithm: a Gaussian process on the simplex, a grid, random points, TPE, CMA-ES, or gradient descent."""
+
     trials: Positive = 40
+    """Trials at most."""
+
     forwards: PositiveReal | None = None
+    """Budget in forward-equivalents: full forward passes over the search split. No limit unless given."""
+
     minutes: PositiveReal | None = None
+    """Minutes after the start of the command in which trials may begin. No limit unless given."""
+
     patience: Positive | None = None
+    """Stop after this many proposals in a row with an expected improvement below `tolerance`. Never unless given."""
+
     tolerance: PositiveReal = 1e-4
+    """Expected improvement that counts for `patience`, in nats per token."""
+
     seed: Seed = 0
+    """Seed of the proposals."""
+
     divisions: Positive = 10
+    """Steps of the grid along each edge of the simplex: 10 makes steps of a tenth of the total."""
+
     lookahead: Annotated[int, Field(ge=0)] = 1
+    """Proposals computed ahead for each worker while it scores."""
+
     racing: bool = True
+    """Stop scoring a trial early when it will not win."""
+
     gradients: Literal["auto"] | bool = "auto"
-
-
-class Compute(Section):
-    """Workers and where they live.
-
-    workers          auto: as many as there are GPUs for; without GPUs one with all the CPUs
-    gpus_per_worker  GPUs that a worker's model is divided over, by layers
-    ray                local: a Ray of its own; auto: the cluster that this machine belongs to; or an address
-    patience           seconds to wait for workers to be ready
+    """Measure the gradient of each trial, which costs as much as two more forward passes; `auto` does so from seven
+    free coefficients on, where memory allows.
     """
 
+
+class ComputeSection(Section):
+    """Workers, which hold the models and score composites, and where they run."""
+
     workers: Literal["auto"] | Positive = "auto"
+    """Number of workers; `auto` starts as many as there are GPUs for, and without GPUs one for each node."""
+
     gpus_per_worker: Positive = 1
+    """GPUs that a worker's model is divided over, by layers."""
+
     ray: str = "local"
+    """Ray cluster: `local` starts one for this command, `auto` joins the one of this machine; or its address."""
+
     patience: PositiveReal = 600.0
+    """Seconds to wait for workers to be ready."""
 
 
-class Outages(Section):
-    """How long a study waits for what is away, in seconds: for its database, and at the end for MLflow."""
+class OutagesSection(Section):
+    """How long a study waits for services that are away."""
 
     storage: PositiveReal = 600.0
+    """Seconds to wait for the study's database."""
+
     tracking: PositiveReal = 180.0
+    """Seconds to wait for MLflow at the end of the command."""
 
 
-class Tracking(Section):
-    """MLflow: where runs are logged, and under which experiment."""
+class TrackingSection(Section):
+    """MLflow: where runs are logged."""
 
-    uri: str
-    experiment: str
+    uri: Annotated[str, default_note("sqlite:///OUTPUT/mlflow.db")]
+    """MLflow's tracking URI; a relative SQLite file starts at the study file. Must differ from `storage`."""
+
+    experiment: Annotated[str, default_note("NAME")]
+    """MLflow experiment; the study's name unless given."""
 
 
-class FineTuning(Section):
-    """What `dem-opt train` does for each distribution that has training data.
+class FineTuningSection(Section):
+    """How `dem-opt train` fine-tunes the base on each distribution that has training data.
 
-    One with a `checkpoint:` has all of its weights trained, one with an `adapter:` a LoRA of the base.
-
-    batch_size  windows in a step
-    save_every  steps between saved states, from the last of which a run goes on that was killed; auto: a tenth of all
-    keep        whether the weights of saved states are kept, each with its validation NLL: `{run: ..., step: ...}`
-    dtype       what weights are trained in; auto: the base's.  They are saved in the base's
-    gpus        GPUs of each; auto: one where there are any
-    trainer     any other argument of transformers' Trainer
-    lora        any argument of peft's LoraConfig, for adapters
+    A distribution with a `checkpoint:` has all weights trained, one with an `adapter:` a LoRA of the base.
     """
 
     steps: Positive = 60
+    """Optimizer steps."""
+
     learning_rate: PositiveReal = 3e-4
+    """Peak learning rate."""
+
     batch_size: Positive = 16
+    """Windows in a step, each of `evaluation.window` tokens."""
+
     seed: Seed = 0
+    """Seed of the order of windows and of a LoRA's first weights."""
+
     save_every: Literal["auto"] | Positive = "auto"
+    """Steps between saved states, from the last of which a killed run resumes; `auto` is a tenth of `steps`."""
+
     keep: bool = False
+    """Keep the weights of every saved state with its validation NLL, to be named as `{run: FOLDER, step: best}`."""
+
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the weights in training; `auto` is the base's. Checkpoints are saved in the base's dtype."""
+
     gpus: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    """GPUs of each fine-tuning; `auto` is one where there are any."""
+
     trainer: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of transformers' `TrainingArguments`, such as `{weight_decay: 0.1}`."""
+
     lora: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of peft's `LoraConfig`, for distributions with an `adapter`."""
 
 
-Shares = dict[Name, NotNegative]
+BUDGETS: tuple[Literal["all", "one"], ...] = ("all", "one")
+SHARES_TOLERANCE = 1e-6
 
 
-class DataMixing(Section):
-    """The models trained on mixed data that `dem-opt compare --data-mixing study` holds the composites against.
-
-    mixtures  shares of the tokens by distribution, each summing to 1; what is left out has 0
-    tokens    all: each is trained on as many tokens as all single fine-tunes together; one: on as many as one of them
-    """
+class DataMixingSection(Section):
+    """Data-mixing baselines of `dem-opt compare --data-mixing study`: one model for each mixture of training data."""
 
     mixtures: list[Shares] = Field(default_factory=list)
+    """Mixtures: shares of the tokens by distribution, each summing to 1; a name left out has 0."""
+
     tokens: list[Literal["all", "one"]] = Field(default_factory=lambda: list(BUDGETS), min_length=1)
+    """Training tokens of each mixture: `all`, as many as all fine-tunes together; `one`, as many as a single one."""
 
     @model_validator(mode="after")
     def _check_sums(self) -> Self:
@@ -356,22 +446,27 @@ class DataMixing(Section):
         return self
 
 
-class Evaluate(Section):
-    """Tasks of lm-evaluation-harness that `dem-opt evaluate` scores models on.
+class EvaluateSection(Section):
+    """Tasks of lm-evaluation-harness that `dem-opt evaluate` scores models on."""
 
-    tasks    their names
-    include  a folder of task files of your own
-    top      how many of the best composites
-    limit    documents of each task at most
-    shots    worked examples before each question; what the task says unless given
-    batch    requests in one forward call
-    """
+    tasks: Annotated[
+        list[Annotated[str, Field(min_length=1)]], Field(min_length=1), default_note("required with `evaluate`")
+    ]
+    """Names of tasks."""
 
-    tasks: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
     include: StudyPath | None = None
-    top: Annotated[int, Field(gt=0, le=5)] = 5
-    limit: Positive | None = None
-    shots: Annotated[int, Field(ge=0)] | None = None
-    batch: Positive = 8
+    """Folder of task files of your own."""
 
-    _paths = field_validator("include", mode="before")(from_here)
+    top: Annotated[int, Field(gt=0, le=5)] = 5
+    """Best composites to score, beside the base, the fine-tunes and the uniform average."""
+
+    limit: Positive | None = None
+    """Documents of each task at most. All unless given."""
+
+    shots: Annotated[int, Field(ge=0)] | None = None
+    """Worked examples before each question. The task's own number unless given."""
+
+    batch: Positive = 8
+    """Requests in one forward call."""
+
+    _paths = field_validator("include", mode="before")(resolve_path)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from dem_opt.config import DataFile, Distribution, EvaluationSection, General
+from dem_opt.config import DataFile, DistributionSection, EvaluationSection, GeneralSection
 from dem_opt.data.documents import Chat, Document, Pair, document_identity, read_documents
 from dem_opt.data.tokenize import Tokens, encode_chats, encode_pairs, encode_texts, rendered, tokenizer_digest
 from dem_opt.errors import InputError, located
@@ -132,7 +132,7 @@ def _take(windows: Windows, chosen_W: NDArray[np.int64]) -> Windows:
 
 def build_corpora(
     name: str,
-    data: Distribution | General,
+    data: DistributionSection | GeneralSection,
     evaluation: EvaluationSection,
     tokenizer: PreTrainedTokenizerBase,
     paired: bool = False,
@@ -150,7 +150,7 @@ def build_corpora(
 
     Raises InputError for unreadable files, for a single document to be divided, and for too little text.
     """
-    section = "general" if isinstance(data, General) else "distributions"
+    section = "general" if isinstance(data, GeneralSection) else "distributions"
     files = {SEARCH: data.validation, HELD_OUT: data.held_out or data.validation}
     for split, file in files.items():
         if paired and file.format != "prompt_completion":
@@ -172,7 +172,7 @@ class _Builder:
     tokenizer: PreTrainedTokenizerBase
     paired: bool
 
-    def split(self, section: str, data: Distribution | General) -> tuple[list[Document], list[Document]]:
+    def split(self, section: str, data: DistributionSection | GeneralSection) -> tuple[list[Document], list[Document]]:
         """Search and held-out documents, distinct, in seeded order."""
         documents = self.ordered(data.validation, f"{section}.validation")
         if data.held_out is None:

@@ -10,7 +10,7 @@ from dem_opt.checkpoints.architecture import Architecture, check_base, check_fit
 from dem_opt.checkpoints.files import Header, content_hash, read_header
 from dem_opt.checkpoints.hf_config import read_config
 from dem_opt.checkpoints.locate import locate
-from dem_opt.config import Distribution, StudyConfig
+from dem_opt.config import DistributionSection, StudyConfig
 from dem_opt.data.tokenize import load_tokenizer, tokenizer_digest
 from dem_opt.data.windows import build_corpora
 from dem_opt.errors import InputError
@@ -171,10 +171,15 @@ def check_files(config: StudyConfig, where: object) -> Files:
 
 
 def _check_expert(
-    architecture: Architecture, base: Header, name: str, distribution: Distribution, where: object, compressed: bool
+    architecture: Architecture,
+    base: Header,
+    name: str,
+    distribution: DistributionSection,
+    where: object,
+    compressed: bool,
 ) -> Header:
     """The header of a distribution's checkpoint or adapter, which must fit the base."""
-    kind, source = distribution.expert
+    kind, source = distribution.fine_tune
     field = f"distributions.{name}.{kind}"
     untrained = distribution.train is not None and source.place is not None and not exists(source.place)
     if untrained:
@@ -193,9 +198,9 @@ def _check_expert(
     return header
 
 
-def check_origin(name: str, distribution: Distribution, where: object) -> None:
+def check_origin(name: str, distribution: DistributionSection, where: object) -> None:
     """Raise InputError for a distribution that has neither a checkpoint nor the data to train it from."""
-    kind, source = distribution.expert
+    kind, source = distribution.fine_tune
     if distribution.train is None and source.place is not None and not exists(source.place):
         mend = f"no such folder; name one that is there, or give distributions.{name}.train, so that it can be trained"
         raise InputError(where, f"distributions.{name}.{kind}", str(source.place), mend)
@@ -268,9 +273,9 @@ def gather(config: StudyConfig, where: object, worker: bool = True) -> Inputs:
     )
 
 
-def _expert(distribution: Distribution, header: Header, base: StoredModel) -> StoredModel:
+def _expert(distribution: DistributionSection, header: Header, base: StoredModel) -> StoredModel:
     """A distribution's checkpoint or adapter with its content."""
-    kind, _ = distribution.expert
+    kind, _ = distribution.fine_tune
     if kind == "adapter":
         content = read_adapter(header.folder, header.field).content(base.content)
         return StoredModel(header.folder, content, base.content)

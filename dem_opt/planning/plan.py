@@ -14,7 +14,7 @@ import torch
 
 from dem_opt.checkpoints.architecture import Architecture
 from dem_opt.checkpoints.files import DTYPES, Header, known_content
-from dem_opt.config import Compute, StudyConfig
+from dem_opt.config import ComputeSection, StudyConfig
 from dem_opt.errors import InputError
 from dem_opt.evaluation.interim_analyses import stops
 from dem_opt.planning.activations import Widths, activation_bytes, flops_per_token, gradient_bytes, read_widths
@@ -230,7 +230,7 @@ def evaluation_dtype(setting: str, stored: str, device: str) -> str:
     return "float32" if device == "cpu" else stored
 
 
-def workers_asked(setting: Compute, machine: Machine) -> int:
+def workers_asked(setting: ComputeSection, machine: Machine) -> int:
     """Workers of this machine, as the pool counts them: auto is as many as there are GPUs for, without GPUs one."""
     if not isinstance(setting.workers, str):
         return setting.workers

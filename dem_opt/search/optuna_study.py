@@ -63,7 +63,7 @@ class Search:
         url: str,
         name: str,
         space: Space,
-        search: config.Search,
+        search: config.SearchSection,
         start: Sequence[Coefficients] = (),
         gradients: bool = False,
         lease: Lease | None = None,

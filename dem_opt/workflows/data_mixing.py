@@ -114,7 +114,7 @@ def singles(config: StudyConfig, where: object) -> dict[str, FineTuned]:
     """
     found = {}
     for name, one in config.distributions.items():
-        kind, source = one.expert
+        kind, source = one.fine_tune
         if one.train is None:
             mend = "is needed to train on mixtures of it"
             raise InputError(where, f"distributions.{name}.train", None, mend)

@@ -11,7 +11,7 @@ from typing import Any
 
 from dem_opt.analysis.task_scores import TaskResults, TaskScore, TaskTable
 from dem_opt.compute import Compute
-from dem_opt.config import Evaluate, StudyConfig
+from dem_opt.config import EvaluateSection, StudyConfig
 from dem_opt.errors import InputError
 from dem_opt.export.writer import write_composite
 from dem_opt.observers import Observer
@@ -33,7 +33,7 @@ class Candidate:
     composite: Composite
 
 
-def wanted(config: StudyConfig, where: object) -> Evaluate:
+def wanted(config: StudyConfig, where: object) -> EvaluateSection:
     """What the study file asks for.
 
     Raises InputError where it asks for nothing, for tasks that are unknown, and where the harness is missing.
@@ -47,7 +47,7 @@ def wanted(config: StudyConfig, where: object) -> Evaluate:
 
 
 def evaluate(
-    config: StudyConfig, where: object, given: Evaluate, summary: Summary, compute: Compute, observer: Observer
+    config: StudyConfig, where: object, given: EvaluateSection, summary: Summary, compute: Compute, observer: Observer
 ) -> TaskTable:
     """Score base, fine-tunes, uniform average and the best composites on the tasks, and log it."""
     sources = gather(config, where, worker=False)
@@ -71,7 +71,7 @@ def entrants(summary: Summary, sources: Inputs, top: int) -> list[Candidate]:
 
 def do_tasks(
     config: StudyConfig,
-    given: Evaluate,
+    given: EvaluateSection,
     sources: Inputs,
     doers: Sequence[Candidate],
     compute: Compute,
@@ -114,7 +114,7 @@ def log_tasks(config: StudyConfig, doers: Sequence[Candidate], found: TaskTable,
 
 
 def _measure(
-    given: Evaluate,
+    given: EvaluateSection,
     sources: Inputs,
     folder: Path,
     one: Candidate,
@@ -156,7 +156,7 @@ def _folder(config: StudyConfig, sources: Inputs, composite: Composite) -> Itera
         shutil.rmtree(out, ignore_errors=True)
 
 
-def _kept_at(config: StudyConfig, given: Evaluate, composite: Composite, task: str) -> Path:
+def _kept_at(config: StudyConfig, given: EvaluateSection, composite: Composite, task: str) -> Path:
     """The file of a score, named by all that decides it: the model, the task's files, the settings, the harness."""
     files = sorted(path for path in given.include.rglob("*") if path.is_file()) if given.include else []
     asked: list[Any] = [task, given.limit, given.shots, given.batch, harness_version()]
@@ -165,14 +165,14 @@ def _kept_at(config: StudyConfig, given: Evaluate, composite: Composite, task: s
     return config.output / FOLDER / f"{name}.json"
 
 
-def _kept(config: StudyConfig, given: Evaluate, composite: Composite, task: str) -> TaskScore | None:
+def _kept(config: StudyConfig, given: EvaluateSection, composite: Composite, task: str) -> TaskScore | None:
     try:
         return TaskScore(**json.loads(_kept_at(config, given, composite, task).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def _keep(config: StudyConfig, given: Evaluate, composite: Composite, task: str, score: TaskScore) -> None:
+def _keep(config: StudyConfig, given: EvaluateSection, composite: Composite, task: str, score: TaskScore) -> None:
     path = _kept_at(config, given, composite, task)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")

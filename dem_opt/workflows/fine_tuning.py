@@ -40,7 +40,7 @@ def fine_tunings(config: StudyConfig, where: object) -> list[FineTuneJob]:
     check_trainer(config.fine_tuning.trainer, where)
     base, jobs = locate(config.base, "base"), dict[Path, FineTuneJob]()
     for name, one in config.distributions.items():
-        kind, source = one.expert
+        kind, source = one.fine_tune
         check_origin(name, one, where)
         if one.train is None or source.place is None:
             continue

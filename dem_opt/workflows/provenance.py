@@ -35,7 +35,7 @@ def facts(config: StudyConfig, where: object, identity: StudyIdentity) -> dict[s
     """What reproduces the study: where its parts are, their content, and with what it was run."""
     folder = Path(str(where)).resolve().parent
     revision = git_revision(folder)
-    folders = {name: one.expert[1] for name, one in config.distributions.items()}
+    folders = {name: one.fine_tune[1] for name, one in config.distributions.items()}
     contents = {f"{name}: {folders.get(name, 'gone')}": content for name, content in identity.fine_tunes.items()}
     return {
         "study file": str(where),

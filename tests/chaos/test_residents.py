@@ -16,7 +16,7 @@ import stub_workers
 from counted import notes_of
 
 from dem_opt.compute import RayCompute
-from dem_opt.config import Compute as Settings
+from dem_opt.config import ComputeSection
 from dem_opt.errors import InputError
 from dem_opt.types import Composite, Request, StoredModel, WorkerSpec
 
@@ -94,7 +94,7 @@ def pool_of(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     import ray
 
     monkeypatch.setenv("PYTHONPATH", books.environment()["PYTHONPATH"])
-    compute = RayCompute(Settings(ray=cluster.address, patience=120))
+    compute = RayCompute(ComputeSection(ray=cluster.address, patience=120))
     spec = WorkerSpec(StoredModel(Path("models/code"), "content"), (), (), batch_tokens=64)
 
     def make(tell: Callable[[str], None]) -> Any:

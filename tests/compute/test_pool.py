@@ -9,7 +9,7 @@ import pytest
 import stub_workers
 
 from dem_opt.compute import ATTEMPTS, InProcessCompute, RayCompute, ray_pool
-from dem_opt.config import Compute as Settings
+from dem_opt.config import ComputeSection
 from dem_opt.errors import InputError
 from dem_opt.types import Composite, Evaluation, Failure, Request, StoredModel, WorkerSpec
 
@@ -27,7 +27,7 @@ def compute(request):
     if request.param == "in process":
         return InProcessCompute()
     request.getfixturevalue("ray_session")
-    return RayCompute(Settings(workers=int(request.param[-1])))
+    return RayCompute(ComputeSection(workers=int(request.param[-1])))
 
 
 def gather(compute, build, count: int, path: Path = Path("nowhere")) -> dict:
@@ -76,7 +76,7 @@ def test_jobs_come_back_once_and_one_that_fails_stops_no_other(compute):
 
 
 def test_a_job_whose_process_dies_stops_no_other(ray_session):
-    with RayCompute(Settings()) as compute:
+    with RayCompute(ComputeSection()) as compute:
         results = dict(compute.jobs(stub_workers.die, [1, 13]))
     assert results[1] == 1
     assert isinstance(results[13], RuntimeError) and str(results[13]).startswith("its process ended (")
@@ -84,23 +84,26 @@ def test_a_job_whose_process_dies_stops_no_other(ray_session):
 
 @pytest.mark.parametrize(("parts", "threads"), [(1, 2), (2, 1), (5, 1)])
 def test_a_jobs_threads_depend_on_the_parts_and_not_on_how_many_jobs_are_left(ray_session, parts, threads):
-    with RayCompute(Settings()) as compute:
+    with RayCompute(ComputeSection()) as compute:
         assert dict(compute.jobs(stub_workers.count_threads, [7], parts)) == {7: threads}
 
 
 def test_a_job_that_asks_for_more_gpus_than_there_are_is_refused(ray_session):
-    with RayCompute(Settings()) as compute, pytest.raises(InputError, match=r"fine_tuning.gpus = 2: the cluster has 0"):
+    with (
+        RayCompute(ComputeSection()) as compute,
+        pytest.raises(InputError, match=r"fine_tuning.gpus = 2: the cluster has 0"),
+    ):
         list(compute.jobs(stub_workers.double, [1], gpus=2))
 
 
 def test_a_resident_that_dies_is_replaced_and_its_request_sent_again(ray_session, tmp_path):
-    answers = gather(RayCompute(Settings(workers=1)), stub_workers.Mortal, 6, tmp_path / "grave")
+    answers = gather(RayCompute(ComputeSection(workers=1)), stub_workers.Mortal, 6, tmp_path / "grave")
     assert sorted(answers) == list(range(6))
     assert isinstance(answers[3], Evaluation) and (tmp_path / "grave").exists()
 
 
 def test_a_request_that_kills_every_resident_fails_with_the_reason(ray_session):
-    answers = gather(RayCompute(Settings(workers=1)), stub_workers.Doomed, 4)
+    answers = gather(RayCompute(ComputeSection(workers=1)), stub_workers.Doomed, 4)
     assert sorted(answers) == [0, 1, 2, 3]
     assert isinstance(answers[3], Failure) and f"died {ATTEMPTS} times" in answers[3].reason
 
@@ -108,7 +111,7 @@ def test_a_request_that_kills_every_resident_fails_with_the_reason(ray_session):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_resident_that_hangs_is_replaced_and_its_request_sent_again(ray_session, tmp_path, monkeypatch, workers):
     monkeypatch.setattr(ray_pool, "HANGS_AT_LEAST", 1.0)
-    answers = gather(RayCompute(Settings(workers=workers)), stub_workers.Stuck, 9, tmp_path / "mark")
+    answers = gather(RayCompute(ComputeSection(workers=workers)), stub_workers.Stuck, 9, tmp_path / "mark")
     assert sorted(answers) == list(range(9))
     assert isinstance(answers[4], Evaluation) and (tmp_path / "mark").exists()
 
@@ -127,19 +130,19 @@ def test_what_nobody_works_on_can_be_taken_back(compute):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_residents_divide_the_cpus(ray_session, workers):
     # Ray gives a worker floor(num_cpus) threads: 2 CPUs are 2 threads for one worker, 1 each for two.
-    answers = gather(RayCompute(Settings(workers=workers)), stub_workers.threads, 2)
+    answers = gather(RayCompute(ComputeSection(workers=workers)), stub_workers.threads, 2)
     assert {answer.scores["a"].nats_W[0] for answer in answers.values()} == {2.0 / workers}
 
 
 def test_more_residents_than_cpus_are_refused(ray_session):
     with pytest.raises(InputError, match=r"compute.workers = 3: the cluster has 2 CPUs"):
-        gather(RayCompute(Settings(workers=3)), stub_workers.Echo, 1)
+        gather(RayCompute(ComputeSection(workers=3)), stub_workers.Echo, 1)
 
 
 def test_residents_that_find_no_room_are_told_in_time(ray_session):
-    first = RayCompute(Settings(workers=1))
+    first = RayCompute(ComputeSection(workers=1))
     with first, closing(first.workers(stub_workers.Echo, spec(), print)):
-        late = RayCompute(Settings(workers=2, patience=0.5))
+        late = RayCompute(ComputeSection(workers=2, patience=0.5))
         with pytest.raises(InputError, match=r"compute.patience = 0.5: 2 of 2 workers were not ready"):
             late.__enter__().workers(stub_workers.Echo, spec(), print)
 
@@ -147,9 +150,9 @@ def test_residents_that_find_no_room_are_told_in_time(ray_session):
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nonsense"])
 def test_an_address_where_nothing_answers_is_told_at_once(address):
     code = (
-        "from dem_opt.config import Compute; from dem_opt.errors import InputError\n"
+        "from dem_opt.config import ComputeSection; from dem_opt.errors import InputError\n"
         "from dem_opt.compute import RayCompute\n"
-        f"try: RayCompute(Compute(ray={address!r})).__enter__()\nexcept InputError as error: print(error)"
+        f"try: RayCompute(ComputeSection(ray={address!r})).__enter__()\nexcept InputError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.startswith(f"compute.ray = {address!r}: ")

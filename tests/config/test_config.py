@@ -1,4 +1,4 @@
-"""What a study file may say, and what it is told when it says something else."""
+"""The study file: defaults, and one line for each mistake."""
 
 import copy
 from pathlib import Path
@@ -112,6 +112,8 @@ def test_a_learning_rate_may_be_written_in_any_notation(tmp_path):
     ("where", "value", "said"),
     [
         ("serch", {}, "serch = {}: unknown key; did you mean 'search'?"),
+        ("compute.residents", 2, "compute.residents = 2: this key has been renamed; write compute.workers"),
+        ("compute.gpus_per_resident", 4, "compute.gpus_per_resident = 4: this key has been renamed; write compute.g"),
         ("search.trails", 3, "search.trails = 3: unknown key; did you mean 'trials'?"),
         ("distributions.code.chekpoint", "x", "did you mean 'checkpoint'?"),
         ("search.trials", 0, "search.trials = 0: "),
@@ -293,7 +295,7 @@ def test_a_fine_tune_is_a_checkpoint_or_an_adapter_in_a_folder_or_on_a_hub(tmp_p
     del study["distributions"]["code"]["checkpoint"]
     study["distributions"]["code"][kind] = yaml.safe_load(written)
     path, hub, revision = MODELS[written]
-    found, source = load(write(tmp_path, study)).distributions["code"].expert
+    found, source = load(write(tmp_path, study)).distributions["code"].fine_tune
     assert found == kind
     assert (source.path, source.hub, source.revision) == (path and tmp_path / path, hub, revision)
 

@@ -12,7 +12,7 @@ from test_documents import WRITERS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dem_opt.config import DataFile, Distribution, EvaluationSection, General
+from dem_opt.config import DataFile, DistributionSection, EvaluationSection, GeneralSection
 from dem_opt.data.documents import Chat, Document, Pair, Turn
 from dem_opt.data.tokenize import encode_chats, encode_pairs
 from dem_opt.data.windows import build_corpora, pack
@@ -164,7 +164,7 @@ def build_form(
 ) -> tuple[Corpus, Corpus]:
     """Corpora of one data file of a format, of the kind that the path's name says."""
     WRITERS[path.suffix[1:]](path, entries)
-    data = General(validation=DataFile.model_validate({"path": path, **FORMS[form]}))
+    data = GeneralSection(validation=DataFile.model_validate({"path": path, **FORMS[form]}))
     settings: dict[str, Any] = {"window": 64, "windows": 6, "held_out": 3} | evaluation
     return build_corpora("web", data, EvaluationSection(**settings), talking(), paired)
 
@@ -313,7 +313,7 @@ def test_too_few_documents_of_every_format_are_told(tmp_path: Path, form: str) -
 @pytest.mark.parametrize("form", FORMS)
 def test_a_chat_template_changes_the_key_of_conversations_alone(tmp_path: Path, form: str) -> None:
     path = WRITERS["jsonl"](tmp_path / "a.jsonl", letter_entries(form))
-    data = General(validation=DataFile.model_validate({"path": path, **FORMS[form]}))
+    data = GeneralSection(validation=DataFile.model_validate({"path": path, **FORMS[form]}))
     keys = []
     for template in (TEMPLATE, "{# the same #}" + TEMPLATE):
         tokenizer = talking()
@@ -330,7 +330,7 @@ def test_a_conversation_that_can_not_be_encoded_is_told_with_its_file(tmp_path: 
     other = DataFile(path=write(tmp_path / "b.jsonl", DOCUMENTS))
     tokenizer = talking()
     tokenizer.chat_template = "{{ raise_exception('no') }}"
-    data = General(validation=file, held_out=None if divided else other)
+    data = GeneralSection(validation=file, held_out=None if divided else other)
     with pytest.raises(
         InputError, match=r"a.jsonl: messages = \['user', .*: the chat template refuses a conv.* \(no\)"
     ):
@@ -357,7 +357,7 @@ def build(
     **evaluation: Any,
 ) -> tuple[Corpus, Corpus]:
     """Corpora of a validation file and, where there are others, a held-out file."""
-    distribution = Distribution(
+    distribution = DistributionSection(
         checkpoint=tmp_path,
         validation=DataFile(path=write(tmp_path / "val.jsonl", documents)),
         held_out=None if others is None else DataFile(path=write(tmp_path / "held.jsonl", others)),

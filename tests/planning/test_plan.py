@@ -20,7 +20,7 @@ from dem_opt.checkpoints.architecture import Architecture, describe, empty_model
 from dem_opt.checkpoints.files import content_hash, read_header
 from dem_opt.cli.main import main
 from dem_opt.compute.placement import share
-from dem_opt.config import Compute, StudyConfig, load
+from dem_opt.config import ComputeSection, StudyConfig, load
 from dem_opt.errors import InputError
 from dem_opt.evaluation.lm_head import find_head, nll, rows_at_once
 from dem_opt.evaluation.nll import reading
@@ -283,7 +283,7 @@ def test_what_does_not_fit_is_refused_with_its_sums(world, machine, workers):
 def test_pool_and_plan_count_residents_alike(gpus, asked, each):
     machine = Machine("cuda" if gpus else "cpu", max(gpus, 1), 10**9, 10**9)
     cluster = {"CPU": 8.0} | ({"GPU": float(gpus)} if gpus else {})
-    planned = workers_asked(Compute(workers=asked, gpus_per_worker=each), machine)
+    planned = workers_asked(ComputeSection(workers=asked, gpus_per_worker=each), machine)
     if each > max(gpus, 1):
         with pytest.raises(InputError, match=f"compute.gpus_per_worker = {each}: the cluster has {gpus or 'no'} GPU"):
             share([cluster], None if asked == "auto" else asked, each)

@@ -32,7 +32,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 def open_search(url: str, name: str, algorithm: str = "simplex-gp", **settings: object) -> Search:
-    chosen = config.Search.model_validate({"algorithm": algorithm, "trials": TRIALS, "divisions": 2, **settings})
+    chosen = config.SearchSection.model_validate({"algorithm": algorithm, "trials": TRIALS, "divisions": 2, **settings})
     return Search(url, name, SPACE, chosen)
 
 
@@ -88,7 +88,7 @@ def test_a_trial_keeps_exact_units_and_what_was_told(url: str, name: str, algori
 @pytest.mark.parametrize("total", [0.5, 2 / 3, 1.0, 1.7])
 def test_vertices_of_any_total_survive_the_storage(url: str, name: str, total: float) -> None:
     space = Space(("a", "b"), total)
-    search = Search(url, f"{name}/scaled", space, config.Search())
+    search = Search(url, f"{name}/scaled", space, config.SearchSection())
     proposals = [search.ask(), search.ask()]
     assert [proposal and proposal.coefficients for proposal in proposals] == space.vertices()
     assert [trial.coefficients for trial in search.trials()] == space.vertices()
@@ -163,9 +163,9 @@ def test_an_objective_is_finite(url: str, name: str, objective: float) -> None:
 
 def test_a_study_keeps_its_uid_and_starting_points(url: str, name: str) -> None:
     start = [SPACE.nearest(np.array([0.2, 0.3, 0.5])), SPACE.nearest(np.array([0.0, 0.3, 0.7]))]
-    first = Search(url, f"{name}/grown#2", SPACE, config.Search(), start)
-    again = Search(url, f"{name}/grown#2", SPACE, config.Search(), start[:1])
-    other = Search(url, f"{name}/grown#3", SPACE, config.Search())
+    first = Search(url, f"{name}/grown#2", SPACE, config.SearchSection(), start)
+    again = Search(url, f"{name}/grown#2", SPACE, config.SearchSection(), start[:1])
+    other = Search(url, f"{name}/grown#3", SPACE, config.SearchSection())
     assert first.uid == again.uid != other.uid
     expected = [*start, *SPACE.landmarks()]
     assert list(islice(play(again), len(expected))) == expected
@@ -178,7 +178,7 @@ def test_more_trials_may_be_planned_later(url: str, name: str) -> None:
 
 def test_one_distribution_has_one_trial(url: str, name: str) -> None:
     space = Space(("only",))
-    search = Search(url, f"{name}/one", space, config.Search())
+    search = Search(url, f"{name}/one", space, config.SearchSection())
     assert [point.units for point in play(search, lambda _: 1.0)] == [{"only": 10**9}]
     assert search.planned == 1
 
@@ -186,7 +186,7 @@ def test_one_distribution_has_one_trial(url: str, name: str) -> None:
 def test_a_path_may_hold_braces_and_percent_signs(tmp_path: Path) -> None:
     folder = tmp_path / "{run} 5%"
     folder.mkdir()
-    Search(f"sqlite:///{folder}/study.db", "x", SPACE, config.Search())
+    Search(f"sqlite:///{folder}/study.db", "x", SPACE, config.SearchSection())
     assert (folder / "study.db").exists()
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from dem_opt.config import Search
+from dem_opt.config import SearchSection
 from dem_opt.search.samplers import make_sampler
 from dem_opt.search.samplers.history import ATTRIBUTES, History, Trial, distributions, from_parameters, parameters
 from dem_opt.search.samplers.simplex_gp import OBSERVATIONS, SimplexGP
@@ -42,7 +42,7 @@ def quiet() -> None:
 
 
 def study_of(algorithm: str, space: Space, seed: int = 0) -> optuna.Study:
-    settings = Search.model_validate({"algorithm": algorithm, "seed": seed, "divisions": 4})
+    settings = SearchSection.model_validate({"algorithm": algorithm, "seed": seed, "divisions": 4})
     return optuna.create_study(sampler=make_sampler(settings, space))
 
 
@@ -205,7 +205,7 @@ def crowded() -> Iterator[InMemoryStorage]:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_ten_thousand_trials_told_are_no_obstacle(algorithm: str, crowded: InMemoryStorage) -> None:
-    sampler = make_sampler(Search.model_validate({"algorithm": algorithm, "divisions": 50}), BOUNDED)
+    sampler = make_sampler(SearchSection.model_validate({"algorithm": algorithm, "divisions": 50}), BOUNDED)
     study = optuna.load_study(study_name="crowded", storage=crowded, sampler=sampler)
     assert OBSERVATIONS < 10_000
     assert BOUNDED.contains(ask(study, BOUNDED)[1])

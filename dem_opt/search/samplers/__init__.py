@@ -1,6 +1,6 @@
 """Samplers on the simplex: Optuna samplers whose parameters are the coefficients themselves."""
 
-from dem_opt.config import Search
+from dem_opt.config import SearchSection
 from dem_opt.search.samplers.cmaes import CMAES
 from dem_opt.search.samplers.grid import Grid
 from dem_opt.search.samplers.optuna_sampler import OptunaSampler, tpe
@@ -13,12 +13,12 @@ from dem_opt.simplex import Space
 __all__ = ["SimplexSampler", "make_sampler"]
 
 
-def make_sampler(search: Search, space: Space) -> SimplexSampler:
+def make_sampler(search: SearchSection, space: Space) -> SimplexSampler:
     """The sampler that a study file's `search` section asks for."""
     return SimplexSampler(space, _proposer(search, space), search.seed)
 
 
-def _proposer(search: Search, space: Space) -> Proposer:
+def _proposer(search: SearchSection, space: Space) -> Proposer:
     match search.algorithm:
         case "simplex-gp":
             return SimplexGP(space, search.trials, search.forwards)
