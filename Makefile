@@ -25,7 +25,7 @@ chaos: .venv/ready
 ## browser: both dashboards and the report in a headless Chromium, under 2 minutes; screenshots in build/screenshots
 browser: .venv/ready
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[browser]'
-	$(BIN)/python -m pytest -m browser tests/test_browser.py
+	$(BIN)/python -m pytest -m browser tests/dashboards/test_browser.py
 
 ## check: lint, format, layers and types
 check: .venv/ready

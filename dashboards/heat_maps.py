@@ -1,18 +1,9 @@
-"""A Summary -> plotly figures: pure functions, one palette, units on every axis.
-
-Every figure carries in `layout.meta` how it is read ("reading") and what it shows in words ("description").
-Names come from users, and plotly reads HTML in texts and `%{...}` in templates: names are escaped, and never
-part of a template.
-"""
+"""Bar chart of the coefficients, and heat maps of NLL differences and of the distribution vectors' cosines."""
 
 from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from dem_opt.analysis.regret import compare
-from dem_opt.dashboards.history import coefficients_over_time, utilisation_over_time
-from dem_opt.dashboards.regret_plots import best_so_far, comparison_figure
-from dem_opt.dashboards.simplex_map import simplex_map
 from dem_opt.dashboards.style import (
     ALIKE,
     DIVERGING,
@@ -23,32 +14,7 @@ from dem_opt.dashboards.style import (
     say_nothing,
     signed,
 )
-from dem_opt.dashboards.surrogate_map import surrogate_map
 from dem_opt.types import ResultRow, Summary
-
-
-def all_figures(summary: Summary) -> dict[str, go.Figure]:
-    """Every figure under its stable id (a valid HTML id), in reading order, but for those that nothing is known for.
-
-    A comparison where there are several runs; the surrogate's slice of more than three distributions; leave-one-out
-    and vectors where they were measured.  Changes are those of the held-out split, of the search split until the winner
-    is scored there.
-    """
-    split = "held_out" if summary.winner.scores.get("held_out") else "search"
-    believed, many = summary.surrogate, len(summary.distributions) > 3
-    return {
-        "coefficients": coefficients_bar(summary),
-        "change": change_heat_map(summary, split),
-        **({"price": price_heat_map(summary, split)} if any(one.role == "single" for one in summary.results) else {}),
-        "best-so-far": best_so_far(summary),
-        **({"comparison": comparison_figure(compare(summary))} if len(summary.trials) > 1 else {}),
-        "simplex": simplex_map(summary),
-        **({"surrogate": surrogate_map(summary, believed)} if believed and believed.points and many else {}),
-        "best-over-time": coefficients_over_time(summary),
-        "utilisation": utilisation_over_time(summary),
-        **({"worth": worth_heat_map(summary, split)} if any(one.scores for one in summary.left_out) else {}),
-        **({"vectors": cosine_heat_map(summary)} if summary.vectors is not None else {}),
-    }
 
 
 def coefficients_bar(summary: Summary) -> go.Figure:
@@ -127,7 +93,8 @@ def worth_heat_map(summary: Summary, split: str = "held_out") -> go.Figure:
 def cosine_heat_map(summary: Summary) -> go.Figure:
     """cos(v_i, v_j) of the distribution vectors, and their norms beside the names."""
     vectors = summary.vectors
-    assert vectors is not None
+    if vectors is None:
+        return _heat_map([], [], [], "Distribution vectors: cosines", "", "not measured")
     names = [name for name in summary.distributions if name in vectors.names]
     place = {name: vectors.names.index(name) for name in names}
     cosines = [[vectors.cosine(place[one], place[other]) for other in names] for one in names]

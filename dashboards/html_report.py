@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from dem_opt.analysis.regret import Comparison, compare
-from dem_opt.dashboards.heat_maps import all_figures
+from dem_opt.dashboards.figures import all_figures
 from dem_opt.dashboards.regret_plots import comparison_figure
 from dem_opt.dashboards.style import objective_words
 from dem_opt.dashboards.tables import (
@@ -177,7 +177,7 @@ def _page(title: str, heading: str, main: str, figures: Mapping[str, go.Figure])
 
 
 def _template(name: str) -> Template:
-    return Template(files("dashboards").joinpath(name).read_text(encoding="utf-8"))
+    return Template(files("dem_opt.dashboards").joinpath(name).read_text(encoding="utf-8"))
 
 
 def _answer(summary: Summary) -> str:

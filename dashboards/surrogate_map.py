@@ -3,14 +3,18 @@
 import plotly.graph_objects as go
 
 from dem_opt.dashboards.simplex_map import objective_axis
-from dem_opt.dashboards.style import finish, label, objective_words, told
+from dem_opt.dashboards.style import finish, label, objective_words, say_nothing, told
 from dem_opt.dashboards.surrogate_marks import diamond, draw_belief
-from dem_opt.insight import Surrogate
 from dem_opt.types import Summary
 
 
-def surrogate_map(summary: Summary, believed: Surrogate) -> go.Figure:
+def surrogate_map(summary: Summary) -> go.Figure:
     """The surrogate's mean over the three distributions of which its optimum has most, the others as they are there."""
+    believed = summary.surrogate
+    if believed is None or len(believed.names) != 3:
+        figure = go.Figure()
+        say_nothing(figure, "no surrogate, or fewer than three distributions")
+        return finish(figure, "Surrogate", "Nothing to draw.", "Nothing to draw.", 450)
     corners = dict(zip("abc", believed.names, strict=True))
     optimum = believed.optimum.weights
     figure = go.Figure()

@@ -35,7 +35,7 @@ def watched(path: Path, quiet: bool) -> Iterator[tuple["Study", "Board"]]:
 
 def publish(study: "Study", pages: Mapping[str, str]) -> "Summary":
     """What was found, in Optuna Dashboard and MLflow; `pages` are those of searches in MLflow."""
-    from dem_opt.dashboards.heat_maps import all_figures
+    from dem_opt.dashboards.figures import all_figures
     from dem_opt.dashboards.html_report import render, study_note
     from dem_opt.dashboards.static_export import image
     from dem_opt.dashboards.tables import final_table, markdown
@@ -57,7 +57,7 @@ def publish(study: "Study", pages: Mapping[str, str]) -> "Summary":
 
 def _show(study: "Study", summary: "Summary", pages: Mapping[str, str]) -> str:
     """Figures and note into Optuna Dashboard, for every search of a study; the note."""
-    from dem_opt.dashboards.heat_maps import all_figures
+    from dem_opt.dashboards.figures import all_figures
     from dem_opt.dashboards.html_report import study_note
     from dem_opt.dashboards.optuna_dashboard import publish as put
 
@@ -71,7 +71,7 @@ def _show(study: "Study", summary: "Summary", pages: Mapping[str, str]) -> str:
 
 def write_report(summary: "Summary", out: Path, figures: Path | None) -> list[Path]:
     """The page, and its figures as files where a folder is given; the paths of these."""
-    from dem_opt.dashboards.heat_maps import all_figures
+    from dem_opt.dashboards.figures import all_figures
     from dem_opt.dashboards.html_report import write_report as write_page
     from dem_opt.dashboards.static_export import write_figures
 

@@ -19,7 +19,7 @@ import worlds
 from summaries import CASES, a_summary
 
 from dem_opt.config import load
-from dem_opt.dashboards import heat_maps, html_report, servers
+from dem_opt.dashboards import figures, html_report, servers
 from dem_opt.tracking.urls import mlflow_run
 
 pytestmark = [
@@ -252,7 +252,7 @@ def test_the_report_of_any_study_is_drawn(tmp_path: Path, visit: Any, case: str,
     html_report.write_report(summary, tmp_path / "report.html")
     seen = visit(size, offline=True)
     see_report(
-        seen, tmp_path / "report.html", f"report-{case.replace(' ', '-')}-{size}", list(heat_maps.all_figures(summary))
+        seen, tmp_path / "report.html", f"report-{case.replace(' ', '-')}-{size}", list(figures.all_figures(summary))
     )
 
 

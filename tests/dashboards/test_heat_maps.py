@@ -12,7 +12,7 @@ import pytest
 from summaries import CASES, HOSTILE, a_summary, a_trial, of_trials
 
 from dem_opt.analysis.regret import compare
-from dem_opt.dashboards import heat_maps, html_report, tables
+from dem_opt.dashboards import figures, heat_maps, html_report, tables
 from dem_opt.dashboards.regret_plots import FLOOR, best_so_far, comparison_figure
 from dem_opt.dashboards.simplex_map import barycentric, simplex_map
 from dem_opt.dashboards.style import ALGORITHM_COLORS, MOST_POINTS, color
@@ -52,7 +52,7 @@ def texts_of(value: object) -> list[str]:
 @cases
 def test_every_figure_builds_with_units_and_words(case: Case) -> None:
     summary = a_summary(**case)
-    made = heat_maps.all_figures(summary)
+    made = figures.all_figures(summary)
     assert ("comparison" in made) == (len(summary.trials) > 1)
     for name, figure in made.items():
         assert json.loads(figure.to_json())["data"] or figure.layout.annotations, name
@@ -66,7 +66,7 @@ def test_every_figure_builds_with_units_and_words(case: Case) -> None:
 @cases
 def test_nothing_a_user_wrote_is_read_as_markup(case: Case) -> None:
     """plotly reads tags in every text, and %{...} in templates."""
-    for figure in heat_maps.all_figures(a_summary(**case)).values():
+    for figure in figures.all_figures(a_summary(**case)).values():
         for text in texts_of(json.loads(figure.to_json())):
             assert not re.search(r"<(?!br>|extra>|/extra>)", text), text
         for trace in json.loads(figure.to_json())["data"]:
@@ -91,7 +91,7 @@ def test_a_page_is_whole_and_asks_the_network_for_nothing(case: Case, kind: str)
     assert [tag for tag, _ in page.tags].count("script") == 3
     assert not [tag for tag, _ in page.tags if tag in ("img", "b", "iframe", "link")]
     plots = [attrs for _, attrs in page.tags if attrs.get("role") == "img"]
-    drawn = list(heat_maps.all_figures(summary)) if kind == "report" else ["comparison"]
+    drawn = list(figures.all_figures(summary)) if kind == "report" else ["comparison"]
     assert sorted(str(plot["id"]) for plot in plots) == sorted(drawn)
     assert all(plot["aria-label"] for plot in plots)
     embedded = next(text for text in page.texts if text.startswith('{"'))
@@ -129,7 +129,7 @@ def test_an_algorithm_has_one_colour_whatever_its_seed() -> None:
 def test_general_corpora_have_no_coefficients(count: int) -> None:
     summary = a_summary(("a", "b", "c", "d")[:count])
     general = replace(summary, weights={**summary.weights, "web": 0.0})
-    plain, drawn = heat_maps.all_figures(summary), heat_maps.all_figures(general)
+    plain, drawn = figures.all_figures(summary), figures.all_figures(general)
     for name in ("coefficients", "best-so-far", "simplex"):
         assert drawn[name] == plain[name]
     assert len(drawn["change"].data[0].x) == count + 1
@@ -237,8 +237,8 @@ def test_while_a_study_runs_heat_maps_show_the_search_split_and_none_is_blank() 
     whole = a_summary(("code", "math", "prose"))
     known = tuple(replace(one, scores={"search": one.scores["search"]}) for one in whole.results)
     running = replace(whole, results=known, left_out=tuple(replace(one, scores={}) for one in whole.left_out))
-    drawn = heat_maps.all_figures(running)
-    assert whole.left_out and "worth" in heat_maps.all_figures(whole) and "worth" not in drawn
+    drawn = figures.all_figures(running)
+    assert whole.left_out and "worth" in figures.all_figures(whole) and "worth" not in drawn
     for name in ("change", "price"):
         assert "search split" in drawn[name].layout.title.text
         assert all(any(value is not None for value in row) for row in drawn[name].data[0].z) and drawn[name].data[0].z

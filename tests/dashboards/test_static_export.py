@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from summaries import CASES, a_summary
 
-from dem_opt.dashboards.heat_maps import all_figures
+from dem_opt.dashboards.figures import all_figures
 from dem_opt.dashboards.static_export import FORMATS, image, write_figures
 from dem_opt.errors import InputError
 
