@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from dem_opt.evaluation.interim_analyses import replay
 from landscapes import REPORTED, TUNED_ON, Landscape, make_landscape
 from numpy.typing import NDArray
 from optuna.samplers import GPSampler
 
 from dem_opt import config
 from dem_opt.compute import InProcessCompute
+from dem_opt.evaluation.interim_analyses import replay
 from dem_opt.evaluation.racing import Race
 from dem_opt.evaluation.worker import build
 from dem_opt.observers import NullProgress

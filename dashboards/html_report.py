@@ -7,12 +7,12 @@ from importlib.resources import files
 from math import exp
 from pathlib import Path
 from string import Template
-from tempfile import TemporaryDirectory
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from dem_opt.analysis.regret import Comparison, compare
+from dem_opt.atomic import write_text
 from dem_opt.dashboards.figures import all_figures
 from dem_opt.dashboards.regret_plots import comparison_figure
 from dem_opt.dashboards.style import objective_words
@@ -98,11 +98,7 @@ def write_report(summary: Summary, path: Path) -> None:
 def write(text: str, path: Path, what: str) -> None:
     """Writes a file, whole or not at all; `what` names it in the InputError where it can't be written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-            whole = Path(folder) / path.name
-            whole.write_text(text, encoding="utf-8")
-            whole.replace(path)
+        write_text(path, text)
     except OSError as error:
         raise InputError(path, None, None, f"the {what} can't be written ({error.strerror})") from None
 

@@ -4,11 +4,11 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
+from dem_opt.atomic import write_text
 from dem_opt.checkpoints.architecture import read_architecture, stored_names
 from dem_opt.checkpoints.files import read_header
 from dem_opt.insight import VectorGeometry
@@ -66,10 +66,7 @@ def keep(vectors: VectorGeometry, base: str, fine_tunes: Mapping[str, str], fold
     contents = [fine_tunes[name] for name in vectors.names]
     text = json.dumps({"base": base, "contents": contents, "inner": vectors.inner})
     with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".vectors-", dir=folder) as partial:
-            (Path(partial) / FILE).write_text(text, encoding="utf-8")
-            (Path(partial) / FILE).replace(folder / FILE)
+        write_text(folder / FILE, text)
 
 
 def recall_vectors(base: str, fine_tunes: Mapping[str, str], folder: Path) -> VectorGeometry | None:

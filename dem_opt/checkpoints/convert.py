@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from dem_opt.atomic import publish_folder, staged_folder
 from dem_opt.checkpoints.files import INDEX, PICKLED, WEIGHTS, cache_folder
 from dem_opt.errors import InputError
 
@@ -28,11 +29,10 @@ def converted(folder: Path, field: str) -> Path:
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in pickles]
     out = cache_folder() / "converted" / sha256(repr(stats).encode()).hexdigest()[:32]
     if not out.is_dir():
-        partial = out.with_name(f".{out.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write(folder, pickles, partial, field)
-        partial.rename(out)
+        with staged_folder(out) as partial:
+            partial.mkdir(parents=True)
+            _write(folder, pickles, partial, field)
+            publish_folder(partial, out)
     return out
 
 

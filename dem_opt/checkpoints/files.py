@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dem_opt.atomic import write_text
 from dem_opt.checkpoints.hf_config import refuse_quantized
 from dem_opt.errors import InputError
 from dem_opt.progress import gauge
@@ -322,10 +323,6 @@ def _read_cache() -> dict[str, Any]:
 
 
 def _write_cache(known: Mapping[str, Any]) -> None:
-    """Replace the cache at once; a cache that can't be written is done without."""
-    file = _cache_file()
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    """Replace the cache; without write permission hashes are computed anew every time."""
     with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(known), encoding="utf-8")
-        partial.replace(file)
+        write_text(_cache_file(), json.dumps(known))

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dem_opt.atomic import publish_folder, staged_folder
 from dem_opt.checkpoints.adapters import content_of
 from dem_opt.checkpoints.architecture import (
     Architecture,
@@ -120,7 +121,7 @@ def write_composite(
     architecture = read_architecture(header)
     declared = dtype or _own_dtype(architecture, base, used, composite)
     written = Export(out, base, used, composite, "", dtype)
-    with _in_place_of(out) as partial:
+    with staged_folder(out) as partial:
         with _told(out):
             partial.mkdir(parents=True)
             names = stored_names(architecture, header)
@@ -136,6 +137,7 @@ def write_composite(
         with _told(out):
             for name, text in texts.items():
                 (partial / name).write_text(text, encoding="utf-8")
+            publish_folder(partial, out)
     return replace(written, content=content)
 
 
@@ -229,29 +231,6 @@ def _told(out: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(out, None, None, f"can't be written ({reason})") from error
-
-
-@contextmanager
-def _in_place_of(out: Path) -> Iterator[Path]:
-    """The name of a folder beside `out` that takes its place when all went well, and is gone when not."""
-    partial, former = (out.with_name(f".{out.name}.{state}") for state in ("partial", "former"))
-    _settle(out, partial, former)
-    try:
-        yield partial
-        with _told(out):
-            if out.exists():
-                out.rename(former)
-            partial.rename(out)
-    finally:
-        _settle(out, partial, former)
-
-
-def _settle(out: Path, partial: Path, former: Path) -> None:
-    """Clear away what an export, or one that was killed, left; `out` comes back if it was moved for nothing."""
-    if former.is_dir() and not out.exists():
-        former.rename(out)
-    for folder in (partial, former):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _size(header: Header, names: Sequence[str], dtype: torch.dtype | None) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from shutil import which
 from time import perf_counter, time
 
+from dem_opt.atomic import staged_file
 from dem_opt.checkpoints.files import cache_folder
 
 SOURCE = Path(__file__).with_name("kernel.cpp")
@@ -122,11 +123,9 @@ def _features() -> str:
 
 def _compile(command: list[str], file: Path) -> None:
     """Make the library under another name, and give it its own when it is whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    whole = [*command, *FLAGS, str(SOURCE), "-o", str(partial)]
-    subprocess.run(whole, capture_output=True, text=True, check=True, timeout=_SECONDS)
-    partial.replace(file)
+    with staged_file(file) as partial:
+        whole = [*command, *FLAGS, str(SOURCE), "-o", str(partial)]
+        subprocess.run(whole, capture_output=True, text=True, check=True, timeout=_SECONDS)
 
 
 def _forget(folder: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from dem_opt.atomic import publish_new
 from dem_opt.storage.engine import connect
 
 _SQLITE = "sqlite:///"
@@ -47,18 +48,7 @@ def make_database(uri: str) -> None:
     with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         own = f"{_SQLITE}{folder}/new.db"
         _import_mlflow().MlflowClient(tracking_uri=own, registry_uri=own).search_experiments(max_results=1)
-        _put(Path(folder, "new.db"), path)
-
-
-def _put(new: Path, path: Path) -> None:
-    """Give a file its name, unless another has it: by a link, which is sure, or where there are none by a move."""
-    try:
-        path.hardlink_to(new)
-    except FileExistsError:
-        return
-    except OSError:
-        if not path.exists():
-            new.rename(path)
+        publish_new(Path(folder, "new.db"), path)
 
 
 def _import_mlflow() -> Any:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from dem_opt.atomic import link_or_copy, publish_folder, staged_folder
 from dem_opt.checkpoints.training_record import JOURNAL, RECORD, STEPS, read_record
 from dem_opt.config import DataFile
 from dem_opt.data.documents import read_documents
@@ -179,27 +180,16 @@ def save_checkpoint(
 
     The journal and the kept steps of a folder worked in come along.
     """
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    for name, record in records.items():
-        (partial / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    if working is not None:
-        shutil.copy(working / JOURNAL, partial)
-        if (working / STEPS).exists():
-            shutil.copytree(working / STEPS, partial / STEPS, copy_function=_link)
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
-
-
-def _link(source: str, target: str) -> str:
-    """A second name of a file where the file system has such, else a copy."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-    return target
+    with staged_folder(out) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        for name, record in records.items():
+            (partial / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        if working is not None:
+            shutil.copy(working / JOURNAL, partial)
+            if (working / STEPS).exists():
+                shutil.copytree(working / STEPS, partial / STEPS, copy_function=link_or_copy)
+        publish_folder(partial, out)
 
 
 def hash_files(paths: Iterable[Path]) -> str:

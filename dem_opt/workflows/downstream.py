@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dem_opt.analysis.task_scores import TaskResults, TaskScore, TaskTable
+from dem_opt.atomic import write_text
 from dem_opt.compute import Compute
 from dem_opt.config import EvaluateSection, StudyConfig
 from dem_opt.errors import InputError
@@ -173,8 +174,4 @@ def _kept(config: StudyConfig, given: EvaluateSection, composite: Composite, tas
 
 
 def _keep(config: StudyConfig, given: EvaluateSection, composite: Composite, task: str, score: TaskScore) -> None:
-    path = _kept_at(config, given, composite, task)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(score)) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(_kept_at(config, given, composite, task), json.dumps(asdict(score)) + "\n")

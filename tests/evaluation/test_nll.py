@@ -5,7 +5,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from dem_opt.evaluation.interim_analyses import first, stops
 from numpy.typing import NDArray
 from transformers import (
     AutoModelForCausalLM,
@@ -21,6 +20,7 @@ from transformers import (
 
 from dem_opt.errors import EvaluationError
 from dem_opt.evaluation import nll
+from dem_opt.evaluation.interim_analyses import first, stops
 from dem_opt.evaluation.lm_head import ROWS, find_head
 from dem_opt.evaluation.nll import PreparedWindows, Reading, isolates_documents, prepare
 from dem_opt.types import Score, Windows

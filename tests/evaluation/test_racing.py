@@ -4,9 +4,9 @@ from math import inf, sqrt
 
 import numpy as np
 import pytest
-from dem_opt.evaluation.interim_analyses import INTERIM_ANALYSES, first, interim_analyses, look, replay, seen, stops
 from scipy.stats import t as student
 
+from dem_opt.evaluation.interim_analyses import INTERIM_ANALYSES, first, interim_analyses, look, replay, seen, stops
 from dem_opt.evaluation.racing import CLEAR, ERROR, MARGIN, Race
 from dem_opt.types import Score
 

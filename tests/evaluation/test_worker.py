@@ -9,12 +9,12 @@ import pytest
 import torch
 import worlds
 import zoo
-from dem_opt.evaluation.interim_analyses import first, replay, stops
 from transformers import AutoModelForCausalLM
 
 from dem_opt.checkpoints.files import content_hash
 from dem_opt.config import load
 from dem_opt.errors import EvaluationError, InputError
+from dem_opt.evaluation.interim_analyses import first, replay, stops
 from dem_opt.evaluation.racing import MARGIN, Race
 from dem_opt.evaluation.worker import Worker
 from dem_opt.planning.inputs import Inputs, gather

@@ -1,0 +1,115 @@
+"""Write files and folders whole or not at all: under another name beside their place, renamed when complete.
+
+A reader, or a process killed at any moment, sees the old content or the new, never a part.  What is published has the
+permissions that the process's umask gives a new file, whatever library wrote it (safetensors writes with mode 600).
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+
+@contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write a file under; the file replaces `path` at the end of the block.
+
+    After an exception nothing is left of it.  The folder of `path` is made where it is missing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
+    try:
+        yield partial
+        _flush(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file, whole or not at all; its folder is made where it is missing."""
+    with staged_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def publish_new(partial: Path, path: Path) -> None:
+    """Move a file to `path` unless that exists, also where several processes do so at once.
+
+    A hard link fails where the name is taken, which a rename does not; file systems without links get a rename.
+    """
+    try:
+        path.hardlink_to(partial)
+    except FileExistsError:
+        return
+    except OSError:
+        if not path.exists():
+            partial.rename(path)
+
+
+@contextmanager
+def staged_folder(path: Path) -> Iterator[Path]:
+    """The name `.NAME.partial` beside `path`, for a folder that `publish_folder` moves to its place.
+
+    What is still there at the end of the block, or was left by a killed process, is removed.
+    """
+    partial, former = _beside(path)
+    _settle(path, partial, former)
+    try:
+        yield partial
+    finally:
+        _settle(path, partial, former)
+
+
+def publish_folder(partial: Path, path: Path) -> None:
+    """Move a staged folder to `path`, in the place of a folder of that name.
+
+    A folder can't be replaced by one rename.  A process killed between the two leaves `.NAME.former`, which the next
+    `staged_folder` moves back.
+    """
+    _follow_umask(partial)
+    _, former = _beside(path)
+    if path.exists():
+        path.rename(former)
+    partial.rename(path)
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> str | Path:
+    """Hard-link a file, or copy it where links are not supported; a copy function for `shutil.copytree`."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
+
+
+def _beside(path: Path) -> tuple[Path, Path]:
+    """Where a folder is made, and where the one that it replaces is kept meanwhile."""
+    return path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.former")
+
+
+def _settle(path: Path, partial: Path, former: Path) -> None:
+    """Bring `path` back if it was moved aside for nothing, and remove the other two."""
+    if former.is_dir() and not path.exists():
+        former.rename(path)
+    for folder in (partial, former):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _flush(file: Path) -> None:
+    """Have the content on disk before the name: a rename that survives a power failure alone names an empty file."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _follow_umask(folder: Path) -> None:
+    """Give the files of a folder the mode of a new file."""
+    # os.umask reads the mask only by setting it, for all threads: a file that is made shows it without.
+    probe = folder / f".{uuid4().hex[:8]}.mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink() and file.stat().st_mode & 0o777 != mode:
+            file.chmod(mode)
