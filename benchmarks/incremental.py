@@ -20,7 +20,7 @@ import torch
 from landscapes import Landscape, Tune, make_landscape
 
 from dem_opt.compute import InProcessCompute
-from dem_opt.observers import NullProgress
+from dem_opt.progress import NullProgress
 from dem_opt.study import Study
 from dem_opt.types import TrialRecord
 
@@ -45,9 +45,9 @@ class Untracked:
 
 
 class Telling(NullProgress):
-    """Milestones for people."""
+    """Notes for people."""
 
-    def milestone(self, message: str) -> None:
+    def note(self, message: str) -> None:
         """A line."""
         say(message)
 

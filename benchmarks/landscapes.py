@@ -85,7 +85,7 @@ REPORTED = (
 def make_landscape(landscape: Landscape, folder: Path, say: Callable[[str], None], **sections: object) -> Path:
     """The study file of a landscape, its world made where it is missing; `sections` go into the study file."""
     world = folder / f"base-{landscape.base_seed}"
-    make_assets(world, landscape.base_seed, say)
+    make_assets(world, landscape.base_seed)
     _write_unasked(world)
     for tune in landscape.tunes.values():
         _train(world, tune, say)

@@ -24,7 +24,7 @@ from dem_opt.checkpoints.architecture import silence_transformers
 from dem_opt.compute import RayCompute
 from dem_opt.config import load
 from dem_opt.dashboards import servers
-from dem_opt.observers import NullProgress
+from dem_opt.progress import NullProgress
 from dem_opt.study import Study
 from dem_opt.types import TrialRecord
 
@@ -79,13 +79,13 @@ class Poll:
 
 @dataclass
 class Watch(NullProgress):
-    """An observer that starts the servers at the first trial, and looks in every other block."""
+    """Progress that starts the servers at the first trial, and looks in every other block."""
 
     path: Path
     records: list[TrialRecord] = field(default_factory=list)
     poll: Poll | None = None
 
-    def trial_ended(self, record: TrialRecord, done: int, planned: int) -> None:
+    def trial_finished(self, record: TrialRecord, done: int, planned: int) -> None:
         """Keep it; look in the block that begins, or don't."""
         self.records.append(record)
         if self.poll is None:

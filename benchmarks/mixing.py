@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from dem_opt.compute import InProcessCompute
-from dem_opt.observers import NullProgress
+from dem_opt.progress import NullProgress
 from dem_opt.study import Study
 from dem_opt.types import HELD_OUT
 from dem_opt.workflows.quickstart import DISTRIBUTIONS, QUICKSTART, make_assets
@@ -40,9 +40,9 @@ class Found:
 
 
 class Telling(NullProgress):
-    """Milestones for people."""
+    """Notes for people."""
 
-    def milestone(self, message: str) -> None:
+    def note(self, message: str) -> None:
         """A line, at once."""
         print(f"  {message}", flush=True)
 
@@ -50,7 +50,7 @@ class Telling(NullProgress):
 def make_study(folder: Path, steps: int, rate: float) -> Path:
     """A study file beside a base of so many steps, which is made where it is missing."""
     world = folder / f"base-{steps}"
-    make_assets(world, 0, Telling().milestone, replace(TEXT, base_steps=steps))
+    make_assets(world, 0, Telling(), replace(TEXT, base_steps=steps))
     equal = dict.fromkeys(DISTRIBUTIONS, 1 / len(DISTRIBUTIONS))
     study = {
         "name": f"rate-{rate:g}",

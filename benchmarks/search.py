@@ -29,8 +29,8 @@ from dem_opt.compute import InProcessCompute
 from dem_opt.evaluation.interim_analyses import replay
 from dem_opt.evaluation.racing import Race
 from dem_opt.evaluation.worker import build
-from dem_opt.observers import NullProgress
 from dem_opt.planning.inputs import gather
+from dem_opt.progress import NullProgress
 from dem_opt.search.loop import Driver
 from dem_opt.search.optuna_study import study_names
 from dem_opt.search.samplers.history import Trial
@@ -192,7 +192,7 @@ def opened(path: Path) -> Iterator[tuple[StudyIdentity, Ledger, Callable[[Coeffi
     sources = gather(landscape, path)
     identity, engine = sources.identity(), connect(landscape.storage)
     ledger = Ledger(engine)
-    with closing(InProcessCompute().workers(build, sources.spec(), str)) as pool:
+    with closing(InProcessCompute().workers(build, sources.spec(), NullProgress())) as pool:
         driver, objective = Driver(identity, ledger, pool, NullProgress()), objectives(ledger, identity)[SEARCH]
 
         def measure(coefficients: Coefficients) -> float:

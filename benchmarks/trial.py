@@ -33,8 +33,8 @@ from dem_opt.checkpoints.architecture import silence_transformers
 from dem_opt.compute import SETTINGS, InProcessPool, RayCompute
 from dem_opt.config import load
 from dem_opt.evaluation.worker import Worker
-from dem_opt.observers import NullProgress
 from dem_opt.planning.inputs import gather
+from dem_opt.progress import NullProgress
 from dem_opt.search.loop import Driver
 from dem_opt.search.optuna_study import Search
 from dem_opt.simplex import UNIT
@@ -117,12 +117,12 @@ class Bare:
 
 @dataclass
 class Watch(NullProgress):
-    """An observer that keeps records, and when they came."""
+    """Progress that keeps records, and when they came."""
 
     records: list[TrialRecord]
     times: list[float]
 
-    def trial_ended(self, record: TrialRecord, done: int, planned: int) -> None:
+    def trial_finished(self, record: TrialRecord, done: int, planned: int) -> None:
         """Keep it."""
         self.records.append(record)
         self.times.append(perf_counter())

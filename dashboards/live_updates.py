@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Self
 
 from dem_opt.dashboards.optuna_dashboard import TrialNotes
 from dem_opt.errors import InputError, shorten
-from dem_opt.observers import Observer
+from dem_opt.progress import Phase, Progress
 from dem_opt.types import TrialRecord
 
 SHARES = (0.05, 0.25, 0.5, 0.75)
@@ -15,14 +16,14 @@ SHARES = (0.05, 0.25, 0.5, 0.75)
 
 
 class Board:
-    """An observer that passes all on to another, and draws in a thread of its own; a context, which waits for that.
+    """Progress that passes all on to another, and draws in a thread of its own; a context, which waits for that.
 
     show  draws: it is called with the MLflow page of each search by name, never twice at once.  What it raises is told
           once and stops nothing
     """
 
-    def __init__(self, url: str, watching: Observer, show: Callable[[Mapping[str, str]], object]) -> None:
-        self._url, self._watching, self._show = url, watching, show
+    def __init__(self, url: str, progress: Progress, show: Callable[[Mapping[str, str]], object]) -> None:
+        self._url, self._progress, self._show = url, progress, show
         self._reached: dict[str, int] = {}
         self._notes: TrialNotes | None = None
         self._drawing: Future[None] | None = None
@@ -40,21 +41,25 @@ class Board:
         if self._notes is not None:
             self._notes.close()
 
-    def trial_ended(self, record: TrialRecord, done: int, planned: int) -> None:
+    def trial_finished(self, record: TrialRecord, done: int, planned: int) -> None:
         """Passes it on; at a milestone, draws in the background unless it still does."""
-        self._watching.trial_ended(record, done, planned)
+        self._progress.trial_finished(record, done, planned)
         reached = sum(done >= share * planned for share in SHARES)
         if reached > self._reached.get(record.study, 0) and (self._drawing is None or self._drawing.done()):
             self._reached[record.study] = reached
             self._drawing = self._thread.submit(self._draw)
 
-    def milestone(self, message: str) -> None:
-        """Passes it on."""
-        self._watching.milestone(message)
+    def phase(self, name: str, total: int | None = None, unit: str = "") -> AbstractContextManager[Phase]:
+        """Pass it on."""
+        return self._progress.phase(name, total, unit)
 
-    def training(self, name: str, step: int, steps: int, loss: float) -> None:
-        """Passes it on."""
-        self._watching.training(name, step, steps, loss)
+    def warning(self, message: str) -> None:
+        """Pass it on."""
+        self._progress.warning(message)
+
+    def note(self, message: str) -> None:
+        """Pass it on."""
+        self._progress.note(message)
 
     def link(self, study: str, pages: Mapping[int, str], page: str) -> None:
         """Notes the pages in MLflow of trials that have no note yet, and the study's own; from any thread."""
@@ -72,7 +77,7 @@ class Board:
             if not self._is_told:
                 self._is_told = True
                 reason = shorten(f"{type(error).__name__}: {error}".splitlines()[0], 200)
-                self.milestone(f"Optuna Dashboard's figures could not be drawn ({reason}); the study goes on")
+                self.warning(f"Optuna Dashboard's figures could not be drawn ({reason}); the study goes on")
 
 
 def _note(number: int, address: str) -> str:

@@ -20,8 +20,8 @@ from dem_opt.errors import InputError
 from dem_opt.evaluation.worker import build
 from dem_opt.export.model_card import texts
 from dem_opt.export.writer import Export, Scores, output_dtype, prove, prove_scores, write_composite
-from dem_opt.observers import NullProgress, Observer
 from dem_opt.planning.inputs import Inputs, gather
+from dem_opt.progress import NullProgress, Progress
 from dem_opt.search.loop import Driver
 from dem_opt.search.optuna_study import Search
 from dem_opt.search.runs import Runs, check_algorithms, run_names
@@ -70,34 +70,34 @@ class Study:
     """A study file and all that can be done with it.
 
     Study.load("study.yaml").run() does what `dem-opt run study.yaml` does.  `where` names the study in messages,
-    `observer` watches, `compute` is Ray as the study file says unless another is given, `board` is told of pages in
-    MLflow.  Every method raises InputError for what the user did wrong, before anything is written.
+    `progress` receives its events, `compute` is Ray as the study file says unless another is given, `board` is told of
+    pages in MLflow.  Every method raises InputError for what the user did wrong, before anything is written.
     """
 
     def __init__(
         self,
         config: StudyConfig,
         where: object,
-        observer: Observer | None = None,
+        progress: Progress | None = None,
         compute: Compute | None = None,
         board: Board | None = None,
     ) -> None:
         self.config, self._where, self._board = config, where, board
-        self._observer = observer or NullProgress()
+        self._progress = progress or NullProgress()
         self._compute = compute or RayCompute(config.compute)
         away = f"the database {masked(config.storage)}", config.outages.storage
-        self._patience = RetryPolicy(*away, self._observer.milestone)
+        self._patience = RetryPolicy(*away, self._progress)
 
     @classmethod
     def load(
         cls,
         path: str | Path,
-        observer: Observer | None = None,
+        progress: Progress | None = None,
         compute: Compute | None = None,
         board: Board | None = None,
     ) -> Self:
         """The study in a file."""
-        return cls(study_file.load(Path(path)), path, observer, compute, board)
+        return cls(study_file.load(Path(path)), path, progress, compute, board)
 
     def run(self) -> ResultRow:
         """Optimize the coefficients; the winner.  Run again, it goes on where it stopped."""
@@ -111,18 +111,18 @@ class Study:
         check_algorithms(self.config, self._where, algorithms)
         sources = gather(self.config, self._where)
         for warning in sources.warnings():
-            self._observer.milestone(f"warning: {warning}")
+            self._progress.warning(warning)
         name = self.config.name
         with self._driving() as (ledger, lease), self._compute as compute:
             sources = sources.on(compute.device)
             identity = sources.identity()
             with lease.turn("beginning"):
-                generation, start = enter(name, identity, ledger, lease, self._where, self._observer.milestone)
+                generation, start = enter(name, identity, ledger, lease, self._where, self._progress)
             with self._driver(compute, sources.spec(), identity, ledger) as driver:
                 with lease.turn("measuring baselines"):
                     driver.measure(_yardsticks(identity), SEARCH)
                     found = self._trials(ledger, identity, generation)
-                    compare_libraries(name, driver, found, self._observer.milestone)
+                    compare_libraries(name, driver, found, self._progress)
                 runs = Runs(self.config, generation, lease, self._patience)
                 for run in run_names(algorithms, seeds):
                     with closing(runs.open(run, start, sources.gradients_fit)) as search:
@@ -134,8 +134,8 @@ class Study:
                     for split in SPLITS:
                         driver.measure([entry.composite for entry in reported], split)
             for cost in tell_cost(sources, ledger, partial(self._driver, compute), self._where):
-                self._observer.milestone(cost)
-            measure_once(sources.base, sources.fine_tunes, self.config.output, self._observer.milestone)
+                self._progress.note(cost)
+            measure_once(sources.base, sources.fine_tunes, self.config.output, self._progress)
             return self._summarize(ledger, identity, generation)
 
     def sync(self) -> bool:
@@ -158,7 +158,7 @@ class Study:
 
         A checkpoint that `train` did not make is left alone.  Raises the first failure, after the others ended.
         """
-        return train(self.config, fine_tunings(self.config, self._where), self._compute, self._observer)
+        return train(self.config, fine_tunings(self.config, self._where), self._compute, self._progress)
 
     def mix(self, grid: str) -> MixingComparison:
         """Train and score a model for each mixture of the grid, to hold the winner against.
@@ -167,12 +167,12 @@ class Study:
         """
         jobs = planned(self.config, self._where, grid)
         with self._open_found() as ledger:
-            return mix(self.config, self._where, jobs, ledger, self.summary(), self._compute, self._observer)
+            return mix(self.config, self._where, jobs, ledger, self.summary(), self._compute, self._progress)
 
     def evaluate(self) -> TaskTable:
         """Score base, fine-tunes, uniform average and the best composites on the study file's tasks."""
         given = wanted(self.config, self._where)
-        return evaluate(self.config, self._where, given, self.summary(), self._compute, self._observer)
+        return evaluate(self.config, self._where, given, self.summary(), self._compute, self._progress)
 
     def score(self, weights: Mapping[str, float]) -> Scores:
         """Scores of one composite by split and distribution; what the ledger has is not measured again."""
@@ -220,7 +220,7 @@ class Study:
 
             def approve(written: Export) -> Mapping[str, str]:
                 nonlocal exported
-                self._observer.milestone("written; comparing it from disk, then scoring it ...")
+                self._progress.note("written; comparing it from disk, then scoring it")
                 prove(written)
                 model = sources.other(written.path, "export")
                 with self._driver(compute, sources.spec_of(model), identity, ledger) as driver:
@@ -236,7 +236,7 @@ class Study:
 
             export = _write(sources, coefficients, out, approve, dtype)
             for cost in known_cost(ledger, identity):
-                self._observer.milestone(str(cost))
+                self._progress.note(str(cost))
             return Champion(winner, exported, export, self._register(ledger, exported, export, row.generation))
 
     def summary(self) -> Summary:
@@ -318,9 +318,10 @@ class Study:
     @contextmanager
     def _driver(self, compute: Compute, spec: WorkerSpec, identity: StudyIdentity, ledger: Ledger) -> Iterator[Driver]:
         """A driver whose workers are ready."""
-        self._observer.milestone(f"loading {1 + len(spec.fine_tunes)} checkpoints ...")
-        with closing(compute.workers(build, spec, self._observer.milestone)) as pool:
-            yield Driver(identity, ledger, pool, self._observer)
+        with self._progress.phase(f"loading {1 + len(spec.fine_tunes)} checkpoints"):
+            pool = compute.workers(build, spec, self._progress)
+        with closing(pool):
+            yield Driver(identity, ledger, pool, self._progress)
 
     def _optimize(self, driver: Driver, search: Search, lease: Lease) -> None:
         """One run's Optuna study, from where it stands to its end."""
@@ -329,7 +330,7 @@ class Study:
             tracker.reconcile(missing(driver.ledger, driver.identity, search))
             driver.optimize(search, self.config.search.lookahead, tracker, lease)
             tracker.reconcile(missing(driver.ledger, driver.identity, search))
-        self._observer.milestone(f"{search.name} ended after {search.stopped}")
+        self._progress.note(f"{search.name} ended after {search.stopped}")
 
     def _trials(self, ledger: Ledger, identity: StudyIdentity, generation: int) -> dict[str, tuple[TrialRecord, ...]]:
         """Finished trials of every search in this generation, by run."""
@@ -373,7 +374,7 @@ class Study:
     def _tracker(self, search: Search, lease: Lease) -> Tracker:
         """MLflow for one Optuna study."""
         drivers = Drivers(partial(lease.turn, "logging"), lambda: bool(lease.others()))
-        return MlflowTracker(place(self.config, search), self._observer.milestone, drivers, self._board)
+        return MlflowTracker(place(self.config, search), self._progress.warning, drivers, self._board)
 
     def _row(self, ledger: Ledger) -> StudyRow:
         row = ledger.study(self.config.name)

@@ -37,7 +37,7 @@ from dem_opt.errors import InputError
 from dem_opt.evaluation.nll import prepare, score
 from dem_opt.export.model_card import Ingredient, recipe
 from dem_opt.export.writer import write_composite
-from dem_opt.observers import NullProgress
+from dem_opt.progress import NullProgress
 from dem_opt.simplex import UNIT
 from dem_opt.study import Study
 from dem_opt.types import Composite, StoredModel, Windows

@@ -11,6 +11,7 @@ import torch
 import worlds
 import yaml
 from pyarrow import parquet
+from recorded import RecordedProgress
 from transformers import AutoModelForCausalLM
 from untracked import nowhere
 
@@ -19,26 +20,13 @@ from dem_opt.compute import InProcessCompute
 from dem_opt.config import load
 from dem_opt.errors import EvaluationError, InputError
 from dem_opt.evaluation.worker import Worker
-from dem_opt.observers import NullProgress
 from dem_opt.planning.inputs import _check_window, gather
+from dem_opt.progress import NullProgress
 from dem_opt.search.optuna_study import Search, study_names
 from dem_opt.study import Study
 from dem_opt.types import SEARCH
 
 GRID = {"algorithm": "random", "trials": 5, "divisions": 4}
-
-
-class Witness:
-    """An observer that remembers."""
-
-    def __init__(self):
-        self.records, self.lines = [], []
-
-    def trial_ended(self, record, done, planned):
-        self.records.append(record)
-
-    def milestone(self, message):
-        self.lines.append(message)
 
 
 @pytest.fixture
@@ -61,8 +49,8 @@ def evaluated(monkeypatch):
     return counts
 
 
-def open_study(path: Path, observer=None) -> Study:
-    return Study.load(path, observer or NullProgress(), InProcessCompute())
+def open_study(path: Path, progress=None) -> Study:
+    return Study.load(path, progress or NullProgress(), InProcessCompute())
 
 
 def search_keys(path: Path) -> tuple[str, ...]:
@@ -115,7 +103,7 @@ def test_a_study_that_grows_scores_only_the_new_corpus_on_what_it_carries_over(t
     old = set(evaluated)
     old_composites, old_corpora = {composite for composite, _ in old}, {key for _, key in old}
     evaluated.clear()
-    watching = Witness()
+    watching = RecordedProgress()
     grown = open_study(worlds.study(tmp_path, ("code", "math", "prose", "records"), search=GRID), watching)
     grown.compare(["simplex-gp"])
     assert not old & set(evaluated), "what was measured stands"
@@ -123,7 +111,7 @@ def test_a_study_that_grows_scores_only_the_new_corpus_on_what_it_carries_over(t
         assert composite not in old_composites or key not in old_corpora
     carried = [record for record in watching.records[:10] if record.coefficients.units["records"] == 0]
     assert carried and all(record.scores["code"] for record in carried)
-    assert any("distributions.records is new" in line and "generation 2" in line for line in watching.lines)
+    assert any("distributions.records is new" in line and "generation 2" in line for line in watching.notes)
 
 
 def test_another_weighting_needs_no_forward_pass_for_what_is_measured(tmp_path, untracked, evaluated):
@@ -147,14 +135,14 @@ def test_a_general_corpus_is_scored_and_changes_no_objective(tmp_path, untracked
     before = open_study(path).compare(["grid"])
     old = set(evaluated)
     evaluated.clear()
-    watching = Witness()
+    watching = RecordedProgress()
     study = open_study(add_general(path), watching)
     after = study.compare(["grid"])
     assert not old & set(evaluated)
     assert {key for _, key in evaluated} == set(gather(load(path), path).identity().keys(SEARCH)) - {
         k for _, k in old
     } | {gather(load(path), path).identity().corpora["held_out"]["web"]}, "only the new corpus is scored"
-    assert any("general.web.validation is new" in line and "generation 2" in line for line in watching.lines)
+    assert any("general.web.validation is new" in line and "generation 2" in line for line in watching.notes)
     assert after.winner.objective == before.winner.objective and after.winner.coefficients == before.winner.coefficients
     assert all(set(result.scores[SEARCH]) == {"code", "math", "prose", "web"} for result in after.results)
     assert after.distributions == ("code", "math", "prose") and list(after.weights) == [*after.distributions, "web"]
@@ -230,17 +218,17 @@ def test_every_change_of_what_is_protected_begins_a_generation(tmp_path, untrack
     path = worlds.study(tmp_path, search=GRID)
     open_study(add_general(path, protect={"web": 0.1})).run()
     for generation, allowance in enumerate((0.2, 0.0), start=2):
-        watching = Witness()
+        watching = RecordedProgress()
         open_study(add_general(path, protect={"web": allowance}), watching).run()
         assert any(
             "objective.protect.web has changed" in line and f"generation {generation} " in line
-            for line in watching.lines
+            for line in watching.notes
         )
     worlds.write_documents(tmp_path / "data/other.jsonl", worlds.documents(8))
-    watching = Witness()
+    watching = RecordedProgress()
     edit(path, lambda study: study.update(general={"web": "data/other.jsonl"}))
     open_study(path, watching).run()
-    assert any("general.web.validation has changed" in line for line in watching.lines), "it is not refused"
+    assert any("general.web.validation has changed" in line for line in watching.notes), "it is not refused"
 
 
 @pytest.mark.parametrize(
@@ -342,10 +330,10 @@ def test_a_checkpoint_that_changes_under_a_study_begins_a_generation(tmp_path, u
     shutil.rmtree(tmp_path / "models/code")
     worlds.save_model(tmp_path / "models/code", seed=99)
     assert content_hash(tmp_path / "models/code") != before
-    watching = Witness()
+    watching = RecordedProgress()
     study = open_study(path, watching)
     study.run()
-    assert any("distributions.code has changed" in line for line in watching.lines)
+    assert any("distributions.code has changed" in line for line in watching.notes)
     assert len(study.summary().trials["random"]) == 5
 
 
@@ -405,14 +393,14 @@ def test_a_report_of_nothing_says_what_to_do_first(tmp_path):
 def test_what_is_reused_is_told_with_its_reason(tmp_path, untracked):
     path = worlds.study(tmp_path, search=GRID)
     open_study(path).compare(["random"])
-    watching = Witness()
+    watching = RecordedProgress()
     grown = worlds.study(tmp_path, ("code", "math", "prose", "records"), search=GRID)
     open_study(grown, watching).compare(["random"])
-    told = next(line for line in watching.lines if "generation 2" in line)
+    told = next(line for line in watching.notes if "generation 2" in line)
     assert "so scores on code, math, prose hold; of these only records is scored" in told
     shrunk = worlds.study(tmp_path, ("code", "prose"), search=GRID)
     open_study(shrunk, watching).compare(["random"])
-    told = next(line for line in watching.lines if "generation 3" in line)
+    told = next(line for line in watching.notes if "generation 3" in line)
     assert "so scores on code, prose hold; none of these is scored again" in told
 
 

@@ -1,7 +1,7 @@
 """The geometry of a study's distribution vectors: inner products, measured once and kept beside the report."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from dem_opt.checkpoints.architecture import read_architecture, stored_names
 from dem_opt.checkpoints.files import read_header
 from dem_opt.insight import VectorGeometry
 from dem_opt.merging.merged_model import merged_tensors
+from dem_opt.progress import Progress
 from dem_opt.types import Composite, StoredModel
 
 FILE = "vectors.json"
@@ -51,14 +52,12 @@ def inner_products(base_P: Tensor, stored_NP: list[Tensor]) -> Tensor:
     return inner_NN
 
 
-def measure_once(
-    base: StoredModel, fine_tunes: Mapping[str, StoredModel], folder: Path, tell: Callable[[str], None]
-) -> None:
+def measure_once(base: StoredModel, fine_tunes: Mapping[str, StoredModel], folder: Path, progress: Progress) -> None:
     """Measure the vectors and keep them in a folder, unless it has those of the same contents."""
     contents = {name: one.content for name, one in fine_tunes.items()}
     if recall_vectors(base.content, contents, folder) is None:
-        tell(f"comparing {len(contents)} distribution vectors, once")
-        keep(vectors_of(base, fine_tunes), base.content, contents, folder)
+        with progress.phase(f"comparing {len(contents)} distribution vectors, once"):
+            keep(vectors_of(base, fine_tunes), base.content, contents, folder)
 
 
 def keep(vectors: VectorGeometry, base: str, fine_tunes: Mapping[str, str], folder: Path) -> None:

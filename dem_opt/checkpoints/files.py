@@ -20,7 +20,7 @@ from torch import Tensor
 from dem_opt.atomic import write_text
 from dem_opt.checkpoints.hf_config import refuse_quantized
 from dem_opt.errors import InputError
-from dem_opt.progress import gauge
+from dem_opt.progress import current_progress
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -131,11 +131,14 @@ def hash_tensors(header: Header) -> str:
     """
     content = hashlib.sha256()
     names = sorted(header.tensors)
-    with ThreadPoolExecutor() as threads, gauge(f"hashing {header.field}", header.nbytes) as hashed:
+    with (
+        ThreadPoolExecutor() as threads,
+        current_progress().phase(f"hashing {header.field}", header.nbytes, "bytes") as phase,
+    ):
         digests = threads.map(lambda item: _digest(header, item[0], item[1]), read_tensors(header, names))
         for name, digest in zip(names, digests, strict=True):
             stored = header.tensors[name]
-            hashed(stored.nbytes)
+            phase.advance(stored.nbytes)
             content.update(repr((name, stored.dtype, stored.shape, digest)).encode())
     return content.hexdigest()
 
@@ -155,14 +158,15 @@ def read_into(header: Header, places: Mapping[str, Tensor]) -> None:
     """
     order = sorted(places, key=lambda name: (header.tensors[name].file, header.tensors[name].start))
     total = sum(place.nbytes for place in places.values())
-    with _Reader(header) as reader, gauge(f"loading {header.folder.name}", total) as loaded:
+    loading = current_progress().phase(f"loading {header.folder.name}", total, "bytes")
+    with _Reader(header) as reader, loading as phase:
         for name in order:
             place = places[name]
             here = place if place.device.type == "cpu" else torch.empty(place.shape, dtype=place.dtype)
             reader.read(name, here)
             if here is not place:
                 place.copy_(here)
-            loaded(place.nbytes)
+            phase.advance(place.nbytes)
 
 
 def read_each(header: Header, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

@@ -31,7 +31,7 @@ def mix(given: Namespace) -> None:
     if given.algorithms is not None or given.seeds is not None:
         mend = "holds what was found against mixtures; leave --algorithms and --seeds out"
         raise InputError(None, "--data-mixing", given.data_mixing, mend)
-    with console.Progressing(quiet=given.json) as watching:
+    with console.ConsoleProgress(quiet=given.json) as watching:
         study = Study.load(given.study, watching)
         found = study.mix(given.data_mixing)
     tell_mixing(found, study.config.output, given.json)
@@ -63,7 +63,7 @@ def evaluate(given: Namespace) -> None:
     """`dem-opt evaluate`: models on tasks, ranked by loss or by a task."""
     from dem_opt.study import Study
 
-    with console.Progressing(quiet=given.json) as watching:
+    with console.ConsoleProgress(quiet=given.json) as watching:
         found = Study.load(given.study, watching).evaluate()
     ranked = found.ranked(given.by)
     if given.json:

@@ -2,24 +2,26 @@
 
 import json
 import sys
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from time import monotonic
 from types import TracebackType
 from typing import Self
 
+import rich.progress
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.filesize import decimal
+from rich.live import Live
 from rich.markup import escape
 from rich.padding import Padding
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from dem_opt.errors import shorten
-from dem_opt.progress import watched
+from dem_opt.progress import NullPhase, Phase, reporting
 from dem_opt.simplex import Coefficients
 from dem_opt.types import TrialRecord
 
@@ -105,124 +107,41 @@ def say_json(data: object) -> None:
     sys.stdout.write(as_json(data))
 
 
-class _Bars(Progress):
-    """Bars, and below them the words of each, which may be longer than a line."""
+class _Run:
+    """How one run of an algorithm stands: its best whole trial, trials stopped early, when trials finished."""
 
-    def get_renderables(self) -> Iterator[RenderableType]:
-        """What is drawn."""
-        yield self.make_tasks_table(self.tasks)
-        for task in self.tasks:
-            if task.fields["words"]:
-                yield Padding(Text(task.fields["words"]), (0, 0, 0, 2))
+    def __init__(self) -> None:
+        self._best: TrialRecord | None = None
+        self._stopped = 0
+        self._finished_at: deque[float] = deque(maxlen=PACE + 1)
 
+    def add(self, record: TrialRecord) -> None:
+        """Count a finished trial.  The objective of one that was stopped is an estimate: it is never the best."""
+        self._finished_at.append(monotonic())
+        self._stopped += record.is_partial
+        is_whole = record.objective is not None and not record.is_partial
+        if is_whole and (self._best is None or record.rank[:2] <= self._best.rank[:2]):
+            self._best = record
 
-class Progressing:
-    """An observer: a progress bar for each algorithm on a terminal, plain lines elsewhere.
-
-    A context: the bar is drawn while it is open.  When quiet, everything goes to standard error, and nothing after
-    `hush`.  A milestone that ends in " ..." is work that goes on: on a terminal it turns until the next one.
-    """
-
-    def __init__(self, quiet: bool = False) -> None:
-        self._console = _err if quiet and not _out.quiet else _out
-        self._times: dict[str, deque[float]] = {}
-        self._phase: TaskID | None = None
-        self._best: dict[str, TrialRecord] = {}
-        self._stopped: Counter[str] = Counter()
-        self._tasks: dict[str, TaskID] = {}
-        self._tenths: dict[str, int] = {}
-        self._began: dict[str, float] = {}
-        self._watched = ExitStack()
-        self._progress = _Bars(
-            SpinnerColumn(finished_text=" "),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[told]}"),
-            TimeElapsedColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        self._watched.enter_context(watched(self.work))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._watched.close()
-        self._progress.stop()
-
-    def trial_ended(self, record: TrialRecord, done: int, planned: int) -> None:
-        """Moves the bar, or prints a line for a new best and for every tenth of the way.
-
-        Only whole trials may be the best: the objective of one that was stopped is an estimate.
-        """
-        before = self._best_words(record.study)
-        best = self._best.get(record.study, record)
-        self._stopped[record.study] += record.is_partial
-        if record.objective is not None and not record.is_partial and record.rank[:2] <= best.rank[:2]:
-            self._best[record.study] = record
-        found = self._best_words(record.study)
-        shown = found + self._stopped_words(record.study) + self._pace_words(record.study, done, planned)
-        if self._console.is_terminal:
-            self._move(record.study, done, planned, f"{done}/{planned}", shown)
-        elif found != before or done == planned or done * LINES // planned > (done - 1) * LINES // planned:
-            self.milestone(f"{record.study}: {done} of {planned} trials; {shown}")
-        if record.reason:
-            self.milestone(f"{record.study}: trial {record.number} failed: {record.reason}")
-
-    def training(self, name: str, step: int, steps: int, loss: float) -> None:
-        """Moves the fine-tuning's bar, or prints a line for every tenth of the way."""
-        shown = f"training loss {loss:.3f} nats per token"
-        if self._console.is_terminal:
-            self._move(name, step, steps, f"{step}/{steps}", shown)
-        elif self._is_tenth(name, step, steps):
-            self.milestone(f"{name}: {step} of {steps} steps; {shown}")
-
-    def work(self, name: str, done: int, total: int, unit: str) -> None:
-        """Moves the bar of other long work, which goes when all is done, or prints a line for every tenth of the way.
-
-        Where there is no terminal, work of less than LONG seconds is not told of; nowhere, what has no parts.
-        """
-        if total <= 1:
-            return
-        told = f"{decimal(done)} of {decimal(total)}" if unit == "bytes" else f"{done} of {total} {unit}"
-        if self._console.is_terminal:
-            self._move(name, done, total, told, "")
-            if done >= total:
-                self._progress.remove_task(self._tasks.pop(name))
-        elif not done:
-            self._began[name], self._tenths[name] = monotonic(), 0
-        elif self._is_tenth(name, done, total) and monotonic() - self._began[name] > LONG:
-            self.milestone(f"{name}: {told}")
-
-    def milestone(self, message: str) -> None:
-        """A line above the bar; what goes on turns beside it."""
-        if self._phase is not None:
-            self._progress.remove_task(self._phase)
-            self._phase = None
-        if self._console.is_terminal and message.endswith(" ..."):
-            self._phase = self._progress.add_task(escape(message), total=None, told="", words="")
-            return
-        self._console.print(escape(message), soft_wrap=True)
-
-    def _best_words(self, study: str) -> str:
-        """The best so far, to a ten-thousandth of a nat, and where it is."""
-        best = self._best.get(study)
-        if best is None:
+    @property
+    def best(self) -> str:
+        """The best so far, to a ten-thousandth of a nat, and its coefficients."""
+        if self._best is None:
             return "no whole trial yet"
-        at = f" at {_where(best.coefficients)}"
-        return f"best {best.objective:.4f} nats per token" + at + (", protect violated" if best.violation else "")
+        words = f"best {self._best.objective:.4f} nats per token at {_largest(self._best.coefficients)}"
+        return words + (", protect violated" if self._best.violation else "")
 
-    def _pace_words(self, study: str, done: int, planned: int) -> str:
-        """Trials a minute, and the time that is left at that pace: over the latest PACE trials that this run saw.
+    def summary(self, done: int, planned: int) -> str:
+        """The best, trials stopped early, and the pace."""
+        stopped = f"; {self._stopped} stopped early" if self._stopped else ""
+        return self.best + stopped + self._pace(done, planned)
 
-        A search may end before all that is planned, so it is the most; nothing is said of the first seconds.
+    def _pace(self, done: int, planned: int) -> str:
+        """Trials a minute over the latest PACE trials, and the time left at that pace.
+
+        A search may end before all planned trials, so that time is an upper bound.  The first seconds say nothing.
         """
-        times = self._times.setdefault(study, deque(maxlen=PACE + 1))
-        times.append(monotonic())
+        times = self._finished_at
         spent = times[-1] - times[0]
         if len(times) < 4 or spent < 1:
             return ""
@@ -230,33 +149,153 @@ class Progressing:
         left = f", {_duration((planned - done) / pace)} left at most" if done < planned else ""
         return f"; {60 * pace:.3g} trials a minute{left}"
 
-    def _stopped_words(self, study: str) -> str:
-        """How many trials were stopped early, where any was."""
-        stopped = self._stopped[study]
-        return f"; {stopped} stopped early" if stopped else ""
 
-    def _move(self, name: str, done: int, total: int, told: str, words: str) -> None:
-        """A bar, which is made at first."""
-        if name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(escape(name), told="", words="")
-        self._progress.update(self._tasks[name], completed=done, total=total, told=told, words=words)
+class _Bar:
+    """A phase on a terminal: a bar, or a spinner where the work cannot be counted, until the work ends."""
 
-    def _is_tenth(self, name: str, done: int, total: int) -> bool:
-        """Whether another tenth of the way is done."""
-        before, self._tenths[name] = self._tenths.get(name, 0), done * LINES // max(total, 1)
-        return self._tenths[name] > before
+    def __init__(self, bars: rich.progress.Progress, name: str, total: int | None, unit: str) -> None:
+        self._bars, self._total, self._unit = bars, total, unit
+        self._task = bars.add_task(escape(name), total=total, count=_count(0, total, unit), detail="")
+
+    def advance(self, amount: int = 1, detail: str = "") -> None:
+        """Move the bar; one that has ended stays away."""
+        if self._task in self._bars.task_ids:
+            self._bars.advance(self._task, amount)
+            done = int(self._bars.tasks[self._bars.task_ids.index(self._task)].completed)
+            self._bars.update(self._task, count=_count(done, self._total, self._unit), detail=detail)
+
+    def end(self) -> None:
+        """Take the bar away."""
+        self._bars.remove_task(self._task)
 
 
-def _where(coefficients: Coefficients) -> str:
+class _Lines:
+    """A phase where there is no terminal: a line for every tenth of the work.
+
+    Work that takes less than LONG seconds gets none, unless it has details to tell.
+    """
+
+    def __init__(self, write: Callable[[str], None], name: str, total: int | None, unit: str) -> None:
+        self._write, self._name, self._total, self._unit = write, name, total, unit
+        self._began, self._done, self._tenths = monotonic(), 0, 0
+        if total is None:
+            write(f"{name} ...")
+
+    def advance(self, amount: int = 1, detail: str = "") -> None:
+        """Print a line where another tenth of the work is done."""
+        self._done += amount
+        tenths = self._done * LINES // max(self._total or 0, 1)
+        is_next, self._tenths = self._total is not None and tenths > self._tenths, max(tenths, self._tenths)
+        if is_next and (detail or monotonic() - self._began > LONG):
+            count = _count(self._done, self._total, self._unit)
+            self._write(f"{self._name}: {count}" + (f"; {detail}" if detail else ""))
+
+    def end(self) -> None:
+        """Print nothing."""
+
+
+class ConsoleProgress:
+    """Progress for people: bars on a terminal, lines elsewhere.  A context: bars are drawn while it is open.
+
+    Args:
+        quiet: Leave standard output to the answer: print to standard error, and nothing after `hush`.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._console = _err if quiet and not _out.quiet else _out
+        self._runs: dict[str, _Run] = {}
+        self._run_tasks: dict[str, TaskID] = {}
+        self._contexts = ExitStack()
+        self._bars = rich.progress.Progress(
+            SpinnerColumn(finished_text=" "),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[count]}"),
+            TimeElapsedColumn(),
+            console=self._console,
+        )
+        self._live = Live(get_renderable=self._drawing, console=self._console)
+        self._draws = self._console.is_terminal and not self._console.is_dumb_terminal
+
+    def __enter__(self) -> Self:
+        if self._draws:
+            self._contexts.enter_context(self._live)
+        self._contexts.enter_context(reporting(self))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._contexts.close()
+
+    @contextmanager
+    def phase(self, name: str, total: int | None = None, unit: str = "") -> Iterator[Phase]:
+        """Show the work until it ends.  Work of a single part is not shown: it has no progress."""
+        if total is not None and total <= 1:
+            yield NullPhase()
+            return
+        shown = _Bar(self._bars, name, total, unit) if self._draws else _Lines(self.note, name, total, unit)
+        self._refresh()
+        try:
+            yield shown
+        finally:
+            shown.end()
+            self._refresh()
+
+    def trial_finished(self, record: TrialRecord, done: int, planned: int) -> None:
+        """Move the run's bar, or print a line for a new best and for every tenth of the planned trials."""
+        run = self._runs.setdefault(record.study, _Run())
+        before = run.best
+        run.add(record)
+        if self._draws:
+            self._move(record.study, done, planned, run.summary(done, planned))
+        elif run.best != before or done == planned or done * LINES // planned > (done - 1) * LINES // planned:
+            self.note(f"{record.study}: {done} of {planned} trials; {run.summary(done, planned)}")
+        if record.reason:
+            self.note(f"{record.study}: trial {record.number} failed: {record.reason}")
+
+    def warning(self, message: str) -> None:
+        """Print a line that stands out."""
+        self._console.print(f"[yellow]warning:[/] {escape(message)}", soft_wrap=True)
+
+    def note(self, message: str) -> None:
+        """Print a line, above the bars where there are any."""
+        self._console.print(escape(message), soft_wrap=True)
+
+    def _refresh(self) -> None:
+        if self._draws:
+            self._live.refresh()
+
+    def _move(self, run: str, done: int, planned: int, detail: str) -> None:
+        if run not in self._run_tasks:
+            self._run_tasks[run] = self._bars.add_task(escape(run), count="", detail="")
+        count = f"{done}/{planned} trials"
+        self._bars.update(self._run_tasks[run], completed=done, total=planned, count=count, detail=detail)
+
+    def _drawing(self) -> RenderableType:
+        """The bars, and below them the detail of each, which may be longer than a line."""
+        tasks = self._bars.tasks
+        details = [Padding(Text(task.fields["detail"]), (0, 0, 0, 2)) for task in tasks if task.fields["detail"]]
+        return Group(self._bars.make_tasks_table(tasks), *details)
+
+
+def _count(done: int, total: int | None, unit: str) -> str:
+    """How much of the work is done, with its unit; nothing for work that cannot be counted."""
+    if total is None:
+        return ""
+    return f"{decimal(done)} of {decimal(total)}" if unit == "bytes" else f"{done} of {total} {unit}"
+
+
+def _largest(coefficients: Coefficients) -> str:
     """The largest MOST_NAMED coefficients, in the order of names."""
     units = coefficients.units
     named = sorted(sorted(units, key=lambda name: -units[name])[:MOST_NAMED])
-    told = ", ".join(f"{shorten(name, 14)} {coefficients.weights[name]:.2f}" for name in named)
-    return told + (", ..." if len(units) > MOST_NAMED else "")
+    words = ", ".join(f"{shorten(name, 14)} {coefficients.weights[name]:.2f}" for name in named)
+    return words + (", ..." if len(units) > MOST_NAMED else "")
 
 
 def _duration(seconds: float) -> str:
-    """Seconds for people."""
+    """A duration for people."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -187,7 +187,7 @@ def _yes(is_so: bool) -> str:
 
 
 def _train(given: argparse.Namespace) -> None:
-    with console.Progressing(quiet=given.json) as watching:
+    with console.ConsoleProgress(quiet=given.json) as watching:
         made = _study(given, watching).train()
     if given.json:
         console.say_json({name: asdict(one) for name, one in made.items()})
@@ -214,7 +214,7 @@ def _sync(given: argparse.Namespace) -> None:
 
     if given.json:
         raise InputError(None, "--json", True, "--sync-only answers by its exit status; leave --json out")
-    with console.Progressing() as watching:
+    with console.ConsoleProgress() as watching:
         study = _study(given, watching)
         synced = study.sync()
     uri = masked(study.config.tracking.uri)
@@ -259,7 +259,7 @@ def _reweight(given: argparse.Namespace) -> None:
 
 
 def _score(given: argparse.Namespace) -> None:
-    with console.Progressing(quiet=given.json) as watching:
+    with console.ConsoleProgress(quiet=given.json) as watching:
         study = _study(given, watching)
         scores = study.score_model(given.model) if given.model else study.score(weights_of(given.weights))
     told = {
@@ -288,7 +288,7 @@ def _merge(given: argparse.Namespace) -> None:
 
 
 def _export(given: argparse.Namespace) -> None:
-    with console.Progressing(quiet=given.json) as watching:
+    with console.ConsoleProgress(quiet=given.json) as watching:
         champion = _study(given, watching).export(given.out, given.dtype)
     winner, exported = champion.result, champion.exported
     if given.json:
@@ -334,7 +334,8 @@ def _quickstart(given: argparse.Namespace) -> None:
 
     began = perf_counter()
     seconds: dict[str, float] = {}
-    path = make_assets(given.folder, given.seed, console.say)
+    with console.ConsoleProgress() as progress:
+        path = make_assets(given.folder, given.seed, progress)
     if given.files:
         return
     seconds["data, tokenizer and base"] = perf_counter() - began
@@ -352,7 +353,7 @@ def _quickstart(given: argparse.Namespace) -> None:
     console.say(f"Use the winner:        AutoModelForCausalLM.from_pretrained({str(given.folder / 'best')!r})")
 
 
-def _study(given: argparse.Namespace, watching: console.Progressing | None = None) -> "Study":
+def _study(given: argparse.Namespace, watching: console.ConsoleProgress | None = None) -> "Study":
     from dem_opt.study import Study
 
     return Study.load(given.study, watching)

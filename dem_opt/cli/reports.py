@@ -26,7 +26,7 @@ def watched(path: Path, quiet: bool) -> Iterator[tuple["Study", "Board"]]:
 
     config = load(path)
     with (
-        console.Progressing(quiet=quiet) as progress,
+        console.ConsoleProgress(quiet=quiet) as progress,
         Board(config.storage, progress, lambda pages: _show(study, study.summary(), pages)) as board,
     ):
         study = Study(config, path, board, board=board.link)

@@ -4,8 +4,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Self
 
-from dem_opt.compute.protocols import Build, Done, Job, Pool, Result, Tell, answer
+from dem_opt.compute.protocols import Build, Done, Job, Pool, Result, answer
 from dem_opt.errors import InputError
+from dem_opt.progress import Progress
 from dem_opt.types import Request, WorkerSpec
 
 
@@ -51,7 +52,7 @@ class InProcessCompute:
     def __exit__(self, *exception: object) -> None:
         return None
 
-    def workers(self, build: Build, spec: WorkerSpec, tell: Tell) -> Pool:
+    def workers(self, build: Build, spec: WorkerSpec, progress: Progress) -> Pool:
         """One worker."""
         return InProcessPool(build, spec)
 

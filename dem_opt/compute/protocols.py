@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, Self, TypeVar
 
 from dem_opt.errors import EvaluationError
+from dem_opt.progress import Progress
 from dem_opt.types import Evaluation, Failure, Request, WorkerSpec
 
 Job = TypeVar("Job")
@@ -43,9 +44,6 @@ class Pool(Protocol):
 Build = Callable[[WorkerSpec], Evaluator]
 """Makes a worker where it is to live."""
 
-Tell = Callable[[str], None]
-"""Takes a line for people."""
-
 
 class Compute(Protocol):
     """Where workers and jobs live; a context, entered before use."""
@@ -60,8 +58,8 @@ class Compute(Protocol):
     def device(self) -> str:
         """The kind of device that workers get: "cpu" or "cuda"."""
 
-    def workers(self, build: Build, spec: WorkerSpec, tell: Tell) -> Pool:
-        """A pool of workers that are ready; `tell` hears of those that die or join."""
+    def workers(self, build: Build, spec: WorkerSpec, progress: Progress) -> Pool:
+        """A pool of workers that are ready; `progress` hears of those that die or join."""
 
     def jobs(
         self, function: Callable[[Job], Result], jobs: Sequence[Job], parts: int = 0, gpus: int | None = None

@@ -8,10 +8,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Self
 
-from dem_opt.compute.protocols import Build, Job, Pool, Result, Tell
+from dem_opt.compute.protocols import Build, Job, Pool, Result
 from dem_opt.compute.ray_pool import RayPool, first_line, import_ray
 from dem_opt.config import ComputeSection
 from dem_opt.errors import InputError
+from dem_opt.progress import Progress
 from dem_opt.types import WorkerSpec
 
 KNOCK = 5.0
@@ -65,10 +66,10 @@ class RayCompute:
         """cuda where the cluster has a GPU."""
         return "cuda" if self._ray.cluster_resources().get("GPU") else "cpu"
 
-    def workers(self, build: Build, spec: WorkerSpec, tell: Tell) -> Pool:
+    def workers(self, build: Build, spec: WorkerSpec, progress: Progress) -> Pool:
         """Workers as actors."""
         count = None if self._settings.workers == "auto" else self._settings.workers
-        return RayPool(build, spec, count, self._settings.patience, tell)
+        return RayPool(build, spec, count, self._settings.patience, progress)
 
     def jobs(
         self, function: Callable[[Job], Result], jobs: Sequence[Job], parts: int = 0, gpus: int | None = None

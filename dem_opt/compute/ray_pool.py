@@ -8,9 +8,9 @@ from time import monotonic
 from typing import Any
 
 from dem_opt.compute.placement import Resources, share
-from dem_opt.compute.protocols import Build, Done, Evaluator, Tell, answer
+from dem_opt.compute.protocols import Build, Done, Evaluator, answer
 from dem_opt.errors import InputError, OutageError
-from dem_opt.progress import gauge
+from dem_opt.progress import Progress
 from dem_opt.types import Evaluation, Failure, Request, WorkerSpec
 
 ATTEMPTS = 3
@@ -91,9 +91,11 @@ class RayPool:
     workers are not ready within `patience` seconds, and says what is missing.
     """
 
-    def __init__(self, build: Build, spec: WorkerSpec, workers: int | None, patience: float, tell: Tell) -> None:
+    def __init__(
+        self, build: Build, spec: WorkerSpec, workers: int | None, patience: float, progress: Progress
+    ) -> None:
         ray = self._ray = import_ray()
-        self._asked, self._devices, self._patience, self._tell = workers, spec.devices, patience, tell
+        self._asked, self._devices, self._patience, self._progress = workers, spec.devices, patience, progress
         self._content = (build, ray.put(spec))
         self._windows = {corpus.key: len(corpus.windows) for corpus in spec.corpora}
         self._waiting: deque[tuple[Request, int]] = deque()
@@ -187,7 +189,7 @@ class RayPool:
     def _lost(self, member: _Member, reason: str) -> Done | None:
         """Replace a worker; what it had is sent again.  The answer, where its request was sent often enough."""
         sent = list(member.queue)
-        self._tell("a worker was lost while it scored; it is replaced, and what it had is scored again")
+        self._progress.warning("a worker was lost while it scored; it is replaced, and what it had is scored again")
         self._replace(member)
         first, *others = sent
         if not (is_failure := first.attempt == ATTEMPTS):
@@ -230,7 +232,7 @@ class RayPool:
         """Go on without a worker; raises the error where that can't be."""
         if not self._answered or not self._ready():
             raise error from None
-        self._tell(f"warning: a worker is refused: {error}")
+        self._progress.warning(f"a worker is refused: {error}")
         self._members.remove(member)
         self._refused += 1
 
@@ -269,12 +271,12 @@ class RayPool:
         with suppress(InputError):
             count, _ = share(_nodes(self._ray), None, self._devices)
         for _ in range(count - self._refused - len(self._members)):
-            self._tell("a node has joined; it gets a worker")
+            self._progress.note("a node has joined; it gets a worker")
             self._members.append(self._recruit())
 
     def _wait_until_ready(self) -> None:
         deadline = monotonic() + self._patience
-        with gauge("loading", len(self._members), "workers") as ready:
+        with self._progress.phase("loading", len(self._members), "workers") as phase:
             while loading := [member for member in self._members if member.loading is not None]:
                 references = {member.loading: member for member in loading}
                 done, _ = self._ray.wait(list(references), num_returns=1, timeout=max(deadline - monotonic(), 0.0))
@@ -283,7 +285,7 @@ class RayPool:
                     raise InputError(None, "compute.patience", self._patience, f"{late}; {self._lacking()}")
                 member = references[done[0]]
                 self._loaded(member)
-                ready(member.loading is None)
+                phase.advance(int(member.loading is None))
 
     def _lacking(self) -> str:
         return f"each needs {self._resources}, free now: {self._ray.available_resources()}"

@@ -26,7 +26,7 @@ from dem_opt.checkpoints.architecture import (
 from dem_opt.checkpoints.files import DTYPES, INDEX, WEIGHTS, Header, hash_tensors, read_header, read_tensors
 from dem_opt.errors import InputError, nearest
 from dem_opt.merging.merged_model import merged_tensors
-from dem_opt.progress import gauge
+from dem_opt.progress import current_progress
 from dem_opt.simplex import UNIT
 from dem_opt.types import Composite, Score, StoredModel
 
@@ -167,14 +167,14 @@ def prove(export: Export) -> None:
     fused = architecture.layout(original).fused
     loaded = _loaded(architecture, export.path, header)
     fresh = merged_tensors(architecture, export.base, export.stored, export.composite, names, export.dtype)
-    with gauge("comparing from disk", len(names), "tensors") as compared:
+    with current_progress().phase("comparing from disk", len(names), "tensors") as phase:
         for (name, stored), (_, merged) in zip(read_tensors(header, names), fresh, strict=True):
             if stored.dtype != merged.dtype or not _same_bits(stored, merged):
                 raise ExportError(f"{export.path}: {name} is not what was merged")
             parameter = parameters[name]
             if parameter not in fused and not _same_bits(loaded[parameter], merged):
                 raise ExportError(f"{export.path}: {parameter} does not load as it was merged")
-            compared(1)
+            phase.advance()
 
 
 def _loaded(architecture: Architecture, folder: Path, header: Header) -> dict[str, Tensor]:
@@ -258,13 +258,13 @@ def _write_weights(
     buffers = dict(read_tensors(base, architecture.layout(base).buffers.values()))
     written: dict[str, str] = {}
     total = 0
-    with gauge("merging and writing", sum(map(len, plan.values())), "tensors") as done:
+    with current_progress().phase("merging and writing", sum(map(len, plan.values())), "tensors") as phase:
         for file, names in plan.items():
             tensors = dict(buffers)
             merged = merged_tensors(architecture, export.base, export.stored, export.composite, names, export.dtype)
             for name, tensor in merged:
                 tensors[name] = tensor
-                done(1)
+                phase.advance()
             _refuse_infinite(tensors)
             save_file(tensors, folder / file, metadata={"format": "pt"})
             written |= dict.fromkeys(tensors, file)

@@ -11,7 +11,7 @@ from dem_opt.compute import Pool
 from dem_opt.errors import EvaluationError
 from dem_opt.evaluation.interim_analyses import replay
 from dem_opt.evaluation.racing import CLEAR, Race
-from dem_opt.observers import Observer
+from dem_opt.progress import Progress
 from dem_opt.search.optuna_study import Proposal, Search
 from dem_opt.search.trials import attributes, race_for, trial_record
 from dem_opt.signals import finishing
@@ -41,7 +41,7 @@ class Driver:
     identity: StudyIdentity
     ledger: Ledger
     pool: Pool
-    observer: Observer
+    progress: Progress
 
     def optimize(self, search: Search, lookahead: int, tracker: Tracker, lease: Lease) -> None:
         """Ask, look up or score, record, tell, log, until the search ends.
@@ -80,7 +80,7 @@ class Driver:
                 lease.renew()
 
     def _tell_stopping(self) -> None:
-        self.observer.milestone("stopping when what is being scored is written; once more to stop at once")
+        self.progress.note("stopping when what is being scored is written; once more to stop at once")
 
     def _next_flight(self, search: Search, lookahead: int, flying: int) -> Flight | None:
         """The next trial, where there is one, and room for it."""
@@ -100,7 +100,7 @@ class Driver:
     def _await_others(self, trials: int, told: int) -> int:
         """Wait a moment for trials that other drivers have in hand; how many it told of."""
         if trials != told:
-            self.observer.milestone(f"waiting for {trials} trials that other drivers have in hand")
+            self.progress.note(f"waiting for {trials} trials that other drivers have in hand")
         sleep(PAUSE)
         return trials
 
@@ -177,7 +177,7 @@ class Driver:
     def _record(self, request: Request, answer: Evaluation | Failure) -> None:
         if isinstance(answer, Evaluation):
             if answer.note:
-                self.observer.milestone(f"warning: {answer.note}")
+                self.progress.warning(answer.note)
             seconds = answer.merge_seconds + answer.score_seconds
             self.ledger.record(
                 request.composite,
@@ -195,4 +195,4 @@ class Driver:
         )
         search.tell(record.number, record.penalized, attributes(record))
         tracker.trial_ended(record)
-        self.observer.trial_ended(record, search.told, search.planned)
+        self.progress.trial_finished(record, search.told, search.planned)

@@ -1,12 +1,13 @@
 """Which question a study asks: a change begins a new generation, which starts from what the ledger has."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from dem_opt.errors import InputError
 from dem_opt.evaluation.objective import Objective
+from dem_opt.progress import Progress
 from dem_opt.search.trials import exceeded, objectives, recall
 from dem_opt.simplex import Coefficients
 from dem_opt.storage.identity import StudyIdentity, changes, refuse_other_scoring
@@ -22,7 +23,7 @@ SCORED_ANEW = 6
 
 
 def enter(
-    name: str, identity: StudyIdentity, ledger: Ledger, lease: Lease, where: object, tell: Callable[[str], None]
+    name: str, identity: StudyIdentity, ledger: Ledger, lease: Lease, where: object, progress: Progress
 ) -> tuple[int, list[Coefficients]]:
     """A study's generation and the points that it begins with; a first run, or a change, is written down.
 
@@ -44,7 +45,7 @@ def enter(
     start = carried_over(ledger, identity) if generation > 1 else []
     if change:
         reuse = told_reuse(ledger, identity, start)
-        tell(f"{name} now asks another question ({change}): generation {generation} begins {reuse}")
+        progress.note(f"{name} now asks another question ({change}): generation {generation} begins {reuse}")
     return generation, start
 
 

@@ -129,7 +129,7 @@ class Lease:
         while not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), key):
             if not told and monotonic() - began > IMPATIENCE:
                 told = True
-                self.patience.tell(f"waiting for another driver of {self._study}, which is {work}")
+                self.patience.progress.note(f"waiting for another driver of {self._study}, which is {work}")
             sleep(PAUSE)
 
     @property

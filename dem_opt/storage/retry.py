@@ -1,15 +1,16 @@
 """Waiting for a database that is away: what counts as that, for how long, and what is said meanwhile."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from time import monotonic, sleep
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from dem_opt.errors import OutageError, shorten
+from dem_opt.progress import NullProgress, Progress
 from dem_opt.storage.engine import masked
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
@@ -27,12 +28,12 @@ class RetryPolicy:
 
     what     the database in words, without its password
     seconds  at most so long for one piece of work
-    tell     is called with one line when the waiting begins, for each new reason, and when it ends
+    progress gets a note when the waiting begins, for each new reason, and when it ends
     """
 
     what: str = "the database"
     seconds: float = 0.0
-    tell: Callable[[str], Any] = str
+    progress: Progress = field(default_factory=NullProgress)
 
     def __call__(self, work: Callable[[], "T"]) -> "T":
         """What the work returns; it is done again, after growing pauses, where the database was away.
@@ -51,13 +52,13 @@ class RetryPolicy:
                     waited = f"; it was waited for for {self.seconds:g} s" if told else ""
                     raise OutageError(f"{self.what} can't be used ({reason}){waited}") from None
                 if reason not in told:
-                    self.tell(f"waiting for {self.what} ({reason}), for at most {left:.0f} s")
+                    self.progress.note(f"waiting for {self.what} ({reason}), for at most {left:.0f} s")
                 told.add(reason)
                 sleep(min(pause, left))
                 pause = min(2 * pause, LONGEST_PAUSE)
             else:
                 if told:
-                    self.tell(f"{self.what} is back after {monotonic() - began:.0f} s")
+                    self.progress.note(f"{self.what} is back after {monotonic() - began:.0f} s")
                 return result
 
 

@@ -23,8 +23,8 @@ from dem_opt.config import StudyConfig
 from dem_opt.data.mixtures import Mixture, Part, lattice
 from dem_opt.errors import InputError
 from dem_opt.evaluation.worker import build
-from dem_opt.observers import NullProgress, Observer
 from dem_opt.planning.inputs import Inputs, check_files, gather
+from dem_opt.progress import NullPhase, Progress
 from dem_opt.search.loop import Driver
 from dem_opt.search.trials import is_known, objectives, recall
 from dem_opt.storage.identity import StudyIdentity
@@ -48,16 +48,16 @@ def mix(
     ledger: Ledger,
     summary: Summary,
     compute: Compute,
-    observer: Observer,
+    progress: Progress,
 ) -> MixingComparison:
     """Train and score a model for each job, and hold the winner against them."""
     files = gather(config, where, worker=False).exact()
-    train(config, [one.job for one in jobs], compute, _Ends(observer))
+    train(config, [one.job for one in jobs], compute, _WithoutPhases(progress))
     with compute:
         sources = files.on(compute.device)
-        composites = score_mixtures(sources, jobs, ledger, compute, observer)
+        composites = score_mixtures(sources, jobs, ledger, compute, progress)
     found = hold_against(config, where, sources, ledger, summary, jobs, composites)
-    log_mixing(config, jobs, found, observer)
+    log_mixing(config, jobs, found, progress)
     return found
 
 
@@ -69,15 +69,17 @@ def planned(config: StudyConfig, where: object, grid: str) -> list["MixtureJob"]
     return mixture_jobs(config, mixtures(config, grid, where), singles(config, where))
 
 
-class _Ends(NullProgress):
-    """Tells the end of each training, not its steps: there are many."""
+class _WithoutPhases:
+    """Progress without phases: a grid has too many trainings to draw a bar for each."""
 
-    def __init__(self, observer: Observer) -> None:
-        self._observer = observer
+    def __init__(self, progress: Progress) -> None:
+        self.trial_finished = progress.trial_finished
+        self.warning = progress.warning
+        self.note = progress.note
 
-    def milestone(self, message: str) -> None:
-        """Told on."""
-        self._observer.milestone(message)
+    def phase(self, name: str, total: int | None = None, unit: str = "") -> NullPhase:
+        """Begin work that reports nothing."""
+        return NullPhase()
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ def mixture_jobs(
 
 
 def score_mixtures(
-    sources: Inputs, jobs: Sequence[MixtureJob], ledger: Ledger, compute: Compute, observer: Observer
+    sources: Inputs, jobs: Sequence[MixtureJob], ledger: Ledger, compute: Compute, progress: Progress
 ) -> dict[str, Composite]:
     """Score every model on both splits, what the ledger has not; by the folder of each its composite.
 
@@ -180,8 +182,8 @@ def score_mixtures(
     for start in range(0, len(missing), size):
         some = tuple(missing[start : start + size])
         spec = WorkerSpec(some[0], some[1:], sources.corpora, sources.dtype, sources.batch_tokens)
-        with closing(compute.workers(build, spec, observer.milestone)) as pool:
-            driver = Driver(identity, ledger, pool, observer)
+        with closing(compute.workers(build, spec, progress)) as pool:
+            driver = Driver(identity, ledger, pool, progress)
             for split in SPLITS:
                 driver.measure([Composite.single(model.content) for model in some], split)
     return composites
@@ -244,9 +246,9 @@ def _mixed(
     )
 
 
-def log_mixing(config: StudyConfig, jobs: Sequence[MixtureJob], found: MixingComparison, observer: Observer) -> None:
+def log_mixing(config: StudyConfig, jobs: Sequence[MixtureJob], found: MixingComparison, progress: Progress) -> None:
     """Every model of a mixture as a baseline run in MLflow."""
-    curves = JobRun(config.tracking.uri, config.tracking.experiment, config.output / "artifacts", observer.milestone)
+    curves = JobRun(config.tracking.uri, config.tracking.experiment, config.output / "artifacts", progress.warning)
     for one, mixed in zip(jobs, found.mixed, strict=True):
         parameters = {f"share.{name}": f"{share:g}" for name, share in one.shares.items()} | {"tokens": one.budget}
         metrics = {f"{split}.objective_nll": nll for split, nll in mixed.objective.items()}

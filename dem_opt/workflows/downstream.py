@@ -15,8 +15,8 @@ from dem_opt.compute import Compute
 from dem_opt.config import EvaluateSection, StudyConfig
 from dem_opt.errors import InputError
 from dem_opt.export.writer import write_composite
-from dem_opt.observers import Observer
 from dem_opt.planning.inputs import Inputs, gather
+from dem_opt.progress import Progress
 from dem_opt.simplex import UNIT
 from dem_opt.tracking.job_runs import JobRun, Note
 from dem_opt.types import Composite, ResultRow, Summary
@@ -48,14 +48,14 @@ def wanted(config: StudyConfig, where: object) -> EvaluateSection:
 
 
 def evaluate(
-    config: StudyConfig, where: object, given: EvaluateSection, summary: Summary, compute: Compute, observer: Observer
+    config: StudyConfig, where: object, given: EvaluateSection, summary: Summary, compute: Compute, progress: Progress
 ) -> TaskTable:
     """Score base, fine-tunes, uniform average and the best composites on the tasks, and log it."""
     sources = gather(config, where, worker=False)
     doers = entrants(summary, sources, given.top)
     with compute:
-        found = do_tasks(config, given, sources, doers, compute, observer)
-    log_tasks(config, doers, found, observer)
+        found = do_tasks(config, given, sources, doers, compute, progress)
+    log_tasks(config, doers, found, progress)
     return found
 
 
@@ -76,7 +76,7 @@ def do_tasks(
     sources: Inputs,
     doers: Sequence[Candidate],
     compute: Compute,
-    observer: Observer,
+    progress: Progress,
 ) -> TaskTable:
     """Every entrant's scores; those that are kept from before are not measured again.
 
@@ -95,16 +95,16 @@ def do_tasks(
                 _keep(config, given, one.composite, task, score)
         scores = {task: score for task, score in kept.items() if score is not None}
         told = ", ".join(f"{task} {score.metric} {score.value:.4f}" for task, score in scores.items())
-        observer.milestone(f"{place} of {len(doers)}: {one.result.label}: {told}{'' if missing else ' (known)'}")
+        progress.note(f"{place} of {len(doers)}: {one.result.label}: {told}{'' if missing else ' (known)'}")
         at = one.result.coefficients
         weights = None if at is None else at.weights
         models.append(TaskResults(one.result.label, one.result.role, weights, dict(one.result.objective), scores))
     return TaskTable(config.name, tuple(given.tasks), tuple(models))
 
 
-def log_tasks(config: StudyConfig, doers: Sequence[Candidate], found: TaskTable, observer: Observer) -> None:
+def log_tasks(config: StudyConfig, doers: Sequence[Candidate], found: TaskTable, progress: Progress) -> None:
     """Every model's scores in MLflow."""
-    curves = JobRun(config.tracking.uri, config.tracking.experiment, config.output / "artifacts", observer.milestone)
+    curves = JobRun(config.tracking.uri, config.tracking.experiment, config.output / "artifacts", progress.warning)
     for one, model in zip(doers, found.models, strict=True):
         metrics = {f"{task}.{score.metric}": score.value for task, score in model.scores.items()}
         metrics |= {f"{split}.objective_nll": nll for split, nll in model.objective.items()}

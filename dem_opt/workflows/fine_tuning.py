@@ -1,7 +1,7 @@
 """A study's fine-tunings: which there are, which are wanted, run side by side and watched."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from threading import Event, Thread
@@ -14,8 +14,8 @@ from dem_opt.config import StudyConfig
 from dem_opt.data.tokenize import load_tokenizer
 from dem_opt.data.windows import build_corpora
 from dem_opt.errors import InputError, TrainingError
-from dem_opt.observers import Observer
 from dem_opt.planning.inputs import check_origin
+from dem_opt.progress import Phase, Progress
 from dem_opt.tracking.job_runs import JobRun, Note
 from dem_opt.training.fine_tune import FineTuned, FineTuneJob, fine_tune, is_wanted, job_identity
 from dem_opt.training.lora import check_lora
@@ -81,7 +81,7 @@ def train(
     config: StudyConfig,
     jobs: Sequence[FineTuneJob],
     compute: Compute,
-    observer: Observer,
+    progress: Progress,
     after: Callable[[FineTuneJob, FineTuned], None] = lambda job, made: None,
 ) -> dict[str, FineTuned]:
     """Do the jobs that are wanted, side by side as the cluster allows; by name what each gave.
@@ -96,15 +96,15 @@ def train(
     if not wanted:
         return done
     gpus = None if config.fine_tuning.gpus == "auto" else config.fine_tuning.gpus
-    with _watched(config, wanted, observer) as ended, compute:
+    with _watched(config, wanted, progress) as ended, compute:
         for job, result in compute.jobs(fine_tune, wanted, len(jobs), gpus):
             ended(job, result)
             if isinstance(result, Exception):
                 failures.append((job, result))
-                observer.milestone(f"{job.name}: not trained: {result}")
+                progress.warning(f"{job.name}: not trained: {result}")
             else:
                 done[job.name] = result
-                observer.milestone(
+                progress.note(
                     f"{job.name}: {result.steps} steps in {result.seconds:.0f} s, "
                     f"training loss {result.first_loss:.3f} to {result.last_loss:.3f} nats per token"
                 )
@@ -118,17 +118,18 @@ def train(
 
 @contextmanager
 def _watched(
-    config: StudyConfig, jobs: Sequence[FineTuneJob], observer: Observer
+    config: StudyConfig, jobs: Sequence[FineTuneJob], progress: Progress
 ) -> Iterator[Callable[[FineTuneJob, object], None]]:
     """Journals of the jobs told and logged while they run; what is yielded is called with each job that ended."""
-    curves = JobRun(config.tracking.uri, config.tracking.experiment, config.output / "artifacts", observer.milestone)
+    curves = JobRun(config.tracking.uri, config.tracking.experiment, config.output / "artifacts", progress.warning)
     over, keys = Event(), {job.out: job_identity(job) for job in jobs}
+    steps_of = {job.out: _Steps(job, progress) for job in jobs}
 
     def look(job: FineTuneJob, status: str = "RUNNING", result: Mapping[str, float] | None = None) -> None:
         points = read_journal((job.place if status == "RUNNING" else job.out) / JOURNAL)
         steps = [point for point in points if point.loss is not None]
         if steps and status == "RUNNING":
-            observer.training(job.name, steps[-1].step, job.steps, float(steps[-1].loss or 0))
+            steps_of[job.out].reach(steps[-1].step, float(steps[-1].loss or 0))
         if points or status != "RUNNING":
             curves.write(_note(job, keys[job.out], status, points, result or {}))
 
@@ -144,6 +145,7 @@ def _watched(
         failed = isinstance(result, Exception)
         measured = {} if failed or not isinstance(result, FineTuned) else _measured(result)
         look(job, "FAILED" if failed else "FINISHED", measured)
+        steps_of[job.out].close()
 
     thread = Thread(target=watch, name="journals", daemon=True)
     thread.start()
@@ -152,7 +154,30 @@ def _watched(
     finally:
         over.set()
         thread.join()
+        for steps in steps_of.values():
+            steps.close()
         curves.close()
+
+
+class _Steps:
+    """The phase of one job: it begins with the first step that the journal has."""
+
+    def __init__(self, job: FineTuneJob, progress: Progress) -> None:
+        self._job, self._progress = job, progress
+        self._context = ExitStack()
+        self._phase: Phase | None = None
+        self._done = 0
+
+    def reach(self, step: int, loss: float) -> None:
+        """Report that the job is at this step; `loss` in nats per token."""
+        if self._phase is None:
+            self._phase = self._context.enter_context(self._progress.phase(self._job.name, self._job.steps, "steps"))
+        self._phase.advance(step - self._done, f"training loss {loss:.3f} nats per token")
+        self._done = step
+
+    def close(self) -> None:
+        """End the phase."""
+        self._context.close()
 
 
 def _measured(result: FineTuned) -> dict[str, float]:

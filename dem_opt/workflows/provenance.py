@@ -3,7 +3,7 @@
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from importlib.metadata import version
@@ -14,6 +14,7 @@ from dem_opt.config import StudyConfig
 from dem_opt.export.model_card import resolved
 from dem_opt.merging.kernel import foretold
 from dem_opt.planning.hardware import this_machine
+from dem_opt.progress import Progress
 from dem_opt.search.loop import Driver
 from dem_opt.search.optuna_study import Search
 from dem_opt.search.trials import objectives, recall
@@ -153,29 +154,36 @@ def measures(winner: ResultRow) -> dict[str, float]:
 
 
 def compare_libraries(
-    study: str, driver: Driver, found: Mapping[str, Sequence[TrialRecord]], tell: Callable[[str], None]
+    study: str, driver: Driver, found: Mapping[str, Sequence[TrialRecord]], progress: Progress
 ) -> None:
-    """Where libraries have changed since a study was last run, score the best of its trials again, and tell."""
+    """Where libraries have changed since a study was last run, score the best of its trials again and report it."""
     before, now = driver.ledger.libraries(study), libraries()
     if before and before != now:
-        tell(_change(before, now, driver, found))
+        _report_change(before, now, driver, found, progress)
     driver.ledger.enter_libraries(study, now)
 
 
-def _change(
-    before: Mapping[str, str], now: Mapping[str, str], driver: Driver, found: Mapping[str, Sequence[TrialRecord]]
-) -> str:
-    """Which libraries have changed, and by how much the best composite scores otherwise with them."""
+def _report_change(
+    before: Mapping[str, str],
+    now: Mapping[str, str],
+    driver: Driver,
+    found: Mapping[str, Sequence[TrialRecord]],
+    progress: Progress,
+) -> None:
+    """Report the libraries that changed; warn where the best composite scores otherwise with them."""
     changed = [f"{name} {before.get(name, 'none')} -> {new}" for name, new in now.items() if before.get(name) != new]
-    told = f"since the last run: {', '.join(changed)}"
+    change = f"since the last run: {', '.join(changed)}"
     best = best_of([trial for trials in found.values() for trial in trials])
     if best is None:
-        return told
+        progress.note(change)
+        return
     composite = driver.identity.composite(best.coefficients)
     known = recall(driver.ledger, driver.identity, composite, SEARCH)
     again = driver.score_afresh(composite, SEARCH)
     if again == known:
-        return f"{told}; the best composite scores the same to the bit"
+        progress.note(f"{change}; the best composite scores the same to the bit")
+        return
     objective = objectives(driver.ledger, driver.identity)[SEARCH]
     old, new = objective(known), objective(again)
-    return f"warning: {told}; the best composite scores {new:.9f}, not {old:.9f}: {new - old:+.1e} nats per token"
+    difference = f"{new:.9f}, not {old:.9f}: {new - old:+.1e} nats per token"
+    progress.warning(f"{change}; the best composite scores {difference}")

@@ -14,10 +14,12 @@ import books
 import pytest
 import stub_workers
 from counted import notes_of
+from recorded import RecordedProgress
 
 from dem_opt.compute import RayCompute
 from dem_opt.config import ComputeSection
 from dem_opt.errors import InputError
+from dem_opt.progress import NullProgress, Progress
 from dem_opt.types import Composite, Request, StoredModel, WorkerSpec
 
 SLOW: dict[str, Any] = {"documents": 1000, "evaluation": {"window": 64, "windows": 200, "held_out": 4}}
@@ -97,9 +99,9 @@ def pool_of(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     compute = RayCompute(ComputeSection(ray=cluster.address, patience=120))
     spec = WorkerSpec(StoredModel(Path("models/code"), "content"), (), (), batch_tokens=64)
 
-    def make(tell: Callable[[str], None]) -> Any:
+    def make(progress: Progress) -> Any:
         compute.__enter__()
-        return compute.workers(stub_workers.Fragile, spec, tell)
+        return compute.workers(stub_workers.Fragile, spec, progress)
 
     yield make
     compute.__exit__()
@@ -110,15 +112,15 @@ def test_a_node_whose_files_differ_is_refused_by_its_name(cluster: Any, pool_of:
     cluster.add_node(num_cpus=1, node_name="north")
     cluster.add_node(num_cpus=1, node_name="south", env_vars={"DEM_OPT_TEST_FRAGILE": "1"})
     with pytest.raises(InputError, match="models/code on node south: its weights differ"):
-        pool_of(print)
+        pool_of(NullProgress())
 
 
 def test_nodes_that_join_get_residents_and_one_whose_files_differ_does_not(
     cluster: Any, pool_of: Callable[..., Any]
 ) -> None:
     cluster.add_node(num_cpus=1, node_name="north")
-    said: list[str] = []
-    pool = pool_of(said.append)
+    progress = RecordedProgress()
+    pool = pool_of(progress)
     assert pool.capacity == 1
     cluster.add_node(num_cpus=1, node_name="east")
     ticket = 0
@@ -128,12 +130,12 @@ def test_nodes_that_join_get_residents_and_one_whose_files_differ_does_not(
         pool.next_done()
         time.sleep(0.1)
     cluster.add_node(num_cpus=1, node_name="south", env_vars={"DEM_OPT_TEST_FRAGILE": "1"})
-    while not any("south" in line for line in said):
+    while not any("south" in line for line in progress.warnings):
         pool.submit(Request(ticket, Composite.single("content"), ("a",)))
         ticket += 1
         pool.next_done()
         time.sleep(0.1)
     assert pool.capacity == 2
-    assert said[0] == "a node has joined; it gets a worker"
-    assert said[-1] == "warning: a worker is refused: models/code on node south: its weights differ"
+    assert progress.notes[0] == "a node has joined; it gets a worker"
+    assert progress.warnings[-1] == "a worker is refused: models/code on node south: its weights differ"
     pool.close()

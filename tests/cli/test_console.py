@@ -10,13 +10,13 @@ from summaries import CASES, a_summary, a_trial
 from dem_opt.cli import console as terminal
 from dem_opt.cli.reports import print_tables
 from dem_opt.dashboards import tables
-from dem_opt.progress import gauge
+from dem_opt.progress import current_progress
 
 
 def watch(records, planned):
-    with terminal.Progressing() as watching:
+    with terminal.ConsoleProgress() as watching:
         for done, record in enumerate(records, start=1):
-            watching.trial_ended(record, done, planned)
+            watching.trial_finished(record, done, planned)
 
 
 def test_a_line_for_every_new_best_and_every_tenth_of_the_way(capsys):
@@ -55,9 +55,9 @@ def test_the_best_keeps_what_is_protected(capsys):
 
 
 def test_a_line_for_every_tenth_of_a_training(capsys):
-    with terminal.Progressing() as watching:
+    with terminal.ConsoleProgress() as watching, watching.phase("code", 50, "steps") as phase:
         for step in range(1, 51):
-            watching.training("code", step, 50, 4 - step / 50)
+            phase.advance(detail=f"training loss {4 - step / 50:.3f} nats per token")
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 10
     assert told[-1] == "code: 50 of 50 steps; training loss 3.000 nats per token"
@@ -66,20 +66,20 @@ def test_a_line_for_every_tenth_of_a_training(capsys):
 def test_long_work_is_told_in_tenths_of_bytes_or_of_what_it_counts(capsys, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(terminal, "monotonic", lambda: clock[0])
-    with terminal.Progressing():
-        with gauge("hashing base", 26 * 10**9) as done:
+    with terminal.ConsoleProgress():
+        with current_progress().phase("hashing base", 26 * 10**9, "bytes") as phase:
             for _ in range(20):
                 clock[0] += 1
-                done(13 * 10**8)
-        with gauge("comparing", 4, "tensors") as done:
+                phase.advance(13 * 10**8)
+        with current_progress().phase("comparing", 4, "tensors") as phase:
             for _ in range(4):
-                done(1)
-        with gauge("merging", 4, "tensors") as done:
+                phase.advance()
+        with current_progress().phase("merging", 4, "tensors") as phase:
             clock[0] += 10
-            done(1)
-    with gauge("hashing unwatched", 1) as done:
+            phase.advance()
+    with current_progress().phase("hashing unwatched", 2, "bytes") as phase:
         clock[0] += 10
-        done(1)
+        phase.advance()
     told = capsys.readouterr().out.splitlines()
     assert told[0] == "hashing base: 7.8 GB of 26.0 GB", "what is done within five seconds is not told"
     assert told[-2:] == ["hashing base: 26.0 GB of 26.0 GB", "merging: 1 of 4 tensors"] and len(told) == 9
@@ -88,12 +88,16 @@ def test_long_work_is_told_in_tenths_of_bytes_or_of_what_it_counts(capsys, monke
 def test_bars_of_long_work_show_and_go_when_it_is_done(monkeypatch):
     console = Console(file=StringIO(), force_terminal=True, width=100)
     monkeypatch.setattr(terminal, "_out", console)
-    with terminal.Progressing() as progress, gauge("loading [base]", 26 * 10**9) as done:
-        done(13 * 10**9)
-        progress._progress.refresh()
-        assert "loading [base]" in console.file.getvalue() and "13.0 GB of 26.0 GB" in console.file.getvalue()
-        done(13 * 10**9)
-        assert not progress._progress.tasks
+    with terminal.ConsoleProgress():
+        with current_progress().phase("loading [base]", 26 * 10**9, "bytes") as phase:
+            phase.advance(13 * 10**9)
+            with current_progress().phase("comparing"):
+                pass
+        console.print("ended")
+        phase.advance(1)
+    under_way, ended = console.file.getvalue().split("ended")
+    assert "loading [base]" in under_way and "13.0 GB of 26.0 GB" in under_way
+    assert "loading [base]" not in ended
 
 
 @pytest.mark.parametrize("width", [60, 80, 110])
@@ -102,9 +106,9 @@ def test_on_a_terminal_nothing_of_the_progress_is_cut(monkeypatch, width):
     monkeypatch.setattr(terminal, "_out", console)
     clock = iter([2.0 * second for second in range(100)])
     monkeypatch.setattr(terminal, "monotonic", lambda: next(clock))
-    with terminal.Progressing() as watching:
+    with terminal.ConsoleProgress() as watching:
         for number in range(9):
-            watching.trial_ended(a_trial(number, 3.0), number + 1, 26)
+            watching.trial_finished(a_trial(number, 3.0), number + 1, 26)
     last = " ".join(console.file.getvalue().rpartition("9/26")[2].split())
     assert "best 3.0000 nats per token at a 0.50, b 0.50; 30 trials a minute, 34 s left at most" in last
     assert "…" not in console.file.getvalue()
@@ -156,8 +160,15 @@ def test_quiet_says_nothing_but_answers(capsys):
     assert json.loads(told.out) == {"answer": 1} and told.err == "a mistake\n"
 
 
-def test_work_that_goes_on_is_a_line_where_there_is_no_terminal(capsys):
-    with terminal.Progressing() as watching:
-        watching.milestone("loading 5 checkpoints ...")
-        watching.milestone("loaded")
+def test_work_without_a_total_is_a_line_where_there_is_no_terminal(capsys):
+    with terminal.ConsoleProgress() as watching:
+        with watching.phase("loading 5 checkpoints"):
+            pass
+        watching.note("loaded")
     assert capsys.readouterr().out == "loading 5 checkpoints ...\nloaded\n"
+
+
+def test_warnings_are_marked_wherever_they_come_from(capsys):
+    with terminal.ConsoleProgress() as watching:
+        watching.warning("[base] is odd")
+    assert capsys.readouterr().out == "warning: [base] is odd\n"

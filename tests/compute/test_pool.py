@@ -11,6 +11,7 @@ import stub_workers
 from dem_opt.compute import ATTEMPTS, InProcessCompute, RayCompute, ray_pool
 from dem_opt.config import ComputeSection
 from dem_opt.errors import InputError
+from dem_opt.progress import NullProgress
 from dem_opt.types import Composite, Evaluation, Failure, Request, StoredModel, WorkerSpec
 
 
@@ -33,7 +34,7 @@ def compute(request):
 def gather(compute, build, count: int, path: Path = Path("nowhere")) -> dict:
     """All answers by ticket, asserting that each comes once."""
     answers = {}
-    with compute, closing(compute.workers(build, spec(path), print)) as pool:
+    with compute, closing(compute.workers(build, spec(path), NullProgress())) as pool:
         for request in requests(count):
             pool.submit(request)
         while len(answers) < count:
@@ -117,7 +118,7 @@ def test_a_resident_that_hangs_is_replaced_and_its_request_sent_again(ray_sessio
 
 
 def test_what_nobody_works_on_can_be_taken_back(compute):
-    with compute, closing(compute.workers(stub_workers.Echo, spec(), print)) as pool:
+    with compute, closing(compute.workers(stub_workers.Echo, spec(), NullProgress())) as pool:
         for request in requests(8):
             pool.submit(request)
         withdrawn, answered = pool.withdraw(), set()
@@ -141,10 +142,10 @@ def test_more_residents_than_cpus_are_refused(ray_session):
 
 def test_residents_that_find_no_room_are_told_in_time(ray_session):
     first = RayCompute(ComputeSection(workers=1))
-    with first, closing(first.workers(stub_workers.Echo, spec(), print)):
+    with first, closing(first.workers(stub_workers.Echo, spec(), NullProgress())):
         late = RayCompute(ComputeSection(workers=2, patience=0.5))
         with pytest.raises(InputError, match=r"compute.patience = 0.5: 2 of 2 workers were not ready"):
-            late.__enter__().workers(stub_workers.Echo, spec(), print)
+            late.__enter__().workers(stub_workers.Echo, spec(), NullProgress())
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nonsense"])

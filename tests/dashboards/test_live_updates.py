@@ -8,27 +8,13 @@ import optuna
 import pytest
 from optuna.distributions import FloatDistribution
 from optuna_dashboard import _note
+from recorded import RecordedProgress
 from summaries import a_trial
 
 from dem_opt.dashboards.live_updates import SHARES, Board
 from dem_opt.errors import InputError
-from dem_opt.types import TrialRecord
 
 TRIALS = 4
-
-
-class Watching:
-    """An observer that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.told: list[str] = []
-        self.ended: list[int] = []
-
-    def trial_ended(self, record: TrialRecord, done: int, planned: int) -> None:
-        self.ended.append(done)
-
-    def milestone(self, message: str) -> None:
-        self.told.append(message)
 
 
 @pytest.fixture
@@ -66,7 +52,7 @@ def test_every_trial_links_to_its_run_once_and_a_users_note_stays(url: str, note
     study = optuna.load_study(study_name="s", storage=url)
     _note.save_note_with_version(study._storage, study._study_id, study.trials[0]._trial_id, 1, "my own")
     study._storage.remove_session()
-    with Board(url, Watching(), lambda pages: None) as board:
+    with Board(url, RecordedProgress(), lambda pages: None) as board:
         board.link("s", {1: "http://here/1"}, "http://here/study")
         board.link("s", {number: f"http://here/{number}" for number in range(TRIALS)}, "http://here/study")
         board.link("s", {number: "http://elsewhere/" for number in range(TRIALS)}, "http://here/study")
@@ -77,23 +63,23 @@ def test_every_trial_links_to_its_run_once_and_a_users_note_stays(url: str, note
 
 
 def test_links_of_an_unknown_study_are_the_callers_failure(url: str) -> None:
-    with Board(url, Watching(), lambda pages: None) as board, pytest.raises(KeyError):
+    with Board(url, RecordedProgress(), lambda pages: None) as board, pytest.raises(KeyError):
         board.link("another", {0: "http://here/0"}, "http://here/")
 
 
 def run(board: Board, planned: int, study: str = "s") -> None:
     """Trials that end, each when what it set off is drawn."""
     for done in range(1, planned + 1):
-        board.trial_ended(a_trial(done, 1.0), done, planned)
+        board.trial_finished(a_trial(done, 1.0), done, planned)
         if board._drawing is not None:
             board._drawing.result()
 
 
 def test_figures_are_drawn_at_milestones_and_not_for_each_trial(tmp_path: Path) -> None:
-    watching, shown = Watching(), []
+    watching, shown = RecordedProgress(), []
     with Board(f"sqlite:///{tmp_path}/none.db", watching, lambda pages: shown.append(dict(pages))) as board:
         run(board, 100)
-    assert len(shown) == len(SHARES) and watching.ended == list(range(1, 101)) and watching.told == []
+    assert len(shown) == len(SHARES) and watching.done == list(range(1, 101)) and watching.warnings == []
 
 
 def test_a_drawing_that_is_slow_is_waited_for_by_nobody(tmp_path: Path) -> None:
@@ -104,13 +90,13 @@ def test_a_drawing_that_is_slow_is_waited_for_by_nobody(tmp_path: Path) -> None:
         go_on.wait(60)
         shown.append(1)
 
-    with Board(f"sqlite:///{tmp_path}/none.db", Watching(), show) as board:
+    with Board(f"sqlite:///{tmp_path}/none.db", RecordedProgress(), show) as board:
         for done in range(1, 61):
-            board.trial_ended(a_trial(done, 1.0), done, 100)
+            board.trial_finished(a_trial(done, 1.0), done, 100)
         go_on.set()
         assert board._drawing is not None
         board._drawing.result()
-        board.trial_ended(a_trial(61, 1.0), 61, 100)
+        board.trial_finished(a_trial(61, 1.0), 61, 100)
         board._drawing.result()
     assert len(shown) == 2
 
@@ -119,11 +105,11 @@ def test_a_drawing_that_fails_is_told_once_and_stops_nothing(tmp_path: Path) -> 
     def fail(pages: Mapping[str, str]) -> None:
         raise OSError("the disk is\nfull")
 
-    watching = Watching()
+    watching = RecordedProgress()
     with Board(f"sqlite:///{tmp_path}/none.db", watching, fail) as board:
         run(board, 100)
-    (told,) = watching.told
-    assert "OSError: the disk is" in told and "\n" not in told and watching.ended == list(range(1, 101))
+    (told,) = watching.warnings
+    assert "OSError: the disk is" in told and "\n" not in told and watching.done == list(range(1, 101))
 
 
 def test_before_there_is_anything_to_draw_the_next_trial_tries_again(tmp_path: Path) -> None:
@@ -134,7 +120,7 @@ def test_before_there_is_anything_to_draw_the_next_trial_tries_again(tmp_path: P
         if len(asked) < 3:
             raise InputError("study", None, None, "nothing is measured yet")
 
-    watching = Watching()
+    watching = RecordedProgress()
     with Board(f"sqlite:///{tmp_path}/none.db", watching, show) as board:
         run(board, 100)
-    assert watching.told == [] and len(asked) == 2 + len(SHARES)
+    assert watching.warnings == [] and len(asked) == 2 + len(SHARES)

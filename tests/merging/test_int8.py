@@ -7,6 +7,7 @@ import test_adapters
 import test_study
 import torch
 import worlds
+from recorded import RecordedProgress
 from test_merged_model import ARCHITECTURES, UNITS, World, assert_same_bits, losses, reduced, values
 from untracked import nowhere
 
@@ -186,13 +187,13 @@ def untracked(monkeypatch):
 
 
 def test_a_study_of_compressed_vectors_tells_what_they_cost_and_exports_the_full_ones(tmp_path, untracked):
-    path, seen = worlds.study(tmp_path), test_study.Witness()
+    path, seen = worlds.study(tmp_path), RecordedProgress()
     configured(path, vectors="int8")
     winner = test_study.open_study(path, seen).run()
-    (told,) = (line for line in seen.lines if "vectors change the NLL" in line)
+    (told,) = (line for line in seen.notes if "vectors change the NLL" in line)
     assert told.startswith("int8 vectors change the NLL by ") and "(4)" in told
     champion = test_study.open_study(path, seen).export(tmp_path / "out")
-    assert seen.lines[-1] == told and champion.result.objective == winner.objective
+    assert seen.notes[-1] == told and champion.result.objective == winner.objective
     assert champion.exported.objective != winner.objective
     assert champion.exported.objective["search"] == pytest.approx(winner.objective["search"], rel=1e-2)
     configured(path, vectors="exact")

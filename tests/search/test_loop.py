@@ -9,8 +9,8 @@ from untracked import Untracked
 
 from dem_opt.config import load
 from dem_opt.evaluation.worker import build
-from dem_opt.observers import NullProgress
 from dem_opt.planning.inputs import gather
+from dem_opt.progress import NullProgress
 from dem_opt.search.loop import Driver
 from dem_opt.search.optuna_study import Search
 from dem_opt.storage.engine import connect

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import worlds
 import yaml
+from recorded import RecordedProgress
 from untracked import nowhere
 
 from dem_opt.compute import InProcessCompute
@@ -33,26 +34,12 @@ def untracked(monkeypatch):
     monkeypatch.setattr(Study, "_tracker", nowhere)
 
 
-class Witness:
-    """An observer that remembers."""
-
-    def __init__(self):
-        self.records: list[TrialRecord] = []
-        self.lines: list[str] = []
-
-    def trial_ended(self, record, done, planned):
-        self.records.append(record)
-
-    def milestone(self, message):
-        self.lines.append(message)
-
-
-def make(folder: Path, observer=None, names=NAMES, **sections) -> Study:
+def make(folder: Path, progress=None, names=NAMES, **sections) -> Study:
     """A study of 16 windows, so that races have eight looks."""
     search = {"algorithm": "simplex-gp", "trials": 12, "lookahead": 0} | sections.pop("search", {})
     evaluation = {"window": 32, "windows": WINDOWS, "held_out": 4}
     path = worlds.study(folder, names, search=search, evaluation=evaluation, **sections)
-    return Study.load(path, observer, InProcessCompute())
+    return Study.load(path, progress, InProcessCompute())
 
 
 def of(study: Study):
@@ -71,7 +58,7 @@ def windows_of(record: TrialRecord) -> set[int]:
 
 @pytest.mark.parametrize("algorithm", ["simplex-gp", "random", "tpe", "cmaes"])
 def test_a_trial_that_loses_its_race_is_charged_for_what_it_was_shown(tmp_path, algorithm):
-    watching = Witness()
+    watching = RecordedProgress()
     study = make(tmp_path, watching, search={"algorithm": algorithm, "trials": 14})
     study.run()
     identity, ledger = of(study)
@@ -89,7 +76,7 @@ def test_a_trial_that_loses_its_race_is_charged_for_what_it_was_shown(tmp_path, 
 
 def test_a_promising_trial_that_was_stopped_is_completed_and_may_win(tmp_path):
     """What was seen of it is not measured again."""
-    watching = Witness()
+    watching = RecordedProgress()
     study = make(tmp_path, watching, search={"trials": 16})
     winner = study.run()
     first: dict[Coefficients, TrialRecord] = {}
@@ -105,7 +92,7 @@ def test_a_promising_trial_that_was_stopped_is_completed_and_may_win(tmp_path):
 
 
 def test_landmarks_and_the_grid_are_never_stopped(tmp_path):
-    watching = Witness()
+    watching = RecordedProgress()
     study = make(tmp_path, watching, search={"divisions": 4})
     study.compare(["simplex-gp", "grid"])
     landmarks = set(study.config.space.landmarks())
@@ -116,7 +103,7 @@ def test_landmarks_and_the_grid_are_never_stopped(tmp_path):
 
 def test_an_estimate_is_the_control_s_objective_and_the_mean_paired_difference(tmp_path):
     """By hand for equal weights: of each distribution, sums of nats over sums of tokens."""
-    watching = Witness()
+    watching = RecordedProgress()
     study = make(tmp_path, watching)
     study.run()
     identity, ledger = of(study)
@@ -150,7 +137,7 @@ def test_a_partial_trial_never_wins(tmp_path):
 
 @pytest.mark.parametrize("racing", [True, False])
 def test_what_is_read_back_is_what_was_told(tmp_path, racing):
-    watching = Witness()
+    watching = RecordedProgress()
     study = make(tmp_path, watching, search={"racing": racing})
     study.run()
     read = study.summary().trials["simplex-gp"]
@@ -162,7 +149,7 @@ def test_what_is_read_back_is_what_was_told(tmp_path, racing):
 def test_a_study_proposes_the_same_whatever_the_ledger_has(tmp_path, gradients, monkeypatch):
     """A grid over the same ledger first, and one study of the same name twice in another database."""
     settings = {"search": {"gradients": gradients, "trials": 9}}
-    alone, beside = Witness(), Witness()
+    alone, beside = RecordedProgress(), RecordedProgress()
     make(tmp_path / "alone", alone, **settings).run()
     study = make(tmp_path / "beside", beside, **settings)
     study.compare(["grid"])
@@ -175,7 +162,7 @@ def test_a_study_proposes_the_same_whatever_the_ledger_has(tmp_path, gradients, 
 
 def test_windows_that_were_measured_are_not_measured_again(tmp_path, monkeypatch):
     """A raced trial's composite, asked for whole: only the rest goes through the model."""
-    watching = Witness()
+    watching = RecordedProgress()
     study = make(tmp_path, watching)
     study.run()
     partial = next(record for record in watching.records if record.is_partial)
@@ -210,7 +197,7 @@ def difference_of(study: Study, record: TrialRecord, name: str, step: float = 2e
 
 
 def test_gradients_are_those_of_the_objective(tmp_path):
-    watching = Witness()
+    watching = RecordedProgress()
     study = make(tmp_path, watching, search={"gradients": True, "trials": 7})
     study.compare(["simplex-gp", "gradient"])
     by_search = {
@@ -235,7 +222,7 @@ def test_a_gradient_along_fewer_experts_is_measured_again(tmp_path):
 
 def test_what_is_protected_pulls_on_the_gradient(tmp_path):
     """No corpus may get worse: where one does, ten times its own slope is added."""
-    watching = Witness()
+    watching = RecordedProgress()
     objective = {"weights": {"math": 1}, "protect": dict.fromkeys(NAMES, 0.0)}
     study = make(tmp_path, watching, search={"gradients": True, "trials": 8}, objective=objective)
     study.compare(["simplex-gp", "gradient"])
@@ -255,7 +242,7 @@ def test_what_is_protected_pulls_on_the_gradient(tmp_path):
 
 @pytest.mark.parametrize("algorithm", ["simplex-gp", "random", "grid"])
 def test_the_largest_regret_is_minimized_against_every_own_fine_tune(tmp_path, algorithm):
-    watching = Witness()
+    watching = RecordedProgress()
     study = make(tmp_path, watching, objective={"worst": True}, search={"algorithm": algorithm, "divisions": 4})
     summary = study.compare([algorithm])
     identity, ledger = of(study)
@@ -310,7 +297,7 @@ BUDGETS = [
 
 @pytest.mark.parametrize(("search", "said", "spent"), BUDGETS)
 def test_a_search_says_why_it_stopped(tmp_path, search, said, spent):
-    watching = Witness()
+    watching = RecordedProgress()
     study = make(tmp_path, watching, search={"trials": 100} | search)
     if "minutes" in search:
         study.compare(["grid"])
@@ -318,13 +305,13 @@ def test_a_search_says_why_it_stopped(tmp_path, search, said, spent):
     summary = study.compare(["simplex-gp"])
     assert spent([record for record in watching.records if record.study == "tiny/simplex-gp"])
     assert said in summary.stopped["simplex-gp"] or not summary.trials.get("simplex-gp")
-    assert any("tiny/simplex-gp ended after" in line and said in line for line in watching.lines)
+    assert any("tiny/simplex-gp ended after" in line and said in line for line in watching.notes)
 
 
 @pytest.mark.parametrize("racing", [True, False])
 def test_a_larger_budget_goes_on_where_a_smaller_one_ended(tmp_path, racing):
     """To the same trials, unless the smaller budget's last one completed another."""
-    whole, parts = Witness(), Witness()
+    whole, parts = RecordedProgress(), RecordedProgress()
     make(tmp_path / "whole", whole, search={"trials": 10, "racing": racing}).run()
     make(tmp_path / "parts", parts, search={"trials": 6, "racing": racing}).run()
     make(tmp_path / "parts", parts, search={"trials": 10, "racing": racing}).run()

@@ -4,6 +4,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from recorded import RecordedProgress
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import IntegrityError, OperationalError, SQLAlchemyError
 
@@ -37,22 +38,22 @@ class Shaky:
 
 @pytest.mark.parametrize("failures", [0, 1, 5])
 def test_work_is_done_again_until_it_is_done_and_that_is_told_once(failures: int) -> None:
-    said: list[str] = []
-    shaky = Shaky(failures, away(), RetryPolicy("the database X", 60.0, said.append))
+    progress = RecordedProgress()
+    shaky = Shaky(failures, away(), RetryPolicy("the database X", 60.0, progress))
     assert shaky.work(7) == 7 and shaky.calls == failures + 1
     if failures:
-        assert said[0] == "waiting for the database X (database is locked), for at most 60 s"
-        assert len(said) == 2 and said[1].startswith("the database X is back after")
+        assert progress.notes[0] == "waiting for the database X (database is locked), for at most 60 s"
+        assert len(progress.notes) == 2 and progress.notes[1].startswith("the database X is back after")
     else:
-        assert said == []
+        assert progress.notes == []
 
 
 def test_waiting_has_an_end() -> None:
-    said: list[str] = []
-    shaky = Shaky(10**6, away("disk full"), RetryPolicy("the database X", 0.05, said.append))
+    progress = RecordedProgress()
+    shaky = Shaky(10**6, away("disk full"), RetryPolicy("the database X", 0.05, progress))
     with pytest.raises(OutageError, match=r"the database X can't be used \(disk full\); it was waited for for 0.05 s"):
         shaky.work(7)
-    assert len(said) == 1 and shaky.calls > 1
+    assert len(progress.notes) == 1 and shaky.calls > 1
 
 
 def test_without_patience_an_outage_is_told_at_once() -> None:
@@ -108,7 +109,7 @@ def test_a_connection_that_is_lost_in_a_transaction_stays_an_outage_until_it_is_
 
 
 def test_each_reason_is_told_once() -> None:
-    said: list[str] = []
+    progress = RecordedProgress()
     errors = iter([away("restarting"), away("restarting"), away("read-only"), away("restarting")])
 
     def work() -> int:
@@ -116,5 +117,5 @@ def test_each_reason_is_told_once() -> None:
             raise error
         return 7
 
-    assert RetryPolicy("X", 60.0, said.append)(work) == 7
-    assert [line.partition("(")[2].partition(")")[0] for line in said[:-1]] == ["restarting", "read-only"]
+    assert RetryPolicy("X", 60.0, progress)(work) == 7
+    assert [line.partition("(")[2].partition(")")[0] for line in progress.notes[:-1]] == ["restarting", "read-only"]

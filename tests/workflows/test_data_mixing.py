@@ -32,7 +32,7 @@ from dem_opt.dashboards.mixing_plots import mixing_figure, quality_table
 from dem_opt.data.mixtures import Mixture, Part, blend, counts, lattice
 from dem_opt.errors import InputError
 from dem_opt.evaluation.worker import Worker
-from dem_opt.observers import NullProgress
+from dem_opt.progress import NullProgress
 from dem_opt.study import Study
 from dem_opt.types import Windows
 

@@ -14,7 +14,7 @@ from dem_opt.cli.main import main
 from dem_opt.compute import InProcessCompute
 from dem_opt.config import load
 from dem_opt.errors import InputError
-from dem_opt.observers import NullProgress
+from dem_opt.progress import NullProgress
 from dem_opt.study import Study
 from dem_opt.workflows import lm_eval
 from dem_opt.workflows.lm_eval import TaskJob, run_tasks

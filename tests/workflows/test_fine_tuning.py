@@ -30,8 +30,8 @@ from dem_opt.data.mixtures import Mixture, Part
 from dem_opt.data.windows import build_corpora
 from dem_opt.errors import InputError
 from dem_opt.evaluation.nll import prepare, reading, score
-from dem_opt.observers import NullProgress
 from dem_opt.planning.inputs import gather
+from dem_opt.progress import NullProgress
 from dem_opt.study import Study
 from dem_opt.training.fine_tune import FineTuneJob, fine_tune, is_finished, is_wanted, result_of
 from dem_opt.training.trainer import DivergedError, check_trainer

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recorded import RecordedProgress
 from test_fine_tune import TINY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -147,13 +148,13 @@ def test_finished_assets_are_reused_and_half_finished_ones_made_again_to_the_sam
 ) -> None:
     before = contents(study.parent)
     times = {path: path.stat().st_mtime_ns for path in study.parent.rglob("*")}
-    told: list[str] = []
-    assert make_assets(study.parent, 0, told.append, SMALL) == study
+    progress = RecordedProgress()
+    assert make_assets(study.parent, 0, progress, SMALL) == study
     assert {path: path.stat().st_mtime_ns for path in study.parent.rglob("*")} == times
-    assert told == ["data, tokenizer and base are already here"]
+    assert len(progress.notes) == 1 and not progress.phases
     (study.parent / RECORD).write_text("{}", encoding="utf-8")
     (study.parent / "models" / "base" / "model.safetensors").write_bytes(b"half")
-    make_assets(study.parent, 0, told.append, SMALL)
+    make_assets(study.parent, 0, progress, SMALL)
     assert contents(study.parent) == before
 
 

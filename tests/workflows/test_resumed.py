@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import worlds
 from mlflow.tracking import MlflowClient
+from recorded import RecordedProgress
 from sqlalchemy import text
 from untracked import nowhere
 
@@ -14,30 +15,12 @@ from dem_opt.errors import InputError
 from dem_opt.storage.engine import connect
 from dem_opt.storage.leases import holding
 from dem_opt.storage.ledger import Ledger
-from dem_opt.types import TrialRecord
 from dem_opt.workflows.provenance import libraries
 
 
-class Listener:
-    """Keeps what an observer is told."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-        self.records: list[TrialRecord] = []
-
-    def trial_ended(self, record: TrialRecord, done: int, planned: int) -> None:
-        self.records.append(record)
-
-    def milestone(self, message: str) -> None:
-        self.said.append(message)
-
-    def training(self, name: str, step: int, steps: int, loss: float) -> None:
-        raise AssertionError("nothing is trained")
-
-
-def run(path: Path, monkeypatch: pytest.MonkeyPatch) -> Listener:
+def run(path: Path, monkeypatch: pytest.MonkeyPatch) -> RecordedProgress:
     """Runs a study in this process, without MLflow; what it said."""
-    listener = Listener()
+    listener = RecordedProgress()
     with monkeypatch.context() as patch:
         patch.setattr(Study, "_tracker", nowhere)
         Study.load(path, listener, InProcessCompute()).run()
@@ -67,7 +50,7 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_with_the_same_libraries_nothing_is_scored_again(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not [line for line in run(begun, monkeypatch).said if "since the last run" in line]
+    assert not [line for line in run(begun, monkeypatch).notes if "since the last run" in line]
 
 
 @pytest.mark.parametrize("drift", [0.0, 1e-3])
@@ -82,7 +65,9 @@ def test_where_libraries_changed_the_best_is_scored_again_and_a_difference_is_to
     winner = study.summary().winner
     if drift:
         _change_nats(engine, drift)
-    (told,) = [line for line in run(begun, monkeypatch).said if "since the last run" in line]
+    progress = run(begun, monkeypatch)
+    reports = progress.warnings if drift else progress.notes
+    (told,) = [line for line in reports if "since the last run" in line]
     assert f"torch 1.0 -> {libraries()['torch']}" in told
     if drift:
         now = winner.objective["search"]
@@ -113,12 +98,12 @@ def test_another_question_is_refused_while_others_ask_the_old_one(
     engine = connect(postgres_url)
     with holding(engine, "tiny", several=True), pytest.raises(InputError, match="while it is driven by process"):
         run(changed, monkeypatch)
-    assert any("generation 2" in line for line in run(changed, monkeypatch).said)
+    assert any("generation 2" in line for line in run(changed, monkeypatch).notes)
     engine.dispose()
 
 
 def test_what_mlflow_lacks_is_logged_without_scoring(begun: Path) -> None:
-    study = Study.load(begun, Listener(), InProcessCompute())
+    study = Study.load(begun, RecordedProgress(), InProcessCompute())
     assert study.sync() and study.sync()
     client = MlflowClient(study.config.tracking.uri)
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])

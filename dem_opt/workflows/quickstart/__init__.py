@@ -17,6 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dem_opt.progress import NullProgress, Progress
 from dem_opt.workflows.quickstart.further import TASK, service_log, write_task
 from dem_opt.workflows.quickstart.generated import json_record, math_problem
 from dem_opt.workflows.quickstart.library import library_documents, split_modules, topic_documents, within
@@ -77,28 +78,29 @@ Corpora = dict[str, dict[str, list[str]]]
 def make_assets(
     folder: Path,
     seed: int = 0,
-    observer: Callable[[str], None] = lambda line: None,
+    progress: Progress | None = None,
     settings: Settings = QUICKSTART,
 ) -> Path:
     """Make data, tokenizer, base and study file in `folder`, or find them made; return the study file's path.
 
-    The observer is told a line when a part begins.  Finished assets of the same seed and settings are left
+    Finished assets of the same seed and settings are left
     alone, an edited study file too; others, and half-finished ones, are made again.
 
     Raises InputError for a folder that can't be written or that holds other things.
     """
+    progress = progress or NullProgress()
     study = folder / "study.yaml"
     record = {"seed": seed, "settings": asdict(settings), "python": sys.version}
     if _is_finished(folder, record):
-        observer("data, tokenizer and base are already here")
+        progress.note("data, tokenizer and base are already here")
         return study
     _claim(folder)
-    observer("writing data from the standard library and from generators")
+    progress.note("writing data from the standard library and from generators")
     corpora = make_corpora(settings, seed)
     write_corpora(folder / "data", corpora)
     write_corpora(folder / "data", {ADDED: added_corpus(settings, seed)})
     write_task(folder / "tasks", corpora["math"]["held_out"][:QUESTIONS], END)
-    observer(f"training the base on a mixture ({settings.base_steps} steps)")
+    progress.note(f"training the base on a mixture ({settings.base_steps} steps)")
     make_base(folder / "models" / "base", corpora, settings, seed)
     study.write_text(study_text(settings, seed), encoding="utf-8")
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
