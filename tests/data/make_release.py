@@ -37,6 +37,7 @@ from dem_opt.cli.main import main as dem_opt
 from dem_opt.compute import InProcessCompute
 from dem_opt.config import load
 from dem_opt.errors import EvaluationError
+from dem_opt.progress import NullProgress
 from dem_opt.types import Evaluation, Request, TrialRecord, WorkerSpec
 from dem_opt.workflows.lm_eval import harness_version
 from dem_opt.workflows.provenance import libraries
@@ -163,25 +164,22 @@ class FailingCompute:
     def __exit__(self, *exception: object) -> None:
         return None
 
-    def workers(self, build: Any, spec: WorkerSpec, tell: Any) -> Any:
+    def workers(self, build: Any, spec: WorkerSpec, progress: Any) -> Any:
         """One worker."""
-        return InProcessCompute().workers(lambda spec: Failing(build(spec)), spec, tell)
+        return InProcessCompute().workers(lambda spec: Failing(build(spec)), spec, progress)
 
 
-class Killing:
+class Killing(NullProgress):
     """Ends the process, as a kill would, at the second trial that is told."""
 
     def __init__(self) -> None:
         self._trials = 0
 
-    def trial_ended(self, record: TrialRecord, done: int, planned: int) -> None:
+    def trial_finished(self, record: TrialRecord, done: int, planned: int) -> None:
         """A trial was told; the next one is in hand."""
         self._trials += 1
         if self._trials == 2:
             os._exit(9)
-
-    def milestone(self, message: str) -> None:
-        """Nothing."""
 
 
 def drive_and_die(path: Path) -> None:
