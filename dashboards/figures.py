@@ -19,10 +19,10 @@ from dem_opt.dashboards.heat_maps import (
     price_heat_map,
     worth_heat_map,
 )
-from dem_opt.dashboards.history import coefficients_over_time, utilisation_over_time
 from dem_opt.dashboards.regret_plots import best_so_far, comparison_figure
 from dem_opt.dashboards.simplex_map import simplex_map
 from dem_opt.dashboards.surrogate_map import surrogate_map
+from dem_opt.dashboards.timelines import coefficients_over_time, utilisation_over_time
 from dem_opt.types import HELD_OUT, SEARCH, Summary
 
 

@@ -1,134 +1,150 @@
-"""What searches found for what they spent: the best so far, and regret over algorithms and seeds."""
+"""Quality against cost: the best objective so far of each run, and regret over algorithms and seeds."""
 
 from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
 from dem_opt.analysis.regret import Comparison, Regret, Row, Run, compare
-from dem_opt.dashboards.style import MOST_POINTS, color, finish, label, objective_words, rgba, say_nothing, spread
+from dem_opt.dashboards.style import (
+    MAX_POINTS,
+    color,
+    evenly_spaced,
+    finish,
+    label,
+    objective_words,
+    rgba,
+    show_message,
+)
 from dem_opt.types import Summary
 
 FLOOR = 1e-5
-"""Regrets in nats per token below this are drawn as this: so many windows as tell them apart nobody scores."""
+"""Smallest regret drawn on the log axis, in nats per token; no evaluation has enough windows to resolve less."""
+
+NOTHING = "no trial has been fully scored"
+FORWARD_EQUIVALENT = "One forward-equivalent (FE) is one full pass over the search split"
 
 
 def best_so_far(summary: Summary) -> go.Figure:
-    """Best objective of whole trials on the search split (nats per token) against forward-equivalents, a line a run.
+    """Draw the best objective on the search split (nats per token) against forward-equivalents, a line for each run.
 
-    Where protected corpora got worse than they may, the objective is that with the penalty.  Trials that were stopped
-    cost what was measured of them and are never the best.
-    The grid has no order of its own: its line is the expectation over all orders, `expected_best`.
+    Only fully scored trials count; a trial that was stopped early costs its share of the windows and is never the
+    best.  Where protected corpora exceed their allowance, the objective includes the penalty.  The grid has no order
+    of its own: its line is the expectation over all orders of its points (`analysis.regret.expected_best`).
     """
-    figure, words = go.Figure(), []
+    figure, endpoints = go.Figure(), []
     for row in compare(summary).rows:
-        found = [run for run in row.runs if run.spent_S]
-        for run in found:
-            _add_run(figure, run, row.is_expected, is_first=run is found[0])
-            words.append(f"{run.name} reached {run.best_S[-1]:.4f} for {run.forwards:.1f} forward-equivalents")
-    what = objective_words(summary)
-    _cost_axis(figure)
-    figure.update_yaxes(title=f"best {what} so far (nats per token)")
-    if not words:
-        say_nothing(figure, "no trial was scored whole")
+        scored_runs = [run for run in row.runs if run.spent_S]
+        for index, run in enumerate(scored_runs):
+            _add_run(figure, run, row.is_expected, is_first=index == 0)
+            endpoints.append(f"{run.name} reached {run.best_S[-1]:.4f} after {run.forwards:.1f} forward-equivalents")
+    objective = objective_words(summary)
+    _set_cost_axis(figure)
+    figure.update_yaxes(title=f"best {objective} so far (nats per token)")
+    if not endpoints:
+        show_message(figure, NOTHING)
     reading = (
-        f"The lowest {what} on the search split that a search had found for so many forward-equivalents (full passes "
-        "over the search split). Trials that were stopped count by their windows, and are never the best."
+        f"Lowest {objective} on the search split found so far, against the cost of the search. {FORWARD_EQUIVALENT}; "
+        "a trial that was stopped early costs its share of the windows and is never the best."
     )
-    description = f"The {what} in nats per token: {'; '.join(words) or 'no trial was scored whole'}."
+    description = f"Best {objective} in nats per token: {'; '.join(endpoints) or NOTHING}."
     return finish(figure, "Best so far", reading, description, 420)
 
 
 def comparison_figure(comparison: Comparison) -> go.Figure:
-    """Median regret over runs (nats per token, log scale, from FLOOR) against forward-equivalents, with quartiles.
+    """Draw median regret over runs (nats per token, log scale, at least FLOOR) against forward-equivalents.
 
-    A line an algorithm, a band between its quartiles where it has several runs; the grid's line is dashed, the mean
-    over all orders of its points.
+    A line for each algorithm, with a band between the quartiles if it has several runs; the grid's line is dashed:
+    the mean over all orders of its points.
     """
-    figure, words = go.Figure(), []
+    figure, endpoints = go.Figure(), []
     drawn = [row for row in comparison.rows if row.curve]
     for row in drawn:
-        curve = [row.curve[place] for place in spread(len(row.curve), MOST_POINTS)]
+        curve = _thinned(row.curve)
         if curve[0].low is not None:
             _add_band(figure, row, curve)
     for row in drawn:
         _add_median(figure, row)
         last = row.curve[-1]
-        words.append(f"{row.algorithm} {last.median:.4f} for {last.forwards:.1f} forward-equivalents")
-    _cost_axis(figure)
+        endpoints.append(f"{row.algorithm} {last.median:.4f} after {last.forwards:.1f} forward-equivalents")
+    _set_cost_axis(figure)
     ticks = [digit * 10.0**power for power in range(-5, 3) for digit in (1, 3)]
     title = {"text": "regret (nats per token, log scale)", "standoff": 12}
     figure.update_yaxes(title=title, type="log", tickvals=ticks, tickformat="~g")
-    if not words:
-        say_nothing(figure, "no trial was scored whole")
+    if not endpoints:
+        show_message(figure, NOTHING)
     reading = (
-        "Regret: the best whole trial's objective on the search split minus the lowest that any search found. Lines "
-        "are medians over runs, bands reach from the lower to the upper quartile. Dashed: the mean over all orders of "
-        f"the grid's points. Regrets below {FLOOR:.5f} nats per token are drawn at {FLOOR:.5f}. A forward-equivalent "
-        "is one full pass over the search split; a search that ended keeps what it had."
+        "Regret: best fully scored objective so far minus the lowest that any run found, on the search split. Lines: "
+        "median over runs; bands: lower to upper quartile; dashed: mean over all orders of the grid's points. Regret "
+        f"below {FLOOR:.5f} nats per token is drawn at {FLOOR:.5f}. {FORWARD_EQUIVALENT}; a run that has ended keeps "
+        "its last value."
     )
-    description = f"Median regret in nats per token: {'; '.join(words) or 'no trial was scored whole'}."
+    description = f"Median regret in nats per token: {'; '.join(endpoints) or NOTHING}."
     return finish(figure, "Regret against cost", reading, description, 440)
 
 
 def _add_run(figure: go.Figure, run: Run, is_expected: bool, is_first: bool) -> None:
-    """One run's line, in steps, or the grid's expectation; runs of one algorithm share an entry of the legend."""
-    places = spread(len(run.spent_S), MOST_POINTS)
+    """Add a run's step function, or the grid's expectation; runs of one algorithm share a legend entry."""
+    indices = evenly_spaced(len(run.spent_S), MAX_POINTS)
     figure.add_scatter(
-        x=[round(run.spent_S[place], 4) for place in places],
-        y=[round(run.best_S[place], 6) for place in places],
+        x=[round(run.spent_S[index], 4) for index in indices],
+        y=[round(run.best_S[index], 6) for index in indices],
         name=label(run.algorithm) + (" (mean over orders)" if is_expected else ""),
-        mode="lines+markers" if len(places) == 1 else "lines",
+        mode="lines+markers" if len(indices) == 1 else "lines",
         legendgroup=label(run.algorithm),
         showlegend=is_first,
         line=_line(run.algorithm, is_expected) | {"width": 2.5 if is_first else 1.5},
-        hovertemplate="%{y:.4f} after %{x}<extra></extra>",
+        hovertemplate="%{y:.4f} nats per token after %{x} FE<extra></extra>",
     )
 
 
 def _add_median(figure: go.Figure, row: Row) -> None:
-    curve = [row.curve[place] for place in spread(len(row.curve), MOST_POINTS)]
+    curve = _thinned(row.curve)
     figure.add_scatter(
         x=_costs(curve),
-        y=[_drawn(regret.median) for regret in curve],
-        name=label(row.algorithm) + _runs(row),
+        y=[_floored(regret.median) for regret in curve],
+        name=label(row.algorithm) + _runs_suffix(row),
         mode="lines+markers" if len(curve) == 1 else "lines",
         legendgroup=label(row.algorithm),
         line=_line(row.algorithm, row.is_expected) | {"width": 2.5},
-        hovertemplate="%{y:.2g} after %{x}<extra></extra>",
+        hovertemplate="%{y:.2g} nats per token after %{x} FE<extra></extra>",
     )
 
 
 def _add_band(figure: go.Figure, row: Row, curve: Sequence[Regret]) -> None:
-    """The area between the quartiles: the upper edge, then the lower one filled up to it."""
+    """Fill the area between the quartiles: the upper edge, then the lower one filled up to it."""
     common = {"mode": "lines", "legendgroup": label(row.algorithm), "showlegend": False, "hoverinfo": "skip"}
     line = _line(row.algorithm, row.is_expected) | {"width": 0}
-    figure.add_scatter(x=_costs(curve), y=[_drawn(regret.high) for regret in curve], line=line, **common)
-    lower = [_drawn(regret.low) for regret in curve]
+    figure.add_scatter(x=_costs(curve), y=[_floored(regret.high) for regret in curve], line=line, **common)
+    lower = [_floored(regret.low) for regret in curve]
     figure.add_scatter(
         x=_costs(curve), y=lower, line=line, fill="tonexty", fillcolor=rgba(color(row.algorithm), 0.18), **common
     )
 
 
-def _runs(row: Row) -> str:
+def _runs_suffix(row: Row) -> str:
     if row.is_expected:
         return " (mean over orders)"
     return f" ({len(row.runs)} runs)" if len(row.runs) > 1 else ""
 
 
 def _line(algorithm: str, is_expected: bool) -> dict[str, str | float]:
-    """Steps of what was found; dashes from point to point for a mean that no search went through."""
+    """Return steps for values that a run observed, and dashes between points for an expectation."""
     shape = {"shape": "linear", "dash": "dash"} if is_expected else {"shape": "hv"}
     return {"color": color(algorithm), **shape}
+
+
+def _thinned(curve: Sequence[Regret]) -> list[Regret]:
+    return [curve[index] for index in evenly_spaced(len(curve), MAX_POINTS)]
 
 
 def _costs(curve: Sequence[Regret]) -> list[float]:
     return [round(regret.forwards, 4) for regret in curve]
 
 
-def _drawn(regret: float | None) -> float:
+def _floored(regret: float | None) -> float:
     return max(FLOOR, round(regret or 0.0, 7))
 
 
-def _cost_axis(figure: go.Figure) -> None:
+def _set_cost_axis(figure: go.Figure) -> None:
     ticks = [digit * 10**power for power in range(7) for digit in (1, 2, 5)]
     figure.update_xaxes(title="forward-equivalents spent (log scale)", type="log", tickvals=ticks)

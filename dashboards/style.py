@@ -1,6 +1,6 @@
-"""What all figures share: one palette, how names are shown, the words a figure carries."""
+"""The look that all figures share: one palette, how names and numbers are shown, a figure's title and captions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -21,7 +21,7 @@ ALGORITHM_COLORS = {
     "cmaes": "#CC79A7",
     "gradient": "#3D9FD8",
 }
-"""Okabe and Ito's colours, orange and sky blue darkened to be seen on white; vermillion is the winner's."""
+"""Okabe and Ito's palette, safe for colour-blind readers; orange and sky blue are darkened for white paper."""
 
 OTHER_ALGORITHM = "#332288"
 SYMBOLS = {
@@ -34,116 +34,144 @@ SYMBOLS = {
 }
 OUTLINE = "#7F7F7F"
 WINNER = "#D55E00"
+"""Okabe and Ito's vermillion, which no algorithm has."""
+
+OPTIMUM = WINNER
+"""The surrogate's optimum shares the winner's colour; its marker is an open diamond."""
 
 DISTRIBUTION_COLORS = (
     *("#4477AA", "#CC6677", "#117733", "#DDCC77", "#88CCEE"),
     *("#AA4499", "#44AA99", "#999933", "#882255"),
     *("#6F8FA8", "#B08D57", "#5D4FC4"),
 )
-"""Tol's muted colours and three between them, in the study file's order; repeated after twelve."""
+"""Tol's muted palette and three colours between, in the study file's order; they repeat after twelve."""
 
-DIVERGING = ((0.0, "#5AAEE8"), (0.5, "#F7F7F7"), (1.0, "#E69F4C"))
-"""Blue where the NLL fell, orange where it rose: told apart with any colour vision, light behind numbers."""
+CHANGE_COLORS = ((0.0, "#5AAEE8"), (0.5, "#F7F7F7"), (1.0, "#E69F4C"))
+"""Blue where the NLL fell, orange where it rose; light enough for black numbers on top."""
 
-ALIKE = ((0.0, "#BC9BDD"), (0.5, "#F7F7F7"), (1.0, "#7CC4A4"))
-"""Cosines: violet where vectors oppose each other, green where they agree."""
+COSINE_COLORS = ((0.0, "#BC9BDD"), (0.5, "#F7F7F7"), (1.0, "#7CC4A4"))
+"""Violet for opposed vectors (-1), green for aligned ones (1)."""
 
-TIMES = {"scoring": "#5F7D95", "merging": "#A9BCCB", "waiting": "#E2C39A"}
-"""What a worker's seconds go into."""
+OBJECTIVE_COLORS = ((0.0, "#2F6FDB"), (0.5, "#9A9CA3"), (1.0, "#F2D16B"))
+"""Blue for a low objective, yellow for a high one, through grey: visible on white and on black."""
 
-UTILISATION = "#B0359E"
-OPTIMUM = "#D55E00"
-"""The surrogate's optimum, in the winner's colour: an open diamond."""
+ACTIVITY_COLORS = {"scoring": "#5F7D95", "merging": "#A9BCCB", "idle": "#E2C39A"}
+UTILIZATION = "#B0359E"
 
-SEQUENTIAL = ((0.0, "#2F6FDB"), (0.5, "#9A9CA3"), (1.0, "#F2D16B"))
-"""Low NLL blue, high NLL yellow, by way of grey: seen on white and on black."""
-
-MOST_POINTS = 1000
-"""Points drawn of one algorithm at most, in any figure."""
+MAX_POINTS = 1000
+"""Points drawn for one algorithm, in any figure."""
 
 ABSENT = "-"
-"""A value that was not measured."""
+"""Shown for a value that was not measured."""
 
 
 def color(run: str) -> str:
-    """The colour of a run's algorithm."""
+    """Return the colour of a run's algorithm."""
     return ALGORITHM_COLORS.get(algorithm_of(run), OTHER_ALGORITHM)
 
 
 def rgba(hexadecimal: str, opacity: float) -> str:
-    """A colour of the palette, seen through."""
-    red, green, blue = (int(hexadecimal[place : place + 2], 16) for place in (1, 3, 5))
+    """Return a palette colour with an opacity."""
+    red, green, blue = (int(hexadecimal[start : start + 2], 16) for start in (1, 3, 5))
     return f"rgba({red},{green},{blue},{opacity})"
 
 
 def objective_words(summary: Summary) -> str:
-    """What the study minimizes, in nats per token."""
+    """Name the quantity that the study minimizes, which is in nats per token."""
     return "largest regret" if summary.worst else "mean NLL"
 
 
 def label(name: str, length: int = 22) -> str:
-    """A user's name as plotly, which reads tags and $TeX$ in every text, is to show it; cut in the middle."""
+    """Escape a user's name for plotly, which interprets tags and $TeX$ in every text, and shorten it in the middle."""
     return escape(shorten(name, length), quote=False).replace("$", "&#36;")
 
 
 def is_base(coefficients: Coefficients) -> bool:
-    """Whether no vector is added."""
+    """Return whether all coefficients are 0, so that the composite is the base."""
     return not any(coefficients.units.values())
 
 
-def told(coefficients: Coefficients | None) -> str:
-    """Coefficients above 0 in one line of plain text."""
+def coefficients_text(coefficients: Coefficients | None) -> str:
+    """List the non-zero coefficients on one line of plain text."""
     if coefficients is None or is_base(coefficients):
-        return "the base alone"
+        return "base only"
     return ", ".join(f"{shorten(name, 16)} {weight:.3f}" for name, weight in coefficients.weights.items() if weight)
 
 
 def proportions(coefficients: Coefficients) -> dict[str, float]:
-    """Coefficients over their sum, by distribution; equal parts for the base alone, which has none."""
+    """Divide coefficients by their sum; equal proportions for the base, whose sum is 0."""
     units = coefficients.units
     total = sum(units.values())
-    return {name: each / total if total else 1 / len(units) for name, each in units.items()}
+    return {name: amount / total if total else 1 / len(units) for name, amount in units.items()}
 
 
 def distribution_colors(names: Sequence[str]) -> dict[str, str]:
-    """A colour for each distribution, by its place in the study file."""
-    return {name: DISTRIBUTION_COLORS[place % len(DISTRIBUTION_COLORS)] for place, name in enumerate(names)}
+    """Assign a colour to each distribution, by its position in the study file."""
+    return {name: DISTRIBUTION_COLORS[index % len(DISTRIBUTION_COLORS)] for index, name in enumerate(names)}
 
 
 def signed(value: float | None) -> str:
-    """A difference to three decimals."""
+    """Format a difference with its sign and three decimals."""
     return ABSENT if value is None else f"{value:+.3f}"
 
 
 def name_ticks(names: Sequence[str]) -> dict[str, Any]:
-    """An axis of names at 0, 1, 2...: numbers as positions, so that names which look alike do not merge."""
-    places, texts = list(range(len(names))), [label(name) for name in names]
-    return {"tickmode": "array", "tickvals": places, "ticktext": texts, "showgrid": False}
+    """Return axis settings that place names at 0, 1, 2, ...
+
+    Numeric positions keep apart two names that look alike once shortened; as categories they would merge.
+    """
+    return {
+        "tickmode": "array",
+        "tickvals": list(range(len(names))),
+        "ticktext": [label(name) for name in names],
+        "showgrid": False,
+    }
 
 
-def spread(count: int, most: int) -> NDArray[np.int64]:
-    """Indices below `count`: all of them, or `most` evenly spread with both ends."""
+def evenly_spaced(count: int, most: int) -> NDArray[np.int64]:
+    """Return indices below `count`: all of them, or `most` evenly spaced ones that include both ends."""
     indices: NDArray[np.int64] = np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
     return indices
 
 
-def say_nothing(figure: go.Figure, why: str) -> None:
-    """Words in the middle of a figure that has nothing to draw, and no axes."""
+def show_message(figure: go.Figure, message: str) -> None:
+    """Hide the axes of a figure without data and write a message in its middle."""
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False)
-    place = {"xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5}
-    figure.add_annotation(text=why, showarrow=False, **place)
+    figure.add_annotation(text=message, showarrow=False, xref="paper", yref="paper", x=0.5, y=0.5)
+
+
+def objective_axis(summary: Summary, objectives: Sequence[float]) -> dict[str, Any]:
+    """Return the colour axis of objectives, saturated above their third quartile to resolve the best region."""
+    low, high = (min(objectives), float(np.quantile(objectives, 0.75))) if objectives else (0.0, 1.0)
+    title = {"text": f"{objective_words(summary)} (nats per token)", "side": "top"}
+    bar = {"title": title, "orientation": "h", "y": -0.2, "yanchor": "top", "thickness": 10}
+    return {"colorscale": OBJECTIVE_COLORS, "cmin": low, "cmax": max(high, low + 1e-6), "colorbar": bar}
+
+
+def ternary_axes(corners: Mapping[str, str], total: float) -> dict[str, Any]:
+    """Return the layout of a ternary plot.
+
+    Args:
+        corners: The distribution at each of plotly's corners a, b and c.
+        total: The sum of the three coordinates.
+    """
+    frame = {"sum": total, "bgcolor": "rgba(0,0,0,0)", "domain": {"x": [0.08, 0.92]}}
+    return frame | {f"{corner}axis": {"title": {"text": label(name)}, "nticks": 5} for corner, name in corners.items()}
 
 
 def finish(
     figure: go.Figure, title: str, reading: str, description: str, height: int, least_width: int = 0
 ) -> go.Figure:
-    """The figure with its title, its words and the common look.
+    """Apply the common look to a figure and attach its title and texts.
 
-    reading      how the figure is read; a caption
-    description  what it shows; a text alternative
-    height       pixels; above some 450, Optuna Dashboard cuts a plot off
-    least_width  pixels below which its texts would overlap: a page scrolls it
+    Args:
+        figure: The figure, which is changed and returned.
+        title: Its title.
+        reading: How to read it; becomes the caption.
+        description: Its content in words; becomes the text alternative.
+        height: Pixels. Optuna Dashboard cuts off figures higher than about 450.
+        least_width: Pixels below which texts would overlap; a narrower page scrolls the figure.
     """
     axis = {"gridcolor": "#E3E3E3", "zeroline": False, "linecolor": "#9A9A9A", "automargin": True}
     has_legend = any(trace.name for trace in figure.data)

@@ -1,36 +1,70 @@
-"""A slice through the simplex of more than three distributions: the surrogate's mean over three of them."""
+"""The surrogate's mean over three distributions, and the marker of its optimum."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import plotly.graph_objects as go
 
-from dem_opt.dashboards.simplex_map import objective_axis
-from dem_opt.dashboards.style import finish, label, objective_words, say_nothing, told
-from dem_opt.dashboards.surrogate_marks import diamond, draw_belief
+from dem_opt.dashboards.style import (
+    OPTIMUM,
+    coefficients_text,
+    finish,
+    label,
+    objective_axis,
+    objective_words,
+    proportions,
+    show_message,
+    ternary_axes,
+)
+from dem_opt.insight import Surrogate
 from dem_opt.types import Summary
+
+TITLE = "Surrogate: slice through its optimum"
 
 
 def surrogate_map(summary: Summary) -> go.Figure:
-    """The surrogate's mean over the three distributions of which its optimum has most, the others as they are there."""
-    believed = summary.surrogate
-    if believed is None or len(believed.names) != 3:
-        figure = go.Figure()
-        say_nothing(figure, "no surrogate, or fewer than three distributions")
-        return finish(figure, "Surrogate", "Nothing to draw.", "Nothing to draw.", 450)
-    corners = dict(zip("abc", believed.names, strict=True))
-    optimum = believed.optimum.weights
-    figure = go.Figure()
-    draw_belief(figure, believed, corners)
-    figure.data[0].marker.opacity = 0.9
-    at = {corner: [optimum[name]] for corner, name in corners.items()}
-    figure.add_scatterternary(**at, cliponaxis=False, **diamond(believed))
-    total = sum(optimum[name] for name in believed.names)
-    frame = {"sum": total, "bgcolor": "rgba(0,0,0,0)", "domain": {"x": [0.08, 0.92]}}
-    axes = {f"{corner}axis": {"title": {"text": label(name)}, "nticks": 5} for corner, name in corners.items()}
-    figure.update_layout(ternary={**frame, **axes}, coloraxis=objective_axis(summary, believed.means))
-    what = objective_words(summary)
-    found = f"{believed.mean:.4f} ± {believed.deviation:.4f} nats per token at {told(believed.optimum)}"
+    """Draw the surrogate's mean over the three distributions with the largest coefficients at its optimum.
+
+    The other coefficients keep their values at the optimum.
+    """
+    surrogate, figure = summary.surrogate, go.Figure()
+    if surrogate is None or len(surrogate.names) != 3:
+        message = "no surrogate: too few trials, or fewer than three distributions"
+        show_message(figure, message)
+        return finish(figure, TITLE, f"{message.capitalize()}.", f"{message.capitalize()}.", 450)
+    corners = dict(zip("abc", surrogate.names, strict=True))
+    optimum = surrogate.optimum.weights
+    draw_mean(figure, surrogate, corners, opacity=0.9)
+    at_optimum = {corner: [optimum[name]] for corner, name in corners.items()}
+    figure.add_scatterternary(**at_optimum, cliponaxis=False, **optimum_marker(surrogate))
+    total = sum(optimum[name] for name in surrogate.names)
+    figure.update_layout(ternary=ternary_axes(corners, total), coloraxis=objective_axis(summary, list(surrogate.means)))
     reading = (
-        f"The {what} that a Gaussian process, fitted to {believed.trials} trials, expects where these three share "
-        f"{total:.3f} and the others keep their coefficients of its optimum, the open diamond. An estimate: nothing "
-        "here was scored."
+        f"Predicted {objective_words(summary)} in nats per token: the mean of a Gaussian process fitted to "
+        f"{surrogate.trials} trials. These three distributions share {total:.3f}; the other coefficients stay at the "
+        "optimum's. Open diamond: the predicted optimum. Predictions only, nothing here was scored."
     )
-    return finish(figure, "What the surrogate believes", reading, f"The surrogate's optimum: {found}.", 450)
+    description = f"Surrogate's optimum: {_prediction(surrogate)} at {coefficients_text(surrogate.optimum)}."
+    return finish(figure, TITLE, reading, description, 450)
+
+
+def draw_mean(figure: go.Figure, surrogate: Surrogate, corners: Mapping[str, str], opacity: float = 0.3) -> None:
+    """Draw the surrogate's mean over a triangle of distributions, as hexagons in the colours of the objective."""
+    parts = [proportions(point) for point in surrogate.points]
+    points = {corner: [part[name] for part in parts] for corner, name in corners.items()}
+    marker = {"color": list(surrogate.means), "coloraxis": "coloraxis", "symbol": "hexagon", "size": 13}
+    marker |= {"opacity": opacity}
+    figure.add_scatterternary(**points, mode="markers", marker=marker, showlegend=False, hoverinfo="skip")
+
+
+def optimum_marker(surrogate: Surrogate) -> dict[str, Any]:
+    """Return the trace settings of the surrogate's optimum: an open diamond that states the prediction on hover."""
+    coefficients = label(coefficients_text(surrogate.optimum), 200)
+    text = f"surrogate's optimum: {_prediction(surrogate)} (predicted)<br>{coefficients}"
+    marker = {"symbol": "diamond-open", "size": 16, "color": OPTIMUM, "line": {"width": 2, "color": OPTIMUM}}
+    return {"mode": "markers", "marker": marker, "showlegend": False, "hovertext": [text], "hoverinfo": "text"}
+
+
+def _prediction(surrogate: Surrogate) -> str:
+    """Format mean and standard deviation at the optimum."""
+    return f"{surrogate.mean:.4f} ± {surrogate.deviation:.4f} nats per token"

@@ -7,7 +7,7 @@ from math import comb, exp
 
 from dem_opt.analysis.regret import Comparison, Regret, Row, compare
 from dem_opt.analysis.utilization import usage_of
-from dem_opt.dashboards.style import ABSENT, told
+from dem_opt.dashboards.style import ABSENT, coefficients_text
 from dem_opt.types import Margin, ResultRow, Summary
 
 SPLITS = {"search": "search split", "held_out": "held-out split"}
@@ -61,7 +61,9 @@ def top_table(summary: Summary) -> Table:
         search, held_out = (one.objective.get(split) for split in SPLITS)
         gap = None if search is None or held_out is None else held_out - search
         shown = ABSENT if gap is None else f"{gap:+.4f}"
-        rows.append((str(place), told(one.coefficients) + _over(one), number(search), number(held_out), shown))
+        rows.append(
+            (str(place), coefficients_text(one.coefficients) + _over(one), number(search), number(held_out), shown)
+        )
     return Table(("no.", "coefficients", "search", "held-out", "gap"), tuple(rows), words=2)
 
 

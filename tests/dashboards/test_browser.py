@@ -36,6 +36,14 @@ FLAGS = [
 PATIENCE = 60_000
 """Milliseconds that a page is waited for."""
 
+TITLES = {
+    "best-so-far": "Best so far",
+    "simplex": "Trials on the simplex",
+    "best-over-time": "Coefficients of the best trial over time",
+    "price": "Price of sharing one model",
+}
+"""Of figures in Optuna Dashboard, by name."""
+
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 SEEN = Path(os.environ.get("SCREENSHOTS", "build/screenshots"))
 
@@ -139,7 +147,12 @@ def study_pages(address: str) -> str:
 def see_study(seen: Visit, address: str, shot: str) -> None:
     """Optuna Dashboard shows the coefficients by name, and our plots are drawn."""
     seen.page.goto(study_pages(address))
-    for title in ("Best so far", "Trials on the simplex", "Coefficients of the best over time", "Price of sharing"):
+    for title in (
+        "Best so far",
+        "Trials on the simplex",
+        "Coefficients of the best trial over time",
+        "Price of sharing one model",
+    ):
         seen.page.get_by_text(title).first.wait_for()
     drawn = "() => document.querySelectorAll('.js-plotly-plot .scatterlayer path, .js-plotly-plot .hm image').length"
     seen.page.wait_for_function(f"({drawn})() > 5")

@@ -15,7 +15,7 @@ from dem_opt.analysis.regret import compare
 from dem_opt.dashboards import figures, heat_maps, html_report, tables
 from dem_opt.dashboards.regret_plots import FLOOR, best_so_far, comparison_figure
 from dem_opt.dashboards.simplex_map import barycentric, simplex_map
-from dem_opt.dashboards.style import ALGORITHM_COLORS, MOST_POINTS, color
+from dem_opt.dashboards.style import ALGORITHM_COLORS, MAX_POINTS, color
 from dem_opt.errors import InputError
 from dem_opt.simplex import Space
 from dem_opt.types import ResultRow, Score, Summary
@@ -147,7 +147,7 @@ def test_best_so_far_never_rises_and_ends_at_the_best_whole_trial() -> None:
     summary = a_summary(("a", "b", "c"), trials=1500)
     for trace, records in zip(best_so_far(summary).data, summary.trials.values(), strict=True):
         whole = [record.objective for record in records if record.objective is not None and not record.is_partial]
-        assert len(trace.x) <= MOST_POINTS and trace.x[0] == 1
+        assert len(trace.x) <= MAX_POINTS and trace.x[0] == 1
         assert trace.x[-1] == pytest.approx(sum(record.forwards for record in records), abs=1e-3)
         assert np.all(np.diff(trace.y) <= 0) and trace.y[-1] == pytest.approx(min(whole), abs=1e-6)
 
@@ -180,7 +180,7 @@ def test_the_map_keeps_the_best_of_many_trials() -> None:
             for record in summary.trials[algorithm]
             if record.objective is not None and not record.is_partial
         )
-        assert len(drawn[algorithm].color) == MOST_POINTS
+        assert len(drawn[algorithm].color) == MAX_POINTS
         assert drawn[algorithm].color[-1] == pytest.approx(whole[0], abs=1e-6)
     assert drawn["grid"].color[0] == pytest.approx(whole_worst(summary, "grid"), abs=1e-6)
 
@@ -214,7 +214,7 @@ def test_the_base_stands_in_the_middle_of_the_map(count: int) -> None:
     """It has no proportions."""
     figure = simplex_map(a_summary(("a", "b", "c", "d")[:count], total=(0, 2), runs=("random",)))
     (points,) = [trace for trace in figure.data if trace.hovertext and trace.legendgroup == "random"]
-    place = ["the base alone" in text for text in points.hovertext].index(True)
+    place = ["base only" in text for text in points.hovertext].index(True)
     at = [values[place] for values in ((points.a, points.b, points.c) if count == 3 else (points.x, points.y))]
     assert at == pytest.approx([1 / 3] * 3 if count == 3 else [0, 0])
     assert "in the middle" in figure.layout.meta["reading"]

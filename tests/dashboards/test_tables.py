@@ -83,7 +83,7 @@ def test_the_top_says_its_gap_and_what_is_not_known() -> None:
     assert table.headers == ("no.", "coefficients", "search", "held-out", "gap")
     assert table.rows == (
         ("1", "a 0.500, b 0.500", "2.0000", "1.7500", "-0.2500"),
-        ("2", "the base alone (protect: +0.500 over)", "2.5000", "-", "-"),
+        ("2", "base only (protect: +0.500 over)", "2.5000", "-", "-"),
     )
 
 
