@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dem_opt.checkpoints.architecture import empty_model, silence_transformers
 from dem_opt.checkpoints.files import content_hash
-from dem_opt.merging.kernel import MergeKernel, told
+from dem_opt.merging.kernel import MergeKernel, merge_backend
 from dem_opt.merging.merged_model import MergedModel
 from dem_opt.planning.hardware import this_machine
 from dem_opt.simplex import UNIT
@@ -185,9 +185,9 @@ def main() -> None:
     if given.measure:
         print(json.dumps(measure_loading(given.measure)))
         return
-    note, seconds = told("cpu")
-    print(f"{torch.get_num_threads()} threads; {note}, {seconds:.1f} s in this process")
-    found: dict[str, object] = {"kernel": note, "kernel_seconds": seconds}
+    backend = merge_backend("cpu")
+    print(f"{torch.get_num_threads()} threads; {backend.description}, {backend.seconds:.1f} s in this process")
+    found: dict[str, object] = {"kernel": backend.description, "kernel_seconds": backend.seconds}
     found["merge_over_copy"] = bandwidths(given.parameters, given.rounds)
     with TemporaryDirectory() as folder:
         found["candidate_seconds"] = spent = candidates(Path(folder), given.rounds)

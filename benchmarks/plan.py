@@ -27,7 +27,7 @@ from dem_opt.checkpoints.files import content_hash
 from dem_opt.config import StudyConfig, load
 from dem_opt.evaluation.worker import Worker
 from dem_opt.planning.hardware import probe
-from dem_opt.planning.inputs import Files, check_files
+from dem_opt.planning.inputs import CheckedHeaders, check_headers
 from dem_opt.simplex import UNIT
 from dem_opt.types import Composite, Corpus, Request, StoredModel, Windows, WorkerSpec
 from dem_opt.workflows.check import check
@@ -63,7 +63,7 @@ def random_windows(count: int, window: int, vocabulary: int) -> Windows:
     return Windows(ids_WT, positions_WT, positions_WT > 0)
 
 
-def spec_of(files: Files, config: StudyConfig) -> WorkerSpec:
+def spec_of(files: CheckedHeaders, config: StudyConfig) -> WorkerSpec:
     """What a worker of this study would hold, over random texts."""
     plan, given = files.plan(), config.evaluation
     models = [StoredModel(header.folder, content_hash(header.folder)) for header in files.headers.values()]
@@ -85,7 +85,7 @@ def status(field: str) -> int:
 def measure(study: Path) -> dict[str, float]:
     """In a process of its own: load a worker, score three composites."""
     config = load(study)
-    spec = spec_of(check_files(config, study), config)
+    spec = spec_of(check_headers(config, study), config)
     Path("/proc/self/clear_refs").write_text("5")
     before, began = status("VmRSS"), perf_counter()
     worker = Worker(spec)
@@ -118,7 +118,7 @@ def compare(given: argparse.Namespace, folder: Path) -> None:
     make_small(folder, names, given.vocabulary, given.stored)
     study = make_study(folder, names, window=given.window, windows=given.windows, held_out=given.windows)
     config = load(study)
-    files = check_files(config, study)
+    files = check_headers(config, study)
     plan = files.plan()
     speed = probe(plan.machine.device, plan.dtype, plan.widths.hidden, plan.widths.intermediate)
     one = replace(plan, composites=1, reported=0)

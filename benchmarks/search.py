@@ -29,7 +29,7 @@ from dem_opt.compute import InProcessCompute
 from dem_opt.evaluation.interim_analyses import replay
 from dem_opt.evaluation.racing import Race
 from dem_opt.evaluation.worker import build
-from dem_opt.planning.inputs import gather
+from dem_opt.planning.inputs import load_inputs
 from dem_opt.progress import NullProgress
 from dem_opt.search.loop import Driver
 from dem_opt.search.optuna_study import study_names
@@ -189,7 +189,7 @@ def seconds_of(records: Sequence[TrialRecord], steep: bool) -> float:
 def opened(path: Path) -> Iterator[tuple[StudyIdentity, Ledger, Callable[[Coefficients], float]]]:
     """A landscape's question, its ledger, and its objective in nats per token, measured where the ledger lacks it."""
     landscape = config.load(path)
-    sources = gather(landscape, path)
+    sources = load_inputs(landscape, path)
     identity, engine = sources.identity(), connect(landscape.storage)
     ledger = Ledger(engine)
     with closing(InProcessCompute().workers(build, sources.spec(), NullProgress())) as pool:

@@ -33,7 +33,7 @@ from dem_opt.checkpoints.architecture import silence_transformers
 from dem_opt.compute import SETTINGS, InProcessPool, RayCompute
 from dem_opt.config import load
 from dem_opt.evaluation.worker import Worker
-from dem_opt.planning.inputs import gather
+from dem_opt.planning.inputs import load_inputs
 from dem_opt.progress import NullProgress
 from dem_opt.search.loop import Driver
 from dem_opt.search.optuna_study import Search
@@ -84,9 +84,9 @@ class Bare:
     """The same merge and forward passes with nothing around them."""
 
     def __init__(self, spec: WorkerSpec) -> None:
-        self._resident = Worker(spec)
-        self._model, self._arena = self._resident._model, self._resident._arena
-        self._corpora = [self._resident._windows[one.key] for one in spec.corpora if one.split == "search"]
+        self._worker = Worker(spec)
+        self._model, self._merged_model = self._worker.model, self._worker.merged_model
+        self._corpora = [self._worker._windows[one.key] for one in spec.corpora if one.split == "search"]
         contents = [one.content for one in (spec.base, *spec.fine_tunes)]
         self._request = Request(
             0,
@@ -97,14 +97,14 @@ class Bare:
     def evaluation_seconds(self) -> float:
         """What a worker's evaluation of it takes here."""
         began = perf_counter()
-        self._resident.evaluate(self._request)
+        self._worker.evaluate(self._request)
         return perf_counter() - began
 
     @torch.inference_mode()
     def seconds(self) -> float:
         """One merge, and the logits and loss of every window, as many in a call as a trial has."""
         began = perf_counter()
-        self._arena.merge(self._request.composite)
+        self._merged_model.merge(self._request.composite)
         for windows in self._corpora:
             rows = max(len(windows.tokens_W) // 8, 1)
             for first in range(0, len(windows.tokens_W), rows):
@@ -156,7 +156,7 @@ def time_trials(name: str, trials: int, algorithm: str) -> dict[str, float | str
     torch.set_num_threads(1)
     with TemporaryDirectory() as folder:
         path = make_study(Path(folder), SHAPES[name], trials, algorithm)
-        bare = Bare(gather(load(path), path).spec())
+        bare = Bare(load_inputs(load(path), path).spec())
         bare.seconds()
         before, evaluated = zip(*((bare.seconds(), bare.evaluation_seconds()) for _ in range(6)), strict=True)
         one = run_study(path, 1)
@@ -226,7 +226,7 @@ def time_growth(marks: Sequence[int], algorithm: str) -> list[dict[str, float]]:
         search = {"algorithm": algorithm, "trials": marks[-1] + 1, "racing": False}
         path = worlds.study(Path(folder), NAMES, search=search)
         config = load(path)
-        sources = gather(config, path)
+        sources = load_inputs(config, path)
         identity, pool = sources.identity(), InProcessPool(Instant, sources.spec())
         engine = connect(config.storage)
         searched = Search(config.storage, "growing", config.space, config.search)

@@ -20,7 +20,7 @@ from dem_opt.errors import InputError
 from dem_opt.evaluation.worker import build
 from dem_opt.export.model_card import texts
 from dem_opt.export.writer import Export, Scores, output_dtype, prove, prove_scores, write_composite
-from dem_opt.planning.inputs import Inputs, gather
+from dem_opt.planning.inputs import Inputs, load_inputs
 from dem_opt.progress import NullProgress, Progress
 from dem_opt.search.loop import Driver
 from dem_opt.search.optuna_study import Search
@@ -109,7 +109,7 @@ class Study:
         Each has the budget that the study file gives, and `seeds` runs, whose seeds count on from the study's.
         """
         check_algorithms(self.config, self._where, algorithms)
-        sources = gather(self.config, self._where)
+        sources = load_inputs(self.config, self._where)
         for warning in sources.warnings():
             self._progress.warning(warning)
         name = self.config.name
@@ -177,12 +177,12 @@ class Study:
     def score(self, weights: Mapping[str, float]) -> Scores:
         """Scores of one composite by split and distribution; what the ledger has is not measured again."""
         coefficients = self.config.space.check(weights, self._where, "--weights")
-        sources = gather(self.config, self._where)
+        sources = load_inputs(self.config, self._where)
         return self._score(sources, sources.identity().composite(coefficients))
 
     def score_model(self, folder: Path) -> Scores:
         """Scores of any model that has the base's tokenizer, by split and distribution."""
-        sources = gather(self.config, self._where, worker=False)
+        sources = load_inputs(self.config, self._where, worker=False)
         model = sources.other(folder, "--model")
         return self._score(sources.exact(), Composite.single(model.content), model)
 
@@ -192,7 +192,7 @@ class Study:
         In `dtype` ("bfloat16", say) where one is given, else in the base's.
         """
         coefficients = self.config.space.check(weights, self._where, "--weights")
-        sources = gather(self.config, self._where, worker=False)
+        sources = load_inputs(self.config, self._where, worker=False)
 
         def approve(written: Export) -> Mapping[str, str]:
             prove(written)
@@ -206,7 +206,7 @@ class Study:
         Its bits are compared with a fresh merge and its scores with the winner's before the folder gets its name.
         In another `dtype` its scores may differ; they are told beside the winner's.
         """
-        files = gather(self.config, self._where, worker=False)
+        files = load_inputs(self.config, self._where, worker=False)
         with self._open_found() as ledger, self._compute as compute:
             sources, row = files.on(compute.device), self._row(ledger)
             identity = sources.identity()

@@ -246,7 +246,7 @@ def test_a_documents_nats_are_those_of_lm_evaluation_harness(tmp_path, record_pr
     assert theirs.keys() == set(texts)
     for text in texts:
         windows = rolling(tokenizer(text)["input_ids"], tokenizer.eos_token_id)
-        ours, _ = score(live, prepare(windows, torch.device("cpu")), 4096, reading="packed")
+        ours, _ = score(live, prepare(windows, torch.device("cpu")), 4096, layout="packed")
         record_property("relative difference", f"{abs(sum(ours.nats_W) / theirs[text] - 1):.1e}")
         assert sum(ours.nats_W) == pytest.approx(theirs[text], rel=1e-4), text
         assert sum(ours.tokens_W) == len(tokenizer(text)["input_ids"])

@@ -20,7 +20,7 @@ from dem_opt.compute import InProcessCompute
 from dem_opt.config import load
 from dem_opt.errors import EvaluationError, InputError
 from dem_opt.evaluation.worker import Worker
-from dem_opt.planning.inputs import _check_window, gather
+from dem_opt.planning.inputs import _check_window, load_inputs
 from dem_opt.progress import NullProgress
 from dem_opt.search.optuna_study import Search, study_names
 from dem_opt.study import Study
@@ -55,7 +55,7 @@ def open_study(path: Path, progress=None) -> Study:
 
 def search_keys(path: Path) -> tuple[str, ...]:
     """Corpus keys of the search split."""
-    return gather(load(path), path).identity().keys(SEARCH)
+    return load_inputs(load(path), path).identity().keys(SEARCH)
 
 
 def edit(path: Path, change) -> Path:
@@ -139,9 +139,9 @@ def test_a_general_corpus_is_scored_and_changes_no_objective(tmp_path, untracked
     study = open_study(add_general(path), watching)
     after = study.compare(["grid"])
     assert not old & set(evaluated)
-    assert {key for _, key in evaluated} == set(gather(load(path), path).identity().keys(SEARCH)) - {
+    assert {key for _, key in evaluated} == set(load_inputs(load(path), path).identity().keys(SEARCH)) - {
         k for _, k in old
-    } | {gather(load(path), path).identity().corpora["held_out"]["web"]}, "only the new corpus is scored"
+    } | {load_inputs(load(path), path).identity().corpora["held_out"]["web"]}, "only the new corpus is scored"
     assert any("general.web.validation is new" in line and "generation 2" in line for line in watching.notes)
     assert after.winner.objective == before.winner.objective and after.winner.coefficients == before.winner.coefficients
     assert all(set(result.scores[SEARCH]) == {"code", "math", "prose", "web"} for result in after.results)
@@ -260,7 +260,7 @@ def test_a_trial_calls_forward_once_for_each_batch_and_opens_no_file(tmp_path, u
     calls, opened, original = [], [], Worker.evaluate
 
     def watched(worker, request):
-        handle = worker._model.register_forward_hook(lambda *_: calls.append(request.ticket))
+        handle = worker.model.register_forward_hook(lambda *_: calls.append(request.ticket))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("builtins.open", lambda *arguments, **_: opened.append(arguments))
             patch.setattr("safetensors.safe_open", lambda *arguments, **_: opened.append(arguments))
@@ -359,12 +359,12 @@ def test_a_window_longer_than_the_bases_positions_is_refused(tmp_path, key):
     path = worlds.study(tmp_path)
     edit(path, lambda study: study["evaluation"].update(window=65))
     with pytest.raises(InputError, match=r"evaluation.window = 65: the base has 64 positions"):
-        gather(load(path), path)
+        load_inputs(load(path), path)
     config = tmp_path / "models/base/config.json"
     described = json.loads(config.read_text())
     del described["max_position_embeddings"]
     config.write_text(json.dumps(described))
-    assert gather(load(path), path).corpora, "no limit is named"
+    assert load_inputs(load(path), path).corpora, "no limit is named"
     config.write_text(json.dumps(described | {"n_positions": 64, "is_encoder_decoder": True}))
     assert _window_is_checked(path) is False
     config.write_text(json.dumps(described | {key: 64}))
@@ -417,7 +417,7 @@ def test_a_study_that_grows_looks_first_at_few_points_and_the_new_vertex(tmp_pat
     seen = [one.weights for one in first[:6]]
     gaps = [max(abs(a[name] - b[name]) for name in a) for i, a in enumerate(seen) for b in seen[:i]]
     assert min(gaps) >= 0.5, "of the lattice's points, a quarter apart, no two are neighbors"
-    new = gather(load(grown), grown).identity().corpora[SEARCH]["records"]
+    new = load_inputs(load(grown), grown).identity().corpora[SEARCH]["records"]
     for point in first[:6]:
-        composite = gather(load(grown), grown).identity().composite(point)
+        composite = load_inputs(load(grown), grown).identity().composite(point)
         assert [key for known, key in evaluated if known == composite and key in search_keys(grown)] == [new]

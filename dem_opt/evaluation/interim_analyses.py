@@ -1,6 +1,7 @@
-"""Which windows of every corpus each look of a race has seen, and at which look a race ends.
+"""Schedule of a race's interim analyses: how many windows of each corpus every one of them has seen.
 
-Windows stand in a fixed order that was drawn at random, so the first k of every corpus are a stratified sample of all.
+The order of a corpus's windows was drawn at random once, so the first k windows of all corpora are a stratified sample.
+Apart from `racing` because batching and planning need the schedule without the statistics, which import scipy.
 """
 
 from collections.abc import Mapping
@@ -8,50 +9,48 @@ from collections.abc import Mapping
 from dem_opt.types import Score, StoppingRule
 
 INTERIM_ANALYSES = 8
-"""How often a race is looked at at most, the end included: after each eighth of every corpus's windows."""
+"""Most analyses of a race, the final one included: after each eighth of every corpus's windows."""
 
 
-def stops(windows: int) -> tuple[int, ...]:
-    """How many of a corpus's windows each look has seen, in ascending order, the last one all of them."""
-    return tuple(dict.fromkeys(-(-windows * look // INTERIM_ANALYSES) for look in range(1, INTERIM_ANALYSES + 1)))
+def windows_by_analysis(windows: int) -> tuple[int, ...]:
+    """Windows of a corpus seen by each analysis:  ceil(W n / 8) , n = 1..8 , without repetitions; the last is W."""
+    counts = (-(-windows * number // INTERIM_ANALYSES) for number in range(1, INTERIM_ANALYSES + 1))
+    return tuple(dict.fromkeys(counts))
 
 
-def interim_analyses(windows: Mapping[str, int]) -> int:
-    """How many looks there are at corpora of so many windows, the end included."""
-    return max(len(stops(whole)) for whole in windows.values())
+def analysis_count(windows: Mapping[str, int]) -> int:
+    """Analyses of corpora with so many windows each, the final one included."""
+    return max(len(windows_by_analysis(count)) for count in windows.values())
 
 
-def seen(windows: Mapping[str, int], number: int) -> dict[str, int]:
-    """How many windows of each corpus look `number`, from 1 on, has seen.
-
-    A corpus of fewer stops than the others is through earlier.
-    """
-    return {key: stops(whole)[:number][-1] for key, whole in windows.items()}
+def windows_at(windows: Mapping[str, int], analysis: int) -> dict[str, int]:
+    """Windows of each corpus seen by an analysis, counted from 1; a corpus of fewer analyses ends earlier."""
+    return {key: windows_by_analysis(count)[:analysis][-1] for key, count in windows.items()}
 
 
-def look(scores: Mapping[str, Score], windows: Mapping[str, int], number: int) -> dict[str, Score] | None:
-    """Scores of the corpora of so many windows, as look `number` sees them; None where they do not reach that far."""
-    asked = seen(windows, number)
-    if any(key not in scores or len(scores[key].nats_W) < most for key, most in asked.items()):
+def scores_at(scores: Mapping[str, Score], windows: Mapping[str, int], analysis: int) -> dict[str, Score] | None:
+    """Cut scores to the windows that an analysis has seen; None where a corpus has fewer."""
+    needed = windows_at(windows, analysis)
+    if any(key not in scores or len(scores[key].nats_W) < count for key, count in needed.items()):
         return None
-    return {key: first(scores[key], most) for key, most in asked.items()}
+    return {key: first_windows(scores[key], count) for key, count in needed.items()}
 
 
 def replay(
-    referee: StoppingRule | None, known: Mapping[str, Score], windows: Mapping[str, int]
+    rule: StoppingRule | None, scores: Mapping[str, Score], windows: Mapping[str, int]
 ) -> dict[str, Score] | None:
-    """The scores with which a race over corpora of so many windows ends; None where too little is known to tell.
+    """Return the scores with which a race ends; None where `scores` do not reach that far.
 
-    It ends at the first look at which the trial is stopped, else, as without a referee, at the last one.
+    A race ends at the first analysis that stops the trial, else at the final one; without a rule at the final one.
     """
-    last = interim_analyses(windows)
-    for number in range(1, last):
-        scores = look(known, windows, number)
-        if scores is None or (referee is not None and referee.is_over(scores)):
-            return scores
-    return look(known, windows, last)
+    final = analysis_count(windows)
+    for analysis in range(1, final):
+        interim = scores_at(scores, windows, analysis)
+        if interim is None or (rule is not None and rule.is_over(interim)):
+            return interim
+    return scores_at(scores, windows, final)
 
 
-def first(score: Score, most: int) -> Score:
-    """The score of the first `most` windows."""
-    return Score(score.nats_W[:most], score.tokens_W[:most])
+def first_windows(score: Score, count: int) -> Score:
+    """Cut a score to its first windows."""
+    return Score(score.nats_W[:count], score.tokens_W[:count])

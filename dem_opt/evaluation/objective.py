@@ -1,4 +1,4 @@
-"""What is minimized: a weighted mean of NLL or the largest regret, and by how much what is protected is violated."""
+"""The objective that a study minimizes, and the violation of its constraints, both in nats per token."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,47 +8,51 @@ from dem_opt.types import Score
 
 
 def mean_nll(scores: Mapping[str, Score], weights: Mapping[str, float]) -> float:
-    """The weighted mean over distributions of NLL, in nats per token.
+    """Weighted mean of NLL over distributions, in nats per token:  sum_i weight_i NLL_i / sum_i weight_i .
 
-    Weights need not sum to 1.  Distributions of weight 0 are not looked at.
+    Weights need not sum to 1.  Distributions of weight 0 need no score.
     """
-    used = {name: weight for name, weight in weights.items() if weight}
-    return fsum(weight * scores[name].nll for name, weight in used.items()) / fsum(used.values())
+    positive = {name: weight for name, weight in weights.items() if weight}
+    return fsum(weight * scores[name].nll for name, weight in positive.items()) / fsum(positive.values())
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimized, in nats per token: the weighted mean of NLL over distributions, or the largest regret.
+    """The objective in nats per token: the weighted mean of NLL over distributions, or the largest regret.
 
-    weights  need not sum to 1; distributions of weight 0 are not looked at
-    own      of each distribution, the score of its own fine-tune: given, the objective is the largest regret
+        mean:  sum_i weight_i NLL_i / sum_i weight_i        worst:  max_i (NLL_i - NLL_i of fine-tune i)
 
-        mean:  sum_i weight_i NLL_i / sum_i weight_i        worst:  max_i (NLL_i - NLL_i of the fine-tune on i)
+    Attributes:
+        weights: Weight of each distribution; they need not sum to 1, and distributions of weight 0 are ignored.
+        own: For the largest regret, the score of each distribution's own fine-tune on it; None for the mean.
     """
 
     weights: Mapping[str, float]
     own: Mapping[str, Score] | None = None
 
     def shares(self, scores: Mapping[str, Score]) -> dict[str, float]:
-        """d objective / d NLL by distribution: normalized weights, or 1 for the distribution that is worst off."""
-        used = {name: weight for name, weight in self.weights.items() if weight}
+        """Return  d objective / d NLL_i  by distribution.
+
+        Normalized weights for the mean; for the largest regret, a subgradient: 1 for the distribution that attains it.
+        """
+        positive = {name: weight for name, weight in self.weights.items() if weight}
         if self.own is None:
-            total = fsum(used.values())
-            return {name: weight / total for name, weight in used.items()}
-        regrets = {name: scores[name].nll - self.own[name].nll for name in used if name in self.own}
+            total = fsum(positive.values())
+            return {name: weight / total for name, weight in positive.items()}
+        regrets = {name: scores[name].nll - self.own[name].nll for name in positive if name in self.own}
         return {max(regrets, key=lambda name: regrets[name]): 1.0}
 
     def __call__(self, scores: Mapping[str, Score]) -> float:
-        """The objective of these scores."""
+        """Return the objective of scores by distribution."""
         if self.own is None:
             return mean_nll(scores, self.weights)
         return fsum(scores[name].nll - self.own[name].nll for name in self.shares(scores))
 
 
 def violation(scores: Mapping[str, Score], base: Mapping[str, Score], protect: Mapping[str, float]) -> float:
-    """sum over protected corpora of max(0, NLL - NLL_base - allowance), in nats per token.
+    """Sum over protected corpora of  max(0, NLL - NLL_base - allowance) , in nats per token; 0 is feasible.
 
-    0 means feasible.  Corpora that one of the two has no score on are not looked at.
+    Corpora without a score of the composite or of the base are ignored.
     """
-    known = [name for name in protect if name in scores and name in base]
-    return fsum(max(0.0, scores[name].nll - base[name].nll - protect[name]) for name in known)
+    scored = [name for name in protect if name in scores and name in base]
+    return fsum(max(0.0, scores[name].nll - base[name].nll - protect[name]) for name in scored)

@@ -1,4 +1,10 @@
-"""When a trial may be stopped: a paired sequential test against the incumbent, on the windows scored so far."""
+"""Racing: a paired sequential test that stops a trial which will not beat the incumbent, after some of its windows.
+
+The difference between trial and control is estimated window by window (common random numbers), as a ratio estimator of
+a stratified sample without replacement, and tested at each interim analysis at a corrected level.
+
+Array suffix: k windows of a corpus seen so far.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,15 +15,15 @@ from typing import Self
 import numpy as np
 from scipy.special import stdtrit
 
-from dem_opt.evaluation.interim_analyses import interim_analyses
+from dem_opt.evaluation.interim_analyses import analysis_count
 from dem_opt.evaluation.objective import mean_nll
 from dem_opt.types import Score
 
 ERROR = 0.01
-"""The most probability with which a trial that would have won is stopped, over all looks at it together."""
+"""Largest probability of stopping a trial that would have won, over all interim analyses together."""
 
 MARGIN = 1e-4
-"""Nats per token: a trial that will not win by more than this will not win."""
+"""Nats per token: a trial that gains less than this counts as no better."""
 
 CLEAR = 2.0
 """Standard errors from the goal at which a trial that can be completed later is set aside."""
@@ -25,7 +31,13 @@ CLEAR = 2.0
 
 @dataclass(frozen=True)
 class Estimate:
-    """Objective of a trial minus the incumbent's in nats per token, from some windows, and its standard error."""
+    """Estimated objective of a trial minus the goal, from some of its windows.
+
+    Attributes:
+        difference: In nats per token.
+        error: Its standard error in nats per token; infinite where a corpus has only one window.
+        freedom: Degrees of freedom of the t distribution that  difference / error  follows.
+    """
 
     difference: float
     error: float
@@ -34,14 +46,15 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Race:
-    """What a trial is held against, window by window.
+    """The stopping rule of a trial that is compared with a control, window by window.
 
-    control  whole scores by corpus, as like the trial's as can be told before it is measured: those of a rival, or a
-             weighted sum of several whole trials'
-    weights  the objective's weight of each corpus, of those that have any
-    goal     the incumbent's objective in nats per token
-    clear    standard errors from the goal at which the trial is set aside, better or worse; infinite where what is
-             stopped is never completed
+    Attributes:
+        control: Scores on all windows by corpus, as close to the trial's as can be known before it is scored: those of
+            the incumbent, or a weighted sum of several complete trials'.
+        weights: The objective's weight of each corpus that has one.
+        goal: The incumbent's objective in nats per token.
+        clear: Standard errors from the goal, on either side, at which the trial is set aside; infinite where a stopped
+            trial is never completed.
     """
 
     control: Mapping[str, Score]
@@ -50,17 +63,23 @@ class Race:
     clear: float = inf
 
     @classmethod
-    def against(cls, rival: Mapping[str, Score], weights: Mapping[str, float]) -> Self:
-        """A race against an incumbent that is the control itself."""
-        return cls(rival, weights, mean_nll(rival, weights))
+    def against(cls, incumbent: Mapping[str, Score], weights: Mapping[str, float]) -> Self:
+        """Make a race whose control is the incumbent itself."""
+        return cls(incumbent, weights, mean_nll(incumbent, weights))
 
     def estimate(self, scores: Mapping[str, Score]) -> Estimate:
-        """The control-variate estimate, weighted over corpora:  control's mean + d - goal  with, of each corpus i,
+        """Estimate the trial's objective minus the goal, with the control as a control variate of coefficient 1.
 
-            d_i = sum_j (x_ij - y_ij) / sum_j t_ij  over the first k_i of its W_i windows, x and y nats of trial and
-        control, t tokens.  Its variance is that of a ratio estimator with the finite population's correction,
-        (1 - k/W) sum_j r_j^2 / (k - 1) * k / (sum_j t_j)^2,  r = x - y - d t  (Cochran 1977, sections 2.6 and 6.4); the
-        degrees of freedom are Satterthwaite's.  A corpus of which one window was seen makes the error infinite.
+            difference = mean_i(NLL_i of the control) + mean_i(d_i) - goal      (means with the objective's weights)
+            d_i = sum_j (x_ij - y_ij) / sum_j t_ij                              (ratio estimator of corpus i)
+
+        over the first k_i of its W_i windows, with nats x of the trial and y of the control, and scored tokens t.  The
+        variance of a ratio estimator with the finite population's correction is, for each corpus,
+
+            (1 - k / W)  sum_j r_j^2 / (k - 1)  k / (sum_j t_j)^2 ,     r_j = x_j - y_j - d t_j
+
+        (Cochran 1977, Sampling Techniques, sections 2.6 and 6.4).  Variances add up with squared weights; the degrees
+        of freedom of their sum are Satterthwaite's (1946).
         """
         total = fsum(self.weights.values())
         parts = [(weight / total, *self._part(key, scores[key])) for key, weight in self.weights.items()]
@@ -68,45 +87,47 @@ class Race:
         difference = fsum([lead, *(weight * mean for weight, mean, _, _ in parts)])
         variances = [(weight**2 * variance, freedom) for weight, _, variance, freedom in parts]
         variance = sum(part for part, _ in variances)
-        known = 0 < variance < inf
-        freedom = variance**2 / fsum(part**2 / freedom for part, freedom in variances) if known else inf
+        is_defined = 0 < variance < inf
+        freedom = variance**2 / fsum(part**2 / freedom for part, freedom in variances) if is_defined else inf
         return Estimate(difference, sqrt(variance), freedom)
 
     def nll(self, key: str, score: Score) -> float:
-        """The estimate of a corpus's NLL from its first windows, in nats per token."""
+        """Estimate a corpus's NLL from its first windows, in nats per token."""
         return self.control[key].nll + self._part(key, score)[0]
 
     def _part(self, key: str, score: Score) -> tuple[float, float, float]:
-        """Difference from the control, its variance and degrees of freedom on one corpus."""
+        """Return d, its variance and degrees of freedom for one corpus."""
         control, seen = self.control[key], len(score.nats_W)
         tokens_k = np.array(score.tokens_W)
         difference_k = np.subtract(score.nats_W, control.nats_W[:seen])
         mean = float(difference_k.sum() / tokens_k.sum())
         if seen == len(control.nats_W):
-            return mean, 0.0, inf
+            return mean, 0.0, inf  # the whole population: no sampling error
         if seen == 1:
-            return mean, inf, 1.0
-        rest_k = difference_k - mean * tokens_k
-        variance = (1 - seen / len(control.nats_W)) * float((rest_k**2).sum()) / (seen - 1) * seen / tokens_k.sum() ** 2
+            return mean, inf, 1.0  # one window says nothing about the spread
+        residual_k = difference_k - mean * tokens_k
+        variance = (
+            (1 - seen / len(control.nats_W)) * float((residual_k**2).sum()) / (seen - 1) * seen / tokens_k.sum() ** 2
+        )
         return mean, float(variance), float(seen - 1)
 
     @cached_property
-    def _looks(self) -> int:
-        """Looks before the end at which the race may be stopped."""
-        return max(interim_analyses({key: len(self.control[key].nats_W) for key in self.weights}) - 1, 1)
+    def _interim_analyses(self) -> int:
+        """Analyses before the final one, at which the race may be stopped."""
+        return max(analysis_count({key: len(self.control[key].nats_W) for key in self.weights}) - 1, 1)
 
     def is_over(self, scores: Mapping[str, Score]) -> bool:
-        """Whether the trial is stopped: it is lost, or it is clear on which side of the goal it is."""
-        found = self.estimate(scores)
-        return abs(found.difference) > self.clear * found.error or self.is_lost(found)
+        """Return whether the trial is stopped: it is lost, or clearly on one side of the goal."""
+        estimate = self.estimate(scores)
+        return abs(estimate.difference) > self.clear * estimate.error or self.is_lost(estimate)
 
-    def is_lost(self, found: Estimate) -> bool:
-        """Whether the trial will not win: beyond doubt it gains no more than MARGIN.
+    def is_lost(self, estimate: Estimate) -> bool:
+        """Test whether the trial gains no more than MARGIN.
 
-        One-sided t tests whose error is divided by the number of looks (Bonferroni), so that all of them together stop
-        a trial that would win with a probability of at most ERROR, as far as means of windows are normal.
+        A one-sided t test at level  ERROR / (number of interim analyses) : by Bonferroni's inequality all of them
+        together stop a trial that would win with probability at most ERROR, as far as means of windows are normal.
         """
-        if not isfinite(found.error):
+        if not isfinite(estimate.error):
             return False
-        bound = -float(stdtrit(found.freedom, ERROR / self._looks)) if found.error else 0.0
-        return found.difference - bound * found.error > -MARGIN
+        quantile = -float(stdtrit(estimate.freedom, ERROR / self._interim_analyses)) if estimate.error else 0.0
+        return estimate.difference - quantile * estimate.error > -MARGIN

@@ -1,4 +1,7 @@
-"""The state of a device, or of several, for life (merged model, model, windows): Request -> Evaluation."""
+"""The worker: holds stored checkpoints, a merged model and token windows on its devices, and answers requests.
+
+Request -> merge -> score (or differentiate) -> Evaluation
+"""
 
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -9,70 +12,132 @@ import torch
 from dem_opt.checkpoints.adapters import content_of
 from dem_opt.checkpoints.architecture import empty_model
 from dem_opt.errors import EvaluationError, InputError
-from dem_opt.evaluation.interim_analyses import INTERIM_ANALYSES, interim_analyses, replay, seen, stops
+from dem_opt.evaluation.interim_analyses import (
+    INTERIM_ANALYSES,
+    analysis_count,
+    replay,
+    windows_at,
+    windows_by_analysis,
+)
 from dem_opt.evaluation.lm_head import find_head
-from dem_opt.evaluation.nll import prepare, reading, score
+from dem_opt.evaluation.nll import document_layout, prepare, score
 from dem_opt.merging.merged_model import MergedModel
 from dem_opt.types import Composite, Evaluation, Gradient, Request, Score, StoredModel, WorkerSpec
 
 
 class Worker:
-    """Base, experts, live model and tokenized windows on its devices, loaded once.
+    """Loads everything once; an evaluation then opens no file and knows neither database nor tracker.
 
-    An evaluation merges in memory and calls the model once for each batch; it opens no file.  It knows no
-    database and no tracker.  Raises InputError where a checkpoint is not what the spec says it is.
+    Attributes:
+        model: The live model, whose parameters are those of the composite merged last.
+        merged_model: Stored checkpoints and the live parameters.
     """
 
     def __init__(self, spec: WorkerSpec) -> None:
+        """Load checkpoints and windows onto this process's devices.
+
+        Raises:
+            InputError: A checkpoint's content is not the one that the spec names.
+        """
         devices = _devices(spec.devices)
         stored = list({model.content: model for model in (spec.base, *spec.fine_tunes)}.values())
         for model in stored:
-            _refuse_changed(model)
-        self._model = empty_model(spec.base.path, getattr(torch, spec.dtype))
-        self._arena = MergedModel(self._model, stored, devices, spec.vectors, spec.streamed)
-        self._arena.merge(Composite.single(spec.base.content))
-        self._reading, self._head = reading(self._model), find_head(self._model)
+            _check_content(model)
+        self.model = empty_model(spec.base.path, getattr(torch, spec.dtype))
+        self.merged_model = MergedModel(self.model, stored, devices, spec.vectors, spec.streamed)
+        # Layout and head are found by running the model, so it needs real weights first.
+        self.merged_model.merge(Composite.single(spec.base.content))
+        self._layout, self._head = document_layout(self.model), find_head(self.model)
         self._windows = {corpus.key: prepare(corpus.windows, devices[0]) for corpus in spec.corpora}
-        self._batch_tokens, self._asked_tokens = spec.batch_tokens, spec.batch_tokens
-        self._ended: float | None = None
-        self._base, self._experts = spec.base.content, [expert.content for expert in spec.fine_tunes]
+        self._base, self._fine_tunes = spec.base.content, [model.content for model in spec.fine_tunes]
+        self._spec_batch_tokens = self._batch_tokens = spec.batch_tokens
+        self._finished: float | None = None
 
     def evaluate(self, request: Request) -> Evaluation:
-        """Scores of a composite on the corpora asked for, and what it took.
+        """Merge a composite and score it on the requested corpora.
 
-        Known scores are continued where they end, look by look if the trial is raced.  A gradient needs all windows,
-        whatever is known, and is not raced.  Where memory runs out all of it is done again with half the batch, now
-        and from here on.  Raises EvaluationError where a loss is not finite, or one row at a time is too many.
+        Known scores are continued where they end; a raced trial is scored from one interim analysis to the next.  A
+        gradient needs all windows, whatever is known, and is not raced.  If memory runs out, the whole evaluation is
+        done again with half the batch, which then stays.
+
+        Raises:
+            EvaluationError: A loss is not finite, or memory does not suffice for one window at a time.
         """
-        began, batch = perf_counter(), self._batch_tokens
-        wait = 0.0 if self._ended is None else began - self._ended
-        while (answer := self._attempt(request)) is None:
-            self._halve()
-        self._ended = perf_counter()
-        note = self._halved_words() if self._batch_tokens < batch else ""
-        reduced = self._batch_tokens if self._batch_tokens < self._asked_tokens else 0
-        return replace(answer, wait_seconds=wait, batch_tokens=reduced, note=note)
+        started, batch_tokens = perf_counter(), self._batch_tokens
+        wait_seconds = 0.0 if self._finished is None else started - self._finished
+        while (evaluation := self._try_evaluate(request)) is None:
+            self._halve_batch()
+        self._finished = perf_counter()
+        return replace(
+            evaluation,
+            wait_seconds=wait_seconds,
+            batch_tokens=self._batch_tokens if self._batch_tokens < self._spec_batch_tokens else 0,
+            note=self._reduced_batch_note() if self._batch_tokens < batch_tokens else "",
+        )
 
-    def _attempt(self, request: Request) -> Evaluation | None:
-        """An evaluation; None where memory ran out."""
-        started, self._spent = perf_counter(), _Spent()
+    def _try_evaluate(self, request: Request) -> Evaluation | None:
+        """Evaluate with the present batch; None if memory ran out."""
+        started, tokens = perf_counter(), _TokenCount()
         try:
-            self._arena.merge(request.composite)
+            self.merged_model.merge(request.composite)
             _synchronize()
             merged = perf_counter()
-            scores, gradients = self._differentiate(request) if request.gradient else (self._measure(request), {})
+            scores, gradients = (
+                self._differentiate(request, tokens) if request.gradient else (self._measure(request, tokens), {})
+            )
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
             return None
-        spent = self._spent
         return Evaluation(
-            scores, spent.forward_tokens, merged - started, perf_counter() - merged, gradients, spent.scored_tokens
+            scores=scores,
+            forward_tokens=tokens.forward,
+            merge_seconds=merged - started,
+            score_seconds=perf_counter() - merged,
+            gradients=gradients,
+            scored_tokens=tokens.scored,
         )
 
-    def _halve(self) -> None:
-        """Half the tokens of the largest forward call there was; whatever is kept for larger ones is let go."""
-        shapes = [(stops(len(one.tokens_W))[0], one.ids_WT.shape[1]) for one in self._windows.values()]
+    def _measure(self, request: Request, tokens: "_TokenCount") -> dict[str, Score]:
+        """Score up to the interim analysis where the race ends, or all windows."""
+        windows = {key: len(self._windows[key].tokens_W) for key in request.corpora}
+        scores = dict(request.known)
+        for analysis in range(1, analysis_count(windows) + 1) if request.race else (INTERIM_ANALYSES,):
+            for key, end in windows_at(windows, analysis).items():
+                if key not in scores or len(scores[key].nats_W) < end:
+                    scores[key] = self._score(key, tokens, known=scores.get(key), end=end)
+            if (final := replay(request.race, scores, windows)) is not None:
+                return final
+        raise AssertionError("a race ends at its final analysis")
+
+    def _differentiate(self, request: Request, tokens: "_TokenCount") -> tuple[dict[str, Score], dict[str, Gradient]]:
+        """Score all windows, and differentiate each corpus's nats.
+
+        Packed scores come from the same pass; other layouts may round otherwise with gradients (see `score`), so they
+        are scored by a pass of their own.
+        """
+        scores: dict[str, Score] = {}
+        gradients: dict[str, Gradient] = {}
+        for key in dict.fromkeys(request.corpora):
+            with self.merged_model.reduce_gradients(self._base, self._fine_tunes) as gradients[key]:
+                scores[key] = self._score(key, tokens, gradient=True)
+            if self._layout != "packed":
+                scores[key] = self._score(key, tokens, known=request.known.get(key))
+        return scores, gradients
+
+    def _score(self, key: str, tokens: "_TokenCount", known: Score | None = None, **options: Any) -> Score:
+        """Score one corpus and count its tokens."""
+        windows = self._windows[key]
+        result, forward_tokens = score(
+            self.model, windows, self._batch_tokens, self._layout, known, head=self._head, **options
+        )
+        tokens.forward += forward_tokens
+        tokens.scored += max(result.tokens - (known.tokens if known else 0), 0)
+        return result
+
+    def _halve_batch(self) -> None:
+        """Halve the tokens of the largest forward call so far, and free the batches that were kept for larger ones."""
+        shapes = [(windows_by_analysis(len(w.tokens_W))[0], w.ids_WT.shape[1]) for w in self._windows.values()]
         largest = min(self._batch_tokens, max(rows * length for rows, length in shapes))
         if largest <= max(length for _, length in shapes):
             raise EvaluationError(f"there is not enough memory for a forward pass of {largest:,} tokens")
@@ -82,77 +147,44 @@ class Worker:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _halved_words(self) -> str:
+    def _reduced_batch_note(self) -> str:
         return (
-            f"a worker ran out of memory, and goes on with at most {self._batch_tokens:,} tokens in a forward call "
-            f"for {self._asked_tokens:,}; nats may differ in their last digits from those before"
+            f"a worker ran out of memory and continues with at most {self._batch_tokens:,} tokens in a forward call "
+            f"instead of {self._spec_batch_tokens:,}; nats may differ from earlier ones in their last digits"
         )
-
-    def _measure(self, request: Request) -> dict[str, Score]:
-        """Scores at the look where the race ends, or of all windows."""
-        windows = {key: len(self._windows[key].tokens_W) for key in request.corpora}
-        known = dict(request.known)
-        for number in range(1, interim_analyses(windows) + 1) if request.race else (INTERIM_ANALYSES,):
-            for key, end in seen(windows, number).items():
-                if key not in known or len(known[key].nats_W) < end:
-                    known[key] = self._score(key, known=known.get(key), end=end)
-            if (scores := replay(request.race, known, windows)) is not None:
-                return scores
-        raise AssertionError("a race ends at its last look")
-
-    def _differentiate(self, request: Request) -> tuple[dict[str, Score], dict[str, Gradient]]:
-        """Scores, and the gradient of each corpus's nats.
-
-        The scores are of the same pass, except for architectures whose nats it may round otherwise (`score`).
-        """
-        scores: dict[str, Score] = {}
-        gradients: dict[str, Gradient] = {}
-        for key in dict.fromkeys(request.corpora):
-            with self._arena.reducing(self._base, self._experts) as gradients[key]:
-                scores[key] = self._score(key, gradient=True)
-            if self._reading != "packed":
-                scores[key] = self._score(key, known=request.known.get(key))
-        return scores, gradients
-
-    def _score(self, key: str, known: Score | None = None, **how: Any) -> Score:
-        windows = self._windows[key]
-        found, tokens = score(self._model, windows, self._batch_tokens, self._reading, known, head=self._head, **how)
-        self._spent.forward_tokens += tokens
-        self._spent.scored_tokens += max(found.tokens - (known.tokens if known else 0), 0)
-        return found
 
 
 @dataclass
-class _Spent:
-    """Tokens of an evaluation: that went forward through the model, and those of them that were scored."""
+class _TokenCount:
+    """Tokens of one evaluation: all that went through the model, and those whose nats count."""
 
-    forward_tokens: int = 0
-    scored_tokens: int = 0
+    forward: int = 0
+    scored: int = 0
 
 
 def build(spec: WorkerSpec) -> Worker:
-    """A worker for a spec: what a pool ships to where the worker is to live."""
+    """Build a worker: the importable function that a pool calls in the worker's process."""
     return Worker(spec)
 
 
-def _refuse_changed(model: StoredModel) -> None:
+def _check_content(model: StoredModel) -> None:
     if content_of(model) != model.content:
         raise InputError(model.path, None, None, "its weights have changed since the study began to load; run again")
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    """A device's own error, or what torch's allocator on a CPU says."""
+    # A GPU raises a class of its own; torch's allocator on a CPU raises RuntimeError and names itself in the message.
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _devices(count: int) -> list[torch.device]:
-    """The GPUs that this process sees, as many as are asked for; without any the CPU, so many times."""
+    """The first `count` GPUs of this process; without a GPU the CPU, repeated."""
     if not torch.cuda.is_available():
         return [torch.device("cpu")] * count
     return [torch.device("cuda", index) for index in range(count)]
 
 
 def _synchronize() -> None:
-    """Let the devices finish, so that merging and scoring are timed apart."""
+    """Wait for all GPUs, so that merging and scoring are timed apart."""
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         torch.cuda.synchronize(index)

@@ -1,69 +1,136 @@
-"""The merge kernel: the one place where weights are summed, in one pass over memory."""
+"""The merge kernel: the one place where weights are summed, in one pass over memory.
+
+    out = cast( round( sum_n w_n x_n ) )
+
+Every product and every sum is rounded to float32 on its own, in the order of the terms; the sum is rounded once to the
+base's dtype, then cast to the evaluation's.  Three backends compute it, with the same bits: kernel.cpp on CPUs, a
+kernel made by torch's compiler on GPUs, and torch's own operations where neither can be compiled.
+
+Shape suffixes: P flat elements of a segment, N terms.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dem_opt.merging.compiled import Term, native, outlook
+from dem_opt.merging.compiled import Term, compiled_kernel, expected_compiled_kernel
 from dem_opt.merging.int8 import Int8Vector
 from dem_opt.simplex import UNIT
 
 CPU_BLOCK = 2**18
-"""Elements that a thread merges at once where nothing is compiled: few enough that float32 scratch stays in caches,
-and many, because threads take turns at starting operations."""
+"""Elements that a thread merges at once in torch operations: few enough for the float32 scratch to stay in the caches,
+enough for the cost of starting operations, which the threads do in turn, not to matter."""
 
 CPU_THREADS = 4
-"""The most threads of such a merge: more would wait for each other, and each has scratch of its own."""
+"""Most threads of a merge in torch operations: more wait for the interpreter's lock, and each has its own scratch."""
 
 DEVICE_BLOCK = 2**24
-"""Elements merged at once on a device where nothing is compiled: enough to hide the launching of kernels."""
+"""Elements merged at once in torch operations on a GPU: enough to hide the time of launching kernels."""
 
+# A kernel made by torch's compiler indexes with 32 bits up to 2**31 elements, and more slowly with 64 bits beyond.
 _COMPILED_BLOCK = 2**30
-"""Elements merged at once by a compiled kernel on a device: below 2**31."""
 
+_RECOMPILE_LIMIT = 256
+
+# kernel.cpp's number of each dtype that it reads.
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.float16: 3}
-"""The dtypes that kernel.cpp knows, by its numbers."""
 
+# kernel.cpp's pairs of the dtype that sums are rounded to and the one that is written; bfloat16 and float16 never meet.
 _ROUNDINGS = (
     *({torch.float32}, {torch.bfloat16}, {torch.float16}),
     *({torch.float32, torch.bfloat16}, {torch.float32, torch.float16}),
 )
-"""The dtypes that kernel.cpp rounds sums to and writes."""
 
 _BY_TORCH = "the merge kernel is compiled by torch"
 
 Values = Tensor | Int8Vector
 
 
+@dataclass(frozen=True)
+class Backend:
+    """How merges run on a kind of device.
+
+    Attributes:
+        description: One clause for users.
+        seconds: Time that compiling or loading took in this process; 0 on GPUs, where the first merge compiles.
+    """
+
+    description: str
+    seconds: float = 0.0
+
+
+def merge_backend(device: torch.device | str) -> Backend:
+    """Compile or load the kernel for a device, compare it with torch's operations, and describe the backend in use."""
+    kind = torch.device(device).type
+    if kind != "cpu":
+        works = _is_trusted(kind)
+        return Backend(_BY_TORCH if works else _rejected())
+    kernel = compiled_kernel()
+    description = kernel.description if kernel.merge is None or _is_trusted(kind) else _rejected()
+    return Backend(description, kernel.seconds)
+
+
+def expected_backend(device: torch.device | str) -> Backend:
+    """Describe the backend that merges will use, as far as it is known before anything is compiled."""
+    on_cpu = torch.device(device).type == "cpu"
+    return Backend(expected_compiled_kernel() if on_cpu else f"{_BY_TORCH} at first use")
+
+
+def _rejected() -> str:
+    return "the compiled merge kernel fails or its bits differ from those of torch's operations, and is not used"
+
+
 class MergeKernel:
     """Weighted sums of flat tensors on one device.
 
-    Multiplication and addition are rounded separately, in the order of the terms.  `add_(x, alpha=w)` may fuse them in
-    its vector loop and not in the loop's tail, and then a weight's bits would depend on its position, on blocks and
-    threads.  Compiled or not, the bits are the same: what a compiler made is tried against torch's own operations once.
+    Products and sums are rounded separately, in the order of the terms.  `add_(x, alpha=w)` may fuse them in its
+    vectorized loop and not in the loop's tail, so that a weight's bits would depend on its position, on blocks and on
+    threads.  A compiled kernel is used only after its bits were compared with those of torch's operations, once in a
+    process.
     """
 
     def __init__(self, device: torch.device | str = "cpu", block: int | None = None, compiled: bool = True) -> None:
-        """Compile the kernel unless that was done, or is not wanted.  `block` elements are merged at once without."""
+        """Compile the kernel on first use in this process.
+
+        Args:
+            device: Where all tensors of a merge lie.
+            block: Elements merged at once in torch operations; CPU_BLOCK or DEVICE_BLOCK by default.
+            compiled: False to use torch operations only.
+        """
         self._device = torch.device(device)
         self.block = block or (CPU_BLOCK if self._device.type == "cpu" else DEVICE_BLOCK)
         self.compiled = compiled and _is_trusted(self._device.type)
 
-    def merge(self, out_P: Tensor, terms: Sequence[tuple[int, Values]], dtype: torch.dtype) -> None:
-        """out = sum_n (units_n / 1e9) x_n  over flat tensors, rounded to `dtype`, cast to out's.
+    @staticmethod
+    def memory_bytes(device: str, itemsize: int, threads: int = CPU_THREADS) -> int:
+        """Scratch of a merge in torch operations, which `_merge_stripe` allocates for each thread.
 
-        Terms are (units of 1e-9, values), summed in the order given.  Coefficients are rounded to float32.  A single
-        term is copied, which keeps its bits even where the processor flushes denormal numbers to zero.
+        Sum and term in float32 and the sum rounded to the base's dtype, of `itemsize` bytes an element.
+        """
+        elements = CPU_BLOCK * threads if device == "cpu" else DEVICE_BLOCK
+        return elements * (2 * 4 + itemsize)
+
+    def merge(self, out_P: Tensor, terms: Sequence[tuple[int, Values]], dtype: torch.dtype) -> None:
+        """Write  sum_n (units_n / 1e9) x_n , rounded to `dtype` and cast to the dtype of `out_P`.
+
+        A single term of coefficient 1 is copied, which keeps its bits even where the processor flushes denormal numbers
+        to zero.
+
+        Args:
+            out_P: Flat output.
+            terms: Units of 1e-9 and values, summed in this order; coefficients are rounded to float32.
+            dtype: The base's dtype.
         """
         if len(terms) == 1 and terms[0][0] == UNIT and isinstance(terms[0][1], Tensor):
             out_P.copy_(terms[0][1])
             return
         weights, values = [units / UNIT for units, _ in terms], [x for _, x in terms]
-        if self.compiled and self._device.type == "cpu" and _knows(out_P, values, dtype):
-            _merge_native(out_P, weights, values, dtype)
+        if self.compiled and self._device.type == "cpu" and _kernel_cpp_supports(out_P, values, dtype):
+            _merge_by_kernel_cpp(out_P, weights, values, dtype)
             return
         weights_N1 = torch.split(torch.tensor(weights, dtype=torch.float32, device=out_P.device), 1)
         if self.compiled and self._device.type != "cpu" and all(isinstance(x, Tensor) for x in values):
@@ -72,20 +139,6 @@ class MergeKernel:
             _merge_in_threads(out_P, weights_N1, values, dtype, self.block)
         else:
             _merge_stripe(out_P, weights_N1, values, dtype, self.block)
-
-
-def told(device: torch.device | str) -> tuple[str, float]:
-    """What merges on a device run as, for people, and the seconds that making it so took in this process."""
-    kind = torch.device(device).type
-    note = native().note if kind == "cpu" else _BY_TORCH
-    if not _is_trusted(kind) and (kind != "cpu" or native().merge is not None):
-        note = "the compiled merge kernel fails or gives other bits than torch's operations, and is not used"
-    return note, native().seconds if kind == "cpu" else 0.0
-
-
-def foretold(device: torch.device | str) -> str:
-    """What merges on a device will run as, for people, as far as is known before anything is compiled or tried."""
-    return outlook() if torch.device(device).type == "cpu" else f"{_BY_TORCH} at first use"
 
 
 def _merge_stripe(
@@ -97,10 +150,10 @@ def _merge_stripe(
     stripe: int = 0,
     stripes: int = 1,
 ) -> None:
-    """Every `stripes`th block in torch's operations.  A float32 weight makes every product float32."""
+    """Merge every `stripes`th block in torch operations; weights are float32, so that every product is float32."""
     size = min(block, len(out_P))
     sum_P, term_P = torch.empty(2, size, dtype=torch.float32, device=out_P.device)
-    direct = out_P.dtype == dtype == torch.float32
+    direct = out_P.dtype == dtype == torch.float32  # the last sum needs no rounding: write it where it belongs
     for start in range(stripe * block, len(out_P), stripes * block):
         part = slice(start, start + block)
         into_P = out_P[part]
@@ -114,7 +167,7 @@ def _merge_stripe(
 
 
 def _multiply(x: Values, weight_1: Tensor, part: slice, out_P: Tensor) -> None:
-    """out = w x  of a part.  Widening first is faster than multiplying numbers of two dtypes."""
+    """out = w x  for a part of x.  Widening x first is faster than a product of two dtypes, with the same bits."""
     x_P, factor = x.scaled(weight_1, part) if isinstance(x, Int8Vector) else (x[part], weight_1)
     torch.mul(x_P if x_P.dtype == torch.float32 else out_P.copy_(x_P), factor, out=out_P)
 
@@ -122,10 +175,9 @@ def _multiply(x: Values, weight_1: Tensor, part: slice, out_P: Tensor) -> None:
 def _merge_in_threads(
     out_P: Tensor, weights_N1: Sequence[Tensor], values: Sequence[Values], dtype: torch.dtype, block: int
 ) -> None:
-    """Stripes in threads of Python, each with one thread of torch: so they wait for each other only at the end.
+    """Merge stripes in Python threads, each with one torch thread, so that they wait for each other only at the end.
 
-    Torch's own threads wait for each other after every operation, which takes longer than a block does.  What is set
-    in a thread holds for that thread, and for those that begin later: so it is set back.
+    Torch's own threads synchronize after every operation, which takes longer than merging a block.
     """
     threads = torch.get_num_threads()
     stripes = min(threads, CPU_THREADS)
@@ -138,25 +190,27 @@ def _merge_in_threads(
         with ThreadPoolExecutor(stripes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             list(pool.map(work, range(stripes)))
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads)  # `set_num_threads(1)` in a thread is also inherited by threads that start later
 
 
-def _knows(out_P: Tensor, values: Sequence[Values], dtype: torch.dtype) -> bool:
-    """Whether kernel.cpp has a pass for these dtypes: all but to round to bfloat16 for float16, or the other way."""
+def _kernel_cpp_supports(out_P: Tensor, values: Sequence[Values], dtype: torch.dtype) -> bool:
+    """Return whether kernel.cpp is compiled for these stored, rounded and written dtypes."""
     stored = {(x.values_P if isinstance(x, Int8Vector) else x).dtype for x in values}
     return stored <= _TYPES.keys() and {dtype, out_P.dtype} in _ROUNDINGS
 
 
-def _merge_native(out_P: Tensor, weights: Sequence[float], values: Sequence[Values], dtype: torch.dtype) -> None:
-    """The same in one pass of kernel.cpp."""
-    merge = native().merge
+def _merge_by_kernel_cpp(out_P: Tensor, weights: Sequence[float], values: Sequence[Values], dtype: torch.dtype) -> None:
+    """Merge in one pass of kernel.cpp."""
+    merge = compiled_kernel().merge
     assert merge is not None and out_P.is_contiguous()
-    terms, keep = (Term * len(values))(), []
+    terms, alive = (Term * len(values))(), []  # addresses of tensors that must live until the pass ends
     for term, weight, x in zip(terms, weights, values, strict=True):
         x_P = (x.values_P if isinstance(x, Int8Vector) else x).contiguous()
-        x_P = x_P if x_P.data_ptr() % x_P.itemsize == 0 else x_P.clone()  # a mapped file may begin anywhere
+        x_P = (
+            x_P if x_P.data_ptr() % x_P.itemsize == 0 else x_P.clone()
+        )  # C++ needs aligned values; a mapped file may begin at any byte
         assert len(x_P) == len(out_P)
-        keep.append(x_P)
+        alive.append(x_P)
         scale = x.scale_R.data_ptr() if isinstance(x, Int8Vector) else None
         term.values, term.scale, term.type, term.weight = x_P.data_ptr(), scale, _TYPES[x_P.dtype], weight
     starts_R = next((x.starts_R for x in values if isinstance(x, Int8Vector)), None)
@@ -166,7 +220,7 @@ def _merge_native(out_P: Tensor, weights: Sequence[float], values: Sequence[Valu
 
 
 def _merge_on_device(out_P: Tensor, weights_N1: Sequence[Tensor], values: Sequence[Values], dtype: torch.dtype) -> None:
-    """The same in one pass of a kernel that torch compiles for each number of terms and their dtypes."""
+    """Merge in one pass of a kernel that torch compiles for each number of terms and their dtypes."""
     for start in range(0, len(out_P), _COMPILED_BLOCK):
         part = slice(start, start + _COMPILED_BLOCK)
         _device_pass()(out_P[part], list(weights_N1), [x[part] for x in values if isinstance(x, Tensor)], dtype)
@@ -174,13 +228,18 @@ def _merge_on_device(out_P: Tensor, weights_N1: Sequence[Tensor], values: Sequen
 
 @functools.cache
 def _device_pass() -> Callable[..., None]:
-    """Torch's compiler over the sum; emulating eager casts also turns off the fusing of products and sums."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
-    return torch.compile(_summed, fullgraph=True, dynamic=True, options={"emulate_precision_casts": True})
+    """Compile the sum with torch's compiler.
+
+    `emulate_precision_casts` also turns off the fusing of products and sums, so that the bits are those of eager mode.
+    """
+    # Private and process-wide, but older supported versions of torch.compile have no `recompile_limit`: composites of
+    # 1 to N terms in several dtypes are as many compilations, and beyond the default of 8 `fullgraph` raises.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
+    return torch.compile(_weighted_sum, fullgraph=True, dynamic=True, options={"emulate_precision_casts": True})
 
 
-def _summed(out_P: Tensor, weights_N1: Sequence[Tensor], values_NP: Sequence[Tensor], dtype: torch.dtype) -> None:
-    """out = sum_n w_n x_n  as one expression."""
+def _weighted_sum(out_P: Tensor, weights_N1: Sequence[Tensor], values_NP: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """out = sum_n w_n x_n  as one expression, summed from the left."""
     sum_P = values_NP[0].float() * weights_N1[0]
     for weight_1, x_P in zip(weights_N1[1:], values_NP[1:], strict=True):
         sum_P = sum_P + x_P.float() * weight_1
@@ -189,25 +248,25 @@ def _summed(out_P: Tensor, weights_N1: Sequence[Tensor], values_NP: Sequence[Ten
 
 @functools.cache
 def _is_trusted(kind: str) -> bool:
-    """Whether a compiled kernel is to be had on a kind of device, and gives the bits of torch's own operations."""
-    if kind == "cpu" and native().merge is None:
+    """Return whether a kernel can be compiled for a kind of device and has the bits of torch's operations."""
+    if kind == "cpu" and compiled_kernel().merge is None:
         return False
     try:
         return all(_agrees(kind, stored) for stored in (torch.float32, torch.bfloat16, torch.float16))
-    except RuntimeError:  # what torch's compiler raises where it has no compiler itself
+    except RuntimeError:  # torch's compiler found no C++ or Triton compiler, or failed
         return False
 
 
 def _agrees(kind: str, stored: torch.dtype) -> bool:
-    """Whether both ways give the same bits of one random merge."""
+    """Compare the bits of one random merge, long enough for a vectorized loop and a tail."""
     generator = torch.Generator().manual_seed(0)
     values: list[Values] = [torch.randn(4099, generator=generator).to(kind, stored) for _ in range(3)]
     weights = [0.2, 0.5, 0.3]
     weights_N1 = torch.split(torch.tensor(weights, dtype=torch.float32, device=kind), 1)
-    found_P, expected_P = torch.empty(2, 4099, dtype=torch.float32, device=kind)
+    merged_P, expected_P = torch.empty(2, 4099, dtype=torch.float32, device=kind)
     _merge_stripe(expected_P, weights_N1, values, stored, 4099)
     if kind == "cpu":
-        _merge_native(found_P, weights, values, stored)
+        _merge_by_kernel_cpp(merged_P, weights, values, stored)
     else:
-        _merge_on_device(found_P, weights_N1, values, stored)
-    return torch.equal(found_P, expected_P)
+        _merge_on_device(merged_P, weights_N1, values, stored)
+    return torch.equal(merged_P, expected_P)

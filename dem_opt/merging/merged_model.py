@@ -20,9 +20,9 @@ from dem_opt.checkpoints.architecture import Architecture, describe, parameter_o
 from dem_opt.checkpoints.device_map import Split, move_activations, split_layers
 from dem_opt.checkpoints.files import DTYPES, read_header, read_tensors
 from dem_opt.checkpoints.loading import load_parameters, map_parameters, read_parameters
-from dem_opt.merging.int8 import Int8Vector, quantize, row_length, rows_of
+from dem_opt.merging.int8 import Int8Vector, quantize, row_count, row_length
 from dem_opt.merging.kernel import MergeKernel, Values
-from dem_opt.merging.streaming import BLOCK, Block, Mapped
+from dem_opt.merging.streaming import BLOCK, Block, StreamedCheckpoints
 from dem_opt.simplex import UNIT
 from dem_opt.types import Composite, StoredModel
 
@@ -61,7 +61,7 @@ class MergedModel:
         whole = [one for one in distinct if one.base is None and one not in compressed]
         self._base = distinct[0].content if compressed else None
         self._segments = _lay_out(model, architecture, whole, self._split, self._devices)
-        self._mapped = Mapped(
+        self._mapped = StreamedCheckpoints(
             {one.content: dict(map_parameters(architecture, one.path)) for one in whole if one.content in streamed}
         )
         for checkpoint in whole:
@@ -96,7 +96,7 @@ class MergedModel:
         mapped = {content for content in map(self._root, contents) if content in self._mapped}
         parts = [(segment, part) for segment in self._segments for part in segment.parts(edited, bool(mapped))]
         blocks = [part.block(segment.live_P.device) for segment, part in parts]
-        for (segment, part), fetched in zip(parts, self._mapped.ahead(sorted(mapped), blocks), strict=True):
+        for (segment, part), fetched in zip(parts, self._mapped.prefetch(sorted(mapped), blocks), strict=True):
             terms = [(units, self._values(content, segment, part, fetched)) for content, units in composite.terms]
             self._kernels[segment.number].merge(segment.live_P[part.slice], terms, segment.dtype)
 
@@ -111,7 +111,7 @@ class MergedModel:
         return [(UNIT, segment.stored_NP[self._base]), *vectors]
 
     @contextmanager
-    def reducing(self, base: str, fine_tunes: Sequence[str]) -> Iterator[dict[str, float]]:
+    def reduce_gradients(self, base: str, fine_tunes: Sequence[str]) -> Iterator[dict[str, float]]:
         """Where `backward` is called within, gradients G of the parameters are not kept; what is kept are the sums of
 
             < G , Theta_i - Theta >   for each expert i, by content.
@@ -351,7 +351,7 @@ class _Segment:
     @cached_property
     def starts_R(self) -> Tensor:
         """Where each row of its parameters begins; what follows a parameter belongs to its last row, and is zero."""
-        starts = [torch.arange(rows_of(one.shape)) * row_length(one.shape) + one.start for one in self.places]
+        starts = [torch.arange(row_count(one.shape)) * row_length(one.shape) + one.start for one in self.places]
         return torch.cat(starts).to(self.live_P.device)
 
     def no_vector(self) -> Int8Vector:

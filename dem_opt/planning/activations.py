@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 from dem_opt.checkpoints.architecture import Architecture
-from dem_opt.evaluation.lm_head import rows_at_once
+from dem_opt.evaluation.lm_head import chunk_rows
 
 KEPT = 32 * 2**20
 """The C library gives freed tensors of at least so many bytes back to the system, and may keep smaller ones (glibc)."""
@@ -68,7 +68,7 @@ def read_widths(architecture: Architecture, model: Mapping[str, Any]) -> Widths:
 def head_bytes(widths: Widths, tokens: int, itemsize: int, device: str = "cpu", backward: bool = False) -> int:
     """The most bytes that the end of a model and its loss hold at once, of so many tokens, all of them scored.
 
-    The last hidden states, as they come and as they are scored (2 H), and of `rows_at_once` rows the largest of
+    The last hidden states, as they come and as they are scored (2 H), and of `chunk_rows` rows the largest of
     cap       the logits thrice, where they are soft-capped
     loss      the logits, the same in float32 where they are narrower, their log-softmax
     way back  three times float32, the logits where they are soft-capped; beside them the gradients of the hidden
@@ -77,7 +77,7 @@ def head_bytes(widths: Widths, tokens: int, itemsize: int, device: str = "cpu", 
     A model that ends in another way than `heads` knows makes all of its logits at once, which nobody knows before it
     is loaded.
     """
-    rows = min(rows_at_once(widths.vocabulary, device), tokens)
+    rows = min(chunk_rows(widths.vocabulary, device), tokens)
     hidden, wide = 2 * tokens * widths.hidden * itemsize, rows * widths.vocabulary * 4
     logits = rows * widths.vocabulary * itemsize
     if backward:

@@ -24,7 +24,7 @@ _POSITIONS = ("max_position_embeddings", "n_positions")
 
 
 @dataclass(frozen=True)
-class Files:
+class CheckedHeaders:
     """The headers of a study's checkpoints and adapters, which fit together: the base's as "base", others by name."""
 
     config: StudyConfig
@@ -76,7 +76,7 @@ class Inputs:
         told = (
             [f"{', '.join(names)}: read from the files at every merge, since not all fits into memory"] if names else []
         )
-        return tell_twins(contents) + told
+        return identical_checkpoints(contents) + told
 
     def identity(self) -> StudyIdentity:
         """The question by content."""
@@ -110,7 +110,7 @@ class Inputs:
 
     def exact(self) -> "Inputs":
         """The same with vectors as they are."""
-        return replace(self, config=exactly(self.config))
+        return replace(self, config=with_exact_vectors(self.config))
 
     def models(self) -> dict[str, StoredModel]:
         """Base and experts by content."""
@@ -122,7 +122,7 @@ class Inputs:
         Raises InputError for a model that is damaged, or whose tokenizer is not the base's.
         """
         header = read_header(folder, field)
-        files = Files(self.config, check_base(header), {"base": header})
+        files = CheckedHeaders(self.config, check_base(header), {"base": header})
         if self.config.compute.ray == "local":
             refuse_too_large(files.plan(), folder)
         if tokenizer_digest(load_tokenizer(folder)) != self.tokenizer:
@@ -135,16 +135,16 @@ class Inputs:
         return WorkerSpec(model, (), self.corpora, self.dtype, self.batch_tokens, devices=devices)
 
 
-def exactly(config: StudyConfig) -> StudyConfig:
+def with_exact_vectors(config: StudyConfig) -> StudyConfig:
     """The same study of vectors as they are."""
     return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"vectors": "exact"})})
 
 
-def too_large(config: StudyConfig, where: object) -> str | None:
+def memory_shortage(config: StudyConfig, where: object) -> str | None:
     """Why workers of this study don't fit into this machine, where they are to live on it; else None."""
     if config.compute.ray != "local":
         return None
-    plan = check_files(config, where).plan()
+    plan = check_headers(config, where).plan()
     try:
         refuse_too_large(plan, where)
     except InputError as error:
@@ -152,7 +152,7 @@ def too_large(config: StudyConfig, where: object) -> str | None:
     return "not all checkpoints would stay in memory" if plan.streamed else None
 
 
-def check_files(config: StudyConfig, where: object) -> Files:
+def check_headers(config: StudyConfig, where: object) -> CheckedHeaders:
     """Headers of the base and of every checkpoint and adapter, which must fit together; reads no weights.
 
     Raises InputError for what is missing, damaged, of another shape than the base, or can't be divided as asked.
@@ -167,7 +167,7 @@ def check_files(config: StudyConfig, where: object) -> Files:
         headers[name] = _check_expert(
             architecture, base, name, distribution, where, config.evaluation.vectors == "int8"
         )
-    return Files(config, architecture, headers)
+    return CheckedHeaders(config, architecture, headers)
 
 
 def _check_expert(
@@ -227,7 +227,7 @@ def _check_window(base: Path, window: int, where: object) -> None:
         raise InputError(where, "evaluation.window", window, mend)
 
 
-def tell_twins(identities: Mapping[str, str]) -> list[str]:
+def identical_checkpoints(identities: Mapping[str, str]) -> list[str]:
     """A line for each checkpoint that is the base or another one, given what identifies each ("base" among them)."""
     first: dict[str, str] = {}
     told = []
@@ -240,14 +240,14 @@ def tell_twins(identities: Mapping[str, str]) -> list[str]:
     return told
 
 
-def gather(config: StudyConfig, where: object, worker: bool = True) -> Inputs:
+def load_inputs(config: StudyConfig, where: object, worker: bool = True) -> Inputs:
     """Check, tokenize and hash all that a study names.
 
     worker  whether workers on this machine will hold all of it: then it has to fit
 
     Raises InputError, naming file and field, before anything is loaded or written.
     """
-    files = check_files(config, where)
+    files = check_headers(config, where)
     plan, here = files.plan(), config.compute.ray == "local"
     if worker and here:
         refuse_too_large(plan, where)

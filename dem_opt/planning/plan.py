@@ -16,7 +16,7 @@ from dem_opt.checkpoints.architecture import Architecture
 from dem_opt.checkpoints.files import DTYPES, Header, known_content
 from dem_opt.config import ComputeSection, StudyConfig
 from dem_opt.errors import InputError
-from dem_opt.evaluation.interim_analyses import stops
+from dem_opt.evaluation.interim_analyses import windows_by_analysis
 from dem_opt.planning.activations import Widths, activation_bytes, flops_per_token, gradient_bytes, read_widths
 from dem_opt.planning.hardware import Machine, Speed
 from dem_opt.planning.weights import fetched_bytes, held_bytes, reduced_bytes, streamed_bytes
@@ -142,7 +142,7 @@ def make_plan(
     shares = [[name for name in architecture.parameters if split.places[name] == number] for number in range(gpus)]
     every_held = [held_bytes(architecture, base, unlike, names, study, machine.device, itemsize) for names in shares]
     names, held = max(zip(shares, every_held, strict=True), key=lambda share: sum(share[1].values()))
-    block = stops(max(given.windows, given.held_out))[0]
+    block = windows_by_analysis(max(given.windows, given.held_out))[0]
 
     def call_bytes(batch: int) -> int:
         return activation_bytes(widths, _rows(batch, given.window, block), given.window, itemsize, machine.device)

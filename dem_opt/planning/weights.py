@@ -10,10 +10,10 @@ from dem_opt.checkpoints.adapters import read_adapter
 from dem_opt.checkpoints.architecture import Architecture
 from dem_opt.checkpoints.files import DTYPES, Header
 from dem_opt.config import StudyConfig
-from dem_opt.merging.int8 import rows_of
+from dem_opt.merging.int8 import row_count
 from dem_opt.merging.kernel import CPU_BLOCK, CPU_THREADS, DEVICE_BLOCK
 from dem_opt.merging.merged_model import ALIGNMENT
-from dem_opt.merging.streaming import AHEAD, BLOCK
+from dem_opt.merging.streaming import BLOCK, BUFFERS
 
 PROCESS = 450 * 10**6
 """Bytes that Python, torch, transformers and Ray take in a worker's process before it loads (its RSS, on Linux)."""
@@ -83,7 +83,7 @@ def fetched_bytes(architecture: Architecture, unlike: Sequence[Header]) -> int:
     gradient has all of its parameter.
     """
     base, largest = unlike[0], max(architecture.sizes.values())
-    elements = AHEAD * (largest if any(one.adapter for one in unlike) else min(BLOCK, largest))
+    elements = BUFFERS * (largest if any(one.adapter for one in unlike) else min(BLOCK, largest))
     layout = architecture.layout(base)
     return max(elements, largest) * max(layout.dtype(base, name).itemsize for name in architecture.parameters)
 
@@ -103,7 +103,7 @@ def _stored(
     """
     if vectors == "exact":
         return sum(_factored(one, names) if one.adapter else _flat(architecture, one, names) for one in unlike)
-    rows = sum(rows_of(architecture.parameters[name]) for name in names)
+    rows = sum(row_count(architecture.parameters[name]) for name in names)
     whole, fine_tunes = _flat(architecture, base, names), len(unlike) - 1
     return whole + fine_tunes * (_flat(architecture, base, names, 1) + 4 * rows) + (8 * rows if fine_tunes else 0)
 

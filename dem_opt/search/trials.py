@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dem_opt.evaluation.interim_analyses import first, replay
+from dem_opt.evaluation.interim_analyses import first_windows, replay
 from dem_opt.evaluation.objective import Objective, mean_nll, violation
 from dem_opt.evaluation.racing import Race
 from dem_opt.search.optuna_study import Proposal, Search, Trial
@@ -243,7 +243,7 @@ def recorded(ledger: Ledger, identity: StudyIdentity, study: str, trial: Trial) 
         trial.number,
         trial.coefficients,
         told["objective"],
-        {name: first(seen[name], windows) for name, windows in told["windows"].items()},
+        {name: first_windows(seen[name], windows) for name, windows in told["windows"].items()},
         evaluation,
         proposal.seconds,
         violation=told.get("violation", 0.0),

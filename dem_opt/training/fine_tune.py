@@ -28,7 +28,7 @@ from dem_opt.data.mixtures import Mixture, Part, blend
 from dem_opt.data.tokenize import load_tokenizer
 from dem_opt.data.windows import pack
 from dem_opt.errors import InputError, located
-from dem_opt.evaluation.nll import prepare, reading, score
+from dem_opt.evaluation.nll import document_layout, prepare, score
 from dem_opt.training.lora import add_lora, merged
 from dem_opt.training.trainer import DivergedError, Recipe, parameters_of, train_model
 from dem_opt.types import Corpus, Windows
@@ -230,7 +230,7 @@ def _nll(model: PreTrainedModel, windows: Windows) -> float:
     training = model.training
     model.train(False)
     with torch.random.fork_rng():
-        found, _ = score(model, prepare(windows, model.device), 4096, reading(model))
+        found, _ = score(model, prepare(windows, model.device), 4096, document_layout(model))
     model.train(training)
     return found.nll
 

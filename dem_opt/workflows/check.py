@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 from dem_opt.checkpoints.files import Header, known_content
 from dem_opt.config import StudyConfig
 from dem_opt.errors import InputError
-from dem_opt.merging.kernel import foretold
+from dem_opt.merging.kernel import expected_backend
 from dem_opt.planning.hardware import Speed
 from dem_opt.planning.hardware import probe as probe_speed
-from dem_opt.planning.inputs import Files, check_files, tell_twins
+from dem_opt.planning.inputs import CheckedHeaders, check_headers, identical_checkpoints
 from dem_opt.planning.plan import Plan, header_identity, refuse_too_large, sized
 from dem_opt.storage.engine import connect, is_there, masked, probe
 from dem_opt.storage.identity import StudyIdentity
@@ -97,7 +97,7 @@ def check(config: StudyConfig, where: object) -> Findings:
     Raises InputError for what would stop a run, but for what only the weights and texts themselves can tell; that it
     does not fit into memory is left to `refuse`, so that the plan can be seen.
     """
-    files = check_files(config, where)
+    files = check_headers(config, where)
     _refuse_missing_texts(config)
     plan, storage = files.plan(), f"{masked(config.storage)}: {probe(config.storage)}"
     speed = _speed(config, plan)
@@ -116,8 +116,8 @@ def check(config: StudyConfig, where: object) -> Findings:
         plan=plan,
         speed=speed,
         seconds=plan.seconds(speed),
-        kernel=foretold(plan.machine.device),
-        warnings=(*tell_twins(identities), *_other_tokenizers(files), *unreachable, *full),
+        kernel=expected_backend(plan.machine.device).description,
+        warnings=(*identical_checkpoints(identities), *_other_tokenizers(files), *unreachable, *full),
     )
 
 
@@ -198,7 +198,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds" if seconds >= 1 else "a second"
 
 
-def _export_bytes(files: Files) -> int:
+def _export_bytes(files: CheckedHeaders) -> int:
     """Bytes of a composite on disk: the base's tensors, tied ones once."""
     tensors = files.headers["base"].tensors.items()
     return sum(one.nbytes for name, one in tensors if name not in files.architecture.aliases)
@@ -209,7 +209,7 @@ def _result(path: Path) -> Path:
     return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
-def _other_tokenizers(files: Files) -> list[str]:
+def _other_tokenizers(files: CheckedHeaders) -> list[str]:
     """A line for each checkpoint whose tokenizer.json encodes otherwise than the base's, which is the one used."""
     base = files.headers["base"].folder / "tokenizer.json"
     others = {name: header.folder / "tokenizer.json" for name, header in files.headers.items()}

@@ -23,7 +23,7 @@ from dem_opt.config import StudyConfig
 from dem_opt.data.mixtures import Mixture, Part, lattice
 from dem_opt.errors import InputError
 from dem_opt.evaluation.worker import build
-from dem_opt.planning.inputs import Inputs, check_files, gather
+from dem_opt.planning.inputs import Inputs, check_headers, load_inputs
 from dem_opt.progress import NullPhase, Progress
 from dem_opt.search.loop import Driver
 from dem_opt.search.trials import is_known, objectives, recall
@@ -51,7 +51,7 @@ def mix(
     progress: Progress,
 ) -> MixingComparison:
     """Train and score a model for each job, and hold the winner against them."""
-    files = gather(config, where, worker=False).exact()
+    files = load_inputs(config, where, worker=False).exact()
     train(config, [one.job for one in jobs], compute, _WithoutPhases(progress))
     with compute:
         sources = files.on(compute.device)
@@ -200,7 +200,7 @@ def hold_against(
 ) -> MixingComparison:
     """The comparison, from what the ledger and the checkpoints' records have."""
     identity, made = sources.identity(), singles(config, where)
-    parameters = sum(map(prod, check_files(config, where).architecture.parameters.values()))
+    parameters = sum(map(prod, check_headers(config, where).architecture.parameters.values()))
     winner = summary.winner
     assert winner.coefficients is not None
     trained = sum((_training(one, parameters) for one in made.values()), Cost())

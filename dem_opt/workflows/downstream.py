@@ -15,7 +15,7 @@ from dem_opt.compute import Compute
 from dem_opt.config import EvaluateSection, StudyConfig
 from dem_opt.errors import InputError
 from dem_opt.export.writer import write_composite
-from dem_opt.planning.inputs import Inputs, gather
+from dem_opt.planning.inputs import Inputs, load_inputs
 from dem_opt.progress import Progress
 from dem_opt.simplex import UNIT
 from dem_opt.tracking.job_runs import JobRun, Note
@@ -51,7 +51,7 @@ def evaluate(
     config: StudyConfig, where: object, given: EvaluateSection, summary: Summary, compute: Compute, progress: Progress
 ) -> TaskTable:
     """Score base, fine-tunes, uniform average and the best composites on the tasks, and log it."""
-    sources = gather(config, where, worker=False)
+    sources = load_inputs(config, where, worker=False)
     doers = entrants(summary, sources, given.top)
     with compute:
         found = do_tasks(config, given, sources, doers, compute, progress)

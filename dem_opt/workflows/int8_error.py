@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from dem_opt.analysis.results import entries
-from dem_opt.planning.inputs import Inputs, too_large
+from dem_opt.planning.inputs import Inputs, memory_shortage
 from dem_opt.search.loop import Driver
 from dem_opt.search.trials import is_known, recall
 from dem_opt.storage.identity import StudyIdentity
@@ -40,7 +40,7 @@ def tell_cost(
     identity, exact = sources.identity(), sources.exact()
     if identity.vectors == "exact":
         return []
-    if shortage := too_large(exact.config, where):
+    if shortage := memory_shortage(exact.config, where):
         return [f"what {identity.vectors} vectors cost is not measured: {shortage}"]
     with driving(exact.spec(), identity.exact(), ledger) as driver:
         driver.measure(_yardsticks(identity), SEARCH)

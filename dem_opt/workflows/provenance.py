@@ -12,7 +12,7 @@ from pathlib import Path
 from dem_opt.analysis.results import best_of
 from dem_opt.config import StudyConfig
 from dem_opt.export.model_card import resolved
-from dem_opt.merging.kernel import foretold
+from dem_opt.merging.kernel import expected_backend
 from dem_opt.planning.hardware import this_machine
 from dem_opt.progress import Progress
 from dem_opt.search.loop import Driver
@@ -45,7 +45,11 @@ def facts(config: StudyConfig, where: object, identity: StudyIdentity) -> dict[s
         f"base: {config.base}": identity.base,
         **contents,
         **identity.settings,
-        **({"merging here": foretold(identity.settings["device"])} if config.compute.ray == "local" else {}),
+        **(
+            {"merging here": expected_backend(identity.settings["device"]).description}
+            if config.compute.ray == "local"
+            else {}
+        ),
         **libraries(),
         **({"git revision": revision} if revision else {}),
         "fingerprint": fingerprint(identity),

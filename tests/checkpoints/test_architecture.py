@@ -12,7 +12,7 @@ from dem_opt.checkpoints.architecture import check_base, check_fit, describe, em
 from dem_opt.checkpoints.files import content_hash, read_header
 from dem_opt.evaluation import nll
 from dem_opt.evaluation.lm_head import find_head
-from dem_opt.evaluation.nll import prepare, reading
+from dem_opt.evaluation.nll import document_layout, prepare
 from dem_opt.export.writer import prove, write_composite
 from dem_opt.merging.merged_model import MergedModel
 from dem_opt.simplex import UNIT
@@ -170,7 +170,7 @@ def test_the_nll_is_the_models_own_loss(world):
         called = {"input_ids": ids_1T, "labels": ids_1T}
     with torch.inference_mode():
         loss = model(**called, use_cache=False).loss.item()
-    assert score(model, made, 96, reading(model))[0].nll == near(loss)
+    assert score(model, made, 96, document_layout(model))[0].nll == near(loss)
 
 
 LAYOUT = [[24], [3, 9, 12], [2, 2, 15], [7], [12, 12], [5, 6, 2]]
@@ -180,8 +180,10 @@ def test_documents_do_not_see_each_other(world):
     """Each window scores what its documents score by themselves, in a window of their own."""
     model = world.references[0]
     made = make_windows(model, LAYOUT)
-    together, _ = score(model, made, 96, reading(model))
-    alone = [score(model, make_one(made, document), 96, reading(model))[0].nats_W[0] for document in made.documents]
+    together, _ = score(model, made, 96, document_layout(model))
+    alone = [
+        score(model, make_one(made, document), 96, document_layout(model))[0].nats_W[0] for document in made.documents
+    ]
     expected_W = np.bincount([one.window for one in made.documents], weights=alone)
     assert together.nats_W == near(tuple(expected_W))
 
@@ -201,11 +203,11 @@ def differentiated(world, dtype):
     merged_model.merge(world.composite())
     model.config._experts_implementation = "eager" if dtype == torch.float64 else model.config._experts_implementation
     made = make_windows(model, LAYOUT * 2)
-    kind = reading(world.references[0])
+    kind = document_layout(world.references[0])
     base, *fine_tunes = world.contents
     with calculating(dtype):
         plain = score(model, made, 60, kind)
-        with merged_model.reducing(base, fine_tunes) as gradient:
+        with merged_model.reduce_gradients(base, fine_tunes) as gradient:
             found = score(model, made, 60, kind, gradient=True)
     return model, made, kind, plain, found, [gradient[content] for content in fine_tunes]
 
@@ -247,7 +249,7 @@ def test_the_gradient_is_that_of_finite_differences(world):
 
 
 def test_who_reads_packed_windows(world):
-    kind = reading(world.references[0])
+    kind = document_layout(world.references[0])
     if world.name in zoo.MODELS and zoo.MODELS[world.name][0] in ("t5", "bart"):
         assert kind == "paired"
     elif world.name in PACKED:

@@ -15,7 +15,7 @@ from dem_opt.checkpoints.architecture import empty_model
 from dem_opt.checkpoints.device_map import move_activations, split_layers
 from dem_opt.checkpoints.files import content_hash
 from dem_opt.errors import InputError
-from dem_opt.evaluation.lm_head import find_head, nll
+from dem_opt.evaluation.lm_head import find_head, token_nll
 from dem_opt.evaluation.worker import Worker
 from dem_opt.merging.merged_model import MergedModel
 from dem_opt.simplex import UNIT
@@ -77,13 +77,13 @@ def test_no_operation_meets_two_devices(name, devices):
     model = zoo.make(name, **FOUR[zoo.MODELS[name][0]] if devices > 2 else {})
     inputs, targets_BT, scored_R = batch(model), torch.ones(2, 9, dtype=torch.long), torch.arange(18)
     with torch.inference_mode():
-        whole, head = nll(model, inputs, targets_BT, scored_R, None), find_head(model)
+        whole, head = token_nll(model, inputs, targets_BT, scored_R, None), find_head(model)
     split = split_layers(model, devices)
     assert {*split.places.values()} == {*range(devices)} and min(split.layers) > 0
     move_activations(model, split, [torch.device("cpu", index) for index in range(devices)])
     for one in (head, None):
         with torch.no_grad(), apart(model, split, *inputs.values()) as mode:
-            divided = nll(model, inputs, targets_BT, scored_R, one)
+            divided = token_nll(model, inputs, targets_BT, scored_R, one)
         assert mode.moves >= devices - 1
         torch.testing.assert_close(divided, whole)
 
@@ -183,14 +183,14 @@ def world(request, tmp_path_factory):
 
 def test_merges_nats_and_gradients_are_those_of_one_device_to_the_bit(world):
     whole, divided = world.worker(1), world.worker(2)
-    assert len({one.number for one in divided._arena._segments}) == 2
+    assert len({one.number for one in divided.merged_model._segments}) == 2
     for composite in world.composites:
         requests = [Request(0, composite, ("key",), gradient=gradient) for gradient in (False, True)]
         for request in requests:
             one, two = (worker.evaluate(request) for worker in (whole, divided))
             assert one.scores == two.scores and one.gradients == two.gradients
             assert len(one.gradients) == request.gradient
-        assert same_bits(whole._model, divided._model)
+        assert same_bits(whole.model, divided.model)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
@@ -207,8 +207,8 @@ def test_adapters_give_the_bits_of_one_device(tmp_path, case, streamed):
         )
         merged_model.merge(Composite.of({one.content: UNIT // 4 for one in stored}))
         inputs = batch(models[-1])
-        with merged_model.reducing(made.base.content, [one.content for one in stored[1:]]) as sums:
-            nll(models[-1], inputs, torch.ones(2, 9, dtype=torch.long), torch.arange(18), None).sum().backward()
+        with merged_model.reduce_gradients(made.base.content, [one.content for one in stored[1:]]) as sums:
+            token_nll(models[-1], inputs, torch.ones(2, 9, dtype=torch.long), torch.arange(18), None).sum().backward()
         found.append((sums, merged_model.nbytes))
     assert found[0] == found[1] and same_bits(*models)
 
@@ -216,7 +216,7 @@ def test_adapters_give_the_bits_of_one_device(tmp_path, case, streamed):
 def test_what_lies_on_a_device_are_its_layers_alone(tmp_path):
     """By memory: parameters of one share have one memory, and no other one's."""
     world = World(tmp_path, "llama")
-    model = world.worker(2)._model
+    model = world.worker(2).model
     memories = [set(), set()]
     for name, place in split_layers(model, 2).places.items():
         if name in dict(model.named_parameters()):
@@ -229,7 +229,7 @@ def test_what_lies_on_a_device_are_its_layers_alone(tmp_path):
 def test_two_gpus_give_the_bits_of_one(tmp_path, name):
     world = World(tmp_path, name)
     whole, divided = world.worker(1), world.worker(2)
-    devices = {parameter.device.index for parameter in divided._model.parameters()}
+    devices = {parameter.device.index for parameter in divided.model.parameters()}
     assert devices == {0, 1}
     for composite in world.composites:
         for gradient in (False, True):

@@ -8,7 +8,7 @@ import worlds
 from dem_opt.checkpoints.locate import locate
 from dem_opt.config import ModelSource, load
 from dem_opt.errors import InputError
-from dem_opt.planning.inputs import check_files
+from dem_opt.planning.inputs import check_headers
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -59,4 +59,4 @@ def test_a_study_may_name_its_base_by_hub_id(cache, tmp_path):
     folder.rmdir()
     folder.with_name("made").rename(folder)
     path.write_text(path.read_text().replace("base: models/base", "base: {hub: somebody/base}"))
-    assert check_files(load(path), path).headers["base"].folder == folder
+    assert check_headers(load(path), path).headers["base"].folder == folder

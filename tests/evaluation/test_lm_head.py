@@ -4,7 +4,7 @@ import pytest
 import torch
 import zoo
 
-from dem_opt.evaluation.lm_head import ROWS, UNSCORED, find_head, nll, rows_at_once
+from dem_opt.evaluation.lm_head import ROWS, UNSCORED, chunk_rows, find_head, token_nll
 
 CASES = {
     "llama": {},
@@ -54,7 +54,7 @@ def test_the_nats_are_those_of_the_models_own_logits(name):
             "divisor": 1.0,
             "cap": None,
         } | CASES[name]
-        for found_BT in (nll(model, inputs, targets_BT, scored_R, one) for one in (head, None)):
+        for found_BT in (token_nll(model, inputs, targets_BT, scored_R, one) for one in (head, None)):
             torch.testing.assert_close(found_BT.double(), own_BT, rtol=1e-5, atol=1e-5)
 
 
@@ -65,11 +65,11 @@ def test_there_are_never_more_rows_of_logits_than_rows_and_only_of_what_is_score
     head = find_head(model)
     watch(head, calls)
     with torch.inference_mode():
-        nll(model, inputs, targets_BT, scored_R, head)
+        token_nll(model, inputs, targets_BT, scored_R, head)
     assert max(calls) <= ROWS < len(scored_R) == sum(calls)
     calls.clear()
     model.requires_grad_()
-    found = nll(model, inputs, targets_BT, scored_R, head).sum()
+    found = token_nll(model, inputs, targets_BT, scored_R, head).sum()
     assert sum(calls) == len(scored_R)
     found.backward()
     assert max(calls) <= ROWS and sum(calls) == 2 * len(scored_R), "made again on the way back"
@@ -80,7 +80,7 @@ def test_the_gradient_is_that_of_the_models_own_logits(name):
     model = made(name).requires_grad_()
     called, gradients = batch(model), []
     for head in (find_head(model), None):
-        nll(model, *called, head).sum().backward()
+        token_nll(model, *called, head).sum().backward()
         gradients.append({key: one.grad for key, one in model.named_parameters()})
         model.zero_grad()
     for key, gradient in gradients[0].items():
@@ -96,8 +96,8 @@ def test_a_model_that_ends_otherwise_keeps_its_own_logits():
 
 @pytest.mark.parametrize("vocabulary", [50, 8192, 32000, 256000])
 def test_logits_at_once_are_few_on_every_device(vocabulary):
-    assert rows_at_once(vocabulary, "cuda") == ROWS
-    rows = rows_at_once(vocabulary, "cpu")
+    assert chunk_rows(vocabulary, "cuda") == ROWS
+    rows = chunk_rows(vocabulary, "cpu")
     assert rows <= ROWS and (rows == 64 or rows * vocabulary * 4 <= 16 * 2**20)
 
 
@@ -105,5 +105,5 @@ def test_a_batch_may_score_nothing():
     model = made("llama")
     inputs, targets_BT, _ = batch(model, rows=1)
     nothing_R = torch.zeros(0, dtype=torch.long)
-    found_BT = nll(model, inputs, torch.full_like(targets_BT, UNSCORED), nothing_R, find_head(model))
+    found_BT = token_nll(model, inputs, torch.full_like(targets_BT, UNSCORED), nothing_R, find_head(model))
     assert not found_BT.any()

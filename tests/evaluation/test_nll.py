@@ -20,9 +20,9 @@ from transformers import (
 
 from dem_opt.errors import EvaluationError
 from dem_opt.evaluation import nll
-from dem_opt.evaluation.interim_analyses import first, stops
+from dem_opt.evaluation.interim_analyses import first_windows, windows_by_analysis
 from dem_opt.evaluation.lm_head import ROWS, find_head
-from dem_opt.evaluation.nll import PreparedWindows, Reading, isolates_documents, prepare
+from dem_opt.evaluation.nll import DocumentLayout, PreparedWindows, isolates_documents, prepare
 from dem_opt.types import Score, Windows
 
 VOCABULARY = 128
@@ -51,7 +51,7 @@ CASES = [(name, "separate") for name in CONFIGS] + [(name, "packed") for name in
 
 # Lengths of the documents in each window; what is missing to TOKENS is padding.
 LAYOUT = [[24], [3, 1, 20], [1, 1, 10, 2, 10], [7], [12, 12], [5, 6, 2], [23, 1]] * 4
-STOPS = stops(len(LAYOUT))
+STOPS = windows_by_analysis(len(LAYOUT))
 SIZES_OF_BLOCKS = [stop - start for start, stop in pairwise((0, *STOPS))]
 
 
@@ -69,12 +69,12 @@ def score(
     model: PreTrainedModel,
     windows: PreparedWindows,
     batch_tokens: int,
-    reading: Reading,
+    layout: DocumentLayout,
     known: Score | None = None,
     end: int | None = None,
 ) -> tuple[Score, int]:
     """As a worker does it: with the head that the model had when it was made."""
-    return nll.score(model, windows, batch_tokens, reading, known, end, head=head_of(model))
+    return nll.score(model, windows, batch_tokens, layout, known, end, head=head_of(model))
 
 
 def make_windows(layout: list[list[int]], length: int = TOKENS, pad: int = 0) -> Windows:
@@ -98,8 +98,8 @@ def on_cpu(windows: Windows) -> PreparedWindows:
 WINDOWS = on_cpu(make_windows(LAYOUT))
 
 
-def measure(name: str, reading: str, windows: PreparedWindows = WINDOWS, batch_tokens: int = 96) -> Score:
-    return score(make_model(name), windows, batch_tokens, reading)[0]
+def measure(name: str, layout: str, windows: PreparedWindows = WINDOWS, batch_tokens: int = 96) -> Score:
+    return score(make_model(name), windows, batch_tokens, layout)[0]
 
 
 measured = cache(measure)
@@ -121,59 +121,59 @@ def near(expected: object, relative: float = 1e-6) -> object:
     return pytest.approx(expected, rel=relative)
 
 
-@pytest.mark.parametrize(("name", "reading"), CASES)
-def test_uniform_logits_give_the_vocabulary_size(name: str, reading: str) -> None:
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_uniform_logits_give_the_vocabulary_size(name: str, layout: str) -> None:
     model = make_model(name)
     model.get_output_embeddings().weight.data.zero_()
-    assert score(model, WINDOWS, 96, reading)[0].perplexity == near(VOCABULARY)
+    assert score(model, WINDOWS, 96, layout)[0].perplexity == near(VOCABULARY)
 
 
-@pytest.mark.parametrize(("name", "reading"), CASES)
-def test_packed_documents_score_as_separate_ones(name: str, reading: str) -> None:
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_packed_documents_score_as_separate_ones(name: str, layout: str) -> None:
     expected_W = one_by_one(make_model(name), WINDOWS)
-    assert measured(name, reading).nats_W == near(tuple(expected_W), 1e-5)
-    assert measured(name, reading).tokens_W == make_windows(LAYOUT).tokens_W
+    assert measured(name, layout).nats_W == near(tuple(expected_W), 1e-5)
+    assert measured(name, layout).tokens_W == make_windows(LAYOUT).tokens_W
 
 
 @pytest.mark.parametrize("batch_tokens", [TOKENS, 7 * TOKENS + 1, 10**6])
-@pytest.mark.parametrize(("name", "reading"), CASES)
-def test_batch_size_does_not_matter(name: str, reading: str, batch_tokens: int) -> None:
-    other = measure(name, reading, batch_tokens=batch_tokens)
-    assert other.nats_W == near(measured(name, reading).nats_W)
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_batch_size_does_not_matter(name: str, layout: str, batch_tokens: int) -> None:
+    other = measure(name, layout, batch_tokens=batch_tokens)
+    assert other.nats_W == near(measured(name, layout).nats_W)
 
 
 @pytest.mark.parametrize("batch_tokens", [TOKENS, 2 * TOKENS + 1, 10**6])
-@pytest.mark.parametrize(("name", "reading"), CASES)
+@pytest.mark.parametrize(("name", "layout"), CASES)
 def test_what_is_measured_in_parts_is_what_is_measured_at_once_to_the_bit(
-    name: str, reading: str, batch_tokens: int
+    name: str, layout: str, batch_tokens: int
 ) -> None:
     model = make_model(name)
-    whole, tokens = score(model, WINDOWS, batch_tokens, reading)
+    whole, tokens = score(model, WINDOWS, batch_tokens, layout)
     known, spent = None, []
     for stop in STOPS:
-        known, more = score(model, WINDOWS, batch_tokens, reading, known, stop)
+        known, more = score(model, WINDOWS, batch_tokens, layout, known, stop)
         spent.append(more)
         assert (known.nats_W, known.tokens_W) == (whole.nats_W[:stop], whole.tokens_W[:stop])
     assert known == whole and sum(spent) == tokens and all(spent)
 
 
-@pytest.mark.parametrize("reading", ["packed", "separate"])
-def test_what_is_known_is_not_measured_again(reading: str) -> None:
+@pytest.mark.parametrize("layout", ["packed", "separate"])
+def test_what_is_known_is_not_measured_again(layout: str) -> None:
     model, calls = make_model("llama"), []
-    whole, _ = score(model, WINDOWS, 96, reading)
+    whole, _ = score(model, WINDOWS, 96, layout)
     watch(model, calls)
-    assert score(model, WINDOWS, 96, reading, whole) == (whole, 0)
-    assert score(model, WINDOWS, 96, reading, whole, STOPS[2]) == (first(whole, STOPS[2]), 0) and not calls
+    assert score(model, WINDOWS, 96, layout, whole) == (whole, 0)
+    assert score(model, WINDOWS, 96, layout, whole, STOPS[2]) == (first_windows(whole, STOPS[2]), 0) and not calls
     made_up = Score((0.5,) * STOPS[-2], whole.tokens_W[: STOPS[-2]])
-    continued, tokens = score(model, WINDOWS, 96, reading, made_up)
+    continued, tokens = score(model, WINDOWS, 96, layout, made_up)
     assert continued.nats_W == made_up.nats_W + whole.nats_W[STOPS[-2] :]
     assert tokens == sum(shape.numel() for shape in calls)
 
 
 def test_scores_begin_and_end_at_stops() -> None:
-    with pytest.raises(AssertionError, match="no blocks"):
+    with pytest.raises(AssertionError, match="whole blocks"):
         score(make_model("llama"), WINDOWS, 96, "packed", end=STOPS[0] + 1)
-    with pytest.raises(AssertionError, match="no blocks"):
+    with pytest.raises(AssertionError, match="whole blocks"):
         score(make_model("llama"), WINDOWS, 96, "packed", Score((1.0,), (3,)))
 
 
@@ -190,24 +190,24 @@ def test_logits_are_summed_in_parts(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("length", "pad"), [(TOKENS, 77), (TOKENS + 9, 0), (TOKENS + 9, 77)])
-@pytest.mark.parametrize(("name", "reading"), CASES)
-def test_padding_does_not_matter(name: str, reading: str, length: int, pad: int) -> None:
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_padding_does_not_matter(name: str, layout: str, length: int, pad: int) -> None:
     padded = on_cpu(make_windows(LAYOUT, length, pad))
-    assert measure(name, reading, padded).nats_W == near(measured(name, reading).nats_W)
+    assert measure(name, layout, padded).nats_W == near(measured(name, layout).nats_W)
 
 
-@pytest.mark.parametrize(("name", "reading"), CASES)
-def test_the_nll_is_the_models_own_loss(name: str, reading: str) -> None:
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_the_nll_is_the_models_own_loss(name: str, layout: str) -> None:
     model, text = make_model(name), on_cpu(make_windows([[TOKENS]]))
     with torch.no_grad():
         loss = model(text.ids_WT, labels=text.ids_WT).loss.item()
-    assert score(model, text, 96, reading)[0].nll == near(loss)
+    assert score(model, text, 96, layout)[0].nll == near(loss)
 
 
 @pytest.mark.parametrize("name", sorted(ISOLATING))
 def test_scoring_again_gives_the_same_bits(name: str) -> None:
-    for reading in ("packed", "separate"):
-        assert measure(name, reading) == measure(name, reading)
+    for layout in ("packed", "separate"):
+        assert measure(name, layout) == measure(name, layout)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -218,16 +218,16 @@ def test_architectures_that_leak_are_known(name: str, dtype: torch.dtype) -> Non
 
 def test_a_leak_would_show() -> None:
     separate = one_by_one(make_model("opt"), WINDOWS)
-    assert measure("opt", reading="packed").nats_W != near(tuple(separate), 1e-3)
+    assert measure("opt", layout="packed").nats_W != near(tuple(separate), 1e-3)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize(("name", "reading"), CASES)
-def test_a_loss_that_is_not_finite_is_no_score(name: str, reading: str, value: float) -> None:
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_a_loss_that_is_not_finite_is_no_score(name: str, layout: str, value: float) -> None:
     model = make_model(name)
     model.get_output_embeddings().weight.data[3] = value
     with pytest.raises(EvaluationError, match="the loss of window"):
-        score(model, WINDOWS, 96, reading)
+        score(model, WINDOWS, 96, layout)
 
 
 def watch(model: PreTrainedModel, calls: list[torch.Size]) -> None:
@@ -241,7 +241,7 @@ def test_the_model_is_called_once_for_each_batch(batch_tokens: int) -> None:
     calls: list[torch.Size] = []
     model = make_model("llama")
     watch(model, calls)
-    _, tokens = score(model, WINDOWS, batch_tokens, reading="packed")
+    _, tokens = score(model, WINDOWS, batch_tokens, layout="packed")
     rows = max(1, batch_tokens // TOKENS)
     assert len(calls) == sum(-(-size // rows) for size in SIZES_OF_BLOCKS)
     assert all(shape[1] == TOKENS and shape[0] <= rows for shape in calls)
@@ -253,7 +253,7 @@ def test_separate_documents_fill_batches_too(batch_tokens: int) -> None:
     calls: list[torch.Size] = []
     model = make_model("opt")
     watch(model, calls)
-    _, tokens = score(model, WINDOWS, batch_tokens, reading="separate")
+    _, tokens = score(model, WINDOWS, batch_tokens, layout="separate")
     most = min(batch_tokens, max(SIZES_OF_BLOCKS) * TOKENS)
     assert all(shape[0] == 1 or shape.numel() <= most for shape in calls)
     assert sum(shape[0] for shape in calls) == len(WINDOWS.documents)
@@ -262,4 +262,4 @@ def test_separate_documents_fill_batches_too(batch_tokens: int) -> None:
 
 def test_a_model_in_training_is_refused() -> None:
     with pytest.raises(AssertionError, match="dropout"):
-        score(make_model("gpt2").train(), WINDOWS, 96, reading="packed")
+        score(make_model("gpt2").train(), WINDOWS, 96, layout="packed")

@@ -6,23 +6,31 @@ import numpy as np
 import pytest
 from scipy.stats import t as student
 
-from dem_opt.evaluation.interim_analyses import INTERIM_ANALYSES, first, interim_analyses, look, replay, seen, stops
+from dem_opt.evaluation.interim_analyses import (
+    INTERIM_ANALYSES,
+    analysis_count,
+    first_windows,
+    replay,
+    scores_at,
+    windows_at,
+    windows_by_analysis,
+)
 from dem_opt.evaluation.racing import CLEAR, ERROR, MARGIN, Race
 from dem_opt.types import Score
 
 
 @pytest.mark.parametrize("windows", range(1, 70))
 def test_stops_ascend_to_the_end_by_blocks_that_are_at_most_the_first(windows):
-    found = (0, *stops(windows))
+    found = (0, *windows_by_analysis(windows))
     blocks = np.diff(found)
     assert found[-1] == windows and len(blocks) == min(windows, INTERIM_ANALYSES)
     assert blocks.min() > 0 and blocks.max() == blocks[0] <= blocks.min() + 1
 
 
 def test_stops_of_known_sizes():
-    assert stops(64) == (8, 16, 24, 32, 40, 48, 56, 64)
-    assert stops(12) == (2, 3, 5, 6, 8, 9, 11, 12)
-    assert stops(3) == (1, 2, 3)
+    assert windows_by_analysis(64) == (8, 16, 24, 32, 40, 48, 56, 64)
+    assert windows_by_analysis(12) == (2, 3, 5, 6, 8, 9, 11, 12)
+    assert windows_by_analysis(3) == (1, 2, 3)
 
 
 def score(nats, tokens=None):
@@ -33,17 +41,21 @@ WINDOWS = {"a": 16, "b": 3}
 
 
 def test_a_look_sees_the_same_share_of_every_corpus_until_it_is_through():
-    assert interim_analyses(WINDOWS) == INTERIM_ANALYSES
-    assert [seen(WINDOWS, number) for number in (1, 3, 8)] == [{"a": 2, "b": 1}, {"a": 6, "b": 3}, {"a": 16, "b": 3}]
+    assert analysis_count(WINDOWS) == INTERIM_ANALYSES
+    assert [windows_at(WINDOWS, number) for number in (1, 3, 8)] == [
+        {"a": 2, "b": 1},
+        {"a": 6, "b": 3},
+        {"a": 16, "b": 3},
+    ]
     whole = {"a": score(range(16)), "b": score(range(3))}
-    assert look(whole, WINDOWS, 3) == {"a": first(whole["a"], 6), "b": whole["b"]}
-    assert look(whole | {"c": score([1])}, WINDOWS, 8) == whole
-    for short in ({"a": whole["a"]}, whole | {"a": first(whole["a"], 5)}):
-        assert look(short, WINDOWS, 3) is None
+    assert scores_at(whole, WINDOWS, 3) == {"a": first_windows(whole["a"], 6), "b": whole["b"]}
+    assert scores_at(whole | {"c": score([1])}, WINDOWS, 8) == whole
+    for short in ({"a": whole["a"]}, whole | {"a": first_windows(whole["a"], 5)}):
+        assert scores_at(short, WINDOWS, 3) is None
 
 
 class LostAt:
-    """A referee that stops at the first look that has seen so many windows."""
+    """A rule that stops at the first look that has seen so many windows."""
 
     def __init__(self, windows):
         self.windows, self.asked = windows, []
@@ -57,14 +69,14 @@ class LostAt:
 @pytest.mark.parametrize("lost", [1, 2, 6, 14, 16, 99])
 def test_a_replay_tells_what_a_race_would_if_enough_is_known(known, lost):
     whole = {"a": score(range(16)), "b": score(range(3))}
-    referee = LostAt(lost)
-    end = next((stop for stop in stops(16)[:-1] if stop >= lost), 16)
-    found = replay(referee, whole | {"a": first(whole["a"], known)}, WINDOWS)
+    rule = LostAt(lost)
+    end = next((stop for stop in windows_by_analysis(16)[:-1] if stop >= lost), 16)
+    found = replay(rule, whole | {"a": first_windows(whole["a"], known)}, WINDOWS)
     if known < end:
         assert found is None
     else:
-        assert found == {"a": first(whole["a"], end), "b": first(whole["b"], min(end // 2, 3))}
-    assert 16 not in referee.asked, "at the end there is nothing to stop"
+        assert found == {"a": first_windows(whole["a"], end), "b": first_windows(whole["b"], min(end // 2, 3))}
+    assert 16 not in rule.asked, "at the end there is nothing to stop"
     assert (replay(None, whole, WINDOWS), replay(None, {}, WINDOWS)) == (whole, None)
 
 
@@ -101,28 +113,28 @@ def test_of_all_windows_the_estimate_is_the_difference_without_an_error():
 def test_one_window_never_stops_a_trial():
     rival, trial = made(gain=-5)
     race = Race.against({"a": rival, "b": rival}, {"a": 1.0, "b": 1.0})
-    assert race.estimate({"a": first(trial, 1), "b": trial}).error == inf
-    assert not race.is_over({"a": first(trial, 1), "b": trial})
+    assert race.estimate({"a": first_windows(trial, 1), "b": trial}).error == inf
+    assert not race.is_over({"a": first_windows(trial, 1), "b": trial})
 
 
 def test_a_better_trial_is_not_stopped_and_a_twin_is():
     rival, trial = made(gain=0.05)
     race = Race.against({"a": rival}, {"a": 1.0})
-    assert not any(race.is_over({"a": first(trial, stop)}) for stop in stops(24))
-    assert race.is_over({"a": first(rival, 3)}), "a twin does not win"
+    assert not any(race.is_over({"a": first_windows(trial, stop)}) for stop in windows_by_analysis(24))
+    assert race.is_over({"a": first_windows(rival, 3)}), "a twin does not win"
 
 
 @pytest.mark.parametrize(("gain", "lost"), [(0.5 * MARGIN, True), (2 * MARGIN, False)])
 def test_a_gain_below_the_margin_is_no_win(gain, lost):
     rival, trial = made(gain=gain, noise=1e-6)
-    assert Race.against({"a": rival}, {"a": 1.0}).is_over({"a": first(trial, 3)}) == lost
+    assert Race.against({"a": rival}, {"a": 1.0}).is_over({"a": first_windows(trial, 3)}) == lost
 
 
-@pytest.mark.parametrize("stop", stops(24)[:-1])
+@pytest.mark.parametrize("stop", windows_by_analysis(24)[:-1])
 def test_a_control_that_is_the_trial_tells_all_from_any_windows(stop):
     """Its paired differences are 0, so what is left is its own distance from the goal."""
     rival, trial = made(gain=0.3)
-    found = Race({"a": trial}, {"a": 1.0}, rival.nll).estimate({"a": first(trial, stop)})
+    found = Race({"a": trial}, {"a": 1.0}, rival.nll).estimate({"a": first_windows(trial, stop)})
     assert found.difference == pytest.approx(trial.nll - rival.nll) and found.error == 0
 
 
@@ -131,19 +143,19 @@ def test_an_error_of_the_control_is_found_in_the_windows():
     rival, trial = made(gain=0.3)
     control = score(np.add(trial.nats_W, 7.0), trial.tokens_W)
     race = Race({"a": control}, {"a": 1.0}, rival.nll)
-    found = race.estimate({"a": first(trial, 6)})
+    found = race.estimate({"a": first_windows(trial, 6)})
     assert found.difference == pytest.approx(trial.nll - rival.nll) and found.error == pytest.approx(0, abs=1e-9)
-    assert race.nll("a", first(trial, 6)) == pytest.approx(trial.nll)
+    assert race.nll("a", first_windows(trial, 6)) == pytest.approx(trial.nll)
 
 
 def test_corpora_without_weight_are_not_looked_at():
     rival, trial = made(gain=-0.5)
     other, better = made(gain=9)
     race = Race.against({"a": rival, "b": other}, {"a": 1.0})
-    assert race.is_over({"a": first(trial, 6), "b": first(better, 6)})
-    assert race.is_over({"a": first(trial, 6)})
+    assert race.is_over({"a": first_windows(trial, 6), "b": first_windows(better, 6)})
+    assert race.is_over({"a": first_windows(trial, 6)})
     both = Race.against({"a": rival, "b": other}, {"a": 1.0, "b": 1.0})
-    assert not both.is_over({"a": first(trial, 6), "b": first(better, 6)})
+    assert not both.is_over({"a": first_windows(trial, 6), "b": first_windows(better, 6)})
 
 
 def stopped_at(race, trial):
@@ -173,7 +185,7 @@ def test_the_error_is_spent_but_not_all_at_one_look():
     """
     rival, trial = made(windows=64)
     race = Race.against({"a": rival}, {"a": 1.0})
-    part = first(trial, 8)
+    part = first_windows(trial, 8)
     found = race.estimate({"a": part})
     for share, lost in ((0.98, False), (1.02, True)):
         wanted = share * student.isf(ERROR / (INTERIM_ANALYSES - 1), 7) * found.error - MARGIN
@@ -185,7 +197,7 @@ def test_the_error_is_spent_but_not_all_at_one_look():
 def test_a_trial_that_can_be_completed_is_set_aside_when_it_is_clear(gain):
     """On either side of the goal: the gain is 3 or 1 times the error of what was seen, and 2 is where it is clear."""
     rival, trial = made(windows=64)
-    part = first(trial, 8)
+    part = first_windows(trial, 8)
     found = Race.against({"a": rival}, {"a": 1.0}).estimate({"a": part})
     for times in (1, 3):
         shift = 100 * (times * found.error * np.sign(gain) + found.difference)

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 from dem_opt.checkpoints.files import content_hash
 from dem_opt.config import load
 from dem_opt.errors import EvaluationError, InputError
-from dem_opt.evaluation.interim_analyses import first, replay, stops
+from dem_opt.evaluation.interim_analyses import first_windows, replay, windows_by_analysis
 from dem_opt.evaluation.racing import MARGIN, Race
 from dem_opt.evaluation.worker import Worker
-from dem_opt.planning.inputs import Inputs, gather
+from dem_opt.planning.inputs import Inputs, load_inputs
 from dem_opt.simplex import UNIT
 from dem_opt.types import Composite, Corpus, Request, Score, StoredModel, Windows, WorkerSpec
 
@@ -25,7 +25,7 @@ from dem_opt.types import Composite, Corpus, Request, Score, StoredModel, Window
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> Inputs:
     path = worlds.study(tmp_path_factory.mktemp("world"))
-    return gather(load(path), path)
+    return load_inputs(load(path), path)
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +124,10 @@ def test_a_race_ends_at_the_look_that_decides_it(sources, worker, known, lost):
     """Of 4 windows there are 4 looks; the last one is the end whatever the referee says."""
     composite, windows = composites(sources)[-1], dict.fromkeys(keys(sources), 4)
     whole = worker.evaluate(Request(0, composite, keys(sources))).scores
-    prefix = {key: first(score, known) for key, score in whole.items() if known}
+    prefix = {key: first_windows(score, known) for key, score in whole.items() if known}
     answer = worker.evaluate(Request(0, composite, keys(sources), prefix, LostAt(lost)))
     end = min(lost, 4)
-    assert answer.scores == {key: first(score, end) for key, score in whole.items()}
+    assert answer.scores == {key: first_windows(score, end) for key, score in whole.items()}
     assert answer.forward_tokens == max(tokens_of(sources, end) - tokens_of(sources, known), 0)
     assert replay(LostAt(lost), whole, windows) == answer.scores
 
@@ -135,8 +135,8 @@ def test_a_race_ends_at_the_look_that_decides_it(sources, worker, known, lost):
 def test_a_race_may_know_more_of_one_corpus_than_of_another(sources, worker):
     composite, (one, *others) = composites(sources)[-1], keys(sources)
     whole = worker.evaluate(Request(0, composite, (one, *others))).scores
-    answer = worker.evaluate(Request(0, composite, (one, *others), {one: first(whole[one], 3)}, LostAt(2)))
-    assert answer.scores == {key: first(score, 2) for key, score in whole.items()}
+    answer = worker.evaluate(Request(0, composite, (one, *others), {one: first_windows(whole[one], 3)}, LostAt(2)))
+    assert answer.scores == {key: first_windows(score, 2) for key, score in whole.items()}
     assert answer.forward_tokens == sum(corpus.windows.ids_WT[:2].size for corpus in sources.corpora[1:])
 
 
@@ -169,7 +169,9 @@ def test_a_real_race_stops_the_worse_of_two_and_not_the_better(sources):
     won = worker.evaluate(Request(0, Composite.single(content), asked, {}, easy))
     assert won.scores == better
     (seen,) = {len(score.nats_W) for score in lost.scores.values()}
-    assert seen in stops(40)[:-1] and lost.scores == {key: first(score, seen) for key, score in worse.items()}
+    assert seen in windows_by_analysis(40)[:-1] and lost.scores == {
+        key: first_windows(score, seen) for key, score in worse.items()
+    }
 
 
 def windows_of(windows, count):
@@ -204,7 +206,7 @@ def test_a_gradient_is_that_of_the_nats_of_each_corpus(sources, worker, name):
 def test_with_a_gradient_all_windows_are_gone_through_and_scored_to_the_same_bits(sources, worker, known):
     composite = composites(sources)[-1]
     plain = worker.evaluate(Request(0, composite, keys(sources)))
-    prefix = {key: first(score, known) for key, score in plain.scores.items() if known}
+    prefix = {key: first_windows(score, known) for key, score in plain.scores.items() if known}
     answer = worker.evaluate(Request(0, composite, keys(sources), prefix, LostAt(1), gradient=True))
     assert answer.scores == plain.scores and answer.forward_tokens == plain.forward_tokens
     assert set(answer.gradients) == set(keys(sources)) and not plain.gradients
@@ -230,7 +232,7 @@ def test_of_models_with_other_kernels_scores_are_those_of_a_pass_without_gradien
 
 def starve(worker, most):
     """Let forward calls of more than so many tokens ask the allocator for what no machine has."""
-    worker._model.register_forward_pre_hook(
+    worker.model.register_forward_pre_hook(
         lambda _, __, named: torch.empty(2**46) if named["input_ids"].numel() > most else None, with_kwargs=True
     )
 
@@ -262,7 +264,7 @@ def test_where_one_window_is_too_large_there_is_no_score(sources):
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(sources):
     worker = Worker(sources.spec())
-    worker._model.register_forward_pre_hook(lambda *_: torch.zeros(2, 3) @ torch.zeros(2, 3))
+    worker.model.register_forward_pre_hook(lambda *_: torch.zeros(2, 3) @ torch.zeros(2, 3))
     with pytest.raises(RuntimeError, match="shapes"):
         worker.evaluate(Request(0, composites(sources)[-1], keys(sources)))
 
@@ -271,7 +273,7 @@ def test_scored_tokens_are_those_that_were_measured(sources, worker):
     composite = composites(sources)[-1]
     whole = worker.evaluate(Request(0, composite, keys(sources)))
     assert whole.scored_tokens == sum(score.tokens for score in whole.scores.values()) < whole.forward_tokens
-    prefix = {key: first(score, 3) for key, score in whole.scores.items()}
+    prefix = {key: first_windows(score, 3) for key, score in whole.scores.items()}
     rest = worker.evaluate(Request(0, composite, keys(sources), prefix))
     assert rest.scored_tokens == whole.scored_tokens - sum(score.tokens for score in prefix.values())
 
@@ -294,7 +296,7 @@ def test_a_loss_that_is_not_finite_is_no_score(sources):
     worker = Worker(sources.spec())
     content = sources.fine_tunes["code"].content
     # Twice the largest float32 overflows in the merge: weights of inf, a loss of NaN.
-    for segment in worker._arena._segments:
+    for segment in worker.merged_model._segments:
         segment.stored_NP[content].fill_(3e38)
     other = sources.fine_tunes["math"].content
     terms = Composite.of({content: 3 * UNIT, other: -2 * UNIT})
@@ -305,7 +307,7 @@ def test_a_loss_that_is_not_finite_is_no_score(sources):
 def test_a_checkpoint_that_changed_since_it_was_hashed_is_refused(sources, tmp_path):
     shutil.copytree(Path(sources.base.path).parents[1], tmp_path / "world")
     path = tmp_path / "world/study.yaml"
-    spec = gather(load(path), path).spec()
+    spec = load_inputs(load(path), path).spec()
     worlds.save_model(tmp_path / "world/models/math", seed=77)
     assert content_hash(tmp_path / "world/models/math") not in {model.content for model in spec.fine_tunes}
     with pytest.raises(InputError, match="have changed"):

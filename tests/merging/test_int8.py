@@ -15,10 +15,10 @@ from dem_opt.checkpoints.architecture import empty_model, read_architecture
 from dem_opt.checkpoints.files import read_header
 from dem_opt.config import StudyConfig, load
 from dem_opt.errors import InputError
-from dem_opt.merging.int8 import Int8Vector, quantize, row_length, rows_of
+from dem_opt.merging.int8 import Int8Vector, quantize, row_count, row_length
 from dem_opt.merging.kernel import MergeKernel
 from dem_opt.merging.merged_model import MergedModel
-from dem_opt.planning.inputs import check_files, gather
+from dem_opt.planning.inputs import check_headers, load_inputs
 from dem_opt.planning.weights import _stored
 from dem_opt.simplex import UNIT
 from dem_opt.storage.identity import refuse_other_scoring
@@ -32,8 +32,8 @@ def compressed(shape, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(shape, generator=generator).to(dtype)
     expert = (base + 0.1 * torch.randn(shape, generator=generator)).to(dtype)
-    starts_R = torch.arange(rows_of(shape)) * row_length(shape)
-    into = Int8Vector(torch.zeros(base.numel(), dtype=torch.int8), torch.zeros(rows_of(shape)), starts_R)
+    starts_R = torch.arange(row_count(shape)) * row_length(shape)
+    into = Int8Vector(torch.zeros(base.numel(), dtype=torch.int8), torch.zeros(row_count(shape)), starts_R)
     quantize(expert, base, into)
     return base, expert, into
 
@@ -157,7 +157,7 @@ def configured(path, **evaluation) -> StudyConfig:
 
 def test_scores_of_compressed_vectors_are_others_and_depend_on_the_base(tmp_path):
     path = worlds.study(tmp_path)
-    exact, int8 = (gather(configured(path, vectors=form), path).identity() for form in ("exact", "int8"))
+    exact, int8 = (load_inputs(configured(path, vectors=form), path).identity() for form in ("exact", "int8"))
     assert exact.scoring != int8.scoring and int8.exact() == exact
     older = replace(exact, settings={key: x for key, x in exact.settings.items() if key != "evaluation.vectors"})
     assert older.scoring == exact.scoring
@@ -178,7 +178,7 @@ def test_adapters_are_refused_since_they_are_small_as_they_are(tmp_path):
     change = {"base": str(adapted.base.path), "distributions": {"code": adapter}}
     test_study.edit(path, lambda study: study.update(change))
     with pytest.raises(InputError, match="code is an adapter"):
-        check_files(configured(path, vectors="int8"), path)
+        check_headers(configured(path, vectors="int8"), path)
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_a_study_of_compressed_vectors_tells_what_they_cost_and_exports_the_full
 
 def test_a_study_begun_before_there_were_forms_stays_exact(tmp_path):
     path = worlds.study(tmp_path)
-    scored = gather(load(path), path).identity().scored()
+    scored = load_inputs(load(path), path).identity().scored()
     del scored["evaluation.vectors"]
     refuse_other_scoring(path, scored, scored | {"evaluation.vectors": "exact"})
     with pytest.raises(InputError, match=r"begun with 'exact'"):

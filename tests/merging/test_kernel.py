@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from dem_opt.merging.compiled import UNUSED_SECONDS, Native, native, outlook
+from dem_opt.merging.compiled import UNUSED_SECONDS, CompiledKernel, compiled_kernel, expected_compiled_kernel
 from dem_opt.merging.int8 import Int8Vector
-from dem_opt.merging.kernel import MergeKernel, foretold, told
+from dem_opt.merging.kernel import Backend, MergeKernel, expected_backend, merge_backend
 from dem_opt.simplex import UNIT
 
 KERNELS = {
@@ -27,8 +27,8 @@ SIZES = [1, 15, 17, 1003, 2**20 + 2**17 + 3]
 
 @pytest.fixture(params=KERNELS)
 def kernel(request):
-    if request.param == "compiled" and native().merge is None:
-        pytest.skip(native().note)
+    if request.param == "compiled" and compiled_kernel().merge is None:
+        pytest.skip(compiled_kernel().description)
     made = KERNELS[request.param]()
     assert made.compiled == (request.param == "compiled")
     return made
@@ -182,11 +182,11 @@ def test_a_gpu_gives_the_bits_of_the_cpu(compiled, dtype, live):
 def test_without_a_compiler_the_reason_is_told_and_merges_go_on():
     """In a process of its own, whose $CXX is not there."""
     code = (
-        "import torch; from dem_opt.merging.kernel import MergeKernel, told\n"
+        "import torch; from dem_opt.merging.kernel import MergeKernel, expected_backend, merge_backend\n"
         "kernel, out = MergeKernel(), torch.zeros(3)\n"
         "kernel.merge(out, [(5 * 10**8, torch.ones(3)), (5 * 10**8, torch.ones(3))], torch.float32)\n"
-        "print(kernel.compiled, out.tolist(), told('cpu')[0]); from dem_opt.merging.kernel import foretold\n"
-        "assert foretold('cpu').startswith(told('cpu')[0] + '; torch'), foretold('cpu')"
+        "description = merge_backend('cpu').description; print(kernel.compiled, out.tolist(), description)\n"
+        "assert expected_backend('cpu').description.startswith(description + '; ')"
     )
     environment = {"CXX": "no-such-compiler", "PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
@@ -195,10 +195,10 @@ def test_without_a_compiler_the_reason_is_told_and_merges_go_on():
 
 
 def test_a_compiled_kernel_is_found_again(tmp_path, monkeypatch):
-    if native().merge is None:
-        pytest.skip(native().note)
+    if compiled_kernel().merge is None:
+        pytest.skip(compiled_kernel().description)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    before = outlook()
+    before = expected_compiled_kernel()
     assert "at first use" in before and not any(tmp_path.iterdir())
     folder = tmp_path / "dem_opt"
     folder.mkdir()
@@ -209,13 +209,19 @@ def test_a_compiled_kernel_is_found_again(tmp_path, monkeypatch):
     ):
         (folder / name).touch()
         os.utime(folder / name, (time() - age,) * 2)
-    first = native.__wrapped__()
+    first = compiled_kernel.__wrapped__()
     (made,) = {one.name for one in folder.iterdir()} - {"kernel-young.so", "old.so"}
     os.utime(folder / made, (0, 0))
-    again = native.__wrapped__()
-    assert isinstance(first, Native) and " compiled by" in first.note and "compiled before by" in again.note
+    again = compiled_kernel.__wrapped__()
+    assert (
+        isinstance(first, CompiledKernel)
+        and " compiled by" in first.description
+        and "compiled before by" in again.description
+    )
     assert len(list(folder.iterdir())) == 3 and (folder / made).stat().st_mtime > 0, "used again, so young again"
-    assert outlook() == foretold("cpu") == again.note and foretold("cuda").endswith("by torch at first use")
+    assert expected_compiled_kernel() == expected_backend("cpu").description == again.description and expected_backend(
+        "cuda"
+    ).description.endswith("by torch at first use")
 
 
 def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch):
@@ -225,6 +231,6 @@ def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch):
     )
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    found = native.__wrapped__()
-    assert found.merge is None and found.note.endswith("fatal error: no such header")
-    assert told("cpu") == (native().note, native().seconds)
+    found = compiled_kernel.__wrapped__()
+    assert found.merge is None and found.description.endswith("fatal error: no such header")
+    assert merge_backend("cpu") == Backend(compiled_kernel().description, compiled_kernel().seconds)

@@ -322,7 +322,7 @@ def losses(model, count=2):
 
 
 def reduced(merged_model, model, contents, count=2):
-    with merged_model.reducing(contents[0], contents[1:]) as found:
+    with merged_model.reduce_gradients(contents[0], contents[1:]) as found:
         for loss in losses(model, count):
             loss.backward()
     return found
@@ -384,7 +384,7 @@ def test_at_most_one_gradient_lives_and_none_stays(tame):
         parameter.register_hook(count)
         parameter.register_post_accumulate_grad_hook(count)
         parameter.register_post_accumulate_grad_hook(lambda one: reached.add(id(one)))
-    with merged_model.reducing(base, fine_tunes):
+    with merged_model.reduce_gradients(base, fine_tunes):
         for loss in losses(model):
             loss.backward()
             assert not any(parameter.grad is not None for parameter in parameters)
@@ -406,7 +406,7 @@ def test_a_failure_within_leaves_the_model_without_gradients(tame):
     merged_model, model = tame.merged_model()
     merged_model.merge(tame.composite(UNITS[1]))
     base, *fine_tunes = (one.content for one in tame.stored)
-    with pytest.raises(ZeroDivisionError), merged_model.reducing(base, fine_tunes):
+    with pytest.raises(ZeroDivisionError), merged_model.reduce_gradients(base, fine_tunes):
         next(losses(model)).backward()
         raise ZeroDivisionError
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())

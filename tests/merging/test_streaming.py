@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from dem_opt.checkpoints.files import read_header, read_tensors
-from dem_opt.merging.streaming import AHEAD, Block, Mapped
+from dem_opt.merging.streaming import BUFFERS, Block, StreamedCheckpoints
 
 DEVICES = [
     "cpu",
@@ -26,7 +26,7 @@ def mapped(folder, dtype=torch.float32, count=2):
         save_file(values[content], folder / content / "model.safetensors")
         (folder / content / "config.json").write_text("{}")
         parameters[content] = dict(read_tensors(read_header(folder / content, "checkpoint"), list(SHAPES)))
-    return Mapped(parameters), values
+    return StreamedCheckpoints(parameters), values
 
 
 def blocks(device, size):
@@ -45,14 +45,14 @@ def test_every_block_has_the_files_values_on_its_device(tmp_path, device, dtype,
     models, values = mapped(tmp_path, dtype)
     wanted = list(blocks(device, size))
     seen = 0
-    for block, fetched in zip(wanted, models.ahead(contents, wanted), strict=True):
+    for block, fetched in zip(wanted, models.prefetch(contents, wanted), strict=True):
         assert list(fetched) == contents
         for content in contents:
             expected_P = values[content][block.name].reshape(-1)[block.part]
             assert fetched[content].device.type == device and torch.equal(fetched[content].cpu(), expected_P)
             assert torch.equal(models.values(content, block).cpu(), expected_P)
         seen += 1
-    assert seen == len(wanted) and not list(models.ahead(contents, []))
+    assert seen == len(wanted) and not list(models.prefetch(contents, []))
 
 
 def test_the_next_block_is_fetched_while_one_is_used_and_no_other(tmp_path, monkeypatch):
@@ -69,10 +69,10 @@ def test_the_next_block_is_fetched_while_one_is_used_and_no_other(tmp_path, monk
 
     monkeypatch.setattr(models, "_fetch", counted)
     wanted = list(blocks("cpu", 1000))
-    for number, _ in enumerate(models.ahead(["0"], wanted)):
-        for _ in range(AHEAD if number == 0 else 1):
+    for number, _ in enumerate(models.prefetch(["0"], wanted)):
+        for _ in range(BUFFERS if number == 0 else 1):
             assert number + 1 == len(wanted) or done.acquire(timeout=10)
-        assert len(begun) == min(number + AHEAD, len(wanted))
+        assert len(begun) == min(number + BUFFERS, len(wanted))
     assert len(threads) == 1 and threading.get_ident() not in threads
 
 
@@ -88,5 +88,5 @@ def test_a_file_that_fails_stops_at_its_block_and_leaves_no_thread(tmp_path, mon
     monkeypatch.setattr(models, "_fetch", failing)
     before, seen = threading.active_count(), []
     with pytest.raises(OSError, match="Input/output"):
-        seen.extend(models.ahead(["0"], list(blocks("cpu", 1000))))
+        seen.extend(models.prefetch(["0"], list(blocks("cpu", 1000))))
     assert len(seen) == 1 and threading.active_count() == before

@@ -22,8 +22,8 @@ from dem_opt.cli.main import main
 from dem_opt.compute.placement import share
 from dem_opt.config import ComputeSection, StudyConfig, load
 from dem_opt.errors import InputError
-from dem_opt.evaluation.lm_head import find_head, nll, rows_at_once
-from dem_opt.evaluation.nll import reading
+from dem_opt.evaluation.lm_head import chunk_rows, find_head, token_nll
+from dem_opt.evaluation.nll import document_layout
 from dem_opt.evaluation.worker import Worker
 from dem_opt.merging.merged_model import MergedModel
 from dem_opt.planning.activations import (
@@ -35,7 +35,7 @@ from dem_opt.planning.activations import (
     read_widths,
 )
 from dem_opt.planning.hardware import Machine, Speed, this_machine
-from dem_opt.planning.inputs import check_files, gather
+from dem_opt.planning.inputs import check_headers, load_inputs
 from dem_opt.planning.plan import BATCH_TOKENS, PACE, Plan, make_plan, refuse_too_large, sized, workers_asked
 from dem_opt.types import SEARCH, Composite, Request, StoredModel
 from dem_opt.workflows.check import check
@@ -66,7 +66,7 @@ def configured(world: Path, **sections) -> StudyConfig:
 
 
 def plan_of(config: StudyConfig, machine: Machine = LAPTOP) -> Plan:
-    files = check_files(config, "study.yaml")
+    files = check_headers(config, "study.yaml")
     model = json.loads((config.base.path / "config.json").read_text())
     return make_plan(files.architecture, files.headers, model, config, machine)
 
@@ -125,11 +125,11 @@ def test_a_loss_holds_as_many_bytes_as_are_planned(name, dtype, backward):
     vocabulary, tokens = 2**15, 512
     model = zoo.make(name, dtype=dtype, vocab_size=vocabulary).requires_grad_(backward)
     head, targets_1T = find_head(model), torch.zeros(1, tokens, dtype=torch.long)
-    assert tokens > 2 * rows_at_once(vocabulary, "cpu")
+    assert tokens > 2 * chunk_rows(vocabulary, "cpu")
     hidden = torch.zeros(1, tokens, 16, dtype=dtype, requires_grad=backward)
     model.get_decoder().forward = lambda **_: BaseModelOutputWithPast(hidden)
     with torch.profiler.profile(profile_memory=True) as profile, torch.set_grad_enabled(backward):
-        loss = nll(model, {"input_ids": targets_1T}, targets_1T, torch.arange(tokens), head).sum()
+        loss = token_nll(model, {"input_ids": targets_1T}, targets_1T, torch.arange(tokens), head).sum()
         if backward:
             loss.backward()
     events = [one for one in profile.profiler.kineto_results.events() if one.name() == "[memory]"]
@@ -165,8 +165,10 @@ def test_autograd_keeps_about_as_many_bytes_as_are_planned(name, dtype):
     own = {one.untyped_storage().data_ptr() for one in (*model.parameters(), *model.buffers())}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
-        inputs = {"position_ids": torch.arange(96).remainder(48).expand(4, -1)} if reading(model) == "packed" else {}
-        nll(model, {"input_ids": ids_BT, **inputs}, ids_BT, torch.arange(ids_BT.numel()), head)
+        inputs = (
+            {"position_ids": torch.arange(96).remainder(48).expand(4, -1)} if document_layout(model) == "packed" else {}
+        )
+        token_nll(model, {"input_ids": ids_BT, **inputs}, ids_BT, torch.arange(ids_BT.numel()), head)
     memories = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in kept}
     measured = sum(size for memory, size in memories.items() if memory not in own)
     widths = read_widths(describe(model), model.config.to_dict())
@@ -217,7 +219,7 @@ def test_of_experts_only_those_count_that_a_token_is_sent_to():
 
 def test_a_resident_passes_the_tokens_that_are_planned(template):
     config = load(template / "study.yaml")
-    sources = gather(config, "study.yaml")
+    sources = load_inputs(config, "study.yaml")
     keys = tuple(corpus.key for corpus in sources.corpora if corpus.split == SEARCH)
     answer = Worker(sources.spec()).evaluate(Request(0, Composite.single(sources.base.content), keys))
     assert answer.forward_tokens == plan_of(config).trial_tokens
@@ -382,7 +384,7 @@ def test_batches_are_halved_until_they_fit(world, gigabytes):
     """A vocabulary of two million makes logits the greatest part."""
     machine = Machine("cpu", 1, int(gigabytes * 1e9), 10**12)
     config = configured(world, evaluation={"windows": 64, "window": 32})
-    files = check_files(config, "study.yaml")
+    files = check_headers(config, "study.yaml")
     shapes = files.architecture.parameters | {files.architecture.embedding: (2 * 10**5, 16)}
     architecture = replace(files.architecture, parameters=shapes)
     plan = make_plan(architecture, files.headers, {"num_attention_heads": 2}, config, machine)

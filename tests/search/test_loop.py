@@ -9,7 +9,7 @@ from untracked import Untracked
 
 from dem_opt.config import load
 from dem_opt.evaluation.worker import build
-from dem_opt.planning.inputs import gather
+from dem_opt.planning.inputs import load_inputs
 from dem_opt.progress import NullProgress
 from dem_opt.search.loop import Driver
 from dem_opt.search.optuna_study import Search
@@ -45,7 +45,7 @@ def world(tmp_path_factory):
     """A study's settings, its question, and a worker that answers it."""
     path = worlds.study(tmp_path_factory.mktemp("driver"), search={"algorithm": "simplex-gp", "trials": 9, "seed": 1})
     config = load(path)
-    sources = gather(config, path)
+    sources = load_inputs(config, path)
     return config, sources.identity(), build(sources.spec())
 
 

@@ -14,7 +14,7 @@ from dem_opt.compute import InProcessCompute
 from dem_opt.errors import InputError
 from dem_opt.evaluation.racing import CLEAR, MARGIN
 from dem_opt.evaluation.worker import Worker
-from dem_opt.planning.inputs import gather
+from dem_opt.planning.inputs import load_inputs
 from dem_opt.search.runs import Runs
 from dem_opt.search.samplers.kernel import interpolate
 from dem_opt.search.trials import base_scores, recall
@@ -44,7 +44,7 @@ def make(folder: Path, progress=None, names=NAMES, **sections) -> Study:
 
 def of(study: Study):
     """The study's question and its ledger."""
-    return gather(study.config, "study.yaml").identity(), Ledger(connect(study.config.storage))
+    return load_inputs(study.config, "study.yaml").identity(), Ledger(connect(study.config.storage))
 
 
 def told(record: TrialRecord) -> TrialRecord:

@@ -12,7 +12,7 @@ from dem_opt.cli.main import main
 from dem_opt.config import load
 from dem_opt.errors import InputError
 from dem_opt.planning.hardware import Machine
-from dem_opt.planning.inputs import gather, tell_twins
+from dem_opt.planning.inputs import identical_checkpoints, load_inputs
 from dem_opt.storage.engine import connect
 from dem_opt.storage.ledger import Ledger, StudyRow
 from dem_opt.types import SEARCH, Composite, Score
@@ -32,7 +32,7 @@ def listing(folder: Path) -> dict[Path, bytes]:
 
 def test_a_check_uses_what_the_ledger_has_measured(world):
     config = load(world / "study.yaml")
-    identity = gather(config, "study.yaml").identity()
+    identity = load_inputs(config, "study.yaml").identity()
     engine = connect(config.storage)
     ledger = Ledger(engine)
     ledger.enter_study(StudyRow(config.name, 1, identity.scored(), identity.asked()))
@@ -85,13 +85,15 @@ def test_content_is_known_once_it_was_hashed(world):
 
 
 def test_twins_are_named(world):
-    assert tell_twins({"base": "x", "a": "y", "b": "z"}) == []
-    assert tell_twins({"base": "x", "a": "x"}) == ["a is identical to the base: its distribution vector is zero"]
-    (told,) = tell_twins({"base": "x", "a": "y", "b": "y"})
+    assert identical_checkpoints({"base": "x", "a": "y", "b": "z"}) == []
+    assert identical_checkpoints({"base": "x", "a": "x"}) == [
+        "a is identical to the base: its distribution vector is zero"
+    ]
+    (told,) = identical_checkpoints({"base": "x", "a": "y", "b": "y"})
     assert "b and a have the same weights" in told
     shutil.rmtree(world / "models/math")
     shutil.copytree(world / "models/base", world / "models/math")
-    sources = gather(load(world / "study.yaml"), "study.yaml")
+    sources = load_inputs(load(world / "study.yaml"), "study.yaml")
     assert sources.warnings() == ["math is identical to the base: its distribution vector is zero"]
     found = check(load(world / "study.yaml"), "study.yaml")
     assert found.warnings == tuple(sources.warnings()) and found.unhashed == 0

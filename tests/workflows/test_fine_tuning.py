@@ -29,8 +29,8 @@ from dem_opt.config import DataFile, load
 from dem_opt.data.mixtures import Mixture, Part
 from dem_opt.data.windows import build_corpora
 from dem_opt.errors import InputError
-from dem_opt.evaluation.nll import prepare, reading, score
-from dem_opt.planning.inputs import gather
+from dem_opt.evaluation.nll import document_layout, prepare, score
+from dem_opt.planning.inputs import load_inputs
 from dem_opt.progress import NullProgress
 from dem_opt.study import Study
 from dem_opt.training.fine_tune import FineTuneJob, fine_tune, is_finished, is_wanted, result_of
@@ -186,7 +186,7 @@ def test_kept_steps_are_candidates_and_the_best_has_the_lowest_validation_nll(tm
     validated = {one.step: one.validation for one in read_journal(run / JOURNAL) if one.validation is not None}
     assert sorted(validated) == [2, 4, 6]
     config = load(path)
-    sources = gather(config, path)
+    sources = load_inputs(config, path)
     best = min(validated, key=lambda step: validated[step])
     assert sources.fine_tunes["a"].path == run / STEPS / "2"
     assert sources.fine_tunes["b"].path == run / STEPS / str(best)
@@ -194,12 +194,12 @@ def test_kept_steps_are_candidates_and_the_best_has_the_lowest_validation_nll(tm
     windows = next(one.windows for one in sources.corpora if one.distribution == "a" and one.split == "search")
     for step, nll in validated.items():
         model = AutoModelForCausalLM.from_pretrained(run / STEPS / str(step))
-        found, _ = score(model, prepare(windows, model.device), 4096, reading(model))
+        found, _ = score(model, prepare(windows, model.device), 4096, document_layout(model))
         assert found.nll == pytest.approx(nll, abs=1e-6)
     content["distributions"]["a"]["checkpoint"]["step"] = 3
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(InputError, match=r"distributions.a.checkpoint.step = 3: was not kept; there are best, 2, 4, 6"):
-        gather(load(path), path)
+        load_inputs(load(path), path)
 
 
 def test_measuring_steps_changes_no_bit(job: FineTuneJob, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def model_of(folder: Path):
 def test_a_study_of_adapters_trains_them(tmp_path: Path) -> None:
     path = training_study(tmp_path, kind="adapter")
     assert sorted(train(path)) == ["code", "math"]
-    assert gather(load(path), path).fine_tunes["code"].base is not None
+    assert load_inputs(load(path), path).fine_tunes["code"].base is not None
 
 
 def test_weights_trained_in_float32_are_saved_in_the_bases_dtype(job: FineTuneJob, tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_trainings_that_diverge_are_told_in_one_line_and_leave_nothing(
     assert not (tmp_path / "trained/code").exists() and not (tmp_path / "trained/math").exists()
 
 
-@pytest.mark.parametrize("begin", [train, lambda path: gather(load(path), path)], ids=["train", "run"])
+@pytest.mark.parametrize("begin", [train, lambda path: load_inputs(load(path), path)], ids=["train", "run"])
 def test_a_distribution_with_neither_checkpoint_nor_data_is_named(
     tmp_path: Path, begin: Callable[[Path], object]
 ) -> None:
