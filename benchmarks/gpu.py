@@ -248,10 +248,10 @@ def loads(clock: Clock, most: float) -> Iterator[Load]:
             stored.append(StoredModel(Path(folder) / str(part), content_hash(Path(folder) / str(part))))
         del model
         release(clock.device)
-        corpus = Corpus("a", "search", "key", random_windows(8, 256, 32000))
-        spec = WorkerSpec(stored[0], tuple(stored[1:]), (corpus,), name)
+        corpus = Corpus(distribution="a", split="search", key="key", windows=random_windows(8, 256, 32000))
+        spec = WorkerSpec(base=stored[0], fine_tunes=tuple(stored[1:]), corpora=(corpus,), dtype=name)
         composite = Composite.of(dict(zip((one.content for one in stored), shares(3), strict=True)))
-        request = Request(0, composite, ("key",))
+        request = Request(ticket=0, composite=composite, corpora=("key",))
         began = perf_counter()
         worker = Worker(spec)
         loaded = perf_counter() - began

@@ -69,11 +69,18 @@ def spec_of(files: CheckedHeaders, config: StudyConfig) -> WorkerSpec:
     models = [StoredModel(header.folder, content_hash(header.folder)) for header in files.headers.values()]
     counts = {"search": given.windows, "held_out": given.held_out}
     corpora = tuple(
-        Corpus(name, split, f"{name}/{split}", random_windows(count, given.window, plan.widths.vocabulary))
+        Corpus(
+            distribution=name,
+            split=split,
+            key=f"{name}/{split}",
+            windows=random_windows(count, given.window, plan.widths.vocabulary),
+        )
         for name in config.distributions
         for split, count in counts.items()
     )
-    return WorkerSpec(models[0], tuple(models[1:]), corpora, plan.dtype, plan.batch_tokens)
+    return WorkerSpec(
+        base=models[0], fine_tunes=tuple(models[1:]), corpora=corpora, dtype=plan.dtype, batch_tokens=plan.batch_tokens
+    )
 
 
 def status(field: str) -> int:
@@ -97,7 +104,7 @@ def measure(study: Path) -> dict[str, float]:
     keys = tuple(corpus.key for corpus in spec.corpora if corpus.split == "search")
     seconds = []
     for ticket in range(3):
-        answer = worker.evaluate(Request(ticket, Composite.of(units), keys))
+        answer = worker.evaluate(Request(ticket=ticket, composite=Composite.of(units), corpora=keys))
         seconds.append(answer.merge_seconds + answer.score_seconds)
     cuda = torch.cuda.is_available()
     return {

@@ -89,9 +89,9 @@ class Bare:
         self._corpora = [self._worker._windows[one.key] for one in spec.corpora if one.split == "search"]
         contents = [one.content for one in (spec.base, *spec.fine_tunes)]
         self._request = Request(
-            0,
-            Composite.of(dict.fromkeys(contents, UNIT // len(contents))),
-            tuple(one.key for one in spec.corpora if one.split == "search"),
+            ticket=0,
+            composite=Composite.of(dict.fromkeys(contents, UNIT // len(contents))),
+            corpora=tuple(one.key for one in spec.corpora if one.split == "search"),
         )
 
     def evaluation_seconds(self) -> float:
@@ -193,7 +193,10 @@ class Instant:
     def evaluate(self, request: Request) -> Evaluation:
         """Random nats, about 3.5 a token."""
         nats = {key: np.array(self._tokens[key]) * (3 + self._rng.random()) for key in request.corpora}
-        return Evaluation({key: Score(tuple(nats_W.tolist()), self._tokens[key]) for key, nats_W in nats.items()}, 1)
+        return Evaluation(
+            scores={key: Score(tuple(nats_W.tolist()), self._tokens[key]) for key, nats_W in nats.items()},
+            forward_tokens=1,
+        )
 
 
 class Ended(Exception):

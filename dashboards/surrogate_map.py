@@ -16,8 +16,7 @@ from dem_opt.dashboards.style import (
     show_message,
     ternary_axes,
 )
-from dem_opt.insight import Surrogate
-from dem_opt.types import Summary
+from dem_opt.types import Summary, Surrogate
 
 TITLE = "Surrogate: slice through its optimum"
 

@@ -1,13 +1,21 @@
 """The coefficient space: check, lattice, vertices, centroid, uniform sampling, shares of a unit simplex.
 
 Coefficients are counted in *units* of 1e-9 as Python integers, so that a sum of coefficients is exact: in
-floats 1 - sum(w) came out as 1e-16 on 30 of the 286 points of the step-0.1 lattice of four distributions.
+floats 1 - sum(w) comes out as 1e-16 on 30 of the 286 points of the step-0.1 lattice of four distributions.
+
+A coefficient vector has three forms, each with its way to `Coefficients` and back:
+
+    mapping of names to floats   `Space.check`       `Coefficients.weights`    study files, command line, messages
+    point w_K, an array          `Space.nearest`     `Space.point`             geometry in coefficient space
+    shares p_F, an array         `Space.at`          `Space.shares`            samplers, on the unit simplex
+
+Shape suffixes: K distributions, F free shares (with the slack's), M points, E breakpoints.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import isfinite
 
 import numpy as np
@@ -19,12 +27,12 @@ UNIT = 10**9
 """Units in a coefficient of 1."""
 
 TOLERANCE = 1e-6
-"""How far from the total a sum of coefficients that a user writes may be, before it is refused."""
+"""Largest distance from the total at which a sum of coefficients written by a user is accepted."""
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Weights of the distribution vectors by name, in units of 1e-9, names in ascending order."""
+    """Coefficients of the distribution vectors by name, in units of 1e-9, names in ascending order."""
 
     items: tuple[tuple[str, int], ...]
 
@@ -51,24 +59,25 @@ class Coefficients:
 
 
 GIBBS = 30
-"""Steps of the chain that samples a space with caps, for each share."""
+"""Steps of the Gibbs chain that samples a space with caps, for each share."""
 
 
 @dataclass(frozen=True)
 class Space:
     """The coefficients  {w : lower_i <= w_i <= upper_i, least <= sum_i w_i <= total}  over named distributions.
 
-    bounds  (name, lower, upper) where not 0 to total; a fixed coefficient has lower = upper
-    least   the least total, where that is not the total itself
-
-    Names are held in ascending order, so the order of a study file changes nothing.
-
     Every space is a simplex to samplers: with the rest  R = total - sum_i lower_i , the *shares*
 
-        p_i = (w_i - lower_i) / R   of those that are free,    p_slack = (total - sum_i w_i) / R   where least < total
+        p_i = (w_i - lower_i) / R   of the free coefficients,    p_slack = (total - sum_i w_i) / R   where least < total
 
     are at least 0, at most their caps, and sum to 1.  So corners, faces and an exact sum mean the same everywhere; the
-    slack is what the base gets beside 1 - total.
+    slack is the part of the base beyond 1 - total.
+
+    Attributes:
+        names: Distributions, kept in ascending order, so the order of a study file changes nothing.
+        total: Greatest sum of the coefficients.
+        least: Least sum, where that is not the total itself.
+        bounds: (name, lower, upper) where not 0 to total; a fixed coefficient has lower = upper.
     """
 
     names: tuple[str, ...]
@@ -82,12 +91,12 @@ class Space:
 
     @property
     def dimension(self) -> int:
-        """How many distributions there are."""
+        """Number of distributions."""
         return len(self.names)
 
     @property
     def is_point(self) -> bool:
-        """Whether nothing is left to choose."""
+        """The space is a single point: no coefficient is free."""
         return len(self.caps_F) < 2
 
     @property
@@ -103,8 +112,8 @@ class Space:
     @cached_property
     def _box_K2(self) -> NDArray[np.int64]:
         """Lower and upper bound of every coefficient in units: the tightest that the total allows."""
-        given = {name: (round(lower * UNIT), round(upper * UNIT)) for name, lower, upper in self.bounds}
-        box_K2 = np.array([given.get(name, (0, self.total_units)) for name in self.names], dtype=np.int64)
+        bounds = {name: (round(lower * UNIT), round(upper * UNIT)) for name, lower, upper in self.bounds}
+        box_K2 = np.array([bounds.get(name, (0, self.total_units)) for name in self.names], dtype=np.int64)
         spare = self.total_units - int(box_K2[:, 0].sum())
         needed_K = box_K2[:, 1] - (int(box_K2[:, 1].sum()) - self.least_units)
         return np.stack([np.maximum(box_K2[:, 0], needed_K), np.minimum(box_K2[:, 1], box_K2[:, 0] + spare)], axis=1)
@@ -116,12 +125,12 @@ class Space:
 
     @cached_property
     def _rest_units(self) -> int:
-        """R in units: what is left to share out above the lower bounds."""
+        """R in units: the part of the total above the lower bounds."""
         return self.total_units - int(self._box_K2[:, 0].sum())
 
     @cached_property
     def _cap_units_F(self) -> NDArray[np.int64]:
-        """The most units of each share: of the free coefficients in the order of `names`, then of the slack."""
+        """Greatest share in units: of each free coefficient in the order of `names`, then of the slack."""
         widths_F = (self._box_K2[:, 1] - self._box_K2[:, 0])[self._free_K]
         slack = self.total_units - self.least_units
         return np.append(widths_F, slack) if slack else widths_F
@@ -143,14 +152,16 @@ class Space:
     def at(self, shares_F: NDArray[np.float64]) -> Coefficients:
         """The coefficients nearest to shares: projected, then rounded to units with an exact total.
 
-        Rounds down and gives what is missing to the largest remainders (Hamilton's method), lower index first.
-        Thousandths of a unit are dropped before, so that 0.3, which is no binary fraction, comes out as 0.3.
+        Rounds down, then adds a unit to the largest remainders (Hamilton's method), lower index first, until the
+        total is exact.
         """
         units_K = self._box_K2[:, 0].copy()
         if len(shares_F):
+            # Thousandths of a unit are dropped first, so that 0.3, which is no binary fraction, comes out as 0.3.
             exact_F = np.round(project(np.asarray(shares_F, dtype=np.float64), self.caps_F) * self._rest_units, 3)
             floor_F = np.floor(exact_F).astype(np.int64)
             missing = self._rest_units - int(floor_F.sum())
+            # A share at its cap can't take another unit: -1 sorts behind every remainder.
             remainders_F = np.where(floor_F < self._cap_units_F, exact_F - floor_F, -1)
             floor_F[np.argsort(-remainders_F, kind="stable")[:missing]] += 1
             units_K[self._free_K] += floor_F[: int(self._free_K.sum())]
@@ -169,7 +180,7 @@ class Space:
         return Coefficients(tuple(zip(self.names, (int(unit) for unit in units), strict=True)))
 
     def contains(self, coefficients: Coefficients) -> bool:
-        """Whether coefficients lie in the space."""
+        """The space has these coefficients."""
         units = coefficients.units
         if units.keys() != set(self.names) or not self.least_units <= sum(units.values()) <= self.total_units:
             return False
@@ -177,7 +188,7 @@ class Space:
         return all(low <= units[name] <= high for name, (low, high) in box)
 
     def nearest(self, point_K: NDArray[np.float64]) -> Coefficients:
-        """The coefficients nearest to a point."""
+        """The coefficients nearest to a point w_K."""
         above_K = np.asarray(point_K, dtype=np.float64) * UNIT - self._box_K2[:, 0]
         shares_F = above_K[self._free_K]
         if self.least_units < self.total_units:
@@ -190,9 +201,15 @@ class Space:
         return np.array([units[name] / UNIT for name in self.names])
 
     def check(self, weights: Mapping[str, float], where: object = None, field: str = "weights") -> Coefficients:
-        """Coefficients that a user wrote; names left out are 0.
+        """The coefficients that a user wrote; names left out are 0.
 
-        Raises InputError for an unknown name, a weight that is not finite or out of bounds, and a sum off the total.
+        Args:
+            weights: Coefficients by name.
+            where: Study file, for messages.
+            field: Option or field that they came from, for messages.
+
+        Raises:
+            InputError: A name is unknown, a coefficient not finite or out of bounds, or the sum off the total.
         """
         for name, weight in weights.items():
             if name not in self.names:
@@ -211,51 +228,52 @@ class Space:
 
     @property
     def _ordinary_total(self) -> float:
-        """The total nearest to 1: there a vertex is a fine-tune as it is."""
+        """The allowed total nearest to 1; at a total of 1 a vertex is a fine-tune as it is."""
         return min(max(1.0, self.least_units / UNIT), self.total)
 
     def vertices(self) -> list[Coefficients]:
-        """The corners, or what the bounds leave of them: all of the total on one free distribution."""
+        """For each free distribution the point nearest to the corner that has all of the total on it."""
         corners_KK = np.eye(self.dimension) * self._ordinary_total
         return [self.nearest(corner_K) for corner_K, free in zip(corners_KK, self._free_K, strict=True) if free]
 
     def centroid(self) -> Coefficients:
-        """Equal coefficients (to a unit): the uniform average, or what is nearest to it."""
+        """The uniform average, with coefficients equal to a unit, or the point of the space nearest to it."""
         return self.nearest(np.full(self.dimension, self._ordinary_total / self.dimension))
 
     def landmarks(self) -> list[Coefficients]:
-        """The base where it is a point of the space, vertices and centroid, each once: what is scored first."""
+        """Points scored before the search: the base where the space has it, vertices and centroid, each once."""
         base = Coefficients(tuple((name, 0) for name in self.names))
-        return list(dict.fromkeys([*[base][: self.contains(base)], *self.vertices(), self.centroid()]))
+        points = [*self.vertices(), self.centroid()]
+        if self.contains(base):
+            points.insert(0, base)
+        return list(dict.fromkeys(points))
 
     def lattice(self, divisions: int) -> Iterator[Coefficients]:
         """All points whose shares are multiples of 1/divisions: C(divisions + F - 1, F - 1) of them without caps.
 
-        Stars and bars: a point is a choice of F - 1 bars among divisions + F - 1 places.  Shares above the lower bounds
-        are Cornell's pseudo-components (Experiments with Mixtures, 2002, chapter 3).
+        Shares above the lower bounds are Cornell's pseudo-components (Experiments with Mixtures, 2002, chapter 3).
         """
         most_F = self._most_stars(divisions)
-        places = divisions + len(most_F) - 1
-        for bars in combinations(range(places), len(most_F) - 1) if len(most_F) else [()]:
-            stars_F = np.diff((-1, *bars, places))[: len(most_F)] - 1
+        for parts in compositions(divisions, len(most_F)) if len(most_F) else [()]:
+            stars_F = np.array(parts, dtype=np.int64)
             if (stars_F <= most_F).all():
                 yield self.at(stars_F / divisions)
 
     def lattice_size(self, divisions: int) -> int:
-        """Number of lattice points, counted without making them."""
+        """Number of lattice points, counted share by share without making them."""
         ways = [1] + [0] * divisions
         for most in self._most_stars(divisions).tolist():
             ways = [sum(ways[max(0, stars - most) : stars + 1]) for stars in range(divisions + 1)]
         return ways[divisions] if len(self.caps_F) else 1
 
     def _most_stars(self, divisions: int) -> NDArray[np.int64]:
-        """The most steps that each share may take on the lattice."""
+        """Most steps of each share on the lattice."""
         return np.asarray(self._cap_units_F * divisions // max(self._rest_units, 1))
 
     def sample(self, rng: np.random.Generator) -> Coefficients:
-        """A point drawn uniformly over the shares: Dirichlet with all parameters 1, by way of exponentials.
+        """Draw a point uniformly over the shares: Dirichlet(1, ..., 1), as normalized exponentials.
 
-        Where caps bind, from there a chain of Gibbs' steps, each sharing two shares' sum out anew between them.
+        Where caps bind, a Gibbs chain starts from the projected draw: each step draws two shares anew, their sum kept.
         """
         caps_F = self.caps_F
         draws_F = rng.exponential(size=len(caps_F))
@@ -271,11 +289,21 @@ class Space:
         return self.at(shares_F)
 
 
-def project(points_MF: NDArray[np.float64], caps_F: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The Euclidean projection of points (shape [..., F]) on {0 <= p <= caps, sum p = 1}, whose caps sum to at least 1.
+def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
+    """All ways to write `total` as an ordered sum of `parts` integers of at least 0, in ascending order.
 
-    clip(x - t, 0, caps) with the one t that makes the sum right (Held, Wolfe, Crowder 1974): the sum falls with t, and
-    is linear between the places x and x - caps where a share meets a bound.  Exact zeros and caps come out exactly,
+    Stars and bars: each is a choice of parts - 1 bars among total + parts - 1 places.
+    """
+    places = total + parts - 1
+    for bars in combinations(range(places), parts - 1):
+        yield tuple(right - left - 1 for left, right in pairwise((-1, *bars, places)))
+
+
+def project(points_MF: NDArray[np.float64], caps_F: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Euclidean projection of points [..., F] onto {0 <= p <= caps, sum p = 1}, whose caps sum to at least 1.
+
+    clip(x - t, 0, caps) with the one t that makes the sum 1 (Held, Wolfe, Crowder 1974): the sum falls with t, and is
+    linear between the breakpoints x and x - caps, at which a share meets a bound.  Zeros and caps come out exactly,
     so a projected gradient step reaches faces and corners.
     """
     points_MF = np.asarray(points_MF, dtype=np.float64)
@@ -283,6 +311,7 @@ def project(points_MF: NDArray[np.float64], caps_F: NDArray[np.float64]) -> NDAr
         return _project_uncapped(points_MF)
     breaks_ME = np.sort(np.concatenate([points_MF, points_MF - caps_F], axis=-1), axis=-1)
     sums_ME = np.clip(points_MF[..., None, :] - breaks_ME[..., None], 0, caps_F).sum(axis=-1)
+    # The last breakpoint with a sum of at least 1, and the next: between them t is found by linear interpolation.
     left_M1 = np.maximum((sums_ME >= 1).sum(axis=-1, keepdims=True) - 1, 0)
     right_M1 = np.minimum(left_M1 + 1, breaks_ME.shape[-1] - 1)
     low_M1, high_M1 = (np.take_along_axis(sums_ME, at_M1, axis=-1) for at_M1 in (left_M1, right_M1))
@@ -293,7 +322,7 @@ def project(points_MF: NDArray[np.float64], caps_F: NDArray[np.float64]) -> NDAr
 
 
 def _project_uncapped(points_MF: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The same where no cap binds: t follows from the sorted shares alone."""
+    """Projection where no cap binds: t = (sum of the k largest - 1) / k, k the most shares that all stay above 0."""
     descending_MF = -np.sort(-points_MF, axis=-1)
     excess_MF = np.cumsum(descending_MF, axis=-1) - 1
     counts_F = np.arange(1, points_MF.shape[-1] + 1)

@@ -1,14 +1,14 @@
-"""What travels between rooms: Composite, Windows, Corpus, Score, Request, Evaluation, Failure, WorkerSpec.
+"""Data that passes between packages: composites, windows, scores, requests to workers, trials, results.
 
-Shape suffixes here and in every tensor room: B batch rows, T tokens of a window, W windows of a corpus,
-N stored checkpoints (base and experts), P parameters, K distributions, V vocabulary.
+Shape suffixes here and in every module with tensors: B batch rows, T tokens of a window, W windows of a corpus,
+N stored checkpoints (base and fine-tunes), P parameters, K distributions, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
-from math import exp, fsum, inf, isfinite
+from math import exp, fsum, inf, isfinite, sqrt
 from operator import mul
 from pathlib import Path
 from typing import Protocol
@@ -17,14 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dem_opt.errors import EvaluationError
-from dem_opt.insight import Surrogate, VectorGeometry
 from dem_opt.simplex import UNIT, Coefficients
 
 SEARCH = "search"
 """The split that proposals and the choice of the winner see."""
 
 HELD_OUT = "held_out"
-"""The split that only reports."""
+"""The split that is only reported."""
 
 SPLITS = (SEARCH, HELD_OUT)
 
@@ -34,8 +33,8 @@ class Composite:
     """A composite model by content: {content hash of a checkpoint: its coefficient in units of 1e-9}.
 
     The right-hand form of  Theta_D = (1 - sum w) Theta + sum_i w_i Theta_i : the base is one term among the
-    others, zero terms are left out, and terms stand in the order of their content's hash.  So the base is
-    {Theta: 1}, a single fine-tune {Theta_i: 1}, and naming or ordering distributions changes nothing.
+    others, zero terms are left out, and terms are sorted by content hash.  So the base is {Theta: 1}, a single
+    fine-tune {Theta_i: 1}, and names and order of the distributions change nothing.
     """
 
     terms: tuple[tuple[str, int], ...]
@@ -48,7 +47,7 @@ class Composite:
 
     @classmethod
     def edited(cls, base: str, fine_tunes: Mapping[str, str], coefficients: Coefficients) -> "Composite":
-        """The composite of coefficients by distribution, given content hashes of base and experts by name."""
+        """The composite of coefficients by distribution, from content hashes of the base and the fine-tunes by name."""
         contents = {base: coefficients.base_units}
         for name, units in coefficients.items:
             contents[fine_tunes[name]] = contents.get(fine_tunes[name], 0) + units
@@ -61,7 +60,7 @@ class Composite:
 
     @property
     def key(self) -> str:
-        """Its name in the ledger: SHA-256 of the terms."""
+        """Key in the ledger: SHA-256 of the terms."""
         return sha256(repr(self.terms).encode()).hexdigest()
 
 
@@ -69,9 +68,9 @@ class Composite:
 class Windows:
     """Token windows of one corpus in their fixed order.
 
-    Positions restart at 0 where a document starts, which is what keeps packed documents apart.  A scored token
-    is predicted from the tokens before it in its own document; a document's first token, prompts and padding
-    are not scored.  Padding stands at the end of a window, has position 0 and is never scored.  For an
+    Positions restart at 0 where a document starts, which keeps packed documents apart.  A scored token is
+    predicted from the tokens before it in its own document; a document's first token, prompts and padding are
+    not scored.  Padding is at the end of a window, has position 0 and is never scored.  For an
     encoder-decoder a document's tokens before its first scored one are the source, the others the target.
     """
 
@@ -99,9 +98,9 @@ class Windows:
         return digest.hexdigest()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Corpus:
-    """One distribution's, or general corpus's, windows of one split.  `key` hashes windows and tokenizer."""
+    """Windows of one split of a distribution or general corpus; `key` hashes windows and tokenizer."""
 
     distribution: str
     split: str
@@ -111,12 +110,14 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Score:
-    """What one composite's forward pass over one corpus measured.
+    """Loss of one composite on one corpus, or on the first of its windows.
 
-    nats_W   negative log-likelihood summed over the scored tokens of each window, in nats (float64)
-    tokens_W scored tokens of each window
+    Attributes:
+        nats_W: Negative log-likelihood summed over the scored tokens of each window, in nats (float64).
+        tokens_W: Scored tokens of each window.
 
-    Raises EvaluationError where a window's nats are not finite: NaN is never a score.
+    Raises:
+        EvaluationError: A window's nats are not finite: NaN is never a score.
     """
 
     nats_W: tuple[float, ...]
@@ -135,12 +136,12 @@ class Score:
 
     @property
     def nll(self) -> float:
-        """Negative log-likelihood in nats per token, weighted by tokens."""
+        """Negative log-likelihood in nats per token:  sum_W nats / sum_W tokens."""
         return fsum(self.nats_W) / self.tokens
 
     @property
     def perplexity(self) -> float:
-        """exp(NLL), infinite where that is beyond a float."""
+        """exp(NLL); infinite from 709 nats per token on, where exp overflows float64."""
         return exp(self.nll) if self.nll < 709 else inf
 
 
@@ -155,7 +156,7 @@ GRADIENT_FORWARDS = 3.0
 """Forward-equivalents of an evaluation with its gradient: by FLOPs a backward pass is two forward passes."""
 
 PENALTY = 10.0
-"""Nats per token added to what Optuna is told for each nat per token of violation.
+"""Nats per token added to the objective that is minimized, for each nat per token of violation.
 
 An exact penalty: where a nat of violation buys less than 10 nats of objective, the minimum of the sum is feasible,
 so the surrogate need not know the constraint.
@@ -163,19 +164,22 @@ so the surrogate need not know the constraint.
 
 
 class StoppingRule(Protocol):
-    """What decides, look by look, whether a trial goes on (racing)."""
+    """Decision at each interim analysis whether to stop a trial (racing)."""
 
     def is_over(self, scores: Mapping[str, Score]) -> bool:
-        """Whether a trial of which this much is known is stopped."""
+        """Stop the trial, of which these scores are known."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a worker is asked: a composite's nats on the named corpora.  `ticket` comes back unchanged.
+    """One evaluation for a worker: a composite's nats on the named corpora.
 
-    known     scores that need not be measured again, by corpus; a short one is continued
-    race      given, scoring stops at the first look at which the trial is lost
-    gradient  whether the gradient is asked for too
+    Attributes:
+        ticket: Number that comes back with the answer, unchanged.
+        corpora: Keys of the corpora to score.
+        known: Scores measured before, by corpus; a short one is continued, a whole one repeated.
+        race: Stopping rule; scoring ends at the first interim analysis at which the trial is lost.
+        gradient: Measure the gradient too.
     """
 
     ticket: int
@@ -187,20 +191,23 @@ class Request:
 
 
 Gradient = Mapping[str, float]
-"""By content of each expert i:  < d nats / d Theta_D , Theta_i - Theta > , nats summed over a corpus's windows."""
+"""By content of each fine-tune i:  < d nats / d Theta_D , Theta_i - Theta > , nats summed over a corpus's windows."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A worker's answer: a Score for each corpus key that was asked for, and what it took.
+    """A worker's answer: a score for each corpus of the request, and its cost.
 
-    scores          short where the trial was stopped; what was known stands in them
-    forward_tokens  tokens that went forward through the model, scored or not
-    gradients       by corpus, where they were asked for
-    scored_tokens   of the forward tokens those whose nats count; the others are padding, prompts, first tokens
-    wait_seconds    how long the worker was idle before, since its last evaluation
-    batch_tokens    tokens in one forward call at most, where memory allowed fewer than the study says; else 0
-    note            what people should know of it
+    Attributes:
+        scores: By corpus key; short where the trial was stopped, with what the request knew.
+        forward_tokens: Tokens that went forward through the model, scored or not.
+        merge_seconds: Time to merge the composite.
+        score_seconds: Time of the forward (and backward) passes.
+        gradients: By corpus key, where the request asked for them.
+        scored_tokens: Forward tokens whose nats count; the others are padding, prompts, first tokens.
+        wait_seconds: Time the worker was idle before, since its last evaluation.
+        batch_tokens: Most tokens in one forward call, where memory allowed fewer than the study file says; else 0.
+        note: One line for the user about this evaluation, or "".
     """
 
     scores: Mapping[str, Score]
@@ -216,34 +223,32 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Failure:
-    """A request that gave no scores, and why."""
+    """A request that gave no scores, and the reason."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A checkpoint or adapter folder and the hash of its content.
-
-    base  for an adapter: the content of the base that it edits
-    """
+    """A checkpoint or adapter folder and the hash of its content; for an adapter, also the content of its base."""
 
     path: Path
     content: str
     base: str | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class WorkerSpec:
-    """What a worker holds for life: stored checkpoints, corpora by key, the evaluation's settings.
+    """Everything a worker holds for life: stored checkpoints, corpora, settings of the evaluation.
 
-    base         gives architecture, parameter dtypes and tokenizer; one of the terms where its coefficient is not 0
-    experts      the fine-tuned checkpoints
-    dtype        the evaluation's dtype, as torch names it ("float32", "bfloat16")
-    batch_tokens the most tokens in one forward call (at least one window)
-    vectors      "exact": experts as they are stored; "int8": their vectors in int8
-    streamed     contents of checkpoints that stay in their files
-    devices      how many the model's layers are divided over
+    Attributes:
+        base: Gives architecture, parameter dtypes and tokenizer; a term of the composites whose coefficient of it
+            is not 0.
+        dtype: Dtype of the forward pass as torch names it ("float32", "bfloat16").
+        batch_tokens: Most tokens in one forward call (at least one window).
+        vectors: "exact", fine-tunes as they are stored; "int8", their distribution vectors in int8.
+        streamed: Contents of checkpoints that stay in their files.
+        devices: Devices that the model's layers are divided over.
     """
 
     base: StoredModel
@@ -256,17 +261,21 @@ class WorkerSpec:
     devices: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrialRecord:
-    """One finished trial, as observers and trackers see it.
+    """One finished trial.
 
-    objective  on the search split in nats per token; None where the trial failed
-    scores     by distribution or general corpus, on the search split; short where the trial was stopped
-    measured   whether a forward pass was needed; False where the ledger had every score
-    violation  nats per token by which protected corpora exceed their allowance, on the search split; 0: feasible
-    forwards   forward-equivalents that the trial stands for: 1 for all windows of the search split, measured or known
-    error      standard error of the objective in nats per token; above 0 where the trial was stopped
-    gradient   d penalized / d w_i in nats per token, by distribution, where it was measured
+    Attributes:
+        study: Name of the Optuna study.
+        objective: On the search split in nats per token; None where the trial failed.
+        scores: By distribution or general corpus, on the search split; short where the trial was stopped.
+        propose_seconds: Time the sampler took to propose the coefficients.
+        reason: Why the trial failed, or "".
+        violation: Nats per token by which protected corpora exceed their allowance, on the search split; 0: feasible.
+        forwards: Forward-equivalents that the trial stands for: 1 for all windows of the search split, measured or
+            known.
+        error: Standard error of the objective in nats per token; above 0 where the trial was stopped.
+        gradient: d penalized / d w_i in nats per token, by distribution, where it was measured.
     """
 
     study: str
@@ -274,7 +283,7 @@ class TrialRecord:
     coefficients: Coefficients
     objective: float | None
     scores: Mapping[str, Score] = field(default_factory=dict)
-    evaluation: Evaluation = field(default_factory=lambda: Evaluation({}))
+    evaluation: Evaluation = field(default_factory=lambda: Evaluation(scores={}))
     propose_seconds: float = 0.0
     reason: str = ""
     violation: float = 0.0
@@ -284,41 +293,43 @@ class TrialRecord:
 
     @property
     def is_partial(self) -> bool:
-        """Whether the trial was stopped: its objective is an estimate, and it never wins."""
+        """The trial was stopped early: its objective is an estimate, and it never wins."""
         return self.error > 0
 
     @property
     def penalized(self) -> float | None:
-        """What is minimized: objective + PENALTY x violation, in nats per token."""
+        """The value that is minimized: objective + PENALTY x violation, in nats per token."""
         return None if self.objective is None else self.objective + PENALTY * self.violation
 
     @property
     def rank(self) -> tuple[float, float, int]:
-        """Lower is better among whole trials: feasible ones by objective, then the others by violation."""
+        """Sort key of whole trials, the best first: feasible ones by objective, then the others by violation."""
         return self.violation, inf if self.objective is None else self.objective, self.number
 
     @property
     def measured(self) -> bool:
-        """Whether any window was scored for this trial."""
+        """At least one window was scored for this trial; the ledger did not have every score."""
         return self.evaluation.forward_tokens > 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ResultRow:
-    """One line of the final table: a composite worth knowing, and what finding it cost.
+    """A row of the results table: a composite with its scores, and the cost of finding it.
 
-    role            "base", "single" (one fine-tune as it is), "uniform" (the centroid), "best" (of an algorithm), "top"
-                    or "without" (the winner without a distribution)
-    algorithm       the algorithm whose best it is; "" for baselines
-    coefficients    None for the base
-    scores          by split, then by distribution
-    objective       by split: the weighted mean NLL in nats per token
-    evaluations     composites looked at, each counted once, whether or not the ledger had them already
-    forwards        forward-equivalents that they stand for
-    forward_tokens  tokens through the model that those evaluations stand for
-    seconds         wall seconds that were spent on them
-    violation       nats per token by which protected corpora exceed their allowance, on the search split
-    run             of an algorithm's best: the search that found it
+    Attributes:
+        label: Name of the row.
+        role: "base", "single" (a fine-tune as it is), "uniform" (the centroid), "best" (of an algorithm), "top", or
+            "without" (the winner without one distribution).
+        algorithm: Algorithm whose best this is; "" for baselines.
+        coefficients: None for the base.
+        scores: By split, then by distribution.
+        objective: By split, in nats per token.
+        evaluations: Composites evaluated, each counted once, also where the ledger had its scores.
+        forwards: Forward-equivalents of these evaluations.
+        forward_tokens: Tokens through the model of these evaluations.
+        seconds: Wall time of these evaluations.
+        violation: Nats per token by which protected corpora exceed their allowance, on the search split.
+        run: Search whose best this is; "" for baselines.
     """
 
     label: str
@@ -335,7 +346,7 @@ class ResultRow:
     run: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Margin:
     """Rival minus winner in the objective, nats per token (positive: the winner is better), with a 95% interval."""
 
@@ -347,18 +358,70 @@ class Margin:
 
 
 @dataclass(frozen=True)
-class Summary:
-    """What a study found: all that figures, the table and the report are made from.
+class VectorGeometry:
+    """The distribution vectors  v_i = Theta_i - Theta , by their inner products over all stored parameters.
 
-    weights   the objective's weight of each distribution and general corpus, in the study file's order
-    standings the final table, base first, the winner last
-    margins   of the winner over every other standing, on both splits
-    trials    by search, in the order of their numbers: NAME of an algorithm, NAME@SEED of one with another seed
-    facts     labels and values to reproduce the study: hashes, versions, commands
-    top       the best composites of the search split, the best first
-    stopped   by search, why it ended
-    worst     whether the objective is the largest regret, and not the weighted mean
-    left_out  the winner without one of its distributions, the others grown to its total; named by what is left out
+    Attributes:
+        names: Distributions.
+        inner: < v_i , v_j > , a row for each of `names`.
+    """
+
+    names: tuple[str, ...]
+    inner: tuple[tuple[float, ...], ...]
+
+    @property
+    def norms(self) -> tuple[float, ...]:
+        """|v_i|."""
+        return tuple(sqrt(max(row[place], 0.0)) for place, row in enumerate(self.inner))
+
+    def cosine(self, i: int, j: int) -> float | None:
+        """< v_i , v_j > / (|v_i| |v_j|), within -1 and 1; None where a vector is zero."""
+        norms = self.norms
+        if not norms[i] or not norms[j]:
+            return None
+        # Rounding of the three sums can carry the quotient of parallel vectors past 1.
+        return min(1.0, max(-1.0, self.inner[i][j] / (norms[i] * norms[j])))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surrogate:
+    """A Gaussian process fitted to the penalized objective of the trials of all searches.
+
+    Attributes:
+        optimum: Coefficients at which its mean is lowest.
+        mean: Mean at the optimum, in nats per token.
+        deviation: Standard deviation at the optimum, in nats per token.
+        names: Distributions that vary over `points`: all of up to three, else the three with the largest coefficients
+            at the optimum, while the others keep theirs.
+        points: A lattice over `names`.
+        means: Mean at each point, in nats per token.
+        trials: Number of trials it was fitted to.
+    """
+
+    optimum: Coefficients
+    mean: float
+    deviation: float
+    names: tuple[str, ...]
+    points: tuple[Coefficients, ...]
+    means: tuple[float, ...]
+    trials: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Results of a study: everything that figures, tables and the report are made from.
+
+    Attributes:
+        weights: The objective's weight of each distribution and general corpus, in the study file's order.
+        results: Results table, the base first, the winner last.
+        margins: Of the winner over every other row, on both splits.
+        trials: By search, in the order of their numbers: NAME of an algorithm, NAME@SEED of one with another seed.
+        facts: Labels and values to reproduce the study: hashes, versions, commands.
+        top: Best composites of the search split, the best first.
+        stopped: By search, why it ended.
+        worst: The objective is the largest regret, not the weighted mean.
+        left_out: The winner without one of its distributions, the others scaled up to its total; named by the
+            distribution that is left out.
     """
 
     study: str
@@ -376,9 +439,9 @@ class Summary:
 
     @property
     def distributions(self) -> tuple[str, ...]:
-        """The names that have a coefficient, in the study file's order; all where nothing has coefficients."""
-        found = [one.coefficients.weights for one in self.results if one.coefficients is not None]
-        return tuple(name for name in self.weights if not found or name in found[0])
+        """The names that have a coefficient, in the study file's order; all names where no row has coefficients."""
+        named = next((row.coefficients.weights for row in self.results if row.coefficients is not None), self.weights)
+        return tuple(name for name in self.weights if name in named)
 
     @property
     def winner(self) -> ResultRow:

@@ -17,7 +17,9 @@ class Echo:
 
     def evaluate(self, request: Request) -> Evaluation:
         nats = nan if request.ticket % 7 == 5 else float(request.ticket)
-        return Evaluation({key: Score((nats,), (1,)) for key in request.corpora}, forward_tokens=self.batch_tokens)
+        return Evaluation(
+            scores={key: Score((nats,), (1,)) for key in request.corpora}, forward_tokens=self.batch_tokens
+        )
 
 
 class Mortal(Echo):
@@ -87,7 +89,7 @@ class Threads(Echo):
     def evaluate(self, request: Request) -> Evaluation:
         import torch
 
-        return Evaluation({key: Score((float(torch.get_num_threads()),), (1,)) for key in request.corpora})
+        return Evaluation(scores={key: Score((float(torch.get_num_threads()),), (1,)) for key in request.corpora})
 
 
 def double(job: int) -> int:

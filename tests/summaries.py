@@ -6,9 +6,8 @@ import numpy as np
 
 from dem_opt.analysis.surrogate import surrogate_of
 from dem_opt.evaluation.objective import mean_nll
-from dem_opt.insight import VectorGeometry
 from dem_opt.simplex import UNIT, Coefficients, Space
-from dem_opt.types import Evaluation, Margin, ResultRow, Score, Summary, TrialRecord
+from dem_opt.types import Evaluation, Margin, ResultRow, Score, Summary, TrialRecord, VectorGeometry
 
 SPLITS = ("search", "held_out")
 RUNS = ("grid", "simplex-gp", "simplex-gp@1", "new")
@@ -52,10 +51,10 @@ def a_trial(
     point = Space(("a", "b")).centroid()
     reason = "" if objective is not None else "nan"
     return TrialRecord(
-        "s",
-        number,
-        point,
-        objective,
+        study="s",
+        number=number,
+        coefficients=point,
+        objective=objective,
         propose_seconds=seconds,
         reason=reason,
         violation=violation,
@@ -67,7 +66,7 @@ def a_trial(
 def of_trials(trials: Mapping[str, Sequence[TrialRecord]], **fields: object) -> Summary:
     """A summary of nothing but trials."""
     frozen = {run: tuple(records) for run, records in trials.items()}
-    return Summary("s", {"a": 1.0, "b": 1.0}, (), (), frozen, {}, **fields)
+    return Summary(study="s", weights={"a": 1.0, "b": 1.0}, results=(), margins=(), trials=frozen, facts={}, **fields)
 
 
 def a_summary(
@@ -98,17 +97,43 @@ def a_summary(
     def trial(run: str, number: int) -> TrialRecord:
         name, point = f"{study}/{run}", space.sample(rng) if least or number else origin
         if outcome == "failed" or (not outcome and number % 5 == 4):
-            return TrialRecord(name, number, point, None, reason=f"window <0> is nan {study}", forwards=0.0)
+            return TrialRecord(
+                study=name,
+                number=number,
+                coefficients=point,
+                objective=None,
+                reason=f"window <0> is nan {study}",
+                forwards=0.0,
+            )
         is_partial = outcome == "partial" or (number % 5 == 3 and run != "grid")
         found = scores(1 if is_partial else 3)
         cost = {"forwards": 1 / 3, "error": 0.01} if is_partial else {}
-        evaluation = Evaluation({}, 900, 0.1, 0.2)
-        return TrialRecord(name, number, point, mean_nll(found, weights), found, evaluation, 0.05, **cost)
+        evaluation = Evaluation(scores={}, forward_tokens=900, merge_seconds=0.1, score_seconds=0.2)
+        return TrialRecord(
+            study=name,
+            number=number,
+            coefficients=point,
+            objective=mean_nll(found, weights),
+            scores=found,
+            evaluation=evaluation,
+            propose_seconds=0.05,
+            **cost,
+        )
 
     def result(label: str, role: str, coefficients: Coefficients | None, algorithm: str = "") -> ResultRow:
         found = {split: scores() for split in SPLITS}
         objective = {split: mean_nll(each, weights) for split, each in found.items()}
-        return ResultRow(label, role, algorithm, coefficients, found, objective, 1, 900, 0.3)
+        return ResultRow(
+            label=label,
+            role=role,
+            algorithm=algorithm,
+            coefficients=coefficients,
+            scores=found,
+            objective=objective,
+            evaluations=1,
+            forward_tokens=900,
+            seconds=0.3,
+        )
 
     found = {run: tuple(trial(run, i) for i in range(trials)) for run in runs}
     results = [result("base", "base", None)]
@@ -120,7 +145,9 @@ def a_summary(
     if not outcome and trials:
         results += [result(label, "best", space.sample(rng), "simplex-gp")]
         top = tuple(result(f"no. {place}", "top", space.sample(rng)) for place in range(1, 6))
-    margins = tuple(Margin(each.label, split, 0.1, -0.1, 0.3) for each in results[:-1] for split in SPLITS)
+    margins = tuple(
+        Margin(rival=each.label, split=split, mean=0.1, low=-0.1, high=0.3) for each in results[:-1] for split in SPLITS
+    )
     facts = {"study": study, "command": "dem-opt run"}
     stopped = {run: f"all {trials} planned trials of <{study}>" for run in runs}
     left_out = tuple(result(name, "without", space.sample(rng)) for name in names) if top and len(names) > 1 else ()
@@ -129,5 +156,16 @@ def a_summary(
     told = [record for records in found.values() for record in records]
     believed = surrogate_of(space, told) if len(told) < 200 else None
     return Summary(
-        study, weights, tuple(results), margins, found, facts, top, stopped, worst, left_out, vectors, believed
+        study=study,
+        weights=weights,
+        results=tuple(results),
+        margins=margins,
+        trials=found,
+        facts=facts,
+        top=top,
+        stopped=stopped,
+        worst=worst,
+        left_out=left_out,
+        vectors=vectors,
+        surrogate=believed,
     )

@@ -60,12 +60,12 @@ def test_perplexity_weighs_windows_by_their_tokens():
 def test_feasible_trials_rank_first_and_the_penalty_is_ten_for_one():
     point = Space(("a", "b")).centroid()
     trials = [
-        TrialRecord("s", number, point, objective, violation=over)
+        TrialRecord(study="s", number=number, coefficients=point, objective=objective, violation=over)
         for number, (objective, over) in enumerate([(1.0, 0.5), (3.0, 0.0), (0.5, 0.6), (2.0, 0.0), (1.5, 0.5)])
     ]
     assert [trial.number for trial in sorted(trials, key=lambda trial: trial.rank)] == [3, 1, 0, 4, 2]
     assert [trial.penalized for trial in trials] == [6.0, 3.0, 6.5, 2.0, 6.5]
-    assert TrialRecord("s", 0, point, None).penalized is None
+    assert TrialRecord(study="s", number=0, coefficients=point, objective=None).penalized is None
 
 
 @pytest.mark.parametrize("field", ["ids_WT", "positions_WT", "scored_WT"])

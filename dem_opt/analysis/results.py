@@ -155,7 +155,18 @@ def summarize(
         if split in rival.objective and split in winner.objective
     )
     frozen = {algorithm: tuple(records) for algorithm, records in trials.items()}
-    return Summary(study, identity.weights, results, margins, frozen, facts, top, stopped, identity.worst, left_out)
+    return Summary(
+        study=study,
+        weights=identity.weights,
+        results=results,
+        margins=margins,
+        trials=frozen,
+        facts=facts,
+        top=top,
+        stopped=stopped,
+        worst=identity.worst,
+        left_out=left_out,
+    )
 
 
 def _result(ledger: Ledger, identity: StudyIdentity, by_split: Mapping[str, Objective], entry: Entry) -> ResultRow:
@@ -190,4 +201,4 @@ def rescored(
 
 def _margin(objective: Objective, rival: ResultRow, winner: ResultRow, split: str) -> Margin:
     gap = difference(rival.scores[split], winner.scores[split], objective)
-    return Margin(rival.label, split, gap.mean, gap.low, gap.high)
+    return Margin(rival=rival.label, split=split, mean=gap.mean, low=gap.low, high=gap.high)

@@ -50,7 +50,17 @@ def reweighted(study: str, ledger: Ledger, identity: StudyIdentity, facts: Mappi
         scores, point = recall(ledger, identity, composite, SEARCH), _point(identity, composite)
         if point is not None and len(scores) == len(identity.corpora[SEARCH]):
             over = exceeded(ledger, identity, scores)
-            records.append(TrialRecord(study, number, point, objective(scores), scores, violation=over, forwards=0.0))
+            records.append(
+                TrialRecord(
+                    study=study,
+                    number=number,
+                    coefficients=point,
+                    objective=objective(scores),
+                    scores=scores,
+                    violation=over,
+                    forwards=0.0,
+                )
+            )
     if not records:
         return None
     return replace(summarize(study, ledger, identity, {MEASURED: records}, facts), trials={})

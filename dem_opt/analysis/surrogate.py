@@ -5,11 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from dem_opt.insight import Surrogate
 from dem_opt.search.samplers import gp
 from dem_opt.search.samplers.simplex_gp import Array, maximize
 from dem_opt.simplex import UNIT, Coefficients, Space, project
-from dem_opt.types import TrialRecord
+from dem_opt.types import Surrogate, TrialRecord
 
 FEWEST = 3
 """Trials below which nothing is believed."""
@@ -33,13 +32,13 @@ def surrogate_of(space: Space, trials: Sequence[TrialRecord]) -> Surrogate | Non
         names, points = _slice(space, optimum)
         means = process.mean(np.array([space.shares(point) for point in points]).reshape(-1, len(space.caps_F)))
     return Surrogate(
-        optimum,
-        float(belief.mean_M[0]),
-        float(belief.variance_M[0] ** 0.5),
-        names,
-        points,
-        tuple(np.round(means, 6).tolist()),
-        len(told),
+        optimum=optimum,
+        mean=float(belief.mean_M[0]),
+        deviation=float(belief.variance_M[0] ** 0.5),
+        names=names,
+        points=points,
+        means=tuple(np.round(means, 6).tolist()),
+        trials=len(told),
     )
 
 

@@ -11,10 +11,9 @@ from torch import Tensor
 from dem_opt.atomic import write_text
 from dem_opt.checkpoints.architecture import read_architecture, stored_names
 from dem_opt.checkpoints.files import read_header
-from dem_opt.insight import VectorGeometry
 from dem_opt.merging.merged_model import merged_tensors
 from dem_opt.progress import Progress
-from dem_opt.types import Composite, StoredModel
+from dem_opt.types import Composite, StoredModel, VectorGeometry
 
 FILE = "vectors.json"
 """What a study's output folder keeps."""

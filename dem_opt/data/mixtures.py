@@ -1,6 +1,6 @@
-"""Several distributions' training windows in given shares, and the mixtures that are worth trying.
+"""Mixtures of several distributions' training windows, and the lattice of mixtures to compare with.
 
-A mixture of T tokens has, of distribution i with share s_i,  n_i  windows with  sum n_i = T / window  and
+A mixture of T tokens has  n_i  windows of distribution i with share s_i , where  sum_i n_i = T / window  and
 |n_i - s_i T / window| < 1 ,  drawn without repetition as long as the distribution has windows.
 """
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dem_opt.config import DataFile
+from dem_opt.simplex import compositions
 from dem_opt.types import Windows
 
 
@@ -25,7 +26,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a model is trained on instead of one distribution: shares sum to 1."""
+    """Training data of one model from several distributions, whose shares sum to 1."""
 
     parts: tuple[Part, ...]
 
@@ -33,7 +34,8 @@ class Mixture:
 def counts(shares: Sequence[float], total: int) -> list[int]:
     """Whole numbers in these proportions that sum to `total`: the largest remainders are rounded up."""
     exact = [share * total / sum(shares) for share in shares]
-    floors = [int(one + 1e-9) for one in exact]
+    # 1e-9 keeps a count that is whole but for rounding, such as 2.9999999999, from losing one.
+    floors = [int(count + 1e-9) for count in exact]
     order = sorted(range(len(exact)), key=lambda i: (floors[i] - exact[i], i))
     for i in order[: total - sum(floors)]:
         floors[i] += 1
@@ -41,7 +43,7 @@ def counts(shares: Sequence[float], total: int) -> list[int]:
 
 
 def blend(mixture: Mixture, packed: Mapping[str, Windows], total: int, seed: int) -> Windows:
-    """`total` windows, of each part its share, drawn in an order of the seed and going round where they are few."""
+    """Draw `total` windows, of each part its share, in a seeded order; a part with too few windows repeats them."""
     chosen = []
     for part, count in zip(mixture.parts, counts([part.share for part in mixture.parts], total), strict=True):
         windows = packed[part.name]
@@ -58,14 +60,7 @@ def blend(mixture: Mixture, packed: Mapping[str, Windows], total: int, seed: int
 
 
 def lattice(names: Sequence[str], divisions: int) -> list[dict[str, float]]:
-    """All shares that are multiples of 1 / divisions, in an order drawn once, so that the first are as good as any."""
-    points = _compositions(len(names), divisions)
+    """All shares that are multiples of 1 / divisions, shuffled once, so that any first few are a random sample."""
+    points = list(compositions(divisions, len(names)))
     random.Random("mixtures").shuffle(points)
     return [{name: part / divisions for name, part in zip(names, point, strict=True)} for point in points]
-
-
-def _compositions(places: int, total: int) -> list[tuple[int, ...]]:
-    """All ways to write `total` as a sum of so many whole numbers."""
-    if places == 1:
-        return [(total,)]
-    return [(first, *rest) for first in range(total + 1) for rest in _compositions(places - 1, total - first)]

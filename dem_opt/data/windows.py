@@ -223,7 +223,12 @@ class _Builder:
         drawn = np.random.default_rng(self.evaluation.seed).permutation(len(available))[:wanted]
         windows = _take(available, drawn)
         made_by = tokenizer_digest(self.tokenizer, chat=file.format == "messages")
-        return Corpus(name, split, sha256(f"{windows.digest} {made_by}".encode()).hexdigest(), windows)
+        return Corpus(
+            distribution=name,
+            split=split,
+            key=sha256(f"{windows.digest} {made_by}".encode()).hexdigest(),
+            windows=windows,
+        )
 
     def windows(self, documents: Sequence[Document], most: int) -> Windows:
         """The first windows, at most `most`; documents beyond them are not encoded."""

@@ -103,10 +103,16 @@ class Inputs:
 
     def spec(self) -> WorkerSpec:
         """What a worker of this study holds."""
-        vectors = self.config.evaluation.vectors
-        fine_tunes = tuple(self.fine_tunes.values())
-        given = (self.dtype, self.batch_tokens, vectors, self.streamed, self.config.compute.gpus_per_worker)
-        return WorkerSpec(self.base, fine_tunes, self.corpora, *given)
+        return WorkerSpec(
+            base=self.base,
+            fine_tunes=tuple(self.fine_tunes.values()),
+            corpora=self.corpora,
+            dtype=self.dtype,
+            batch_tokens=self.batch_tokens,
+            vectors=self.config.evaluation.vectors,
+            streamed=self.streamed,
+            devices=self.config.compute.gpus_per_worker,
+        )
 
     def exact(self) -> "Inputs":
         """The same with vectors as they are."""
@@ -132,7 +138,14 @@ class Inputs:
     def spec_of(self, model: StoredModel) -> WorkerSpec:
         """What a worker holds that scores one other model."""
         devices = self.config.compute.gpus_per_worker
-        return WorkerSpec(model, (), self.corpora, self.dtype, self.batch_tokens, devices=devices)
+        return WorkerSpec(
+            base=model,
+            fine_tunes=(),
+            corpora=self.corpora,
+            dtype=self.dtype,
+            batch_tokens=self.batch_tokens,
+            devices=devices,
+        )
 
 
 def with_exact_vectors(config: StudyConfig) -> StudyConfig:

@@ -66,7 +66,7 @@ class Driver:
                     if request := self._request_of(flight):
                         self.pool.submit(request)
                     else:
-                        answers[flight.proposal.number] = Evaluation({})
+                        answers[flight.proposal.number] = Evaluation(scores={})
                 if flying:
                     self._collect(flying[0], answers, stop)
                     if answer := answers.pop(flying[0].proposal.number, None):
@@ -132,7 +132,7 @@ class Driver:
 
         Raises EvaluationError where it can't be scored.
         """
-        self.pool.submit(Request(0, composite, self.identity.keys(split)))
+        self.pool.submit(Request(ticket=0, composite=composite, corpora=self.identity.keys(split)))
         while (done := self.pool.next_done()) is None:
             pass
         _, answer = done
@@ -160,19 +160,23 @@ class Driver:
             known = self.ledger.gradients(composite, keys, self.identity.differentiation)
             fine_tunes = set(self.identity.fine_tunes.values())
             missing = tuple(key for key in keys if not fine_tunes <= known.get(key, {}).keys())
-            return Request(number, composite, missing, gradient=True) if missing else None
+            return Request(ticket=number, composite=composite, corpora=missing, gradient=True) if missing else None
         if flight.race is None:
             return self._request(number, composite, SEARCH)
         seen = self.ledger.look_up(composite, keys, scoring)
         is_decided = replay(flight.race, seen, self.identity.sizes(SEARCH)) is not None
-        return None if is_decided else Request(number, composite, keys, seen, flight.race)
+        return (
+            None
+            if is_decided
+            else Request(ticket=number, composite=composite, corpora=keys, known=seen, race=flight.race)
+        )
 
     def _request(self, ticket: int, composite: Composite, split: str) -> Request | None:
         """The scores that the ledger lacks of all windows; None where it has them all."""
         keys, windows = self.identity.keys(split), self.identity.windows(split)
         known = self.ledger.look_up(composite, keys, self.identity.scoring)
         missing = tuple(key for key in keys if key not in known or len(known[key].nats_W) < windows)
-        return Request(ticket, composite, missing, known) if missing else None
+        return Request(ticket=ticket, composite=composite, corpora=missing, known=known) if missing else None
 
     def _record(self, request: Request, answer: Evaluation | Failure) -> None:
         if isinstance(answer, Evaluation):

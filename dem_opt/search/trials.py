@@ -124,10 +124,10 @@ def trial_record(
     """What came of a proposal.  The scores are the ledger's: those just measured and those that it had."""
     if isinstance(answer, Failure):
         return TrialRecord(
-            study,
-            proposal.number,
-            proposal.coefficients,
-            None,
+            study=study,
+            number=proposal.number,
+            coefficients=proposal.coefficients,
+            objective=None,
             propose_seconds=proposal.seconds,
             reason=answer.reason,
             forwards=0.0,
@@ -140,13 +140,13 @@ def trial_record(
             return _stopped(ledger, identity, study, proposal, answer, race, seen)
     measured = ledger.gradients(composite, identity.keys(SEARCH), identity.differentiation) if gradient else {}
     return TrialRecord(
-        study,
-        proposal.number,
-        proposal.coefficients,
-        objectives(ledger, identity)[SEARCH](seen),
-        seen,
-        answer,
-        proposal.seconds,
+        study=study,
+        number=proposal.number,
+        coefficients=proposal.coefficients,
+        objective=objectives(ledger, identity)[SEARCH](seen),
+        scores=seen,
+        evaluation=answer,
+        propose_seconds=proposal.seconds,
         violation=exceeded(ledger, identity, seen),
         forwards=GRADIENT_FORWARDS if gradient else 1.0 - proposal.charged,
         gradient=slope(ledger, identity, seen, measured) if gradient else {},
@@ -178,13 +178,13 @@ def _stopped(
         key = identity.corpora[SEARCH][name]
         over += max(0.0, race.nll(key, by_key[key]) - base[name].nll - allowance)
     return TrialRecord(
-        study,
-        proposal.number,
-        proposal.coefficients,
-        race.goal + estimate.difference,
-        seen,
-        answer,
-        proposal.seconds,
+        study=study,
+        number=proposal.number,
+        coefficients=proposal.coefficients,
+        objective=race.goal + estimate.difference,
+        scores=seen,
+        evaluation=answer,
+        propose_seconds=proposal.seconds,
         violation=over,
         forwards=sum(len(score.nats_W) for score in by_key.values()) / (len(by_key) * identity.windows(SEARCH)),
         error=max(estimate.error, 1e-12),
@@ -230,7 +230,7 @@ def attributes(record: TrialRecord) -> dict[str, Any]:
 def recorded(ledger: Ledger, identity: StudyIdentity, study: str, trial: Trial) -> TrialRecord:
     """The record of a finished trial, from Optuna and the ledger."""
     told = trial.attributes
-    evaluation = Evaluation({}, **{name: told[name] for name in MEASURED if name in told})
+    evaluation = Evaluation(scores={}, **{name: told[name] for name in MEASURED if name in told})
     proposal = Proposal(trial.number, trial.coefficients, told.get("propose_seconds", 0.0))
     if trial.objective is None:
         return trial_record(ledger, identity, study, proposal, Failure(told["reason"]))
@@ -239,13 +239,13 @@ def recorded(ledger: Ledger, identity: StudyIdentity, study: str, trial: Trial) 
         return replace(record, forwards=trial.forwards)
     seen = recall(ledger, identity, identity.composite(trial.coefficients), SEARCH, whole=False)
     return TrialRecord(
-        study,
-        trial.number,
-        trial.coefficients,
-        told["objective"],
-        {name: first_windows(seen[name], windows) for name, windows in told["windows"].items()},
-        evaluation,
-        proposal.seconds,
+        study=study,
+        number=trial.number,
+        coefficients=trial.coefficients,
+        objective=told["objective"],
+        scores={name: first_windows(seen[name], windows) for name, windows in told["windows"].items()},
+        evaluation=evaluation,
+        propose_seconds=proposal.seconds,
         violation=told.get("violation", 0.0),
         forwards=trial.forwards,
         error=trial.error,

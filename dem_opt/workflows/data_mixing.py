@@ -181,7 +181,13 @@ def score_mixtures(
     size = len(sources.fine_tunes) if whole else 1
     for start in range(0, len(missing), size):
         some = tuple(missing[start : start + size])
-        spec = WorkerSpec(some[0], some[1:], sources.corpora, sources.dtype, sources.batch_tokens)
+        spec = WorkerSpec(
+            base=some[0],
+            fine_tunes=some[1:],
+            corpora=sources.corpora,
+            dtype=sources.dtype,
+            batch_tokens=sources.batch_tokens,
+        )
         with closing(compute.workers(build, spec, progress)) as pool:
             driver = Driver(identity, ledger, pool, progress)
             for split in SPLITS:

@@ -16,7 +16,8 @@ def trials_of(space: Space, lowest: Sequence[float], count: int = 40) -> list[Tr
     points = [*space.landmarks(), *(space.sample(rng) for _ in range(count))]
     losses = [3 + float(((space.point(point) - np.array(lowest)) ** 2).sum()) for point in points]
     return [
-        TrialRecord("s", number, point, loss) for number, (point, loss) in enumerate(zip(points, losses, strict=True))
+        TrialRecord(study="s", number=number, coefficients=point, objective=loss)
+        for number, (point, loss) in enumerate(zip(points, losses, strict=True))
     ]
 
 
@@ -67,9 +68,20 @@ def test_nothing_is_believed_of_few_trials_failed_ones_and_a_point() -> None:
     space, lowest = CASES["three"]
     trials = trials_of(space, lowest)
     assert surrogate_of(space, trials[: FEWEST - 1]) is None
-    assert surrogate_of(space, [TrialRecord("s", 0, one.coefficients, None, reason="nan") for one in trials]) is None
+    assert (
+        surrogate_of(
+            space,
+            [
+                TrialRecord(study="s", number=0, coefficients=one.coefficients, objective=None, reason="nan")
+                for one in trials
+            ],
+        )
+        is None
+    )
     assert surrogate_of(Space(("a",)), trials_of(Space(("a",)), (1.0,), 5)) is None
-    same = [TrialRecord("s", number, trials[0].coefficients, 3.0) for number in range(9)]
+    same = [
+        TrialRecord(study="s", number=number, coefficients=trials[0].coefficients, objective=3.0) for number in range(9)
+    ]
     assert surrogate_of(space, same) is None, "one composite, however often"
 
 

@@ -10,7 +10,9 @@ from dem_opt.types import Evaluation
 
 
 def trial(number, merge=0.5, score=2.5, wait=1.0, **changed):
-    made = Evaluation({}, 100, merge, score, scored_tokens=80, wait_seconds=wait)
+    made = Evaluation(
+        scores={}, forward_tokens=100, merge_seconds=merge, score_seconds=score, scored_tokens=80, wait_seconds=wait
+    )
     return replace(a_trial(number, 2.0, seconds=0.25), evaluation=replace(made, **changed))
 
 

@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 
 from dem_opt.analysis.vector_geometry import BLOCK, FILE, inner_products, keep, measure_once, recall_vectors, vectors_of
 from dem_opt.checkpoints.files import content_hash
-from dem_opt.insight import VectorGeometry
-from dem_opt.types import StoredModel
+from dem_opt.types import StoredModel, VectorGeometry
 
 EXPERTS = {"a": "hash a", "b": "hash b"}
 VECTORS = VectorGeometry(("a", "b"), ((4.0, -3.0), (-3.0, 9.0)))

@@ -97,7 +97,7 @@ def pool_of(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
 
     monkeypatch.setenv("PYTHONPATH", books.environment()["PYTHONPATH"])
     compute = RayCompute(ComputeSection(ray=cluster.address, patience=120))
-    spec = WorkerSpec(StoredModel(Path("models/code"), "content"), (), (), batch_tokens=64)
+    spec = WorkerSpec(base=StoredModel(Path("models/code"), "content"), fine_tunes=(), corpora=(), batch_tokens=64)
 
     def make(progress: Progress) -> Any:
         compute.__enter__()
@@ -125,13 +125,13 @@ def test_nodes_that_join_get_residents_and_one_whose_files_differ_does_not(
     cluster.add_node(num_cpus=1, node_name="east")
     ticket = 0
     while pool.capacity < 2:
-        pool.submit(Request(ticket, Composite.single("content"), ("a",)))
+        pool.submit(Request(ticket=ticket, composite=Composite.single("content"), corpora=("a",)))
         ticket += 1
         pool.next_done()
         time.sleep(0.1)
     cluster.add_node(num_cpus=1, node_name="south", env_vars={"DEM_OPT_TEST_FRAGILE": "1"})
     while not any("south" in line for line in progress.warnings):
-        pool.submit(Request(ticket, Composite.single("content"), ("a",)))
+        pool.submit(Request(ticket=ticket, composite=Composite.single("content"), corpora=("a",)))
         ticket += 1
         pool.next_done()
         time.sleep(0.1)

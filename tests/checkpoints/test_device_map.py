@@ -155,7 +155,7 @@ class World:
     def worker(self, devices):
         base, *fine_tunes = self.stored
         how = {"batch_tokens": 48, "streamed": self.streamed, "devices": devices} | self.how
-        return Worker(WorkerSpec(base, tuple(fine_tunes), (corpus(),), **how))
+        return Worker(WorkerSpec(base=base, fine_tunes=tuple(fine_tunes), corpora=(corpus(),), **how))
 
     @property
     def composites(self):
@@ -166,7 +166,7 @@ class World:
 def corpus():
     ids_WT = np.random.default_rng(0).integers(3, zoo.VOCABULARY, (5, 12))
     positions_WT = np.tile(np.r_[np.arange(7), np.arange(5)], (5, 1))
-    return Corpus("a", "search", "key", Windows(ids_WT, positions_WT, positions_WT > 1))
+    return Corpus(distribution="a", split="search", key="key", windows=Windows(ids_WT, positions_WT, positions_WT > 1))
 
 
 def same_bits(one, other):
@@ -185,7 +185,9 @@ def test_merges_nats_and_gradients_are_those_of_one_device_to_the_bit(world):
     whole, divided = world.worker(1), world.worker(2)
     assert len({one.number for one in divided.merged_model._segments}) == 2
     for composite in world.composites:
-        requests = [Request(0, composite, ("key",), gradient=gradient) for gradient in (False, True)]
+        requests = [
+            Request(ticket=0, composite=composite, corpora=("key",), gradient=gradient) for gradient in (False, True)
+        ]
         for request in requests:
             one, two = (worker.evaluate(request) for worker in (whole, divided))
             assert one.scores == two.scores and one.gradients == two.gradients
@@ -233,7 +235,7 @@ def test_two_gpus_give_the_bits_of_one(tmp_path, name):
     assert devices == {0, 1}
     for composite in world.composites:
         for gradient in (False, True):
-            request = Request(0, composite, ("key",), gradient=gradient)
+            request = Request(ticket=0, composite=composite, corpora=("key",), gradient=gradient)
             one, two = (worker.evaluate(request) for worker in (whole, divided))
             assert one.scores == two.scores
             assert one.gradients.get("key", {}) == pytest.approx(two.gradients.get("key", {}), rel=1e-6)

@@ -16,11 +16,13 @@ from dem_opt.types import Composite, Evaluation, Failure, Request, StoredModel, 
 
 
 def spec(path: Path = Path("nowhere")) -> WorkerSpec:
-    return WorkerSpec(StoredModel(path, "content"), (), (), batch_tokens=64)
+    return WorkerSpec(base=StoredModel(path, "content"), fine_tunes=(), corpora=(), batch_tokens=64)
 
 
 def requests(count: int) -> list[Request]:
-    return [Request(ticket, Composite.single("content"), ("a", "b")) for ticket in range(count)]
+    return [
+        Request(ticket=ticket, composite=Composite.single("content"), corpora=("a", "b")) for ticket in range(count)
+    ]
 
 
 @pytest.fixture(params=["in process", "ray 1", "ray 2"])

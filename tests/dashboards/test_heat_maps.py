@@ -224,10 +224,32 @@ def test_the_heat_map_shows_the_change_against_the_base() -> None:
     """Base 2.5 on both, the composite 2.5 and 1.5: changes 0 and -1; colours saturate at the gain of 1."""
     high, low = Score((25.0,), (10,)), Score((15.0,), (10,))
     results = (
-        ResultRow("base", "base", "", None, {"held_out": {"a": high, "b": high}}, {}, 1, 1, 0.0),
-        ResultRow("best", "best", "grid", None, {"held_out": {"a": high, "b": low}}, {}, 1, 1, 0.0),
+        ResultRow(
+            label="base",
+            role="base",
+            algorithm="",
+            coefficients=None,
+            scores={"held_out": {"a": high, "b": high}},
+            objective={},
+            evaluations=1,
+            forward_tokens=1,
+            seconds=0.0,
+        ),
+        ResultRow(
+            label="best",
+            role="best",
+            algorithm="grid",
+            coefficients=None,
+            scores={"held_out": {"a": high, "b": low}},
+            objective={},
+            evaluations=1,
+            forward_tokens=1,
+            seconds=0.0,
+        ),
     )
-    heat = heat_maps.change_heat_map(Summary("s", {"a": 1.0, "b": 1.0}, results, (), {}, {})).data[0]
+    heat = heat_maps.change_heat_map(
+        Summary(study="s", weights={"a": 1.0, "b": 1.0}, results=results, margins=(), trials={}, facts={})
+    ).data[0]
     assert [list(row) for row in heat.z] == [[0.0, -1.0]] and [list(row) for row in heat.text] == [["+0.000", "-1.000"]]
     assert (heat.zmin, heat.zmax) == (-1.0, 1.0)
 

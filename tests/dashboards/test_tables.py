@@ -16,17 +16,27 @@ HIGH, LOW = Score((20.0, 30.0), (10, 10)), Score((10.0, 20.0), (10, 10))
 """Two windows of 10 tokens: 2.5 and 1.5 nats a token."""
 
 STANDINGS = (
-    ResultRow("base", "base", "", None, {"search": {"a": HIGH, "b": HIGH}}, {"search": 2.5}, 1, 950, 0.25),
     ResultRow(
-        "best",
-        "best",
-        "tpe",
-        Space(("a", "b")).centroid(),
-        {"search": {"a": HIGH, "b": LOW}},
-        {"search": 2.0},
-        2860,
-        2_288_000,
-        12.0,
+        label="base",
+        role="base",
+        algorithm="",
+        coefficients=None,
+        scores={"search": {"a": HIGH, "b": HIGH}},
+        objective={"search": 2.5},
+        evaluations=1,
+        forward_tokens=950,
+        seconds=0.25,
+    ),
+    ResultRow(
+        label="best",
+        role="best",
+        algorithm="tpe",
+        coefficients=Space(("a", "b")).centroid(),
+        scores={"search": {"a": HIGH, "b": LOW}},
+        objective={"search": 2.0},
+        evaluations=2860,
+        forward_tokens=2_288_000,
+        seconds=12.0,
         forwards=1234.56,
     ),
 )
@@ -34,17 +44,26 @@ STANDINGS = (
 
 def test_the_final_table_says_nll_mean_perplexity_and_cost() -> None:
     """The means are 2.5 and (2.5 + 1.5) / 2 = 2, e^2 = 7.389."""
-    table = tables.final_table(Summary("s", {"a": 1.0, "b": 1.0}, STANDINGS, (), {}, {}), "search")
+    table = tables.final_table(
+        Summary(study="s", weights={"a": 1.0, "b": 1.0}, results=STANDINGS, margins=(), trials={}, facts={}), "search"
+    )
     assert table.headers == ("composite", "a", "b", "mean", "perplexity", "evals", "FE", "seconds")
     assert table.rows[0] == ("base", "2.5000", "2.5000", "2.5000", f"{exp(2.5):.3f}", "1", "1.0", "0.2")
     assert table.rows[1] == ("best", "2.5000", "1.5000", "2.0000", "7.389", "2,860", "1,234.6", "12.0")
     assert table.lowest == {(0, 1), (1, 1), (1, 2), (1, 3), (1, 4)}
-    unknown = tables.final_table(Summary("s", {"a": 1.0}, STANDINGS, (), {}, {}), "held_out")
+    unknown = tables.final_table(
+        Summary(study="s", weights={"a": 1.0}, results=STANDINGS, margins=(), trials={}, facts={}), "held_out"
+    )
     assert unknown.rows[0][1:4] == ("-", "-", "-") and not unknown.lowest
 
 
 def test_a_largest_regret_has_no_perplexity() -> None:
-    table = tables.final_table(Summary("s", {"a": 1.0, "b": 1.0}, STANDINGS, (), {}, {}, worst=True), "search")
+    table = tables.final_table(
+        Summary(
+            study="s", weights={"a": 1.0, "b": 1.0}, results=STANDINGS, margins=(), trials={}, facts={}, worst=True
+        ),
+        "search",
+    )
     assert table.headers == ("composite", "a", "b", "worst regret", "evals", "FE", "seconds")
     assert table.rows[1] == ("best", "2.5000", "1.5000", "2.0000", "2,860", "1,234.6", "12.0")
     assert table.lowest == {(0, 1), (1, 1), (1, 2), (1, 3)}
@@ -79,7 +98,17 @@ def test_the_top_says_its_gap_and_what_is_not_known() -> None:
     """1.75 held out and 2.0 on the search split: a gap of -0.25; the second is not scored on the held-out split."""
     base, best = STANDINGS
     first = replace(best, objective={"search": 2.0, "held_out": 1.75})
-    table = tables.top_table(Summary("s", {}, (), (), {}, {}, top=(first, replace(base, violation=0.5))))
+    table = tables.top_table(
+        Summary(
+            study="s",
+            weights={},
+            results=(),
+            margins=(),
+            trials={},
+            facts={},
+            top=(first, replace(base, violation=0.5)),
+        )
+    )
     assert table.headers == ("no.", "coefficients", "search", "held-out", "gap")
     assert table.rows == (
         ("1", "a 0.500, b 0.500", "2.0000", "1.7500", "-0.2500"),
@@ -99,8 +128,11 @@ def test_the_top_says_its_gap_and_what_is_not_known() -> None:
 )
 def test_losses_are_said_as_plainly_as_wins(search: Ends, held_out: Ends, verdict: str) -> None:
     found = {"search": search, "held_out": held_out}
-    margins = tuple(Margin("rival", split, sum(ends) / 2, *ends) for split, ends in found.items())
-    table = tables.margin_table(Summary("s", {}, (), margins, {}, {}))
+    margins = tuple(
+        Margin(rival="rival", split=split, mean=(low + high) / 2, low=low, high=high)
+        for split, (low, high) in found.items()
+    )
+    table = tables.margin_table(Summary(study="s", weights={}, results=(), margins=margins, trials={}, facts={}))
     assert [row[-1] for row in table.rows] == [verdict]
     assert table.rows[0][1] == f"{sum(search) / 2:+.4f} [{search[0]:+.4f}, {search[1]:+.4f}]"
 

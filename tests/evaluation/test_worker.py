@@ -47,14 +47,14 @@ def composites(sources: Inputs) -> list[Composite]:
 def test_what_was_merged_before_changes_no_bit(sources, worker):
     answers = {}
     for composite in composites(sources) + composites(sources)[::-1]:
-        scores = worker.evaluate(Request(0, composite, keys(sources))).scores
+        scores = worker.evaluate(Request(ticket=0, composite=composite, corpora=keys(sources))).scores
         assert answers.setdefault(composite, scores) == scores
 
 
 def test_it_scores_as_the_checkpoint_itself_does(sources, worker):
     for model in (sources.base, *sources.fine_tunes.values()):
         loaded = AutoModelForCausalLM.from_pretrained(model.path).eval()
-        answer = worker.evaluate(Request(0, Composite.single(model.content), keys(sources)))
+        answer = worker.evaluate(Request(ticket=0, composite=Composite.single(model.content), corpora=keys(sources)))
         for corpus in sources.corpora:
             windows = corpus.windows
             with torch.inference_mode():
@@ -70,7 +70,7 @@ def test_it_scores_as_the_checkpoint_itself_does(sources, worker):
 
 def test_it_answers_what_was_asked_and_says_what_it_took(sources, worker):
     asked = keys(sources)[:2]
-    answer = worker.evaluate(Request(7, composites(sources)[-1], asked))
+    answer = worker.evaluate(Request(ticket=7, composite=composites(sources)[-1], corpora=asked))
     assert tuple(answer.scores) == asked
     assert answer.forward_tokens == sum(corpus.windows.ids_WT.size for corpus in sources.corpora if corpus.key in asked)
     assert answer.merge_seconds > 0 and answer.score_seconds > 0
@@ -78,8 +78,10 @@ def test_it_answers_what_was_asked_and_says_what_it_took(sources, worker):
 
 def test_a_corpus_named_twice_is_scored_once(sources, worker):
     (one, two, *_), composite = keys(sources), composites(sources)[-1]
-    answer = worker.evaluate(Request(0, composite, (one, two, one, one)))
-    assert answer == replace(worker.evaluate(Request(0, composite, (one, two))), **seconds(answer))
+    answer = worker.evaluate(Request(ticket=0, composite=composite, corpora=(one, two, one, one)))
+    assert answer == replace(
+        worker.evaluate(Request(ticket=0, composite=composite, corpora=(one, two))), **seconds(answer)
+    )
 
 
 def seconds(answer):
@@ -94,9 +96,9 @@ def tokens_of(sources, count):
 @pytest.mark.parametrize("known", [0, 1, 2, 3, 4])
 def test_known_scores_are_continued_and_not_measured_again(sources, worker, known):
     composite = composites(sources)[-1]
-    whole = worker.evaluate(Request(0, composite, keys(sources))).scores
+    whole = worker.evaluate(Request(ticket=0, composite=composite, corpora=keys(sources))).scores
     marked = {key: Score((0.5,) * known, score.tokens_W[:known]) for key, score in whole.items() if known}
-    answer = worker.evaluate(Request(0, composite, keys(sources), marked))
+    answer = worker.evaluate(Request(ticket=0, composite=composite, corpora=keys(sources), known=marked))
     assert {key: score.nats_W[:known] for key, score in answer.scores.items()} == {key: (0.5,) * known for key in whole}
     assert {key: score.nats_W[known:] for key, score in answer.scores.items()} == {
         key: score.nats_W[known:] for key, score in whole.items()
@@ -105,7 +107,9 @@ def test_known_scores_are_continued_and_not_measured_again(sources, worker, know
         key: score.tokens_W for key, score in whole.items()
     }
     assert answer.forward_tokens == tokens_of(sources, 4) - tokens_of(sources, known)
-    assert worker.evaluate(Request(0, composite, keys(sources), whole)).forward_tokens == 0
+    assert (
+        worker.evaluate(Request(ticket=0, composite=composite, corpora=keys(sources), known=whole)).forward_tokens == 0
+    )
 
 
 class LostAt:
@@ -123,9 +127,11 @@ class LostAt:
 def test_a_race_ends_at_the_look_that_decides_it(sources, worker, known, lost):
     """Of 4 windows there are 4 looks; the last one is the end whatever the referee says."""
     composite, windows = composites(sources)[-1], dict.fromkeys(keys(sources), 4)
-    whole = worker.evaluate(Request(0, composite, keys(sources))).scores
+    whole = worker.evaluate(Request(ticket=0, composite=composite, corpora=keys(sources))).scores
     prefix = {key: first_windows(score, known) for key, score in whole.items() if known}
-    answer = worker.evaluate(Request(0, composite, keys(sources), prefix, LostAt(lost)))
+    answer = worker.evaluate(
+        Request(ticket=0, composite=composite, corpora=keys(sources), known=prefix, race=LostAt(lost))
+    )
     end = min(lost, 4)
     assert answer.scores == {key: first_windows(score, end) for key, score in whole.items()}
     assert answer.forward_tokens == max(tokens_of(sources, end) - tokens_of(sources, known), 0)
@@ -134,8 +140,16 @@ def test_a_race_ends_at_the_look_that_decides_it(sources, worker, known, lost):
 
 def test_a_race_may_know_more_of_one_corpus_than_of_another(sources, worker):
     composite, (one, *others) = composites(sources)[-1], keys(sources)
-    whole = worker.evaluate(Request(0, composite, (one, *others))).scores
-    answer = worker.evaluate(Request(0, composite, (one, *others), {one: first_windows(whole[one], 3)}, LostAt(2)))
+    whole = worker.evaluate(Request(ticket=0, composite=composite, corpora=(one, *others))).scores
+    answer = worker.evaluate(
+        Request(
+            ticket=0,
+            composite=composite,
+            corpora=(one, *others),
+            known={one: first_windows(whole[one], 3)},
+            race=LostAt(2),
+        )
+    )
     assert answer.scores == {key: first_windows(score, 2) for key, score in whole.items()}
     assert answer.forward_tokens == sum(corpus.windows.ids_WT[:2].size for corpus in sources.corpora[1:])
 
@@ -145,7 +159,10 @@ def test_corpora_of_fewer_windows_are_through_earlier(sources):
     short = replace(spec.corpora[0], windows=cut(spec.corpora[0].windows, 2))
     worker = Worker(replace(spec, corpora=(short, *spec.corpora[1:])))
     composite, asked = composites(sources)[-1], keys(sources)[:2]
-    ends = [worker.evaluate(Request(0, composite, asked, {}, LostAt(count))).scores for count in (1, 2, 3, 4)]
+    ends = [
+        worker.evaluate(Request(ticket=0, composite=composite, corpora=asked, known={}, race=LostAt(count))).scores
+        for count in (1, 2, 3, 4)
+    ]
     assert [[len(score.nats_W) for score in scores.values()] for scores in ends] == [[1, 1], [2, 2], [2, 3], [2, 4]]
 
 
@@ -162,11 +179,14 @@ def test_a_real_race_stops_the_worse_of_two_and_not_the_better(sources):
     content = sources.fine_tunes["code"].content
     far = Composite.of({content: 5 * UNIT, sources.base.content: -4 * UNIT})
     asked = keys(sources)[:2]
-    better, worse = (worker.evaluate(Request(0, one, asked)).scores for one in (Composite.single(content), far))
+    better, worse = (
+        worker.evaluate(Request(ticket=0, composite=one, corpora=asked)).scores
+        for one in (Composite.single(content), far)
+    )
     assert all(worse[key].nll > better[key].nll + MARGIN for key in asked)
     hard, easy = (Race.against(rival, dict.fromkeys(asked, 1.0)) for rival in (better, worse))
-    lost = worker.evaluate(Request(0, far, asked, {}, hard))
-    won = worker.evaluate(Request(0, Composite.single(content), asked, {}, easy))
+    lost = worker.evaluate(Request(ticket=0, composite=far, corpora=asked, known={}, race=hard))
+    won = worker.evaluate(Request(ticket=0, composite=Composite.single(content), corpora=asked, known={}, race=easy))
     assert won.scores == better
     (seen,) = {len(score.nats_W) for score in lost.scores.values()}
     assert seen in windows_by_analysis(40)[:-1] and lost.scores == {
@@ -186,7 +206,7 @@ def test_a_gradient_is_that_of_the_nats_of_each_corpus(sources, worker, name):
     """From the loss of transformers' model of the composite, whose gradient autograd keeps."""
     corpora, content = sources.corpora[:2], sources.fine_tunes[name].content
     asked = tuple(corpus.key for corpus in corpora)
-    answer = worker.evaluate(Request(0, Composite.single(content), asked, gradient=True))
+    answer = worker.evaluate(Request(ticket=0, composite=Composite.single(content), corpora=asked, gradient=True))
     base = dict(AutoModelForCausalLM.from_pretrained(sources.base.path).named_parameters())
     for corpus in corpora:
         loaded, windows = AutoModelForCausalLM.from_pretrained(sources.fine_tunes[name].path).eval(), corpus.windows
@@ -205,12 +225,14 @@ def test_a_gradient_is_that_of_the_nats_of_each_corpus(sources, worker, name):
 @pytest.mark.parametrize("known", [0, 2, 4])
 def test_with_a_gradient_all_windows_are_gone_through_and_scored_to_the_same_bits(sources, worker, known):
     composite = composites(sources)[-1]
-    plain = worker.evaluate(Request(0, composite, keys(sources)))
+    plain = worker.evaluate(Request(ticket=0, composite=composite, corpora=keys(sources)))
     prefix = {key: first_windows(score, known) for key, score in plain.scores.items() if known}
-    answer = worker.evaluate(Request(0, composite, keys(sources), prefix, LostAt(1), gradient=True))
+    answer = worker.evaluate(
+        Request(ticket=0, composite=composite, corpora=keys(sources), known=prefix, race=LostAt(1), gradient=True)
+    )
     assert answer.scores == plain.scores and answer.forward_tokens == plain.forward_tokens
     assert set(answer.gradients) == set(keys(sources)) and not plain.gradients
-    again = worker.evaluate(Request(0, composite, keys(sources)))
+    again = worker.evaluate(Request(ticket=0, composite=composite, corpora=keys(sources)))
     assert again.scores == plain.scores and not again.gradients
 
 
@@ -220,12 +242,14 @@ def test_of_models_with_other_kernels_scores_are_those_of_a_pass_without_gradien
     base, expert = (StoredModel(path, content_hash(path)) for path in stored)
     ids_WT = np.random.default_rng(0).integers(3, zoo.VOCABULARY, (5, 12))
     positions_WT = np.tile(np.arange(12), (5, 1))
-    corpus = Corpus("a", "search", "key", Windows(ids_WT, positions_WT, positions_WT > 3))
-    worker = Worker(WorkerSpec(base, (expert,), (corpus,)))
+    corpus = Corpus(
+        distribution="a", split="search", key="key", windows=Windows(ids_WT, positions_WT, positions_WT > 3)
+    )
+    worker = Worker(WorkerSpec(base=base, fine_tunes=(expert,), corpora=(corpus,)))
     composite = Composite.of({base.content: UNIT // 2, expert.content: UNIT // 2})
-    plain = worker.evaluate(Request(0, composite, ("key",)))
-    answer = worker.evaluate(Request(0, composite, ("key",), gradient=True))
-    known = worker.evaluate(Request(0, composite, ("key",), plain.scores, gradient=True))
+    plain = worker.evaluate(Request(ticket=0, composite=composite, corpora=("key",)))
+    answer = worker.evaluate(Request(ticket=0, composite=composite, corpora=("key",), gradient=True))
+    known = worker.evaluate(Request(ticket=0, composite=composite, corpora=("key",), known=plain.scores, gradient=True))
     assert plain.scores == answer.scores == known.scores and answer.gradients == known.gradients
     assert answer.forward_tokens == 2 * known.forward_tokens == 2 * plain.forward_tokens
 
@@ -245,7 +269,7 @@ def test_where_memory_runs_out_batches_are_halved_and_that_is_told(sources, most
     spec, composite = replace(sources.spec(), corpora=corpora), composites(sources)[-1]
     short, plain = Worker(spec), Worker(replace(spec, batch_tokens=left))
     starve(short, most)
-    request = Request(0, composite, keys(sources)[:2], gradient=gradient)
+    request = Request(ticket=0, composite=composite, corpora=keys(sources)[:2], gradient=gradient)
     expected = plain.evaluate(request)
     for told in (True, False):
         answer = short.evaluate(request)
@@ -259,27 +283,30 @@ def test_where_one_window_is_too_large_there_is_no_score(sources):
     worker = Worker(sources.spec())
     starve(worker, 31)
     with pytest.raises(EvaluationError, match="not enough memory for a forward pass of 32 tokens"):
-        worker.evaluate(Request(0, composites(sources)[-1], keys(sources)))
+        worker.evaluate(Request(ticket=0, composite=composites(sources)[-1], corpora=keys(sources)))
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(sources):
     worker = Worker(sources.spec())
     worker.model.register_forward_pre_hook(lambda *_: torch.zeros(2, 3) @ torch.zeros(2, 3))
     with pytest.raises(RuntimeError, match="shapes"):
-        worker.evaluate(Request(0, composites(sources)[-1], keys(sources)))
+        worker.evaluate(Request(ticket=0, composite=composites(sources)[-1], corpora=keys(sources)))
 
 
 def test_scored_tokens_are_those_that_were_measured(sources, worker):
     composite = composites(sources)[-1]
-    whole = worker.evaluate(Request(0, composite, keys(sources)))
+    whole = worker.evaluate(Request(ticket=0, composite=composite, corpora=keys(sources)))
     assert whole.scored_tokens == sum(score.tokens for score in whole.scores.values()) < whole.forward_tokens
     prefix = {key: first_windows(score, 3) for key, score in whole.scores.items()}
-    rest = worker.evaluate(Request(0, composite, keys(sources), prefix))
+    rest = worker.evaluate(Request(ticket=0, composite=composite, corpora=keys(sources), known=prefix))
     assert rest.scored_tokens == whole.scored_tokens - sum(score.tokens for score in prefix.values())
 
 
 def test_a_resident_says_how_long_it_was_idle(sources):
-    worker, request = Worker(sources.spec()), Request(0, composites(sources)[-1], keys(sources))
+    worker, request = (
+        Worker(sources.spec()),
+        Request(ticket=0, composite=composites(sources)[-1], corpora=keys(sources)),
+    )
     assert worker.evaluate(request).wait_seconds == 0.0
     assert worker.evaluate(request).wait_seconds > 0.0
 
@@ -287,7 +314,9 @@ def test_a_resident_says_how_long_it_was_idle(sources):
 def test_an_expert_that_is_the_base_has_no_slope(sources):
     spec = sources.spec()
     worker = Worker(replace(spec, fine_tunes=(*spec.fine_tunes, spec.base)))
-    answer = worker.evaluate(Request(0, composites(sources)[-1], keys(sources)[:1], gradient=True))
+    answer = worker.evaluate(
+        Request(ticket=0, composite=composites(sources)[-1], corpora=keys(sources)[:1], gradient=True)
+    )
     (gradient,) = answer.gradients.values()
     assert len(gradient) == 4 and [content for content, slope in gradient.items() if not slope] == [spec.base.content]
 
@@ -301,7 +330,7 @@ def test_a_loss_that_is_not_finite_is_no_score(sources):
     other = sources.fine_tunes["math"].content
     terms = Composite.of({content: 3 * UNIT, other: -2 * UNIT})
     with pytest.raises(EvaluationError, match="window"):
-        worker.evaluate(Request(0, terms, keys(sources)))
+        worker.evaluate(Request(ticket=0, composite=terms, corpora=keys(sources)))
 
 
 def test_a_checkpoint_that_changed_since_it_was_hashed_is_refused(sources, tmp_path):

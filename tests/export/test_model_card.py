@@ -27,7 +27,17 @@ def result(label, nll):
     scores = {"code": Score((nll, nll), (1, 1)), "math": Score((2 * nll,), (1,))}
     both = {"search": scores, "held_out": scores}
     coefficients = Coefficients((("code", 3 * 10**8), ("math", 6 * 10**8)))
-    return ResultRow(label, "best", "random", coefficients, both, dict.fromkeys(both, 1.5 * nll), 1, 2, 3.0)
+    return ResultRow(
+        label=label,
+        role="best",
+        algorithm="random",
+        coefficients=coefficients,
+        scores=both,
+        objective=dict.fromkeys(both, 1.5 * nll),
+        evaluations=1,
+        forward_tokens=2,
+        seconds=3.0,
+    )
 
 
 def front(card):
@@ -39,7 +49,7 @@ def rows(card):
 
 
 def test_a_card_tells_coefficients_scores_margins_and_provenance(tmp_path):
-    margins = [Margin("base", "held_out", 0.5, 0.25, 0.75)]
+    margins = [Margin(rival="base", split="held_out", mean=0.5, low=0.25, high=0.75)]
     study = "name: tiny\nbase: <b>models</b>\n"
     results = [result("winner", 2.0)]
     card = model_card("study", ingredients(tmp_path), {"torch": "2.13.0"}, study, results, margins, "bfloat16")
@@ -99,7 +109,9 @@ def test_what_users_write_shows_as_it_is_in_a_card(tmp_path):
     label = "a|b <script>alert(1)</script> [x](http://y) `z`\n# not a title"
     made = [Ingredient(label, StoredModel(one.path, label), one.units) for one in ingredients(tmp_path)]
     (made[0].path / "README.md").write_text("---\nlicense: '<script>'\n---\n")
-    card = model_card(label, made, {}, results=[result(label, 1.0)], margins=[Margin(label, label, 1, 0, 2)])
+    card = model_card(
+        label, made, {}, results=[result(label, 1.0)], margins=[Margin(rival=label, split=label, mean=1, low=0, high=2)]
+    )
     assert "<script" not in card.replace("\\<script", "")
     assert "\n# not a title" not in card
     shown = [line for line in card.splitlines() if line.startswith("| ") and "script" in line]

@@ -221,7 +221,9 @@ def test_a_resident_passes_the_tokens_that_are_planned(template):
     config = load(template / "study.yaml")
     sources = load_inputs(config, "study.yaml")
     keys = tuple(corpus.key for corpus in sources.corpora if corpus.split == SEARCH)
-    answer = Worker(sources.spec()).evaluate(Request(0, Composite.single(sources.base.content), keys))
+    answer = Worker(sources.spec()).evaluate(
+        Request(ticket=0, composite=Composite.single(sources.base.content), corpora=keys)
+    )
     assert answer.forward_tokens == plan_of(config).trial_tokens
     assert sources.batch_tokens == plan_of(config).batch_tokens == BATCH_TOKENS
 

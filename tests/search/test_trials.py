@@ -49,7 +49,9 @@ def of(study: Study):
 
 def told(record: TrialRecord) -> TrialRecord:
     """A record without the evaluation's own scores and seconds."""
-    return replace(record, evaluation=Evaluation({}, record.evaluation.forward_tokens), propose_seconds=0.0)
+    return replace(
+        record, evaluation=Evaluation(scores={}, forward_tokens=record.evaluation.forward_tokens), propose_seconds=0.0
+    )
 
 
 def windows_of(record: TrialRecord) -> set[int]:

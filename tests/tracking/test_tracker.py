@@ -33,14 +33,22 @@ def trial(number: int, **changed: Any) -> TrialRecord:
     """A trial whose NLL is 3/6 on code and 3/4 on math."""
     coefficients = SPACE.from_units([number * 10**6, 10**9 - number * 10**6])
     evaluation = Evaluation(
-        {}, forward_tokens=12, merge_seconds=0.25, score_seconds=0.5, scored_tokens=10, wait_seconds=0.0625
+        scores={}, forward_tokens=12, merge_seconds=0.25, score_seconds=0.5, scored_tokens=10, wait_seconds=0.0625
     )
-    record = TrialRecord("study#1", number, coefficients, 0.625, SCORES, evaluation, propose_seconds=0.125)
+    record = TrialRecord(
+        study="study#1",
+        number=number,
+        coefficients=coefficients,
+        objective=0.625,
+        scores=SCORES,
+        evaluation=evaluation,
+        propose_seconds=0.125,
+    )
     return replace(record, **changed)
 
 
 def failed(number: int) -> TrialRecord:
-    return trial(number, objective=None, scores={}, evaluation=Evaluation({}), reason="the loss\nis nan" * 100)
+    return trial(number, objective=None, scores={}, evaluation=Evaluation(scores={}), reason="the loss\nis nan" * 100)
 
 
 @pytest.fixture(autouse=True)
@@ -383,10 +391,38 @@ def test_telemetry_is_off_and_the_users_settings_win(make: Make, monkeypatch: py
 
 STANDINGS = (
     ResultRow(
-        "base", "base", "", None, {"search": SCORES, "held_out": SCORES}, {"search": 0.6, "held_out": 0.7}, 1, 9, 0.1
+        label="base",
+        role="base",
+        algorithm="",
+        coefficients=None,
+        scores={"search": SCORES, "held_out": SCORES},
+        objective={"search": 0.6, "held_out": 0.7},
+        evaluations=1,
+        forward_tokens=9,
+        seconds=0.1,
     ),
-    ResultRow("it's code", "single", "", SPACE.vertices()[0], {"search": SCORES}, {"search": 0.5}, 1, 9, 0.1),
-    ResultRow("math", "without", "", SPACE.vertices()[0], {"search": SCORES}, {"search": 0.4}, 1, 9, 0.1),
+    ResultRow(
+        label="it's code",
+        role="single",
+        algorithm="",
+        coefficients=SPACE.vertices()[0],
+        scores={"search": SCORES},
+        objective={"search": 0.5},
+        evaluations=1,
+        forward_tokens=9,
+        seconds=0.1,
+    ),
+    ResultRow(
+        label="math",
+        role="without",
+        algorithm="",
+        coefficients=SPACE.vertices()[0],
+        scores={"search": SCORES},
+        objective={"search": 0.4},
+        evaluations=1,
+        forward_tokens=9,
+        seconds=0.1,
+    ),
 )
 
 
