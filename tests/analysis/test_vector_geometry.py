@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import worlds
+from recorded import RecordedProgress
 from safetensors.torch import load_file
 
 from dem_opt.analysis.vector_geometry import BLOCK, FILE, inner_products, keep, measure_once, recall_vectors, vectors_of
@@ -55,10 +56,10 @@ def test_vectors_are_measured_once_for_their_contents(tmp_path: Path) -> None:
     worlds.study(tmp_path, ("code", "math"))
     folders = {name: tmp_path / "models" / name for name in ("base", "code", "math")}
     stored = {name: StoredModel(folder, content_hash(folder)) for name, folder in folders.items()}
-    base, told = stored.pop("base"), []
+    base, progress = stored.pop("base"), RecordedProgress()
     for _ in range(2):
-        measure_once(base, stored, tmp_path / "out", told.append)
-    assert len(told) == 1 and [path.name for path in (tmp_path / "out").iterdir()] == [FILE]
+        measure_once(base, stored, tmp_path / "out", progress)
+    assert len(progress.phases) == 1 and [path.name for path in (tmp_path / "out").iterdir()] == [FILE]
     swapped = {"math": stored["code"].content, "new": stored["math"].content}
     found = recall_vectors(base.content, swapped, tmp_path / "out")
     assert found is not None and found.names == ("math", "new")
