@@ -1,4 +1,8 @@
-"""PEFT adapters on disk -> edits of the base's parameters, which stay factored.
+"""PEFT adapters on disk, read as edits of the base's parameters that stay factored in memory.
+
+    LoRA    Delta W = (alpha / r) B A                  Hu et al. 2021
+    rsLoRA  Delta W = (alpha / sqrt(r)) B A            Kalajdzievski 2023
+    DoRA    W' = m (W + Delta W) / ||W + Delta W||     Liu et al. 2024, the norm of each output's row
 
 Shape suffixes: O outputs and I inputs of a linear map, R rank.
 """
@@ -42,15 +46,15 @@ _REFUSED = (
     "use_bdlora",
     "lora_bias",
 )
-"""Settings that change more than these formulas say, where they are set."""
+"""Settings of a config that change the formulas above; adapters that set one are refused."""
 
 
 class Edit(Protocol):
-    """What an adapter makes of one parameter."""
+    """An adapter's change of one parameter."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes."""
+        """Bytes in memory."""
 
     def apply(self, base: Tensor) -> Tensor:
         """The fine-tuned parameter, computed in float32 and rounded once to the base's dtype."""
@@ -58,7 +62,7 @@ class Edit(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Replaced:
-    """A parameter that was trained as a whole: a bias, a module that was saved."""
+    """A parameter that was trained as a whole: a bias, a module of `modules_to_save`."""
 
     values: Tensor
 
@@ -74,10 +78,10 @@ class Replaced:
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """Theta_i = Theta + s B A  (LoRA, Hu et al. 2021), s = alpha / r, or alpha / sqrt(r)  (rsLoRA, Kalajdzievski 2023).
+    """Theta_i = Theta + s B A , with s = alpha / r (LoRA) or alpha / sqrt(r) (rsLoRA).
 
-    With a magnitude m for each output:  Theta_i = m V / ||V||,  V = Theta + s B A  (DoRA, Liu et al. 2024), the
-    norm being that of an output's row.  `transposed` where Theta is stored as [I, O].
+    With a magnitude m for each output (DoRA):  Theta_i = m V / ||V||,  V = Theta + s B A , the norm of each output's
+    row.  `transposed`: Theta is stored as [I, O].
     """
 
     down_RI: Tensor
@@ -92,7 +96,7 @@ class LowRank:
         return sum(x.nbytes for x in (self.down_RI, self.up_OR, self.magnitude_O) if x is not None)
 
     def apply(self, base: Tensor) -> Tensor:
-        """Theta_i for a Theta."""
+        """Theta_i from Theta."""
         weight_OI = torch.mm(self.up_OR.float(), self.down_RI.float()).mul_(self.scale)
         weight_OI += (base.T if self.transposed else base).float()
         if self.magnitude_O is not None:
@@ -104,9 +108,10 @@ class LowRank:
 class Adapter:
     """An adapter's files: the stored names behind each parameter that it edits.
 
-    factors   by parameter: "A", "B" and perhaps "magnitude_vector" -> stored name
-    whole     by parameter: the stored name of the tensor that replaces it
-    repeated  by parameter: the stored name of a copy of the base's tensor
+    Attributes:
+        factors: By parameter, the stored names of "A", "B" and perhaps "magnitude_vector".
+        whole: By parameter, the stored name of the tensor that replaces it.
+        repeated: By parameter, the stored name of a copy of the base's tensor.
     """
 
     header: Header
@@ -122,7 +127,7 @@ class Adapter:
         return float(alpha) / (sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def transposed(self, parameter: str) -> bool:
-        """Whether the parameter is stored as [I, O]: GPT-2's linear maps, and embeddings, which map from a one-hot."""
+        """The parameter is stored as [I, O]: GPT-2's linear maps, and embeddings, which map from a one-hot."""
         return bool(self.config.get("fan_in_fan_out")) or "embedding" in self.factors[parameter]["A"]
 
     def content(self, base: str) -> str:
@@ -134,9 +139,10 @@ class Adapter:
 
 
 def read_adapter(folder: Path, field: str) -> Adapter:
-    """An adapter folder, from its config and its header alone.
+    """Read an adapter folder: its config and its header, no tensors.
 
-    Raises InputError for what is missing or damaged, and for kinds of adapters that are not supported.
+    Raises:
+        InputError: A file is missing or damaged, or this kind of adapter is not supported.
     """
     if not isdir(folder):
         raise InputError(folder, field, None, "no such folder")
@@ -151,28 +157,29 @@ def read_adapter(folder: Path, field: str) -> Adapter:
 
 
 def check_adapter(architecture: Architecture, base: Header, adapter: Adapter) -> None:
-    """Whether an adapter fits the base: it edits parameters that the base has, in their shapes.
+    """Check that an adapter edits parameters that the base has, in their shapes.
 
-    Raises one InputError for all that differs.
+    Raises:
+        InputError: One for all differences.
     """
-    found = [part for parameter in adapter.factors for part in _misfit(architecture, adapter, parameter)]
+    differences = [part for parameter in adapter.factors for part in _misfit(architecture, adapter, parameter)]
     for parameter, stored in {**adapter.whole, **adapter.repeated}.items():
         shape = adapter.header.tensors[stored].shape
         if parameter in architecture.aliases:
-            found.append(f"{parameter} is tied to {architecture.aliases[parameter]} in the base")
+            differences.append(f"{parameter} is tied to {architecture.aliases[parameter]} in the base")
         elif architecture.parameters.get(parameter) != shape:
-            found.append(f"{parameter} is {list(shape)}, {_its_shape(architecture, parameter)}")
-    if found:
-        named = adapter.config.get("base_model_name_or_path")
-        made = f" (made for {named})" if named else ""
-        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
-        mend = f"does not fit the base {base.folder}{made}: {'; '.join(found[:3])}{more}"
+            differences.append(f"{parameter} is {list(shape)}, {_its_shape(architecture, parameter)}")
+    if differences:
+        trained_on = adapter.config.get("base_model_name_or_path")
+        origin = f" (made for {trained_on})" if trained_on else ""
+        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+        mend = f"does not fit the base {base.folder}{origin}: {'; '.join(differences[:3])}{more}"
         raise InputError(adapter.header.folder, adapter.header.field, None, mend)
     _check_repeated(architecture, base, adapter)
 
 
 def load_edits(adapter: Adapter, devices: Mapping[str, torch.device] | None = None) -> dict[str, Edit]:
-    """An adapter's edits by parameter, each on its parameter's device; on the CPU where none are given."""
+    """Load an adapter's edits by parameter, each on its parameter's device; on the CPU unless given."""
     stored = dict(read_tensors(adapter.header, adapter.header.tensors))
     edits: dict[str, Edit] = {}
     for parameter, name in adapter.whole.items():
@@ -189,7 +196,8 @@ def load_edits(adapter: Adapter, devices: Mapping[str, torch.device] | None = No
 def content_of(model: StoredModel, field: str = "checkpoint") -> str:
     """The content hash that a checkpoint's or an adapter's files have now.
 
-    Raises InputError for NaN or infinite weights.
+    Raises:
+        InputError: Weights are NaN or infinite.
     """
     if model.base is None:
         return content_hash(model.path, field)
@@ -215,7 +223,7 @@ def _check_config(folder: Path, field: str) -> dict[str, Any]:
 
 
 def _sort(header: Header, config: Mapping[str, Any]) -> Adapter:
-    """Stored tensors by what they are."""
+    """Sort stored tensors into factors, replaced parameters and copies of the base's."""
     factors: dict[str, dict[str, str]] = {}
     whole: dict[str, str] = {}
     for stored, tensor in header.tensors.items():
@@ -233,7 +241,7 @@ def _sort(header: Header, config: Mapping[str, Any]) -> Adapter:
 
 
 def _misfit(architecture: Architecture, adapter: Adapter, parameter: str) -> list[str]:
-    """What is wrong with the factors of one parameter."""
+    """Faults of the factors of one parameter, for an error."""
     parts = {part: adapter.header.tensors[stored].shape for part, stored in adapter.factors[parameter].items()}
     if not {"A", "B"} <= parts.keys():
         return [f"{parameter} has only one of its two factors"]
@@ -249,7 +257,7 @@ def _misfit(architecture: Architecture, adapter: Adapter, parameter: str) -> lis
 
 
 def _check_repeated(architecture: Architecture, base: Header, adapter: Adapter) -> None:
-    """Raise InputError where the adapter's copy of a base's tensor is another one."""
+    """Raise InputError where the adapter's copy of a base's tensor differs from it."""
     originals = read_parameters(architecture, base.folder, adapter.repeated)
     copies = read_tensors(adapter.header, adapter.repeated.values())
     for (parameter, original), (_, copy) in zip(originals, copies, strict=True):

@@ -1,6 +1,8 @@
-"""What a model class makes of a checkpoint: its parameters, and the stored tensors they come from."""
+"""The parameters that a model class has, and the stored tensors of a checkpoint that they come from.
 
-import re
+config.json --> Architecture (parameters, ties, buffers)       stored tensors --> Layout --> parameters
+"""
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,26 +12,23 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from dem_opt.checkpoints.device_map import Split, split_layers
 from dem_opt.checkpoints.files import DTYPES, Header, read_header, read_json, read_tensors
 from dem_opt.checkpoints.hf_config import read_config, refuse_endless
+from dem_opt.checkpoints.transformers_internals import LoadingRules, loading_rules, without_initialization
 from dem_opt.errors import InputError, shorten
 
 CONFIG_ERRORS = (
     *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError),
     *(OSError, ImportError, StrictDataclassError),
 )
-"""What transformers raises for configs that it can make no model of."""
+"""Errors that transformers raises for configs that describe no model."""
 
 _SHOWN = 10
-"""Mismatches told in full before the rest are counted."""
+"""Mismatches listed in an error; the rest are counted."""
 
 Form = tuple[tuple[int, ...], ...]
 """The shapes of the stored tensors that a parameter is made of."""
@@ -37,13 +36,15 @@ Form = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the model class makes of a config, without its weights.
+    """A model without its weights, as its config describes it.
 
-    parameters  shape by name in the order of `named_parameters()`: tied weights once
-    aliases     the other names of tied weights, and the parameter that each stands for
-    buffers     shape by name of what is stored though it is no parameter
-    embedding   the name of the input embedding, whose first dimension is the vocabulary
-    paired      whether it is an encoder-decoder, whose documents are pairs of source and target
+    Attributes:
+        name: Name of the model class.
+        parameters: Shape by name in the order of `named_parameters()`; tied weights once.
+        aliases: The other names of tied weights, with the parameter that each stands for.
+        buffers: Shape by name of stored tensors that are no parameters.
+        embedding: Name of the input embedding, whose first dimension is the vocabulary.
+        paired: The model is an encoder-decoder, whose documents are pairs of source and target.
     """
 
     name: str
@@ -56,7 +57,7 @@ class Architecture:
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """The number of elements of each parameter."""
+        """Number of elements of each parameter."""
         return {name: prod(shape) for name, shape in self.parameters.items()}
 
     def split(self, devices: int, where: object = None) -> Split:
@@ -66,10 +67,10 @@ class Architecture:
         return split_layers(self._model, devices, where)
 
     def layout(self, header: Header) -> "Layout":
-        """Which of a checkpoint's tensors become which parameter, by the rules with which transformers loads it.
+        """Match a checkpoint's tensors with parameters, by the rules with which transformers loads it.
 
         Old names are renamed, and stored tensors fused or transposed into the parameter that the class has now.
-        Checkpoints of one model have the same names: what they become is found once.
+        Checkpoints of one model have the same names, for which the layout is computed once.
         """
         names = tuple(header.tensors)
         if names not in self._layouts:
@@ -83,7 +84,7 @@ class Architecture:
     def _lay_out(self, names: Sequence[str]) -> "Layout":
         layout = Layout({}, set(), {}, {}, [])
         for stored in names:
-            name, converted = self._target(stored)
+            name, converted = self._rules.target(stored)
             if name in self.parameters:
                 layout.sources.setdefault(name, []).append(stored)
                 if converted:
@@ -92,46 +93,25 @@ class Architecture:
                 layout.aliases[stored] = self.aliases[name]
             elif name in self.buffers:
                 layout.buffers[name] = stored
-            elif not (self._ignored and self._ignored.search(name)):
+            elif not self._rules.is_ignored(name):
                 layout.unknown.append(stored)
         return layout
 
-    def _target(self, stored: str) -> tuple[str, bool]:
-        """The name that a stored tensor is loaded under, and whether it is converted on the way."""
-        renamings, converters = self._rules
-        prefix = self._model.base_model_prefix
-        name, pattern = rename_source_key(stored, renamings, converters, prefix, self._state)
-        return name, pattern is not None
-
     @cached_property
-    def _rules(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:
-        rules = get_model_conversion_mapping(self._model)
-        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-        return renamings, [rule for rule in rules if isinstance(rule, WeightConverter)]
-
-    @cached_property
-    def _state(self) -> dict[str, Tensor]:
-        return dict(self._model.state_dict())
-
-    @cached_property
-    def _ignored(self) -> re.Pattern[str] | None:
-        """Names that transformers passes over: buffers that older versions stored."""
-        patterns = set(self._model._keys_to_ignore_on_load_unexpected or ())
-        buffers = [name for name, _ in self._model.named_buffers()]
-        old = {"rotary_emb.inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^|\.)position_ids$"}
-        patterns |= {old[end] for end in old if any(name.endswith(end) for name in buffers)}
-        return re.compile("|".join(f"({pattern})" for pattern in sorted(patterns))) if patterns else None
+    def _rules(self) -> LoadingRules:
+        return loading_rules(self._model)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which stored tensors the parameters of a checkpoint are made of.
+    """The stored tensors that each parameter of a checkpoint is made of.
 
-    sources  stored names by parameter
-    fused    parameters that are converted on loading, and not one stored tensor as it is
-    aliases  stored names of tied weights, and the parameter that each repeats
-    buffers  stored name by buffer
-    unknown  stored names that the architecture has no use for
+    Attributes:
+        sources: Stored names by parameter.
+        fused: Parameters that are converted on loading, and not one stored tensor as it is.
+        aliases: Stored names of tied weights, with the parameter that each repeats.
+        buffers: Stored name by buffer.
+        unknown: Stored names that the architecture does not use.
     """
 
     sources: dict[str, list[str]]
@@ -143,7 +123,8 @@ class Layout:
     def dtype(self, header: Header, parameter: str) -> torch.dtype:
         """The dtype that a parameter is stored in.
 
-        Raises InputError where it is fused from tensors of several, or stored in one that can't be merged.
+        Raises:
+            InputError: It is fused from tensors of several dtypes, or stored in one that can't be merged.
         """
         dtypes = {header.tensors[stored].dtype for stored in self.sources[parameter]}
         if len(dtypes) > 1:
@@ -163,7 +144,8 @@ class Layout:
 def read_architecture(header: Header) -> Architecture:
     """Parameter names, shapes and ties of the model that the folder's config describes.
 
-    Raises InputError for a config that transformers can't make a language model of, or can't finish one of.
+    Raises:
+        InputError: transformers can't make a language model of the config, or would not finish.
     """
     refuse_endless(header.folder, header.field, len(header.tensors))
     return describe(_construct(header.folder, header.field, torch.float32, "meta"))
@@ -187,14 +169,15 @@ def describe(model: PreTrainedModel) -> Architecture:
 
 
 def check_base(base: Header) -> Architecture:
-    """The base's architecture, whose parameters the stored tensors must make up.
+    """The base's architecture, after checking that its stored tensors are the parameters.
 
-    Raises InputError where they do not, or where the tokenizer has ids beyond the embedding.
+    Raises:
+        InputError: A tensor is missing, unknown or of another shape, or the tokenizer has ids beyond the embedding.
     """
     architecture = read_architecture(base)
     layout = architecture.layout(base)
-    if found := _strange(architecture, layout, base):
-        mend = f"not the parameters of a {architecture.name}: {_tell(found)}"
+    if differences := _unexpected(architecture, layout, base):
+        mend = f"not the parameters of a {architecture.name}: {_list(differences)}"
         raise InputError(base.folder, base.field, None, mend)
     for parameter in architecture.parameters:
         layout.dtype(base, parameter)
@@ -204,28 +187,30 @@ def check_base(base: Header) -> Architecture:
 
 
 def check_fit(architecture: Architecture, base: Header, other: Header) -> None:
-    """Whether another checkpoint has the base's parameters, shapes and vocabulary; its dtypes may differ.
+    """Check that a checkpoint has the base's parameters, shapes and vocabulary; its dtypes may differ.
 
-    Tied weights may be stored under all their names or only as the parameter.  Raises one InputError for all
-    that differs.
+    Tied weights may be stored under all their names or only as the parameter.
+
+    Raises:
+        InputError: One for all differences.
     """
     ours, theirs = architecture.layout(base), architecture.layout(other)
-    found = _differences(
+    differences = _differences(
         {name: ours.form(base, name) for name in architecture.parameters},
         {name: theirs.form(other, name) for name in theirs.sources},
         architecture.embedding,
     )
-    found += [f"{name} is unknown to it" for name in theirs.unknown]
-    found += [
+    differences += [f"{name} is unknown to it" for name in theirs.unknown]
+    differences += [
         f"{name} is stored in another form than the base's"
         for name in sorted(ours.fused | theirs.fused)
         if ours.sources.get(name) != theirs.sources.get(name) and name in theirs.sources
     ]
-    vocabulary, own = (read_config(one.folder, one.field).get("vocab_size") for one in (base, other))
+    vocabulary, own = (read_config(header.folder, header.field).get("vocab_size") for header in (base, other))
     if own != vocabulary:
-        found.append(f"its config.json has a vocabulary (vocab_size) of {own}, the base's of {vocabulary}")
-    if found:
-        mend = f"does not fit the base {base.folder}: {_tell(found)}"
+        differences.append(f"its config.json has a vocabulary (vocab_size) of {own}, the base's of {vocabulary}")
+    if differences:
+        mend = f"does not fit the base {base.folder}: {_list(differences)}"
         raise InputError(other.folder, other.field, None, mend)
     for parameter in architecture.parameters:
         theirs.dtype(other, parameter)
@@ -234,13 +219,13 @@ def check_fit(architecture: Architecture, base: Header, other: Header) -> None:
 
 
 def stored_names(architecture: Architecture, base: Header) -> list[str]:
-    """The base's stored tensors that parameters are made of, in the order of the parameters, tied ones once."""
+    """Names of the base's stored tensors, in the order of the parameters that they become; tied ones once."""
     sources = architecture.layout(base).sources
     return [stored for parameter in architecture.parameters for stored in sources[parameter]]
 
 
 def parameter_of(architecture: Architecture, base: Header) -> dict[str, str]:
-    """The parameter that each of the base's stored tensors becomes, or becomes a part of."""
+    """By the base's stored tensors, the parameter that each becomes, or becomes a part of."""
     sources = architecture.layout(base).sources
     return {stored: parameter for parameter, names in sources.items() for stored in names}
 
@@ -255,8 +240,11 @@ def stored_dtypes(architecture: Architecture, folder: Path) -> dict[str, torch.d
 def empty_model(folder: Path, dtype: torch.dtype, field: str = "base") -> PreTrainedModel:
     """The model that the folder's config describes, for evaluation, with parameters that have no memory yet.
 
-    Buffers are right, stored ones and others (rotary frequencies).  Each parameter is one zero, expanded, to
-    be replaced through `parameter.data`.  Raises InputError for a config that no such model can be made of.
+    Buffers have their values, stored ones and others (rotary frequencies).  Each parameter is one zero, expanded, to
+    be replaced through `parameter.data`.
+
+    Raises:
+        InputError: The config describes no such model.
     """
     model = _construct(folder, field, dtype, "cpu")
     _load_buffers(model, folder, field)
@@ -276,12 +264,12 @@ def load_model(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
 
 
 def silence_transformers() -> None:
-    """Let transformers load and save without progress bars of its own."""
+    """Switch off transformers' own progress bars."""
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _auto(config: Any) -> Any:
-    """The family of classes that a config's model belongs to."""
+    """The auto class of a config: causal or sequence-to-sequence language models."""
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
@@ -289,7 +277,7 @@ def _construct(folder: Path, field: str, dtype: torch.dtype, device: str) -> Pre
     """The model of a config with uninitialized parameters (on the CPU, pages that nobody touched)."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with no_init_weights(), torch.device(device):
+        with without_initialization(), torch.device(device):
             model: PreTrainedModel = _auto(config).from_config(config, dtype=dtype)
     except CONFIG_ERRORS as error:
         mend = f"no language model can be made of it: {shorten(' '.join(str(error).split()), 200)}"
@@ -308,32 +296,32 @@ def _load_buffers(model: PreTrainedModel, folder: Path, field: str) -> None:
             buffers[name].copy_(tensor)
 
 
-def _strange(architecture: Architecture, layout: Layout, base: Header) -> list[str]:
-    """What is told of stored tensors that do not make up the architecture's parameters."""
+def _unexpected(architecture: Architecture, layout: Layout, base: Header) -> list[str]:
+    """Differences between stored tensors and the architecture's parameters, for an error."""
     stored = {name: layout.form(base, name) for name in layout.sources}
     for name in layout.fused:
         if _adds_up(architecture.parameters[name], stored[name]):
             stored[name] = (architecture.parameters[name],)
     expected = {name: (shape,) for name, shape in architecture.parameters.items()}
-    found = _differences(expected, stored, architecture.embedding)
-    return found + [f"{name} is unknown to it" for name in layout.unknown]
+    differences = _differences(expected, stored, architecture.embedding)
+    return differences + [f"{name} is unknown to it" for name in layout.unknown]
 
 
 def _adds_up(shape: tuple[int, ...], form: Form) -> bool:
-    """Whether the tensors that are fused have as many elements as the parameter."""
+    """The tensors that are fused have as many elements as the parameter."""
     return prod(shape) == sum(prod(part) for part in form)
 
 
 def _differences(expected: Mapping[str, Form], stored: Mapping[str, Form], embedding: str) -> list[str]:
-    """What is told of each parameter that is missing or has other shapes."""
-    found = []
+    """For an error, each parameter that is missing or has other shapes."""
+    differences = []
     for name, form in expected.items():
         if name not in stored:
-            found.append(f"{name} is missing")
+            differences.append(f"{name} is missing")
         elif stored[name] != form:
             hint = " (another vocabulary)" if name == embedding else ""
-            found.append(f"{name} is {_show(stored[name])}, not {_show(form)}{hint}")
-    return found
+            differences.append(f"{name} is {_show(stored[name])}, not {_show(form)}{hint}")
+    return differences
 
 
 def _show(form: Form) -> str:
@@ -341,10 +329,10 @@ def _show(form: Form) -> str:
     return " + ".join(str(list(shape)) for shape in form)
 
 
-def _tell(found: list[str]) -> str:
+def _list(differences: list[str]) -> str:
     """The first differences, and a count of the others."""
-    more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return "; ".join(found[:_SHOWN]) + more
+    more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
+    return "; ".join(differences[:_SHOWN]) + more
 
 
 def _check_tokenizer(base: Header, architecture: Architecture) -> None:
@@ -369,8 +357,8 @@ def _check_ties(header: Header, layout: Layout) -> None:
     """Raise InputError where a weight that the config ties is stored twice with different values."""
     for alias, name in layout.aliases.items():
         if name in layout.sources:
-            (_, one), (_, two) = read_tensors(header, (alias, layout.sources[name][0]))
-            if one.dtype != two.dtype or not torch.equal(one, two):
+            (_, copy), (_, parameter) = read_tensors(header, (alias, layout.sources[name][0]))
+            if copy.dtype != parameter.dtype or not torch.equal(copy, parameter):
                 mend = f"{alias} and {name} differ, but config.json ties them: set tie_word_embeddings to false"
                 raise InputError(header.folder, header.field, None, mend)
 
@@ -378,8 +366,8 @@ def _check_ties(header: Header, layout: Layout) -> None:
 def _check_buffers(base: Header, ours: Layout, other: Header, theirs: Layout) -> None:
     """Raise InputError where a stored buffer is not the base's: composites keep the base's."""
     shared = [name for name in ours.buffers if name in theirs.buffers]
-    one = read_tensors(base, [ours.buffers[name] for name in shared])
-    two = read_tensors(other, [theirs.buffers[name] for name in shared])
-    for name, (_, mine), (_, yours) in zip(shared, one, two, strict=True):
-        if not torch.equal(mine, yours):
+    originals = read_tensors(base, [ours.buffers[name] for name in shared])
+    others = read_tensors(other, [theirs.buffers[name] for name in shared])
+    for name, (_, original), (_, buffer) in zip(shared, originals, others, strict=True):
+        if not torch.equal(original, buffer):
             raise InputError(other.folder, other.field, None, f"its buffer {name} is not the base's")

@@ -1,4 +1,4 @@
-"""Pickled weights -> safetensors in the user's cache, where the study allows it."""
+"""Convert pickled weights to safetensors in the user's cache, where the study file allows pickles."""
 
 import json
 import shutil
@@ -20,8 +20,10 @@ _NAME = "pytorch_model*.bin"
 def converted(folder: Path, field: str) -> Path:
     """A copy of a checkpoint folder with its weights as safetensors, made once for the same files.
 
-    Nothing but tensors is unpickled.  A folder that has safetensors, or no pickled weights, is left as it is.
-    Raises InputError for a pickle that holds anything else, or is damaged.
+    Only tensors are unpickled.  A folder that has safetensors, or no pickled weights, is returned as it is.
+
+    Raises:
+        InputError: A pickle holds anything else, or is damaged.
     """
     pickles = sorted(folder.glob(_NAME)) if folder.is_dir() else []
     if not pickles or (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
@@ -37,7 +39,7 @@ def converted(folder: Path, field: str) -> Path:
 
 
 def _write(folder: Path, pickles: list[Path], out: Path, field: str) -> None:
-    """Each file's tensors beside each other, an index, and whatever else the folder holds."""
+    """Write a safetensors file for each pickle, an index, and copies of the folder's other files."""
     weight_map: dict[str, str] = {}
     for file in pickles:
         tensors = {name: tensor.contiguous().clone() for name, tensor in _load(file, field).items()}
@@ -56,6 +58,6 @@ def _load(file: Path, field: str) -> dict[str, Any]:
     except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(file, field, None, f"holds more than tensors, or is damaged ({reason})") from None
-    if not (isinstance(tensors, dict) and all(isinstance(one, torch.Tensor) for one in tensors.values())):
+    if not (isinstance(tensors, dict) and all(isinstance(value, torch.Tensor) for value in tensors.values())):
         raise InputError(file, field, None, "is no mapping of names to tensors")
     return tensors

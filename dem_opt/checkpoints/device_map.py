@@ -1,14 +1,21 @@
-"""Which of several devices each layer of a model lies on, and what moves activations between them."""
+"""Division of a model over devices by layers, and hooks that move activations between them.
+
+Written here rather than with accelerate's `dispatch_model`: that replaces the parameters it places, but ours are views
+of the merged model's flat segments, and tied weights must stay one tensor.  Only its `send_to_device` is used.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from accelerate.utils import send_to_device
+from torch import nn
 from transformers import PreTrainedModel
 
+from dem_opt.checkpoints.transformers_internals import layer_classes
 from dem_opt.errors import InputError
 
 FIELD = "compute.gpus_per_worker"
@@ -18,10 +25,11 @@ FIELD = "compute.gpus_per_worker"
 class Split:
     """A model's layers, divided over devices.
 
-    devices  how many
-    places   the device's number by name of each parameter and buffer, by all names of tied ones
-    modules  the number by name of each module whose inputs are moved to its device, where there are several
-    layers   how many layers each device has
+    Attributes:
+        devices: Number of devices.
+        places: The device's number by name of each parameter and buffer; all names of tied ones.
+        modules: The device's number by name of each module whose inputs are moved; empty for one device.
+        layers: Number of layers of each device.
     """
 
     devices: int
@@ -33,11 +41,13 @@ class Split:
 def split_layers(model: PreTrainedModel, devices: int, where: object = None) -> Split:
     """Divide a model over devices by layers, in their order, so that the largest share has the fewest parameters.
 
-    Layers are the modules that the class says must not be divided (`_no_split_modules`); each has one device, and
-    every device at least one.  What comes before the last layer and belongs to none (embeddings, which models add up
-    outside of any module) lies on the first device, what comes after on the last.  Tied weights lie where the first of
-    their names does, a buffer beside its module's parameters, else on the first device.  Raises InputError where there
-    are fewer layers than devices.
+    Layers are the modules that the class says must not be divided; each has one device, and every device at least one
+    layer.  What comes before the last layer and belongs to none (embeddings, which models add up outside of any
+    module) lies on the first device, what comes after on the last.  Tied weights lie where the first of their names
+    does, a buffer beside its module's parameters, else on the first device.
+
+    Raises:
+        InputError: The model has fewer layers than devices.
     """
     blocks = _blocks(model) if devices > 1 else []
     if len(blocks) < devices > 1:
@@ -58,45 +68,36 @@ def split_layers(model: PreTrainedModel, devices: int, where: object = None) -> 
 
 
 def move_activations(model: PreTrainedModel, split: Split, devices: Sequence[torch.device]) -> None:
-    """Let every module that has a device find its tensors there: what it is called with is moved before."""
+    """Move the arguments of every module that has a device there before each of its calls."""
     for name, number in split.modules.items():
-        model.get_submodule(name).register_forward_pre_hook(_mover(devices[number]), with_kwargs=True)
+        hook = partial(_move_arguments, devices[number])
+        model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _mover(device: torch.device) -> Any:
-    """A hook that moves the tensors among a module's arguments."""
-
-    def move(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
-        return _on(device, given), _on(device, named)
-
-    return move
-
-
-def _on(device: torch.device, value: Any) -> Any:
-    """The same with its tensors on a device, those in tuples, lists and dictionaries too."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if type(value) in (tuple, list):
-        return type(value)(_on(device, one) for one in value)
-    return {key: _on(device, one) for key, one in value.items()} if type(value) is dict else value
+def _move_arguments(
+    device: torch.device, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[Any, Any]:
+    """A forward pre-hook: tensors among the arguments, and in their lists and mappings, on a device."""
+    return send_to_device(arguments, device), send_to_device(keywords, device)
 
 
 def _blocks(model: PreTrainedModel) -> list[str]:
-    """Names of the layers in their order; of one within another the outer."""
-    kinds = set(model._no_split_modules or ())
-    found: list[str] = []
+    """Names of the layers in their order; where one lies within another, the outer."""
+    classes = layer_classes(model)
+    blocks: list[str] = []
     for name, module in model.named_modules():
-        if type(module).__name__ in kinds and not any(name.startswith(f"{block}.") for block in found[-1:]):
-            found.append(name)
-    return found
+        is_inner = bool(blocks) and name.startswith(f"{blocks[-1]}.")
+        if type(module).__name__ in classes and not is_inner:
+            blocks.append(name)
+    return blocks
 
 
 def _order(blocks: Sequence[str], names: Sequence[str]) -> dict[str, int]:
-    """For each parameter the number of its layer from 1 on; of others 0 before the last layer, else one more."""
+    """By parameter the number of its layer from 1 on; of others 0 before the last layer, len(blocks) + 1 behind it."""
     numbers = {block: number for number, block in enumerate(blocks, 1)}
-    found = {name: next((numbers[part] for part in _prefixes(name) if part in numbers), 0) for name in names}
-    last = max((index for index, name in enumerate(names) if found[name] == len(blocks)), default=0)
-    return found | {name: len(blocks) + 1 for name in names[last + 1 :] if blocks}
+    order = {name: next((numbers[part] for part in _prefixes(name) if part in numbers), 0) for name in names}
+    last = max((index for index, name in enumerate(names) if order[name] == len(blocks)), default=0)
+    return order | {name: len(blocks) + 1 for name in names[last + 1 :] if blocks}
 
 
 def _prefixes(name: str) -> Iterator[str]:
@@ -105,7 +106,8 @@ def _prefixes(name: str) -> Iterator[str]:
 
 
 def _divide(sizes: Sequence[int], devices: int) -> tuple[int, ...]:
-    """How many layers each device gets, so that the largest share is the smallest; sizes are before, layers, behind."""
+    """Layers for each device, such that the largest share is smallest; sizes are before, layers, behind."""
+    # Bisection on the largest share: if it can be `middle`, it can be anything above.
     low, high = max(sizes), sum(sizes)
     while low < high:
         middle = (low + high) // 2
@@ -116,7 +118,7 @@ def _divide(sizes: Sequence[int], devices: int) -> tuple[int, ...]:
 
 
 def _fill(sizes: Sequence[int], devices: int, most: int) -> tuple[int, ...] | None:
-    """Layers for each device of at most so many parameters, the first ones full; None where they are too many."""
+    """Layers for each device if none has more than `most` parameters, the first ones full; None if impossible."""
     before, *layers, behind = sizes
     counts: list[int] = []
     done = 0
@@ -135,7 +137,7 @@ def _fill(sizes: Sequence[int], devices: int, most: int) -> tuple[int, ...] | No
 def _holders(
     model: PreTrainedModel, blocks: Sequence[str], owner: Sequence[int], places: Mapping[str, int]
 ) -> Iterator[tuple[str, int]]:
-    """Each layer, and each module outside of them that has parameters or buffers of its own, with its device."""
+    """Each layer, and each module outside of layers with parameters or buffers of its own, with its device."""
     yield from zip(blocks, owner[1:], strict=False)
     for name, module in model.named_modules():
         if any(part in blocks for part in _prefixes(name)):

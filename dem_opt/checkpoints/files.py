@@ -1,4 +1,8 @@
-"""Checkpoints on disk: headers, stored tensors by name, content hashes."""
+"""Checkpoints on disk: headers, stored tensors by name, content hashes.
+
+A safetensors file is eight bytes (the header's length N, little-endian), N bytes of JSON (dtype, shape and offsets of
+every tensor), then the tensors' bytes.
+"""
 
 import hashlib
 import json
@@ -6,7 +10,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from math import prod
@@ -28,7 +32,7 @@ MOST_HEADER_BYTES = 10**8
 """The longest header that safetensors reads."""
 
 MOST_READ_BYTES = 2**30
-"""Read by one call; more than 2**31 can't be."""
+"""Bytes read by one system call, which can't read more than 2**31."""
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -41,12 +45,12 @@ ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16":
 """Bytes of an element, of the dtypes that a stored tensor may have."""
 
 _CHUNK = 2**15
-"""Elements hashed at once: they stay in cache between two passes, too few for torch to start threads."""
+"""Elements hashed at once: few enough to stay in cache between two passes and for torch to start no threads."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: bytes `start` to `end` of the data part of a safetensors file."""
+    """A tensor in bytes `start` to `end` of the data part of a safetensors file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -56,15 +60,17 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Its size."""
+        """Size in bytes."""
         return self.end - self.start
 
 
 @dataclass(frozen=True)
 class Header:
-    """What the headers of a checkpoint folder say: its tensors by name.
+    """The headers of a checkpoint folder: its tensors by name.
 
-    `field` is the field of the study file that named the folder, for messages; `adapter`, whether it is one.
+    Attributes:
+        field: Field of the study file that named the folder, for messages.
+        adapter: The folder is an adapter.
     """
 
     folder: Path
@@ -84,10 +90,11 @@ class Header:
 
 
 def read_header(folder: Path, field: str) -> Header:
-    """The tensors of a checkpoint folder, from its safetensors headers alone.
+    """Read the tensors' names, shapes and places of a checkpoint folder from its safetensors headers.
 
-    Raises InputError for a folder or file that is missing, unreadable or truncated, for pickled or quantized
-    weights, and for a shard outside the folder.
+    Raises:
+        InputError: A folder or file is missing, unreadable or truncated, weights are pickled or quantized, or a shard
+            lies outside the folder.
     """
     tensors: dict[str, StoredTensor] = {}
     files = _weight_files(folder, field)
@@ -95,7 +102,7 @@ def read_header(folder: Path, field: str) -> Header:
     for file in files:
         for name, tensor in read_file_header(file, field).items():
             if name in tensors:
-                raise InputError(file, field, name, f"this tensor also stands in {tensors[name].file.name}")
+                raise InputError(file, field, name, f"this tensor is also in {tensors[name].file.name}")
             tensors[name] = tensor
     if not tensors:
         raise InputError(folder, field, None, "its weight files hold no tensors")
@@ -108,7 +115,8 @@ def content_hash(folder: Path, field: str = "checkpoint") -> str:
     Sharding and file names change nothing, and neither does config.json, which is no part of the content.
     Hashes are kept in the user's cache folder by path, size, time and inode of the files.
 
-    Raises InputError for NaN or infinite weights, and what `read_header` raises.
+    Raises:
+        InputError: Weights are NaN or infinite, or `read_header` raises it.
     """
     header = read_header(folder, field)
     content = known_content(header)
@@ -119,15 +127,16 @@ def content_hash(folder: Path, field: str = "checkpoint") -> str:
 
 
 def known_content(header: Header) -> str | None:
-    """The content hash that the cache has for these very files; None where they have to be read for it."""
+    """The content hash in the cache for these very files; None where they have to be read."""
     known = _read_cache().get(str(header.folder.resolve()))
     return known.get("content") if isinstance(known, dict) and known.get("files") == _stamp(header) else None
 
 
 def hash_tensors(header: Header) -> str:
-    """The content hash from the bytes, past the cache: one digest for each tensor, many tensors at a time.
+    """Compute the content hash from the bytes, without the cache: a digest of each tensor, many at a time.
 
-    Raises InputError for NaN or infinite weights.
+    Raises:
+        InputError: Weights are NaN or infinite.
     """
     content = hashlib.sha256()
     names = sorted(header.tensors)
@@ -144,37 +153,41 @@ def hash_tensors(header: Header) -> str:
 
 
 def read_tensors(header: Header, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Stored tensors by name over the mapped bytes of the files, each of which is opened once."""
+    """Yield stored tensors by name over the mapped bytes of the files, each of which is opened once."""
     files: dict[Path, Any] = {file: safe_open(file, framework="pt") for file in header.files}
     for name in names:
         yield name, files[header.tensors[name].file].get_tensor(name)
 
 
 def read_into(header: Header, places: Mapping[str, Tensor]) -> None:
-    """Read stored tensors straight to where they are wanted, one after the other as they lie in the files.
+    """Read stored tensors straight into their places, one after the other as they lie in the files.
 
-    A place has the stored dtype and is contiguous.  What is read is in this process once: a mapped file's pages would
-    count beside the place until the file is closed.  Raises InputError for a file that has become shorter.
+    A place has the stored dtype and is contiguous.  The bytes are in this process once; a mapped file's pages would
+    count beside the place until the file is closed.
+
+    Raises:
+        InputError: A file has become shorter.
     """
     order = sorted(places, key=lambda name: (header.tensors[name].file, header.tensors[name].start))
     total = sum(place.nbytes for place in places.values())
     loading = current_progress().phase(f"loading {header.folder.name}", total, "bytes")
-    with _Reader(header) as reader, loading as phase:
+    with _open_reader(header) as reader, loading as phase:
         for name in order:
             place = places[name]
-            here = place if place.device.type == "cpu" else torch.empty(place.shape, dtype=place.dtype)
-            reader.read(name, here)
-            if here is not place:
-                place.copy_(here)
+            on_cpu = place if place.device.type == "cpu" else torch.empty(place.shape, dtype=place.dtype)
+            reader.read(name, on_cpu)
+            if on_cpu is not place:
+                place.copy_(on_cpu)
             phase.advance(place.nbytes)
 
 
 def read_each(header: Header, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Stored tensors by name, each read into memory of its own when its turn comes.
+    """Yield stored tensors by name, each read into memory of its own when its turn comes.
 
-    Raises InputError for a file that has become shorter.
+    Raises:
+        InputError: A file has become shorter.
     """
-    with _Reader(header) as reader:
+    with _open_reader(header) as reader:
         for name in names:
             stored = header.tensors[name]
             tensor = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
@@ -182,23 +195,31 @@ def read_each(header: Header, names: Iterable[str]) -> Iterator[tuple[str, Tenso
             yield name, tensor
 
 
-class _Reader(ExitStack):
-    """The files of a checkpoint, open for reading."""
+@dataclass(frozen=True)
+class _Reader:
+    """The files of a checkpoint, open for reading, and the byte at which the data part of each begins."""
 
-    def __init__(self, header: Header) -> None:
-        super().__init__()
-        self._header = header
-        self._streams = {file: self.enter_context(file.open("rb", buffering=0)) for file in header.files}
-        self._first = {file: 8 + struct.unpack("<Q", stream.read(8))[0] for file, stream in self._streams.items()}
+    header: Header
+    streams: Mapping[Path, FileIO]
+    starts: Mapping[Path, int]
 
-    def read(self, name: str, here: Tensor) -> None:
+    def read(self, name: str, place: Tensor) -> None:
         """Fill contiguous memory with a stored tensor."""
-        stored = self._header.tensors[name]
-        assert here.is_contiguous() and here.nbytes == stored.nbytes
-        stream = self._streams[stored.file]
-        stream.seek(self._first[stored.file] + stored.start)
-        if not _fill(stream, here.view(-1).view(torch.uint8).numpy().data):
-            raise InputError(stored.file, self._header.field, None, "has become shorter: copy or save it again")
+        stored = self.header.tensors[name]
+        assert place.is_contiguous() and place.nbytes == stored.nbytes
+        stream = self.streams[stored.file]
+        stream.seek(self.starts[stored.file] + stored.start)
+        if not _fill(stream, place.view(-1).view(torch.uint8).numpy().data):
+            raise InputError(stored.file, self.header.field, None, "has become shorter: copy or save it again")
+
+
+@contextmanager
+def _open_reader(header: Header) -> Iterator[_Reader]:
+    """Open the files of a checkpoint."""
+    with ExitStack() as stack:
+        streams = {file: stack.enter_context(file.open("rb", buffering=0)) for file in header.files}
+        starts = {file: 8 + struct.unpack("<Q", stream.read(8))[0] for file, stream in streams.items()}
+        yield _Reader(header, streams, starts)
 
 
 def _fill(stream: FileIO, buffer: memoryview) -> bool:
@@ -213,9 +234,10 @@ def _fill(stream: FileIO, buffer: memoryview) -> bool:
 
 
 def read_json(file: Path, field: str) -> dict[str, Any]:
-    """A JSON object in a file of a checkpoint.
+    """Read a JSON object from a file of a checkpoint.
 
-    Raises InputError where it holds anything else.
+    Raises:
+        InputError: The file can't be read or holds anything else.
     """
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
@@ -243,7 +265,7 @@ def _weight_files(folder: Path, field: str) -> list[Path]:
 
 
 def _shards(index: Path, field: str) -> list[Path]:
-    """The files that an index names, which must lie in its folder."""
+    """The shards that an index names, which must lie in its folder."""
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -257,7 +279,7 @@ def _shards(index: Path, field: str) -> list[Path]:
 
 
 def read_file_header(file: Path, field: str) -> dict[str, StoredTensor]:
-    """The tensors of one file: eight bytes with the length of the header, the header as JSON, the data."""
+    """The tensors of one file by name."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = struct.unpack("<Q", stream.read(8))[0] if size >= 8 else size
@@ -266,8 +288,8 @@ def read_file_header(file: Path, field: str) -> dict[str, StoredTensor]:
         text = stream.read(length)
     try:
         entries = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
-        tensors = {name: _stored(file, field, name, entry, size - 8 - length) for name, entry in entries.items()}
-        safe_open(file, framework="pt")
+        tensors = {name: _read_entry(file, field, name, entry, size - 8 - length) for name, entry in entries.items()}
+        safe_open(file, framework="pt")  # the library's own checks, beyond those of each entry
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError):
@@ -275,8 +297,8 @@ def read_file_header(file: Path, field: str) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _stored(file: Path, field: str, name: str, entry: Mapping[str, Any], data: int) -> StoredTensor:
-    """One entry of a header, held against the bytes of data that the file has."""
+def _read_entry(file: Path, field: str, name: str, entry: Mapping[str, Any], data: int) -> StoredTensor:
+    """One entry of a header, checked against the bytes of data that the file has."""
     start, end = entry["data_offsets"]
     tensor = StoredTensor(entry["dtype"], tuple(entry["shape"]), file, start, end)
     if tensor.dtype not in ITEM_BYTES:
@@ -291,7 +313,7 @@ def _stored(file: Path, field: str, name: str, entry: Mapping[str, Any], data: i
 
 
 def _digest(header: Header, name: str, tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes, all of whose values must be finite."""
+    """SHA-256 of a tensor's bytes; InputError for values that are not finite."""
     digest = hashlib.sha256()
     for chunk in torch.split(tensor.reshape(-1), _CHUNK):
         if not chunk.isfinite().all():
@@ -302,18 +324,19 @@ def _digest(header: Header, name: str, tensor: Tensor) -> str:
 
 
 def _stamp(header: Header) -> list[list[Any]]:
-    """What changes when a weight file does: path, size, time of change in nanoseconds, inode."""
-    return [[str(one.resolve()), (stat := one.stat()).st_size, stat.st_mtime_ns, stat.st_ino] for one in header.files]
+    """Path, size, time of change in nanoseconds and inode of each weight file: one changes when the file does."""
+    stats = [(file.resolve(), file.stat()) for file in header.files]
+    return [[str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino] for path, stat in stats]
 
 
 def cache_folder() -> Path:
-    """What is kept for this user: content hashes, converted checkpoints."""
+    """This user's cache: content hashes, converted checkpoints, the compiled merge kernel."""
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "dem_opt"
 
 
 def _cache_file() -> Path:
-    """Where content hashes are kept."""
+    """The file of content hashes by folder."""
     return cache_folder() / "contents.json"
 
 

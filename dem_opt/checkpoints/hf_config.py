@@ -1,4 +1,4 @@
-"""What a checkpoint's config.json declares, as far as it decides whether the checkpoint can be merged."""
+"""Facts of a checkpoint's config.json that decide whether the checkpoint can be merged."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 from dem_opt.errors import InputError
 
 LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers")
-"""What configs call their number of layers."""
+"""Names of the number of layers in configs of various models."""
 
 
 def read_config(folder: Path, field: str) -> dict[str, Any]:
-    """config.json with what its `text_config` says of language, where it has one."""
+    """config.json, with the keys of its `text_config` (of multimodal models) that it does not have itself."""
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -21,7 +21,7 @@ def read_config(folder: Path, field: str) -> dict[str, Any]:
 
 
 def refuse_quantized(folder: Path, field: str) -> None:
-    """Raise InputError for weights that stand for others by a scheme of quantization: their sums mean nothing."""
+    """Raise InputError for quantized weights: sums of quantization codes mean nothing."""
     if settings := read_config(folder, field).get("quantization_config"):
         method = settings.get("quant_method") if isinstance(settings, dict) else settings
         mend = "quantized weights can't be summed: name the checkpoint that they were made from, or save it dequantized"
@@ -29,7 +29,7 @@ def refuse_quantized(folder: Path, field: str) -> None:
 
 
 def refuse_endless(folder: Path, field: str, tensors: int) -> None:
-    """Raise InputError for a config of more layers than tensors, which it would take for ever to make a model of."""
+    """Raise InputError for a config with more layers than tensors: constructing that model might never end."""
     config = read_config(folder, field)
     for key in LAYERS:
         layers = config.get(key)

@@ -1,4 +1,4 @@
-"""Hub ids -> folders: the local cache, or a download where the study names the id and there is a network."""
+"""Find the folder of a model: a path, a kept step, or a hub id in the local cache or downloaded from the hub."""
 
 from pathlib import Path
 
@@ -11,16 +11,17 @@ from dem_opt.config import ModelSource
 from dem_opt.errors import InputError
 
 WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
-"""The files of a repository that are fetched: no pickled weights, no code."""
+"""Files of a repository to download: no pickled weights, no code."""
 
-PATIENCE = 10.0
-"""Seconds in which the hub must answer."""
+HUB_TIMEOUT = 10.0
+"""Seconds to wait for the hub's answer."""
 
 
 def locate(source: ModelSource, field: str) -> Path:
-    """The folder of a model: its path, a kept step of a run, or where the cache keeps its hub id's revision.
+    """The folder of a model: its path, a kept step of a run, or the cache's folder of its hub id and revision.
 
-    Raises InputError for an id that is neither in the cache nor to be had, and for a step that was not kept.
+    Raises:
+        InputError: The id is neither in the cache nor on the hub, or the step was not kept.
     """
     if source.run is not None and source.step is not None:
         return step_folder(source.run, source.step, field)
@@ -30,10 +31,10 @@ def locate(source: ModelSource, field: str) -> Path:
 
 
 def _cached(source: ModelSource, hub: str, field: str) -> Path:
-    """The cache's folder of a hub id, fetched where it is not there."""
+    """The cache's folder of a hub id, downloaded where it is missing."""
     wanted = [*WANTED, "*.bin"] if source.pickled else WANTED
     try:
-        return Path(snapshot_download(hub, revision=source.revision, allow_patterns=wanted, etag_timeout=PATIENCE))
+        return Path(snapshot_download(hub, revision=source.revision, allow_patterns=wanted, etag_timeout=HUB_TIMEOUT))
     except LocalEntryNotFoundError:
         mend = "is not in the local cache, and the hub can't be reached: fetch it where it can, or name a folder"
     except HfHubHTTPError as error:

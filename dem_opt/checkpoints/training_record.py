@@ -1,4 +1,4 @@
-"""What a fine-tuning left behind: its record, its journal, the steps that it kept."""
+"""Files that a fine-tuning leaves beside its checkpoint: a record, a journal, and kept steps."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -8,22 +8,23 @@ from typing import Any
 from dem_opt.errors import InputError
 
 RECORD = "fine_tuning.json"
-"""The file of a checkpoint folder that says what it was made from."""
+"""File of a checkpoint folder with the base, data and settings it was made from."""
 
 JOURNAL = "steps.jsonl"
-"""The file that has a line for every step of a training, and for every validation."""
+"""File with a line for every step of a training, and for every validation."""
 
 STEPS = "steps"
-"""The folder of a run that holds the weights of its kept steps, by number."""
+"""Folder of a run with the weights of its kept steps, by number."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A line of a journal.
+    """A line of a journal; the field names are the keys of its JSON.
 
-    seconds     of training up to then, those before a kill included
-    loss        of the step's batch, in nats per scored token
-    validation  NLL in nats per token on the distribution's windows of the search split
+    Attributes:
+        seconds: Training time up to then, including the time before a kill.
+        loss: Of the step's batch, in nats per scored token.
+        validation: NLL in nats per token on the distribution's windows of the search split.
     """
 
     step: int
@@ -33,12 +34,12 @@ class Point:
     validation: float | None = None
 
     def as_written(self) -> dict[str, float]:
-        """What it has."""
+        """The values that are not None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def read_journal(path: Path) -> list[Point]:
-    """The lines of a journal, one that is not finished left out; none where there is no journal."""
+    """The lines of a journal up to the first unfinished one; none where there is no journal."""
     points = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -64,7 +65,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 def step_folder(run: Path, step: int | str, field: str) -> Path:
     """The folder of a kept step; `best` is the one of the lowest validation NLL, the earliest of several.
 
-    Raises InputError where the run, or the step, is not there.
+    Raises:
+        InputError: The run, or the step, is missing.
     """
     validated = {point.step: point.validation for point in read_journal(run / JOURNAL) if point.validation is not None}
     kept = sorted(step for step in validated if (run / STEPS / str(step)).is_dir())
