@@ -1,6 +1,6 @@
 """How true the plan is: predicted against measured peak memory and seconds of a real worker, and the time of a check.
 
-    python benchmarks/plan.py [--vocabulary 32000] [--stored float32] [--experts 2] [--window 512] [--windows 8]
+    python benchmarks/plan.py [--vocabulary 32000] [--stored float32] [--fine-tunes 2] [--window 512] [--windows 8]
 
 Makes a random Llama of about a hundred million parameters and its fine-tunes in a temporary folder, loads them into a
 worker in a process of its own, and scores three composites there.  Peak memory is VmHWM of that process minus its RSS
@@ -22,7 +22,6 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dem_opt.checkpoints.architecture import read_architecture
 from dem_opt.checkpoints.files import content_hash
 from dem_opt.config import StudyConfig, load
 from dem_opt.evaluation.worker import Worker
@@ -79,7 +78,11 @@ def spec_of(files: CheckedHeaders, config: StudyConfig) -> WorkerSpec:
         for split, count in counts.items()
     )
     return WorkerSpec(
-        base=models[0], fine_tunes=tuple(models[1:]), corpora=corpora, dtype=plan.dtype, batch_tokens=plan.batch_tokens
+        base=models[0],
+        fine_tunes=tuple(models[1:]),
+        corpora=corpora,
+        dtype=plan.calls.dtype,
+        batch_tokens=plan.calls.batch_tokens,
     )
 
 
@@ -119,34 +122,33 @@ def measure(study: Path) -> dict[str, float]:
     }
 
 
-def compare(given: argparse.Namespace, folder: Path) -> None:
+def compare(options: argparse.Namespace, folder: Path) -> None:
     """Print prediction, measurement and their ratio."""
-    names = [f"tune{number}" for number in range(1, given.fine_tunes + 1)]
-    make_small(folder, names, given.vocabulary, given.stored)
-    study = make_study(folder, names, window=given.window, windows=given.windows, held_out=given.windows)
-    config = load(study)
-    files = check_headers(config, study)
-    plan = files.plan()
-    speed = probe(plan.machine.device, plan.dtype, plan.widths.hidden, plan.widths.intermediate)
-    one = replace(plan, composites=1, reported=0)
-    predicted = plan.worker - plan.process
+    names = [f"tune{number}" for number in range(1, options.fine_tunes + 1)]
+    make_small(folder, names, options.vocabulary, options.stored)
+    study = make_study(folder, names, window=options.window, windows=options.windows, held_out=options.windows)
+    checked = check_headers(load(study), study)
+    plan = checked.plan()
+    memory, work, dtype = plan.memory, plan.work, plan.calls.dtype
+    speed = probe(plan.machine.device, dtype, plan.widths.hidden, plan.widths.intermediate)
+    evaluation = replace(work, composites=1, reported=0)
     command = [sys.executable, __file__, "--measure", str(study)]
-    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-    parameters = sum(int(np.prod(shape)) for shape in read_architecture(files.headers["base"]).parameters.values())
-    print(f"{parameters:,} parameters, {plan.checkpoints} checkpoints in {given.stored}, evaluated in {plan.dtype}")
+    measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    parameters = sum(int(np.prod(shape)) for shape in checked.architecture.parameters.values())
+    print(f"{parameters:,} parameters, {plan.checkpoints} checkpoints in {options.stored}, evaluated in {dtype}")
     parts = ("stored", "live", "scratch", "windows", "activations")
-    print("predicted, MB:", {part: round(getattr(plan, part) / 1e6, 1) for part in parts})
-    print(f"process before loading: {found['before'] / 1e6:.0f} MB, the plan's constant {plan.process / 1e6:.0f} MB")
-    told("peak MB", predicted / 1e6, found["peak"] / 1e6)
-    print(f"peak MB of loading, in which mapped files count: {found['peak_of_loading'] / 1e6:,.1f}")
-    told("seconds of an evaluation", one.seconds(speed), found["evaluation_seconds"])
-    told("tokens of an evaluation", plan.trial_tokens, found["forward_tokens"])
-    print(f"speed: {speed.flops / 1e9:.1f} GFLOP/s, {speed.bandwidth / 1e9:.1f} GB/s; measured: {found}")
+    print("predicted, MB:", {part: round(getattr(memory, part) / 1e6, 1) for part in parts})
+    print(f"process before loading, MB: {measured['before'] / 1e6:.0f}, the plan's constant {memory.process / 1e6:.0f}")
+    print_ratio("peak MB", (memory.peak - memory.process) / 1e6, measured["peak"] / 1e6)
+    print(f"peak MB of loading, in which mapped files count: {measured['peak_of_loading'] / 1e6:,.1f}")
+    print_ratio("seconds of an evaluation", evaluation.seconds(speed), measured["evaluation_seconds"])
+    print_ratio("tokens of an evaluation", work.trial_tokens, measured["forward_tokens"])
+    print(f"speed: {speed.flops / 1e9:.1f} GFLOP/s, {speed.bandwidth / 1e9:.1f} GB/s; measured: {measured}")
 
 
-def told(what: str, predicted: float, measured: float) -> None:
-    """One comparison."""
-    print(f"{what}: predicted {predicted:,.1f}, measured {measured:,.1f}, ratio {predicted / measured:.3f}")
+def print_ratio(quantity: str, predicted: float, measured: float) -> None:
+    """Print one comparison."""
+    print(f"{quantity}: predicted {predicted:,.1f}, measured {measured:,.1f}, ratio {predicted / measured:.3f}")
 
 
 def time_check(folder: Path) -> None:
@@ -167,7 +169,7 @@ def main() -> None:
     parser.add_argument("--measure", type=Path)
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--stored", choices=DTYPES, default="float32")
-    parser.add_argument("--experts", type=int, default=2)
+    parser.add_argument("--fine-tunes", type=int, default=2)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, default=8)
     given = parser.parse_args()

@@ -131,7 +131,7 @@ def test_those_of_openllama_pass_the_check(size: str, tmp_path: Path) -> None:
             file.path.write_text("{}\n")
     found = check(config, path)
     assert found.architecture == "LlamaForCausalLM" and len(found.checkpoints) == 5
-    assert found.plan.trial_tokens == 4 * 64 * 1024
+    assert found.plan.work.trial_tokens == 4 * 64 * 1024
 
 
 def factors(shapes: dict[str, tuple[int, ...]], rank: int) -> dict[str, tuple[int, ...]]:

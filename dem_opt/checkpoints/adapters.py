@@ -8,7 +8,7 @@ Shape suffixes: O outputs and I inputs of a linear map, R rank.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from math import sqrt
@@ -129,6 +129,12 @@ class Adapter:
     def transposed(self, parameter: str) -> bool:
         """The parameter is stored as [I, O]: GPT-2's linear maps, and embeddings, which map from a one-hot."""
         return bool(self.config.get("fan_in_fan_out")) or "embedding" in self.factors[parameter]["A"]
+
+    def memory_bytes(self, names: Collection[str]) -> int:
+        """Bytes that `load_edits` allocates for these parameters: factors and tensors as they are stored."""
+        parts = [(name, stored) for name, factors in self.factors.items() for stored in factors.values()]
+        parts += self.whole.items()
+        return sum(self.header.tensors[stored].nbytes for name, stored in parts if name in names)
 
     def content(self, base: str) -> str:
         """The content hash of the fine-tune: tensors, settings and the content of the base."""
@@ -258,7 +264,7 @@ def _misfit(architecture: Architecture, adapter: Adapter, parameter: str) -> lis
 
 def _check_repeated(architecture: Architecture, base: Header, adapter: Adapter) -> None:
     """Raise InputError where the adapter's copy of a base's tensor differs from it."""
-    originals = read_parameters(architecture, base.folder, adapter.repeated)
+    originals = read_parameters(architecture, base, adapter.repeated)
     copies = read_tensors(adapter.header, adapter.repeated.values())
     for (parameter, original), (_, copy) in zip(originals, copies, strict=True):
         if not torch.equal(copy.to(original.dtype), original):

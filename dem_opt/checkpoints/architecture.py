@@ -230,9 +230,8 @@ def parameter_of(architecture: Architecture, base: Header) -> dict[str, str]:
     return {stored: parameter for parameter, names in sources.items() for stored in names}
 
 
-def stored_dtypes(architecture: Architecture, folder: Path) -> dict[str, torch.dtype]:
+def stored_dtypes(architecture: Architecture, header: Header) -> dict[str, torch.dtype]:
     """The dtype that each parameter is stored in."""
-    header = read_header(folder, "checkpoint")
     layout = architecture.layout(header)
     return {name: layout.dtype(header, name) for name in architecture.parameters}
 

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 def of_findings(found: "Findings") -> dict[str, Any]:
     """What a check found: bytes, tokens and seconds."""
     plan = found.plan
-    sums = {name: getattr(plan, name) for name in ("worker", "needed", "fitting", "tokens")}
+    sums = {name: getattr(plan, name) for name in ("needed", "fitting", "gradients_fit")}
+    sums["memory"] = asdict(plan.memory) | {"peak": plan.memory.peak, "gradient_peak": plan.memory.gradient_peak}
+    sums["work"] = asdict(plan.work) | {"tokens": plan.work.tokens}
     return asdict(found) | {"plan": asdict(plan) | sums, "unhashed": found.unhashed}
 
 

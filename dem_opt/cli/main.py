@@ -151,12 +151,15 @@ def _print_memory(plan: "Plan") -> None:
     from dem_opt.planning.plan import sized
 
     parts = [
-        (_stored(plan), plan.stored),
-        (f"the live model in {plan.dtype}", plan.live),
-        (f"activations and logits of {plan.call_tokens:,} tokens", plan.activations),
-        ("a merge's scratch, the windows", plan.scratch + plan.windows),
-        ("the process and its libraries", plan.process),
-        ("one worker" if plan.gpus == 1 else f"one worker, on each of its {plan.gpus} GPUs", plan.worker),
+        (_stored(plan), plan.memory.stored),
+        (f"the live model in {plan.calls.dtype}", plan.memory.live),
+        (f"activations and logits of {plan.calls.call_tokens:,} tokens", plan.memory.activations),
+        ("a merge's scratch, the windows", plan.memory.scratch + plan.memory.windows),
+        ("the process and its libraries", plan.memory.process),
+        (
+            "one worker" if plan.gpus_per_worker == 1 else f"one worker, on each of its {plan.gpus_per_worker} GPUs",
+            plan.memory.peak,
+        ),
     ]
     console.table(
         "Memory at the peak (1 GB = 1e9 bytes)", ("part", "size"), [(part, sized(size)) for part, size in parts], 5
@@ -165,18 +168,22 @@ def _print_memory(plan: "Plan") -> None:
 
 def _stored(plan: "Plan") -> str:
     """What a worker keeps of the checkpoints, in words."""
-    if plan.vectors != "exact":
-        return f"the base as it is stored, {plan.checkpoints - 1} vectors in {plan.vectors}"
-    kept, files = plan.checkpoints - len(plan.streamed), len(plan.streamed)
+    if plan.calls.vectors != "exact":
+        return f"the base as it is stored, {plan.checkpoints - 1} vectors in {plan.calls.vectors}"
+    kept, files = plan.checkpoints - len(plan.memory.streamed), len(plan.memory.streamed)
     return f"{kept} checkpoints as they are stored" + (f", {files} read from files at every merge" if files else "")
 
 
 def _print_passes(plan: "Plan") -> None:
     rows = [
-        ("one composite on the search split", 1, plan.trial_tokens),
-        (f"base, {plan.trials} trials, baselines", plan.composites, plan.composites * plan.trial_tokens),
-        ("the final table on the held-out split", plan.reported, plan.reported * plan.report_tokens),
-        ("the whole study", plan.composites + plan.reported, plan.tokens),
+        ("one composite on the search split", 1, plan.work.trial_tokens),
+        (
+            f"base, {plan.work.trials} trials, baselines",
+            plan.work.composites,
+            plan.work.composites * plan.work.trial_tokens,
+        ),
+        ("the final table on the held-out split", plan.work.reported, plan.work.reported * plan.work.report_tokens),
+        ("the whole study", plan.work.composites + plan.work.reported, plan.work.tokens),
     ]
     shown = [(part, f"{passes:,}", f"{tokens:,}") for part, passes, tokens in rows]
     console.table("Forward passes at most", ("part", "composites", "forward tokens"), shown, 3)

@@ -148,8 +148,10 @@ def _own_dtype(
     if len(composite.terms) > 1 or base.content in used:
         return None
     (model,) = used.values()
-    dtypes = set(stored_dtypes(architecture, (model if model.base is None else base).path).values())
-    alike = dtypes == set(stored_dtypes(architecture, base.path).values())
+    base_header = read_header(base.path, "base")
+    header = read_header(model.path, "checkpoint") if model.base is None else base_header
+    dtypes = set(stored_dtypes(architecture, header).values())
+    alike = dtypes == set(stored_dtypes(architecture, base_header).values())
     return None if alike or len(dtypes) > 1 else dtypes.pop()
 
 

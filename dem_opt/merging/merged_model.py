@@ -1,11 +1,16 @@
-"""Base, vectors and the live model in flat segments.
+"""Stored checkpoints and the live model, in flat segments.
 
-Parameters lie one after the other in segments, one for each device and combination of stored and live dtypes.  A
-segment holds the values of each stored checkpoint as they are, and the live model's, which its parameters are views
-of.  Adapters stay factored: what they make of a parameter is computed when a composite needs it.
+    Theta_D = sum_n (units_n / 1e9) Theta_n
+
+Parameters lie one after the other in segments, one segment for each device and combination of stored and live dtypes.
+A segment holds the values of each stored checkpoint as they are, and the live values, which the model's parameters are
+views of; so a merge is a few passes over long flat tensors.  Adapters stay factored: what they make of a parameter is
+computed when a composite needs it.
+
+Shape suffixes: P flat elements of a segment, N stored checkpoints, R rows of int8 vectors.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,21 +22,41 @@ from transformers import PreTrainedModel
 
 from dem_opt.checkpoints.adapters import Edit, load_edits, read_adapter
 from dem_opt.checkpoints.architecture import Architecture, describe, parameter_of, stored_dtypes
-from dem_opt.checkpoints.device_map import Split, move_activations, split_layers
-from dem_opt.checkpoints.files import DTYPES, read_header, read_tensors
+from dem_opt.checkpoints.device_map import move_activations, split_layers
+from dem_opt.checkpoints.files import DTYPES, Header, read_header, read_tensors
 from dem_opt.checkpoints.loading import load_parameters, map_parameters, read_parameters
-from dem_opt.merging.int8 import Int8Vector, quantize, row_count, row_length
-from dem_opt.merging.kernel import MergeKernel, Values
+from dem_opt.merging.int8 import Int8Vector, quantize, row_count, row_length, row_starts_bytes
+from dem_opt.merging.kernel import CPU_BLOCK, DEVICE_BLOCK, MergeKernel, Values
 from dem_opt.merging.streaming import BLOCK, Block, StreamedCheckpoints
 from dem_opt.simplex import UNIT
 from dem_opt.types import Composite, StoredModel
 
 ALIGNMENT = 64
-"""Every parameter starts at a multiple of this many elements, so at least of as many bytes."""
+"""Every parameter starts at a multiple of so many elements, hence of at least so many bytes: a cache line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelBytes:
+    """Bytes of a merged model on one device.
+
+    Attributes:
+        live: The live parameters.
+        checkpoints: Each stored checkpoint, adapter or int8 vector, in the order of the headers, if none is streamed.
+        row_starts: The row boundaries that all int8 vectors share.
+    """
+
+    live: int
+    checkpoints: tuple[int, ...]
+    row_starts: int = 0
+
+    @property
+    def stored(self) -> int:
+        """Everything but the live parameters."""
+        return sum(self.checkpoints) + self.row_starts
 
 
 class MergedModel:
-    """Stored checkpoints and a live model, by layers on its devices; `merge` makes the model any composite of them."""
+    """Stored checkpoints and a live model on its devices; `merge` makes the live model any composite of them."""
 
     def __init__(
         self,
@@ -41,107 +66,161 @@ class MergedModel:
         vectors: str = "exact",
         streamed: Collection[str] = (),
     ) -> None:
-        """Load every checkpoint straight to its place, and make the model's parameters views of live memory.
+        """Load every checkpoint straight into its segments, and make the model's parameters views of live memory.
 
-        The dtypes of the model's parameters are the evaluation's; composites are rounded to those of the first
-        checkpoint.  All must fit (`check_fit`, `check_adapter`).  With `vectors` "int8" the first is the base, which
-        is stored as it is, and of each of the others, which are no adapters, only the vector.  Checkpoints whose
-        content is `streamed` stay in their files, which are mapped, and pass through the device block by block in
-        every merge that has them: the bits are the same.
-
-        Of several `devices` each has some of the layers (`split_layers`): what is stored and live of them, and their
-        merges.  The model takes its inputs on the first and moves what its layers are called with.  The same device
-        may be named several times; the bits do not depend on how many there are.
+        Args:
+            model: An empty model; the dtypes of its parameters are the evaluation's.
+            stored: Checkpoints and adapters that fit the model (`check_fit`, `check_adapter`).  Composites are rounded
+                to the dtypes of the first checkpoint, the base.
+            devices: Each holds and merges a share of the layers (`split_layers`); the model takes its inputs on the
+                first, and activations move between them.  A device may be named several times.  The bits do not depend
+                on the number of devices.
+            vectors: "exact", or "int8" to keep of every checkpoint but the base only its quantized vector; adapters
+                are not allowed then.
+            streamed: Contents of checkpoints that stay in their memory-mapped files and pass through the device block
+                by block in every merge that needs them, with the same bits.
         """
-        self._devices = [torch.device(one) for one in devices]
+        self._devices = [torch.device(device) for device in devices]
         self._split = split_layers(model, len(self._devices))
-        distinct = list({one.content: one for one in stored}.values())
+        distinct = list({checkpoint.content: checkpoint for checkpoint in stored}.values())
         architecture = describe(model)
-        compressed = distinct[1:] if vectors == "int8" else []
-        whole = [one for one in distinct if one.base is None and one not in compressed]
-        self._base = distinct[0].content if compressed else None
-        self._segments = _lay_out(model, architecture, whole, self._split, self._devices)
-        self._mapped = StreamedCheckpoints(
-            {one.content: dict(map_parameters(architecture, one.path)) for one in whole if one.content in streamed}
+        quantized = distinct[1:] if vectors == "int8" else []
+        whole = [checkpoint for checkpoint in distinct if checkpoint.base is None and checkpoint not in quantized]
+        self._quantized_base = distinct[0].content if quantized else None
+        headers = {x.content: read_header(x.path, "checkpoint") for x in (*whole, *quantized)}
+        self._segments = self._allocate(model, architecture, {x.content: headers[x.content] for x in whole})
+        self._streamed = StreamedCheckpoints(
+            {
+                checkpoint.content: dict(map_parameters(architecture, headers[checkpoint.content]))
+                for checkpoint in whole
+                if checkpoint.content in streamed
+            }
         )
         for checkpoint in whole:
-            if checkpoint.content not in self._mapped:
-                self._load(architecture, checkpoint)
-        for checkpoint in compressed:
-            self._compress(architecture, checkpoint)
-        self._edited = {one.content: self._edits_of(one) for one in distinct if one.base is not None}
+            if checkpoint.content not in self._streamed:
+                self._load(architecture, checkpoint.content, headers[checkpoint.content])
+        for checkpoint in quantized:
+            self._quantize(architecture, checkpoint.content, headers[checkpoint.content])
+        adapters = [checkpoint for checkpoint in distinct if checkpoint.base is not None]
+        self._adapters = {adapter.content: self._edits_of(adapter) for adapter in adapters}
         self._adopt(model)
-        self._kernels = [MergeKernel(one) for one in self._devices]
+        self._kernels = [MergeKernel(device) for device in self._devices]
+
+    @staticmethod
+    def memory_bytes(
+        architecture: Architecture,
+        headers: Sequence[Header],
+        *,
+        dtype: torch.dtype,
+        vectors: str = "exact",
+        names: Collection[str] | None = None,
+    ) -> ModelBytes:
+        """Count what a merged model allocates on one device, from headers alone.
+
+        Args:
+            architecture: The base's.
+            headers: Checkpoints and adapters with different contents, the base first.
+            dtype: The evaluation's dtype.
+            vectors: "exact" or "int8".
+            names: The parameters that the device holds; all by default.
+        """
+        names = architecture.parameters if names is None else names
+        shapes = {name: architecture.parameters[name] for name in architecture.parameters if name in names}
+        whole = [header for header in (headers[:1] if vectors == "int8" else headers) if not header.adapter]
+        stored = [stored_dtypes(architecture, header) for header in whole]
+        layouts = _lay_out(shapes, stored, dict.fromkeys(shapes, dtype), dict.fromkeys(shapes, 0))
+        elements, rows = sum(layout.size for layout in layouts), sum(map(row_count, shapes.values()))
+        flat = {
+            id(header): sum(layout.size * layout.stored[number].itemsize for layout in layouts)
+            for number, header in enumerate(whole)
+        }
+        return ModelBytes(
+            live=elements * dtype.itemsize,
+            checkpoints=tuple(
+                flat[id(header)]
+                if id(header) in flat
+                else read_adapter(header.folder, header.field).memory_bytes(shapes)
+                if header.adapter
+                else Int8Vector.memory_bytes(elements, rows)
+                for header in headers
+            ),
+            row_starts=row_starts_bytes(rows) if vectors == "int8" and len(headers) > 1 else 0,
+        )
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything that is stored, and of the live model."""
-        flat = [segment.nbytes for segment in self._segments]
-        return sum(flat) + sum(edit.nbytes for _, edits in self._edited.values() for edit in edits.values())
+        """Bytes of everything that is stored, and of the live parameters."""
+        segments = sum(segment.nbytes for segment in self._segments)
+        return segments + sum(edit.nbytes for _, edits in self._adapters.values() for edit in edits.values())
 
     def merge(self, composite: Composite) -> None:
         """Make the live model  Theta_D = sum_n (units_n / 1e9) Theta_n , always from the stored checkpoints.
 
-        Summed in float32 in the composite's order, rounded once to the first checkpoint's dtype, cast to the live
-        one.  A single term is copied as it is.  Raises KeyError for content that is not stored.  Of compressed vectors
-        v the same composite is made as  Theta + sum_i (units_i / 1e9) v_i .
+        Summed in float32 in the composite's order, rounded once to the base's dtype, then cast to the live one.  A
+        single term is copied as it is.  With int8 vectors v the sum is  Theta + sum_i (units_i / 1e9) v_i .
+
+        Raises:
+            KeyError: A content is not stored.
         """
-        if self._base is not None:
+        if self._quantized_base is not None:
             for segment in self._segments:
-                kernel = self._kernels[segment.number]
-                kernel.merge(segment.live_P, self._from_base(composite, segment), segment.dtype)
+                kernel = self._kernels[segment.device]
+                kernel.merge(segment.live_P, self._base_and_vectors(composite, segment), segment.dtype)
             return
         contents = [content for content, _ in composite.terms]
-        edited = any(content in self._edited for content in contents)
-        mapped = {content for content in map(self._root, contents) if content in self._mapped}
-        parts = [(segment, part) for segment in self._segments for part in segment.parts(edited, bool(mapped))]
+        has_adapters = any(content in self._adapters for content in contents)
+        streamed = {content for content in map(self._root, contents) if content in self._streamed}
+        parts = [(segment, part) for segment in self._segments for part in segment.parts(has_adapters, bool(streamed))]
         blocks = [part.block(segment.live_P.device) for segment, part in parts]
-        for (segment, part), fetched in zip(parts, self._mapped.prefetch(sorted(mapped), blocks), strict=True):
+        for (segment, part), fetched in zip(parts, self._streamed.prefetch(sorted(streamed), blocks), strict=True):
             terms = [(units, self._values(content, segment, part, fetched)) for content, units in composite.terms]
-            self._kernels[segment.number].merge(segment.live_P[part.slice], terms, segment.dtype)
+            self._kernels[segment.device].merge(segment.live_P[part.slice], terms, segment.dtype)
 
     def _root(self, content: str) -> str:
-        """The checkpoint that a stored model's values are read of: an adapter's is its base."""
-        return self._edited[content][0] if content in self._edited else content
+        """The checkpoint that a term's values are read from: for an adapter its base."""
+        return self._adapters[content][0] if content in self._adapters else content
 
-    def _from_base(self, composite: Composite, segment: "_Segment") -> list[tuple[int, Values]]:
-        """The terms of a composite over a segment: the base, and vectors in the composite's order."""
-        assert self._base is not None
-        vectors = [(units, segment.vectors_NP[content]) for content, units in composite.terms if content != self._base]
-        return [(UNIT, segment.stored_NP[self._base]), *vectors]
+    def _base_and_vectors(self, composite: Composite, segment: "_Segment") -> list[tuple[int, Values]]:
+        """The terms of a composite of int8 vectors in a segment: the base, then vectors in the composite's order."""
+        base = self._quantized_base
+        assert base is not None
+        vectors = [(units, segment.vectors_NP[content]) for content, units in composite.terms if content != base]
+        return [(UNIT, segment.stored_NP[base]), *vectors]
 
     @contextmanager
     def reduce_gradients(self, base: str, fine_tunes: Sequence[str]) -> Iterator[dict[str, float]]:
-        """Where `backward` is called within, gradients G of the parameters are not kept; what is kept are the sums of
+        """Within, reduce the gradients G that `backward` makes to their inner products with the vectors,
 
-            < G , Theta_i - Theta >   for each expert i, by content.
+            < G , Theta_i - Theta >   for each fine-tune i, by content.
 
         A parameter's gradient is reduced as soon as it is complete, and freed: there is never a second buffer as large
         as the model.  Each parameter has a sum of its own, on its device; these are added in the order of the
-        parameters, so that the result depends neither on the order in which gradients come nor on the devices.  The
-        dictionary has the sums on leaving.
-        """
-        places: dict[Tensor, tuple[_Segment, _Place]] = {
-            self._parameters[place.name]: (segment, place) for segment in self._segments for place in segment.places
-        }
+        parameters, so that the result depends neither on the order in which gradients come nor on the devices.
 
+        Yields:
+            A dictionary that has the sums after the block.
+        """
+        places: dict[Tensor, tuple[_Segment, _ParameterSlice]] = {
+            self._parameters[place.name]: (segment, place) for segment in self._segments for place in segment.slices
+        }
         sums_N: dict[Tensor, Tensor] = {}
 
         def reduce(parameter: Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
             assert gradient is not None
             segment, place = places[parameter]
-            base_P, *values_NP = self._differing(base, fine_tunes, segment, place)
-            found_N = inner(gradient.reshape(-1), base_P, values_NP, self._kernels[segment.number].block)
-            sums_N[parameter] = sums_N[parameter] + found_N if parameter in sums_N else found_N
+            base_P, *values_NP = self._base_and_fine_tunes(base, fine_tunes, segment, place)
+            products_N = inner_products(gradient.reshape(-1), base_P, values_NP, self._kernels[segment.device].block)
+            # A parameter gets several gradients where `backward` is called several times.
+            sums_N[parameter] = sums_N[parameter] + products_N if parameter in sums_N else products_N
 
         hooks = [
             parameter.requires_grad_().register_post_accumulate_grad_hook(reduce)  # type: ignore[no-untyped-call]
             for parameter in places
         ]
-        found: dict[str, float] = {}
+        products: dict[str, float] = {}
         try:
-            yield found
+            yield products
         finally:
             for hook, parameter in zip(hooks, places, strict=True):
                 hook.remove()
@@ -149,68 +228,99 @@ class MergedModel:
         total_N = torch.zeros(len(fine_tunes), dtype=torch.float64)
         for parameter in self._parameters.values():
             total_N += sums_N[parameter].cpu() if parameter in sums_N else 0.0
-        found.update(zip(fine_tunes, total_N.tolist(), strict=True))
+        products.update(zip(fine_tunes, total_N.tolist(), strict=True))
 
-    def _differing(
-        self, base: str, fine_tunes: Sequence[str], segment: "_Segment", place: "_Place"
+    def _base_and_fine_tunes(
+        self, base: str, fine_tunes: Sequence[str], segment: "_Segment", place: "_ParameterSlice"
     ) -> Iterator[Values]:
-        """Values at a place, the first of which is to be subtracted from the others: nothing, from vectors."""
-        if self._base is None:
+        """Values of base and fine-tunes at a place; with int8 vectors zero and the vectors, whose base is zero."""
+        if self._quantized_base is None:
             return (self._values(content, segment, place) for content in (base, *fine_tunes))
-        assert base == self._base
-        none_P = torch.zeros((), device=segment.live_P.device).expand(place.shape.numel())
+        assert base == self._quantized_base
+        zero_P = torch.zeros((), device=segment.live_P.device).expand(place.shape.numel())
         vectors = (
-            segment.vectors_NP[content].within(place.slice) if content != base else none_P for content in fine_tunes
+            segment.vectors_NP[content].within(place.slice) if content != base else zero_P for content in fine_tunes
         )
-        return chain((none_P,), vectors)
+        return chain((zero_P,), vectors)
 
     def _values(
-        self, content: str, segment: "_Segment", place: "_Place", fetched: Mapping[str, Tensor] | None = None
+        self,
+        content: str,
+        segment: "_Segment",
+        place: "_ParameterSlice",
+        fetched: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """A checkpoint's values at a place, flat; those of an adapter are computed, mapped ones may be fetched."""
-        if content in self._mapped:
+        """Flat values of a checkpoint at a place: stored, streamed (and perhaps fetched), or made by an adapter."""
+        if content in self._streamed:
             block = place.block(segment.live_P.device)
-            return self._mapped.values(content, block) if fetched is None else fetched[content]
-        if content not in self._edited:
+            return self._streamed.values(content, block) if fetched is None else fetched[content]
+        if content not in self._adapters:
             return segment.stored_NP[content][place.slice]
-        base, edits = self._edited[content]
+        base, edits = self._adapters[content]
         values_P = self._values(base, segment, place, fetched)
         return edits[place.name].apply(values_P.view(place.shape)).reshape(-1) if place.name in edits else values_P
 
-    def _load(self, architecture: Architecture, checkpoint: StoredModel) -> None:
-        """Read a checkpoint's parameters from its files to their places."""
+    @staticmethod
+    def adapter_scratch_bytes(architecture: Architecture, names: Iterable[str], adapters: int) -> int:
+        """Bytes while adapters are applied to the largest parameter: each one's result, and a product and a sum.
+
+        All in float32.  The embedding, the largest parameter but hardly ever adapted, is left out.
+        """
+        sizes = (architecture.sizes[name] for name in names if name != architecture.embedding)
+        return (adapters + 2) * 4 * max(sizes, default=0) if adapters else 0
+
+    def _allocate(
+        self, model: PreTrainedModel, architecture: Architecture, headers: Mapping[str, Header]
+    ) -> list["_Segment"]:
+        """Allocate live segments for a model's parameters, in the order of `named_parameters()` (tied weights once)."""
+        stored = [stored_dtypes(architecture, header) for header in headers.values()]
+        live = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        return [
+            _Segment(
+                device=layout.device,
+                dtype=layout.stored[0],
+                dtypes=dict(zip(headers, layout.stored, strict=True)),
+                slices=layout.slices,
+                size=layout.size,
+                live_P=torch.zeros(layout.size, dtype=layout.live, device=self._devices[layout.device]),
+            )
+            for layout in _lay_out(architecture.parameters, stored, live, self._split.places)
+        ]
+
+    def _load(self, architecture: Architecture, content: str, header: Header) -> None:
+        """Read a checkpoint's parameters from its files into its segments."""
         places: dict[str, Tensor] = {}
         for segment in self._segments:
-            dtype = segment.dtypes[checkpoint.content]
+            dtype = segment.dtypes[content]
             flat_P = torch.zeros(segment.size, dtype=dtype, device=segment.live_P.device)
-            segment.stored_NP[checkpoint.content] = flat_P
-            places |= {place.name: segment.view(flat_P, place) for place in segment.places}
-        load_parameters(architecture, checkpoint.path, places)
+            segment.stored_NP[content] = flat_P
+            places |= {place.name: segment.view(flat_P, place) for place in segment.slices}
+        load_parameters(architecture, header, places)
 
-    def _compress(self, architecture: Architecture, checkpoint: StoredModel) -> None:
-        """Read a checkpoint parameter by parameter and keep its vectors."""
-        assert self._base is not None and checkpoint.base is None
+    def _quantize(self, architecture: Architecture, content: str, header: Header) -> None:
+        """Read a checkpoint parameter by parameter, and keep its quantized vectors."""
+        assert self._quantized_base is not None
         places: dict[str, tuple[Tensor, Int8Vector]] = {}
         for segment in self._segments:
-            vectors = segment.vectors_NP[checkpoint.content] = segment.no_vector()
-            base_P = segment.stored_NP[self._base]
+            vectors = segment.vectors_NP[content] = Int8Vector.zeros(segment.size, segment.starts_R)
+            base_P = segment.stored_NP[self._quantized_base]
             places |= {
-                place.name: (segment.view(base_P, place), vectors.within(place.slice)) for place in segment.places
+                place.name: (segment.view(base_P, place), vectors.within(place.slice)) for place in segment.slices
             }
-        for name, tensor in read_parameters(architecture, checkpoint.path, places):
+        for name, tensor in read_parameters(architecture, header, places):
             quantize(tensor, *places[name])
 
     def _edits_of(self, adapter: StoredModel) -> tuple[str, dict[str, Edit]]:
-        """The base that an adapter edits, and its edits."""
+        """Load an adapter's edits to the devices of their parameters; returned with the content of its base."""
         assert adapter.base is not None
         devices = {name: self._devices[number] for name, number in self._split.places.items()}
         return adapter.base, load_edits(read_adapter(adapter.path, "adapter"), devices)
 
     def _adopt(self, model: PreTrainedModel) -> None:
-        """Make the model's parameters views of the live segments, and move its buffers to where they are needed."""
+        """Make the model's parameters views of the live segments, and move its buffers to their devices."""
         self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         for segment in self._segments:
-            for place in segment.places:
+            for place in segment.slices:
                 self._parameters[place.name].data = segment.view(segment.live_P, place)
         for path, module in model.named_modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -219,11 +329,11 @@ class MergedModel:
         move_activations(model, self._split, self._devices)
 
 
-def inner(gradient_P: Tensor, base_P: Values, stored_NP: Sequence[Values], block: int) -> Tensor:
-    """< g , x_n - x_0 >  for each n over flat tensors: in float32 for each block, summed in float64.
+def inner_products(gradient_P: Tensor, base_P: Values, stored_NP: Sequence[Values], block: int) -> Tensor:
+    """Compute  < g , x_n - x_0 >  for each n over flat tensors: in float32 within a block, summed in float64.
 
-    Differences are formed first, because those of inner products would cancel.  Block by block, gradient and base are
-    read once for all n.  A float64 gradient makes everything float64.
+    Differences are formed first: those of inner products would cancel, since fine-tunes are close to the base.  Block
+    by block, gradient and base are read once for all n.  A float64 gradient makes everything float64.
     """
     wide = torch.promote_types(gradient_P.dtype, torch.float32)
     sums_N = torch.zeros(len(stored_NP), dtype=torch.float64, device=gradient_P.device)
@@ -234,7 +344,12 @@ def inner(gradient_P: Tensor, base_P: Values, stored_NP: Sequence[Values], block
     return sums_N
 
 
-Named = Iterator[tuple[str, Tensor]]
+def inner_products_bytes(elements: int, itemsize: int, device: str) -> int:
+    """Bytes of one parameter's gradient, and of the three float32 blocks that `inner_products` makes of it."""
+    return elements * itemsize + 3 * 4 * min(CPU_BLOCK if device == "cpu" else DEVICE_BLOCK, elements)
+
+
+NamedTensors = Iterator[tuple[str, Tensor]]
 
 
 def merged_tensors(
@@ -244,12 +359,19 @@ def merged_tensors(
     composite: Composite,
     names: Sequence[str],
     dtype: torch.dtype | None = None,
-) -> Named:
-    """A composite's tensors one at a time, straight from the files, under the base's names for them.
+) -> NamedTensors:
+    """Yield a composite's tensors one at a time, straight from the files, under the base's stored names.
 
-    `stored` holds checkpoints and adapters by content.  Each tensor has the base's dtype, or its own where the
-    composite is a single checkpoint.  Given a `dtype`, the float32 sums are rounded to that once, and to no other.
-    What transformers fuses on loading is merged as it is stored: fusing only moves values.
+    Parameters that transformers fuses on loading are merged as they are stored: fusing only moves values.
+
+    Args:
+        architecture: The base's.
+        base: The base.
+        stored: Checkpoints and adapters by content.
+        composite: The composite.
+        names: Stored names of the base's tensors, in the order wanted.
+        dtype: What the float32 sums are rounded to, once; by default the base's dtype, or for a single checkpoint its
+            own.
     """
     header = read_header(base.path, "base")
     dtypes = {name: DTYPES[header.tensors[name].dtype] for name in names}
@@ -258,20 +380,20 @@ def merged_tensors(
 
 
 def _merge_each(
-    readers: Sequence[Named], composite: Composite, dtypes: Mapping[str, torch.dtype], dtype: torch.dtype | None
-) -> Named:
-    """Merge what the readers of a composite's terms give, one tensor after the other."""
-    kernel, alone = MergeKernel(), len(composite.terms) == 1
+    readers: Sequence[NamedTensors], composite: Composite, dtypes: Mapping[str, torch.dtype], dtype: torch.dtype | None
+) -> NamedTensors:
+    """Merge the tensors that the readers of a composite's terms yield side by side."""
+    kernel, is_single = MergeKernel(), len(composite.terms) == 1
     for tensors in zip(*readers, strict=True):
         name, first = tensors[0]
-        merged = torch.empty(first.shape, dtype=dtype or (first.dtype if alone else dtypes[name]))
+        merged = torch.empty(first.shape, dtype=dtype or (first.dtype if is_single else dtypes[name]))
         terms = [(units, x.reshape(-1)) for (_, units), (_, x) in zip(composite.terms, tensors, strict=True)]
         kernel.merge(merged.view(-1), terms, merged.dtype)
         yield name, merged
 
 
-def _tensors(architecture: Architecture, base: StoredModel, names: Sequence[str], model: StoredModel) -> Named:
-    """What a checkpoint, or an adapter, has in the place of the base's stored tensors."""
+def _tensors(architecture: Architecture, base: StoredModel, names: Sequence[str], model: StoredModel) -> NamedTensors:
+    """Yield a checkpoint's or an adapter's tensors in place of the base's stored tensors."""
     header = read_header(base.path, "base")
     parameters = parameter_of(architecture, header)
     if model.base is not None:
@@ -282,8 +404,8 @@ def _tensors(architecture: Architecture, base: StoredModel, names: Sequence[str]
     return ((name, tensor) for name, (_, tensor) in zip(names, read_tensors(other, theirs), strict=True))
 
 
-def _edited(model: StoredModel, values: Named, parameters: Mapping[str, str]) -> Named:
-    """The base's values with an adapter's edits; `parameters` tells which parameter a value is of."""
+def _edited(model: StoredModel, values: NamedTensors, parameters: Mapping[str, str]) -> NamedTensors:
+    """Yield the base's tensors with an adapter's edits; `parameters` maps stored names to parameters."""
     edits = load_edits(read_adapter(model.path, "adapter"))
     for name, tensor in values:
         edit = edits.get(parameters[name])
@@ -291,7 +413,7 @@ def _edited(model: StoredModel, values: Named, parameters: Mapping[str, str]) ->
 
 
 @dataclass(frozen=True)
-class _Place:
+class _ParameterSlice:
     """Where a parameter lies in its segment, or a part of it from its element `first` on."""
 
     name: str
@@ -301,94 +423,106 @@ class _Place:
 
     @property
     def slice(self) -> slice:
-        """Its elements."""
+        """Its elements in the segment."""
         return slice(self.start, self.start + self.shape.numel())
 
-    def parts(self, size: int) -> Iterator["_Place"]:
-        """Its elements, so many at a time."""
+    def parts(self, size: int) -> Iterator["_ParameterSlice"]:
+        """Divide it into parts of at most `size` elements."""
         for first in range(0, self.shape.numel(), size):
             count = min(size, self.shape.numel() - first)
-            yield _Place(self.name, torch.Size([count]), self.start + first, first)
+            yield _ParameterSlice(self.name, torch.Size([count]), self.start + first, first)
 
     def block(self, device: torch.device) -> Block:
-        """What of its parameter it is."""
+        """Its elements in the parameter."""
         return Block(self.name, slice(self.first, self.first + self.shape.numel()), device)
 
 
-@dataclass(frozen=True)
-class _Segment:
-    """Parameters of one device, alike in dtype: of N checkpoints by content hash, their vectors, and the live ones.
+@dataclass(kw_only=True)
+class _Layout:
+    """A segment before it is allocated: which parameters lie where.
 
-    number  the device's
-    dtype   what composites are rounded to
-    dtypes  what each checkpoint stores, by content
+    Attributes:
+        device: The device's number.
+        stored: Dtype in each stored checkpoint; the first is the base's, which composites are rounded to.
+        live: Dtype of the live parameters.
+        size: Elements, padding included.
     """
 
-    number: int
+    device: int
+    stored: tuple[torch.dtype, ...]
+    live: torch.dtype
+    slices: list[_ParameterSlice] = field(default_factory=list)
+    size: int = 0
+
+    def append(self, name: str, shape: tuple[int, ...]) -> None:
+        """Add a parameter at the next aligned place."""
+        place = _ParameterSlice(name, torch.Size(shape), self.size)
+        self.slices.append(place)
+        self.size += -(-place.shape.numel() // ALIGNMENT) * ALIGNMENT
+
+
+def _lay_out(
+    shapes: Mapping[str, tuple[int, ...]],
+    stored: Sequence[Mapping[str, torch.dtype]],
+    live: Mapping[str, torch.dtype],
+    devices: Mapping[str, int],
+) -> list[_Layout]:
+    """Group parameters by device and dtypes, in their order; pure arithmetic, shared with `memory_bytes`."""
+    layouts: dict[tuple[int, tuple[torch.dtype, ...], torch.dtype], _Layout] = {}
+    for name, shape in shapes.items():
+        device, dtypes = devices[name], tuple(by_name[name] for by_name in stored)
+        key = device, dtypes, live[name]
+        if key not in layouts:
+            layouts[key] = _Layout(device=device, stored=dtypes, live=live[name])
+        layouts[key].append(name, shape)
+    return list(layouts.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Segment:
+    """Parameters of one device with the same dtypes: of stored checkpoints, int8 vectors, and the live model.
+
+    Attributes:
+        device: The device's number.
+        dtype: The base's dtype, which composites are rounded to.
+        dtypes: Dtype in each stored checkpoint, by content.
+        slices: Where each parameter lies.
+        size: Elements, padding included.
+        live_P: The live values.
+        stored_NP: Values of each stored checkpoint, by content.
+        vectors_NP: Quantized vectors, by content.
+    """
+
+    device: int
     dtype: torch.dtype
     dtypes: Mapping[str, torch.dtype]
-    places: Sequence[_Place]
+    slices: Sequence[_ParameterSlice]
     size: int
     live_P: Tensor
-    stored_NP: dict[str, Tensor]
+    stored_NP: dict[str, Tensor] = field(default_factory=dict)
     vectors_NP: dict[str, Int8Vector] = field(default_factory=dict)
 
-    def parts(self, edited: bool, mapped: bool) -> Sequence[_Place]:
-        """What is merged at once: parameters that adapters edit, blocks of mapped files, or all of it."""
-        if edited:
-            return self.places
-        if mapped:
-            return [part for place in self.places for part in place.parts(BLOCK)]
-        return [_Place("", torch.Size([self.size]), 0)]
+    def parts(self, has_adapters: bool, is_streamed: bool) -> Sequence[_ParameterSlice]:
+        """Divide a merge: by parameter for adapters, by block for streamed checkpoints, else not at all."""
+        if has_adapters:
+            return self.slices
+        if is_streamed:
+            return [part for place in self.slices for part in place.parts(BLOCK)]
+        return [_ParameterSlice("", torch.Size([self.size]), 0)]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that it holds."""
+        """Bytes of all its tensors."""
         flat = sum(x.nbytes for x in (self.live_P, *self.stored_NP.values()))
         vectors = sum(x.nbytes for x in self.vectors_NP.values())
         return flat + vectors + (self.starts_R.nbytes if vectors else 0)
 
     @cached_property
     def starts_R(self) -> Tensor:
-        """Where each row of its parameters begins; what follows a parameter belongs to its last row, and is zero."""
-        starts = [torch.arange(row_count(one.shape)) * row_length(one.shape) + one.start for one in self.places]
+        """First element of each row of its parameters; the padding behind a parameter belongs to its last row."""
+        starts = [torch.arange(row_count(x.shape)) * row_length(x.shape) + x.start for x in self.slices]
         return torch.cat(starts).to(self.live_P.device)
 
-    def no_vector(self) -> Int8Vector:
-        """A vector of zeros."""
-        zeros_P = torch.zeros(self.size, dtype=torch.int8, device=self.live_P.device)
-        return Int8Vector(zeros_P, torch.zeros(len(self.starts_R), device=self.live_P.device), self.starts_R)
-
-    def view(self, flat_P: Tensor, place: _Place) -> Tensor:
-        """One parameter's part of a flat tensor."""
+    def view(self, flat_P: Tensor, place: _ParameterSlice) -> Tensor:
+        """View one parameter's part of a flat tensor in its shape."""
         return flat_P[place.slice].view(place.shape)
-
-
-def _lay_out(
-    model: PreTrainedModel,
-    architecture: Architecture,
-    stored: Sequence[StoredModel],
-    split: Split,
-    devices: Sequence[torch.device],
-) -> list[_Segment]:
-    """Empty segments for a model's parameters, in the order of `named_parameters()` (tied weights once)."""
-    dtypes = {one.content: stored_dtypes(architecture, one.path) for one in stored}
-    groups: dict[tuple[int, tuple[torch.dtype, ...]], list[_Place]] = {}
-    sizes: dict[tuple[int, tuple[torch.dtype, ...]], int] = {}
-    for name, parameter in model.named_parameters():
-        group = split.places[name], (*(by_name[name] for by_name in dtypes.values()), parameter.dtype)
-        start = sizes.get(group, 0)
-        groups.setdefault(group, []).append(_Place(name, parameter.shape, start))
-        sizes[group] = start + -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
-    return [
-        _Segment(
-            number=number,
-            dtype=alike[0],
-            dtypes=dict(zip(dtypes, alike, strict=False)),
-            places=places,
-            size=sizes[number, alike],
-            live_P=torch.zeros(sizes[number, alike], dtype=alike[-1], device=devices[number]),
-            stored_NP={},
-        )
-        for (number, alike), places in groups.items()
-    ]

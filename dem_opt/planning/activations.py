@@ -1,8 +1,10 @@
-"""What a pass through a model takes, from the model's dimensions: bytes and floating-point operations.
+"""Bytes and floating-point operations of a pass through transformers' layers, from the model's dimensions.
 
-Arithmetic on config.json and shapes; nothing is loaded.  It follows what perplexity and heads do, so it
-changes when they do.
-Shape suffixes as in records; H is the hidden width, I the intermediate one.
+Arithmetic on config.json and shapes; nothing is loaded.  The layers' activations are allocated by transformers and
+torch, so they are modelled here; those of the language-model head are counted beside it.
+
+Symbols: B rows, T tokens of a window, H hidden width, I intermediate width, Q and K widths of all query and key heads
+together, L layers, V vocabulary, s bytes of a number.
 """
 
 from collections.abc import Mapping
@@ -11,21 +13,28 @@ from math import prod
 from typing import Any
 
 from dem_opt.checkpoints.architecture import Architecture
-from dem_opt.evaluation.lm_head import chunk_rows
+from dem_opt.evaluation import lm_head
 
-KEPT = 32 * 2**20
-"""The C library gives freed tensors of at least so many bytes back to the system, and may keep smaller ones (glibc)."""
+# glibc's largest threshold for mmap: freed tensors of so many bytes go back to the system, smaller ones may stay.
+_KEPT_BYTES = 32 * 2**20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Widths:
     """The dimensions of a transformer that its activations and FLOPs depend on.
 
-    queries, keys    heads times the width of a head: of queries, of keys (and of values)
-    materialized     whether attention scores are held as a matrix, which soft-capped attention does
-    capped           whether logits are soft-capped, which makes a copy of them
-    experts          of a mixture, those that a token is sent to
-    states           numbers that a state-space layer keeps for a token
+    Attributes:
+        vocabulary: V.
+        hidden: H.
+        intermediate: I, of one expert in a mixture of experts.
+        layers: L.
+        heads: Query heads.
+        queries: Q, query heads times their width.
+        keys: K, key heads times their width; the same for values.
+        materialized: Whether attention scores exist as a matrix, as in soft-capped attention.
+        capped: Whether logits are soft-capped, which copies them.
+        experts: Experts that a token is sent to in a mixture of experts.
+        states: Numbers that a state-space layer keeps for a token.
     """
 
     vocabulary: int
@@ -42,7 +51,7 @@ class Widths:
 
 
 def read_widths(architecture: Architecture, model: Mapping[str, Any]) -> Widths:
-    """Dimensions from the embedding's shape and from config.json, under the names that the common families use."""
+    """Read dimensions from the embedding's shape and config.json, under the names that common families use."""
     vocabulary, hidden = architecture.parameters[architecture.embedding]
     heads = int(_look(model, "num_attention_heads", "n_head", "num_heads", "decoder_attention_heads", default=1))
     width = int(_look(model, "head_dim", default=hidden // heads))
@@ -65,35 +74,16 @@ def read_widths(architecture: Architecture, model: Mapping[str, Any]) -> Widths:
     )
 
 
-def head_bytes(widths: Widths, tokens: int, itemsize: int, device: str = "cpu", backward: bool = False) -> int:
-    """The most bytes that the end of a model and its loss hold at once, of so many tokens, all of them scored.
-
-    The last hidden states, as they come and as they are scored (2 H), and of `chunk_rows` rows the largest of
-    cap       the logits thrice, where they are soft-capped
-    loss      the logits, the same in float32 where they are narrower, their log-softmax
-    way back  three times float32, the logits where they are soft-capped; beside them the gradients of the hidden
-              states (2 H), and of the output embedding (V H), to which each chunk's is added
-
-    A model that ends in another way than `heads` knows makes all of its logits at once, which nobody knows before it
-    is loaded.
-    """
-    rows = min(chunk_rows(widths.vocabulary, device), tokens)
-    hidden, wide = 2 * tokens * widths.hidden * itemsize, rows * widths.vocabulary * 4
-    logits = rows * widths.vocabulary * itemsize
-    if backward:
-        embedding = widths.vocabulary * widths.hidden * itemsize
-        return 2 * hidden + 3 * wide + (logits if widths.capped else 0) + embedding
-    return hidden + max(3 * logits if widths.capped else 0, logits + wide + (wide if itemsize < 4 else 0))
-
-
 def activation_bytes(widths: Widths, rows: int, window: int, itemsize: int, device: str = "cpu") -> int:
-    """The most bytes that a forward call on `rows` windows and its loss hold at once, in inference mode.
+    """Most bytes that a forward call on `rows` windows and its loss hold at once, in inference mode.
 
     The largest of three moments, for B T tokens:
-    attention     embedding, layer's input, its norm (3H); q, its output twice (3Q), k and v (2K), where heads share
-                  keys their expansion (2Q); the mask and its float copy [B, T, T]; the scores where they are held
-    feed-forward  embedding, layer's input, residual, its norm (4H); gate, up and their product (3I)
-    loss          the end of the model; on a CPU also what the layers have freed and the allocator has kept
+
+        attention     3 H + 3 Q + 2 K, and 2 Q where heads share keys: embedding, layer's input and its norm; queries
+                      and twice the output; keys and values; these expanded.  The mask and its float copy,
+                      B T T (1 + s).  Materialized scores and their softmax, B T T heads (2 s + 4).
+        feed-forward  4 H + 3 I: embedding, layer's input, residual and its norm; gate, up and their product.
+        loss          the language-model head's bytes; on a CPU also what the layers freed and the allocator kept.
     """
     tokens, square = rows * window, rows * window**2
     hidden, inner = tokens * widths.hidden * itemsize, tokens * widths.intermediate * itemsize
@@ -101,34 +91,51 @@ def activation_bytes(widths: Widths, rows: int, window: int, itemsize: int, devi
     attention = 3 * hidden + tokens * (3 * widths.queries + 2 * widths.keys + shared) * itemsize
     attention += square * (1 + itemsize)
     attention += square * widths.heads * (2 * itemsize + 4) if widths.materialized else 0
-    kept = sum(count * size for count, size in ((4, hidden), (3, inner)) if device == "cpu" and size < KEPT)
-    return max(attention, 4 * hidden + 3 * inner, head_bytes(widths, tokens, itemsize, device) + kept)
+    kept = sum(count * size for count, size in ((4, hidden), (3, inner)) if device == "cpu" and size < _KEPT_BYTES)
+    return max(attention, 4 * hidden + 3 * inner, _head_bytes(widths, tokens, itemsize, device) + kept)
 
 
 def gradient_bytes(widths: Widths, rows: int, window: int, itemsize: int, device: str = "cpu") -> int:
-    """The most bytes that a forward call on `rows` windows, its loss and the way back hold at once, beside parameters.
+    """Most bytes that a forward call on `rows` windows, its loss and the backward pass hold, without parameters.
 
-    What autograd keeps of every layer, for B T tokens and s bytes a number:
-    norms         two times input and output (s), and the input in float32, as Llama's does it:  2 H (4 + 2 s)
-    attention     q, k and v, expanded where heads share keys, and the output:  4 Q s ;  the mask as numbers, B T T s ;
-                  where scores are held, these before and after the softmax, in float32
-    feed-forward  gate, its activation, up and their product, of each expert that a token is sent to:  4 I s
-    states        of a state-space layer, as its reference code in Python keeps them: four times, in float32
-    Beside the layers: the last norm's  H (4 + 2 s),  and the end of the model with its way back.
+    Autograd saves of every layer, for each of B T tokens:
+
+        norms         2 H (4 + 2 s): of two, input and output, and the input in float32, as Llama's RMSNorm has it.
+        attention     4 Q s: queries, keys and values (expanded where heads share keys), output.  The mask as numbers,
+                      B T T s.  Materialized scores before and after the softmax, in float32.
+        feed-forward  4 I s: gate, its activation, up and their product, of each expert that a token is sent to.
+        states        16 bytes a state: a state-space layer's reference code in Python keeps four copies in float32.
+
+    Beside the layers: the last norm, H (4 + 2 s), and the language-model head with its backward pass.
     """
     tokens, square = rows * window, rows * window**2
     norm = widths.hidden * (4 + 2 * itemsize)
     layer = 2 * norm + 4 * itemsize * (widths.queries + widths.experts * widths.intermediate) + 4 * 4 * widths.states
     scores = square * (itemsize + (2 * 4 * widths.heads if widths.materialized else 0))
-    end = head_bytes(widths, tokens, itemsize, device, backward=True)
-    return widths.layers * (tokens * layer + scores) + tokens * norm + end
+    head = _head_bytes(widths, tokens, itemsize, device, backward=True)
+    return widths.layers * (tokens * layer + scores) + tokens * norm + head
+
+
+def _head_bytes(widths: Widths, tokens: int, itemsize: int, device: str, backward: bool = False) -> int:
+    """Bytes of the language-model head and the loss."""
+    return lm_head.memory_bytes(
+        vocabulary=widths.vocabulary,
+        hidden=widths.hidden,
+        tokens=tokens,
+        itemsize=itemsize,
+        device=device,
+        capped=widths.capped,
+        backward=backward,
+    )
 
 
 def flops_per_token(architecture: Architecture, model: Mapping[str, Any], widths: Widths, window: int) -> float:
-    """2 P_active + 4 L T Q : a multiplication and an addition for each weight; scores and their sums over a window.
+    """Floating-point operations of a forward pass for one token:  2 P_active + 4 L T Q .
 
-    P_active: the matrices, the embedding only where it is the output's too; of a mixture of experts the share that
-    a token is sent to.
+    A multiplication and an addition for each weight; attention scores and their weighted sums over a window of T tokens
+    (Kaplan et al. 2020, section 2.1, without their assumption that the attention term is small).  P_active counts
+    matrices: the embedding only where it is tied to the output, and of a mixture's experts the share that a token is
+    sent to.
     """
     matrices = {name: prod(shape) for name, shape in architecture.parameters.items() if len(shape) > 1}
     if not architecture.aliases:
@@ -140,7 +147,7 @@ def flops_per_token(architecture: Architecture, model: Mapping[str, Any], widths
 
 
 def _look(model: Mapping[str, Any], *names: str, default: Any) -> Any:
-    """The first of these that config.json has, at its top or for the text part of a model of several kinds."""
+    """The first of these names that config.json has, at its top or in the text part of a multimodal model's."""
     text = model.get("text_config")
     for part in (model, text if isinstance(text, Mapping) else {}):
         for name in names:

@@ -1,4 +1,4 @@
-"""What this machine has: the memory that workers find, and its speed."""
+"""This machine's memory and speed, as far as workers depend on them."""
 
 import os
 import sys
@@ -10,25 +10,35 @@ from time import perf_counter
 
 import torch
 
+PROCESS_BYTES = 450 * 10**6
+"""RSS of a worker's process with Python, torch, transformers and Ray before it loads anything (Linux)."""
+
+GPU_CONTEXT_BYTES = 600 * 10**6
+"""Bytes that a process takes on a GPU before it stores anything: CUDA's context and the libraries' kernels.  Not
+measured: a round number above what is usual."""
+
 _PROBE_SECONDS = 0.1
+
+# Control groups of version 2 and 1, under /sys/fs/cgroup: files with the limit and the use, the file with details, and
+# the detail that counts cached files.
 _CONTAINERS: Sequence[tuple[str, str, str, str]] = (
     ("memory.max", "memory.current", "memory.stat", "file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "cache"),
 )
-"""Under /sys/fs/cgroup, versions 2 and 1: limit, use, and where and under which name files in memory are counted."""
 
+# float32 numbers copied to time memory: 64 MB, more than caches hold.
 _COPIED = 2**24
-"""Numbers that are copied to time memory: more than caches hold."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The memory that workers find here.
+    """Memory for workers on this machine.
 
-    device     "cuda" where there is a GPU, else "cpu"
-    devices    the number of GPUs; 1 on a CPU
-    total      bytes of the smallest GPU, or of RAM (or of the container's share of it)
-    available  bytes of it that are free now; files that the system keeps in RAM count as free
+    Attributes:
+        device: "cuda" where there is a GPU, else "cpu".
+        devices: Number of GPUs; 1 on a CPU.
+        total: Bytes of the smallest GPU, or of RAM (or of the container's share of it).
+        available: Bytes of it that are free now; files cached in RAM count as free.
     """
 
     device: str
@@ -39,11 +49,14 @@ class Machine:
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast workers are; `source` says whence that is known.
+    """Speed of a worker.
 
-    flops             floating-point operations a second of a matrix product, in the evaluation's dtype
-    bandwidth         bytes a second, read and written
-    token_seconds     measured seconds of an evaluation (merge and score) for each forward token, where there are any
+    Attributes:
+        source: How it is known, for users.
+        flops: Floating-point operations a second of a matrix product in the evaluation's dtype.
+        bandwidth: Bytes a second, read and written.
+        token_seconds: Measured seconds of an evaluation (merge and score) for each forward token; None where there was
+            none yet.
     """
 
     source: str
@@ -53,7 +66,7 @@ class Speed:
 
 
 def this_machine() -> Machine:
-    """GPUs where torch finds any, else RAM."""
+    """Measure the memory of this machine: of its GPUs where torch finds any, else RAM."""
     if torch.cuda.is_available():
         memory = [torch.cuda.mem_get_info(index) for index in range(torch.cuda.device_count())]
         return Machine("cuda", len(memory), min(total for _, total in memory), min(free for free, _ in memory))
@@ -61,9 +74,9 @@ def this_machine() -> Machine:
 
 
 def probe(device: str, dtype: str, inner: int, outer: int) -> Speed:
-    """The speed of this machine: a matrix product of shapes like the model's, and a copy; 0.1 s each.
+    """Time a matrix product of the model's shapes and a copy on this machine, for 0.1 s each.
 
-    The product is  [rows, inner] x [inner, outer] , each cut to what is done in a few hundredths of a second.
+    The product is  [rows, inner] x [inner, outer] , each cut to a size that takes a few hundredths of a second.
     """
     rows, most = (512, 2048) if device == "cpu" else (8192, 8192)
     inner, outer = min(inner, most), min(outer, most)
@@ -77,7 +90,7 @@ def probe(device: str, dtype: str, inner: int, outer: int) -> Speed:
 
 
 def _timed(work: Callable[[], object], device: str) -> float:
-    """Seconds of one call: the median of those after the first, within _PROBE_SECONDS."""
+    """Median seconds of a call, without the first one, over _PROBE_SECONDS."""
     spent: list[float] = []
     began = perf_counter()
     while len(spent) < 2 or perf_counter() - began < _PROBE_SECONDS:
@@ -90,14 +103,14 @@ def _timed(work: Callable[[], object], device: str) -> float:
 
 
 def _ram() -> tuple[int, int]:
-    """Bytes of memory, in all and available, of this machine or of the container that this is."""
+    """Bytes of RAM, total and available, of this machine or of the container that the process runs in."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     available = total
     if sys.platform == "linux":
         lines = (line.split() for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
         available = {words[0]: int(words[1]) for words in lines}["MemAvailable:"] * 1024
     limits = (_container(*names) for names in _CONTAINERS)
-    for limit, free in (one for one in limits if one is not None):
+    for limit, free in (memory for memory in limits if memory is not None):
         total, available = min(total, limit), min(available, free)
     return total, available
 

@@ -1,4 +1,8 @@
-"""A study's files, checked against each other and hashed: what its question and its workers are made from."""
+"""A study's inputs: checkpoints, adapters, tokenizer and texts, checked against each other and hashed.
+
+`check_headers` reads headers only; `load_inputs` also tokenizes and hashes, which the study's identity and the workers'
+spec are made from.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,33 +24,39 @@ from dem_opt.planning.plan import BATCH_TOKENS, Plan, evaluation_dtype, make_pla
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.types import SPLITS, Corpus, StoredModel, WorkerSpec
 
+# Names of the number of positions in config.json; GPT-2 and its like have the second.
 _POSITIONS = ("max_position_embeddings", "n_positions")
 
 
 @dataclass(frozen=True)
 class CheckedHeaders:
-    """The headers of a study's checkpoints and adapters, which fit together: the base's as "base", others by name."""
+    """Headers of a study's checkpoints and adapters that fit together: of the base as "base", of the others by name."""
 
     config: StudyConfig
     architecture: Architecture
     headers: Mapping[str, Header]
 
     def plan(self) -> Plan:
-        """What a study of them needs on this machine."""
+        """Plan the study on this machine."""
         model = read_config(self.headers["base"].folder, "base")
         return make_plan(self.architecture, self.headers, model, self.config, this_machine())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Inputs:
     """Everything that a study reads.
 
-    stored        what most of the base's tensors are, as torch names the dtype
-    experts       by distribution
-    batch_tokens  tokens in one forward call at most: a part of the scoring, decided once
-    gradients_fit whether memory allows gradients, as far as is known
-    device        the kind of device that workers get, "cpu" or "cuda"
-    streamed      contents of checkpoints that stay in their files
+    Attributes:
+        config: The study file.
+        stored: Torch's name of the dtype that most of the base's tensors are stored in.
+        base: The base.
+        fine_tunes: Checkpoints and adapters by distribution.
+        corpora: Windows of every corpus, for both splits.
+        tokenizer: Digest of the base's tokenizer.
+        batch_tokens: Most tokens of a forward call: a part of the scoring, decided once.
+        gradients_fit: Whether memory suffices for gradients, as far as is known.
+        device: The kind of device that workers get, "cpu" or "cuda".
+        streamed: Contents of checkpoints that stay in their files.
     """
 
     config: StudyConfig
@@ -61,25 +71,26 @@ class Inputs:
     streamed: tuple[str, ...] = ()
 
     def on(self, device: str) -> "Inputs":
-        """The same for workers on another kind of device."""
+        """The same inputs for workers on another kind of device."""
         return replace(self, device=device)
 
     @property
     def dtype(self) -> str:
-        """The evaluation's."""
+        """Torch's name of the evaluation's dtype."""
         return evaluation_dtype(self.config.evaluation.dtype, self.stored, self.device)
 
     def warnings(self) -> list[str]:
-        """What is no mistake but may surprise: checkpoints of the same content, and those that stay in their files."""
-        contents = {"base": self.base.content} | {name: one.content for name, one in self.fine_tunes.items()}
-        names = [name for name, content in contents.items() if content in self.streamed]
-        told = (
-            [f"{', '.join(names)}: read from the files at every merge, since not all fits into memory"] if names else []
-        )
-        return identical_checkpoints(contents) + told
+        """Warn of checkpoints with the same content, and of those that are read from their files at every merge."""
+        contents = {"base": self.base.content} | {name: model.content for name, model in self.fine_tunes.items()}
+        streamed = [name for name, content in contents.items() if content in self.streamed]
+        warnings = identical_checkpoints(contents)
+        if streamed:
+            reason = "read from the files at every merge, because not all checkpoints fit into memory"
+            warnings.append(f"{', '.join(streamed)}: {reason}")
+        return warnings
 
     def identity(self) -> StudyIdentity:
-        """The question by content."""
+        """The study's identity: everything that its scores and its objective depend on, by content."""
         evaluation = self.config.evaluation
         settings = {
             f"evaluation.{name}": getattr(evaluation, name)
@@ -88,7 +99,7 @@ class Inputs:
         settings |= {"evaluation.batch": self.batch_tokens, "evaluation.dtype": self.dtype, "looks": INTERIM_ANALYSES}
         return StudyIdentity(
             base=self.base.content,
-            fine_tunes={name: expert.content for name, expert in self.fine_tunes.items()},
+            fine_tunes={name: model.content for name, model in self.fine_tunes.items()},
             space=self.config.space,
             weights=self.config.weights,
             corpora={
@@ -102,7 +113,7 @@ class Inputs:
         )
 
     def spec(self) -> WorkerSpec:
-        """What a worker of this study holds."""
+        """Specify a worker of this study."""
         return WorkerSpec(
             base=self.base,
             fine_tunes=tuple(self.fine_tunes.values()),
@@ -115,28 +126,29 @@ class Inputs:
         )
 
     def exact(self) -> "Inputs":
-        """The same with vectors as they are."""
+        """The same inputs with exact vectors."""
         return replace(self, config=with_exact_vectors(self.config))
 
     def models(self) -> dict[str, StoredModel]:
-        """Base and experts by content."""
+        """Base and fine-tunes by content."""
         return {model.content: model for model in (self.base, *self.fine_tunes.values())}
 
     def other(self, folder: Path, field: str) -> StoredModel:
-        """Another model, to be scored on this study's corpora.
+        """Check another model, to be scored on this study's corpora.
 
-        Raises InputError for a model that is damaged, or whose tokenizer is not the base's.
+        Raises:
+            InputError: It is damaged or too large, or its tokenizer is not the base's.
         """
         header = read_header(folder, field)
-        files = CheckedHeaders(self.config, check_base(header), {"base": header})
+        headers = CheckedHeaders(self.config, check_base(header), {"base": header})
         if self.config.compute.ray == "local":
-            refuse_too_large(files.plan(), folder)
+            refuse_too_large(headers.plan(), folder)
         if tokenizer_digest(load_tokenizer(folder)) != self.tokenizer:
             raise InputError(folder, field, None, "its tokenizer is not the base's, so perplexities would not compare")
         return StoredModel(folder, content_hash(folder, field))
 
     def spec_of(self, model: StoredModel) -> WorkerSpec:
-        """What a worker holds that scores one other model."""
+        """Specify a worker that scores one other model."""
         devices = self.config.compute.gpus_per_worker
         return WorkerSpec(
             base=model,
@@ -149,12 +161,12 @@ class Inputs:
 
 
 def with_exact_vectors(config: StudyConfig) -> StudyConfig:
-    """The same study of vectors as they are."""
+    """The same study with exact vectors."""
     return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"vectors": "exact"})})
 
 
 def memory_shortage(config: StudyConfig, where: object) -> str | None:
-    """Why workers of this study don't fit into this machine, where they are to live on it; else None."""
+    """Say why a study's workers do not fit into this machine; None where they do, or live elsewhere."""
     if config.compute.ray != "local":
         return None
     plan = check_headers(config, where).plan()
@@ -162,13 +174,15 @@ def memory_shortage(config: StudyConfig, where: object) -> str | None:
         refuse_too_large(plan, where)
     except InputError as error:
         return str(error)
-    return "not all checkpoints would stay in memory" if plan.streamed else None
+    return "not all checkpoints would stay in memory" if plan.memory.streamed else None
 
 
 def check_headers(config: StudyConfig, where: object) -> CheckedHeaders:
-    """Headers of the base and of every checkpoint and adapter, which must fit together; reads no weights.
+    """Read and check the headers of the base and of every checkpoint and adapter; no weights are read.
 
-    Raises InputError for what is missing, damaged, of another shape than the base, or can't be divided as asked.
+    Raises:
+        InputError: A file is missing or damaged, a shape is not the base's, a window is longer than the base's
+            positions, or the layers can't be divided over `compute.gpus_per_worker`.
     """
     base = read_header(locate(config.base, "base"), "base")
     architecture = check_base(base)
@@ -177,42 +191,34 @@ def check_headers(config: StudyConfig, where: object) -> CheckedHeaders:
     _check_window(base.folder, config.evaluation.window, where)
     headers = {"base": base}
     for name, distribution in config.distributions.items():
-        headers[name] = _check_expert(
-            architecture, base, name, distribution, where, config.evaluation.vectors == "int8"
-        )
+        kind, source = distribution.fine_tune
+        field = f"distributions.{name}.{kind}"
+        if distribution.train is not None and source.place is not None and not exists(source.place):
+            raise InputError(where, field, str(source.place), f"no such folder; `dem-opt train {where}` makes it")
+        check_origin(name, distribution, where)
+        folder = locate(source, field)
+        if kind == "adapter":
+            headers[name] = _check_adapter(architecture, base, name, folder, config, where)
+        else:
+            headers[name] = read_header(folder, field)
+            check_fit(architecture, base, headers[name])
     return CheckedHeaders(config, architecture, headers)
 
 
-def _check_expert(
-    architecture: Architecture,
-    base: Header,
-    name: str,
-    distribution: DistributionSection,
-    where: object,
-    compressed: bool,
+def _check_adapter(
+    architecture: Architecture, base: Header, name: str, folder: Path, config: StudyConfig, where: object
 ) -> Header:
-    """The header of a distribution's checkpoint or adapter, which must fit the base."""
-    kind, source = distribution.fine_tune
-    field = f"distributions.{name}.{kind}"
-    untrained = distribution.train is not None and source.place is not None and not exists(source.place)
-    if untrained:
-        raise InputError(where, field, str(source.place), f"no such folder; `dem-opt train {where}` makes it")
-    check_origin(name, distribution, where)
-    folder = locate(source, field)
-    if kind == "adapter":
-        if compressed:
-            mend = f"{name} is an adapter, which is small as it is: write exact, or give checkpoints only"
-            raise InputError(where, "evaluation.vectors", "int8", mend)
-        adapter = read_adapter(folder, field)
-        check_adapter(architecture, base, adapter)
-        return adapter.header
-    header = read_header(folder, field)
-    check_fit(architecture, base, header)
-    return header
+    """Read and check an adapter's header."""
+    if config.evaluation.vectors == "int8":
+        mend = f"{name} is an adapter, which is small as it is: write exact, or give checkpoints only"
+        raise InputError(where, "evaluation.vectors", "int8", mend)
+    adapter = read_adapter(folder, f"distributions.{name}.adapter")
+    check_adapter(architecture, base, adapter)
+    return adapter.header
 
 
 def check_origin(name: str, distribution: DistributionSection, where: object) -> None:
-    """Raise InputError for a distribution that has neither a checkpoint nor the data to train it from."""
+    """Raise InputError for a distribution that has neither a checkpoint nor data to train one on."""
     kind, source = distribution.fine_tune
     if distribution.train is None and source.place is not None and not exists(source.place):
         mend = f"no such folder; name one that is there, or give distributions.{name}.train, so that it can be trained"
@@ -220,7 +226,7 @@ def check_origin(name: str, distribution: DistributionSection, where: object) ->
 
 
 def _check_gpus(config: StudyConfig, where: object) -> None:
-    """Raise InputError where workers that are to live on this machine want several GPUs, and it has none."""
+    """Raise InputError where workers on this machine ask for several GPUs, and it has none."""
     gpus = config.compute.gpus_per_worker
     if gpus > 1 and config.compute.ray == "local" and this_machine().device == "cpu":
         mend = "this machine has no GPU: leave it out, a worker on CPUs has all the memory anyway"
@@ -228,66 +234,77 @@ def _check_gpus(config: StudyConfig, where: object) -> None:
 
 
 def _check_window(base: Path, window: int, where: object) -> None:
-    """Raise InputError where a window has more tokens than the base has positions.
-
-    GPT-2 and its like call them n_positions, which is no limit to T5 and its like; a config may name no limit.
-    """
-    described = read_config(base, "base")
-    names = _POSITIONS[:1] if described.get("is_encoder_decoder") else _POSITIONS
-    positions = next((described[name] for name in names if isinstance(described.get(name), int)), None)
+    """Raise InputError where a window has more tokens than the base has positions; a config may name no limit."""
+    model = read_config(base, "base")
+    names = _POSITIONS[:1] if model.get("is_encoder_decoder") else _POSITIONS  # T5's n_positions limits nothing
+    positions = next((model[name] for name in names if isinstance(model.get(name), int)), None)
     if positions is not None and window > positions:
         mend = f"the base has {positions} positions, as its config.json says; ask for shorter windows"
         raise InputError(where, "evaluation.window", window, mend)
 
 
 def identical_checkpoints(identities: Mapping[str, str]) -> list[str]:
-    """A line for each checkpoint that is the base or another one, given what identifies each ("base" among them)."""
-    first: dict[str, str] = {}
-    told = []
-    for name, header_identity in identities.items():
-        other = first.setdefault(header_identity, name)
+    """Warn of each checkpoint that is the base or another one.
+
+    Args:
+        identities: Content hash or another identity of each checkpoint by name, "base" among them.
+    """
+    first_names: dict[str, str] = {}
+    warnings = []
+    for name, identity in identities.items():
+        other = first_names.setdefault(identity, name)
         if other == "base" != name:
-            told.append(f"{name} is identical to the base: its distribution vector is zero")
+            warnings.append(f"{name} is identical to the base: its distribution vector is zero")
         elif other != name:
-            told.append(f"{name} and {other} have the same weights: nothing can tell their coefficients apart")
-    return told
+            warnings.append(f"{name} and {other} have the same weights: nothing can tell their coefficients apart")
+    return warnings
 
 
 def load_inputs(config: StudyConfig, where: object, worker: bool = True) -> Inputs:
-    """Check, tokenize and hash all that a study names.
+    """Check, tokenize and hash everything that a study names; nothing is written.
 
-    worker  whether workers on this machine will hold all of it: then it has to fit
+    Args:
+        config: The study file.
+        where: Its path, for messages.
+        worker: Whether workers on this machine will load all of it, so that it has to fit into memory.
 
-    Raises InputError, naming file and field, before anything is loaded or written.
+    Raises:
+        InputError: An input is missing, damaged or does not fit; names file and field.
     """
-    files = check_headers(config, where)
-    plan, here = files.plan(), config.compute.ray == "local"
-    if worker and here:
+    checked = check_headers(config, where)
+    plan, is_local = checked.plan(), config.compute.ray == "local"
+    if worker and is_local:
         refuse_too_large(plan, where)
-    folder = files.headers["base"].folder
+    folder = checked.headers["base"].folder
     tokenizer = load_tokenizer(folder)
     corpora = tuple(
         corpus
         for name, data in config.corpora.items()
-        for corpus in build_corpora(name, data, config.evaluation, tokenizer, files.architecture.paired)
+        for corpus in build_corpora(name, data, config.evaluation, tokenizer, checked.architecture.paired)
     )
     base = StoredModel(folder, content_hash(folder, "base"))
-    fine_tunes = {name: _expert(one, files.headers[name], base) for name, one in config.distributions.items()}
+    fine_tunes = {
+        name: _stored_model(distribution, checked.headers[name], base)
+        for name, distribution in config.distributions.items()
+    }
+    streamed = {
+        model.content for model in (base, *fine_tunes.values()) if is_local and model.path in plan.memory.streamed
+    }
     return Inputs(
         config=config,
-        stored=stored_dtype(files.headers["base"]),
+        stored=stored_dtype(checked.headers["base"]),
         base=base,
         fine_tunes=fine_tunes,
         corpora=corpora,
         tokenizer=tokenizer_digest(tokenizer),
-        batch_tokens=plan.batch_tokens if here or config.evaluation.batch != "auto" else BATCH_TOKENS,
-        gradients_fit=plan.gradients or not here,
-        streamed=tuple({one.content for one in (base, *fine_tunes.values()) if here and one.path in plan.streamed}),
+        batch_tokens=plan.calls.batch_tokens if is_local or config.evaluation.batch != "auto" else BATCH_TOKENS,
+        gradients_fit=plan.gradients_fit or not is_local,
+        streamed=tuple(streamed),
     )
 
 
-def _expert(distribution: DistributionSection, header: Header, base: StoredModel) -> StoredModel:
-    """A distribution's checkpoint or adapter with its content."""
+def _stored_model(distribution: DistributionSection, header: Header, base: StoredModel) -> StoredModel:
+    """A distribution's checkpoint or adapter with its content hash."""
     kind, _ = distribution.fine_tune
     if kind == "adapter":
         content = read_adapter(header.folder, header.field).content(base.content)

@@ -1,13 +1,11 @@
-"""What a study will need: bytes, passes, minutes.
+"""Predict what a study needs: bytes, forward passes, minutes.
 
-Arithmetic on headers, config.json and the study file; nothing is loaded.  It follows what merged model, perplexity and
-worker do, so it changes when they do.
+Arithmetic on headers, config.json and the study file; nothing is loaded.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,107 +15,127 @@ from dem_opt.checkpoints.files import DTYPES, Header, known_content
 from dem_opt.config import ComputeSection, StudyConfig
 from dem_opt.errors import InputError
 from dem_opt.evaluation.interim_analyses import windows_by_analysis
+from dem_opt.merging.merged_model import inner_products_bytes
 from dem_opt.planning.activations import Widths, activation_bytes, flops_per_token, gradient_bytes, read_widths
 from dem_opt.planning.hardware import Machine, Speed
-from dem_opt.planning.weights import fetched_bytes, held_bytes, reduced_bytes, streamed_bytes
+from dem_opt.planning.memory import Memory, choose_streamed, device_bytes, streaming_bytes
 
 BATCH_TOKENS = 4096
-"""Tokens in one forward call where the study says `batch: auto` and memory allows."""
+"""Tokens of a forward call where the study says `batch: auto` and memory allows it."""
 
 PACE = 0.6
-"""The share of a matrix product's speed that a whole forward pass reaches: five runs of benchmarks/plan.py (LOG.md)."""
+"""Share of a matrix product's speed that a whole forward pass reaches: five runs of benchmarks/plan.py (dev/LOG.md)."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a study will need.  Sizes are bytes, of one worker; on each of its GPUs, if it has several.
+@dataclass(frozen=True, kw_only=True)
+class Calls:
+    """Forward calls of an evaluation.
 
-    stored        base and experts, as the merged model keeps them (also for coefficients that never use the base)
-    live          the live model, in the evaluation's dtype
-    scratch       what a merge sums in
-    windows       tokens of all corpora, and the spec's own copy
-    activations   the most that a forward call and its loss hold at once
-    backward      the most that these and the way back hold at once, with the gradient of one parameter
-    process       the process itself: on a CPU its libraries, on a GPU its context
-    batch_tokens  tokens in one forward call at most, and call_tokens those of the largest that there is
-    checkpoints   how many are stored; files of the same content once
-    streamed      folders of those that stay in their files, because not all fit into the machine's whole memory
-    asked         workers that the study asks for; auto is as many as there are GPUs for, one on a CPU
-    gpus          GPUs of a worker: the sizes are then those of the one that holds most
-    trial_tokens  tokens through the model for one composite on the search split
-    composites    of the search split at most: base, trials and those of the final table
-    reported      composites of the held-out split: those of the final table
-    token_flops   floating-point operations for a token
-    merge_bytes   bytes read and written by a merge of all checkpoints
+    Attributes:
+        dtype: Of the live model and its activations.
+        vectors: "exact" or "int8".
+        window: Tokens of a window.
+        batch_tokens: Most tokens of a forward call.
+        call_tokens: Tokens of the largest call that there is: at most one block of windows between interim analyses.
     """
 
-    machine: Machine
-    widths: Widths
     dtype: str
     vectors: str
     window: int
     batch_tokens: int
     call_tokens: int
-    checkpoints: int
-    streamed: tuple[Path, ...]
-    stored: int
-    live: int
-    scratch: int
-    windows: int
-    activations: int
-    backward: int
-    process: int
-    asked: int
-    gpus: int
-    trial_tokens: int
-    report_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Merges and forward passes of a study, at most.
+
+    Attributes:
+        trials: Trials of the search.
+        composites: Composites scored on the search split: base, trials and those of the final table.
+        reported: Composites scored on the held-out split: those of the final table.
+        trial_tokens: Forward tokens of one composite on the search split.
+        report_tokens: Forward tokens of one composite on the held-out split.
+        token_flops: Floating-point operations of a forward token.
+        merge_bytes: Bytes read and written by a merge of all checkpoints.
+    """
+
     trials: int
     composites: int
     reported: int
+    trial_tokens: int
+    report_tokens: int
     token_flops: float
     merge_bytes: int
 
     @property
-    def worker(self) -> int:
-        """Bytes of one worker at its peak, on each of its GPUs."""
-        return self.stored + self.live + self.scratch + self.windows + self.activations + self.process
-
-    @property
-    def gradients(self) -> bool:
-        """Whether gradients fit into the whole memory of the machine, beside all else that the workers hold."""
-        peak = self.worker - self.activations + max(self.activations, self.backward)
-        return peak * (self.asked if self.machine.device == "cpu" else 1) <= self.machine.total
-
-    @property
-    def needed(self) -> int:
-        """Bytes of the device: of all workers on a CPU, of one or its part on each GPU."""
-        return self.worker * (self.asked if self.machine.device == "cpu" else 1)
-
-    @property
-    def fitting(self) -> int:
-        """How many workers fit into the memory that is available: on GPUs at most as many as there are GPUs for."""
-        here = self.machine.available // self.worker
-        return here if self.machine.device == "cpu" else min(here, 1) * (self.machine.devices // self.gpus)
-
-    @property
     def tokens(self) -> int:
-        """Tokens through the model for the whole study, at most."""
+        """Forward tokens of the whole study."""
         return self.composites * self.trial_tokens + self.reported * self.report_tokens
 
     def seconds(self, speed: Speed) -> float:
-        """Seconds of merging and scoring for the whole study.
+        """Seconds of merging and scoring on one worker: measured seconds a token where there are any, else
 
-        Measured seconds for a token where there are any; else  tokens * FLOPs / (PACE speed) + merges * bytes /
-        bandwidth .  Workers on GPUs divide it among them; those on a CPU divide the CPU.  A worker's GPUs merge at
-        once and score in turn.  Proposals, loading and
-        hashing come on top.
+        tokens * token_flops / (PACE * flops) + merges * merge_bytes / bandwidth .
         """
-        if speed.token_seconds is None:
-            merges = self.composites + self.reported
-            spent = self.tokens * self.token_flops / (PACE * speed.flops) + merges * self.merge_bytes / speed.bandwidth
-        else:
-            spent = self.tokens * speed.token_seconds
-        return spent / (self.asked if self.machine.device == "cuda" else 1)
+        if speed.token_seconds is not None:
+            return self.tokens * speed.token_seconds
+        merges = self.composites + self.reported
+        return self.tokens * self.token_flops / (PACE * speed.flops) + merges * self.merge_bytes / speed.bandwidth
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a study needs on a machine.
+
+    Attributes:
+        machine: The machine.
+        widths: The model's dimensions.
+        checkpoints: Checkpoints and adapters; those of the same content count once.
+        workers: Workers that the study asks for; "auto" is as many as there are GPUs for, one on a CPU.
+        gpus_per_worker: GPUs of each; 1 on a CPU.
+        calls: Forward calls.
+        memory: Bytes of one worker.
+        work: Merges and forward passes.
+    """
+
+    machine: Machine
+    widths: Widths
+    checkpoints: int
+    workers: int
+    gpus_per_worker: int
+    calls: Calls
+    memory: Memory
+    work: Work
+
+    @property
+    def needed(self) -> int:
+        """Bytes of a device: of all workers on a CPU, which they share; of one worker on each GPU."""
+        return self.memory.peak * self._sharing
+
+    @property
+    def gradients_fit(self) -> bool:
+        """Whether gradients fit into the whole memory of the machine, whatever is available now."""
+        return self.memory.gradient_peak * self._sharing <= self.machine.total
+
+    @property
+    def fitting(self) -> int:
+        """Workers that fit into the memory that is available; on GPUs at most as many as there are GPUs for."""
+        in_memory = self.machine.available // self.memory.peak
+        on_gpus = self.machine.devices // self.gpus_per_worker
+        return in_memory if self.machine.device == "cpu" else min(in_memory, 1) * on_gpus
+
+    @property
+    def _sharing(self) -> int:
+        """Workers that share a device's memory."""
+        return self.workers if self.machine.device == "cpu" else 1
+
+    def seconds(self, speed: Speed) -> float:
+        """Seconds of merging and scoring for the whole study; loading, hashing and proposals come on top.
+
+        Workers on GPUs divide the work, those on a CPU the CPU.  A worker's GPUs merge at once and score in turn.
+        """
+        return self.work.seconds(speed) / (self.workers if self.machine.device == "cuda" else 1)
 
 
 def make_plan(
@@ -127,160 +145,202 @@ def make_plan(
     study: StudyConfig,
     machine: Machine,
 ) -> Plan:
-    """The plan of a study whose checkpoints have these headers ("base" among them) and config.json.
+    """Plan a study.
 
-    `batch: auto` is BATCH_TOKENS, halved until a worker fits into the machine's whole memory, so that it does not
+    `batch: auto` is BATCH_TOKENS, halved until a worker fits into the machine's whole memory, so that scores do not
     depend on what else runs there; never below one window.
+
+    Args:
+        architecture: The base's.
+        headers: Of the base, as "base", and of each distribution's checkpoint or adapter by name.
+        model: The base's config.json.
+        study: The study.
+        machine: Where its workers live.
     """
-    base, given = headers["base"], study.evaluation
-    dtype = evaluation_dtype(given.dtype, stored_dtype(base), machine.device)
-    itemsize = _itemsize(dtype)
-    widths, asked = read_widths(architecture, model), workers_asked(study.compute, machine)
-    unlike = list({header_identity(header): header for header in headers.values()}.values())
-    gpus = study.compute.gpus_per_worker if machine.device != "cpu" else 1
+    evaluation, base, device = study.evaluation, headers["base"], machine.device
+    distinct = list({header_identity(header): header for header in headers.values()}.values())
+    stored_as, widths = getattr(torch, stored_dtype(base)), read_widths(architecture, model)
+    dtype: torch.dtype = getattr(torch, evaluation_dtype(evaluation.dtype, stored_dtype(base), device))
+    workers, gpus = workers_asked(study.compute, machine), study.compute.gpus_per_worker if device != "cpu" else 1
     split = architecture.split(gpus)
     shares = [[name for name in architecture.parameters if split.places[name] == number] for number in range(gpus)]
-    every_held = [held_bytes(architecture, base, unlike, names, study, machine.device, itemsize) for names in shares]
-    names, held = max(zip(shares, every_held, strict=True), key=lambda share: sum(share[1].values()))
-    block = windows_by_analysis(max(given.windows, given.held_out))[0]
-
-    def call_bytes(batch: int) -> int:
-        return activation_bytes(widths, _rows(batch, given.window, block), given.window, itemsize, machine.device)
-
-    share = machine.total // asked if machine.device == "cpu" else machine.total
-    merge_bytes = held["stored"] + held["live"]
-    least = _rows(given.window, given.window, block) * given.window
-    streamed, held["stored"] = streamed_bytes(
-        architecture, unlike, names, study, share - sum(held.values()) - call_bytes(least), held["stored"]
+    fullest = max(
+        (device_bytes(architecture, distinct, names, study, device, dtype, stored_as) for names in shares),
+        key=lambda share: share.total,
     )
-    if machine.device != "cpu":
-        held["scratch"] += len(streamed) * fetched_bytes(architecture, unlike)
-    batch = _batch(study, share - sum(held.values()), call_bytes)
-    rows, reduced = _rows(batch, given.window, block), reduced_bytes(architecture, itemsize, machine.device)
-    kept = replace(widths, layers=-(-widths.layers * max(split.layers) // max(sum(split.layers), 1)))
+    calls = _Sizes(
+        widths=widths,
+        window=evaluation.window,
+        block=windows_by_analysis(max(evaluation.windows, evaluation.held_out))[0],
+        itemsize=dtype.itemsize,
+        device=device,
+    )
+    room = (machine.total // workers if device == "cpu" else machine.total) - fullest.total
+    free = room - calls.activation_bytes(evaluation.window)
+    saved = choose_streamed(architecture, distinct, fullest.model.checkpoints, study, free)
+    fetched = len(saved) * streaming_bytes(architecture, distinct) if device != "cpu" else 0
+    batch_tokens = _batch_tokens(study, room + sum(saved.values()) - fetched, calls)
+    largest = max(architecture.sizes.values())
+    layers = -(-widths.layers * max(split.layers) // max(sum(split.layers), 1))
+    memory = Memory(
+        stored=fullest.model.stored - sum(saved.values()),
+        live=fullest.model.live,
+        scratch=fullest.scratch + fetched,
+        windows=fullest.windows,
+        activations=calls.activation_bytes(batch_tokens),
+        backward=calls.gradient_bytes(batch_tokens, layers) + inner_products_bytes(largest, dtype.itemsize, device),
+        process=fullest.process,
+        streamed=tuple(saved),
+    )
     return Plan(
         machine=machine,
         widths=widths,
-        dtype=dtype,
-        vectors=given.vectors,
-        window=given.window,
-        batch_tokens=batch,
-        checkpoints=len(unlike),
-        streamed=streamed,
-        **held,
-        call_tokens=rows * given.window,
-        activations=call_bytes(batch),
-        backward=gradient_bytes(kept, rows, given.window, itemsize, machine.device) + reduced,
-        asked=asked,
-        gpus=gpus,
-        trial_tokens=len(study.corpora) * given.windows * given.window,
-        report_tokens=len(study.corpora) * given.held_out * given.window,
-        **_passes(study),
-        token_flops=flops_per_token(architecture, model, widths, given.window),
-        merge_bytes=merge_bytes,
+        checkpoints=len(distinct),
+        workers=workers,
+        gpus_per_worker=gpus,
+        calls=Calls(
+            dtype=str(dtype).removeprefix("torch."),
+            vectors=evaluation.vectors,
+            window=evaluation.window,
+            batch_tokens=batch_tokens,
+            call_tokens=calls.rows(batch_tokens) * evaluation.window,
+        ),
+        memory=memory,
+        work=_work(
+            study,
+            token_flops=flops_per_token(architecture, model, widths, evaluation.window),
+            merge_bytes=fullest.model.stored + fullest.model.live,
+        ),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """Bytes of forward calls by batch size; `block` windows lie between two interim analyses at most."""
+
+    widths: Widths
+    window: int
+    block: int
+    itemsize: int
+    device: str
+
+    def rows(self, batch_tokens: int) -> int:
+        """Windows of the largest forward call: no call spans two blocks."""
+        return min(max(1, batch_tokens // self.window), self.block)
+
+    def activation_bytes(self, batch_tokens: int) -> int:
+        """Bytes of a forward call and its loss."""
+        return activation_bytes(self.widths, self.rows(batch_tokens), self.window, self.itemsize, self.device)
+
+    def gradient_bytes(self, batch_tokens: int, layers: int) -> int:
+        """Bytes of a forward call, its loss and the backward pass on a device with so many of the layers."""
+        widths = replace(self.widths, layers=layers)
+        return gradient_bytes(widths, self.rows(batch_tokens), self.window, self.itemsize, self.device)
 
 
 def refuse_too_large(plan: Plan, where: object) -> None:
-    """Raise InputError with the plan's sums where the workers asked for don't fit into the memory available.
-
-    Also where a worker asks for more GPUs than there are.
-    """
-    if not plan.asked:
+    """Raise InputError, with the sums, if the workers do not fit into the available memory or GPUs."""
+    if not plan.workers:
         mend = f"this machine has {plan.machine.devices} GPUs: write at most so many"
-        raise InputError(where, "compute.gpus_per_worker", plan.gpus, mend)
+        raise InputError(where, "compute.gpus_per_worker", plan.gpus_per_worker, mend)
     if plan.needed <= plan.machine.available:
         return
-    parts = f"{plan.checkpoints} checkpoints {sized(plan.stored)}, live model {sized(plan.live)}, "
-    parts += f"activations {sized(plan.activations)}, the rest {sized(plan.scratch + plan.windows + plan.process)}"
-    mends = ["fewer distributions"]
-    if plan.dtype == "float32":
-        mends.insert(0, "evaluation.dtype bfloat16")
-    if plan.vectors == "exact" and plan.checkpoints > 1:
-        mends.insert(-1, "evaluation.vectors int8")
-    if plan.needed - plan.machine.available < plan.activations and plan.call_tokens > plan.window:
-        mends.insert(0, "a smaller evaluation.batch")
-    if plan.machine.device == "cpu" and plan.asked > 1:
-        mends.insert(0, "fewer workers")
-    if plan.machine.device != "cpu" and plan.machine.devices >= 2 * plan.gpus:
-        mends.insert(0, f"compute.gpus_per_worker {2 * plan.gpus}")
-    on_each = f" on each of {plan.gpus} GPUs" if plan.gpus > 1 else ""
+    memory = plan.memory
+    parts = f"{plan.checkpoints} checkpoints {sized(memory.stored)}, live model {sized(memory.live)}, "
+    parts += f"activations {sized(memory.activations)}, "
+    parts += f"the rest {sized(memory.scratch + memory.windows + memory.process)}"
+    on_each = f" on each of {plan.gpus_per_worker} GPUs" if plan.gpus_per_worker > 1 else ""
     mend = (
-        f"{plan.asked} x {sized(plan.worker)}{on_each} are needed ({parts}), {sized(plan.machine.available)} of "
-        f"{sized(plan.machine.total)} are available; what would help: {', '.join(mends)}"
+        f"{plan.workers} x {sized(memory.peak)}{on_each} are needed ({parts}), {sized(plan.machine.available)} of "
+        f"{sized(plan.machine.total)} are available; what would help: {', '.join(_remedies(plan))}"
     )
-    raise InputError(where, "compute.workers", plan.asked, mend)
+    raise InputError(where, "compute.workers", plan.workers, mend)
+
+
+def _remedies(plan: Plan) -> list[str]:
+    """Changes of the study file that would save memory, those that cost least first."""
+    on_cpu, shortage = plan.machine.device == "cpu", plan.needed - plan.machine.available
+    smaller_batch = shortage < plan.memory.activations and plan.calls.call_tokens > plan.calls.window
+    remedies = {
+        f"compute.gpus_per_worker {2 * plan.gpus_per_worker}": not on_cpu
+        and plan.machine.devices >= 2 * plan.gpus_per_worker,
+        "fewer workers": on_cpu and plan.workers > 1,
+        "a smaller evaluation.batch": smaller_batch,
+        "evaluation.dtype bfloat16": plan.calls.dtype == "float32",
+        "evaluation.vectors int8": plan.calls.vectors == "exact" and plan.checkpoints > 1,
+        "fewer distributions": True,
+    }
+    return [remedy for remedy, helps in remedies.items() if helps]
 
 
 def header_identity(header: Header) -> str:
-    """What makes a checkpoint another one: its content where that is known already, else its folder."""
+    """Tell checkpoints apart: by content where it is known already, else by folder."""
     return known_content(header) or str(header.folder.resolve())
 
 
 def stored_dtype(base: Header) -> str:
-    """What most of the base's tensors are, as torch names the dtype."""
+    """Torch's name of the dtype that most of the base's tensors are stored in."""
     counts = Counter(tensor.dtype for tensor in base.tensors.values())
     return str(DTYPES[counts.most_common(1)[0][0]]).removeprefix("torch.")
 
 
 def evaluation_dtype(setting: str, stored: str, device: str) -> str:
-    """The evaluation's: auto is float32 on CPU (bfloat16 is about three times slower there), else the base's."""
+    """Torch's name of the evaluation's dtype; auto is the base's on GPUs, and float32 on CPUs.
+
+    There bfloat16 is about three times slower.
+    """
     if setting != "auto":
         return setting
     return "float32" if device == "cpu" else stored
 
 
 def workers_asked(setting: ComputeSection, machine: Machine) -> int:
-    """Workers of this machine, as the pool counts them: auto is as many as there are GPUs for, without GPUs one."""
+    """Workers that a study asks for; auto is as many as there are GPUs for, one without GPUs."""
     if not isinstance(setting.workers, str):
         return setting.workers
     return machine.devices // setting.gpus_per_worker if machine.device == "cuda" else 1
 
 
 def sized(count: float) -> str:
-    """Bytes for people: GB (1e9 bytes), MB or kB, the largest of which there is a tenth."""
+    """Format bytes in GB (1e9 bytes), MB or kB: the largest unit of which there is a tenth."""
     for size, unit in ((10**9, "GB"), (10**6, "MB")):
         if count >= size / 10:
             return f"{count / size:,.1f} {unit}"
     return f"{count / 1000:,.1f} kB"
 
 
-def _itemsize(dtype: str) -> int:
-    """Bytes of a number of the evaluation."""
-    size: int = getattr(torch, dtype).itemsize
-    return size
+def _batch_tokens(study: StudyConfig, free: int, calls: _Sizes) -> int:
+    """Most tokens of a forward call; auto halves them until its activations fit into `free` bytes."""
+    setting, window = study.evaluation.batch, study.evaluation.window
+    if not isinstance(setting, str):
+        return setting
+    batch_tokens = BATCH_TOKENS
+    while batch_tokens // 2 >= window and calls.activation_bytes(batch_tokens) > free:
+        batch_tokens //= 2
+    return batch_tokens
 
 
-def _rows(batch: int, window: int, block: int) -> int:
-    """Windows in one forward call, at most those of a block: the first is as large as any."""
-    return min(max(1, batch // window), block)
-
-
-def _batch(study: StudyConfig, free: int, needs: Callable[[int], int]) -> int:
-    """Tokens in one forward call at most; auto halves them until what they need fits into `free` bytes."""
-    given, window = study.evaluation.batch, study.evaluation.window
-    if not isinstance(given, str):
-        return given
-    batch = BATCH_TOKENS
-    while batch // 2 >= window and needs(batch) > free:
-        batch //= 2
-    return batch
-
-
-def _passes(study: StudyConfig) -> dict[str, int]:
-    """Trials, composites of the search split, composites of the held-out split.
+def _work(study: StudyConfig, *, token_flops: float, merge_bytes: int) -> Work:
+    """Count trials and composites.
 
     The final table has base, single fine-tunes, their uniform average and the best.  The Gaussian process begins with
     singles and average, the grid has the singles.  Both splits have the best without each of its distributions too;
     of two distributions these are the singles.
     """
-    space, search = study.space, study.search
-    few = space.dimension == 1
-    trials = search.trials if not few else 1
+    space, search, evaluation = study.space, study.search, study.evaluation
+    is_point = space.dimension == 1
+    trials = 1 if is_point else search.trials
     if search.algorithm == "grid":
         trials = space.lattice_size(search.divisions)
-    singles, average = len(space.names), 0 if few else 1
+    singles, average = len(space.names), 0 if is_point else 1
     extra = {"grid": average, "simplex-gp": max(singles + average - trials, 0)}.get(search.algorithm, singles + average)
     without = singles if singles > 2 else 0
-    reported = 1 + singles + average + 1 + without
-    return {"trials": trials, "composites": 1 + trials + extra + without, "reported": reported}
+    return Work(
+        trials=trials,
+        composites=1 + trials + extra + without,
+        reported=1 + singles + average + 1 + without,
+        trial_tokens=len(study.corpora) * evaluation.windows * evaluation.window,
+        report_tokens=len(study.corpora) * evaluation.held_out * evaluation.window,
+        token_flops=token_flops,
+        merge_bytes=merge_bytes,
+    )

@@ -72,13 +72,13 @@ class Findings:
         """What is to be told in sentences: memory, time, disk, places, warnings."""
         plan, machine = self.plan, self.plan.machine
         memory = "RAM" if machine.device == "cpu" else f"Memory of each of {machine.devices} GPUs"
-        each = f", each on {plan.gpus} GPUs" if plan.gpus > 1 else ""
+        each = f", each on {plan.gpus_per_worker} GPUs" if plan.gpus_per_worker > 1 else ""
         hashed = f"Content is not hashed yet: the first run reads {sized(self.unhashed)} once." if self.unhashed else ""
         tied = f"Tied weights, kept once: {' = '.join(self.tied)}." if self.tied else ""
         told = [
             tied,
             f"{memory}: {sized(machine.total)}, {sized(machine.available)} available. "
-            f"Workers{each}: {plan.fitting:,} fit, {plan.asked} asked for.",
+            f"Workers{each}: {plan.fitting:,} fit, {plan.workers} asked for.",
             f"Merging and scoring: about {_duration(self.seconds)} ({self.speed.source}). "
             "Loading, proposals and MLflow come on top.",
             f"{self.kernel[0].upper()}{self.kernel[1:]}.",
@@ -157,7 +157,7 @@ def _speed(config: StudyConfig, plan: Plan) -> Speed:
     measured = _measured(config)
     if measured is not None:
         return Speed("measured by this study's earlier evaluations", 0.0, 0.0, measured)
-    return probe_speed(plan.machine.device, plan.dtype, plan.widths.hidden, plan.widths.intermediate)
+    return probe_speed(plan.machine.device, plan.calls.dtype, plan.widths.hidden, plan.widths.intermediate)
 
 
 def _measured(config: StudyConfig) -> float | None:

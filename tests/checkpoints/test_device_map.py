@@ -183,7 +183,7 @@ def world(request, tmp_path_factory):
 
 def test_merges_nats_and_gradients_are_those_of_one_device_to_the_bit(world):
     whole, divided = world.worker(1), world.worker(2)
-    assert len({one.number for one in divided.merged_model._segments}) == 2
+    assert len({segment.device for segment in divided.merged_model._segments}) == 2
     for composite in world.composites:
         requests = [
             Request(ticket=0, composite=composite, corpora=("key",), gradient=gradient) for gradient in (False, True)

@@ -176,14 +176,16 @@ def test_weights_of_a_kind_that_can_not_be_merged_are_refused(other):
 def test_tensors_that_older_versions_stored_are_passed_over(other):
     rewrite(other, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
     architecture = check_base(read_header(other, "base"))
-    assert "inv_freq" not in "".join(name for name, _ in read_parameters(architecture, other, architecture.parameters))
+    header = read_header(other, "checkpoint")
+    assert "inv_freq" not in "".join(name for name, _ in read_parameters(architecture, header, architecture.parameters))
 
 
 def test_a_dtype_of_its_own_is_no_misfit(base, other):
     rewrite(other, halve)
     architecture = check_base(base)
-    check_fit(architecture, base, read_header(other, "distributions.code.checkpoint"))
-    read = dict(read_parameters(architecture, other, architecture.parameters))
+    header = read_header(other, "distributions.code.checkpoint")
+    check_fit(architecture, base, header)
+    read = dict(read_parameters(architecture, header, architecture.parameters))
     assert read["model.norm.weight"].dtype == torch.bfloat16 and read[EMBEDDING].dtype == torch.float32
 
 

@@ -263,3 +263,16 @@ def test_separate_documents_fill_batches_too(batch_tokens: int) -> None:
 def test_a_model_in_training_is_refused() -> None:
     with pytest.raises(AssertionError, match="dropout"):
         score(make_model("gpt2").train(), WINDOWS, 96, layout="packed")
+
+
+def test_memory_of_windows_is_counted_as_it_is_allocated() -> None:
+    """Of 24 tokens a window, those that are not scored have no place in the flat batch: 8 bytes less each."""
+    windows = make_windows([[TOKENS], [3, 1, 20], [7]])
+    prepared = on_cpu(windows)
+    score(make_model("llama"), prepared, 96, "packed")
+    tensors = [prepared.ids_WT, prepared.positions_WT, prepared.targets_WT]
+    tensors += [batch.scored_R for batches in prepared.batches.values() for batch in batches]
+    arrays = [windows.ids_WT, windows.positions_WT, windows.scored_WT]
+    unscored = windows.ids_WT.size - sum(windows.tokens_W)
+    counted = PreparedWindows.memory_bytes(3, TOKENS)
+    assert counted - 8 * unscored == sum(x.nbytes for x in (*tensors, *arrays)) and unscored

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from dem_opt.merging import kernel as kernel_module
 from dem_opt.merging.compiled import UNUSED_SECONDS, CompiledKernel, compiled_kernel, expected_compiled_kernel
 from dem_opt.merging.int8 import Int8Vector
-from dem_opt.merging.kernel import Backend, MergeKernel, expected_backend, merge_backend
+from dem_opt.merging.kernel import CPU_BLOCK, Backend, MergeKernel, expected_backend, merge_backend
 from dem_opt.simplex import UNIT
 
 KERNELS = {
@@ -234,3 +235,29 @@ def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch):
     found = compiled_kernel.__wrapped__()
     assert found.merge is None and found.description.endswith("fatal error: no such header")
     assert merge_backend("cpu") == Backend(compiled_kernel().description, compiled_kernel().seconds)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scratch_is_counted_as_it_is_allocated(dtype):
+    """What torch's allocator hands out during a merge of one block in torch operations, beside small coefficients."""
+    parts, out = terms(CPU_BLOCK, dtype, 3), torch.zeros(CPU_BLOCK)
+    kernel = MergeKernel(compiled=False)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        kernel.merge(out, parts, dtype)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    counted = MergeKernel.memory_bytes("cpu", dtype.itemsize, threads=1)
+    assert counted <= peak < counted + 4096
+
+
+def test_the_limit_of_recompilations_can_be_raised():
+    """torch._dynamo.config.recompile_limit is private: if this fails, torch has renamed it (see `_device_pass`)."""
+    before = torch._dynamo.config.recompile_limit
+    try:
+        kernel_module._device_pass.__wrapped__()
+        assert torch._dynamo.config.recompile_limit >= 256
+    finally:
+        torch._dynamo.config.recompile_limit = before

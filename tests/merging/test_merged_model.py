@@ -9,9 +9,10 @@ import test_adapters
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from dem_opt.checkpoints.adapters import read_adapter
 from dem_opt.checkpoints.architecture import empty_model, read_architecture
 from dem_opt.checkpoints.files import content_hash, read_header
-from dem_opt.merging.merged_model import ALIGNMENT, MergedModel, inner, merged_tensors
+from dem_opt.merging.merged_model import ALIGNMENT, MergedModel, inner_products, merged_tensors
 from dem_opt.simplex import UNIT, Coefficients
 from dem_opt.types import Composite, StoredModel
 
@@ -265,6 +266,53 @@ def test_bits_do_not_depend_on_how_much_is_fetched_at_once(world, which, size, m
         assert_same_bits(values(model), values(expected))
 
 
+def allocated(merged_model):
+    """Bytes of every memory that a merged model holds, each once: checkpoints, vectors, edits, live parameters."""
+    tensors = []
+    for segment in merged_model._segments:
+        tensors += [segment.live_P, *segment.stored_NP.values()]
+        for vector in segment.vectors_NP.values():
+            tensors += [vector.values_P, vector.scale_R, vector.starts_R]
+    tensors += list(merged_model._parameters.values())
+    memories = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    edits = [edit.nbytes for _, edits in merged_model._adapters.values() for edit in edits.values()]
+    return sum(memories.values()) + sum(edits)
+
+
+@pytest.mark.parametrize("live", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vectors", ["exact", "int8"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_memory_is_counted_as_it_is_allocated(world, count, vectors, live):
+    stored = world.stored[:count]
+    headers = [read_header(model.path, "base") for model in stored]
+    counted = MergedModel.memory_bytes(read_architecture(headers[0]), headers, dtype=live, vectors=vectors)
+    merged_model = MergedModel(empty_model(stored[0].path, live), stored, vectors=vectors)
+    assert counted.stored + counted.live == allocated(merged_model) == merged_model.nbytes
+    assert len(counted.checkpoints) == count and counted.live == sum(x.live_P.nbytes for x in merged_model._segments)
+
+
+@pytest.mark.parametrize("which", [(0,), (1, 2), (0, 1, 2)], ids=str)
+def test_streaming_saves_what_is_counted_for_the_streamed_checkpoints(world, which):
+    headers = [read_header(model.path, "base") for model in world.stored]
+    counted = MergedModel.memory_bytes(read_architecture(headers[0]), headers, dtype=torch.float32)
+    contents = {world.stored[number].content for number in which}
+    merged_model = MergedModel(empty_model(world.stored[0].path, torch.float32), world.stored, streamed=contents)
+    saved = sum(counted.checkpoints[number] for number in which)
+    assert allocated(merged_model) == counted.stored + counted.live - saved
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.parametrize("case", ["lora", "dora", "saved module", "embedding"])
+def test_memory_of_adapters_is_counted_as_it_is_allocated(tmp_path, case):
+    adapted = test_adapters.World(tmp_path, *test_adapters.CASES[case])
+    stored = [adapted.base, *adapted.adapters]
+    headers = [read_header(adapted.base.path, "base"), *(read_adapter(x.path, "a").header for x in adapted.adapters)]
+    counted = MergedModel.memory_bytes(read_architecture(headers[0]), headers, dtype=torch.float32)
+    merged_model = MergedModel(empty_model(adapted.base.path, torch.float32), stored)
+    assert counted.stored + counted.live == allocated(merged_model)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
 def test_loading_holds_at_its_peak_hardly_more_than_what_stays(tmp_path):
     """Four checkpoints of 7 million parameters in two shards each, in a process of its own."""
@@ -435,5 +483,5 @@ def test_an_inner_product_is_exact_where_its_parts_cancel(block):
     """x_n - x_0 is 2^-20 in one place in ten: beside a 3 float32 has room for it, beside the sum of 4500 it has not."""
     g, x0 = torch.full((1000,), 1.5), torch.full((1000,), 3.0)
     x1 = x0 + (torch.arange(1000) % 10 == 0) * 2.0**-20
-    assert inner(g, x0, [x1, x0, x1.double().float()], block).tolist() == [150 * 2.0**-20, 0.0, 150 * 2.0**-20]
-    assert inner(g.bfloat16(), x0.half(), [x1], block).tolist() == [150 * 2.0**-20]
+    assert inner_products(g, x0, [x1, x0, x1.double().float()], block).tolist() == [150 * 2.0**-20, 0.0, 150 * 2.0**-20]
+    assert inner_products(g.bfloat16(), x0.half(), [x1], block).tolist() == [150 * 2.0**-20]

@@ -22,6 +22,7 @@ from dem_opt.cli.main import main
 from dem_opt.compute.placement import share
 from dem_opt.config import ComputeSection, StudyConfig, load
 from dem_opt.errors import InputError
+from dem_opt.evaluation import lm_head
 from dem_opt.evaluation.lm_head import chunk_rows, find_head, token_nll
 from dem_opt.evaluation.nll import document_layout
 from dem_opt.evaluation.worker import Worker
@@ -31,7 +32,6 @@ from dem_opt.planning.activations import (
     activation_bytes,
     flops_per_token,
     gradient_bytes,
-    head_bytes,
     read_widths,
 )
 from dem_opt.planning.hardware import Machine, Speed, this_machine
@@ -71,6 +71,19 @@ def plan_of(config: StudyConfig, machine: Machine = LAPTOP) -> Plan:
     return make_plan(files.architecture, files.headers, model, config, machine)
 
 
+def head_bytes(widths: Widths, tokens: int, dtype: torch.dtype, backward: bool) -> int:
+    """The head's own count on a CPU."""
+    return lm_head.memory_bytes(
+        vocabulary=widths.vocabulary,
+        hidden=widths.hidden,
+        tokens=tokens,
+        itemsize=dtype.itemsize,
+        device="cpu",
+        capped=widths.capped,
+        backward=backward,
+    )
+
+
 def save_models(folder: Path, names: list[str], dtype: torch.dtype, tied: bool) -> LlamaConfig:
     """Random models with odd sizes; norms stay in float32 where the others are bfloat16."""
     config = LlamaConfig(
@@ -104,7 +117,7 @@ def test_stored_and_live_bytes_are_those_of_the_arena(tmp_path, count, dtype, ti
     plan = plan_of(load(tmp_path / "study.yaml"))
     stored = [StoredModel(tmp_path / name, content_hash(tmp_path / name)) for name in ("base", *names)]
     merged_model = MergedModel(empty_model(tmp_path / "base", getattr(torch, live)), stored)
-    assert plan.stored + plan.live == merged_model.nbytes and plan.checkpoints == count + 1
+    assert plan.memory.stored + plan.memory.live == merged_model.nbytes and plan.checkpoints == count + 1
 
 
 def test_a_checkpoint_that_is_there_twice_is_stored_once(world):
@@ -137,9 +150,7 @@ def test_a_loss_holds_as_many_bytes_as_are_planned(name, dtype, backward):
     for event in sorted(events, key=lambda one: one.start_ns()):
         held += event.nbytes()
         most = max(most, held)
-    planned = head_bytes(
-        read_widths(describe(model), model.config.to_dict()), tokens, dtype.itemsize, backward=backward
-    )
+    planned = head_bytes(read_widths(describe(model), model.config.to_dict()), tokens, dtype, backward)
     assert planned / 1.05 < most < planned * 1.05
 
 
@@ -172,7 +183,7 @@ def test_autograd_keeps_about_as_many_bytes_as_are_planned(name, dtype):
     memories = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in kept}
     measured = sum(size for memory, size in memories.items() if memory not in own)
     widths = read_widths(describe(model), model.config.to_dict())
-    planned = gradient_bytes(widths, 4, 96, dtype.itemsize) - head_bytes(widths, 4 * 96, dtype.itemsize, backward=True)
+    planned = gradient_bytes(widths, 4, 96, dtype.itemsize) - head_bytes(widths, 4 * 96, dtype, True)
     assert measured / 1.5 < planned < measured * 1.5
 
 
@@ -180,10 +191,12 @@ def test_autograd_keeps_about_as_many_bytes_as_are_planned(name, dtype):
 def test_gradients_fit_if_a_backward_pass_fits_beside_all_else(world, machine, workers):
     """Into the whole memory, whatever is available now: each GPU has one worker, a CPU all of them."""
     plan = plan_of(configured(world, compute={"workers": workers}), machine)
-    assert plan.backward > plan.activations and plan.gradients
-    needed = (plan.worker - plan.activations + plan.backward) * (workers if machine.device == "cpu" else 1)
+    assert plan.memory.backward > plan.memory.activations and plan.gradients_fit
+    needed = (plan.memory.peak - plan.memory.activations + plan.memory.backward) * (
+        workers if machine.device == "cpu" else 1
+    )
     for size, fits in ((needed, True), (needed - 1, False)):
-        assert replace(plan, machine=replace(machine, total=size, available=0)).gradients == fits
+        assert replace(plan, machine=replace(machine, total=size, available=0)).gradients_fit == fits
 
 
 @pytest.mark.parametrize(("windows", "held_out", "block"), [(4, 4, 1), (64, 9, 8), (8, 60, 8), (3, 9, 2)])
@@ -192,8 +205,8 @@ def test_a_forward_call_is_at_most_one_block(world, windows, held_out, block, ba
     """The first block is ceil(W / 8) windows, and no other one is larger."""
     config = configured(world, evaluation={"windows": windows, "held_out": held_out, "window": 32, "batch": batch})
     plan = plan_of(config)
-    assert plan.call_tokens == min(max(batch // 32, 1), block) * 32
-    assert plan.activations == activation_bytes(plan.widths, plan.call_tokens // 32, 32, 4)
+    assert plan.calls.call_tokens == min(max(batch // 32, 1), block) * 32
+    assert plan.memory.activations == activation_bytes(plan.widths, plan.calls.call_tokens // 32, 32, 4)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -224,8 +237,8 @@ def test_a_resident_passes_the_tokens_that_are_planned(template):
     answer = Worker(sources.spec()).evaluate(
         Request(ticket=0, composite=Composite.single(sources.base.content), corpora=keys)
     )
-    assert answer.forward_tokens == plan_of(config).trial_tokens
-    assert sources.batch_tokens == plan_of(config).batch_tokens == BATCH_TOKENS
+    assert answer.forward_tokens == plan_of(config).work.trial_tokens
+    assert sources.batch_tokens == plan_of(config).calls.batch_tokens == BATCH_TOKENS
 
 
 @pytest.mark.parametrize(
@@ -239,8 +252,8 @@ def test_a_resident_passes_the_tokens_that_are_planned(template):
 )
 def test_passes_are_base_trials_and_what_the_table_needs(world, search, composites):
     plan = plan_of(configured(world, search=search))
-    assert (plan.composites, plan.reported) == (composites, 9)
-    assert plan.tokens == (composites + 9) * 3 * 4 * 32
+    assert (plan.work.composites, plan.work.reported) == (composites, 9)
+    assert plan.work.tokens == (composites + 9) * 3 * 4 * 32
 
 
 def test_thirteen_billion_parameters_six_times(tmp_path, monkeypatch):
@@ -258,11 +271,11 @@ def test_thirteen_billion_parameters_six_times(tmp_path, monkeypatch):
     found = check(load(path), path)
     parameters = 2 * 32000 * 5120 + 40 * (4 * 5120**2 + 3 * 5120 * 13824 + 2 * 5120) + 5120
     assert [one.parameters for one in found.checkpoints] == 6 * [parameters] == 6 * [13_015_864_320]
-    assert found.unhashed == found.plan.stored == 6 * 2 * parameters and found.export == 2 * parameters
-    assert found.plan.live == (4 if found.plan.dtype == "float32" else 2) * parameters
-    assert found.plan.trial_tokens == 5 * 64 * 1024 and found.plan.tokens == (1 + 40 + 8 + 2 * 5) * 5 * 64 * 1024, (
-        "base, trials, table, and the winner without each of five on both splits"
-    )
+    assert found.unhashed == found.plan.memory.stored == 6 * 2 * parameters and found.export == 2 * parameters
+    assert found.plan.memory.live == (4 if found.plan.calls.dtype == "float32" else 2) * parameters
+    assert (
+        found.plan.work.trial_tokens == 5 * 64 * 1024 and found.plan.work.tokens == (1 + 40 + 8 + 2 * 5) * 5 * 64 * 1024
+    ), "base, trials, table, and the winner without each of five on both splits"
     assert not any(tmp_path.glob("runs"))
 
 
@@ -270,14 +283,14 @@ def test_thirteen_billion_parameters_six_times(tmp_path, monkeypatch):
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_what_does_not_fit_is_refused_with_its_sums(world, machine, workers):
     plan = plan_of(configured(world, compute={"workers": workers}), machine)
-    expected = plan.worker * (workers if machine.device == "cpu" else 1)
+    expected = plan.memory.peak * (workers if machine.device == "cpu" else 1)
     assert plan.needed == expected
     exact, short = (replace(plan, machine=replace(machine, available=size)) for size in (expected, expected - 1))
     refuse_too_large(exact, "study.yaml")
     assert exact.fitting == (workers if machine.device == "cpu" else 4)
     with pytest.raises(InputError, match=r"are needed .* are available") as refused:
         refuse_too_large(short, "study.yaml")
-    assert refused.value.field == "compute.workers" and sized(plan.worker) in str(refused.value)
+    assert refused.value.field == "compute.workers" and sized(plan.memory.peak) in str(refused.value)
     assert short.fitting == (workers - 1 if machine.device == "cpu" else 0)
 
 
@@ -336,26 +349,28 @@ def test_of_several_gpus_the_bytes_are_those_of_the_one_that_holds_most(deep, gp
     merged_model = MergedModel(model, stored, ["cpu"] * gpus, vectors)
     held = [0] * gpus
     for segment in merged_model._segments:
-        held[segment.number] += segment.nbytes
-    for _, edits in merged_model._edited.values():
+        held[segment.device] += segment.nbytes
+    for _, edits in merged_model._adapters.values():
         for name, edit in edits.items():
             held[merged_model._split.places[name]] += edit.nbytes
-    assert plan.stored + plan.live == max(held) and sum(held) == merged_model.nbytes
-    assert plan.gpus == gpus and plan.asked == GPUS.devices // gpus == plan.fitting
+    assert plan.memory.stored + plan.memory.live == max(held) and sum(held) == merged_model.nbytes
+    assert plan.gpus_per_worker == gpus and plan.workers == GPUS.devices // gpus == plan.fitting
     whole = divided(deep, 1, vectors)
-    assert (plan.backward < whole.backward) == (gpus > 1) and plan.activations == whole.activations
+    assert (plan.memory.backward < whole.memory.backward) == (
+        gpus > 1
+    ) and plan.memory.activations == whole.memory.activations
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_where_a_study_does_not_fit_more_gpus_for_each_resident_are_offered(deep):
     plan = divided(deep, 1)
     for gpus, devices, offered in ((1, 4, "compute.gpus_per_worker 2"), (2, 4, "compute.gpus_per_worker 4")):
-        machine = Machine("cuda", devices, plan.worker, plan.live)
+        machine = Machine("cuda", devices, plan.memory.peak, plan.memory.live)
         with pytest.raises(InputError, match=offered) as refused:
             refuse_too_large(divided(deep, gpus, machine=machine), "study.yaml")
         assert ("on each of 2 GPUs" in str(refused.value)) == (gpus == 2)
     with pytest.raises(InputError) as refused:
-        refuse_too_large(replace(plan, machine=Machine("cuda", 1, plan.worker, plan.live)), "study.yaml")
+        refuse_too_large(replace(plan, machine=Machine("cuda", 1, plan.memory.peak, plan.memory.live)), "study.yaml")
     assert "gpus_per_worker" not in str(refused.value)
 
 
@@ -391,24 +406,24 @@ def test_batches_are_halved_until_they_fit(world, gigabytes):
     architecture = replace(files.architecture, parameters=shapes)
     plan = make_plan(architecture, files.headers, {"num_attention_heads": 2}, config, machine)
     halves = [BATCH_TOKENS >> step for step in range(8)]
-    assert plan.batch_tokens in halves and plan.batch_tokens >= 32
-    if plan.batch_tokens > 32:
-        assert plan.worker <= machine.total
-    if plan.batch_tokens < BATCH_TOKENS:
-        double = min(2 * plan.batch_tokens // 32, 8)
-        assert plan.worker - plan.activations + activation_bytes(plan.widths, double, 32, 4) > machine.total
+    assert plan.calls.batch_tokens in halves and plan.calls.batch_tokens >= 32
+    if plan.calls.batch_tokens > 32:
+        assert plan.memory.peak <= machine.total
+    if plan.calls.batch_tokens < BATCH_TOKENS:
+        double = min(2 * plan.calls.batch_tokens // 32, 8)
+        assert plan.memory.peak - plan.memory.activations + activation_bytes(plan.widths, double, 32, 4) > machine.total
     given = make_plan(architecture, files.headers, {}, configured(world, evaluation={"batch": 640}), machine)
-    assert given.batch_tokens == 640
+    assert given.calls.batch_tokens == 640
 
 
 def test_seconds_are_flops_and_bytes_or_what_was_measured(template):
     plan = plan_of(load(template / "study.yaml"))
-    merges = plan.composites + plan.reported
-    spent = plan.tokens * plan.token_flops / (PACE * 1e9) + merges * plan.merge_bytes / 1e6
+    merges = plan.work.composites + plan.work.reported
+    spent = plan.work.tokens * plan.work.token_flops / (PACE * 1e9) + merges * plan.work.merge_bytes / 1e6
     assert plan.seconds(Speed("", 1e9, 1e6)) == pytest.approx(spent)
-    assert plan.seconds(Speed("", 0.0, 0.0, 0.25)) == 0.25 * plan.tokens
+    assert plan.seconds(Speed("", 0.0, 0.0, 0.25)) == 0.25 * plan.work.tokens
     on_gpus = plan_of(load(template / "study.yaml"), GPUS)
-    assert on_gpus.seconds(Speed("", 0.0, 0.0, 0.25)) == 0.25 * plan.tokens / 4
+    assert on_gpus.seconds(Speed("", 0.0, 0.0, 0.25)) == 0.25 * plan.work.tokens / 4
 
 
 def test_memory_is_what_the_system_says():
@@ -417,7 +432,17 @@ def test_memory_is_what_the_system_says():
 
 
 def test_shared_keys_and_held_scores_cost_more():
-    widths = Widths(10, 64, 128, 1, 4, 64, 64, False, False)
+    widths = Widths(
+        vocabulary=10,
+        hidden=64,
+        intermediate=128,
+        layers=1,
+        heads=4,
+        queries=64,
+        keys=64,
+        materialized=False,
+        capped=False,
+    )
     fewer = activation_bytes(replace(widths, intermediate=1), 2, 64, 4)
     assert activation_bytes(replace(widths, intermediate=1, materialized=True), 2, 64, 4) > fewer
 

@@ -59,9 +59,9 @@ def test_as_many_vectors_fit_as_are_promised_and_no_more(size, device, vectors):
         pytest.skip("nothing is promised")
     most, more = (plan_of(size, count, total, evaluation={"vectors": vectors}) for count in (promised, promised + 1))
     refuse_too_large(most, "study.yaml")
-    assert not most.streamed
+    assert not most.memory.streamed
     if vectors == "exact":
-        assert more.streamed
+        assert more.memory.streamed
     else:
         with pytest.raises(InputError, match="are needed"):
             refuse_too_large(more, "study.yaml")
@@ -75,22 +75,26 @@ def test_one_more_fits_where_the_base_stays_on_the_host(size, device):
         pytest.skip("nothing is promised")
     plan, more = (plan_of(size, count, total) for count in (promised + 1, promised + 2))
     refuse_too_large(plan, "study.yaml")
-    assert [folder.name for folder in plan.streamed] == ["base"]
-    assert len(more.streamed) == 2 and more.streamed[0].name == "base"
+    assert [folder.name for folder in plan.memory.streamed] == ["base"]
+    assert len(more.memory.streamed) == 2 and more.memory.streamed[0].name == "base"
     free = plan_of(size, promised + 1, total, simplex={"total": [0, 1]})
-    assert [folder.name for folder in free.streamed] == [f"tune{promised}"]
+    assert [folder.name for folder in free.memory.streamed] == [f"tune{promised}"]
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_checkpoints_stay_in_files_until_the_rest_fits_and_bytes_are_of_the_rest(size, count):
     """With a byte more than is needed nothing stays there; with less than the live model takes, nothing helps."""
     whole = plan_of(size, count, 10**15)
-    one = whole.stored // (count + 1)
-    smallest = whole.worker - whole.activations + plan_of(size, count, whole.live + 10**9).activations
+    one = whole.memory.stored // (count + 1)
+    smallest = (
+        whole.memory.peak
+        - whole.memory.activations
+        + plan_of(size, count, whole.memory.live + 10**9).memory.activations
+    )
     for missing in range(1, count + 1):
         plan = plan_of(size, count, smallest - (missing - 1) * one - 1)
-        assert len(plan.streamed) == missing and plan.stored == (count + 1 - missing) * one
-        assert plan.merge_bytes == whole.merge_bytes
-    assert not whole.streamed
-    hopeless = plan_of(size, count, whole.live)
-    assert not hopeless.streamed and hopeless.stored == whole.stored
+        assert len(plan.memory.streamed) == missing and plan.memory.stored == (count + 1 - missing) * one
+        assert plan.work.merge_bytes == whole.work.merge_bytes
+    assert not whole.memory.streamed
+    hopeless = plan_of(size, count, whole.memory.live)
+    assert not hopeless.memory.streamed and hopeless.memory.stored == whole.memory.stored

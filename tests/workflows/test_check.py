@@ -40,7 +40,7 @@ def test_a_check_uses_what_the_ledger_has_measured(world):
     ledger.record(Composite.single(identity.base), scores, identity.scoring, 100, 50.0)
     engine.dispose()
     found = check(config, "study.yaml")
-    assert found.speed.token_seconds == 0.5 and found.seconds == 0.5 * found.plan.tokens
+    assert found.speed.token_seconds == 0.5 and found.seconds == 0.5 * found.plan.work.tokens
 
 
 @pytest.mark.parametrize("was_run", [False, True])
@@ -56,7 +56,7 @@ def test_a_check_writes_nothing(world, capsys, was_run):
     assert "fit together" in told and len(told.splitlines()) <= 50
     assert main(["check", str(world / "study.yaml"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["plan"]["worker"] > found["plan"]["stored"] > 0 and len(found["checkpoints"]) == 4
+    assert found["plan"]["memory"]["peak"] > found["plan"]["memory"]["stored"] > 0 and len(found["checkpoints"]) == 4
     assert "merge kernel" in found["kernel"] and found["kernel"][1:] in told
 
 
