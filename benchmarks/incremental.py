@@ -22,26 +22,13 @@ from landscapes import Landscape, Tune, make_landscape
 from dem_opt.compute import InProcessCompute
 from dem_opt.progress import NullProgress
 from dem_opt.study import Study
-from dem_opt.types import TrialRecord
+from dem_opt.tracking import NullTracker
 
 LEVELS = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 TRIALS, LONG = 40, 60
 FIVE = ("code", "math", "prose", "records", "shouted")
 CASES = ((0, 50, 0, "shouted"), (1, 50, 1, "shouted"), (1, 120, 3, "shouted"), (0, 50, 0, "code"), (1, 50, 1, "math"))
 """Seed of the base, steps and seed of the fine-tunes, the distribution that comes last."""
-
-
-class Untracked:
-    """No MLflow."""
-
-    def trial_ended(self, record: TrialRecord) -> None:
-        """Nothing."""
-
-    def reconcile(self, records: Sequence[TrialRecord]) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
 
 
 class Telling(NullProgress):
@@ -74,8 +61,8 @@ def measure(
         storage=f"sqlite:///{storage}",
         search={"algorithm": "simplex-gp", "trials": trials, "seed": seed, "lookahead": 0},
     )
-    done = Study.load(study, Telling(), InProcessCompute())
-    records = done.compare(["simplex-gp"]).trials["simplex-gp"][:TRIALS]
+    done = Study.load(study, tracker=NullTracker(), compute=InProcessCompute(), progress=Telling())
+    records = done.compare(["simplex-gp"]).summary.trials["simplex-gp"][:TRIALS]
     one_pass = len(landscape.tunes) * 16 * 128
     spent = 1 - known + np.cumsum([record.evaluation.forward_tokens for record in records]) / one_pass
     whole = [np.inf if one.is_partial or one.objective is None else one.objective for one in records]
@@ -106,7 +93,6 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     folder: Path = parser.parse_args().folder.resolve()
     torch.set_num_threads(1)
-    Study._tracker = lambda study, search: Untracked()  # type: ignore[method-assign,assignment,return-value]
     began, ratios = perf_counter(), {level: list[float]() for level in LEVELS}
     for number in range(len(CASES)):
         books = folder / "incremental" / str(number)

@@ -111,7 +111,8 @@ def main() -> None:
         path = make_study(Path(folder), SHAPES["quickstart"], given.trials)
         config, watch = load(path), Watch(path)
         try:
-            Study(config, path, watch, RayCompute(config.compute.model_copy(update={"workers": 1}))).run()
+            compute = RayCompute(config.compute.model_copy(update={"workers": 1}))
+            Study(config, path, compute=compute, progress=watch).run()
         finally:
             watch.close()
     spent: dict[bool, list[float]] = {True: [], False: []}

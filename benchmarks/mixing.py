@@ -76,7 +76,7 @@ def make_study(folder: Path, steps: int, rate: float) -> Path:
 
 def measure(folder: Path, steps: int, rate: float) -> Found:
     """Train, search, mix."""
-    study = Study.load(make_study(folder, steps, rate), Telling(), InProcessCompute())
+    study = Study.load(make_study(folder, steps, rate), compute=InProcessCompute(), progress=Telling())
     study.train()
     study.run()
     mixing = study.mix("study")

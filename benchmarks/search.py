@@ -41,7 +41,7 @@ from dem_opt.storage.engine import connect
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
 from dem_opt.study import Study
-from dem_opt.tracking.tracker import Records
+from dem_opt.tracking import NullTracker
 from dem_opt.types import SEARCH, Score, TrialRecord
 
 SEEDS = 2
@@ -117,20 +117,6 @@ class Found:
 
 
 @dataclass
-class Untracked:
-    """No MLflow: thousands of runs that nobody looks at."""
-
-    def trial_ended(self, record: TrialRecord) -> None:
-        """Nothing."""
-
-    def reconcile(self, records: Records) -> None:
-        """Nothing."""
-
-    def close(self) -> bool:
-        """Nothing."""
-        return True
-
-
 def curve_of(records: Sequence[TrialRecord]) -> Curve:
     """A run's curve."""
     spent = np.cumsum([record.forwards for record in records])
@@ -175,8 +161,8 @@ def run(path: Path, name: str, algorithm: str, settings: Mapping[str, Any]) -> M
     landscape = config.load(path)
     search = landscape.search.model_copy(update={"lookahead": 0, **settings})
     renamed = landscape.model_copy(update={"name": name, "search": search})
-    study = Study(renamed, path, compute=InProcessCompute())
-    return study.compare([algorithm], SEEDS).trials
+    study = Study(renamed, path, tracker=NullTracker(), compute=InProcessCompute())
+    return study.compare([algorithm], SEEDS).summary.trials
 
 
 def seconds_of(records: Sequence[TrialRecord], steep: bool) -> float:
@@ -331,7 +317,6 @@ def main() -> None:
     parser.add_argument("--tuned", action="store_true", help="the landscapes that settings were chosen on")
     given = parser.parse_args()
     began, landscapes = perf_counter(), TUNED_ON if given.tuned else REPORTED
-    Study._tracker = lambda study, search, lease: Untracked()  # type: ignore[assignment,method-assign]
     paths = [make_landscape(landscape, given.folder, say) for landscape in landscapes]
     for path in paths:
         study_names(config.load(path).storage)  # Optuna makes its tables before several processes need them

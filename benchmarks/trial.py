@@ -15,7 +15,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -42,7 +42,9 @@ from dem_opt.storage.engine import connect
 from dem_opt.storage.leases import holding
 from dem_opt.storage.ledger import Ledger
 from dem_opt.study import Study
-from dem_opt.tracking.study_runs import MlflowRuns, Place
+from dem_opt.tracking import NoPeers, SearchInfo
+from dem_opt.tracking.mlflow_client import MlflowStore
+from dem_opt.tracking.study_runs import MlflowRuns
 from dem_opt.types import Composite, Evaluation, Request, Score, TrialRecord, WorkerSpec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -139,7 +141,7 @@ def run_study(path: Path, workers: int) -> Watch:
     watch = Watch([], [])
     try:
         config = load(path)
-        Study(config, path, watch, RayCompute(config.compute)).run()
+        Study(config, path, compute=RayCompute(config.compute), progress=watch).run()
     finally:
         ray.shutdown()
     return watch
@@ -206,8 +208,8 @@ class Ended(Exception):
 class InTurn:
     """A tracker that writes at once and not behind, and knows what that took; a clock of the whole loop."""
 
-    def __init__(self, place: Place, last: int) -> None:
-        self._runs, self._last = MlflowRuns(place, nullcontext), last
+    def __init__(self, store: MlflowStore, search: SearchInfo, last: int) -> None:
+        self._runs, self._last = MlflowRuns(store, search, NoPeers()), last
         self.rows: list[tuple[float, float, float, float]] = []
         self._began = perf_counter(), process_time()
 
@@ -233,8 +235,9 @@ def time_growth(marks: Sequence[int], algorithm: str) -> list[dict[str, float]]:
         identity, pool = sources.identity(), InProcessPool(Instant, sources.spec())
         engine = connect(config.storage)
         searched = Search(config.storage, "growing", config.space, config.search)
-        place = Place(config.tracking.uri, "e", "m", "growing", searched.uid, Path(folder) / "artifacts", {})
-        driver, tracker = Driver(identity, Ledger(engine), pool, NullProgress()), InTurn(place, marks[-1])
+        store = MlflowStore(uri=config.tracking.uri, experiment="e", artifacts=Path(folder) / "artifacts")
+        info = SearchInfo(model="m", study="growing", uid=searched.uid, parameters={})
+        driver, tracker = Driver(identity, Ledger(engine), pool, NullProgress()), InTurn(store, info, marks[-1])
         driver.measure([Composite.single(identity.base)], "search")
         with holding(engine, "growing") as lease, suppress(Ended):
             driver.optimize(searched, 1, tracker, lease)

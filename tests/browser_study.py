@@ -3,14 +3,15 @@
 import os
 import sys
 import time
+from functools import partial
 
-from dem_opt import study
 from dem_opt.cli.main import main
 from dem_opt.compute import InProcessCompute
 from dem_opt.evaluation.worker import Worker
+from dem_opt.study import Study
 
 if __name__ == "__main__":
-    study.RayCompute = lambda settings: InProcessCompute()  # type: ignore[assignment,misc,return-value]
+    Study.load = partial(Study.load, compute=InProcessCompute())  # type: ignore[method-assign]
     evaluate = Worker.evaluate
 
     def slowly(worker, request):

@@ -10,6 +10,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import in_process
 import numpy as np
 import pytest
 import torch
@@ -32,14 +33,11 @@ from transformers import (
 
 from dem_opt.checkpoints.architecture import check_base, load_model
 from dem_opt.checkpoints.files import content_hash, read_header
-from dem_opt.compute import InProcessCompute
 from dem_opt.errors import InputError
 from dem_opt.evaluation.nll import prepare, score
 from dem_opt.export.model_card import Ingredient, recipe
 from dem_opt.export.writer import write_composite
-from dem_opt.progress import NullProgress
 from dem_opt.simplex import UNIT
-from dem_opt.study import Study
 from dem_opt.types import Composite, StoredModel, Windows
 
 INSTALL = "pip install -c constraints.txt -e '.[bench]'"
@@ -180,7 +178,7 @@ def test_the_recipe_beside_an_export_gives_the_exported_weights(tmp_path, dtype,
     path = worlds.study(tmp_path, simplex={"total": total})
     coefficients = {"code": total / 2, "math": total / 2}
     out = tmp_path / "out"
-    Study.load(path, NullProgress(), InProcessCompute()).merge(coefficients, out, dtype)
+    in_process.open_study(path).merge(coefficients, out, dtype)
     told = yaml.safe_load((out / "mergekit.yaml").read_text())
     theirs, ours = mergekit(out / "mergekit.yaml", tmp_path / "theirs"), weights(out)
     parts = [(told["base_model"], 1 - total), *((one["model"], one["parameters"]["weight"]) for one in told["models"])]
@@ -221,7 +219,7 @@ def rolling(ids, prefix):
 def test_a_documents_nats_are_those_of_lm_evaluation_harness(tmp_path, record_property):
     path = worlds.study(tmp_path, names=("code", "math"))
     out = tmp_path / "out"
-    Study.load(path, NullProgress(), InProcessCompute()).merge({"code": 0.4, "math": 0.6}, out)
+    in_process.open_study(path).merge({"code": 0.4, "math": 0.6}, out)
     texts = ["alpha beta gamma", *worlds.documents(7, 4)]
     worlds.write_documents(tmp_path / "task/documents.jsonl", texts)
     task = {

@@ -10,29 +10,21 @@ import pytest
 import torch
 import worlds
 import yaml
+from in_process import open_study, open_tracked
 from pyarrow import parquet
 from recorded import RecordedProgress
 from transformers import AutoModelForCausalLM
-from untracked import nowhere
 
 from dem_opt.checkpoints.files import content_hash
-from dem_opt.compute import InProcessCompute
 from dem_opt.config import load
 from dem_opt.errors import EvaluationError, InputError
 from dem_opt.evaluation.worker import Worker
 from dem_opt.planning.inputs import _check_window, load_inputs
-from dem_opt.progress import NullProgress
 from dem_opt.search.optuna_study import Search, study_names
 from dem_opt.study import Study
 from dem_opt.types import SEARCH
 
 GRID = {"algorithm": "random", "trials": 5, "divisions": 4}
-
-
-@pytest.fixture
-def untracked(monkeypatch):
-    """No MLflow: its laws are tested with tracking, and a fresh database costs seconds."""
-    monkeypatch.setattr(Study, "_tracker", nowhere)
 
 
 @pytest.fixture
@@ -49,10 +41,6 @@ def evaluated(monkeypatch):
     return counts
 
 
-def open_study(path: Path, progress=None) -> Study:
-    return Study.load(path, progress or NullProgress(), InProcessCompute())
-
-
 def search_keys(path: Path) -> tuple[str, ...]:
     """Corpus keys of the search split."""
     return load_inputs(load(path), path).identity().keys(SEARCH)
@@ -65,21 +53,21 @@ def edit(path: Path, change) -> Path:
     return path
 
 
-def test_grid_and_search_share_every_measurement(tmp_path, untracked, evaluated):
+def test_grid_and_search_share_every_measurement(tmp_path, evaluated):
     study = open_study(worlds.study(tmp_path, search=GRID))
-    summary = study.compare(["grid", "random", "simplex-gp"])
+    summary = study.compare(["grid", "random", "simplex-gp"]).summary
     assert evaluated and set(evaluated.values()) == {1}
     before = sum(evaluated.values())
-    again = study.compare(["simplex-gp", "random", "grid"])
+    again = study.compare(["simplex-gp", "random", "grid"]).summary
     assert sum(evaluated.values()) == before
     assert [one.objective for one in again.results] == [one.objective for one in summary.results]
     assert len(summary.trials["grid"]) == 15
 
 
-def test_the_winner_is_the_search_splits_best(tmp_path, untracked):
+def test_the_winner_is_the_search_splits_best(tmp_path):
     study = open_study(worlds.study(tmp_path, search=GRID))
-    winner = study.run()
-    summary = study.compare(["grid"])
+    winner = study.run().winner
+    summary = study.compare(["grid"]).summary
     bests = [one for one in summary.results if one.role == "best"]
     assert summary.winner == min(bests, key=lambda one: one.objective["search"])
     trials = [record for records in summary.trials.values() for record in records]
@@ -87,7 +75,7 @@ def test_the_winner_is_the_search_splits_best(tmp_path, untracked):
     assert winner.coefficients in [record.coefficients for record in summary.trials["random"]]
 
 
-def test_the_order_of_the_study_file_changes_no_bit(tmp_path, untracked):
+def test_the_order_of_the_study_file_changes_no_bit(tmp_path):
     search = {"algorithm": "simplex-gp", "trials": 6}
     winners = []
     for names in (("code", "math", "prose"), ("prose", "code", "math")):
@@ -97,7 +85,7 @@ def test_the_order_of_the_study_file_changes_no_bit(tmp_path, untracked):
     assert winners[0] == winners[1]
 
 
-def test_a_study_that_grows_scores_only_the_new_corpus_on_what_it_carries_over(tmp_path, untracked, evaluated):
+def test_a_study_that_grows_scores_only_the_new_corpus_on_what_it_carries_over(tmp_path, evaluated):
     path = worlds.study(tmp_path, search=GRID)
     open_study(path).compare(["random"])
     old = set(evaluated)
@@ -114,12 +102,12 @@ def test_a_study_that_grows_scores_only_the_new_corpus_on_what_it_carries_over(t
     assert any("distributions.records is new" in line and "generation 2" in line for line in watching.notes)
 
 
-def test_another_weighting_needs_no_forward_pass_for_what_is_measured(tmp_path, untracked, evaluated):
+def test_another_weighting_needs_no_forward_pass_for_what_is_measured(tmp_path, evaluated):
     path = worlds.study(tmp_path, search=GRID)
     open_study(path).compare(["grid"])
     evaluated.clear()
     weighted = open_study(edit(path, lambda study: study.update(objective={"weights": {"code": 1}})))
-    summary = weighted.compare(["grid"])
+    summary = weighted.compare(["grid"]).summary
     assert not {key for _, key in evaluated} & set(search_keys(path)), "held-out reports on another winner"
     assert summary.winner.objective["search"] == summary.winner.scores["search"]["code"].nll
 
@@ -130,14 +118,14 @@ def add_general(path: Path, **objective) -> Path:
     return edit(path, lambda study: study.update(general={"web": "data/web.jsonl"}, objective=objective))
 
 
-def test_a_general_corpus_is_scored_and_changes_no_objective(tmp_path, untracked, evaluated):
+def test_a_general_corpus_is_scored_and_changes_no_objective(tmp_path, evaluated):
     path = worlds.study(tmp_path, search=GRID)
-    before = open_study(path).compare(["grid"])
+    before = open_study(path).compare(["grid"]).summary
     old = set(evaluated)
     evaluated.clear()
     watching = RecordedProgress()
     study = open_study(add_general(path), watching)
-    after = study.compare(["grid"])
+    after = study.compare(["grid"]).summary
     assert not old & set(evaluated)
     assert {key for _, key in evaluated} == set(load_inputs(load(path), path).identity().keys(SEARCH)) - {
         k for _, k in old
@@ -149,7 +137,7 @@ def test_a_general_corpus_is_scored_and_changes_no_objective(tmp_path, untracked
     assert study.summary() == after and "merge kernel" in after.facts["merging here"]
 
 
-def test_a_study_may_mix_kinds_of_files_and_formats(tmp_path, untracked):
+def test_a_study_may_mix_kinds_of_files_and_formats(tmp_path):
     path = worlds.study(tmp_path, search=GRID | {"trials": 2})
     (tmp_path / "models/base/chat_template.jinja").write_text(
         "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}{% endfor %}"
@@ -167,29 +155,29 @@ def test_a_study_may_mix_kinds_of_files_and_formats(tmp_path, untracked):
         by_name["math"]["validation"] = {"path": "data/pairs.jsonl", "format": "prompt_completion"}
         study["evaluation"]["window"] = 64
 
-    winner = open_study(edit(path, mix)).run()
+    winner = open_study(edit(path, mix)).run().winner
     tokens = {name: score.tokens for name, score in winner.scores[SEARCH].items()}
     assert tokens["prose"] > 3 * 63 and all(0 < tokens[name] < 4 * 63 for name in ("code", "math"))
 
 
-def test_an_objective_may_name_a_general_corpus(tmp_path, untracked):
+def test_an_objective_may_name_a_general_corpus(tmp_path):
     path = add_general(worlds.study(tmp_path, search=GRID), weights={"web": 2.0})
-    winner = open_study(path).run()
+    winner = open_study(path).run().winner
     assert winner.objective[SEARCH] == winner.scores[SEARCH]["web"].nll
 
 
 @pytest.mark.parametrize(("algorithm", "name"), [("grid", "web"), ("simplex-gp", "code")])
-def test_protection_changes_the_winner_to_the_best_that_keeps_it(tmp_path, untracked, evaluated, algorithm, name):
+def test_protection_changes_the_winner_to_the_best_that_keeps_it(tmp_path, evaluated, algorithm, name):
     """The allowance is the middle of what the free study's trials do to the corpus, so some keep it and some don't."""
     path = add_general(worlds.study(tmp_path, search=GRID | {"algorithm": algorithm}))
-    free = open_study(path).compare([algorithm])
+    free = open_study(path).compare([algorithm]).summary
     base = free.results[0].scores[SEARCH][name].nll
     excess = sorted(record.scores[name].nll - base for record in free.trials[algorithm])
     best = free.winner.scores[SEARCH][name].nll - base
     allowance = max((excess[0] + best) / 2, 0.0)
     evaluated.clear()
     study = open_study(add_general(path, protect={name: allowance}))
-    kept = study.compare([algorithm])
+    kept = study.compare([algorithm]).summary
     trials = kept.trials[algorithm]
     whole = [record for record in trials if not record.is_partial]
     for record in whole:
@@ -214,7 +202,7 @@ def optuna_trials(path: Path, study: Study, algorithm: str) -> list:
     return Search(study.config.storage, max(names), study.config.space, settings).trials()
 
 
-def test_every_change_of_what_is_protected_begins_a_generation(tmp_path, untracked, evaluated):
+def test_every_change_of_what_is_protected_begins_a_generation(tmp_path, evaluated):
     path = worlds.study(tmp_path, search=GRID)
     open_study(add_general(path, protect={"web": 0.1})).run()
     for generation, allowance in enumerate((0.2, 0.0), start=2):
@@ -245,7 +233,7 @@ def test_every_change_of_what_is_protected_begins_a_generation(tmp_path, untrack
         ),
     ],
 )
-def test_a_change_of_scoring_is_refused_and_named(tmp_path, untracked, change, field):
+def test_a_change_of_scoring_is_refused_and_named(tmp_path, change, field):
     path = worlds.study(tmp_path, search=GRID | {"trials": 1})
     open_study(path).run()
     with pytest.raises(InputError) as refusal:
@@ -253,7 +241,7 @@ def test_a_change_of_scoring_is_refused_and_named(tmp_path, untracked, change, f
     assert field in str(refusal.value) and "would not compare" in str(refusal.value)
 
 
-def test_a_trial_calls_forward_once_for_each_batch_and_opens_no_file(tmp_path, untracked, monkeypatch):
+def test_a_trial_calls_forward_once_for_each_batch_and_opens_no_file(tmp_path, monkeypatch):
     # 3 distributions of 16 windows of 32 tokens, 8 blocks of 2 windows, 64 tokens to a batch: 3 x 8 calls.
     path = worlds.study(tmp_path, search=GRID | {"racing": False})
     edit(path, lambda study: study["evaluation"].update(batch=64, windows=16, held_out=16))
@@ -276,7 +264,7 @@ def test_a_trial_calls_forward_once_for_each_batch_and_opens_no_file(tmp_path, u
     assert opened == []
 
 
-def test_a_score_is_that_of_the_composite_and_of_a_model(tmp_path, untracked):
+def test_a_score_is_that_of_the_composite_and_of_a_model(tmp_path):
     study = open_study(worlds.study(tmp_path, search=GRID))
     study.merge({"code": 0.25, "math": 0.75}, tmp_path / "merged")
     composite = study.score({"code": 0.25, "math": 0.75})
@@ -287,8 +275,8 @@ def test_a_score_is_that_of_the_composite_and_of_a_model(tmp_path, untracked):
 
 
 def test_the_winner_is_exported_proved_and_registered(tmp_path):
-    study = open_study(worlds.study(tmp_path, search=GRID))
-    winner = study.run()
+    study = open_tracked(worlds.study(tmp_path, search=GRID))
+    winner = study.run().winner
     champion = study.export(tmp_path / "best")
     assert champion.result == winner and champion.version == "1"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "best")
@@ -303,7 +291,7 @@ def test_the_winner_is_exported_proved_and_registered(tmp_path):
     assert study.export(tmp_path / "best").version == "1", "the same model is registered once"
 
 
-def test_a_model_that_can_not_be_proved_leaves_nothing(tmp_path, untracked, monkeypatch):
+def test_a_model_that_can_not_be_proved_leaves_nothing(tmp_path, monkeypatch):
     from dem_opt import study as studies
     from dem_opt.export import writer as exports
 
@@ -323,7 +311,7 @@ def test_a_model_that_can_not_be_proved_leaves_nothing(tmp_path, untracked, monk
     assert not [path for path in tmp_path.iterdir() if "best" in path.name]
 
 
-def test_a_checkpoint_that_changes_under_a_study_begins_a_generation(tmp_path, untracked):
+def test_a_checkpoint_that_changes_under_a_study_begins_a_generation(tmp_path):
     path = worlds.study(tmp_path, search=GRID)
     open_study(path).run()
     before = content_hash(tmp_path / "models/code")
@@ -337,7 +325,7 @@ def test_a_checkpoint_that_changes_under_a_study_begins_a_generation(tmp_path, u
     assert len(study.summary().trials["random"]) == 5
 
 
-def test_a_composite_that_can_not_be_scored_fails_alone(tmp_path, untracked, monkeypatch):
+def test_a_composite_that_can_not_be_scored_fails_alone(tmp_path, monkeypatch):
     path, original = worlds.study(tmp_path, search=GRID), Worker.evaluate
     keys = search_keys(path)
 
@@ -390,7 +378,7 @@ def test_a_report_of_nothing_says_what_to_do_first(tmp_path):
         open_study(worlds.study(tmp_path)).summary()
 
 
-def test_what_is_reused_is_told_with_its_reason(tmp_path, untracked):
+def test_what_is_reused_is_told_with_its_reason(tmp_path):
     path = worlds.study(tmp_path, search=GRID)
     open_study(path).compare(["random"])
     watching = RecordedProgress()
@@ -404,7 +392,7 @@ def test_what_is_reused_is_told_with_its_reason(tmp_path, untracked):
     assert "so scores on code, prose hold; none of these is scored again" in told
 
 
-def test_a_study_that_grows_looks_first_at_few_points_and_the_new_vertex(tmp_path, untracked, evaluated):
+def test_a_study_that_grows_looks_first_at_few_points_and_the_new_vertex(tmp_path, evaluated):
     """Six composites, spread over those that are known, on the new corpus alone; then the new fine-tune whole."""
     path = worlds.study(tmp_path, search=GRID)
     open_study(path).compare(["grid"])

@@ -32,7 +32,7 @@ def mix(given: Namespace) -> None:
         mend = "holds what was found against mixtures; leave --algorithms and --seeds out"
         raise InputError(None, "--data-mixing", given.data_mixing, mend)
     with console.ConsoleProgress(quiet=given.json) as watching:
-        study = Study.load(given.study, watching)
+        study = Study.load(given.study, progress=watching)
         found = study.mix(given.data_mixing)
     tell_mixing(found, study.config.output, given.json)
 
@@ -64,7 +64,7 @@ def evaluate(given: Namespace) -> None:
     from dem_opt.study import Study
 
     with console.ConsoleProgress(quiet=given.json) as watching:
-        found = Study.load(given.study, watching).evaluate()
+        found = Study.load(given.study, progress=watching).evaluate()
     ranked = found.ranked(given.by)
     if given.json:
         console.say_json(of_tasks(found) | {"ranked": [one.label for one in ranked]})

@@ -363,4 +363,4 @@ def _quickstart(given: argparse.Namespace) -> None:
 def _study(given: argparse.Namespace, watching: console.ConsoleProgress | None = None) -> "Study":
     from dem_opt.study import Study
 
-    return Study.load(given.study, watching)
+    return Study.load(given.study, progress=watching)

@@ -22,14 +22,14 @@ def watched(path: Path, quiet: bool) -> Iterator[tuple["Study", "Board"]]:
     """A study file, with progress on the terminal and in Optuna Dashboard while the block runs."""
     from dem_opt.config import load
     from dem_opt.dashboards.live_updates import Board
-    from dem_opt.study import Study
+    from dem_opt.study import Study, mlflow_tracker
 
     config = load(path)
     with (
         console.ConsoleProgress(quiet=quiet) as progress,
         Board(config.storage, progress, lambda pages: _show(study, study.summary(), pages)) as board,
     ):
-        study = Study(config, path, board, board=board.link)
+        study = Study.load(path, tracker=mlflow_tracker(config, on_pages=board.link), progress=board)
         yield study, board
 
 

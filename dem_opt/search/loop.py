@@ -18,7 +18,7 @@ from dem_opt.signals import finishing
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.leases import Lease
 from dem_opt.storage.ledger import Ledger
-from dem_opt.tracking.tracker import Tracker
+from dem_opt.tracking import SearchTracker
 from dem_opt.types import SEARCH, Composite, Evaluation, Failure, Request, Score
 
 PAUSE = 0.5
@@ -43,7 +43,7 @@ class Driver:
     pool: Pool
     progress: Progress
 
-    def optimize(self, search: Search, lookahead: int, tracker: Tracker, lease: Lease) -> None:
+    def optimize(self, search: Search, lookahead: int, tracker: SearchTracker, lease: Lease) -> None:
         """Ask, look up or score, record, tell, log, until the search ends.
 
         Trials that a dead driver left come first, under their own numbers.  What is written, in this order: the
@@ -193,7 +193,7 @@ class Driver:
                 self.identity.differentiation,
             )
 
-    def _finish(self, flight: Flight, answer: Evaluation | Failure, search: Search, tracker: Tracker) -> None:
+    def _finish(self, flight: Flight, answer: Evaluation | Failure, search: Search, tracker: SearchTracker) -> None:
         record = trial_record(
             self.ledger, self.identity, search.name, flight.proposal, answer, flight.race, flight.gradient
         )

@@ -1,13 +1,14 @@
-"""MLflow and a client of it, without telemetry and chatter, impatient with a server that is away."""
+"""Connections to MLflow: without telemetry and chatter, and with short timeouts."""
 
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from dem_opt.atomic import publish_new
-from dem_opt.storage.engine import connect
+from dem_opt.storage import engine
 
 _SQLITE = "sqlite:///"
 _SETTINGS = {
@@ -19,40 +20,60 @@ _SETTINGS = {
 }
 
 
-def connected(uri: str, experiment: str, artifacts: Path) -> tuple[Any, Any, str]:
-    """MLflow, a client, and the id of an experiment, made where it is missing; raises whatever MLflow raises.
+@dataclass(frozen=True, kw_only=True)
+class MlflowStore:
+    """An experiment of an MLflow server or database.
 
-    artifacts  where a new experiment in a database keeps its files; a server decides for itself
+    Attributes:
+        uri: Tracking and registry URI.
+        experiment: Name of the experiment.
+        artifacts: Where a new experiment in a database keeps its files; a server decides for itself.
+    """
+
+    uri: str
+    experiment: str
+    artifacts: Path
+
+
+def connect(store: MlflowStore) -> tuple[Any, Any, str]:
+    """Connect to a store; the experiment is created where it is missing.
+
+    Returns:
+        The mlflow module, a client, and the experiment's id.
+
+    Raises:
+        Exception: Whatever MLflow raises.
     """
     mlflow = _import_mlflow()
-    make_database(uri)
-    if in_database := uri.startswith(("sqlite", "postgresql")):
-        connect(uri, "tracking.uri").dispose()
-    client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
-    found = client.get_experiment_by_name(experiment)
-    if found is not None:
-        return mlflow, client, str(found.experiment_id)
-    location = artifacts.absolute().as_uri() if in_database else None
-    return mlflow, client, str(client.create_experiment(experiment, artifact_location=location))
+    make_database(store.uri)
+    if in_database := store.uri.startswith(("sqlite", "postgresql")):
+        engine.connect(store.uri, "tracking.uri").dispose()
+    client = mlflow.MlflowClient(tracking_uri=store.uri, registry_uri=store.uri)
+    experiment = client.get_experiment_by_name(store.experiment)
+    if experiment is not None:
+        return mlflow, client, str(experiment.experiment_id)
+    location = store.artifacts.absolute().as_uri() if in_database else None
+    return mlflow, client, str(client.create_experiment(store.experiment, artifact_location=location))
 
 
 def make_database(uri: str) -> None:
-    """MLflow's tables where `uri` names a file that is missing, whole or not at all, whoever else makes them.
+    """Create MLflow's tables in an SQLite file that does not exist yet, safely beside other processes.
 
-    MLflow can't go on with a file that it left half-made, nor can two of its processes make one together.
+    MLflow cannot continue with a file that it left half-made, nor can two of its processes create one together: so
+    the tables are made in a file of this process, which then gets its name.
     """
     path = Path(uri.removeprefix(_SQLITE))
     if not uri.startswith(_SQLITE) or path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        own = f"{_SQLITE}{folder}/new.db"
-        _import_mlflow().MlflowClient(tracking_uri=own, registry_uri=own).search_experiments(max_results=1)
+        uri = f"{_SQLITE}{folder}/new.db"
+        _import_mlflow().MlflowClient(tracking_uri=uri, registry_uri=uri).search_experiments(max_results=1)
         publish_new(Path(folder, "new.db"), path)
 
 
 def _import_mlflow() -> Any:
-    """MLflow without telemetry and chatter, impatient with a server that is away; the user's settings win."""
+    """Import MLflow with `_SETTINGS`; environment variables that the user has set win."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     import mlflow

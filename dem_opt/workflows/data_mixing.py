@@ -1,11 +1,11 @@
-"""The way that the method replaces, as a baseline: one model trained for each mixture of the data, and its cost."""
+"""The data-mixing baseline: train a model for each mixture of the data, and compare the winner with them."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from hashlib import sha256
 from math import prod
-from typing import Any
+from pathlib import Path
 
 from dem_opt.analysis.mixing_cost import (
     BaseScore,
@@ -18,55 +18,42 @@ from dem_opt.analysis.mixing_cost import (
 )
 from dem_opt.checkpoints.files import content_hash
 from dem_opt.checkpoints.locate import locate
-from dem_opt.compute import Compute
 from dem_opt.config import StudyConfig
 from dem_opt.data.mixtures import Mixture, Part, lattice
 from dem_opt.errors import InputError
 from dem_opt.evaluation.worker import build
-from dem_opt.planning.inputs import Inputs, check_headers, load_inputs
+from dem_opt.planning.inputs import Inputs, check_headers
 from dem_opt.progress import NullPhase, Progress
 from dem_opt.search.loop import Driver
 from dem_opt.search.trials import is_known, objectives, recall
-from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
-from dem_opt.tracking.job_runs import JobRun, Note
+from dem_opt.tracking import JobNote
 from dem_opt.training.fine_tune import FineTuned, FineTuneJob, job_identity, result_of
 from dem_opt.types import SEARCH, SPLITS, Composite, ResultRow, StoredModel, Summary, WorkerSpec
-from dem_opt.workflows.fine_tuning import settings, train
+from dem_opt.workflows.context import StudyContext
+from dem_opt.workflows.fine_tuning import shared_settings, train
+from dem_opt.workflows.summary import summarize_stored
 
 FOLDER = "mixing"
-"""Where models of mixtures are written, in the study's output."""
+"""Folder in the study's output for the models of mixtures."""
 
 STUDY = "study"
-"""The grid that means the mixtures of the study file."""
+"""Name of the grid that stands for the mixtures of the study file."""
 
 
-def mix(
-    config: StudyConfig,
-    where: object,
-    jobs: Sequence["MixtureJob"],
-    ledger: Ledger,
-    summary: Summary,
-    compute: Compute,
-    progress: Progress,
-) -> MixingComparison:
-    """Train and score a model for each job, and hold the winner against them."""
-    files = load_inputs(config, where, worker=False).exact()
-    train(config, [one.job for one in jobs], compute, _WithoutPhases(progress))
-    with compute:
-        sources = files.on(compute.device)
-        composites = score_mixtures(sources, jobs, ledger, compute, progress)
-    found = hold_against(config, where, sources, ledger, summary, jobs, composites)
-    log_mixing(config, jobs, found, progress)
-    return found
+@dataclass(frozen=True, kw_only=True)
+class MixtureJob:
+    """A model to be trained on a data mixture.
 
-
-def planned(config: StudyConfig, where: object, grid: str) -> list["MixtureJob"]:
-    """A job for each mixture of the grid and each budget.
-
-    Raises InputError for a grid that is none, and for fine-tunes of which nobody knows what they took.
+    Attributes:
+        budget: "all" for as many tokens as all single fine-tunes together, "one" for as many as they have on average.
+        shares: Shares of the tokens by distribution.
+        job: The training.
     """
-    return mixture_jobs(config, mixtures(config, grid, where), singles(config, where))
+
+    budget: str
+    shares: Mapping[str, float]
+    job: FineTuneJob
 
 
 class _WithoutPhases:
@@ -82,24 +69,41 @@ class _WithoutPhases:
         return NullPhase()
 
 
-@dataclass(frozen=True)
-class MixtureJob:
-    """A model to be trained on a mixture: with which budget, of which shares."""
+def mix(context: StudyContext, grid: str) -> MixingComparison:
+    """Train and score a model for each mixture and budget, and compare the winner with them.
 
-    budget: str
-    shares: Mapping[str, float]
-    job: FineTuneJob
+    Args:
+        context: A study that has been run.
+        grid: "study" for the study file's mixtures, "3" for all multiples of a third.
+
+    Raises:
+        InputError: The grid is invalid, the study has not been run, or the cost of a fine-tune is unknown.
+    """
+    config, path = context.config, context.path
+    shares = mixtures(config, grid, path)
+    jobs = mixture_jobs(config, shares, single_fine_tunes(config, path))
+    with context.stored() as stored:
+        summary = summarize_stored(context, stored)
+        inputs = context.load_inputs(for_workers=False).exact()
+        train(context, [mixture.job for mixture in jobs], _WithoutPhases(context.progress))
+        with context.compute:
+            inputs = inputs.on(context.compute.device)
+            composites = score_mixtures(context, inputs, jobs, stored.ledger)
+        comparison = compare_costs(context, inputs, stored.ledger, summary, jobs, composites)
+    log_mixtures(context, jobs, comparison)
+    return comparison
 
 
-def mixtures(config: StudyConfig, grid: str, where: object) -> list[dict[str, float]]:
-    """The shares to be tried: those of the study file, or all multiples of 1 / grid.
+def mixtures(config: StudyConfig, grid: str, path: Path) -> list[dict[str, float]]:
+    """Return the shares of each mixture of a grid, by distribution.
 
-    Raises InputError for a grid that is none, and for a study file without mixtures.
+    Raises:
+        InputError: The grid is invalid, or the study file has no mixtures.
     """
     if grid == STUDY:
         if not config.data_mixing.mixtures:
             mend = "the study file has no mixtures: list some, or ask for a lattice, --data-mixing 3"
-            raise InputError(where, "data_mixing.mixtures", None, mend)
+            raise InputError(path, "data_mixing.mixtures", None, mend)
         names = config.distributions
         return [{name: shares.get(name, 0.0) for name in names} for shares in config.data_mixing.mixtures]
     if not grid.isdecimal() or int(grid) < 1:
@@ -108,161 +112,179 @@ def mixtures(config: StudyConfig, grid: str, where: object) -> list[dict[str, fl
     return lattice(list(config.distributions), int(grid))
 
 
-def singles(config: StudyConfig, where: object) -> dict[str, FineTuned]:
-    """What each distribution's own fine-tuning gave.
+def single_fine_tunes(config: StudyConfig, path: Path) -> dict[str, FineTuned]:
+    """Return the record of each distribution's own fine-tuning.
 
-    Raises InputError for a distribution without training data, or whose fine-tune `dem-opt train` did not make: then
-    nobody knows what it took.
+    Raises:
+        InputError: A distribution has no training data, or its fine-tune was not made by `dem-opt train`.
     """
-    found = {}
-    for name, one in config.distributions.items():
-        kind, source = one.fine_tune
-        if one.train is None:
+    records = {}
+    for name, distribution in config.distributions.items():
+        kind, source = distribution.fine_tune
+        if distribution.train is None:
             mend = "is needed to train on mixtures of it"
-            raise InputError(where, f"distributions.{name}.train", None, mend)
-        made = result_of(locate(source, f"distributions.{name}.{kind}"))
-        if made is None:
-            mend = "was not made by `dem-opt train`, so what it took is not known and mixtures can't be held against it"
-            raise InputError(where, f"distributions.{name}.{kind}", str(source), mend)
-        found[name] = made
-    return found
+            raise InputError(path, f"distributions.{name}.train", None, mend)
+        record = result_of(locate(source, f"distributions.{name}.{kind}"))
+        if record is None:
+            mend = "was not made by `dem-opt train`, so its cost is not known and mixtures cannot be compared with it"
+            raise InputError(path, f"distributions.{name}.{kind}", str(source), mend)
+        records[name] = record
+    return records
 
 
 def mixture_jobs(
-    config: StudyConfig, tried: Sequence[Mapping[str, float]], made: Mapping[str, FineTuned]
+    config: StudyConfig, grid: Sequence[Mapping[str, float]], fine_tunes: Mapping[str, FineTuned]
 ) -> list[MixtureJob]:
-    """A job for each budget and mixture, of the study's own settings but for the number of steps.
+    """Return a job for each budget and mixture, with the study's settings but for the number of steps.
 
-    all: steps for as many tokens as the single fine-tunes together; one: for as many as they have on average.
+    Args:
+        config: The study file's content.
+        grid: Shares of each mixture by distribution.
+        fine_tunes: Records of the single fine-tunes, whose tokens are the budget.
     """
-    base, given = locate(config.base, "base"), config.fine_tuning
-    step = given.batch_size * config.evaluation.window
-    total = sum(one.tokens for one in made.values())
-    steps = {"all": round(total / step), "one": round(total / len(made) / step)}
-    shared = settings(config, base)
-    if any(one.adapter is not None for one in config.distributions.values()):
-        shared |= {"lora": given.lora, "merged": True}
+    step_tokens = config.fine_tuning.batch_size * config.evaluation.window
+    total = sum(record.tokens for record in fine_tunes.values())
+    steps = {"all": round(total / step_tokens), "one": round(total / len(fine_tunes) / step_tokens)}
+    settings = shared_settings(config, locate(config.base, "base"))
+    if any(distribution.adapter is not None for distribution in config.distributions.values()):
+        settings |= {"lora": config.fine_tuning.lora, "merged": True}
     jobs = []
     for budget in dict.fromkeys(config.data_mixing.tokens):
-        for number, shares in enumerate(tried, start=1):
-            parts = tuple(
-                Part(name, one.train, shares[name])
-                for name, one in config.distributions.items()
-                if shares[name] and one.train is not None
-            )
-            folder = f"{budget}-{sha256(repr([(part.name, part.share) for part in parts]).encode()).hexdigest()[:12]}"
-            more: dict[str, Any] = {"steps": steps[budget], "save_every": max(steps[budget] // 10, 1)}
+        settings |= {"steps": steps[budget], "save_every": max(steps[budget] // 10, 1)}
+        for number, shares in enumerate(grid, start=1):
+            mixture = _mixture(config, shares)
+            # The folder is found again by this hash: a list of plain tuples, whatever `Part` becomes.
+            digest = sha256(repr([(part.name, part.share) for part in mixture.parts]).encode()).hexdigest()[:12]
             job = FineTuneJob(
-                **(shared | more),
-                name=f"mixture {number} of {len(tried)}, tokens of {budget}",
-                train=Mixture(parts),
-                out=config.output / FOLDER / folder,
+                name=f"mixture {number} of {len(grid)}, tokens of {budget}",
+                train=mixture,
+                out=config.output / FOLDER / f"{budget}-{digest}",
+                **settings,
             )
-            jobs.append(MixtureJob(budget, shares, job))
+            jobs.append(MixtureJob(budget=budget, shares=shares, job=job))
     return jobs
 
 
-def score_mixtures(
-    sources: Inputs, jobs: Sequence[MixtureJob], ledger: Ledger, compute: Compute, progress: Progress
-) -> dict[str, Composite]:
-    """Score every model on both splits, what the ledger has not; by the folder of each its composite.
+def _mixture(config: StudyConfig, shares: Mapping[str, float]) -> Mixture:
+    parts = (
+        Part(name, distribution.train, shares[name])
+        for name, distribution in config.distributions.items()
+        if shares[name] and distribution.train is not None
+    )
+    return Mixture(tuple(parts))
 
-    As many of them are in memory at once as the study has fine-tunes; one, where these are adapters or stay in files.
+
+def score_mixtures(
+    context: StudyContext, inputs: Inputs, jobs: Sequence[MixtureJob], ledger: Ledger
+) -> dict[Path, Composite]:
+    """Score every model on both splits, unless the ledger has its scores; return its composite by its folder.
+
+    As many models are in memory at once as the study has fine-tunes, but only one where these are adapters or stay in
+    their files.
     """
-    identity = sources.identity()
-    models = [StoredModel(one.job.out, content_hash(one.job.out, FOLDER)) for one in jobs]
-    composites = {model.path.name: Composite.single(model.content) for model in models}
+    identity = inputs.identity()
+    models = [StoredModel(mixture.job.out, content_hash(mixture.job.out, FOLDER)) for mixture in jobs]
+    composites = {model.path: Composite.single(model.content) for model in models}
     missing = [
         model
-        for model in {one.content: one for one in models}.values()
-        if not all(is_known(ledger, identity, composites[model.path.name], split) for split in SPLITS)
+        for model in {model.content: model for model in models}.values()
+        if not all(is_known(ledger, identity, composites[model.path], split) for split in SPLITS)
     ]
-    whole = not sources.streamed and all(one.base is None for one in sources.fine_tunes.values())
-    size = len(sources.fine_tunes) if whole else 1
+    are_whole = not inputs.streamed and all(model.base is None for model in inputs.fine_tunes.values())
+    size = len(inputs.fine_tunes) if are_whole else 1
     for start in range(0, len(missing), size):
-        some = tuple(missing[start : start + size])
+        first, *others = missing[start : start + size]
         spec = WorkerSpec(
-            base=some[0],
-            fine_tunes=some[1:],
-            corpora=sources.corpora,
-            dtype=sources.dtype,
-            batch_tokens=sources.batch_tokens,
+            base=first,
+            fine_tunes=tuple(others),
+            corpora=inputs.corpora,
+            dtype=inputs.dtype,
+            batch_tokens=inputs.batch_tokens,
         )
-        with closing(compute.workers(build, spec, progress)) as pool:
-            driver = Driver(identity, ledger, pool, progress)
+        with closing(context.compute.workers(build, spec, context.progress)) as pool:
+            driver = Driver(identity, ledger, pool, context.progress)
             for split in SPLITS:
-                driver.measure([Composite.single(model.content) for model in some], split)
+                driver.measure([Composite.single(model.content) for model in (first, *others)], split)
     return composites
 
 
-def hold_against(
-    config: StudyConfig,
-    where: object,
-    sources: Inputs,
+def compare_costs(
+    context: StudyContext,
+    inputs: Inputs,
     ledger: Ledger,
     summary: Summary,
     jobs: Sequence[MixtureJob],
-    composites: Mapping[str, Composite],
+    composites: Mapping[Path, Composite],
 ) -> MixingComparison:
-    """The comparison, from what the ledger and the checkpoints' records have."""
-    identity, made = sources.identity(), singles(config, where)
-    parameters = sum(map(prod, check_headers(config, where).architecture.parameters.values()))
+    """Compare winner and mixtures by loss and cost, from the ledger and the checkpoints' records."""
+    config, path = context.config, context.path
+    parameters = sum(map(prod, check_headers(config, path).architecture.parameters.values()))
     winner = summary.winner
     assert winner.coefficients is not None
-    trained = sum((_training(one, parameters) for one in made.values()), Cost())
-    edited = MergeResult(
-        winner.label,
-        winner.coefficients.weights,
-        *_scored(winner),
-        trained,
-        forward_cost(parameters, winner.forward_tokens, winner.seconds),
+    objective, nll = _scores(winner)
+    trainings = (_training_cost(record, parameters) for record in single_fine_tunes(config, path).values())
+    merged = MergeResult(
+        label=winner.label,
+        coefficients=winner.coefficients.weights,
+        objective=objective,
+        nll=nll,
+        training=sum(trainings, Cost()),
+        search=forward_cost(parameters, winner.forward_tokens, winner.seconds),
     )
-    mixed = tuple(_mixed(one, composites[one.job.out.name], identity, ledger, parameters) for one in jobs)
-    return MixingComparison(
-        config.name, identity.weights, parameters, edited, mixed, BaseScore(*_scored(summary.results[0]))
-    )
+    mixed = tuple(_mixture_result(mixture, composites[mixture.job.out], inputs, ledger, parameters) for mixture in jobs)
+    base = BaseScore(*_scores(summary.results[0]))
+    return MixingComparison(config.name, inputs.identity().weights, parameters, merged, mixed, base)
 
 
-def _scored(one: ResultRow) -> tuple[Mapping[str, float], Mapping[str, Mapping[str, float]]]:
-    """A composite's objective by split, and its NLL by split and corpus."""
-    nll = {split: {name: score.nll for name, score in scores.items()} for split, scores in one.scores.items()}
-    return dict(one.objective), nll
+def _scores(row: ResultRow) -> tuple[Mapping[str, float], Mapping[str, Mapping[str, float]]]:
+    """Return a row's objective by split, and its NLL by split and corpus."""
+    nll = {split: {name: score.nll for name, score in scores.items()} for split, scores in row.scores.items()}
+    return dict(row.objective), nll
 
 
-def _training(made: FineTuned, parameters: int) -> Cost:
-    """What a fine-tuning took; records of earlier versions are of full fine-tunings."""
-    return training_cost(parameters, made.trained or parameters, made.tokens, made.seconds)
+def _training_cost(record: FineTuned, parameters: int) -> Cost:
+    """Return the cost of a training; records without a count of trained parameters are of full fine-tunings."""
+    return training_cost(parameters, record.trained or parameters, record.tokens, record.seconds)
 
 
-def _mixed(
-    one: MixtureJob, composite: Composite, identity: StudyIdentity, ledger: Ledger, parameters: int
+def _mixture_result(
+    mixture: MixtureJob, composite: Composite, inputs: Inputs, ledger: Ledger, parameters: int
 ) -> MixtureResult:
-    made = result_of(one.job.out)
-    assert made is not None, "trained just now"
+    record, identity = result_of(mixture.job.out), inputs.identity()
+    assert record is not None, "trained just now"
     scores = {split: recall(ledger, identity, composite, split) for split in SPLITS}
-    minimized = objectives(ledger, identity)
-    tokens = len(identity.keys(SEARCH)) * identity.windows(SEARCH) * one.job.window
+    objective = objectives(ledger, identity)
+    tokens = len(identity.keys(SEARCH)) * identity.windows(SEARCH) * mixture.job.window
     seconds = ledger.seconds(composite, identity.keys(SEARCH), identity.scoring)
     return MixtureResult(
-        one.budget,
-        one.shares,
-        {split: minimized[split](scores[split]) for split in SPLITS},
-        {split: {name: score.nll for name, score in by_name.items()} for split, by_name in scores.items()},
-        _training(made, parameters) + forward_cost(parameters, tokens, seconds),
+        budget=mixture.budget,
+        shares=mixture.shares,
+        objective={split: objective[split](scores[split]) for split in SPLITS},
+        nll={split: {name: score.nll for name, score in by_name.items()} for split, by_name in scores.items()},
+        cost=_training_cost(record, parameters) + forward_cost(parameters, tokens, seconds),
     )
 
 
-def log_mixing(config: StudyConfig, jobs: Sequence[MixtureJob], found: MixingComparison, progress: Progress) -> None:
-    """Every model of a mixture as a baseline run in MLflow."""
-    curves = JobRun(config.tracking.uri, config.tracking.experiment, config.output / "artifacts", progress.warning)
-    for one, mixed in zip(jobs, found.mixed, strict=True):
-        parameters = {f"share.{name}": f"{share:g}" for name, share in one.shares.items()} | {"tokens": one.budget}
-        metrics = {f"{split}.objective_nll": nll for split, nll in mixed.objective.items()}
-        metrics |= {f"{split}.nll.{name}": nll for split, by_name in mixed.nll.items() for name, nll in by_name.items()}
-        metrics |= {
-            "trained_tokens": float(mixed.cost.trained_tokens),
-            "training_flops": mixed.cost.training_flops,
-            "seconds": mixed.cost.seconds,
-        }
-        curves.write(Note("data mixing", one.job.name, job_identity(one.job), parameters, metrics))
-    curves.close()
+def log_mixtures(context: StudyContext, jobs: Sequence[MixtureJob], comparison: MixingComparison) -> None:
+    """Log every model of a mixture as a run of its own."""
+    with closing(context.track_jobs()) as tracker:
+        for mixture, result in zip(jobs, comparison.mixed, strict=True):
+            shares = {f"share.{name}": f"{share:g}" for name, share in mixture.shares.items()}
+            metrics = {f"{split}.objective_nll": nll for split, nll in result.objective.items()}
+            metrics |= {
+                f"{split}.nll.{name}": nll for split, by_name in result.nll.items() for name, nll in by_name.items()
+            }
+            metrics |= {
+                "trained_tokens": float(result.cost.trained_tokens),
+                "training_flops": result.cost.training_flops,
+                "seconds": result.cost.seconds,
+            }
+            tracker.write(
+                JobNote(
+                    kind="data mixing",
+                    name=mixture.job.name,
+                    key=job_identity(mixture.job),
+                    parameters=shares | {"tokens": mixture.budget},
+                    metrics=metrics,
+                )
+            )

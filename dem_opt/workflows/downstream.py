@@ -1,177 +1,199 @@
-"""A study's best composites, its base, its fine-tunes and their average on tasks, each measured once."""
+"""Score base, fine-tunes, uniform average and the best composites on tasks; each score is measured once."""
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from dem_opt.analysis.task_scores import TaskResults, TaskScore, TaskTable
 from dem_opt.atomic import write_text
-from dem_opt.compute import Compute
-from dem_opt.config import EvaluateSection, StudyConfig
+from dem_opt.config import EvaluateSection
 from dem_opt.errors import InputError
 from dem_opt.export.writer import write_composite
-from dem_opt.planning.inputs import Inputs, load_inputs
-from dem_opt.progress import Progress
+from dem_opt.planning.inputs import Inputs
 from dem_opt.simplex import UNIT
-from dem_opt.tracking.job_runs import JobRun, Note
+from dem_opt.tracking import JobNote
 from dem_opt.types import Composite, ResultRow, Summary
+from dem_opt.workflows.context import StudyContext
 from dem_opt.workflows.lm_eval import TaskJob, check_tasks, harness_version, run_tasks
+from dem_opt.workflows.summary import read_summary
 
 FOLDER = "downstream"
-"""Where scores on tasks are kept, in the study's output."""
+"""Folder in the study's output for scores on tasks."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A line of the final table that is to do the tasks."""
+    """A row of the results table that is scored on the tasks."""
 
     result: ResultRow
     composite: Composite
 
 
-def wanted(config: StudyConfig, where: object) -> EvaluateSection:
-    """What the study file asks for.
+def evaluate(context: StudyContext) -> TaskTable:
+    """Score the candidates on the study file's tasks, and log the scores.
 
-    Raises InputError where it asks for nothing, for tasks that are unknown, and where the harness is missing.
+    Raises:
+        InputError: The study file has no tasks, a task is unknown, lm-evaluation-harness is missing, or the study
+            has not been run.
     """
-    if config.evaluate is None:
+    settings = check_settings(context)
+    summary = read_summary(context)
+    inputs = context.load_inputs(for_workers=False)
+    candidates = select_candidates(summary, inputs, settings.top)
+    with context.compute:
+        table = score_candidates(context, settings, inputs, candidates)
+    log_scores(context, candidates, table)
+    return table
+
+
+def check_settings(context: StudyContext) -> EvaluateSection:
+    """Return the study file's section on tasks.
+
+    Raises:
+        InputError: There is none, a task is unknown, or lm-evaluation-harness is missing.
+    """
+    settings = context.config.evaluate
+    if settings is None:
         mend = "the study file names no tasks; write, say, evaluate: {tasks: [hellaswag], top: 5}"
-        raise InputError(where, "evaluate", None, mend)
+        raise InputError(context.path, "evaluate", None, mend)
     harness_version()
-    check_tasks(tuple(config.evaluate.tasks), config.evaluate.include, where)
-    return config.evaluate
+    check_tasks(tuple(settings.tasks), settings.include, context.path)
+    return settings
 
 
-def evaluate(
-    config: StudyConfig, where: object, given: EvaluateSection, summary: Summary, compute: Compute, progress: Progress
+def select_candidates(summary: Summary, inputs: Inputs, top: int) -> list[Candidate]:
+    """Return base, fine-tunes and uniform average, then the best composites, each composite once."""
+    identity, by_composite = inputs.identity(), dict[Composite, ResultRow]()
+    baselines = [row for row in summary.results if row.role in ("base", "single", "uniform")]
+    for row in (*baselines, *summary.top[:top]):
+        coefficients = row.coefficients  # None for the base
+        composite = Composite.single(identity.base) if coefficients is None else identity.composite(coefficients)
+        by_composite.setdefault(composite, row)
+    return [Candidate(row, composite) for composite, row in by_composite.items()]
+
+
+def score_candidates(
+    context: StudyContext, settings: EvaluateSection, inputs: Inputs, candidates: Sequence[Candidate]
 ) -> TaskTable:
-    """Score base, fine-tunes, uniform average and the best composites on the tasks, and log it."""
-    sources = load_inputs(config, where, worker=False)
-    doers = entrants(summary, sources, given.top)
-    with compute:
-        found = do_tasks(config, given, sources, doers, compute, progress)
-    log_tasks(config, doers, found, progress)
-    return found
+    """Return every candidate's scores; those of an earlier call are not measured again.
 
-
-def entrants(summary: Summary, sources: Inputs, top: int) -> list[Candidate]:
-    """Base, fine-tunes and uniform average, then the best composites; one that is among the others only once."""
-    identity, found = sources.identity(), dict[Composite, ResultRow]()
-    baselines = [one for one in summary.results if one.role in ("base", "single", "uniform")]
-    for one in (*baselines, *summary.top[:top]):
-        at = one.coefficients
-        composite = Composite.single(identity.base) if at is None else identity.composite(at)
-        found.setdefault(composite, one)
-    return [Candidate(result, composite) for composite, result in found.items()]
-
-
-def do_tasks(
-    config: StudyConfig,
-    given: EvaluateSection,
-    sources: Inputs,
-    doers: Sequence[Candidate],
-    compute: Compute,
-    progress: Progress,
-) -> TaskTable:
-    """Every entrant's scores; those that are kept from before are not measured again.
-
-    One model at a time: a composite is written to disk, and is gone when it has done its tasks.
-    Raises the first failure.
+    One model at a time: a composite is written to disk, and deleted when it is scored.  Raises the first failure.
     """
+    cache = _ScoreCache(context.config.output / FOLDER, settings)
     models = []
-    for place, one in enumerate(doers, start=1):
-        kept = {task: _kept(config, given, one.composite, task) for task in given.tasks}
-        missing = tuple(task for task, score in kept.items() if score is None)
+    for number, candidate in enumerate(candidates, start=1):
+        scores = cache.read(candidate.composite)
+        missing = tuple(task for task in settings.tasks if task not in scores)
         if missing:
-            with _folder(config, sources, one.composite) as folder:
-                measured = _measure(given, sources, folder, one, missing, compute)
-            kept |= measured
-            for task, score in measured.items():
-                _keep(config, given, one.composite, task, score)
-        scores = {task: score for task, score in kept.items() if score is not None}
-        told = ", ".join(f"{task} {score.metric} {score.value:.4f}" for task, score in scores.items())
-        progress.note(f"{place} of {len(doers)}: {one.result.label}: {told}{'' if missing else ' (known)'}")
-        at = one.result.coefficients
-        weights = None if at is None else at.weights
-        models.append(TaskResults(one.result.label, one.result.role, weights, dict(one.result.objective), scores))
-    return TaskTable(config.name, tuple(given.tasks), tuple(models))
-
-
-def log_tasks(config: StudyConfig, doers: Sequence[Candidate], found: TaskTable, progress: Progress) -> None:
-    """Every model's scores in MLflow."""
-    curves = JobRun(config.tracking.uri, config.tracking.experiment, config.output / "artifacts", progress.warning)
-    for one, model in zip(doers, found.models, strict=True):
-        metrics = {f"{task}.{score.metric}": score.value for task, score in model.scores.items()}
-        metrics |= {f"{split}.objective_nll": nll for split, nll in model.objective.items()}
-        parameters = {f"w.{name}": str(weight) for name, weight in (model.coefficients or {}).items()}
-        key = sha256(repr((config.name, one.composite.key, sorted(model.scores.items()))).encode()).hexdigest()
-        curves.write(Note("downstream", model.label, key, parameters | {"role": model.role}, metrics))
-    curves.close()
+            measured = _measure(context, settings, inputs, candidate, missing)
+            cache.write(candidate.composite, measured)
+            scores = {task: (scores | measured)[task] for task in settings.tasks}
+        row = candidate.result
+        shown = ", ".join(f"{task} {score.metric} {score.value:.4f}" for task, score in scores.items())
+        known = "" if missing else " (known)"
+        context.progress.note(f"{number} of {len(candidates)}: {row.label}: {shown}{known}")
+        coefficients = None if row.coefficients is None else row.coefficients.weights
+        models.append(TaskResults(row.label, row.role, coefficients, dict(row.objective), scores))
+    return TaskTable(context.config.name, tuple(settings.tasks), tuple(models))
 
 
 def _measure(
-    given: EvaluateSection,
-    sources: Inputs,
-    folder: Path,
-    one: Candidate,
-    tasks: tuple[str, ...],
-    compute: Compute,
+    context: StudyContext, settings: EvaluateSection, inputs: Inputs, candidate: Candidate, tasks: tuple[str, ...]
 ) -> dict[str, TaskScore]:
-    job = TaskJob(
-        one.result.label,
-        folder,
-        sources.base.path,
-        tasks,
-        given.include,
-        given.limit,
-        given.shots,
-        given.batch,
-    )
-    ((_, result),) = compute.jobs(run_tasks, [job])
+    """Run tasks on a candidate, as a job of the compute."""
+    with _model_folder(context, inputs, candidate.composite) as folder:
+        job = TaskJob(
+            name=candidate.result.label,
+            model=folder,
+            tokenizer=inputs.base.path,
+            tasks=tasks,
+            include=settings.include,
+            limit=settings.limit,
+            shots=settings.shots,
+            batch=settings.batch,
+        )
+        ((_, result),) = context.compute.jobs(run_tasks, [job])
     if isinstance(result, Exception):
         raise result
     return result
 
 
 @contextmanager
-def _folder(config: StudyConfig, sources: Inputs, composite: Composite) -> Iterator[Path]:
-    """A model's folder: a checkpoint's own, or one that is written for the while."""
-    full = {model.content: model.path for model in sources.models().values() if model.base is None}
-    terms = dict(composite.terms)
-    alone = next(iter(terms)) if set(terms.values()) == {UNIT} else None
-    if alone in full:
-        yield full[alone]
+def _model_folder(context: StudyContext, inputs: Inputs, composite: Composite) -> Iterator[Path]:
+    """Yield a model's folder: a checkpoint's own, or one that is deleted afterwards."""
+    checkpoints = {model.content: model.path for model in inputs.models().values() if model.base is None}
+    (content, units), *others = composite.terms
+    if not others and units == UNIT and content in checkpoints:
+        yield checkpoints[content]
         return
-    out = config.output / FOLDER / f"model-{composite.key[:16]}"
+    out = context.config.output / FOLDER / f"model-{composite.key[:16]}"
     shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        write_composite(sources.base, sources.models(), composite, out, lambda written: {}, None)
+        write_composite(inputs.base, inputs.models(), composite, out, lambda written: {}, None)
         yield out
     finally:
         shutil.rmtree(out, ignore_errors=True)
 
 
-def _kept_at(config: StudyConfig, given: EvaluateSection, composite: Composite, task: str) -> Path:
-    """The file of a score, named by all that decides it: the model, the task's files, the settings, the harness."""
-    files = sorted(path for path in given.include.rglob("*") if path.is_file()) if given.include else []
-    asked: list[Any] = [task, given.limit, given.shots, given.batch, harness_version()]
-    asked += [(path.name, sha256(path.read_bytes()).hexdigest()) for path in files]
-    name = sha256(repr((composite.key, asked)).encode()).hexdigest()[:32]
-    return config.output / FOLDER / f"{name}.json"
+class _ScoreCache:
+    """Scores on tasks in files, named by everything that decides a score: model, task files, settings, harness."""
+
+    def __init__(self, folder: Path, settings: EvaluateSection) -> None:
+        self._folder, self._settings = folder, settings
+        include = settings.include
+        files = sorted(path for path in include.rglob("*") if path.is_file()) if include else []
+        self._files = [(path.name, sha256(path.read_bytes()).hexdigest()) for path in files]
+
+    def read(self, composite: Composite) -> dict[str, TaskScore]:
+        """Return the known scores of a composite, by task."""
+        scores = {}
+        for task in self._settings.tasks:
+            try:
+                scores[task] = TaskScore(**json.loads(self._path(composite, task).read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError):
+                continue
+        return scores
+
+    def write(self, composite: Composite, scores: Mapping[str, TaskScore]) -> None:
+        """Keep scores of a composite."""
+        for task, score in scores.items():
+            write_text(self._path(composite, task), json.dumps(asdict(score)) + "\n")
+
+    def _path(self, composite: Composite, task: str) -> Path:
+        settings = self._settings
+        decisive = [task, settings.limit, settings.shots, settings.batch, harness_version(), *self._files]
+        name = sha256(repr((composite.key, decisive)).encode()).hexdigest()[:32]
+        return self._folder / f"{name}.json"
 
 
-def _kept(config: StudyConfig, given: EvaluateSection, composite: Composite, task: str) -> TaskScore | None:
-    try:
-        return TaskScore(**json.loads(_kept_at(config, given, composite, task).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
+def log_scores(context: StudyContext, candidates: Sequence[Candidate], table: TaskTable) -> None:
+    """Log every candidate's scores as a run of its own."""
+    with closing(context.track_jobs()) as tracker:
+        for candidate, model in zip(candidates, table.models, strict=True):
+            metrics = {f"{task}.{score.metric}": score.value for task, score in model.scores.items()}
+            metrics |= {f"{split}.objective_nll": nll for split, nll in model.objective.items()}
+            parameters = {f"w.{name}": str(weight) for name, weight in (model.coefficients or {}).items()}
+            tracker.write(
+                JobNote(
+                    kind="downstream",
+                    name=model.label,
+                    key=_key(context.config.name, candidate.composite, model.scores),
+                    parameters=parameters | {"role": model.role},
+                    metrics=metrics,
+                )
+            )
 
 
-def _keep(config: StudyConfig, given: EvaluateSection, composite: Composite, task: str, score: TaskScore) -> None:
-    write_text(_kept_at(config, given, composite, task), json.dumps(asdict(score)) + "\n")
+def _key(study: str, composite: Composite, scores: Mapping[str, TaskScore]) -> str:
+    """Return the identity of a model's run: scores are written out so that a renamed field gives no second run."""
+    written = ", ".join(
+        f"({task!r}, TaskScore(task={score.task!r}, metric={score.metric!r}, value={score.value!r}, "
+        f"error={score.error!r}, higher={score.higher!r}, documents={score.documents!r}))"
+        for task, score in sorted(scores.items())
+    )
+    return sha256(f"({study!r}, {composite.key!r}, [{written}])".encode()).hexdigest()

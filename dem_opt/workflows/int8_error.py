@@ -1,22 +1,28 @@
-"""What compressed vectors cost: NLL of fine-tunes and uniform average against the same of vectors as they are."""
+"""The error of int8 vectors: NLL of fine-tunes and uniform average, against the same with vectors as stored."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from dem_opt.analysis.results import entries
 from dem_opt.planning.inputs import Inputs, memory_shortage
-from dem_opt.search.loop import Driver
 from dem_opt.search.trials import is_known, recall
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
-from dem_opt.types import SEARCH, Composite, WorkerSpec
+from dem_opt.types import SEARCH, Composite
+from dem_opt.workflows.context import StudyContext
 
 
-@dataclass(frozen=True)
-class Fidelity:
-    """|NLL of compressed vectors - NLL| in nats per token, over composites and corpora of the search split."""
+@dataclass(frozen=True, kw_only=True)
+class Int8Error:
+    """|NLL of int8 vectors - NLL| over composites and corpora of the search split.
+
+    Attributes:
+        vectors: The compressed form, "int8".
+        mean: Mean difference, nats per token.
+        largest: Largest difference, nats per token.
+        composites: Number of composites.
+    """
 
     vectors: str
     mean: float
@@ -30,31 +36,34 @@ class Fidelity:
         )
 
 
-def tell_cost(
-    sources: Inputs,
-    ledger: Ledger,
-    driving: Callable[[WorkerSpec, StudyIdentity, Ledger], AbstractContextManager[Driver]],
-    where: object,
-) -> list[str]:
-    """Measure what compressed vectors cost, if there are any and memory allows vectors as they are; a line of it."""
-    identity, exact = sources.identity(), sources.exact()
+def measure_error(context: StudyContext, inputs: Inputs, ledger: Ledger) -> None:
+    """Measure and report the error of compressed vectors, where the study uses them and both forms fit into memory."""
+    identity, exact = inputs.identity(), inputs.exact()
     if identity.vectors == "exact":
-        return []
-    if shortage := memory_shortage(exact.config, where):
-        return [f"what {identity.vectors} vectors cost is not measured: {shortage}"]
-    with driving(exact.spec(), identity.exact(), ledger) as driver:
-        driver.measure(_yardsticks(identity), SEARCH)
-    return [str(cost) for cost in known_cost(ledger, identity)]
+        return
+    if shortage := memory_shortage(exact.config, context.path):
+        context.progress.note(f"the error of {identity.vectors} vectors is not measured: {shortage}")
+        return
+    with context.driver(exact.spec(), identity.exact(), ledger) as driver:
+        driver.measure(_references(identity), SEARCH)
+    report_error(context, ledger, identity)
 
 
-def known_cost(ledger: Ledger, identity: StudyIdentity) -> list[Fidelity]:
-    """The error by the ledger, of what it has in both forms; nothing where it has none in both."""
+def report_error(context: StudyContext, ledger: Ledger, identity: StudyIdentity) -> None:
+    """Report the error of compressed vectors, where it was measured."""
+    error = recall_error(ledger, identity)
+    if error is not None:
+        context.progress.note(str(error))
+
+
+def recall_error(ledger: Ledger, identity: StudyIdentity) -> Int8Error | None:
+    """Return the error over the composites that the ledger has in both forms; None where there is none."""
     exact = identity.exact()
     if identity.vectors == "exact":
-        return []
+        return None
     both = [
         composite
-        for composite in _yardsticks(identity)
+        for composite in _references(identity)
         if is_known(ledger, identity, composite, SEARCH) and is_known(ledger, exact, composite, SEARCH)
     ]
     errors = [
@@ -62,10 +71,12 @@ def known_cost(ledger: Ledger, identity: StudyIdentity) -> list[Fidelity]:
         for composite in both
         for name, score in recall(ledger, identity, composite, SEARCH).items()
     ]
-    return [Fidelity(identity.vectors, fmean(errors), max(errors), len(both))] if errors else []
+    if not errors:
+        return None
+    return Int8Error(vectors=identity.vectors, mean=fmean(errors), largest=max(errors), composites=len(both))
 
 
-def _yardsticks(identity: StudyIdentity) -> Sequence[Composite]:
-    """The single fine-tunes and the uniform average; the base is exact in every form."""
+def _references(identity: StudyIdentity) -> Sequence[Composite]:
+    """Single fine-tunes and uniform average; the base has no vector, so no error."""
     baselines = [entry.composite for entry in entries(identity, {})]
     return [composite for composite in baselines if composite != Composite.single(identity.base)]

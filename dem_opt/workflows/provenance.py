@@ -1,4 +1,4 @@
-"""With what a study was run, and where it is written down: libraries, places, content."""
+"""The provenance of a study: libraries, places, contents, hardware, and what a tracker is told of them."""
 
 import os
 import platform
@@ -20,26 +20,37 @@ from dem_opt.search.optuna_study import Search
 from dem_opt.search.trials import objectives, recall
 from dem_opt.storage.engine import masked
 from dem_opt.storage.identity import StudyIdentity
-from dem_opt.tracking.study_runs import Data, Place, StudyDescription, result_metrics
+from dem_opt.tracking import DataSource, SearchInfo, StudyDescription
+from dem_opt.tracking.study_runs import result_metrics
 from dem_opt.tracking.urls import optuna_study, optuna_trial
 from dem_opt.types import SEARCH, SPLITS, ResultRow, Summary, TrialRecord
 
 LIBRARIES = ("torch", "transformers", "optuna", "mlflow", "ray", "dem-opt")
+"""Packages whose versions a study records."""
+
+GIT_SECONDS = 10
+"""Seconds that a call of git may take."""
 
 
 def libraries() -> dict[str, str]:
-    """Versions by name."""
+    """Return the installed versions of `LIBRARIES` by name."""
     return {library: version(library) for library in LIBRARIES}
 
 
-def facts(config: StudyConfig, where: object, identity: StudyIdentity) -> dict[str, str]:
-    """What reproduces the study: where its parts are, their content, and with what it was run."""
-    folder = Path(str(where)).resolve().parent
+def facts(config: StudyConfig, path: Path, identity: StudyIdentity) -> dict[str, str]:
+    """Return what reproduces a study, for people: places, contents, settings, versions, commands.
+
+    Args:
+        config: The study file's content.
+        path: The study file.
+        identity: What the study is about, by content.
+    """
+    folder = path.resolve().parent
     revision = git_revision(folder)
-    folders = {name: one.fine_tune[1] for name, one in config.distributions.items()}
+    folders = {name: distribution.fine_tune[1] for name, distribution in config.distributions.items()}
     contents = {f"{name}: {folders.get(name, 'gone')}": content for name, content in identity.fine_tunes.items()}
     return {
-        "study file": str(where),
+        "study file": str(path),
         "storage": masked(config.storage),
         "MLflow": masked(config.tracking.uri),
         f"base: {config.base}": identity.base,
@@ -54,15 +65,15 @@ def facts(config: StudyConfig, where: object, identity: StudyIdentity) -> dict[s
         **({"git revision": revision} if revision else {}),
         "fingerprint": fingerprint(identity),
         "hardware": hardware(),
-        "go on, or repeat": f"dem-opt run {where}",
-        "the grid beside it": f"dem-opt compare --algorithms grid {where}",
-        "the winner's weights": f"dem-opt export --out DIR {where}",
+        "go on, or repeat": f"dem-opt run {path}",
+        "the grid beside it": f"dem-opt compare --algorithms grid {path}",
+        "the winner's weights": f"dem-opt export --out DIR {path}",
         "the study, resolved": resolved(config, folder),
     }
 
 
-def place(config: StudyConfig, search: Search) -> Place:
-    """Where and as what a search is written down in MLflow."""
+def search_info(config: StudyConfig, search: Search) -> SearchInfo:
+    """Return a search as its tracker shows it."""
     parameters = {
         "base": str(config.base),
         "distributions": ", ".join(config.distributions),
@@ -71,52 +82,56 @@ def place(config: StudyConfig, search: Search) -> Place:
         **{f"evaluation.{name}": str(value) for name, value in config.evaluation.model_dump().items()},
         **libraries(),
     }
-    return Place(
-        uri=config.tracking.uri,
-        experiment=config.tracking.experiment,
+    return SearchInfo(
         model=config.name,
         study=search.name,
         uid=search.uid,
-        artifacts=config.output / "artifacts",
         parameters=parameters,
-        patience=config.outages.tracking,
-        board=lambda number: optuna_trial(config.storage, search.id, number),
-        home=optuna_study(config.storage, search.id),
+        trial_page=lambda number: optuna_trial(config.storage, search.id, number),
+        page=optuna_study(config.storage, search.id),
     )
 
 
-def study_description(config: StudyConfig, where: object, identity: StudyIdentity) -> StudyDescription:
-    """What MLflow is told of a study before there are trials: the study resolved, fingerprint, hardware, data."""
-    folder = Path(str(where)).resolve().parent
+def study_description(config: StudyConfig, path: Path, identity: StudyIdentity) -> StudyDescription:
+    """Return what is known of a study before it has trials: the resolved study file, fingerprint, hardware, data."""
+    folder = path.resolve().parent
     revision = git_revision(folder)
     tags = {
         "dem_opt.fingerprint": fingerprint(identity),
         "dem_opt.hardware": hardware(),
         **({"mlflow.source.git.commit": revision} if revision else {}),
     }
-    return StudyDescription(tags=tags, data=_data(config, identity), files={"study.yaml": resolved(config, folder)})
+    return StudyDescription(
+        tags=tags, data=_data_sources(config, identity), files={"study.yaml": resolved(config, folder)}
+    )
 
 
 def study_descriptions(summary: Summary, note: str, files: Mapping[str, str | bytes]) -> dict[str, StudyDescription]:
-    """What MLflow is told of what was found, by search: files and baselines in the winner's alone."""
-    baselines = [one for one in summary.results if one.role != "best"] + list(summary.left_out)
-    made = {}
+    """Return what the results say of each search, by run; only the winner's has the files and the baselines.
+
+    Args:
+        summary: The results.
+        note: Description in Markdown.
+        files: Contents of files by path.
+    """
+    baselines = [row for row in summary.results if row.role != "best"] + list(summary.left_out)
+    descriptions = {}
     for best in summary.results:
         if best.run:
             metrics = {f"best.{key}": value for key, value in result_metrics(best)}
-            made[best.run] = StudyDescription(note=note, metrics=metrics)
+            descriptions[best.run] = StudyDescription(note=note, metrics=metrics)
             if best is summary.winner:
-                made[best.run] = replace(made[best.run], files=files, baselines=baselines)
-    return made
+                descriptions[best.run] = replace(descriptions[best.run], files=files, baselines=baselines)
+    return descriptions
 
 
 def fingerprint(identity: StudyIdentity) -> str:
-    """SHA-256 of what the study asks and of what makes its scores comparable, all by content."""
+    """Return the SHA-256 of everything that identifies a study and of its scoring, all by content."""
     return sha256(repr(sorted((identity.asked() | identity.scored()).items())).encode()).hexdigest()
 
 
 def hardware() -> str:
-    """The driver's machine in words."""
+    """Describe the driver's machine."""
     machine = this_machine()
     gpus = f", {machine.devices} GPU of {machine.total / 1e9:.0f} GB" if machine.device == "cuda" else ""
     memory = "" if gpus else f", {machine.total / 1e9:.0f} GB of memory"
@@ -124,32 +139,37 @@ def hardware() -> str:
 
 
 def git_revision(folder: Path) -> str | None:
-    """The commit that a folder is at, "+" behind it where files have changed since; None outside of git."""
-    told = _git(folder, "rev-parse", "HEAD")
-    return f"{told}+" if told and _git(folder, "status", "--porcelain", "--untracked-files=no") else told
+    """Return the commit of a folder, with a "+" where files have changed since; None outside of git."""
+    commit = _git(folder, "rev-parse", "HEAD")
+    return f"{commit}+" if commit and _git(folder, "status", "--porcelain", "--untracked-files=no") else commit
 
 
-def _git(folder: Path, *words: str) -> str | None:
+def _git(folder: Path, *arguments: str) -> str | None:
+    command = ["git", "-C", str(folder), *arguments]
     try:
-        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    return process.stdout.strip() or None if process.returncode == 0 else None
 
 
-def _data(config: StudyConfig, identity: StudyIdentity) -> list[Data]:
-    """The corpora of both splits, and the files that they were cut from."""
-    made = []
+def _data_sources(config: StudyConfig, identity: StudyIdentity) -> list[DataSource]:
+    """Return the corpora of both splits, with the files that they were cut from."""
+    sources = []
     for split in SPLITS:
-        for name, key in identity.corpora[split].items():
-            given = config.corpora[name]
-            file = given.validation if split == SEARCH or given.held_out is None else given.held_out
-            made.append(Data(name, split, str(file.path), key, identity.windows(split)))
-    return made
+        for name, digest in identity.corpora[split].items():
+            data = config.corpora[name]
+            file = data.validation if split == SEARCH or data.held_out is None else data.held_out
+            sources.append(
+                DataSource(
+                    name=name, split=split, source=str(file.path), digest=digest, windows=identity.windows(split)
+                )
+            )
+    return sources
 
 
-def measures(winner: ResultRow) -> dict[str, float]:
-    """What the registered winner is measured by, on both splits: nats per token and perplexities."""
+def winner_metrics(winner: ResultRow) -> dict[str, float]:
+    """Return the metrics of a registered winner: nats per token and perplexities on both splits."""
     metrics = {f"{split}.objective_nll": nll for split, nll in winner.objective.items()}
     metrics |= {"search.protect_violation": winner.violation} if winner.violation else {}
     for split, scores in winner.scores.items():
@@ -158,12 +178,19 @@ def measures(winner: ResultRow) -> dict[str, float]:
 
 
 def compare_libraries(
-    study: str, driver: Driver, found: Mapping[str, Sequence[TrialRecord]], progress: Progress
+    study: str, driver: Driver, trials: Mapping[str, Sequence[TrialRecord]], progress: Progress
 ) -> None:
-    """Where libraries have changed since a study was last run, score the best of its trials again and report it."""
+    """Record the library versions; where they have changed since the last run, score the best trial again.
+
+    Args:
+        study: Name of the study.
+        driver: Scores the trial.
+        trials: Finished trials by run.
+        progress: Receives the change, as a warning where the best composite scores otherwise with it.
+    """
     before, now = driver.ledger.libraries(study), libraries()
     if before and before != now:
-        _report_change(before, now, driver, found, progress)
+        _report_change(before, now, driver, trials, progress)
     driver.ledger.enter_libraries(study, now)
 
 
@@ -171,13 +198,12 @@ def _report_change(
     before: Mapping[str, str],
     now: Mapping[str, str],
     driver: Driver,
-    found: Mapping[str, Sequence[TrialRecord]],
+    trials: Mapping[str, Sequence[TrialRecord]],
     progress: Progress,
 ) -> None:
-    """Report the libraries that changed; warn where the best composite scores otherwise with them."""
     changed = [f"{name} {before.get(name, 'none')} -> {new}" for name, new in now.items() if before.get(name) != new]
     change = f"since the last run: {', '.join(changed)}"
-    best = best_of([trial for trials in found.values() for trial in trials])
+    best = best_of([trial for records in trials.values() for trial in records])
     if best is None:
         progress.note(change)
         return

@@ -7,11 +7,10 @@ from itertools import permutations
 
 import pytest
 import worlds
-from untracked import nowhere
+from in_process import open_study
 
 from dem_opt.analysis.reweighting import reweighted
 from dem_opt.cli import json_output
-from dem_opt.compute import InProcessCompute
 from dem_opt.errors import InputError
 from dem_opt.evaluation.objective import Objective, mean_nll
 from dem_opt.evaluation.worker import Worker
@@ -20,20 +19,10 @@ from dem_opt.storage.engine import connect
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.leases import holding
 from dem_opt.storage.ledger import Ledger
-from dem_opt.study import Study
 from dem_opt.types import HELD_OUT, SEARCH, Composite
 
 SEARCHED = {"algorithm": "random", "trials": 8, "divisions": 4}
 WEIGHTINGS = [{"code": 1}, {"code": 2, "math": 1}, {"prose": 1, "math": 0}, {"code": 0.1, "math": 0.1, "prose": 5}]
-
-
-@pytest.fixture(autouse=True)
-def untracked(monkeypatch):
-    monkeypatch.setattr(Study, "_tracker", nowhere)
-
-
-def open_study(path):
-    return Study.load(path, compute=InProcessCompute())
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +30,7 @@ def measured(tmp_path_factory):
     """A study that has been compared."""
     evaluation = {"window": 32, "windows": 8, "held_out": 4}
     path = worlds.study(tmp_path_factory.mktemp("world"), search=SEARCHED, evaluation=evaluation)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Study, "_tracker", nowhere)
-        open_study(path).compare(["grid", "random"])
+    open_study(path).compare(["grid", "random"])
     return path
 
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 import worlds
 import yaml
+from in_process import replace_dependencies
 from safetensors.torch import load_file, save_file
-from untracked import nowhere
 
 from dem_opt.checkpoints.files import content_hash
 from dem_opt.cli.main import main
 from dem_opt.compute import InProcessCompute
 from dem_opt.study import Study
+from dem_opt.tracking import NullTracker
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def world(template, tmp_path):
 
 @pytest.fixture
 def untracked(monkeypatch):
-    monkeypatch.setattr(Study, "_tracker", nowhere)
+    replace_dependencies(monkeypatch, tracker=NullTracker())
 
 
 def edit(world: Path, **changes) -> None:
@@ -197,7 +198,7 @@ def test_run_score_and_report_say_what_they_found(world, capsys, untracked, ray_
 @pytest.fixture
 def in_process(monkeypatch):
     """Workers without Ray."""
-    monkeypatch.setattr("dem_opt.study.RayCompute", lambda settings: InProcessCompute())
+    replace_dependencies(monkeypatch, compute=InProcessCompute())
 
 
 def test_merge_and_export_tell_programs_what_they_wrote(world, capsys, untracked, in_process):

@@ -184,7 +184,7 @@ class Killing(NullProgress):
 
 def drive_and_die(path: Path) -> None:
     """A driver's life."""
-    Study.load(path, Killing(), InProcessCompute()).run()
+    Study.load(path, compute=InProcessCompute(), progress=Killing()).run()
 
 
 def live(path: Path, first: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import in_process
 import pytest
 import test_adapters
 import test_study
@@ -9,7 +10,6 @@ import torch
 import worlds
 from recorded import RecordedProgress
 from test_merged_model import ARCHITECTURES, UNITS, World, assert_same_bits, losses, reduced, values
-from untracked import nowhere
 
 from dem_opt.checkpoints.architecture import empty_model
 from dem_opt.config import StudyConfig, load
@@ -169,24 +169,19 @@ def test_adapters_are_refused_since_they_are_small_as_they_are(tmp_path):
         check_headers(configured(path, vectors="int8"), path)
 
 
-@pytest.fixture
-def untracked(monkeypatch):
-    monkeypatch.setattr(test_study.Study, "_tracker", nowhere)
-
-
-def test_a_study_of_compressed_vectors_tells_what_they_cost_and_exports_the_full_ones(tmp_path, untracked):
+def test_a_study_of_compressed_vectors_tells_what_they_cost_and_exports_the_full_ones(tmp_path):
     path, seen = worlds.study(tmp_path), RecordedProgress()
     configured(path, vectors="int8")
-    winner = test_study.open_study(path, seen).run()
+    winner = in_process.open_study(path, seen).run().winner
     (told,) = (line for line in seen.notes if "vectors change the NLL" in line)
     assert told.startswith("int8 vectors change the NLL by ") and "(4)" in told
-    champion = test_study.open_study(path, seen).export(tmp_path / "out")
+    champion = in_process.open_study(path, seen).export(tmp_path / "out")
     assert seen.notes[-1] == told and champion.result.objective == winner.objective
     assert champion.exported.objective != winner.objective
     assert champion.exported.objective["search"] == pytest.approx(winner.objective["search"], rel=1e-2)
     configured(path, vectors="exact")
     with pytest.raises(InputError, match=r"evaluation.vectors.*begun with 'int8'"):
-        test_study.open_study(path).run()
+        in_process.open_study(path).run()
 
 
 def test_a_study_begun_before_there_were_forms_stays_exact(tmp_path):

@@ -4,19 +4,17 @@ import json
 import random
 from pathlib import Path
 
+import in_process
 import pytest
 import torch
 import worlds
 import yaml
 import zoo
 from test_adapters import LINEAR, make_adapter
-from untracked import nowhere
 
 from dem_opt.checkpoints.architecture import load_model
 from dem_opt.checkpoints.files import read_header
 from dem_opt.cli.main import main
-from dem_opt.compute import InProcessCompute
-from dem_opt.study import Study
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
@@ -107,12 +105,11 @@ WORLDS = {
 @pytest.mark.filterwarnings("ignore:.*falling back to its reference.*")
 @pytest.mark.parametrize("case", WORLDS)
 def test_a_study_runs_and_its_winner_is_exported_and_scored_again(tmp_path, monkeypatch, capsys, case):
-    monkeypatch.setattr(Study, "_tracker", nowhere)
     path = WORLDS[case](tmp_path)
     assert main(["check", str(path)]) == 0
     assert "one worker" in capsys.readouterr().out
-    study = Study.load(path, compute=InProcessCompute())
-    winner = study.run()
+    study = in_process.open_study(path)
+    winner = study.run().winner
     champion = study.export(tmp_path / "best")
     assert champion.result == winner
     assert set(read_header(tmp_path / "best", "a").tensors) == set(read_header(tmp_path / "models/base", "a").tensors)
@@ -124,9 +121,8 @@ def test_a_study_runs_and_its_winner_is_exported_and_scored_again(tmp_path, monk
 
 
 def test_a_single_fine_tune_of_another_dtype_is_written_as_it_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(Study, "_tracker", nowhere)
     path = WORLDS["bfloat16 base, float32 fine-tunes"](tmp_path)
-    written = Study.load(path, compute=InProcessCompute()).merge({"code": 1.0}, tmp_path / "vertex")
+    written = in_process.open_study(path).merge({"code": 1.0}, tmp_path / "vertex")
     mine = load_model(written.path, "auto").named_parameters()
     theirs = dict(load_model(tmp_path / "models/code", torch.float32).named_parameters())
     assert all(x.dtype == torch.float32 and torch.equal(x, theirs[name]) for name, x in mine)

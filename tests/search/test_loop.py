@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import worlds
-from untracked import Untracked
 
 from dem_opt.config import load
 from dem_opt.evaluation.worker import build
@@ -16,6 +15,7 @@ from dem_opt.search.optuna_study import Search
 from dem_opt.storage.engine import connect
 from dem_opt.storage.leases import holding
 from dem_opt.storage.ledger import Ledger
+from dem_opt.tracking import NullTracker
 from dem_opt.types import Evaluation, Failure, Request
 
 
@@ -57,7 +57,7 @@ def trials(world, folder: Path, pool, lookahead: int) -> list:
     engine = connect(url)
     search = Search(url, "jumbled", config.space, config.search)
     with holding(engine, "jumbled") as lease:
-        Driver(identity, Ledger(engine), pool, NullProgress()).optimize(search, lookahead, Untracked(), lease)
+        Driver(identity, Ledger(engine), pool, NullProgress()).optimize(search, lookahead, NullTracker(), lease)
     engine.dispose()
     return [(trial.number, trial.coefficients, trial.objective) for trial in search.trials()]
 

@@ -3,14 +3,13 @@
 from dataclasses import replace
 from pathlib import Path
 
+import in_process
 import numpy as np
 import pytest
 import worlds
 import yaml
 from recorded import RecordedProgress
-from untracked import nowhere
 
-from dem_opt.compute import InProcessCompute
 from dem_opt.errors import InputError
 from dem_opt.evaluation.racing import CLEAR, MARGIN
 from dem_opt.evaluation.worker import Worker
@@ -28,18 +27,12 @@ WINDOWS = 16
 NAMES = ("code", "math", "prose")
 
 
-@pytest.fixture(autouse=True)
-def untracked(monkeypatch):
-    """No MLflow: its laws are tested with tracking, and a fresh database costs seconds."""
-    monkeypatch.setattr(Study, "_tracker", nowhere)
-
-
 def make(folder: Path, progress=None, names=NAMES, **sections) -> Study:
     """A study of 16 windows, so that races have eight looks."""
     search = {"algorithm": "simplex-gp", "trials": 12, "lookahead": 0} | sections.pop("search", {})
     evaluation = {"window": 32, "windows": WINDOWS, "held_out": 4}
     path = worlds.study(folder, names, search=search, evaluation=evaluation, **sections)
-    return Study.load(path, progress, InProcessCompute())
+    return in_process.open_study(path, progress)
 
 
 def of(study: Study):
@@ -80,7 +73,7 @@ def test_a_promising_trial_that_was_stopped_is_completed_and_may_win(tmp_path):
     """What was seen of it is not measured again."""
     watching = RecordedProgress()
     study = make(tmp_path, watching, search={"trials": 16})
-    winner = study.run()
+    winner = study.run().winner
     first: dict[Coefficients, TrialRecord] = {}
     completed = []
     for record in watching.records:
@@ -131,7 +124,7 @@ def test_an_estimate_is_the_control_s_objective_and_the_mean_paired_difference(t
 
 def test_a_partial_trial_never_wins(tmp_path):
     study = make(tmp_path, search={"trials": 20})
-    summary = study.compare(["simplex-gp"])
+    summary = study.compare(["simplex-gp"]).summary
     whole = [record for record in summary.trials["simplex-gp"] if not record.is_partial]
     assert summary.winner.objective[SEARCH] == min(record.objective for record in whole)
     assert all(set(map(len, (s.nats_W for s in one.scores[SEARCH].values()))) == {WINDOWS} for one in summary.top)
@@ -218,7 +211,7 @@ def test_a_gradient_along_fewer_experts_is_measured_again(tmp_path):
     search = {"algorithm": "gradient", "trials": 3}
     make(tmp_path, names=NAMES[:2], search=search).run()
     study = make(tmp_path, search=search, simplex={"fixed": {"prose": 0.0}})
-    summary = study.compare(["gradient"])
+    summary = study.compare(["gradient"]).summary
     assert all(set(record.gradient) == set(NAMES) for record in summary.trials["gradient"])
 
 
@@ -246,7 +239,7 @@ def test_what_is_protected_pulls_on_the_gradient(tmp_path):
 def test_the_largest_regret_is_minimized_against_every_own_fine_tune(tmp_path, algorithm):
     watching = RecordedProgress()
     study = make(tmp_path, watching, objective={"worst": True}, search={"algorithm": algorithm, "divisions": 4})
-    summary = study.compare([algorithm])
+    summary = study.compare([algorithm]).summary
     identity, ledger = of(study)
     for split in (SEARCH, HELD_OUT):
         own = {
@@ -271,7 +264,7 @@ def test_the_largest_regret_is_minimized_against_every_own_fine_tune(tmp_path, a
 @pytest.mark.parametrize("gradients", [True, False])
 def test_every_space_is_searched_scored_and_compared(tmp_path, simplex, inside, gradients):
     study = make(tmp_path, simplex=simplex, search={"trials": 10, "gradients": gradients, "divisions": 4})
-    summary = study.compare(["simplex-gp", "grid"])
+    summary = study.compare(["simplex-gp", "grid"]).summary
     for records in summary.trials.values():
         assert all(inside(record.coefficients.weights) and record.objective for record in records)
     labels = [one.label for one in summary.results]
@@ -281,7 +274,7 @@ def test_every_space_is_searched_scored_and_compared(tmp_path, simplex, inside, 
 
 def test_the_best_five_are_reported_on_the_held_out_split(tmp_path):
     study = make(tmp_path, search={"algorithm": "grid", "divisions": 4})
-    summary = study.compare(["grid"])
+    summary = study.compare(["grid"]).summary
     ranked = sorted({record.objective for record in summary.trials["grid"]})
     assert [one.objective[SEARCH] for one in summary.top] == ranked[:5]
     assert all(HELD_OUT in one.objective for one in summary.top)
@@ -304,7 +297,7 @@ def test_a_search_says_why_it_stopped(tmp_path, search, said, spent):
     if "minutes" in search:
         study.compare(["grid"])
         watching.records.clear()
-    summary = study.compare(["simplex-gp"])
+    summary = study.compare(["simplex-gp"]).summary
     assert spent([record for record in watching.records if record.study == "tiny/simplex-gp"])
     assert said in summary.stopped["simplex-gp"] or not summary.trials.get("simplex-gp")
     assert any("tiny/simplex-gp ended after" in line and said in line for line in watching.notes)
@@ -324,12 +317,12 @@ def test_a_larger_budget_goes_on_where_a_smaller_one_ended(tmp_path, racing):
 
 def test_several_seeds_are_several_searches_over_one_ledger(tmp_path):
     study = make(tmp_path, search={"algorithm": "random", "trials": 4, "divisions": 2})
-    summary = study.compare(["random", "grid"], seeds=3)
+    summary = study.compare(["random", "grid"], seeds=3).summary
     assert list(summary.trials) == ["grid", "random", "random@1", "random@2"]
     points = [tuple(record.coefficients for record in records) for records in summary.trials.values()]
     assert len(set(points)) == 4
     assert [one.label for one in summary.results if one.role == "best"].count("best of random") == 1
-    alone = make(tmp_path / "alone", search={"algorithm": "random", "trials": 4, "seed": 2}).compare(["random"])
+    alone = make(tmp_path / "alone", search={"algorithm": "random", "trials": 4, "seed": 2}).compare(["random"]).summary
     assert points[-1] == tuple(record.coefficients for record in alone.trials["random"])
     with Runs(study.config, 1).there() as searches:
         assert list(searches) == list(summary.trials)

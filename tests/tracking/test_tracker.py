@@ -13,10 +13,19 @@ from typing import Any
 import pytest
 
 from dem_opt.simplex import Space
-from dem_opt.tracking import study_runs as mlflow_runs
-from dem_opt.tracking import tracker as tracking
-from dem_opt.tracking.study_runs import Data, StudyDescription
-from dem_opt.tracking.tracker import NO_OTHERS, Drivers, MlflowTracker, Place, Records, Tracker
+from dem_opt.tracking import (
+    DataSource,
+    MlflowTracker,
+    NoPeers,
+    PageListener,
+    Records,
+    SearchInfo,
+    SearchTracker,
+    StudyDescription,
+    mlflow_tracker,
+    study_runs,
+)
+from dem_opt.tracking.mlflow_client import MlflowStore
 from dem_opt.types import Evaluation, ResultRow, Score, TrialRecord
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
@@ -26,7 +35,7 @@ CLOSED = f"http://me:{SECRET}@127.0.0.1:1"
 SPACE = Space(("code", "math"))
 SCORES = {"code": Score((1.0, 2.0), (2, 4)), "math": Score((3.0,), (4,))}
 
-Make = Callable[..., MlflowTracker]
+Make = Callable[..., SearchTracker]
 
 
 def trial(number: int, **changed: Any) -> TrialRecord:
@@ -54,7 +63,7 @@ def failed(number: int) -> TrialRecord:
 @pytest.fixture(autouse=True)
 def restless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits between two attempts."""
-    monkeypatch.setattr(tracking, "REST", -1.0)
+    monkeypatch.setattr(mlflow_tracker, "REST", -1.0)
 
 
 @pytest.fixture(scope="module")
@@ -75,18 +84,24 @@ def make(
     """Makes trackers of one study, impatient with a server that is away."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.chdir(tmp_path)
-    settings = {
-        "uri": uri,
-        "experiment": request.node.name,
+    search = {
         "model": tmp_path.name,
         "study": f"{tmp_path.name}/simplex-gp#2",
         "uid": "uid",
-        "artifacts": tmp_path / "artifacts",
         "parameters": {"seed": "0"},
     }
 
-    def make_tracker(drivers: Drivers = NO_OTHERS, **changed: Any) -> MlflowTracker:
-        return MlflowTracker(Place(**{**settings, **changed}), warnings.append, drivers)
+    def make_tracker(
+        peers: Any = None,
+        *,
+        uri: str = uri,
+        close_seconds: float = 180.0,
+        on_pages: PageListener | None = None,
+        **changed: Any,
+    ) -> SearchTracker:
+        store = MlflowStore(uri=uri, experiment=request.node.name, artifacts=tmp_path / "artifacts")
+        tracker = MlflowTracker(store, close_seconds=close_seconds, on_pages=on_pages)
+        return tracker.open_search(SearchInfo(**{**search, **changed}), peers or NoPeers(), warnings.append)
 
     return make_tracker
 
@@ -121,11 +136,21 @@ def logged(client: Any, request: pytest.FixtureRequest) -> Callable[[], Logged]:
     return lambda: Logged(client, request.node.name)
 
 
+class Others(NoPeers):
+    """Peers of which one may be at work."""
+
+    def __init__(self, alive: bool) -> None:
+        self._alive = alive
+
+    def any_alive(self) -> bool:
+        return self._alive
+
+
 def known_by_number(records: Sequence[TrialRecord]) -> Records:
     return {record.number: partial(replace, record) for record in records}
 
 
-def run(tracker: Tracker, known: Sequence[TrialRecord], ended: Sequence[TrialRecord] = ()) -> None:
+def run(tracker: SearchTracker, known: Sequence[TrialRecord], ended: Sequence[TrialRecord] = ()) -> None:
     """What one run of a study tells its tracker."""
     tracker.reconcile(known_by_number(known))
     for record in ended:
@@ -141,7 +166,7 @@ def folder(path: Path, text: str) -> Path:
 
 
 def test_mlflow_is_not_imported_before_it_is_needed() -> None:
-    program = "import dem_opt.tracking.tracker, sys; sys.exit('mlflow' in sys.modules)"
+    program = "import dem_opt.tracking.mlflow_tracker, sys; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
@@ -150,7 +175,7 @@ def test_no_tracker_raises(where: str, make: Make, tmp_path: Path, warnings: lis
     (tmp_path / "words").write_text("words " * 1000)
     uris = {"closed port": CLOSED, "file that is no database": f"sqlite:///{tmp_path}/words"}
     changed = {"uri": uris[where]} if where in uris else {}
-    tracker: Tracker = make(**changed)
+    tracker: SearchTracker = make(**changed)
     tracker.reconcile(known_by_number([trial(0)]))
     tracker.trial_ended(trial(1))
     tracker.trial_ended(failed(2))
@@ -213,7 +238,7 @@ def test_a_failed_trial_says_why(make: Make, logged: Callable[[], Logged]) -> No
 def test_a_trial_has_one_run_however_often_it_is_told(
     make: Make, logged: Callable[[], Logged], warnings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mlflow_runs, "PAGE", 2)
+    monkeypatch.setattr(study_runs, "PAGE", 2)
     first, later = [trial(number) for number in range(4)], [failed(4), trial(5)]
     run(make(), [], first)
     run(make(parameters={"seed": "1", "trials": "6"}), first, later)
@@ -295,9 +320,9 @@ def test_a_tracker_recovers_from_an_outage(
 def test_a_full_queue_makes_nobody_wait_and_the_next_run_logs_the_rest(
     make: Make, logged: Callable[[], Logged], warnings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "QUEUE", 3)
-    tracker, told, go_on = make(), [trial(number) for number in range(6)], Event()
-    tracker._thread.submit(go_on.wait)
+    monkeypatch.setattr(mlflow_tracker, "QUEUE", 3)
+    told, go_on = [trial(number) for number in range(6)], Event()
+    tracker = make(on_pages=lambda *pages: go_on.wait() and None)
     for record in told[:5]:
         tracker.trial_ended(record)
     go_on.set()
@@ -322,7 +347,7 @@ def test_a_run_that_failed_in_the_middle_is_gone_on_with(
 
 def test_the_parent_ends_with_the_last_driver(make: Make, logged: Callable[[], Logged]) -> None:
     for others, status in ((True, "RUNNING"), (False, "FINISHED"), (True, "RUNNING"), (False, "FINISHED")):
-        run(make(drivers=Drivers(others=partial(bool, others))), [trial(0)])
+        run(make(Others(others)), [trial(0)])
         assert [parent.info.status for parent in logged().parents] == [status]
 
 
@@ -389,7 +414,7 @@ def test_telemetry_is_off_and_the_users_settings_win(make: Make, monkeypatch: py
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
 
 
-STANDINGS = (
+RESULTS = (
     ResultRow(
         label="base",
         role="base",
@@ -430,16 +455,23 @@ def test_a_dossier_can_be_told_again_and_baselines_have_one_run_each(
     make: Make, logged: Callable[[], Logged], client: Any, warnings: list[str]
 ) -> None:
     data = [
-        Data(name, split, f"{name}.jsonl", f"{split}{name}" * 40, 4)
+        DataSource(name=name, split=split, source=f"{name}.jsonl", digest=f"{split}{name}" * 40, windows=4)
         for name in ("code", "math")
         for split in ("search", "b")
     ]
     for words in ("first", "second"):
-        tracker = make(home="http://127.0.0.1:1/dashboard/studies/1")
+        tracker = make(page="http://127.0.0.1:1/dashboard/studies/1")
         files = {"report.html": f"<p>{words}", "figures/a.png": words.encode()}
         metrics = {"best.objective_nll": 0.5}
         tracker.describe(
-            StudyDescription({"dem_opt.fingerprint": words}, f"**{words}**", data, files, metrics, STANDINGS)
+            StudyDescription(
+                tags={"dem_opt.fingerprint": words},
+                note=f"**{words}**",
+                data=data,
+                files=files,
+                metrics=metrics,
+                baselines=RESULTS,
+            )
         )
         tracker.close()
     assert warnings == []
@@ -461,12 +493,11 @@ def test_a_dossier_can_be_told_again_and_baselines_have_one_run_each(
     assert not found.children, "baselines are no trials"
 
 
-def test_the_board_is_told_of_every_trials_page(make: Make, logged: Callable[[], Logged], uri: str) -> None:
+def test_every_logged_trials_page_is_reported(make: Make, logged: Callable[[], Logged]) -> None:
     told: list[tuple[str, dict[int, str], str]] = []
     run(make(), [trial(0)])
-    place = make()
-    place._board = lambda study, pages, page: told.append((study, dict(pages), page))
-    run(place, [trial(0), trial(1)], [trial(2)])
+    tracker = make(on_pages=lambda study, pages, page: told.append((study, dict(pages), page)))
+    run(tracker, [trial(0), trial(1)], [trial(2)])
     found = logged()
     pages = {int(child.data.tags["dem_opt.trial"]): child.info.run_id for child in found.children}
     (_, repaired, page), (study, latest, _) = told
@@ -476,21 +507,19 @@ def test_the_board_is_told_of_every_trials_page(make: Make, logged: Callable[[],
     assert repaired.keys() == {0, 1} and latest.keys() == {2}
 
 
-def test_a_board_that_fails_costs_one_warning_and_no_run(
+def test_a_page_listener_that_fails_costs_one_warning_and_no_run(
     make: Make, logged: Callable[[], Logged], warnings: list[str]
 ) -> None:
     def fail(study: str, pages: object, page: str) -> None:
         raise OSError("database is locked")
 
-    tracker = make()
-    tracker._board = fail
-    run(tracker, [trial(0)], [trial(1), trial(2)])
+    run(make(on_pages=fail), [trial(0)], [trial(1), trial(2)])
     assert logged().numbers == [0, 1, 2]
     (told,) = warnings
     assert "links to MLflow could not be written (OSError: database is locked)" in told
 
 
 def test_a_trial_links_to_optuna_dashboard(make: Make, logged: Callable[[], Logged]) -> None:
-    run(make(board=lambda number: f"http://127.0.0.1:1/trials?numbers={number}"), [], [trial(3)])
+    run(make(trial_page=lambda number: f"http://127.0.0.1:1/trials?numbers={number}"), [], [trial(3)])
     (child,) = logged().children
     assert "http://127.0.0.1:1/trials?numbers=3" in child.data.tags["mlflow.note.content"]

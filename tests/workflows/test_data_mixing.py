@@ -5,6 +5,7 @@ import math
 from itertools import permutations
 from pathlib import Path
 
+import in_process
 import numpy as np
 import pytest
 import worlds
@@ -26,13 +27,11 @@ from dem_opt.analysis.mixing_cost import (
     verdict,
 )
 from dem_opt.cli.main import main
-from dem_opt.compute import InProcessCompute
 from dem_opt.config import load
 from dem_opt.dashboards.mixing_plots import mixing_figure, quality_table
 from dem_opt.data.mixtures import Mixture, Part, blend, counts, lattice
 from dem_opt.errors import InputError
 from dem_opt.evaluation.worker import Worker
-from dem_opt.progress import NullProgress
 from dem_opt.study import Study
 from dem_opt.types import Windows
 
@@ -55,7 +54,7 @@ def mixing_study(folder: Path, **more: object) -> Path:
 
 
 def opened(path: Path) -> Study:
-    return Study.load(path, NullProgress(), InProcessCompute())
+    return in_process.open_tracked(path)
 
 
 @pytest.fixture(scope="module")

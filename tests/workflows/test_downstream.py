@@ -4,6 +4,7 @@ import json
 import random
 from pathlib import Path
 
+import in_process
 import pytest
 import worlds
 import yaml
@@ -11,10 +12,8 @@ from mlflow.tracking import MlflowClient
 
 from dem_opt.analysis.task_scores import TaskResults, TaskScore, TaskTable, spearman
 from dem_opt.cli.main import main
-from dem_opt.compute import InProcessCompute
 from dem_opt.config import load
 from dem_opt.errors import InputError
-from dem_opt.progress import NullProgress
 from dem_opt.study import Study
 from dem_opt.workflows import lm_eval
 from dem_opt.workflows.lm_eval import TaskJob, run_tasks
@@ -61,7 +60,7 @@ def tasked_study(folder: Path, **more: object) -> Path:
 
 
 def opened(path: Path) -> Study:
-    return Study.load(path, NullProgress(), InProcessCompute())
+    return in_process.open_tracked(path)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import in_process
 import pytest
 import torch
 import worlds
@@ -31,8 +32,6 @@ from dem_opt.data.windows import build_corpora
 from dem_opt.errors import InputError
 from dem_opt.evaluation.nll import document_layout, prepare, score
 from dem_opt.planning.inputs import load_inputs
-from dem_opt.progress import NullProgress
-from dem_opt.study import Study
 from dem_opt.training.fine_tune import FineTuneJob, fine_tune, is_finished, is_wanted, result_of
 from dem_opt.training.trainer import DivergedError, check_trainer
 
@@ -80,7 +79,7 @@ def training_study(folder: Path, names: tuple[str, ...] = ("code", "math"), kind
 
 
 def train(path: Path) -> dict[str, object]:
-    return Study.load(path, NullProgress(), InProcessCompute()).train()
+    return in_process.open_tracked(path).train()
 
 
 KILLED = """
@@ -314,7 +313,7 @@ def test_trainings_that_diverge_are_told_in_one_line_and_leave_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By their names; the status is that of work which could not be done."""
-    monkeypatch.setattr("dem_opt.study.RayCompute", lambda settings: InProcessCompute())
+    in_process.replace_dependencies(monkeypatch, compute=InProcessCompute())
     diverging = {"steps": STEPS_OF_A_JOB, "batch_size": 4, "learning_rate": 1e30}
     path = training_study(tmp_path, fine_tuning=diverging)
     assert main(["train", str(path)]) == 1

@@ -2,15 +2,14 @@
 
 from pathlib import Path
 
+import in_process
 import pytest
 import worlds
 from mlflow.tracking import MlflowClient
 from recorded import RecordedProgress
 from sqlalchemy import text
-from untracked import nowhere
 
 from dem_opt import Study
-from dem_opt.compute import InProcessCompute
 from dem_opt.errors import InputError
 from dem_opt.storage.engine import connect
 from dem_opt.storage.leases import holding
@@ -21,9 +20,7 @@ from dem_opt.workflows.provenance import libraries
 def run(path: Path, monkeypatch: pytest.MonkeyPatch) -> RecordedProgress:
     """Runs a study in this process, without MLflow; what it said."""
     listener = RecordedProgress()
-    with monkeypatch.context() as patch:
-        patch.setattr(Study, "_tracker", nowhere)
-        Study.load(path, listener, InProcessCompute()).run()
+    in_process.open_study(path, listener).run()
     return listener
 
 
@@ -103,7 +100,7 @@ def test_another_question_is_refused_while_others_ask_the_old_one(
 
 
 def test_what_mlflow_lacks_is_logged_without_scoring(begun: Path) -> None:
-    study = Study.load(begun, RecordedProgress(), InProcessCompute())
+    study = in_process.open_tracked(begun, RecordedProgress())
     assert study.sync() and study.sync()
     client = MlflowClient(study.config.tracking.uri)
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])

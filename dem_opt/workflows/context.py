@@ -1,0 +1,164 @@
+"""A study file with everything that its workflows use: database, compute, tracker, progress."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from dem_opt.compute import Compute, Pool
+from dem_opt.config import StudyConfig
+from dem_opt.errors import InputError
+from dem_opt.evaluation.worker import build
+from dem_opt.planning.inputs import Inputs, load_inputs
+from dem_opt.progress import Progress
+from dem_opt.search.loop import Driver
+from dem_opt.search.optuna_study import Search
+from dem_opt.search.runs import Runs
+from dem_opt.storage.engine import Engine, connect, is_there, masked
+from dem_opt.storage.identity import StudyIdentity
+from dem_opt.storage.leases import Lease, holding, visiting
+from dem_opt.storage.ledger import Ledger
+from dem_opt.storage.retry import NO_RETRY, RetryPolicy
+from dem_opt.tracking import JobTracker, SearchTracker, Tracker
+from dem_opt.types import WorkerSpec
+from dem_opt.workflows.provenance import search_info
+
+
+@dataclass(frozen=True)
+class LeasePeers:
+    """The other drivers of a study, as its lease knows them."""
+
+    lease: Lease
+
+    def exclusive(self) -> AbstractContextManager[object]:
+        """Return a context that only one driver of the study is in at a time."""
+        return self.lease.turn("logging")
+
+    def any_alive(self) -> bool:
+        """Return whether another driver is at work now."""
+        return bool(self.lease.others())
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredStudy:
+    """A study that has been run, as its database describes it.
+
+    Attributes:
+        ledger: The scores.
+        question: What the study was about when it was last run, by the study file's fields.
+        identity: The same by content.
+        generation: Number of the current generation.
+    """
+
+    ledger: Ledger
+    question: Mapping[str, str]
+    identity: StudyIdentity
+    generation: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyContext:
+    """A study file with the dependencies of its workflows.
+
+    Attributes:
+        config: The study file's content.
+        path: The study file, which messages name.
+        tracker: Where the study is logged.
+        compute: Where composites are scored and models trained.
+        progress: Receives the events of long work.
+    """
+
+    config: StudyConfig
+    path: Path
+    tracker: Tracker
+    compute: Compute
+    progress: Progress
+
+    @cached_property
+    def retry(self) -> RetryPolicy:
+        """How long work waits for a database that is away."""
+        database = f"the database {masked(self.config.storage)}"
+        return RetryPolicy(database, self.config.outages.storage, self.progress)
+
+    def load_inputs(self, *, for_workers: bool) -> Inputs:
+        """Check, tokenize and hash everything that the study names.
+
+        Args:
+            for_workers: Whether workers on this machine will hold all of it, so that it has to fit into memory.
+        """
+        return load_inputs(self.config, self.path, worker=for_workers)
+
+    @contextmanager
+    def database(self) -> Iterator[tuple[Engine, Ledger]]:
+        """Open the study's database, which is created where it is missing."""
+        engine = connect(self.config.storage)
+        try:
+            yield engine, Ledger(engine, self.retry)
+        finally:
+            engine.dispose()
+
+    @contextmanager
+    def driving(self) -> Iterator[tuple[Ledger, Lease]]:
+        """Open the study's database with the right to write trials."""
+        with self.database() as (engine, ledger), holding(engine, self.config.name, True, self.retry) as lease:
+            yield ledger, lease
+
+    @contextmanager
+    def stored(self) -> Iterator[StoredStudy]:
+        """Open the database of a study that has been run; nothing is created.
+
+        Raises:
+            InputError: The study has not been run.
+        """
+        if not is_there(self.config.storage):
+            raise self.not_run()
+        engine = connect(self.config.storage)
+        try:
+            row = Ledger(engine).study(self.config.name) if Ledger.is_in(engine) else None
+            if row is None:
+                raise self.not_run()
+            yield StoredStudy(
+                ledger=Ledger(engine),
+                question=row.question,
+                identity=StudyIdentity.recall(row.question, row.scoring),
+                generation=row.generation,
+            )
+        finally:
+            engine.dispose()
+
+    def not_run(self) -> InputError:
+        """Return the error for a study without results."""
+        return InputError(self.path, None, None, f"nothing is measured yet; first: dem-opt run {self.path}")
+
+    @contextmanager
+    def driver(self, spec: WorkerSpec, identity: StudyIdentity, ledger: Ledger) -> Iterator[Driver]:
+        """Start workers and yield a driver of them.  `compute` must have been entered."""
+        with closing(self._workers(spec)) as pool:
+            yield Driver(identity, ledger, pool, self.progress)
+
+    def _workers(self, spec: WorkerSpec) -> Pool:
+        with self.progress.phase(f"loading {1 + len(spec.fine_tunes)} checkpoints"):
+            return self.compute.workers(build, spec, self.progress)
+
+    def runs(self, generation: int, lease: Lease | None = None, retry: RetryPolicy = NO_RETRY) -> Runs:
+        """Return the searches of a generation.
+
+        Args:
+            generation: Number of the generation.
+            lease: The driver that proposes; None for readers.
+            retry: How long to wait for a database that is away.
+        """
+        return Runs(self.config, generation, lease, retry)
+
+    def visit(self, ledger: Ledger) -> Lease:
+        """Return a lease that is no driver's: it takes turns and proposes nothing."""
+        return visiting(ledger.engine, self.config.name, self.retry)
+
+    def track(self, search: Search, lease: Lease) -> SearchTracker:
+        """Open the log of a search."""
+        return self.tracker.open_search(search_info(self.config, search), LeasePeers(lease), self.progress.warning)
+
+    def track_jobs(self) -> JobTracker:
+        """Open the log of work that is no trial."""
+        return self.tracker.open_jobs(self.progress.warning)

@@ -1,0 +1,169 @@
+"""Write a composite as a checkpoint folder: merge any, or export the winner, proved from disk and registered."""
+
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dem_opt.analysis.results import rescored
+from dem_opt.errors import InputError
+from dem_opt.export.model_card import texts
+from dem_opt.export.writer import Export, Scores, output_dtype, prove, prove_scores, write_composite
+from dem_opt.planning.inputs import Inputs
+from dem_opt.search.trials import objectives
+from dem_opt.simplex import Coefficients
+from dem_opt.types import SPLITS, Composite, ResultRow, Summary
+from dem_opt.workflows.context import StoredStudy, StudyContext
+from dem_opt.workflows.int8_error import report_error
+from dem_opt.workflows.provenance import libraries, winner_metrics
+from dem_opt.workflows.summary import summarize_stored
+
+
+@dataclass(frozen=True, kw_only=True)
+class Champion:
+    """The winner as it was exported.
+
+    Attributes:
+        result: The winner's row of the results table.
+        exported: The row with the scores of the written folder; the same unless another dtype was written, or the
+            study scores int8 vectors.
+        export: The written folder.
+        version: Version in the model registry, None where it could not be registered.
+    """
+
+    result: ResultRow
+    exported: ResultRow
+    export: Export
+    version: str | None
+
+
+def merge(context: StudyContext, coefficients: Coefficients, out: Path, dtype: str | None) -> Export:
+    """Write a composite, and compare its bits from disk with a fresh merge.
+
+    Args:
+        context: The study.
+        coefficients: The composite.
+        out: Folder to write.
+        dtype: Name of a torch dtype, "bfloat16" for example; None writes the base's.
+    """
+    inputs = context.load_inputs(for_workers=False)
+
+    def approve(written: Export) -> Mapping[str, str]:
+        prove(written)
+        return _texts(context, inputs, coefficients, dtype)
+
+    return _write(inputs, coefficients, out, dtype, approve)
+
+
+def export(context: StudyContext, out: Path, dtype: str | None) -> Champion:
+    """Write the winner, prove it from disk, and register it.
+
+    The folder gets its name only after its bits were compared with a fresh merge, and its scores with the winner's.
+
+    Args:
+        context: A study that has been run.
+        out: Folder to write.
+        dtype: Name of a torch dtype, None for the base's.  In another dtype scores may differ from the winner's.
+
+    Raises:
+        InputError: The study has not been run, or has changed since.
+        ExportError: The folder is not the winner.
+    """
+    inputs = context.load_inputs(for_workers=False)
+    with context.stored() as stored, context.compute:
+        inputs = inputs.on(context.compute.device)
+        _refuse_changed(context, inputs, stored)
+        summary = summarize_stored(context, stored)
+        proof = _ExportProof(context, inputs, stored, summary, dtype)
+        written = _write(inputs, proof.coefficients, out, dtype, proof)
+        report_error(context, stored.ledger, proof.identity)
+        version = _register(context, stored, proof.exported, written)
+        return Champion(result=summary.winner, exported=proof.exported, export=written, version=version)
+
+
+class _ExportProof:
+    """Proves a written winner in three steps: compare its bits, measure its scores, describe it in a model card.
+
+    Called by the writer before the folder gets its name.  `exported` is the winner's row until the scores of the
+    folder are measured.
+    """
+
+    def __init__(
+        self, context: StudyContext, inputs: Inputs, stored: StoredStudy, summary: Summary, dtype: str | None
+    ) -> None:
+        self._context, self._inputs, self._ledger = context, inputs, stored.ledger
+        self._summary, self._dtype = summary, dtype
+        self.identity, self.exported = inputs.identity(), summary.winner
+
+    @property
+    def coefficients(self) -> Coefficients:
+        """The winner's coefficients."""
+        assert self._summary.winner.coefficients is not None, "a winner that a search found has coefficients"
+        return self._summary.winner.coefficients
+
+    def __call__(self, written: Export) -> Mapping[str, str]:
+        """Prove the folder; return the texts to write beside its weights, by file name."""
+        prove(written)
+        scores = self._measure(written.path)
+        if self._dtype is None:
+            prove_scores(scores, self._summary.winner.scores, self.identity.vectors)
+        if self._dtype is not None or self.identity.vectors != "exact":
+            self.exported = self._rescored(scores)
+        return self._describe()
+
+    def _measure(self, folder: Path) -> Scores:
+        """Score the folder on both splits, whatever the ledger has."""
+        model = self._inputs.other(folder, "export")
+        composite = Composite.single(model.content)
+        with self._context.driver(self._inputs.spec_of(model), self.identity, self._ledger) as driver:
+            return {split: driver.score_afresh(composite, split) for split in SPLITS}
+
+    def _rescored(self, scores: Scores) -> ResultRow:
+        """Return the winner's row with the scores of a form that may differ from the one that was searched."""
+        label = f"exported in {self._dtype}" if self._dtype else "exported from the checkpoints as they are"
+        return rescored(self._summary.winner, label, scores, objectives(self._ledger, self.identity))
+
+    def _describe(self) -> dict[str, str]:
+        summary = self._summary
+        if self.exported is not summary.winner:
+            summary = replace(summary, results=(*summary.results, self.exported))
+        return _texts(self._context, self._inputs, self.coefficients, self._dtype, summary)
+
+
+def _refuse_changed(context: StudyContext, inputs: Inputs, stored: StoredStudy) -> None:
+    """Raise InputError where the study file asks for something else than was run."""
+    if stored.question != inputs.identity().asked():
+        raise InputError(context.path, None, None, f"has changed since it was run; first: dem-opt run {context.path}")
+
+
+def _write(
+    inputs: Inputs,
+    coefficients: Coefficients,
+    out: Path,
+    dtype: str | None,
+    approve: Callable[[Export], Mapping[str, str]],
+) -> Export:
+    composite = inputs.identity().composite(coefficients)
+    return write_composite(inputs.base, inputs.models(), composite, out, approve, output_dtype(dtype))
+
+
+def _texts(
+    context: StudyContext,
+    inputs: Inputs,
+    coefficients: Coefficients,
+    dtype: str | None,
+    summary: Summary | None = None,
+) -> dict[str, str]:
+    """Return the files that stand beside an export's weights, by name: model card and recipe."""
+    results, margins = (summary.results, summary.margins) if summary else ((), ())
+    return texts(inputs, coefficients, context.path.resolve().parent, libraries(), dtype, results, margins)
+
+
+def _register(context: StudyContext, stored: StoredStudy, row: ResultRow, written: Export) -> str | None:
+    """Register the winner under the run that found it; return its version."""
+    tags = {"composite": written.composite.key, "content": written.content, "coefficients": str(row.coefficients)}
+    with (
+        closing(context.runs(stored.generation).open(row.run)) as search,
+        closing(context.track(search, context.visit(stored.ledger))) as tracker,
+    ):
+        return tracker.register(written.path, winner_metrics(row), tags)

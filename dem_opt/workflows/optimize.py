@@ -1,0 +1,106 @@
+"""Optimize the coefficients: run searches over one ledger, then score the results table."""
+
+from collections.abc import Sequence
+from contextlib import closing
+
+from dem_opt.analysis.results import entries, left_out_entries, top_entries
+from dem_opt.analysis.vector_geometry import measure_once
+from dem_opt.search.loop import Driver
+from dem_opt.search.optuna_study import Search
+from dem_opt.search.runs import check_algorithms, run_names
+from dem_opt.search.trials import missing
+from dem_opt.search.warm_start import enter
+from dem_opt.simplex import Coefficients
+from dem_opt.storage.identity import StudyIdentity
+from dem_opt.storage.leases import Lease
+from dem_opt.storage.ledger import Ledger
+from dem_opt.types import SEARCH, SPLITS, Composite, Summary
+from dem_opt.workflows.context import StudyContext
+from dem_opt.workflows.int8_error import measure_error
+from dem_opt.workflows.provenance import compare_libraries, study_description
+from dem_opt.workflows.summary import summarize_generation, trials_by_run
+
+
+def optimize(context: StudyContext, algorithms: Sequence[str], seeds: int = 1) -> Summary:
+    """Search with each algorithm over one ledger, and score the composites of the results table on both splits.
+
+    Each algorithm has the budget of the study file, and `seeds` runs, whose seeds count on from the study's.
+    """
+    check_algorithms(context.config, context.path, algorithms)
+    inputs = context.load_inputs(for_workers=True)
+    for warning in inputs.warnings():
+        context.progress.warning(warning)
+    with context.driving() as (ledger, lease), context.compute:
+        inputs = inputs.on(context.compute.device)
+        identity = inputs.identity()
+        generation, start = _enter(context, identity, ledger, lease)
+        with context.driver(inputs.spec(), identity, ledger) as driver:
+            _measure_references(context, driver, generation, lease)
+            runs = context.runs(generation, lease, context.retry)
+            for run in run_names(algorithms, seeds):
+                with closing(runs.open(run, start, inputs.gradients_fit)) as search:
+                    _search(context, driver, search, lease)
+            _measure_results(context, driver, generation, lease)
+        measure_error(context, inputs, ledger)
+        measure_once(inputs.base, inputs.fine_tunes, context.config.output, context.progress)
+        return summarize_generation(context, ledger, identity, generation)
+
+
+def sync(context: StudyContext) -> bool:
+    """Log the finished trials that the tracker lacks, each once; nothing is scored.
+
+    Returns:
+        Whether the tracker has all of them now.
+
+    Raises:
+        InputError: The study has not been run.
+    """
+    with context.stored() as stored:
+        generation, identity = stored.generation, stored.identity
+    is_complete = True
+    with context.driving() as (ledger, lease), context.runs(generation, lease).there() as searches:
+        for search in searches.values():
+            tracker = context.track(search, lease)
+            tracker.reconcile(missing(ledger, identity, search))
+            is_complete &= tracker.close()
+    return is_complete
+
+
+def _enter(
+    context: StudyContext, identity: StudyIdentity, ledger: Ledger, lease: Lease
+) -> tuple[int, list[Coefficients]]:
+    """Return the study's generation and the points that it begins with."""
+    with lease.turn("beginning"):
+        return enter(context.config.name, identity, ledger, lease, context.path, context.progress)
+
+
+def _measure_references(context: StudyContext, driver: Driver, generation: int, lease: Lease) -> None:
+    """Score the composites that trials are measured against; compare scores where libraries have changed."""
+    identity = driver.identity
+    fine_tunes = identity.fine_tunes.values() if identity.worst else []  # regrets are against single fine-tunes
+    with lease.turn("measuring baselines"):
+        driver.measure([Composite.single(content) for content in (identity.base, *fine_tunes)], SEARCH)
+        trials = trials_by_run(context, driver.ledger, identity, generation)
+        compare_libraries(context.config.name, driver, trials, context.progress)
+
+
+def _search(context: StudyContext, driver: Driver, search: Search, lease: Lease) -> None:
+    """Continue one run's Optuna study to its end."""
+    ledger, identity = driver.ledger, driver.identity
+    with closing(context.track(search, lease)) as tracker:
+        tracker.describe(study_description(context.config, context.path, identity))
+        tracker.reconcile(missing(ledger, identity, search))
+        driver.optimize(search, context.config.search.lookahead, tracker, lease)
+        tracker.reconcile(missing(ledger, identity, search))
+    context.progress.note(f"{search.name} ended after {search.stopped}")
+
+
+def _measure_results(context: StudyContext, driver: Driver, generation: int, lease: Lease) -> None:
+    """Score the composites of the results table on both splits."""
+    identity = driver.identity
+    trials = trials_by_run(context, driver.ledger, identity, generation)
+    with lease.turn("measuring the final table"):
+        table = entries(identity, trials)
+        reported = [*table, *top_entries(identity, trials), *left_out_entries(identity, table[-1])]
+        for split in SPLITS:
+            driver.measure([entry.composite for entry in reported], split)

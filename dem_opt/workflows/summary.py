@@ -1,0 +1,85 @@
+"""The results of a study, from its database alone: nothing is scored."""
+
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import replace
+
+from dem_opt.analysis.results import summarize
+from dem_opt.analysis.reweighting import checked, reweighted
+from dem_opt.analysis.surrogate import surrogate_of
+from dem_opt.analysis.vector_geometry import recall_vectors
+from dem_opt.search.trials import finished
+from dem_opt.storage.identity import StudyIdentity
+from dem_opt.storage.ledger import Ledger
+from dem_opt.types import Summary, TrialRecord
+from dem_opt.workflows.context import StoredStudy, StudyContext
+from dem_opt.workflows.provenance import facts, study_descriptions
+
+
+def read_summary(context: StudyContext) -> Summary:
+    """Summarize what the study has measured so far.
+
+    Raises:
+        InputError: The study has not been run.
+    """
+    with context.stored() as stored:
+        return summarize_stored(context, stored)
+
+
+def summarize_stored(context: StudyContext, stored: StoredStudy) -> Summary:
+    """Summarize a study; InputError where it has no finished trial."""
+    summary = summarize_generation(context, stored.ledger, stored.identity, stored.generation)
+    if summary.winner.role != "best":
+        raise context.not_run()
+    return summary
+
+
+def summarize_generation(context: StudyContext, ledger: Ledger, identity: StudyIdentity, generation: int) -> Summary:
+    """Summarize one generation of a study, with the geometry of its vectors and its surrogate."""
+    with context.runs(generation).there() as searches:
+        trials = {run: finished(ledger, identity, search) for run, search in searches.items()}
+        stopped = {run: search.stopped for run, search in searches.items()}
+    settings = facts(context.config, context.path, identity)
+    summary = summarize(context.config.name, ledger, identity, trials, settings, stopped)
+    vectors = recall_vectors(identity.base, identity.fine_tunes, context.config.output)
+    surrogate = surrogate_of(identity.space, [record for records in trials.values() for record in records])
+    return replace(summary, vectors=vectors, surrogate=surrogate)
+
+
+def trials_by_run(
+    context: StudyContext, ledger: Ledger, identity: StudyIdentity, generation: int
+) -> dict[str, tuple[TrialRecord, ...]]:
+    """Return the finished trials of a generation by run."""
+    with context.runs(generation).there() as searches:
+        return {run: tuple(finished(ledger, identity, search)) for run, search in searches.items()}
+
+
+def reweigh(context: StudyContext, weights: Mapping[str, float], field: str) -> Summary:
+    """Summarize what the study would have found with other weights of its objective.
+
+    Args:
+        context: The study.
+        weights: Weights by distribution or general corpus; names left out weigh 0.
+        field: What messages call the weights.
+
+    Raises:
+        InputError: The study has not been run, or a weight is invalid.
+    """
+    with context.stored() as stored:
+        new = checked(stored.identity, weights, context.path, field)
+        identity = replace(stored.identity, weights=new)
+        settings = facts(context.config, context.path, identity)
+        summary = reweighted(context.config.name, stored.ledger, identity, settings)
+    if summary is None:
+        raise context.not_run()
+    return summary
+
+
+def log_summary(context: StudyContext, summary: Summary, note: str, files: Mapping[str, str | bytes]) -> None:
+    """Log a summary with its baselines, a description in Markdown, and files, in the runs of its searches."""
+    with context.stored() as stored:
+        runs, lease = context.runs(stored.generation), context.visit(stored.ledger)
+        with lease.turn("describing"):
+            for run, description in study_descriptions(summary, note, files).items():
+                with closing(runs.open(run)) as search, closing(context.track(search, lease)) as tracker:
+                    tracker.describe(description)
