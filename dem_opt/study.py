@@ -4,11 +4,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
+import pandas as pd
+
 from dem_opt import config as study_file
 from dem_opt.analysis.mixing_cost import MixingComparison
+from dem_opt.analysis.surrogate import Prediction
 from dem_opt.analysis.task_scores import TaskTable
 from dem_opt.compute import Compute, RayCompute
 from dem_opt.config import StudyConfig
+from dem_opt.dashboards.html_report import write_report
 from dem_opt.export.writer import Export, Scores
 from dem_opt.progress import NullProgress, Progress
 from dem_opt.simplex import Coefficients
@@ -16,9 +20,10 @@ from dem_opt.tracking import MlflowTracker, PageListener, Tracker
 from dem_opt.tracking.mlflow_client import MlflowStore
 from dem_opt.training.fine_tune import FineTuned
 from dem_opt.types import Summary
-from dem_opt.workflows import data_mixing, downstream, export, fine_tuning, optimize, score, summary
+from dem_opt.workflows import data_mixing, downstream, export, fine_tuning, frames, optimize, score, summary
 from dem_opt.workflows.context import StudyContext
 from dem_opt.workflows.export import Champion
+from dem_opt.workflows.plots import StudyPlots
 from dem_opt.workflows.result import StudyResult
 
 
@@ -37,6 +42,7 @@ class Study:
 
     Attributes:
         config: The content of the study file.
+        plot: The study's figures, `study.plot.simplex()` for example.
     """
 
     def __init__(
@@ -56,6 +62,7 @@ class Study:
             compute=compute or RayCompute(config.compute),
             progress=progress or NullProgress(),
         )
+        self.plot = StudyPlots(self.summary)
 
     @classmethod
     def load(
@@ -148,6 +155,91 @@ class Study:
     def summary(self) -> Summary:
         """Summarize what was measured so far, from the study's database alone."""
         return summary.read_summary(self._context)
+
+    def trials(self) -> pd.DataFrame:
+        """Return the finished trials of all runs, one row each, in the order of runs and numbers.
+
+        Columns, which hold values of the search split:
+
+        - `run`: algorithm, and `@k` where the run's seed is the study's plus k.
+        - `number`: number of the trial in its run.
+        - `state`: "complete", "stopped" (early, its objective is an estimate) or "failed".
+        - `objective`: what is minimized, in nats per token; missing for failed trials.
+        - `violation`: excess of protected corpora over their allowances, in nats per token.
+        - `penalized`: objective plus the penalty for the violation, in nats per token.
+        - `standard_error`: of the objective, in nats per token; 0 for complete trials.
+        - `forward_equivalents`: cost in full forward passes over the search split.
+        - `w.NAME`: coefficient of each distribution.
+        - `nll.NAME`: NLL in nats per token on each distribution and general corpus; of a stopped trial, on the windows
+          that were scored.
+        - `perplexity.NAME`: exp(NLL) on each.
+        - `forward_tokens`, `scored_tokens`: tokens that went through the model, and those of them that count.
+        - `merge_seconds`, `score_seconds`, `wait_seconds`, `propose_seconds`: time of merging, of scoring, of the
+          worker's wait before, and of the proposal, in seconds.
+        - `reason`: why the trial failed, else empty.
+        """
+        return frames.trials_frame(self.summary())
+
+    def results(self) -> pd.DataFrame:
+        """Return the results table, base first and winner last, then the top composites and leave-one-out.
+
+        Columns, with SPLIT `search` and `held_out`; a value that was not measured is missing:
+
+        - `label`: name of the composite.
+        - `role`: "base", "single" (a fine-tune as it is), "uniform", "best" (of an algorithm), "top" (one of the best
+          composites) or "without" (the winner without the distribution that `label` names).
+        - `run`: run that found an algorithm's best, else empty.
+        - `w.NAME`: coefficient of each distribution; missing for the base.
+        - `SPLIT.objective`: what is minimized, in nats per token.
+        - `SPLIT.margin`, `SPLIT.margin_low`, `SPLIT.margin_high`: objective minus the winner's with a 95% bootstrap
+          interval, in nats per token, for the rows of the table but the winner.
+        - `SPLIT.nll.NAME`, `SPLIT.perplexity.NAME`: NLL in nats per token and exp(NLL) on each corpus.
+        - `violation`: excess of protected corpora over their allowances on the search split, in nats per token.
+        - `evaluations`, `forward_equivalents`, `forward_tokens`, `seconds`: cost of finding the composite: composites
+          scored, full forward passes over the search split, tokens, seconds of work.
+        """
+        return frames.results_frame(self.summary())
+
+    def gradients(self) -> pd.DataFrame:
+        """Return the gradients of the trials that measured one; no rows where none did.
+
+        Columns:
+
+        - `run`, `number`: the trial, as in `trials`.
+        - `w.NAME`: coefficient of each distribution.
+        - `gradient.NAME`: derivative of the penalized objective by the coefficient, in nats per token.
+        """
+        return frames.gradients_frame(self.summary())
+
+    def vectors(self) -> pd.DataFrame:
+        """Return the geometry of the distribution vectors, one row each; no rows before the first run has ended.
+
+        Columns:
+
+        - `distribution`: name.
+        - `norm`: Euclidean length over all parameters, without a unit.
+        - `cosine.NAME`: cosine with each vector, from -1 to 1; missing where a vector is zero.
+        """
+        return frames.vectors_frame(self.summary())
+
+    def predict(self, coefficients: Mapping[str, float]) -> Prediction:
+        """Predict the objective of a composite with the surrogate of all trials, without a forward pass.
+
+        Args:
+            coefficients: Coefficients by distribution; those left out are 0.
+
+        Returns:
+            Mean and standard deviation of the penalized objective on the search split, in nats per token.
+
+        Raises:
+            InputError: The coefficients are outside of the study's space, or there are too few trials to predict from.
+        """
+        return summary.predict(self._context, self._checked(coefficients))
+
+    def report(self, path: str | Path) -> Path:
+        """Write the report, one HTML file that needs no network, and return its path."""
+        write_report(self.summary(), Path(path))
+        return Path(path)
 
     def describe(self, results: Summary, note: str, files: Mapping[str, str | bytes]) -> None:
         """Log a summary with the tracker: its baselines, a description in Markdown, and files by path."""

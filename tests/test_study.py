@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from dem_opt.checkpoints.files import content_hash
 from dem_opt.config import load
+from dem_opt.export import writer
+from dem_opt.workflows import export as workflow
 from dem_opt.errors import EvaluationError, InputError
 from dem_opt.evaluation.worker import Worker
 from dem_opt.planning.inputs import _check_window, load_inputs
@@ -292,9 +294,6 @@ def test_the_winner_is_exported_proved_and_registered(tmp_path):
 
 
 def test_a_model_that_can_not_be_proved_leaves_nothing(tmp_path, monkeypatch):
-    from dem_opt import study as studies
-    from dem_opt.export import writer as exports
-
     study = open_study(worlds.study(tmp_path, search=GRID))
     study.run()
 
@@ -303,9 +302,9 @@ def test_a_model_that_can_not_be_proved_leaves_nothing(tmp_path, monkeypatch):
         content = bytearray(weights.read_bytes())
         content[-1] ^= 1
         weights.write_bytes(content)
-        exports.prove(written)
+        writer.prove(written)
 
-    monkeypatch.setattr(studies, "prove", tampered)
+    monkeypatch.setattr(workflow, "prove", tampered)
     with pytest.raises(exports.ExportError):
         study.export(tmp_path / "best")
     assert not [path for path in tmp_path.iterdir() if "best" in path.name]

@@ -1,6 +1,7 @@
 """What the trials of a study say of places where none was: a Gaussian process's mean, and where it is lowest."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -18,6 +19,24 @@ MOST = 120
 
 LINE, TRIANGLE = 60, 20
 """Divisions of the lattice over two and over three distributions."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A surrogate's prediction of the penalized objective, in nats per token."""
+
+    mean: float
+    standard_deviation: float
+
+
+def predict(space: Space, trials: Sequence[TrialRecord], coefficients: Coefficients) -> Prediction | None:
+    """Predict the objective at a point of the space, from trials of any runs; None where there are too few."""
+    known = _thinned(list({trial.coefficients: trial for trial in trials if trial.penalized is not None}.values()))
+    if space.is_point or len(known) < FEWEST:
+        return None
+    with threadpool_limits(1, "blas"):
+        posterior = _fit(space, known).posterior(space.shares(coefficients)[None, :])
+    return Prediction(float(posterior.mean_M[0]), float(posterior.variance_M[0] ** 0.5))
 
 
 def surrogate_of(space: Space, trials: Sequence[TrialRecord]) -> Surrogate | None:

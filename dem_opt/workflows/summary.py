@@ -4,11 +4,14 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
 
+from dem_opt.analysis import surrogate
 from dem_opt.analysis.results import summarize
 from dem_opt.analysis.reweighting import checked, reweighted
-from dem_opt.analysis.surrogate import surrogate_of
+from dem_opt.analysis.surrogate import Prediction
 from dem_opt.analysis.vector_geometry import recall_vectors
+from dem_opt.errors import InputError
 from dem_opt.search.trials import finished
+from dem_opt.simplex import Coefficients
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
 from dem_opt.types import Summary, TrialRecord
@@ -42,8 +45,8 @@ def summarize_generation(context: StudyContext, ledger: Ledger, identity: StudyI
     settings = facts(context.config, context.path, identity)
     summary = summarize(context.config.name, ledger, identity, trials, settings, stopped)
     vectors = recall_vectors(identity.base, identity.fine_tunes, context.config.output)
-    surrogate = surrogate_of(identity.space, [record for records in trials.values() for record in records])
-    return replace(summary, vectors=vectors, surrogate=surrogate)
+    fitted = surrogate.surrogate_of(identity.space, [record for records in trials.values() for record in records])
+    return replace(summary, vectors=vectors, surrogate=fitted)
 
 
 def trials_by_run(
@@ -73,6 +76,24 @@ def reweigh(context: StudyContext, weights: Mapping[str, float], field: str) -> 
     if summary is None:
         raise context.not_run()
     return summary
+
+
+def predict(context: StudyContext, coefficients: Coefficients) -> Prediction:
+    """Predict the objective of a composite from the trials of all runs.
+
+    Raises:
+        InputError: The study has not been run, or has too few trials.
+    """
+    with context.stored() as stored:
+        trials = trials_by_run(context, stored.ledger, stored.identity, stored.generation)
+        space = stored.identity.space
+    prediction = surrogate.predict(space, [trial for records in trials.values() for trial in records], coefficients)
+    if prediction is None:
+        mend = (
+            f"a prediction needs {surrogate.FEWEST} composites that were scored, and a space with more than one point"
+        )
+        raise InputError(context.path, None, None, mend)
+    return prediction
 
 
 def log_summary(context: StudyContext, summary: Summary, note: str, files: Mapping[str, str | bytes]) -> None:
