@@ -17,14 +17,14 @@ from transformers import AutoModelForCausalLM
 
 from dem_opt.checkpoints.files import content_hash
 from dem_opt.config import load
-from dem_opt.export import writer
-from dem_opt.workflows import export as workflow
 from dem_opt.errors import EvaluationError, InputError
 from dem_opt.evaluation.worker import Worker
+from dem_opt.export import writer
 from dem_opt.planning.inputs import _check_window, load_inputs
 from dem_opt.search.optuna_study import Search, study_names
 from dem_opt.study import Study
 from dem_opt.types import SEARCH
+from dem_opt.workflows import export as workflow
 
 GRID = {"algorithm": "random", "trials": 5, "divisions": 4}
 
@@ -305,7 +305,7 @@ def test_a_model_that_can_not_be_proved_leaves_nothing(tmp_path, monkeypatch):
         writer.prove(written)
 
     monkeypatch.setattr(workflow, "prove", tampered)
-    with pytest.raises(exports.ExportError):
+    with pytest.raises(writer.ExportError):
         study.export(tmp_path / "best")
     assert not [path for path in tmp_path.iterdir() if "best" in path.name]
 
