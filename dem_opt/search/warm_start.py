@@ -30,13 +30,13 @@ def enter(
     Raises InputError where its scores would not compare with those that the study has, and where other drivers are at
     work on the question that it asked before.
     """
-    asked, scored = identity.asked(), identity.scored()
+    asked, scored = identity.identity_fields(), identity.scoring_fields()
     row = ledger.study(name)
     if row is None:
         ledger.enter_study(StudyRow(name, 1, scored, asked))
         return 1, []
     refuse_other_scoring(where, row.scoring, scored)
-    change = changes(row.question, asked)
+    change = changes(row.identity, asked)
     if change and (others := lease.others()):
         mend = f"{change}, while it is driven by {' and '.join(others.values())}; stop them first"
         raise InputError(where, "name", name, mend)

@@ -1,4 +1,4 @@
-"""One SQL engine for a study: WAL, probing, masked URLs."""
+"""The SQL engine of a study's database: connecting, SQLite's settings, creating tables, URLs without passwords."""
 
 import os
 import re
@@ -26,8 +26,12 @@ _SQLITE = """
     PRAGMA foreign_keys = ON
 """
 _PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+"""Seconds between two attempts at what another process may be in the middle of."""
+
 _CONNECT_SECONDS = 5
 _CREATING = 0x64656D
+"""Key of PostgreSQL's advisory lock under which tables are created, shared with drivers of earlier releases."""
+
 _PASSWORD = re.compile(r"(?<=://)([^/:@]*):.*(?=@)")
 _SECRET = re.compile(r"(?<=[?&])((?:\w*password|passwd|pwd|token|secret)=)[^&#]*", re.IGNORECASE)
 
@@ -36,9 +40,11 @@ def connect(url: str, field: str = "storage") -> Engine:
     """An engine for the database at `url`, which has been reached and can be written.
 
     `sqlite:///PATH` gets its parent folder made and what `tune` sets; `postgresql+psycopg://...` checks
-    pooled connections before use.  Raises InputError naming `field` and the masked URL for a URL that is
-    malformed or of an unknown kind, a folder or file that can't be written, a file that is not a database,
-    and a server that does not answer within 5 seconds.
+    pooled connections before use.
+
+    Raises:
+        InputError: The URL is malformed or of an unknown kind, a folder or file can't be written, the file is not a
+            database, or the server does not answer within 5 seconds.  Names `field` and the masked URL.
     """
     parsed = _parse(url, field)
     local = parsed.get_backend_name() == "sqlite"
@@ -59,23 +65,24 @@ def connect(url: str, field: str = "storage") -> Engine:
 
 
 def engine_settings(url: str) -> Mapping[str, Any]:
-    """How any engine of a study's database is made: a server's connections are tried before use, and not for ever."""
+    """Arguments of `create_engine`: a server's pooled connections are checked before use, with a timeout."""
     if url.startswith("sqlite"):
         return {}
     return {"pool_pre_ping": True, "connect_args": {"connect_timeout": _CONNECT_SECONDS}}
 
 
 def is_there(url: str) -> bool:
-    """Whether there is a database to connect to: a file for SQLite; a server answers for itself."""
+    """There is a database to connect to: for SQLite the file exists; for a server always true."""
     parsed = _parse(url, "storage")
     return parsed.get_backend_name() != "sqlite" or Path(str(parsed.database)).is_file()
 
 
 def probe(url: str, field: str = "storage") -> str:
-    """What `connect` would find, in a few words; writes nothing, makes no file.
+    """Tell in a few words what `connect` would find, without making or writing a file.
 
-    Raises InputError as `connect` does where that is certain: a server that does not answer, a file that is no
-    database or that can't be written, a folder that can't be made.
+    Raises:
+        InputError: As `connect` does, where that is certain: the server does not answer, the file is no database or
+            can't be written, or its folder can't be made.
     """
     parsed = _parse(url, field)
     if parsed.get_backend_name() != "sqlite":
@@ -83,29 +90,29 @@ def probe(url: str, field: str = "storage") -> str:
         return "the server answers"
     _refuse_nameless(parsed, field)
     file = Path(str(parsed.database)).absolute()
-    place = next(one for one in (file, *file.parents) if one.exists())
-    if reason := _hindrance(file, place):
+    existing = next(path for path in (file, *file.parents) if path.exists())
+    if reason := _obstacle(file, existing):
         raise InputError(None, field, masked(url), reason)
-    return "is there" if place == file else "will be made"
+    return "is there" if existing == file else "will be made"
 
 
-def _hindrance(file: Path, place: Path) -> str | None:
-    """Why no database can be at `file`, of which `place` is the part that exists; None where it can."""
-    if place != file and not place.is_dir():
-        return f"can't make {file.parent} ({place} is a file)"
-    if place == file and not (file.is_file() and _is_sqlite(file)):
+def _obstacle(file: Path, existing: Path) -> str | None:
+    """The reason why no database can be at `file`, or None; `existing`: the file or its nearest existing parent."""
+    if existing != file and not existing.is_dir():
+        return f"can't make {file.parent} ({existing} is a file)"
+    if existing == file and not (file.is_file() and _is_sqlite(file)):
         return "the file can't be used as a database (it is not one)"
-    return None if os.access(place, os.W_OK) else f"{place} can't be written"
+    return None if os.access(existing, os.W_OK) else f"{existing} can't be written"
 
 
 def _is_sqlite(file: Path) -> bool:
-    """Whether a file begins as SQLite's do, or is empty."""
+    """The file begins as SQLite's do, or is empty."""
     with file.open("rb") as stream:
         return stream.read(16) in (b"", b"SQLite format 3\0")
 
 
 def tune(engine: Engine) -> None:
-    """Gives every SQLite connection of `engine` WAL, synchronous=NORMAL, foreign keys, 30 s of patience."""
+    """Give every SQLite connection of `engine` WAL, synchronous=NORMAL, foreign keys and a 30 s busy timeout."""
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _set_pragmas)
         engine.dispose()
@@ -117,7 +124,7 @@ def masked(url: str) -> str:
 
 
 def create_missing(engine: Engine, metadata: MetaData) -> None:
-    """Creates the tables that are not there yet; several processes may do so at once."""
+    """Create the tables that are missing; several processes may do so at once."""
     with engine.begin() as connection:
         if engine.dialect.name == "postgresql":
             connection.execute(select(func.pg_advisory_xact_lock(_CREATING)))
@@ -126,7 +133,7 @@ def create_missing(engine: Engine, metadata: MetaData) -> None:
 
 
 def making_tables(make: Callable[[], T]) -> T:
-    """What `make` returns, which makes tables that it does not find: where another process makes the same, again."""
+    """Call `make`, which creates missing tables, again while another process creates the same ones."""
     for pause in _PAUSES:
         try:
             return make()
@@ -136,12 +143,12 @@ def making_tables(make: Callable[[], T]) -> T:
 
 
 def insert_into(engine: Engine, table: type[DeclarativeBase]) -> sqlite.Insert | postgresql.Insert:
-    """An INSERT in the dialect of `engine`, which knows ON CONFLICT."""
+    """An INSERT in the dialect of `engine`, which has ON CONFLICT."""
     return sqlite.insert(table) if engine.dialect.name == "sqlite" else postgresql.insert(table)
 
 
 def _parse(url: str, field: str) -> URL:
-    """The parts of a URL of a kind that is supported."""
+    """Parse a URL; InputError for malformed ones and for kinds of databases that are not supported."""
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
@@ -155,7 +162,7 @@ def _parse(url: str, field: str) -> URL:
 
 
 def _make_folder(url: URL, field: str) -> None:
-    """The folder of an SQLite file."""
+    """Make the folder of an SQLite file."""
     _refuse_nameless(url, field)
     shown = masked(str(url))
     folder = Path(str(url.database)).parent
@@ -177,10 +184,10 @@ def _set_pragmas(connection: Any, _record: object) -> None:
 
 
 def _probe(engine: Engine) -> None:
-    """Connects once; SQLite is also asked for its write lock.
+    """Connect once, and take SQLite's write lock.
 
-    SQLite's own patience does not cover the switch to WAL when several processes open a new file at once, so
-    "database is locked" is met by trying again after growing pauses.
+    SQLite's busy timeout does not cover the switch to WAL when several processes open a new file at once, so
+    "database is locked" is answered by growing pauses here.
     """
     for pause in (*_PAUSES, None):
         try:

@@ -1,4 +1,9 @@
-"""What a study asks, by content: base, experts and corpora as hashes, and what guards their comparison."""
+"""The identity of a study by content: base, fine-tunes and corpora as hashes, space, objective and scoring settings.
+
+Two sets of fields guard a study in the ledger.  A change of the *identity fields* begins a new generation of it, seeded
+from the ledger; a change of the *scoring fields* is refused, since scores would no longer compare.  Keys and values of
+both are stored, and hashed: they must not change.
+"""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -9,8 +14,8 @@ from dem_opt.errors import InputError
 from dem_opt.simplex import Coefficients, Space
 from dem_opt.types import HELD_OUT, SEARCH, Composite
 
-_BEFORE = ("evaluation.vectors", "exact")
-"""What scores were of before there was another form of the vectors."""
+_VECTORS = ("evaluation.vectors", "exact")
+"""A setting that studies of early releases do not have, and its value for them."""
 
 _FIELDS = {SEARCH: "validation", HELD_OUT: "held_out"}
 _WINDOWS = {SEARCH: "windows", HELD_OUT: "held_out"}
@@ -20,14 +25,16 @@ _WINDOWS = {SEARCH: "windows", HELD_OUT: "held_out"}
 class StudyIdentity:
     """A study with every path replaced by the hash of its content.
 
-    base, experts  content hashes of the checkpoints
-    space          the coefficient space
-    weights        the objective's weights, by distribution or general corpus
-    corpora        by split, then by distribution or general corpus: corpus keys
-    settings       the evaluation's settings, as text by their name in the study file; `device` is cpu or cuda, `looks`
-                   the parts of a corpus that are scored apart
-    protect        the most nats per token above the base, by distribution or general corpus
-    worst          whether the largest regret is minimized, and not the mean
+    Attributes:
+        base: Content hash of the base.
+        fine_tunes: Content hashes by distribution.
+        space: Coefficient space.
+        weights: The objective's weights, by distribution or general corpus.
+        corpora: Corpus keys by split, then by distribution or general corpus.
+        settings: Settings of the evaluation as text, by their name in the study file; `device` is cpu or cuda, `looks`
+            the number of interim analyses, at which a corpus is scored in parts.
+        protect: Allowance above the base in nats per token, by distribution or general corpus.
+        worst: The largest regret is minimized, not the mean.
     """
 
     base: str
@@ -45,9 +52,9 @@ class StudyIdentity:
 
     @property
     def scoring(self) -> str:
-        """The ledger's scoring key: a hash of the settings that change a window's nats; windows hash themselves.
+        """The ledger's scoring key: a hash of the settings that change a window's nats; windows are hashed apart.
 
-        Compressed vectors begin from the base, so there it is one of the settings.
+        Vectors in int8 are differences to the base, which is one of the settings then.
         """
         fields = ("evaluation.dtype", "evaluation.batch", "looks", "device")
         settings = [(field, self.settings.get(field)) for field in fields]
@@ -57,20 +64,20 @@ class StudyIdentity:
 
     @property
     def vectors(self) -> str:
-        """The stored form of the vectors."""
-        return self.settings.get(*_BEFORE)
+        """Storage of the fine-tunes in memory: "exact" or "int8"."""
+        return self.settings.get(*_VECTORS)
 
     def exact(self) -> "StudyIdentity":
-        """The same of vectors as they are."""
+        """The same study with exact vectors."""
         return replace(self, settings={**self.settings, "evaluation.vectors": "exact"})
 
     @property
     def differentiation(self) -> str:
-        """The ledger's key of gradients: of the scoring, and of the base, from which distribution vectors begin."""
+        """The ledger's key of gradients: a hash of the scoring and of the base, where distribution vectors begin."""
         return sha256(repr([self.scoring, self.base]).encode()).hexdigest()
 
     def keys(self, split: str) -> tuple[str, ...]:
-        """Corpus keys of a split, in ascending order of names; one that has several names once."""
+        """Corpus keys of a split, in ascending order of names; a corpus with several names once."""
         return tuple(dict.fromkeys(self.corpora[split][name] for name in sorted(self.corpora[split])))
 
     def sizes(self, split: str) -> dict[str, int]:
@@ -81,8 +88,8 @@ class StudyIdentity:
         """Windows of each corpus of a split."""
         return int(self.settings[f"evaluation.{_WINDOWS[split]}"])
 
-    def asked(self) -> dict[str, str]:
-        """What makes this question another than the last: a change begins a new generation."""
+    def identity_fields(self) -> dict[str, str]:
+        """The fields whose change begins a new generation."""
         return {
             "base": self.base,
             **{f"distributions.{name}": content for name, content in self.fine_tunes.items()},
@@ -93,8 +100,8 @@ class StudyIdentity:
             **{field: key for field, key in self._files().items() if field.startswith("general.")},
         }
 
-    def scored(self) -> dict[str, str]:
-        """What makes scores comparable: a change is refused."""
+    def scoring_fields(self) -> dict[str, str]:
+        """The fields that make scores comparable, whose change is refused."""
         distributions = {field: key for field, key in self._files().items() if field.startswith("distributions.")}
         return {**self.settings, **distributions}
 
@@ -107,14 +114,14 @@ class StudyIdentity:
         }
 
     @classmethod
-    def recall(cls, asked: Mapping[str, str], scored: Mapping[str, str]) -> "StudyIdentity":
-        """The question that `asked` and `scored` describe."""
-        fine_tunes, weights = _under("distributions.", asked), _under("objective.weights.", asked)
-        distributions, general = _under("distributions.", scored), _under("general.", asked)
+    def recall(cls, identity: Mapping[str, str], scoring: Mapping[str, str]) -> "StudyIdentity":
+        """The study that `identity_fields` and `scoring_fields` were written of."""
+        fine_tunes, weights = _under("distributions.", identity), _under("objective.weights.", identity)
+        distributions, general = _under("distributions.", scoring), _under("general.", identity)
         return cls(
-            base=asked["base"],
+            base=identity["base"],
             fine_tunes=fine_tunes,
-            space=_read_space(tuple(fine_tunes), asked),
+            space=_read_space(tuple(fine_tunes), identity),
             weights={name: float(weight) for name, weight in weights.items()},
             corpora={
                 split: {
@@ -123,45 +130,43 @@ class StudyIdentity:
                 }
                 for split, field in _FIELDS.items()
             },
-            settings={key: value for key, value in scored.items() if not key.startswith("distributions.")},
-            protect={name: float(nats) for name, nats in _under("objective.protect.", asked).items()},
-            worst="objective.worst" in asked,
+            settings={key: value for key, value in scoring.items() if not key.startswith("distributions.")},
+            protect={name: float(nats) for name, nats in _under("objective.protect.", identity).items()},
+            worst="objective.worst" in identity,
         )
 
 
 def _written(space: Space) -> dict[str, str]:
-    """A space by the study file's fields."""
+    """A space as identity fields, named as in the study file."""
     total = space.total if space.least is None else [space.least, space.total]
     return {"simplex.total": repr(total)} | {f"simplex.bounds.{name}": repr(box) for name, *box in space.bounds}
 
 
-def _read_space(names: tuple[str, ...], asked: Mapping[str, str]) -> Space:
-    """The space that `_written` wrote."""
-    total = json.loads(asked["simplex.total"])
+def _read_space(names: tuple[str, ...], identity: Mapping[str, str]) -> Space:
+    """The inverse of `_written`."""
+    total = json.loads(identity["simplex.total"])
     least, most = total if isinstance(total, list) else (None, total)
-    boxes = tuple((name, *json.loads(box)) for name, box in _under("simplex.bounds.", asked).items())
+    boxes = tuple((name, *json.loads(box)) for name, box in _under("simplex.bounds.", identity).items())
     return Space(names, most, least, boxes)
 
 
 def _under(prefix: str, fields: Mapping[str, str]) -> dict[str, str]:
-    """Those fields that begin with a prefix, without it."""
+    """The fields that begin with a prefix, without it."""
     return {key.removeprefix(prefix): value for key, value in fields.items() if key.startswith(prefix)}
 
 
 def _without(suffix: str, fields: Iterable[str]) -> list[str]:
-    """Those fields that end with a suffix, without it."""
+    """The fields that end with a suffix, without it."""
     return [field.removesuffix(suffix) for field in fields if field.endswith(suffix)]
 
 
 def refuse_other_scoring(where: object, old: Mapping[str, str], new: Mapping[str, str]) -> None:
-    """Raise InputError where a setting or a corpus that both know has changed: scores would not compare.
-
-    Settings are named before corpora, since a changed window changes every corpus.
-    """
-    old = dict([_BEFORE]) | dict(old)
+    """Raise InputError where a scoring field that both have has changed: scores would not compare."""
+    old = dict([_VECTORS]) | dict(old)
     changed = [field for field in new if field in old and old[field] != new[field]]
     if not changed:
         return
+    # Settings are named before corpora, since a changed window changes every corpus.
     field = min(changed, key=lambda name: (name.startswith("distributions."), name))
     hashed = field.startswith(("distributions.", "tokenizer"))
     was = "another content" if hashed else repr(old[field])
@@ -169,12 +174,12 @@ def refuse_other_scoring(where: object, old: Mapping[str, str], new: Mapping[str
         where,
         field,
         None if hashed else new[field],
-        f"the study was begun with {was}, so its scores would not compare; restore it, or give the study another name",
+        f"the study began with {was}, so its scores would not compare; restore it, or give the study another name",
     )
 
 
 def changes(old: Mapping[str, str], new: Mapping[str, str]) -> str:
-    """The fields in which two questions differ, for people."""
+    """The identity fields in which two studies differ, in words."""
     fields = sorted(field for field in old.keys() | new.keys() if old.get(field) != new.get(field))
     kinds = [(field, "new" if field not in old else "gone" if field not in new else "changed") for field in fields]
     return ", ".join(f"{field} is {kind}" if kind == "new" else f"{field} has {kind}" for field, kind in kinds)

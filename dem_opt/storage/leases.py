@@ -1,4 +1,7 @@
-"""Who drives a study: one process, or several where the database is a server, each under a lease that it renews."""
+"""Leases: the right of a process to drive a study, renewed while it lives.
+
+With SQLite a study has one driver at a time; with a server there may be several, which take turns by advisory locks.
+"""
 
 import os
 from collections.abc import Callable, Iterator
@@ -20,14 +23,14 @@ from dem_opt.errors import InputError
 from dem_opt.storage.engine import create_missing, insert_into
 from dem_opt.storage.retry import NO_RETRY, RetryPolicy, patient
 
-SILENCE = 60.0
+LEASE_SECONDS = 60.0
 """Seconds after which a driver on another host that has not renewed its lease counts as gone."""
 
-PAUSE = 0.02
+TURN_PAUSE = 0.02
 """Seconds between two attempts to get a turn."""
 
-IMPATIENCE = 10.0
-"""Seconds after which whoever waits for a turn says so."""
+WAITING_NOTICE = 10.0
+"""Seconds of waiting for a turn after which the user is told."""
 
 
 class _Tables(DeclarativeBase):
@@ -35,10 +38,13 @@ class _Tables(DeclarativeBase):
 
 
 class _Driver(_Tables):
-    """Who drives a study.
+    """A driver of a study.
 
-    slot     "" where a study has one driver at a time; else the driver's token
-    started  tells a process from a later one of the same number
+    Attributes:
+        slot: "" where a study has one driver at a time; else the driver's token.
+        started: Start time of the process, which tells it from a later one with the same pid.
+        since: When it took the lease, in seconds since 1970 by the database's clock.
+        renewed: When it last renewed the lease.
     """
 
     __tablename__ = "dem_driver"
@@ -54,10 +60,11 @@ class _Driver(_Tables):
 
 
 class Lease:
-    """The right to drive one study, held by one process alone or beside others.
+    """The right to drive one study, of one process alone or beside others.
 
-    token   names this driver
-    shared  whether there may be others
+    Attributes:
+        token: Identifies this driver.
+        shared: There may be other drivers.
     """
 
     def __init__(self, engine: Engine, study: str, shared: bool, patience: RetryPolicy) -> None:
@@ -68,10 +75,13 @@ class Lease:
 
     @patient
     def renew(self) -> None:
-        """Says that this driver is alive.
+        """Record that this driver is alive.
 
-        Raises InputError where another driver has taken the study over.  Beside others a lease that was given up is
-        taken again: what this driver has in hand it may finish, since everything is written once.
+        Beside others, a lease that was given up is taken again: this driver may finish its trials, since every trial is
+        written once.
+
+        Raises:
+            InputError: Another driver has taken the study over.
         """
         self._renew()
 
@@ -87,10 +97,10 @@ class Lease:
 
     @patient
     def others(self) -> dict[str, str]:
-        """The other drivers of the study that are alive: who they are, by token.  Those that are gone are forgotten.
+        """Names of the other living drivers of the study by token; the rows of dead ones are removed.
 
-        A driver on another host is gone when it has been silent for 60 seconds in which this one could have heard it:
-        after an outage of the database everybody gets that time again.
+        A driver on another host is dead after 60 seconds without a renewal in which this one could have seen it:
+        after an outage of the database every driver gets that time again.
         """
         if not self.shared:
             return {}
@@ -102,17 +112,22 @@ class Lease:
             gone = [row.token for row in rows if not _is_alive(row, heard[row.token], now)]
             if gone:
                 connection.execute(delete(_Driver).where(*theirs, _Driver.token.in_(gone)))
-            return {row.token: _who(row) for row in rows if row.token not in gone}
+            return {row.token: _name(row) for row in rows if row.token not in gone}
 
     @contextmanager
     def turn(self, work: str = "proposing") -> Iterator[Callable[[], None]]:
-        """Only one of a study's drivers at a time does this work; the others wait, and say so when it takes long.
+        """Do work that only one of a study's drivers may do at a time; the others wait.
 
-        The turn ends with the connection that it is held by, so also with the driver's life.  Gives a function that
-        raises what SQLAlchemy raises where the turn was lost.
+        The turn belongs to a database connection, so it also ends with the driver's life.
+
+        Args:
+            work: Name of the work, hashed into the lock's key: drivers of earlier releases use the same names.
+
+        Yields:
+            A function that raises SQLAlchemy's error if the turn was lost.
         """
         if not self.shared:
-            yield _nothing
+            yield _check_nothing
             return
         digest = sha256(f"{self._study}\0{work}".encode()).digest()
         key = {"key": int.from_bytes(digest[:8], signed=True)}
@@ -125,34 +140,34 @@ class Lease:
                     connection.execute(text("SELECT pg_advisory_unlock(:key)"), key)
 
     def _wait(self, connection: Connection, key: dict[str, int], work: str) -> None:
-        began, told = monotonic(), False
+        began, is_reported = monotonic(), False
         while not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), key):
-            if not told and monotonic() - began > IMPATIENCE:
-                told = True
+            if not is_reported and monotonic() - began > WAITING_NOTICE:
+                is_reported = True
                 self.patience.progress.note(f"waiting for another driver of {self._study}, which is {work}")
-            sleep(PAUSE)
+            sleep(TURN_PAUSE)
 
     @property
     def _mine(self) -> tuple[Any, ...]:
         return _Driver.study == self._study, _Driver.token == self.token
 
     def _take(self) -> None:
-        """Takes the lease, or raises InputError; looks again where somebody was quicker."""
+        """Take the lease, or raise InputError; try again where another process was quicker."""
         while not self._attempt():
             pass
 
     def _attempt(self) -> bool:
-        """Whether the lease was taken from nobody, or from the very holder who was seen to be gone."""
+        """Take the lease if it is free or its holder is dead; False where another process took it meanwhile."""
         with self._engine.begin() as connection:
             now = self._reached = _now(connection)
             this = (_Driver.study == self._study, _Driver.slot == self._slot)
-            seen = connection.execute(select(_Driver.__table__).where(*this)).one_or_none()
-            if seen is None:
+            holder = connection.execute(select(_Driver.__table__).where(*this)).one_or_none()
+            if holder is None:
                 return self._insert(connection, now)
-            if _is_alive(seen, seen.renewed, now):
-                mend = f"{_who(seen)} has been driving it since {_moment(seen)}; wait for it, or stop it"
+            if _is_alive(holder, holder.renewed, now):
+                mend = f"{_name(holder)} has been driving it since {_moment(holder)}; wait for it, or stop it"
                 raise InputError(None, "study", self._study, mend)
-            same = (*this, _Driver.token == seen.token, _Driver.renewed == seen.renewed)
+            same = (*this, _Driver.token == holder.token, _Driver.renewed == holder.renewed)
             return connection.execute(update(_Driver).where(*same).values(self._me(now))).rowcount == 1
 
     def _insert(self, connection: Connection, now: float) -> bool:
@@ -166,8 +181,8 @@ class Lease:
         return {"token": self.token, "since": now, "renewed": now, **process}
 
     def _beat(self, ended: Event) -> None:
-        """Renews now and then.  That the lease is lost, the driver learns from its own renewal."""
-        while not ended.wait(SILENCE / 4):
+        """Renew until ended.  If the lease is lost, the driver learns it from its own call of `renew`."""
+        while not ended.wait(LEASE_SECONDS / 4):
             try:
                 self._renew()
             except DBAPIError:
@@ -176,22 +191,24 @@ class Lease:
                 return
 
     def _release(self) -> None:
-        """Gives the lease back; where the database is away, it ends with this process, or by its silence."""
+        """Give the lease back; where the database is away, it ends with this process, or by its age."""
         with suppress(DBAPIError), self._engine.begin() as connection:
             connection.execute(delete(_Driver).where(*self._mine))
 
 
-def _nothing() -> None:
-    """Nothing to lose."""
+def _check_nothing() -> None:
+    """The check of a turn that can't be lost."""
 
 
 @contextmanager
 def holding(engine: Engine, study: str, several: bool = False, patience: RetryPolicy = NO_RETRY) -> Iterator[Lease]:
-    """Holds a lease of `study`: alone, or with `several` beside others where the database is a server.
+    """Hold a lease of `study`: alone, or with `several` beside others where the database is a server.
 
-    A thread renews it while it is held.  A holder on this host whose process is gone is succeeded at once,
-    one on another host after 60 seconds without a renewal.  Raises InputError, which says who and since when,
-    where the holder is alive.
+    A thread renews it meanwhile.  A holder on this host whose process is gone is succeeded at once, one on another
+    host after 60 seconds without a renewal.
+
+    Raises:
+        InputError: The holder is alive; names it, and since when.
     """
     create_missing(engine, _Tables.metadata)
     lease = Lease(engine, study, several and _has_several(engine), patience)
@@ -208,13 +225,13 @@ def holding(engine: Engine, study: str, several: bool = False, patience: RetryPo
 
 
 def visiting(engine: Engine, study: str, patience: RetryPolicy = NO_RETRY) -> Lease:
-    """What shows a study's drivers, and gives turns beside them, to one who does not drive it."""
+    """A lease that is not taken: shows a study's drivers, and gives turns beside them."""
     create_missing(engine, _Tables.metadata)
     return Lease(engine, study, _has_several(engine), patience)
 
 
 def _has_several(engine: Engine) -> bool:
-    """Whether a study may have several drivers: where the database is a server."""
+    """A study may have several drivers: the database is a server."""
     return engine.dialect.name == "postgresql"
 
 
@@ -225,14 +242,14 @@ def _now(connection: Connection) -> float:
 
 
 def _is_alive(holder: Any, heard: float, now: float) -> bool:
-    """Whether a holder's process runs, or where that can't be seen, whether it was heard lately."""
+    """The holder's process runs, or, on another host, has renewed its lease lately."""
     if holder.host == gethostname():
         return bool(_started(holder.pid) == holder.started)
-    return bool(now - heard < SILENCE)
+    return bool(now - heard < LEASE_SECONDS)
 
 
 def _started(pid: int) -> str | None:
-    """When a process started, in ticks since boot; "" where nothing says so, None where it is gone."""
+    """Start time of a process in ticks since boot; "" where /proc is missing, None where the process is gone."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -243,11 +260,12 @@ def _started(pid: int) -> str | None:
         status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return ""
+    # The name in parentheses may hold spaces; behind it field 0 is the state, field 19 the start time (proc_pid_stat).
     state, *fields = status.rpartition(")")[2].split()
     return None if state == "Z" else fields[18]
 
 
-def _who(holder: Any) -> str:
+def _name(holder: Any) -> str:
     return f"process {holder.pid} on {holder.host}"
 
 

@@ -1,4 +1,7 @@
-"""Every score ever measured, by content: (composite, corpus, scoring) -> nats per window."""
+"""The ledger: every score ever measured, by content: (composite, corpus, scoring) -> nats per window.
+
+The column names are those of databases on disk; a name that differs from its attribute is given explicitly.
+"""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -17,7 +20,7 @@ from dem_opt.storage.retry import NO_RETRY, RetryPolicy, patient
 from dem_opt.types import Composite, Gradient, Score
 
 SCHEMA = 3
-"""Version of the tables that this module reads and writes: 2 has gradients, 3 libraries."""
+"""Version of the tables that this module reads and writes: 2 added gradients, 3 libraries."""
 
 
 class _Tables(DeclarativeBase):
@@ -25,7 +28,7 @@ class _Tables(DeclarativeBase):
 
 
 class _Schema(_Tables):
-    """A version that the tables have been through; the highest is what they are."""
+    """A version that the tables have had; the highest is their present one."""
 
     __tablename__ = "dem_schema"
 
@@ -33,7 +36,7 @@ class _Schema(_Tables):
 
 
 class _Composite(_Tables):
-    """A composite in readable form: `terms` is JSON, {content hash: units of 1e-9}."""
+    """A composite; `terms` is JSON, {content hash: units of 1e-9}."""
 
     __tablename__ = "dem_composite"
 
@@ -42,9 +45,10 @@ class _Composite(_Tables):
 
 
 class _Score(_Tables):
-    """One composite's nats per window on one corpus, the first of its windows: little-endian float64 and int64.
+    """One composite's nats on the first windows of one corpus.
 
-    forward_tokens and seconds are those of the evaluations that measured it, all their corpora together.
+    `nats_W` and `tokens_W` are little-endian float64 and int64, a value for each window.  `forward_tokens` and
+    `seconds` are those of the evaluations that measured it, all their corpora together.
     """
 
     __tablename__ = "dem_score"
@@ -63,9 +67,9 @@ class _Score(_Tables):
 
 
 class _Gradient(_Tables):
-    """One composite's gradient on one corpus, over all its windows, as JSON: nats by content of the experts.
+    """One composite's gradient on one corpus, over all its windows, as JSON: nats by content of the fine-tunes.
 
-    scoring  hashes the base too, from which distribution vectors begin
+    `scoring` is the study identity's `differentiation`, which hashes the base too.
     """
 
     __tablename__ = "dem_gradient"
@@ -77,18 +81,18 @@ class _Gradient(_Tables):
 
 
 class _Study(_Tables):
-    """A study's generation, and the fields behind its two hashes as JSON."""
+    """A study's generation, and the fields that guard it, as JSON."""
 
     __tablename__ = "dem_study"
 
     name: Mapped[str] = mapped_column(primary_key=True)
     generation: Mapped[int]
     scoring: Mapped[str]
-    question: Mapped[str]
+    identity: Mapped[str] = mapped_column("question")
 
 
 class _Libraries(_Tables):
-    """With what a study was last run: versions by name, as JSON."""
+    """Versions of the libraries of a study's last run by name, as JSON."""
 
     __tablename__ = "dem_libraries"
 
@@ -98,29 +102,31 @@ class _Libraries(_Tables):
 
 @dataclass(frozen=True)
 class StudyRow:
-    """What the ledger remembers of a study.
+    """A study in the ledger.
 
-    generation  which Optuna study of the name is its present one
-    scoring     field -> value of what may not change under the study
-    question    field -> value of what begins a new generation when it changes
+    Attributes:
+        generation: Number of its present Optuna studies; a change of the identity begins the next one.
+        scoring: Scoring fields, which may not change under the study.
+        identity: Identity fields, whose change begins a new generation.
     """
 
     name: str
     generation: int
     scoring: dict[str, str]
-    question: dict[str, str]
+    identity: dict[str, str]
 
 
 class Ledger:
     """The scores in a study's database.  Any number of drivers may write at once.
 
-    While the database is away, whoever asks waits, as long as `patience` has it.
+    While the database is away, methods wait and try again, as long as `patience` says.
     """
 
     def __init__(self, engine: Engine, patience: RetryPolicy = NO_RETRY) -> None:
-        """Creates the tables that are missing.
+        """Create the tables that are missing.
 
-        Raises InputError where a newer version of dem_opt made them.
+        Raises:
+            InputError: A newer version of dem_opt made the tables.
         """
         self.engine, self.patience = engine, patience
         self._refuse_newer()
@@ -130,11 +136,11 @@ class Ledger:
 
     @staticmethod
     def is_in(engine: Engine) -> bool:
-        """Whether a database has a ledger already."""
+        """The database has a ledger already."""
         return bool(inspect(engine).has_table(_Study.__tablename__))
 
     def look_up(self, composite: Composite, corpora: Collection[str], scoring: str) -> dict[str, Score]:
-        """The scores of `composite` by corpus key, of those among `corpora` that have been measured, short ones too."""
+        """The scores of `composite` by corpus key, where measured; short ones too."""
         return self.look_up_all([composite], corpora, scoring)[0]
 
     @patient
@@ -143,14 +149,14 @@ class Ledger:
     ) -> list[dict[str, Score]]:
         """The same for each of several composites, by one query."""
         keys = [composite.key for composite in composites]
-        found: dict[str, dict[str, Score]] = {key: {} for key in keys}
-        wanted = select(_Score).where(
-            _Score.composite.in_(found), _Score.scoring == scoring, _Score.corpus.in_(corpora)
+        scores: dict[str, dict[str, Score]] = {key: {} for key in keys}
+        query = select(_Score).where(
+            _Score.composite.in_(scores), _Score.scoring == scoring, _Score.corpus.in_(corpora)
         )
         with Session(self.engine) as session:
-            for row in session.scalars(wanted):
-                found[row.composite][row.corpus] = _score(row)
-        return [found[key] for key in keys]
+            for row in session.scalars(query):
+                scores[row.composite][row.corpus] = _score(row)
+        return [scores[key] for key in keys]
 
     @patient
     def record(
@@ -163,20 +169,26 @@ class Ledger:
         gradients: Mapping[str, Gradient] | None = None,
         differentiation: str = "",
     ) -> None:
-        """Writes the scores and gradients of `composite` by corpus key, all or none; committed when it returns.
+        """Write scores and gradients of a composite by corpus key, all or none; committed when it returns.
 
-        A score of fewer windows gives way to one of more, whose cost is added; another one stays as it is.
-        Gradients have a key of their own beside the scoring's, `differentiation`: they depend on the base.
-        forward_tokens and seconds are what measuring took.
+        A score of more windows replaces one of fewer, and its cost is added; otherwise the stored one stays.
+
+        Args:
+            scores: By corpus key.
+            scoring: The study identity's `scoring`.
+            forward_tokens: Tokens that the measurement took.
+            seconds: Wall time that it took.
+            gradients: By corpus key.
+            differentiation: The study identity's `differentiation`: gradients depend on the base too.
         """
-        made = {
+        columns = {
             "composite": composite.key,
             "scoring": scoring,
             "forward_tokens": forward_tokens,
             "seconds": seconds,
             "created": datetime.now(UTC).isoformat(),
         }
-        rows = [made | _columns(corpus, score) for corpus, score in sorted(scores.items())]
+        rows = [columns | _columns(corpus, score) for corpus, score in sorted(scores.items())]
         if not rows:
             return
         terms = {"key": composite.key, "terms": json.dumps(dict(composite.terms))}
@@ -187,10 +199,10 @@ class Ledger:
                 self._add_gradient(connection, (composite.key, corpus, differentiation or scoring), gradient)
 
     def _add_gradient(self, connection: Connection, key: tuple[str, str, str], gradient: Gradient) -> None:
-        """Writes a gradient, beside the experts that another study has measured it along."""
+        """Write a gradient; along fine-tunes for which another study has measured it, that one stays."""
         table = _Gradient.__table__
-        mine = (table.c.composite == key[0]) & (table.c.corpus == key[1]) & (table.c.scoring == key[2])
-        known = connection.scalar(select(table.c.gradient).where(mine))
+        same = (table.c.composite == key[0]) & (table.c.corpus == key[1]) & (table.c.scoring == key[2])
+        known = connection.scalar(select(table.c.gradient).where(same))
         text = json.dumps(dict(gradient) | (json.loads(known) if known else {}))
         row = {"composite": key[0], "corpus": key[1], "scoring": key[2], "gradient": text}
         connection.execute(
@@ -200,7 +212,7 @@ class Ledger:
         )
 
     def _insert_longer(self) -> Any:
-        """Inserts a score, or puts it in the place of one of fewer windows."""
+        """An INSERT of scores that replaces those of fewer windows."""
         insert = insert_into(self.engine, _Score)
         new, old = insert.excluded, _Score.__table__.c
         replaced = {name: new[name] for name in ("windows", "nats_W", "tokens_W", "created")}
@@ -213,18 +225,18 @@ class Ledger:
 
     @patient
     def gradients(self, composite: Composite, corpora: Collection[str], differentiation: str) -> dict[str, Gradient]:
-        """The gradients of `composite` by corpus key, of those among `corpora` that have been measured."""
-        wanted = select(_Gradient.corpus, _Gradient.gradient).where(
+        """The gradients of `composite` by corpus key, where measured."""
+        query = select(_Gradient.corpus, _Gradient.gradient).where(
             _Gradient.composite == composite.key,
             _Gradient.scoring == differentiation,
             _Gradient.corpus.in_(corpora),
         )
         with Session(self.engine) as session:
-            return {corpus: json.loads(gradient) for corpus, gradient in session.execute(wanted)}
+            return {corpus: json.loads(gradient) for corpus, gradient in session.execute(query)}
 
     @patient
     def seconds(self, composite: Composite, corpora: Collection[str], scoring: str) -> float:
-        """What measuring a composite on these corpora took; one evaluation of several corpora counts once."""
+        """Wall time of measuring a composite on these corpora; an evaluation of several corpora counts once."""
         evaluations = (
             select(_Score.created, _Score.seconds)
             .where(_Score.composite == composite.key, _Score.scoring == scoring, _Score.corpus.in_(corpora))
@@ -235,11 +247,11 @@ class Ledger:
 
     @patient
     def seconds_per_token(self, scoring: str) -> float | None:
-        """The median over evaluations of seconds for each forward token; None where nothing was measured."""
+        """Median over evaluations of the seconds for each forward token; None where nothing was measured."""
         evaluations = select(_Score.created, _Score.seconds, _Score.forward_tokens).distinct()
-        wanted = evaluations.where(_Score.scoring == scoring, _Score.forward_tokens > 0)
+        query = evaluations.where(_Score.scoring == scoring, _Score.forward_tokens > 0)
         with Session(self.engine) as session:
-            rates = [seconds / tokens for _, seconds, tokens in session.execute(wanted)]
+            rates = [seconds / tokens for _, seconds, tokens in session.execute(query)]
         return median(rates) if rates else None
 
     @patient
@@ -257,41 +269,41 @@ class Ledger:
 
     @patient
     def study(self, name: str) -> StudyRow | None:
-        """What was entered for a study, or None."""
+        """The row of a study, or None."""
         with Session(self.engine) as session:
             row = session.get(_Study, name)
         return (
             None
             if row is None
-            else StudyRow(row.name, row.generation, json.loads(row.scoring), json.loads(row.question))
+            else StudyRow(row.name, row.generation, json.loads(row.scoring), json.loads(row.identity))
         )
 
     @patient
     def enter_study(self, row: StudyRow) -> None:
-        """Writes what is to be remembered of a study, in place of what was."""
-        known = {
+        """Write the row of a study, or replace it."""
+        columns = {
             "generation": row.generation,
             "scoring": json.dumps(row.scoring),
-            "question": json.dumps(row.question),
+            "question": json.dumps(row.identity),
         }
-        entry = insert_into(self.engine, _Study).values(name=row.name, **known)
+        entry = insert_into(self.engine, _Study).values({"name": row.name, **columns})
         with self.engine.begin() as connection:
-            connection.execute(entry.on_conflict_do_update(index_elements=["name"], set_=known))
+            connection.execute(entry.on_conflict_do_update(index_elements=["name"], set_=columns))
 
     @patient
     def libraries(self, study: str) -> dict[str, str]:
-        """Versions of the libraries that a study was last run with, by name; empty where nothing says so."""
+        """Versions of the libraries of a study's last run by name; empty where it was never run."""
         with Session(self.engine) as session:
             row = session.get(_Libraries, study)
         return {} if row is None else dict(json.loads(row.versions))
 
     @patient
     def enter_libraries(self, study: str, versions: Mapping[str, str]) -> None:
-        """Writes with what a study is run."""
-        known = {"versions": json.dumps(dict(versions))}
-        entry = insert_into(self.engine, _Libraries).values(study=study, **known)
+        """Record the library versions of the run."""
+        columns = {"versions": json.dumps(dict(versions))}
+        entry = insert_into(self.engine, _Libraries).values(study=study, **columns)
         with self.engine.begin() as connection:
-            connection.execute(entry.on_conflict_do_update(index_elements=["study"], set_=known))
+            connection.execute(entry.on_conflict_do_update(index_elements=["study"], set_=columns))
 
     def _refuse_newer(self) -> None:
         if not inspect(self.engine).has_table(_Schema.__tablename__):

@@ -1,4 +1,4 @@
-"""Waiting for a database that is away: what counts as that, for how long, and what is said meanwhile."""
+"""Waiting for a database that is away: which errors count as an outage, how long to retry, what to report."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,18 +17,19 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
 """Seconds between two attempts: each pause is twice the one before."""
 
 READ_ONLY = "25006"
-"""The SQL state of PostgreSQL's refusal to write, in recovery or by setting."""
+"""SQLSTATE of PostgreSQL's refusal to write, in recovery or by setting."""
 
 _BUGS = ("no such table", "no such column", "syntax error")
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long a study waits for its database, and whom it tells.
+    """How long a study waits for its database.
 
-    what     the database in words, without its password
-    seconds  at most so long for one piece of work
-    progress gets a note when the waiting begins, for each new reason, and when it ends
+    Attributes:
+        what: The database in words, without its password.
+        seconds: Longest time for one call.
+        progress: Gets a note when the waiting begins, for each new reason, and when it ends.
     """
 
     what: str = "the database"
@@ -36,11 +37,12 @@ class RetryPolicy:
     progress: Progress = field(default_factory=NullProgress)
 
     def __call__(self, work: Callable[[], "T"]) -> "T":
-        """What the work returns; it is done again, after growing pauses, where the database was away.
+        """Call `work`, again after growing pauses while the database is away; it must be safe to repeat.
 
-        So it has to be safe to repeat.  Raises OutageError when the time is up.
+        Raises:
+            OutageError: The time is up.
         """
-        began, pause, told = monotonic(), FIRST_PAUSE, set[str]()
+        began, pause, reported = monotonic(), FIRST_PAUSE, set[str]()
         while True:
             try:
                 result = work()
@@ -49,39 +51,36 @@ class RetryPolicy:
                     raise
                 left = self.seconds - (monotonic() - began)
                 if left <= 0:
-                    waited = f"; it was waited for for {self.seconds:g} s" if told else ""
+                    waited = f"; gave up after {self.seconds:g} s" if reported else ""
                     raise OutageError(f"{self.what} can't be used ({reason}){waited}") from None
-                if reason not in told:
+                if reason not in reported:
                     self.progress.note(f"waiting for {self.what} ({reason}), for at most {left:.0f} s")
-                told.add(reason)
+                reported.add(reason)
                 sleep(min(pause, left))
                 pause = min(2 * pause, LONGEST_PAUSE)
             else:
-                if told:
+                if reported:
                     self.progress.note(f"{self.what} is back after {monotonic() - began:.0f} s")
                 return result
 
 
 NO_RETRY = RetryPolicy()
-"""Gives up at once."""
+"""Give up at the first outage."""
 
 
 def outage(error: BaseException) -> str | None:
-    """The reason, in the driver's own words, where an error says that the database can't be used now; else None.
-
-    Optuna wraps what SQLAlchemy raises; the cause is looked for in the chain.  It also tries some queries again on a
-    connection that is gone, which SQLAlchemy refuses before anything of the transaction is undone.
-    """
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, PoolTimeoutError):
+    """The reason, in the driver's own words, if an error means that the database can't be used now; else None."""
+    cause: BaseException | None = error
+    while cause is not None:  # Optuna wraps what SQLAlchemy raises
+        if isinstance(cause, PoolTimeoutError):
             return "no free connection"
-        if isinstance(found, PendingRollbackError):
+        # Optuna repeats some queries on a lost connection, which SQLAlchemy refuses until the transaction is undone.
+        if isinstance(cause, PendingRollbackError):
             return "its connection was lost"
-        if isinstance(found, DBAPIError) and _is_outage(found):
-            first = next(iter(str(found.orig).splitlines()), "no reason given")
+        if isinstance(cause, DBAPIError) and _is_outage(cause):
+            first = next(iter(str(cause.orig).splitlines()), "no reason given")
             return shorten(masked(first), 200)
-        found = found.__cause__
+        cause = cause.__cause__
     return None
 
 
@@ -94,7 +93,7 @@ def _is_outage(error: DBAPIError) -> bool:
 
 
 class _Patient(Protocol):
-    """Has patience."""
+    """An object with a retry policy."""
 
     patience: RetryPolicy
 
@@ -105,7 +104,7 @@ P = ParamSpec("P")
 
 
 def patient(method: Callable[Concatenate[Self, P], T]) -> Callable[Concatenate[Self, P], T]:
-    """A method that is done again where the database was away, with its object's patience."""
+    """Decorate a method to be called again while the database is away, by its object's retry policy."""
 
     @wraps(method)
     def waiting(self: Self, *arguments: P.args, **named: P.kwargs) -> T:

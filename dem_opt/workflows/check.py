@@ -172,7 +172,7 @@ def _measured(config: StudyConfig) -> float | None:
         row = ledger.study(config.name)
         if row is None:
             return None
-        return ledger.seconds_per_token(StudyIdentity.recall(row.question, row.scoring).scoring)
+        return ledger.seconds_per_token(StudyIdentity.recall(row.identity, row.scoring).scoring)
     finally:
         engine.dispose()
 

@@ -120,8 +120,8 @@ class StudyContext:
                 raise self.not_run()
             yield StoredStudy(
                 ledger=Ledger(engine),
-                question=row.question,
-                identity=StudyIdentity.recall(row.question, row.scoring),
+                question=row.identity,
+                identity=StudyIdentity.recall(row.identity, row.scoring),
                 generation=row.generation,
             )
         finally:

@@ -127,7 +127,7 @@ def study_descriptions(summary: Summary, note: str, files: Mapping[str, str | by
 
 def fingerprint(identity: StudyIdentity) -> str:
     """Return the SHA-256 of everything that identifies a study and of its scoring, all by content."""
-    return sha256(repr(sorted((identity.asked() | identity.scored()).items())).encode()).hexdigest()
+    return sha256(repr(sorted((identity.identity_fields() | identity.scoring_fields()).items())).encode()).hexdigest()
 
 
 def hardware() -> str:

@@ -39,7 +39,7 @@ def known_scores(study):
     with closing_engine(study) as engine:
         ledger = Ledger(engine)
         row = ledger.study("tiny")
-        identity = StudyIdentity.recall(row.question, row.scoring)
+        identity = StudyIdentity.recall(row.identity, row.scoring)
         found = {one: recall(ledger, identity, one, SEARCH) for one in ledger.composites(identity.scoring)}
     return {one: scores for one, scores in found.items() if len(scores) >= 3}, identity
 

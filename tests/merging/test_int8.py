@@ -186,7 +186,7 @@ def test_a_study_of_compressed_vectors_tells_what_they_cost_and_exports_the_full
 
 def test_a_study_begun_before_there_were_forms_stays_exact(tmp_path):
     path = worlds.study(tmp_path)
-    scored = load_inputs(load(path), path).identity().scored()
+    scored = load_inputs(load(path), path).identity().scoring_fields()
     del scored["evaluation.vectors"]
     refuse_other_scoring(path, scored, scored | {"evaluation.vectors": "exact"})
     with pytest.raises(InputError, match=r"begun with 'exact'"):

@@ -42,11 +42,11 @@ SPACES = [
 @pytest.mark.parametrize("space", SPACES, ids=str)
 def test_a_question_comes_back_from_what_is_written_of_it(space, worst):
     asked = identity(space=space, worst=worst)
-    assert StudyIdentity.recall(asked.asked(), asked.scored()) == asked
+    assert StudyIdentity.recall(asked.identity_fields(), asked.scoring_fields()) == asked
 
 
 def test_every_space_and_objective_is_another_question():
-    asked = [identity(space=space, worst=worst).asked() for space in SPACES for worst in (False, True)]
+    asked = [identity(space=space, worst=worst).identity_fields() for space in SPACES for worst in (False, True)]
     assert all(one != other for i, one in enumerate(asked) for other in asked[:i])
     assert changes(asked[0], asked[1]) == "objective.worst is new"
     assert changes(asked[0], asked[4]) == "simplex.total has changed"
@@ -67,16 +67,16 @@ def test_the_scoring_key_sees_what_changes_nats_and_is_not_in_a_corpus(field, sa
     assert (other.scoring == identity().scoring) is same
 
 
-@pytest.mark.parametrize("field", list(identity().scored()))
+@pytest.mark.parametrize("field", list(identity().scoring_fields()))
 def test_every_change_of_scoring_is_refused_by_its_name(field):
     with pytest.raises(InputError) as refusal:
-        refuse_other_scoring("study.yaml", identity().scored(), identity().scored() | {field: "other"})
+        refuse_other_scoring("study.yaml", identity().scoring_fields(), identity().scoring_fields() | {field: "other"})
     assert str(refusal.value).startswith(f"study.yaml: {field}")
 
 
 def test_general_corpora_and_protection_are_asked_and_not_scored():
     fields = {"general.web.validation", "general.web.held_out", "objective.protect.web", "objective.protect.code"}
-    assert fields <= identity().asked().keys() and not fields & identity().scored().keys()
+    assert fields <= identity().identity_fields().keys() and not fields & identity().scoring_fields().keys()
 
 
 def test_a_question_without_them_is_written_as_it_always_was():
@@ -85,18 +85,18 @@ def test_a_question_without_them_is_written_as_it_always_was():
         corpora={split: dict(list(by_name.items())[:2]) for split, by_name in identity().corpora.items()},
         protect={},
     )
-    assert StudyIdentity.recall(plain.asked(), plain.scored()) == plain
-    assert not [key for key in plain.asked() if key.startswith(("general.", "objective.protect."))]
+    assert StudyIdentity.recall(plain.identity_fields(), plain.scoring_fields()) == plain
+    assert not [key for key in plain.identity_fields() if key.startswith(("general.", "objective.protect."))]
 
 
 def test_what_only_one_of_two_knows_is_no_change():
-    old, new = identity().scored(), identity().scored()
+    old, new = identity().scoring_fields(), identity().scoring_fields()
     refuse_other_scoring(None, old, new | {"distributions.new.validation": "corpus-9"})
     refuse_other_scoring(None, old | {"distributions.gone.validation": "corpus-9"}, new)
 
 
 def test_changes_are_told_by_name():
-    old = identity().asked()
+    old = identity().identity_fields()
     new = {key: value for key, value in old.items() if key != "distributions.code"} | {
         "base": "hash-9",
         "distributions.more": "hash-8",

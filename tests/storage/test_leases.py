@@ -148,7 +148,7 @@ def test_a_lease_is_renewed_while_it_is_held(engine: Engine, monkeypatch: pytest
             renewed.set()
 
     event.listen(engine, "after_cursor_execute", listen)
-    monkeypatch.setattr(leases, "SILENCE", 0.04)
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.04)
     with holding(engine, "study"):
         assert renewed.wait(30)
 

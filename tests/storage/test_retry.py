@@ -51,7 +51,7 @@ def test_work_is_done_again_until_it_is_done_and_that_is_told_once(failures: int
 def test_waiting_has_an_end() -> None:
     progress = RecordedProgress()
     shaky = Shaky(10**6, away("disk full"), RetryPolicy("the database X", 0.05, progress))
-    with pytest.raises(OutageError, match=r"the database X can't be used \(disk full\); it was waited for for 0.05 s"):
+    with pytest.raises(OutageError, match=r"the database X can't be used \(disk full\); gave up after 0.05 s"):
         shaky.work(7)
     assert len(progress.notes) == 1 and shaky.calls > 1
 

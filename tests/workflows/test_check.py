@@ -35,7 +35,7 @@ def test_a_check_uses_what_the_ledger_has_measured(world):
     identity = load_inputs(config, "study.yaml").identity()
     engine = connect(config.storage)
     ledger = Ledger(engine)
-    ledger.enter_study(StudyRow(config.name, 1, identity.scored(), identity.asked()))
+    ledger.enter_study(StudyRow(config.name, 1, identity.scoring_fields(), identity.identity_fields()))
     scores = {key: Score((1.0,), (1,)) for key in identity.keys(SEARCH)}
     ledger.record(Composite.single(identity.base), scores, identity.scoring, 100, 50.0)
     engine.dispose()
