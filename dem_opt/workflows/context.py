@@ -46,13 +46,13 @@ class StoredStudy:
 
     Attributes:
         ledger: The scores.
-        question: What the study was about when it was last run, by the study file's fields.
+        identity_fields: Identity fields of its last run (see `StudyIdentity.identity_fields`).
         identity: The same by content.
         generation: Number of the current generation.
     """
 
     ledger: Ledger
-    question: Mapping[str, str]
+    identity_fields: Mapping[str, str]
     identity: StudyIdentity
     generation: int
 
@@ -120,7 +120,7 @@ class StudyContext:
                 raise self.not_run()
             yield StoredStudy(
                 ledger=Ledger(engine),
-                question=row.identity,
+                identity_fields=row.identity,
                 identity=StudyIdentity.recall(row.identity, row.scoring),
                 generation=row.generation,
             )

@@ -132,7 +132,7 @@ class _ExportProof:
 
 def _refuse_changed(context: StudyContext, inputs: Inputs, stored: StoredStudy) -> None:
     """Raise InputError where the study file asks for something else than was run."""
-    if stored.identity != inputs.identity().identity_fields():
+    if stored.identity_fields != inputs.identity().identity_fields():
         raise InputError(context.path, None, None, f"has changed since it was run; first: dem-opt run {context.path}")
 
 
