@@ -1,4 +1,8 @@
-"""Many workers as Ray actors (in-process for tests); other importable jobs too."""
+"""Where workers and other jobs run: in this process, or as Ray actors and tasks.
+
+`InProcessCompute` needs nothing; `RayCompute` imports ray when it is entered, never before. Both are a `Compute`.
+Imports config and the root modules only: a worker is built by a function that the caller passes.
+"""
 
 from dem_opt.compute.in_process import InProcessCompute, InProcessPool
 from dem_opt.compute.protocols import Compute, Evaluator, Pool

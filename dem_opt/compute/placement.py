@@ -1,19 +1,26 @@
-"""How many workers a cluster holds, and what each asks of it."""
+"""How many workers fit on a cluster's nodes, and the resources that each requests."""
 
 from collections.abc import Mapping, Sequence
 
 from dem_opt.errors import InputError
 
 Resources = Mapping[str, float]
-"""A node's, or what is asked of it: how much of what, "CPU" and "GPU"."""
+"""Ray's resources of a node by kind, among them "CPU" and "GPU"."""
 
 
 def share(nodes: Sequence[Resources], workers: int | None, devices: int = 1) -> tuple[int, dict[str, int]]:
-    """How many workers, and what each asks of Ray, given the resources of the nodes and the GPUs of a worker.
+    """Return the number of workers, and the options of a Ray actor that each needs.
 
-    Without a number: as many as there are GPUs for, else one for each node, with all the CPUs of the smallest.
-    Workers on CPUs divide them evenly; beside GPUs a share of the CPUs is left for the driver.  Raises InputError
-    for more workers, or more GPUs for each, than there is room for: a worker lives on one node.
+    A worker lives on one node.  Workers on CPUs divide them evenly; beside GPUs a share of the CPUs is left for the
+    driver.
+
+    Args:
+        nodes: Resources of each node.
+        workers: Number of workers; None for as many as there are GPUs for, without GPUs one for each node.
+        devices: GPUs of a worker.
+
+    Raises:
+        InputError: There is no room for so many workers, or for so many GPUs on one node.
     """
     gpus_N = [_count(node, "GPU") for node in nodes]
     if devices > max([*gpus_N, 1]):
@@ -26,6 +33,7 @@ def share(nodes: Sequence[Resources], workers: int | None, devices: int = 1) -> 
     if count > sum(cpus_N):
         mend = f"the cluster has {sum(cpus_N)} CPUs, at least one for each worker"
         raise InputError(None, "compute.workers", workers, mend)
+    # The largest number of CPUs of which the nodes together have `count` portions.
     each = next(each for each in range(max(cpus_N), 0, -1) if sum(cpus // each for cpus in cpus_N) >= count)
     return count, {"num_gpus": 0, "num_cpus": each}
 
@@ -37,8 +45,9 @@ def _on_gpus(nodes: Sequence[Resources], workers: int | None, devices: int) -> t
         gpus, each = sum(_count(node, "GPU") for node in nodes), "one" if devices == 1 else f"{devices} of one node"
         mend = f"the cluster has {gpus} GPUs, {each} for each worker"
         raise InputError(None, "compute.workers", workers, mend)
-    able = [(_count(node, "CPU"), min(room, count)) for node, room in zip(nodes, room_N, strict=True) if room]
-    return count, {"num_gpus": devices, "num_cpus": max(min(cpus // (beside + 1) for cpus, beside in able), 1)}
+    # Any node may get as many workers as it has room for: each then takes an equal share, and the driver one.
+    hosts = [(_count(node, "CPU"), min(room, count)) for node, room in zip(nodes, room_N, strict=True) if room]
+    return count, {"num_gpus": devices, "num_cpus": max(min(cpus // (beside + 1) for cpus, beside in hosts), 1)}
 
 
 def _count(node: Resources, kind: str) -> int:

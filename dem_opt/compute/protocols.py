@@ -1,4 +1,4 @@
-"""What a pool and its surroundings promise, whoever keeps it."""
+"""Protocols: an evaluator answers requests, a pool distributes them, a compute makes pools and runs jobs."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, Self, TypeVar
@@ -15,66 +15,79 @@ Done = tuple[Request, Evaluation | Failure]
 
 
 class Evaluator(Protocol):
-    """What a pool keeps many of: a worker."""
+    """Answers requests: a worker, as a pool sees it."""
 
     def evaluate(self, request: Request) -> Evaluation:
-        """Scores for a request; raises EvaluationError where there are none."""
+        """Score a request.
+
+        Raises:
+            EvaluationError: The composite can't be scored.
+        """
 
 
 class Pool(Protocol):
-    """Takes requests and gives every one back once, with its answer."""
+    """Distributes requests over workers, and returns each exactly once with its answer."""
 
     @property
     def capacity(self) -> int:
-        """How many requests are worked on at once."""
+        """Number of requests that are worked on at once."""
 
     def submit(self, request: Request) -> None:
-        """Take a request; returns at once."""
+        """Queue a request and return at once."""
 
     def next_done(self) -> Done | None:
-        """Wait for the next answer; None where a moment passed without one.  Only while a request is out."""
+        """Wait for the next answer, a moment at most; None if there was none.  Call only while a request is out."""
 
     def withdraw(self) -> set[int]:
-        """Take back the requests that nobody works on yet; their tickets."""
+        """Take back the requests that no worker has begun; returns their tickets."""
 
     def close(self) -> None:
-        """Let all workers go."""
+        """End all workers."""
 
 
 Build = Callable[[WorkerSpec], Evaluator]
-"""Makes a worker where it is to live."""
+"""Builds a worker in the process where it will live."""
 
 
 class Compute(Protocol):
-    """Where workers and jobs live; a context, entered before use."""
+    """Where workers and jobs run; a context manager, entered before use."""
 
     def __enter__(self) -> Self:
-        """Be ready to start workers."""
+        """Connect to whatever runs workers."""
 
     def __exit__(self, *exception: object) -> None:
-        """Let go of what was started."""
+        """Release what `__enter__` started."""
 
     @property
     def device(self) -> str:
-        """The kind of device that workers get: "cpu" or "cuda"."""
+        """The kind of device that workers get, "cpu" or "cuda"."""
 
     def workers(self, build: Build, spec: WorkerSpec, progress: Progress) -> Pool:
-        """A pool of workers that are ready; `progress` hears of those that die or join."""
+        """Start a pool of workers and wait until they are ready.
+
+        Args:
+            build: Builds a worker; importable, because it may be called in another process.
+            spec: What every worker holds.
+            progress: Receives loading, and notes and warnings about workers that die or join.
+        """
 
     def jobs(
         self, function: Callable[[Job], Result], jobs: Sequence[Job], parts: int = 0, gpus: int | None = None
     ) -> Iterator[tuple[Job, Result | Exception]]:
-        """Run an importable function on every job; yields (job, result) as they end.
+        """Run a function on every job and yield (job, result) pairs as they end.
 
-        A job's exception is yielded in place of its result, so that the others go on.
+        A job's exception is yielded in place of its result, so that the others continue.
 
-        parts  in how many parts the CPUs are divided, one for each job: the number of jobs unless given
-        gpus   GPUs of each job: one where there are any unless given
+        Args:
+            function: An importable function.
+            jobs: Its arguments.
+            parts: Number of parts that the CPUs are divided into, one for each job; by default the number of jobs.
+            gpus: GPUs of each job; by default one where there are any.
         """
 
 
 def answer(worker: Evaluator, request: Request) -> Evaluation | Failure:
-    """What a worker answers; that a composite can't be scored is an answer too."""
+    """Evaluate a request; a composite that can't be scored is an answer, too, and no error of the pool."""
     try:
         return worker.evaluate(request)
     except EvaluationError as error:

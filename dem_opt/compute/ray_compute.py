@@ -1,4 +1,4 @@
-"""Ray: the one this process is connected to already, or one that is started or joined."""
+"""Run workers and jobs on Ray: on the cluster that this process is connected to, or one that is started or joined."""
 
 import logging
 import os
@@ -15,8 +15,8 @@ from dem_opt.errors import InputError
 from dem_opt.progress import Progress
 from dem_opt.types import WorkerSpec
 
-KNOCK = 5.0
-"""Seconds in which a cluster's address must answer."""
+CONNECT_SECONDS = 5.0
+"""Seconds in which a cluster's address must accept a connection."""
 
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -25,13 +25,14 @@ SETTINGS = {
 }
 """Ray's environment where the user has not set it.
 
-No reports to anybody; its coming rule for tasks without a GPU; and workers as urgent as the driver: at Ray's niceness
-of 15 the driver's small work stalls the threads of a merge (64 ms against 6 for a million parameters on two cores).
+No usage reports; Ray's coming rule for tasks without a GPU; and workers of the driver's
+priority: at Ray's niceness of 15 the driver's own work stalls a merge's threads (64 ms against 6 for a million
+parameters on two cores).
 """
 
 
-def _work(function: Callable[[Job], Result], threads: int, job: Job) -> Result:
-    """A job with its share of CPU threads, whatever the process did before: Ray uses processes again."""
+def _run_job(function: Callable[[Job], Result], threads: int, job: Job) -> Result:
+    """Run a job with its share of CPU threads; Ray reuses processes, so the number has to be set each time."""
     import torch
 
     torch.set_num_threads(threads)
@@ -39,10 +40,10 @@ def _work(function: Callable[[Job], Result], threads: int, job: Job) -> Result:
 
 
 class RayCompute:
-    """Ray: the one this process is connected to already, or else `settings.ray`, left again at the end.
+    """Compute on Ray: the cluster that this process is connected to already, else the one that `settings.ray` names.
 
-    Ray's own answer to SIGTERM, to leave at once, gives way to what there was.
-    "local" starts a Ray on this machine, "auto" looks for this machine's cluster, anything else is an address.
+    "local" starts Ray on this machine, "auto" looks for this machine's cluster, anything else is an address.  To keep a
+    connection between the cells of a notebook, call `ray.init` first; one that is made here ends with the context.
     """
 
     def __init__(self, settings: ComputeSection) -> None:
@@ -63,28 +64,29 @@ class RayCompute:
 
     @property
     def device(self) -> str:
-        """cuda where the cluster has a GPU."""
+        """The kind of device that workers get: cuda if the cluster has a GPU."""
         return "cuda" if self._ray.cluster_resources().get("GPU") else "cpu"
 
     def workers(self, build: Build, spec: WorkerSpec, progress: Progress) -> Pool:
-        """Workers as actors."""
+        """Start workers as actors."""
         count = None if self._settings.workers == "auto" else self._settings.workers
         return RayPool(build, spec, count, self._settings.patience, progress)
 
     def jobs(
         self, function: Callable[[Job], Result], jobs: Sequence[Job], parts: int = 0, gpus: int | None = None
     ) -> Iterator[tuple[Job, Result | Exception]]:
-        """Jobs as Ray tasks, which wait for what they ask for; one whose process ends twice is a RuntimeError.
+        """Run jobs as Ray tasks, which wait for their resources; a job whose process dies twice is a RuntimeError.
 
-        Raises InputError where the cluster has not the GPUs of one job.
+        Raises:
+            InputError: The cluster has fewer GPUs than a job requests.
         """
-        ray, there = self._ray, self._ray.cluster_resources()
-        cpus = max(int(there.get("CPU", 1)) // max(parts or len(jobs), 1), 1)
-        asked = min(int(there.get("GPU", 0)), 1) if gpus is None else gpus
-        if asked > there.get("GPU", 0):
-            mend = f"the cluster has {there.get('GPU', 0):g} GPUs; ask for as many at most"
-            raise InputError(None, "fine_tuning.gpus", asked, mend)
-        task = ray.remote(_work).options(num_cpus=cpus, num_gpus=asked, max_retries=1)
+        ray, resources = self._ray, self._ray.cluster_resources()
+        cpus = max(int(resources.get("CPU", 1)) // max(parts or len(jobs), 1), 1)
+        requested_gpus = min(int(resources.get("GPU", 0)), 1) if gpus is None else gpus
+        if requested_gpus > resources.get("GPU", 0):
+            mend = f"the cluster has {resources.get('GPU', 0):g} GPUs; ask for as many at most"
+            raise InputError(None, "fine_tuning.gpus", requested_gpus, mend)
+        task = ray.remote(_run_job).options(num_cpus=cpus, num_gpus=requested_gpus, max_retries=1)
         running = {task.remote(function, cpus, job): job for job in jobs}
         while running:
             (done, *_), _ = ray.wait(list(running), num_returns=1)
@@ -100,23 +102,23 @@ class RayCompute:
         for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)
         dashboard = {"include_dashboard": False} if address == "local" else {}
-        _knock(address)
-        before = signal.getsignal(signal.SIGTERM)
+        _check_address(address)
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             self._ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **dashboard)
         except (ConnectionError, ValueError) as error:
             mend = f"no Ray answers there ({first_line(error)})"
             raise InputError(None, "compute.ray", address, mend) from None
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, handler)  # Ray's own handler would exit at once
 
 
-def _knock(address: str) -> None:
-    """Whether anything listens at HOST:PORT; Ray itself would try for minutes, and then end the process."""
+def _check_address(address: str) -> None:
+    """Raise InputError if nothing listens at HOST:PORT; Ray itself would try for minutes, then end the process."""
     host, _, port = address.rpartition("/")[2].rpartition(":")
     if not (host and port.isdecimal()):
         return
     try:
-        socket.create_connection((host, int(port)), timeout=KNOCK).close()
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise InputError(None, "compute.ray", address, f"nothing listens there ({error})") from None

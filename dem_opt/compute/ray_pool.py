@@ -1,4 +1,4 @@
-"""Workers as Ray actors that come and go: those that die or hang are replaced, those that join are used."""
+"""A pool of workers as Ray actors: those that die or hang are replaced, and nodes that join get workers."""
 
 import socket
 from collections import deque
@@ -14,29 +14,30 @@ from dem_opt.progress import Progress
 from dem_opt.types import Evaluation, Failure, Request, WorkerSpec
 
 ATTEMPTS = 3
-"""How often a request is sent out before the death of its worker counts as its failure."""
+"""Attempts of a request, or of loading a worker, before the death of the worker counts as its failure."""
 
-MOMENT = 1.0
-"""Seconds after which `next_done` returns without an answer."""
+WAIT_SECONDS = 1.0
+"""Time after which `next_done` returns without an answer."""
 
-GROWTH = 5.0
-"""Seconds between two looks for nodes that have joined."""
+GROWTH_SECONDS = 5.0
+"""Time between two checks for nodes that have joined."""
 
-HANGS_AFTER, HANGS_AT_LEAST, HANGS_FROM = 10.0, 60.0, 3
-"""A request hangs when it takes so many times as long for each window as the slowest before, but never within so many
-seconds, nor before so many have been answered."""
+# A request hangs when it takes HANG_FACTOR times as long for each window as the slowest so far; requests shorter than
+# HANG_SECONDS, and those before HANG_ANSWERS answers, which have nothing to be compared with, never hang.
+HANG_FACTOR, HANG_SECONDS, HANG_ANSWERS = 10.0, 60.0, 3
 
 
 class _Actor:
-    """One worker in a process of its own."""
+    """A worker in its own process."""
 
     def __init__(self) -> None:
         self._worker: Evaluator | None = None
 
     def load(self, build: Build, spec: WorkerSpec) -> int:
-        """Load; the number of CPU threads that torch uses here.
+        """Build the worker, and return the number of CPU threads that torch uses here.
 
-        Raises InputError for files that are not what they should be, with the node's name where there are several.
+        Raises:
+            InputError: A file is missing or has changed; names the node where there are several.
         """
         import torch
 
@@ -47,28 +48,30 @@ class _Actor:
         return torch.get_num_threads()
 
     def evaluate(self, request: Request) -> Evaluation | Failure:
-        """An answer.  Bugs are exceptions."""
-        assert self._worker is not None, "a worker is asked when it has loaded"
+        """Answer a request; other errors than EvaluationError are bugs, and raised."""
+        assert self._worker is not None, "requests are sent after loading"
         return answer(self._worker, request)
 
 
 @dataclass(frozen=True)
 class _Sent:
-    """A request on its way."""
+    """A request that was sent to a worker."""
 
     reference: Any
     request: Request
     attempt: int
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Member:
-    """A worker.
+    """A worker of the pool.
 
-    loading  the reference of its loading, None when it is ready
-    queue    what it was sent; it works on the first
-    since    when it began with that
-    deaths   how often its place was left in loading, one time after the other
+    Attributes:
+        actor: Its Ray actor.
+        loading: Reference of its loading; None when it is ready.
+        queue: Requests sent to it; it works on the first one.
+        since: When it began with that one, by the monotonic clock.
+        deaths: Consecutive deaths of workers in this place while they loaded.
     """
 
     actor: Any
@@ -79,27 +82,43 @@ class _Member:
 
     @property
     def pending(self) -> Any:
-        """The reference that comes next; None for one that has nothing to do."""
+        """The reference that will be ready next; None if the worker is idle."""
         return self.loading or (self.queue[0].reference if self.queue else None)
+
+    @property
+    def oldest(self) -> int:
+        """Ticket of the request it works on; below all tickets if it has none."""
+        return self.queue[0].request.ticket if self.queue else -1
 
 
 class RayPool:
-    """Workers as Ray actors, on GPUs of their own, or on CPUs (`share`).
+    """Workers as Ray actors, on GPUs of their own or sharing CPUs (see `share`).
 
-    One that dies, with its node or alone, or that hangs, is replaced, and what it had is sent out again, up to
-    ATTEMPTS times each.  Without a number of workers, nodes that join get some too.  Raises InputError where
-    workers are not ready within `patience` seconds, and says what is missing.
+    A worker that dies, alone or with its node, or hangs is replaced, and its requests are sent again, each up to
+    ATTEMPTS times.
     """
 
     def __init__(
         self, build: Build, spec: WorkerSpec, workers: int | None, patience: float, progress: Progress
     ) -> None:
+        """Start workers and wait until they are ready.
+
+        Args:
+            build: Builds a worker in its actor.
+            spec: What every worker holds.
+            workers: Number of workers; None for as many as the cluster holds, also on nodes that join later.
+            patience: Seconds to wait for workers, now and if all of them are lost later.
+            progress: Receives loading, warnings and notes.
+
+        Raises:
+            InputError: Workers are not ready in time; names the resources that are missing.
+        """
         ray = self._ray = import_ray()
-        self._asked, self._devices, self._patience, self._progress = workers, spec.devices, patience, progress
-        self._content = (build, ray.put(spec))
+        self._fixed_count, self._devices, self._patience, self._progress = workers, spec.devices, patience, progress
+        self._build = (build, ray.put(spec))
         self._windows = {corpus.key: len(corpus.windows) for corpus in spec.corpora}
         self._waiting: deque[tuple[Request, int]] = deque()
-        self._slowest, self._answered, self._refused = 0.0, 0, 0
+        self._slowest, self._answered, self._refused = 0.0, 0, 0  # seconds a window; requests; workers
         self._ready_at = self._grown_at = monotonic()
         count, self._resources = share(_nodes(ray), workers, spec.devices)
         self._members = [self._recruit() for _ in range(count)]
@@ -112,34 +131,35 @@ class RayPool:
 
     @property
     def capacity(self) -> int:
-        """The number of workers that are ready."""
+        """Number of workers that are ready, at least 1."""
         return max(len(self._ready()), 1)
 
     def submit(self, request: Request) -> None:
-        """Send a request to the worker that has the fewest."""
+        """Send a request to the worker with the shortest queue."""
         self._send(request, attempt=1)
 
     def next_done(self) -> Done | None:
-        """The next answer of any worker, the oldest request first where several are ready.
+        """Wait for the next answer of any worker, the oldest request first if several are ready.
 
-        Raises OutageError where no worker has been ready for `patience` seconds.
+        Raises:
+            OutageError: No worker has been ready for `patience` seconds.
         """
-        deadline = monotonic() + MOMENT
+        deadline = monotonic() + WAIT_SECONDS
         while (left := deadline - monotonic()) > 0:
             self._grow()
             pending = {member.pending: member for member in self._by_age() if member.pending is not None}
-            done, _ = self._ray.wait(list(pending), num_returns=1, timeout=left)
-            if not done:
+            references, _ = self._ray.wait(list(pending), num_returns=1, timeout=left)
+            if not references:
                 return self._end_hanging()
-            member = pending[done[0]]
+            member = pending[references[0]]
             if member.loading is not None:
                 self._loaded(member)
-            elif found := self._answer_of(member):
-                return found
+            elif done := self._answer_of(member):
+                return done
         return None
 
     def withdraw(self) -> set[int]:
-        """Take back what waits, and what is queued behind another request; a worker may still begin with it."""
+        """Take back requests that wait for a worker or are queued behind another; a worker may still begin them."""
         withdrawn = {request.ticket for request, _ in self._waiting}
         self._waiting.clear()
         for member in self._members:
@@ -148,7 +168,7 @@ class RayPool:
         return withdrawn
 
     def close(self) -> None:
-        """End the actors."""
+        """Kill the actors."""
         for member in self._members:
             self._ray.kill(member.actor)
 
@@ -156,46 +176,46 @@ class RayPool:
         return [member for member in self._members if member.loading is None]
 
     def _by_age(self) -> list[_Member]:
-        """Those that load, then the others, the oldest request first."""
-        return sorted(self._members, key=lambda one: one.queue[0].request.ticket if one.queue else -1)
+        """Members that load, then the others, the oldest request first: `ray.wait` prefers the first references."""
+        return sorted(self._members, key=lambda member: member.oldest)
 
     def _recruit(self) -> _Member:
         actor = self._ray.remote(_Actor).options(max_restarts=0, max_task_retries=0, **self._resources).remote()
-        return _Member(actor, actor.load.remote(*self._content))
+        return _Member(actor=actor, loading=actor.load.remote(*self._build))
 
     def _send(self, request: Request, attempt: int) -> None:
         ready = self._ready()
         if not ready:
             self._waiting.append((request, attempt))
             return
-        member = min(ready, key=lambda one: len(one.queue))
+        member = min(ready, key=lambda ready_member: len(ready_member.queue))
         if not member.queue:
             member.since = monotonic()
         member.queue.append(_Sent(member.actor.evaluate.remote(request), request, attempt))
 
     def _answer_of(self, member: _Member) -> Done | None:
-        """What a worker has answered; None where it died and its request was sent to another."""
+        """A worker's answer; None if it died, and its request was sent to another."""
         sent = member.queue[0]
         try:
-            found: Evaluation | Failure = _get(self._ray, sent.reference)
+            evaluation: Evaluation | Failure = _get(self._ray, sent.reference)
         except self._ray.exceptions.RayActorError as error:
             return self._lost(member, f"its worker died {ATTEMPTS} times: {first_line(error)}")
         member.queue.popleft()
         now = monotonic()
         rate = (now - member.since) / self._work(sent.request)
         self._slowest, self._answered, member.since = max(self._slowest, rate), self._answered + 1, now
-        return sent.request, found
+        return sent.request, evaluation
 
     def _lost(self, member: _Member, reason: str) -> Done | None:
-        """Replace a worker; what it had is sent again.  The answer, where its request was sent often enough."""
+        """Replace a worker and send its requests again; a Failure if the first one has used up its attempts."""
         sent = list(member.queue)
-        self._progress.warning("a worker was lost while it scored; it is replaced, and what it had is scored again")
+        self._progress.warning("a worker was lost while scoring; it is replaced, and its requests are scored again")
         self._replace(member)
         first, *others = sent
         if not (is_failure := first.attempt == ATTEMPTS):
             self._send(first.request, first.attempt + 1)
-        for one in others:
-            self._send(one.request, one.attempt)
+        for queued in others:  # never begun, so their attempts do not count
+            self._send(queued.request, queued.attempt)
         return (first.request, Failure(reason)) if is_failure else None
 
     def _replace(self, member: _Member) -> None:
@@ -205,10 +225,10 @@ class RayPool:
         new.deaths = deaths
 
     def _loaded(self, member: _Member) -> None:
-        """A worker is ready, or it died before, or it was refused.
+        """Take a worker that is ready into use, replace one that died while loading, or drop one that can't load.
 
-        Raises InputError for one that is refused and OutageError for one that died too often, while none has worked
-        yet or none is left; else the others go on without it.
+        Raises:
+            InputError, OutageError: It can't load, or died too often, and no other worker can do the work.
         """
         try:
             self.threads.append(_get(self._ray, member.loading))
@@ -216,7 +236,7 @@ class RayPool:
             if member.deaths + 1 < ATTEMPTS:
                 self._replace(member)
             else:
-                died = f"a worker died {ATTEMPTS} times while it loaded: {first_line(error)}"
+                died = f"a worker died {ATTEMPTS} times while loading: {first_line(error)}"
                 self._refuse(member, OutageError(died))
             return
         except InputError as error:
@@ -229,24 +249,25 @@ class RayPool:
             self._send(request, attempt)
 
     def _refuse(self, member: _Member, error: Exception) -> None:
-        """Go on without a worker; raises the error where that can't be."""
+        """Continue without a worker; raise the error if no other one has proved to work."""
         if not self._answered or not self._ready():
             raise error from None
-        self._progress.warning(f"a worker is refused: {error}")
+        self._progress.warning(f"a worker could not load and is left out: {error}")
         self._members.remove(member)
         self._refused += 1
 
     def _end_hanging(self) -> Done | None:
-        """End the workers that hang; an answer, where a request has hung often enough.
+        """Replace workers that hang; a Failure if a request has used up its attempts.
 
-        Raises OutageError where nobody has been ready for too long.
+        Raises:
+            OutageError: No worker has been ready for `patience` seconds.
         """
         now = monotonic()
         for member in self._ready():
             if member.queue and now - member.since > (limit := self._limit(member.queue[0].request)):
-                reason = f"it took more than {limit:.0f} s, {HANGS_AFTER:g} times the slowest before, {ATTEMPTS} times"
-                if found := self._lost(member, reason):
-                    return found
+                reason = f"it took more than {limit:.0f} s, {HANG_FACTOR:g} times the slowest before, {ATTEMPTS} times"
+                if failure := self._lost(member, reason):
+                    return failure
         if self._ready():
             self._ready_at = now
         elif now - self._ready_at > self._patience:
@@ -254,18 +275,18 @@ class RayPool:
         return None
 
     def _limit(self, request: Request) -> float:
-        """Seconds that a request may take."""
-        if self._answered < HANGS_FROM:
+        """Seconds after which a request hangs."""
+        if self._answered < HANG_ANSWERS:
             return float("inf")
-        return max(HANGS_AT_LEAST, HANGS_AFTER * self._slowest * self._work(request))
+        return max(HANG_SECONDS, HANG_FACTOR * self._slowest * self._work(request))
 
     def _work(self, request: Request) -> int:
-        """How many windows a request asks for at most; a gradient costs three times as much."""
+        """Windows of a request at most; with a gradient three times as many (a backward pass is two forward passes)."""
         return sum(self._windows.get(key, 1) for key in request.corpora) * (3 if request.gradient else 1) or 1
 
     def _grow(self) -> None:
-        """Recruit for nodes that have joined, where the number of workers is not given."""
-        if self._asked is not None or monotonic() - self._grown_at < GROWTH:
+        """Start workers on nodes that have joined, unless their number is fixed."""
+        if self._fixed_count is not None or monotonic() - self._grown_at < GROWTH_SECONDS:
             return
         self._grown_at, count = monotonic(), 0
         with suppress(InputError):
@@ -292,19 +313,19 @@ class RayPool:
 
 
 def import_ray() -> Any:
-    """Ray, whose own types don't know what its decorators make."""
+    """Import ray on first use, untyped: its types do not describe what `ray.remote` returns."""
     import ray
 
     return ray
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says."""
+    """The first line of an error's message."""
     return str(error).strip().partition("\n")[0]
 
 
 def _get(ray: Any, reference: Any) -> Any:
-    """The value of a Ray reference; an exception of our own code comes out as it was raised."""
+    """The value of a Ray reference; an exception of the actor's code is raised as it was there."""
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
@@ -312,16 +333,16 @@ def _get(ray: Any, reference: Any) -> Any:
 
 
 def _nodes(ray: Any) -> list[Resources]:
-    """The resources of the nodes that are alive."""
+    """Resources of the nodes that are alive."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _on_this_node(where: object) -> object:
-    """A place, with the node's name where the cluster has several."""
+def _on_this_node(path: object) -> object:
+    """Add this node's name to a path if the cluster has several nodes."""
     ray = import_ray()
     alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
     if len(alive) < 2:
-        return where
+        return path
     node = alive[ray.get_runtime_context().get_node_id()]
     name = node.get("NodeName") or socket.gethostname()
-    return f"{where or 'a file'} on node {name}"
+    return f"{path or 'a file'} on node {name}"

@@ -1,8 +1,8 @@
-// The merge kernel's pass over memory:  out_i = cast( round( sum_n weight_n scale_n[row of i] values_n[i] ) ) .
+// The merge kernel, one pass over memory:  out_i = cast( round( sum_n weight_n scale_n[row of i] values_n[i] ) ) .
 //
-// kernel.py compiles it with floating-point contraction off: every product and every sum is rounded to float32 on its
-// own, in the order of the terms, so a value's bits depend on nothing but its terms.  Each stored value is read once
-// and each result written once, past the caches where the processor can do that.
+// compiled.py compiles it with -ffp-contract=off: every product and every sum is rounded to float32 on its own, in the
+// order of the terms, so that a value's bits depend only on its terms, and not on its position or on threads.  Each
+// stored value is read once and each result written once, with non-temporal stores where the processor has them.
 
 #include <algorithm>
 #include <atomic>
@@ -18,8 +18,8 @@
 
 struct Term {
     const void* values;
-    const float* scale;  // of each row; null where values stand for themselves
-    int64_t type;        // one of the four below
+    const float* scale;  // of each row, for int8; else null
+    int64_t type;        // FLOAT32 ... FLOAT16 below
     float weight;
 };
 
@@ -34,10 +34,10 @@ struct Float16 {
     uint16_t bits;
 };
 
-constexpr int64_t STRIP = 16;       // elements that are summed in registers
-constexpr int64_t CHUNK = 1024;     // elements whose sums stay in the first cache
+constexpr int64_t STRIP = 16;       // elements summed in registers
+constexpr int64_t CHUNK = 1024;     // elements whose float32 sums (4 kB) stay in the L1 cache
 constexpr int64_t TILE = 1 << 20;   // elements that a thread takes at once
-constexpr int MOST = 8;             // terms that are read side by side
+constexpr int MOST = 8;             // most terms summed in registers; more are summed chunk by chunk
 
 uint32_t bits_of(float value) {
     uint32_t bits;
@@ -55,8 +55,10 @@ float widen(float value) { return value; }
 float widen(int8_t value) { return value; }
 float widen(BFloat16 value) { return float_of(uint32_t(value.bits) << 16); }
 
-// Exponent and fraction are moved to their places, and 112 added to the exponent.  Of the smallest numbers, which have
-// none, the fraction is set behind 0.5, whose last place is theirs, and 0.5 taken away.
+// float16 has 5 exponent bits with bias 15, float32 has 8 with bias 127.  Normal numbers: shift exponent and fraction
+// by 13 bits and add 127 - 15 = 112 (0x38000000 is 112 << 23).  Subnormal numbers are multiples of 2^-24, which is the
+// last place of 0.5 (0x3f000000): put the fraction there, then subtract 0.5, which is exact.  Infinity and NaN keep
+// their fraction under the largest exponent.
 float widen(Float16 value) {
     const uint32_t bits = value.bits & 0x7fff, sign = uint32_t(value.bits & 0x8000) << 16;
     const uint32_t small = bits_of(float_of(0x3f000000 + bits) - 0.5f), normal = (bits << 13) + 0x38000000;
@@ -64,17 +66,21 @@ float widen(Float16 value) {
     return float_of(sign | (bits < 0x7c00 ? finite : bits << 13 | 0x7f800000));
 }
 
-// To the nearest, ties to even.
+// Round to the nearest, ties to even.
 template <class X>
 X narrow(float value);
 
+// bfloat16 is the upper half of a float32: add just less than half of its last place, and one more if that place is
+// odd.  NaN, whose fraction the addition could carry away, becomes the quiet one.
 template <>
 BFloat16 narrow(float value) {
     const uint32_t bits = bits_of(value), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     return {uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded)};
 }
 
-// Below 2^-14 a sum with 0.5 rounds to multiples of the smallest float16; from 65520 on what is finite is infinite.
+// The inverse of the widening.  Normal: take 112 from the exponent and round off 13 bits as above.  Below 2^-14
+// (0x38800000) adding 0.5 rounds to multiples of 2^-24, float16's smallest.  From 65520 (0x477ff000), halfway between
+// the largest finite number 65504 and 2^16, results are infinite; NaN becomes the quiet one.
 template <>
 Float16 narrow(float value) {
     const uint32_t bits = bits_of(value), magnitude = bits & 0x7fffffff;
@@ -85,7 +91,8 @@ Float16 narrow(float value) {
     return {uint16_t((bits >> 16 & 0x8000) | (magnitude < 0x477ff000 ? finite : large))};
 }
 
-// Past the caches, which then need not read what is overwritten; `out` is a multiple of 16 bytes.
+// Store 16 elements around the caches, which then need not read the lines that are overwritten (no write-allocate);
+// `out` must be aligned to 16 bytes.
 template <class X>
 void store(X* out, const X* strip) {
 #ifdef __SSE2__
@@ -97,7 +104,7 @@ void store(X* out, const X* strip) {
 #endif
 }
 
-// What becomes of a sum: rounded to the stored dtype, then cast to the live one.  SHORT where one of them is float16.
+// Outputs: a float32 sum is rounded to the stored dtype, then cast to the live one.  SHORT if one of them is float16.
 struct Float {
     using Live = float;
     static constexpr bool SHORT = false;
@@ -116,7 +123,7 @@ struct Narrow {
     static X of(float sum) { return narrow<X>(sum); }
 };
 
-// out_i = Out( sum(i) )  for start <= i < end, in strips where `out` allows it.
+// out_i = Out( sum(i) )  for start <= i < end: single elements up to an aligned address, strips, then a tail.
 template <class Out, class Sum>
 void write(typename Out::Live* out, int64_t start, int64_t end, Sum sum) {
     for (; start < end && (reinterpret_cast<uintptr_t>(out + start) & 15); start++) out[start] = Out::of(sum(start));
@@ -128,7 +135,8 @@ void write(typename Out::Live* out, int64_t start, int64_t end, Sum sum) {
     for (; start < end; start++) out[start] = Out::of(sum(start));
 }
 
-// weight_0 x_0 + weight_1 x_1 + ...  of each element for N terms of one type, from the left.
+// weight_0 x_0 + weight_1 x_1 + ...  from the left, for N terms of one type.  N is a template parameter so that the
+// compiler unrolls the inner loop and vectorizes over elements; the order of sums is the same either way.
 template <class X, class Out, int N>
 void sum(const Term* terms, void* out, int64_t start, int64_t end) {
     const X* values[N];
@@ -141,7 +149,7 @@ void sum(const Term* terms, void* out, int64_t start, int64_t end) {
     });
 }
 
-// The same for as many terms as there are, at most MOST.
+// Choose the instance for a number of terms of at most MOST.
 template <class X, class Out, int N = 1>
 void sum_alike(const Term* terms, int64_t count, void* out, int64_t start, int64_t end) {
     if constexpr (N < MOST)
@@ -149,7 +157,7 @@ void sum_alike(const Term* terms, int64_t count, void* out, int64_t start, int64
     sum<X, Out, N>(terms, out, start, end);
 }
 
-// sums_i += weight_n values_n[i]  for N terms of one type.
+// sums_i += weight_n values_n[i]  for N terms of one type, in their order.
 template <class X, int N>
 void add(float* __restrict sums, const Term* terms, const float* weights, int64_t start, int64_t size) {
     const X* values[N];
@@ -174,10 +182,10 @@ struct Merge {
     int64_t count;
     void* out;
     int64_t rounded, live, size;
-    const int64_t* rows;  // where each row begins
+    const int64_t* rows;  // first element of each row of int8 terms, ascending; all int8 terms share it
     int64_t count_rows;
 
-    // Row by row, with  weight_n scale_n[row]  for a weight.
+    // Add int8 terms row by row, with weight_n scale_n[row] rounded to float32 as their weight.
     void add_scaled(float* sums, int64_t first, int64_t last, int64_t start, int64_t size, float* weights) const {
         int64_t row = std::upper_bound(rows, rows + count_rows, start) - rows - 1;
         for (int64_t done = 0, end; done < size; done = end, row++) {
@@ -187,9 +195,9 @@ struct Merge {
         }
     }
 
-    // All terms of a chunk, whatever their types.
+    // Sum a chunk of terms of any types: runs of terms of one type at a time, in the order of the terms.
     void add_chunk(float* sums, int64_t start, int64_t size, float* weights) const {
-        std::fill(sums, sums + size, -0.0f);  // what leaves every first summand as it is, zeros too
+        std::fill(sums, sums + size, -0.0f);  // the neutral element: -0 + x is x for every x, x = +0 and -0 included
         for (int64_t first = 0, last; first < count; first = last) {
             const Term* alike = terms + first;
             for (last = first + 1; last < count && terms[last].type == alike->type;) last++;
@@ -205,7 +213,7 @@ struct Merge {
     void tile(int64_t start, int64_t end, float* weights) const {
         const auto same = [this](const Term& term) { return term.type == terms->type; };
         const bool alike = count <= MOST && std::all_of(terms, terms + count, same);
-        if constexpr (!Out::SHORT) {  // for float16 too it would take twice as long to compile
+        if constexpr (!Out::SHORT) {  // instances for float16 too would double the time to compile
             if (alike && terms->type == FLOAT32) return sum_alike<float, Out>(terms, count, out, start, end);
             if (alike && terms->type == BFLOAT16) return sum_alike<BFloat16, Out>(terms, count, out, start, end);
         }
@@ -239,14 +247,14 @@ extern "C" void dem_merge(const Term* terms, int64_t count, void* out, int64_t r
         std::vector<float> weights(count);
         for (int64_t start; (start = next.fetch_add(TILE)) < size;) merge.tile(start, weights.data());
 #ifdef __SSE2__
-        _mm_sfence();
+        _mm_sfence();  // non-temporal stores are weakly ordered: make them visible before the thread is joined
 #endif
     };
     std::vector<std::thread> others;
     try {
         for (int64_t n = 1; n < std::min(threads, (size + TILE - 1) / TILE); n++) others.emplace_back(work);
     } catch (const std::exception&) {
-        // Fewer threads do the same work.
+        // The system has no more threads: fewer do the same work.
     }
     work();
     for (auto& other : others) other.join();

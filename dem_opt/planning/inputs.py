@@ -165,7 +165,7 @@ def with_exact_vectors(config: StudyConfig) -> StudyConfig:
     return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"vectors": "exact"})})
 
 
-def memory_shortage(config: StudyConfig, where: object) -> str | None:
+def memory_shortage(config: StudyConfig, where: Path) -> str | None:
     """Say why a study's workers do not fit into this machine; None where they do, or live elsewhere."""
     if config.compute.ray != "local":
         return None
@@ -177,7 +177,7 @@ def memory_shortage(config: StudyConfig, where: object) -> str | None:
     return "not all checkpoints would stay in memory" if plan.memory.streamed else None
 
 
-def check_headers(config: StudyConfig, where: object) -> CheckedHeaders:
+def check_headers(config: StudyConfig, where: Path) -> CheckedHeaders:
     """Read and check the headers of the base and of every checkpoint and adapter; no weights are read.
 
     Raises:
@@ -206,7 +206,7 @@ def check_headers(config: StudyConfig, where: object) -> CheckedHeaders:
 
 
 def _check_adapter(
-    architecture: Architecture, base: Header, name: str, folder: Path, config: StudyConfig, where: object
+    architecture: Architecture, base: Header, name: str, folder: Path, config: StudyConfig, where: Path
 ) -> Header:
     """Read and check an adapter's header."""
     if config.evaluation.vectors == "int8":
@@ -217,7 +217,7 @@ def _check_adapter(
     return adapter.header
 
 
-def check_origin(name: str, distribution: DistributionSection, where: object) -> None:
+def check_origin(name: str, distribution: DistributionSection, where: Path) -> None:
     """Raise InputError for a distribution that has neither a checkpoint nor data to train one on."""
     kind, source = distribution.fine_tune
     if distribution.train is None and source.place is not None and not exists(source.place):
@@ -225,7 +225,7 @@ def check_origin(name: str, distribution: DistributionSection, where: object) ->
         raise InputError(where, f"distributions.{name}.{kind}", str(source.place), mend)
 
 
-def _check_gpus(config: StudyConfig, where: object) -> None:
+def _check_gpus(config: StudyConfig, where: Path) -> None:
     """Raise InputError where workers on this machine ask for several GPUs, and it has none."""
     gpus = config.compute.gpus_per_worker
     if gpus > 1 and config.compute.ray == "local" and this_machine().device == "cpu":
@@ -233,7 +233,7 @@ def _check_gpus(config: StudyConfig, where: object) -> None:
         raise InputError(where, "compute.gpus_per_worker", gpus, mend)
 
 
-def _check_window(base: Path, window: int, where: object) -> None:
+def _check_window(base: Path, window: int, where: Path) -> None:
     """Raise InputError where a window has more tokens than the base has positions; a config may name no limit."""
     model = read_config(base, "base")
     names = _POSITIONS[:1] if model.get("is_encoder_decoder") else _POSITIONS  # T5's n_positions limits nothing
@@ -260,7 +260,7 @@ def identical_checkpoints(identities: Mapping[str, str]) -> list[str]:
     return warnings
 
 
-def load_inputs(config: StudyConfig, where: object, worker: bool = True) -> Inputs:
+def load_inputs(config: StudyConfig, where: Path, worker: bool = True) -> Inputs:
     """Check, tokenize and hash everything that a study names; nothing is written.
 
     Args:

@@ -6,6 +6,7 @@ Arithmetic on headers, config.json and the study file; nothing is loaded.
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -238,7 +239,7 @@ class _Sizes:
         return gradient_bytes(widths, self.rows(batch_tokens), self.window, self.itemsize, self.device)
 
 
-def refuse_too_large(plan: Plan, where: object) -> None:
+def refuse_too_large(plan: Plan, where: Path) -> None:
     """Raise InputError, with the sums, if the workers do not fit into the available memory or GPUs."""
     if not plan.workers:
         mend = f"this machine has {plan.machine.devices} GPUs: write at most so many"

@@ -91,7 +91,7 @@ class Findings:
         return [line for line in told if line]
 
 
-def check(config: StudyConfig, where: object) -> Findings:
+def check(config: StudyConfig, where: Path) -> Findings:
     """All that headers and configuration say of a study.  Writes nothing.
 
     Raises InputError for what would stop a run, but for what only the weights and texts themselves can tell; that it
@@ -121,7 +121,7 @@ def check(config: StudyConfig, where: object) -> Findings:
     )
 
 
-def refuse(found: Findings, config: StudyConfig, where: object) -> None:
+def refuse(found: Findings, config: StudyConfig, where: Path) -> None:
     """Raise InputError, as a run would, where the workers don't fit into this machine's memory."""
     if config.compute.ray == "local":
         refuse_too_large(found.plan, where)

@@ -137,5 +137,5 @@ def test_nodes_that_join_get_residents_and_one_whose_files_differ_does_not(
         time.sleep(0.1)
     assert pool.capacity == 2
     assert progress.notes[0] == "a node has joined; it gets a worker"
-    assert progress.warnings[-1] == "a worker is refused: models/code on node south: its weights differ"
+    assert progress.warnings[-1].endswith("models/code on node south: its weights differ")
     pool.close()

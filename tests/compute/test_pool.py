@@ -113,7 +113,7 @@ def test_a_request_that_kills_every_resident_fails_with_the_reason(ray_session):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_resident_that_hangs_is_replaced_and_its_request_sent_again(ray_session, tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(ray_pool, "HANGS_AT_LEAST", 1.0)
+    monkeypatch.setattr(ray_pool, "HANG_SECONDS", 1.0)
     answers = gather(RayCompute(ComputeSection(workers=workers)), stub_workers.Stuck, 9, tmp_path / "mark")
     assert sorted(answers) == list(range(9))
     assert isinstance(answers[4], Evaluation) and (tmp_path / "mark").exists()
@@ -159,3 +159,13 @@ def test_an_address_where_nothing_answers_is_told_at_once(address):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.startswith(f"compute.ray = {address!r}: ")
+
+
+def test_a_pool_in_this_process_imports_no_ray():
+    code = (
+        "import sys; from dem_opt.compute import InProcessCompute, RayCompute\n"
+        "with InProcessCompute() as compute:\n"
+        "    list(compute.jobs(abs, [1]))\n"
+        "assert 'ray' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
