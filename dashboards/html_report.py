@@ -1,7 +1,7 @@
-"""The offline pages: a Summary as one HTML file that needs no network, the report or the comparison of its searches."""
+"""Offline pages: the report of a study, or the comparison of its searches, as one HTML file without network access."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from math import exp
@@ -30,73 +30,78 @@ from dem_opt.dashboards.tables import (
     vector_table,
 )
 from dem_opt.errors import InputError
-from dem_opt.types import ResultRow, Summary
-
-_USED = "What workers did: seconds in all, utilisation from the second trial on, tokens not scored, a smaller batch"
+from dem_opt.types import HELD_OUT, SEARCH, ResultRow, Summary
 
 
 def study_note(summary: Summary, links: Mapping[str, str]) -> str:
-    """The study in Markdown, for notes in both dashboards: what is optimized, its state, the best, links."""
+    """Describe the study in Markdown, for the notes in both dashboards.
+
+    Args:
+        summary: The study.
+        links: Addresses by link text.
+    """
     winner = summary.winner
     weights = {} if winner.coefficients is None else winner.coefficients.weights
     stopped = summary.stopped or {}
-    trials = "; ".join(
-        f"{run}: {len(records)} trials, {f'ended after {stopped[run]}' if stopped.get(run) else 'going on'}"
+    runs = "; ".join(
+        f"{run}: {len(records)} trials, {f'ended after {stopped[run]}' if stopped.get(run) else 'running'}"
         for run, records in summary.trials.items()
     )
     table = [
         "| distribution | coefficient |",
         "|---|---|",
-        *(f"| `{name}` | {w:.3f} |" for name, w in weights.items()),
+        *(f"| `{name}` | {weight:.3f} |" for name, weight in weights.items()),
     ]
-    lines = [
-        f"**Objective:** {objective_words(summary)} over distributions, search split, nats per token: low is good.",
-        f"**State:** {trials or 'no trials'}.",
-        f"**Best so far:** `{winner.label}`, {number(winner.objective.get('search'))} nats per token"
-        f"{_beside(summary)}.",
+    paragraphs = [
+        f"**Objective:** {objective_words(summary)} over distributions on the search split, in nats per token; lower "
+        "is better.",
+        f"**State:** {runs or 'no trials'}.",
+        f"**Best so far:** `{winner.label}`, {number(winner.objective.get(SEARCH))} nats per token"
+        f"{_baseline_objectives(summary)}.",
         "\n".join(table),
-        *_warning(summary),
-        *(f"[{name}]({target})" for name, target in links.items()),
-        *(["Links to this machine answer while `dem-opt dashboard` runs."] if links else []),
+        *_estimate_warning(summary),
+        *(f"[{text}]({address})" for text, address in links.items()),
+        *(["Links to this machine work while `dem-opt dashboard` runs."] if links else []),
     ]
-    return "\n\n".join(lines)
+    return "\n\n".join(paragraphs)
 
 
-def _warning(summary: Summary) -> list[str]:
-    """That Optuna Dashboard may call another trial the best: it does not know estimates from scores."""
-    best = summary.winner.objective.get("search")
-    lower = [
-        record.number
+def _estimate_warning(summary: Summary) -> list[str]:
+    """Warn where an estimate lies below the winner: Optuna Dashboard does not know estimates from scores."""
+    best = summary.winner.objective.get(SEARCH)
+    has_lower_estimate = best is not None and any(
+        record.is_partial and record.penalized is not None and record.penalized < best
         for records in summary.trials.values()
         for record in records
-        if record.is_partial and best is not None and (record.penalized or best) < best
-    ]
-    text = (
-        "Trials that were stopped early show an estimate, and it may be lower: the best trial that is shown elsewhere"
     )
-    return [f"{text} need not be the winner. A stopped trial never wins."] if lower else []
+    warning = (
+        "The objective of a trial that was stopped early is an estimate and can lie below the winner's, so Optuna's "
+        '"Best Trial" may be such a trial. Only fully scored trials can win.'
+    )
+    return [warning] if has_lower_estimate else []
 
 
-def _beside(summary: Summary) -> str:
-    """The base's and the uniform average's objective, where they are known."""
-    found = [
-        (one.label, one.objective["search"])
-        for one in summary.results
-        if one.role in ("base", "uniform") and one is not summary.winner and "search" in one.objective
+def _baseline_objectives(summary: Summary) -> str:
+    """List the objectives of base and uniform average in parentheses, as far as they are known."""
+    baselines = [
+        f"{result.label} {number(result.objective[SEARCH])}"
+        for result in summary.results
+        if result.role in ("base", "uniform") and result is not summary.winner and SEARCH in result.objective
     ]
-    return f" ({', '.join(f'{label} {number(value)}' for label, value in found)})" if found else ""
+    return f" ({', '.join(baselines)})" if baselines else ""
 
 
 def write_report(summary: Summary, path: Path) -> None:
-    """Writes the report as one HTML file, whole or not at all.
+    """Write the report as one HTML file, atomically.
 
-    Raises InputError where the file can't be written.
+    Raises:
+        InputError: The file cannot be written.
     """
     write(render(summary), path, "report")
 
 
 def write(text: str, path: Path, what: str) -> None:
-    """Writes a file, whole or not at all; `what` names it in the InputError where it can't be written."""
+    """Write a text file atomically; `what` names it in the InputError raised where that fails."""
     try:
         write_text(path, text)
     except OSError as error:
@@ -104,29 +109,34 @@ def write(text: str, path: Path, what: str) -> None:
 
 
 def render(summary: Summary) -> str:
-    """The report: the answer, the search, how to reproduce it."""
+    """Render the report: the winner, how it compares, the search, distributions, cost, how to reproduce it."""
     figures = all_figures(summary)
-    places = ("best-so-far", "comparison", "simplex", "surrogate", "best-over-time")
-    searches = [name for name in places if name in figures]
-    above = f"Rival minus winner in {objective_words(summary)}, nats per token; above 0 the winner is better"
-    best = f"The best by the search split: {objective_words(summary)} in nats per token"
-    several = [_comparison_table(compare(summary))] if "comparison" in figures else []
+    objective = objective_words(summary)
+    has_comparison = "comparison" in figures
     main = _template("report.html").substitute(
         answer=_answer(summary),
         coefficients=_figure("coefficients", figures),
         tables="".join(
-            _html_table(final_table(summary, split), f"NLL in nats per token, {SPLITS[split]}") for split in SPLITS
+            _html_table(final_table(summary, split), f"NLL in nats per token, {words}")
+            for split, words in SPLITS.items()
         ),
-        objective=_objective(summary),
-        margins=_html_table(margin_table(summary), above),
-        change="".join(_figure(name, figures) for name in ("change", "price") if name in figures),
-        top=_html_table(top_table(summary), best, "top"),
-        search="".join([*(_figure(name, figures) for name in searches), *several]),
-        trials=_html_table(trial_table(summary), "Trials by search", "words"),
-        vectors=_html_table(vector_table(summary), "Each distribution; left out: nats per token above the winner"),
-        distributions="".join(_figure(name, figures) for name in ("worth", "vectors") if name in figures),
-        cost=_html_table(cost_table(summary), "What the parts of the study took; seconds of workers and proposals")
-        + _html_table(usage_table(summary), _USED)
+        objective=_explain_objective(summary),
+        margins=_html_table(
+            margin_table(summary), f"Rival minus winner: {objective} in nats per token; above 0, the winner is better"
+        ),
+        change=_figures(("change", "price"), figures),
+        top=_html_table(
+            top_table(summary), f"Best composites by the search split: {objective} in nats per token", "top"
+        ),
+        search=_figures(("best-so-far", "comparison", "simplex", "surrogate", "best-over-time"), figures)
+        + (_comparison_table(compare(summary)) if has_comparison else ""),
+        trials=_html_table(trial_table(summary), "Trials by run", "words"),
+        vectors=_html_table(
+            vector_table(summary), "Distributions; without it: change of the objective in nats per token"
+        ),
+        distributions=_figures(("worth", "vectors"), figures),
+        cost=_html_table(cost_table(summary), "Cost by part: forward-equivalents, seconds of workers and proposals")
+        + _usage_table(summary)
         + _figure("utilisation", figures),
         facts=_facts(summary.facts),
     )
@@ -134,17 +144,17 @@ def render(summary: Summary) -> str:
 
 
 def render_comparison(summary: Summary, comparison: Comparison) -> str:
-    """The comparison: regret against cost, as a figure and a table, and what came of every run."""
+    """Render the comparison of searches: regret against cost as a figure and a table, and the trials of every run."""
     figures = {"comparison": comparison_figure(comparison)}
     runs = sum(len(row.runs) for row in comparison.rows)
     main = _template("comparison.html").substitute(
         answer=f"{runs} runs of {len(comparison.rows)} algorithms over one ledger. {_answer(summary)}",
         figure=_figure("comparison", figures),
         table=_comparison_table(comparison),
-        trials=_trials(summary),
+        trials=_html_table(trial_table(summary), "Trials by run", "words") + _usage_table(summary),
         facts=_facts(summary.facts),
     )
-    heading = f"{summary.study}: what its searches found for what they spent"
+    heading = f"{summary.study}: comparison of search algorithms"
     return _page(f"{summary.study}: comparison", heading, main, figures)
 
 
@@ -155,9 +165,9 @@ def render_page(
     figures: Mapping[str, go.Figure],
     tables: Sequence[tuple[str, Table]],
 ) -> str:
-    """A page with an answer in paragraphs, figures by name, and tables with their captions."""
+    """Render a page of paragraphs, figures by name, and tables with their captions."""
     main = "".join(f'<p class="answer">{escape(paragraph)}</p>' for paragraph in answer)
-    main += "".join(_figure(name, figures) for name in figures)
+    main += _figures(figures, figures)
     main += "".join(f"<section>{_html_table(table, caption)}</section>" for caption, table in tables)
     return _page(title, heading, main, figures)
 
@@ -167,7 +177,7 @@ def _page(title: str, heading: str, main: str, figures: Mapping[str, go.Figure])
         title=escape(title),
         heading=escape(heading),
         main=main,
-        figures=_embedded({name: figure.to_plotly_json() for name, figure in figures.items()}),
+        figures=_embedded_json({name: figure.to_plotly_json() for name, figure in figures.items()}),
         plotly=get_plotlyjs(),
     )
 
@@ -177,43 +187,48 @@ def _template(name: str) -> Template:
 
 
 def _answer(summary: Summary) -> str:
-    """The winner in two sentences, and its perplexities where the objective is a mean."""
+    """Name the winner, its coefficients, and its objective beside the base's on both splits."""
     winner, base = summary.winner, summary.results[0]
-    shown = "the base alone" if winner.coefficients is None else str(winner.coefficients)
-    found = [
-        (words, number(winner.objective.get(split)), number(base.objective.get(split)))
+    coefficients = "the base" if winner.coefficients is None else str(winner.coefficients)
+    scores = ", ".join(
+        f"{number(winner.objective.get(split))} nats per token on the {words} "
+        f"(base: {number(base.objective.get(split))})"
         for split, words in SPLITS.items()
-    ]
-    scores = ", ".join(f"{nll} nats per token on the {words} (the base: {of_base})" for words, nll, of_base in found)
+    )
     if not summary.worst:
         scores += _perplexities(winner, base)
-    what = objective_words(summary)
-    return f"<strong>{escape(winner.label)}</strong>: {escape(shown)}.<br>{what[0].upper()}{what[1:]} {escape(scores)}."
+    objective = objective_words(summary)
+    sentence = f"{objective[0].upper()}{objective[1:]} {escape(scores)}."
+    return f"<strong>{escape(winner.label)}</strong>: {escape(coefficients)}.<br>{sentence}"
 
 
 def _perplexities(winner: ResultRow, base: ResultRow) -> str:
-    """exp(mean NLL) of both on the held-out split."""
-    split = "held_out"
-    if split not in winner.objective or split not in base.objective:
+    """Return exp(mean NLL) of both on the held-out split, where both are scored."""
+    if HELD_OUT not in winner.objective or HELD_OUT not in base.objective:
         return ""
-    found, before = exp(winner.objective[split]), exp(base.objective[split])
-    return f"; perplexity on the {SPLITS[split]} {found:.2f} (the base: {before:.2f})"
+    perplexity, of_base = exp(winner.objective[HELD_OUT]), exp(base.objective[HELD_OUT])
+    return f"; perplexity {perplexity:.2f} on the {SPLITS[HELD_OUT]} (base: {of_base:.2f})"
 
 
-def _objective(summary: Summary) -> str:
-    """What the objective's column means."""
+def _explain_objective(summary: Summary) -> str:
     if summary.worst:
-        return "Regret on a distribution is the NLL minus that of its own fine-tune; what counts is the largest."
+        return (
+            "Regret on a distribution is the NLL minus that of its own fine-tune; the objective is the largest regret."
+        )
     return "Perplexity is exp(mean NLL)."
 
 
 def _comparison_table(comparison: Comparison) -> str:
-    caption = "Regret in nats per token: median and quartiles over runs; of the grid the mean over orders"
+    caption = "Regret in nats per token: median [quartiles] over runs; grid: mean over all orders of its points"
     return _html_table(comparison_table(comparison), caption)
 
 
-def _trials(summary: Summary) -> str:
-    return _html_table(trial_table(summary), "Trials by search", "words") + _html_table(usage_table(summary), _USED)
+def _usage_table(summary: Summary) -> str:
+    caption = (
+        "Worker time by run, for trials that needed a forward pass. Utilization: from the second trial on; unscored "
+        "tokens: padding, prompts, first tokens; batch tokens: the limit where memory allowed less than configured"
+    )
+    return _html_table(usage_table(summary), caption)
 
 
 def _html_table(table: Table, caption: str, kind: str = "") -> str:
@@ -232,25 +247,30 @@ def _html_table(table: Table, caption: str, kind: str = "") -> str:
 def _cell(text: str, row: int, column: int, table: Table) -> str:
     if column == 0:
         return f'<th scope="row"><span>{escape(text)}</span></th>'
-    shown = f"<strong>{escape(text)}</strong>" if (row, column) in table.lowest else escape(text)
-    return f"<td>{shown}</td>"
+    content = f"<strong>{escape(text)}</strong>" if (row, column) in table.lowest else escape(text)
+    return f"<td>{content}</td>"
+
+
+def _figures(names: Iterable[str], figures: Mapping[str, go.Figure]) -> str:
+    """Return the elements of those figures that were drawn."""
+    return "".join(_figure(name, figures) for name in names if name in figures)
 
 
 def _figure(name: str, figures: Mapping[str, go.Figure]) -> str:
-    """A place for a figure, with its text alternative."""
-    words = figures[name].layout.meta
+    """Return the element that the page's script draws a figure into, with its text alternative and caption."""
+    texts = figures[name].layout.meta
     return (
         f'<figure><div class="plot" tabindex="0"><div id="{name}" role="img" '
-        f'aria-label="{escape(words["description"])}"></div></div>'
-        f"<figcaption>{escape(words['reading'])}</figcaption></figure>"
+        f'aria-label="{escape(texts["description"])}"></div></div>'
+        f"<figcaption>{escape(texts['reading'])}</figcaption></figure>"
     )
 
 
 def _facts(facts: Mapping[str, str]) -> str:
-    shown = [(escape(label), escape(str(value))) for label, value in facts.items()]
-    return "".join(f"<dt>{label}</dt><dd><pre>{value}</pre></dd>" for label, value in shown)
+    pairs = [(escape(name), escape(str(value))) for name, value in facts.items()]
+    return "".join(f"<dt>{name}</dt><dd><pre>{value}</pre></dd>" for name, value in pairs)
 
 
-def _embedded(value: object) -> str:
-    """JSON that can stand in a script element: no `<`, so that no text can end it."""
+def _embedded_json(value: object) -> str:
+    """Encode as JSON for a script element: without `<`, so that no text can close the element."""
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")

@@ -1,33 +1,31 @@
-"""A Summary -> tables of texts, told the same in terminal and report."""
+"""A Summary as tables of text, which the terminal, the report and the notes in both dashboards share."""
 
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import comb, exp
 
-from dem_opt.analysis.regret import Comparison, Regret, Row, compare
+from dem_opt.analysis.regret import Comparison, Regret, compare
 from dem_opt.analysis.utilization import usage_of
 from dem_opt.dashboards.style import ABSENT, coefficients_text
-from dem_opt.types import Margin, ResultRow, Summary
+from dem_opt.types import HELD_OUT, SEARCH, Margin, ResultRow, Summary
 
-SPLITS = {"search": "search split", "held_out": "held-out split"}
-"""The splits, and what a reader calls them."""
-
-_BREAK = "\n"
+SPLITS = {SEARCH: "search split", HELD_OUT: "held-out split"}
+"""Each split, as readers know it."""
 
 GRID_DIVISIONS = 10
-"""Of the grid that a report counts where none was run: steps of a tenth, the study file's default."""
+"""Divisions of the grid whose cost a report estimates where none was run: the study file's default."""
 
-MOST_MARKS = 3
-"""Of how many costs a comparison's table tells regrets: the first, the last and those between."""
+MAX_MARKS = 3
+"""Costs at which a comparison lists regret: the first, the last and those between."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts.
+    """A table of text.
 
-    lowest  cells (row, column) that hold the lowest NLL, objective or perplexity of their column
-    words   how many columns from the left hold words, the others numbers
+    lowest  cells (row, column) with the lowest NLL, objective or perplexity of their column
+    words   number of leading columns that hold words; the others hold numbers
     """
 
     headers: tuple[str, ...]
@@ -37,169 +35,174 @@ class Table:
 
 
 def final_table(summary: Summary, split: str) -> Table:
-    """The standings on one split: NLL of each corpus in nats per token, then the objective.
+    """List the results on one split: NLL of each corpus in nats per token, the objective, and the cost.
 
-    That is the weighted mean, followed by perplexity exp(mean), or the worst regret.  Then what finding the composite
-    took: evaluations, forward-equivalents (FE), seconds.  A composite that violates what is protected, on the search
-    split, says by how many nats per token.
+    The objective is the weighted mean NLL, followed by its perplexity exp(mean), or the largest regret.  The cost of
+    finding the composite is in evaluations, forward-equivalents (FE) and seconds.  A composite that violates a
+    constraint on the search split is marked with its violation in nats per token.
     """
-    objective = ("worst regret",) if summary.worst else ("mean", "perplexity")
+    objective = ("largest regret",) if summary.worst else ("mean", "perplexity")
     headers = ("composite", *summary.weights, *objective, "evals", "FE", "seconds")
-    values = [_values(result, split, summary) for result in summary.results]
-    lowest = {(row, column) for column, each in enumerate(zip(*values, strict=True), 1) for row in _lowest(each)}
+    values = [_measurements(result, split, summary) for result in summary.results]
+    lowest = {(row, column) for column, cells in enumerate(zip(*values, strict=True), 1) for row in _lowest(cells)}
     rows = tuple(
-        (_label(result), *_numbers(known, summary), *_costs(result))
-        for result, known in zip(summary.results, values, strict=True)
+        (result.label + _violation(result), *_format_measurements(measured, summary), *_costs(result))
+        for result, measured in zip(summary.results, values, strict=True)
     )
     return Table(headers, rows, frozenset(lowest))
 
 
 def top_table(summary: Summary) -> Table:
-    """The best composites of the search split with the objective on both splits, and held-out minus search."""
+    """List the best composites by the search split: objective on both splits and the gap between them."""
     rows = []
-    for place, one in enumerate(summary.top, start=1):
-        search, held_out = (one.objective.get(split) for split in SPLITS)
-        gap = None if search is None or held_out is None else held_out - search
-        shown = ABSENT if gap is None else f"{gap:+.4f}"
-        rows.append(
-            (str(place), coefficients_text(one.coefficients) + _over(one), number(search), number(held_out), shown)
-        )
+    for rank, result in enumerate(summary.top, start=1):
+        search, held_out = (result.objective.get(split) for split in SPLITS)
+        gap = ABSENT if search is None or held_out is None else f"{held_out - search:+.4f}"
+        coefficients = coefficients_text(result.coefficients) + _violation(result)
+        rows.append((str(rank), coefficients, number(search), number(held_out), gap))
     return Table(("no.", "coefficients", "search", "held-out", "gap"), tuple(rows), words=2)
 
 
 def margin_table(summary: Summary) -> Table:
-    """The winner's margin over each rival in nats per token, its 95% paired interval, and what that shows."""
-    headers = ("rival", *(f"{words}\n[95% interval]" for words in SPLITS.values()), "the winner is")
-    rivals = dict.fromkeys(margin.rival for margin in summary.margins)
-    found = {(margin.rival, margin.split): margin for margin in summary.margins}
-    rows = [(rival, [found.get((rival, split)) for split in SPLITS]) for rival in rivals]
-    return Table(headers, tuple((rival, *map(_interval, pair), _verdict(pair)) for rival, pair in rows))
+    """List the winner's margin over each rival in nats per token, its 95% paired interval, and the conclusion."""
+    headers = ("rival", *(f"{words}\n[95% interval]" for words in SPLITS.values()), "winner")
+    margins = {(margin.rival, margin.split): margin for margin in summary.margins}
+    rows = []
+    for rival in dict.fromkeys(margin.rival for margin in summary.margins):
+        by_split = [margins.get((rival, split)) for split in SPLITS]
+        rows.append((rival, *map(_interval, by_split), _conclusion(by_split)))
+    return Table(headers, tuple(rows))
 
 
 def trial_table(summary: Summary) -> Table:
-    """Each search's trials: how many were scored whole, stopped early or failed, what they took, and why it ended."""
-    headers = ("search", "ended after", "failures", "whole", "stopped early", "failed", "FE", "measuring", "proposing")
+    """List each run's trials: how many were fully scored, stopped early or failed, their cost, why the run ended."""
+    headers = (
+        *("run", "ended after", "failures", "fully scored", "stopped early", "failed"),
+        *("FE", "merging + scoring", "proposing"),
+    )
     rows = []
     for run in (run for row in compare(summary).rows for run in row.runs):
         failed = [record for record in summary.trials[run.name] if record.objective is None]
         reasons = "; ".join(dict.fromkeys(record.reason or "unknown" for record in failed)) or ABSENT
         counts = (run.trials - run.partial - run.failed, run.partial, run.failed)
-        spent = (f"{run.forwards:,.1f}", f"{run.measuring:.1f} s", f"{run.asking:.1f} s")
-        rows.append((run.name, run.stopped or ABSENT, reasons, *map(str, counts), *spent))
+        costs = (f"{run.forwards:,.1f}", f"{run.measuring:.1f} s", f"{run.asking:.1f} s")
+        rows.append((run.name, run.stopped or ABSENT, reasons, *map(str, counts), *costs))
     return Table(headers, tuple(rows), words=3)
 
 
 def usage_table(summary: Summary) -> Table:
-    """What workers did for each search's trials: seconds in all, their utilisation, tokens that were not scored."""
-    headers = ("search", "measured", "merging", "scoring", "waiting", "proposing", "utilisation", "unscored", "batch")
+    """List how workers spent their time on each run's trials, their utilization, and tokens without a score."""
+    headers = (
+        *("run", "trials", "merging", "scoring", "idle", "proposing"),
+        *("utilization", "unscored tokens", "batch tokens"),
+    )
     rows = []
     for run, records in summary.trials.items():
-        used = usage_of(records)
-        seconds = (f"{spent:.1f} s" for spent in (used.merging, used.scoring, used.waiting, used.proposing))
-        batch = f"{used.batch:,}" if used.batch else ABSENT
-        rows.append((run, str(used.trials), *seconds, _share(used.utilisation), _share(used.unscored), batch))
+        usage = usage_of(records)
+        seconds = (f"{spent:.1f} s" for spent in (usage.merging, usage.scoring, usage.waiting, usage.proposing))
+        batch = f"{usage.batch:,}" if usage.batch else ABSENT
+        rows.append((run, str(usage.trials), *seconds, _percent(usage.utilisation), _percent(usage.unscored), batch))
     return Table(headers, tuple(rows))
 
 
 def cost_table(summary: Summary) -> Table:
-    """What the study's parts took: forward-equivalents and seconds; and the grid of tenths, where it was not run.
+    """List what each part of the study cost in forward-equivalents and seconds, and an estimate for a grid not run.
 
-    Its seconds are those that the shown searches took for a forward-equivalent, times its points.
+    The grid's seconds are its number of points times the runs' mean seconds for a forward-equivalent.
     """
     rows = [_baseline_cost(summary)]
     rates = []
     for run, records in summary.trials.items():
-        used = usage_of(records)
-        forwards, spent = sum(record.forwards for record in records), used.merging + used.scoring
-        rows.append((run, f"{len(records):,}", f"{forwards:,.1f}", f"{spent + used.proposing:,.1f}"))
+        usage = usage_of(records)
+        forwards, seconds = sum(record.forwards for record in records), usage.merging + usage.scoring
+        rows.append((run, f"{len(records):,}", f"{forwards:,.1f}", f"{seconds + usage.proposing:,.1f}"))
         measured = sum(record.forwards for record in records if record.measured)
-        rates += [spent / measured] if measured else []
+        rates += [seconds / measured] if measured else []
     if "grid" not in summary.trials:
+        # Points of a lattice with d divisions on the simplex of K distributions: C(d + K - 1, K - 1).
         points = comb(GRID_DIVISIONS + len(summary.distributions) - 1, len(summary.distributions) - 1)
-        seconds = f"about {points * sum(rates) / len(rates):,.0f}" if rates else ABSENT
-        rows.append((f"a grid of {GRID_DIVISIONS} divisions, not run", f"{points:,}", f"{points:,}.0", seconds))
+        estimate = f"about {points * sum(rates) / len(rates):,.0f}" if rates else ABSENT
+        rows.append((f"grid of {GRID_DIVISIONS} divisions (not run)", f"{points:,}", f"{points:,.1f}", estimate))
     return Table(("part", "composites", "FE", "seconds"), tuple(rows))
 
 
 def _baseline_cost(summary: Summary) -> tuple[str, ...]:
-    """Composites that no search asked for: base, fine-tunes, uniform average, the winner without one distribution."""
-    found = [*(one for one in summary.results if one.role != "best"), *summary.left_out]
-    forwards, seconds = sum(one.forwards for one in found), sum(one.seconds for one in found)
-    return "baselines and leave-one-out", f"{len(found):,}", f"{forwards:,.1f}", f"{seconds:,.1f}"
+    """Sum up composites that no search proposed: base, fine-tunes, uniform average, leave-one-out."""
+    results = [*(result for result in summary.results if result.role != "best"), *summary.left_out]
+    forwards, seconds = sum(result.forwards for result in results), sum(result.seconds for result in results)
+    return "baselines and leave-one-out", f"{len(results):,}", f"{forwards:,.1f}", f"{seconds:,.1f}"
 
 
 def vector_table(summary: Summary) -> Table:
-    """Each distribution: its coefficient, its vector's norm, and what leaving it out costs in the objective."""
+    """List each distribution's coefficient, the norm of its vector, and the change of the objective without it."""
     winner, vectors = summary.winner, summary.vectors
     weights = {} if winner.coefficients is None else winner.coefficients.weights
     norms = dict(zip(vectors.names, vectors.norms, strict=True)) if vectors else {}
-    without = {one.label: one for one in summary.left_out}
+    left_out = {result.label: result for result in summary.left_out}
     rows = []
     for name in summary.distributions:
         norm = f"{norms[name]:.4g}" if name in norms else ABSENT
-        gaps = [_gap(without.get(name), winner, split) for split in SPLITS]
-        rows.append((name, f"{weights.get(name, 0.0):.3f}", norm, *gaps))
-    headers = ("distribution", "coefficient", "norm", *(f"left out,\n{words}" for words in SPLITS.values()))
+        changes = [_objective_change(left_out.get(name), winner, split) for split in SPLITS]
+        rows.append((name, f"{weights.get(name, 0.0):.3f}", norm, *changes))
+    headers = ("distribution", "coefficient", "norm", *(f"without it,\n{words}" for words in SPLITS.values()))
     return Table(headers, tuple(rows))
 
 
-def _gap(one: ResultRow | None, winner: ResultRow, split: str) -> str:
-    """Objective of a standing minus the winner's, signed."""
-    if one is None or split not in one.objective or split not in winner.objective:
+def _objective_change(result: ResultRow | None, winner: ResultRow, split: str) -> str:
+    if result is None or split not in result.objective or split not in winner.objective:
         return ABSENT
-    return f"{one.objective[split] - winner.objective[split]:+.4f}"
+    return f"{result.objective[split] - winner.objective[split]:+.4f}"
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """Regret in nats per token at some costs, by algorithm: the median over runs, and below it the quartiles.
+    """List regret in nats per token at some costs by algorithm: the median over runs and, below it, the quartiles.
 
-    Of the grid it is the mean over all orders of its points.  FE is what all runs spent together; proposing is the
-    median over trials.
+    For the grid it is the mean over all orders of its points.  FE are those of all runs; the seconds of proposing a
+    trial are the median over trials.
     """
     count = len(comparison.marks)
-    places = sorted({i * (count - 1) // (MOST_MARKS - 1) for i in range(MOST_MARKS)}) if count else []
-    marks = [f"at {comparison.marks[place]:,.0f} FE" for place in places]
-    headers = ("algorithm", "runs", "FE in all", *marks, "proposing")
+    indices = sorted({i * (count - 1) // (MAX_MARKS - 1) for i in range(MAX_MARKS)}) if count else []
+    marks = [f"at {comparison.marks[index]:,.0f} FE" for index in indices]
     rows = tuple(
         (
-            row.algorithm + (" (mean)" if row.is_expected else ""),
+            row.algorithm + (" (mean over orders)" if row.is_expected else ""),
             str(len(row.runs)),
             f"{row.forwards:,.1f}",
-            *(_regret(row.regrets[place]) for place in places),
-            _ask(row),
+            *(_regret(row.regrets[index]) for index in indices),
+            f"{row.ask:.3f} s",
         )
         for row in comparison.rows
     )
-    return Table(headers, rows)
+    return Table(("algorithm", "runs", "total FE", *marks, "proposing"), rows)
 
 
 def markdown(table: Table) -> str:
-    """A table for notes; texts stay texts."""
+    """Format a table in Markdown, with every special character escaped."""
     rows = [table.headers, ("---",) * len(table.headers), *table.rows]
     return "\n".join("| " + " | ".join(_plain(cell) for cell in row) + " |" for row in rows)
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"[|<>\[\]*_`\\]", lambda found: f"&#{ord(found[0])};", text.replace("\n", " "))
+    return re.sub(r"[|<>\[\]*_`\\]", lambda match: f"&#{ord(match[0])};", text.replace("\n", " "))
 
 
 def number(value: float | None) -> str:
-    """Nats per token, to a ten-thousandth."""
+    """Format nats per token with four decimals."""
     return ABSENT if value is None else f"{value:.4f}"
 
 
-def _share(value: float | None) -> str:
+def _percent(value: float | None) -> str:
     return ABSENT if value is None else f"{value:.1%}"
 
 
-def _values(result: ResultRow, split: str, summary: Summary) -> list[float | None]:
-    """What is compared: NLL of each corpus, the objective, and of a mean its perplexity; None where not scored."""
+def _measurements(result: ResultRow, split: str, summary: Summary) -> list[float | None]:
+    """Return NLL of each corpus, the objective and, of a mean, its perplexity; None where not scored."""
     scores, objective = result.scores.get(split, {}), result.objective.get(split)
     values = [*(scores[name].nll if name in scores else None for name in summary.weights), objective]
     return values if summary.worst else [*values, None if objective is None else exp(objective)]
 
 
-def _numbers(values: Sequence[float | None], summary: Summary) -> list[str]:
+def _format_measurements(values: Sequence[float | None], summary: Summary) -> list[str]:
     if summary.worst:
         return [number(value) for value in values]
     *nll, perplexity = values
@@ -210,35 +213,31 @@ def _costs(result: ResultRow) -> tuple[str, str, str]:
     return f"{result.evaluations:,}", f"{result.forwards:,.1f}", f"{result.seconds:.1f}"
 
 
-def _label(result: ResultRow) -> str:
-    return result.label + _over(result)
-
-
-def _over(result: ResultRow) -> str:
-    return f" (protect: +{result.violation:.3f} over)" if result.violation else ""
+def _violation(result: ResultRow) -> str:
+    return f" (violation {result.violation:.3f})" if result.violation else ""
 
 
 def _lowest(values: Iterable[float | None]) -> list[int]:
-    """Rows of the lowest value, among at least two."""
-    known = {row: value for row, value in enumerate(values) if value is not None}
-    return [row for row, value in known.items() if value == min(known.values())] if len(known) > 1 else []
+    """Return the rows with the lowest value, if at least two rows have one."""
+    measured = {row: value for row, value in enumerate(values) if value is not None}
+    return [row for row, value in measured.items() if value == min(measured.values())] if len(measured) > 1 else []
 
 
 def _interval(margin: Margin | None) -> str:
     return ABSENT if margin is None else f"{margin.mean:+.4f} [{margin.low:+.4f}, {margin.high:+.4f}]"
 
 
-def _verdict(margins: Sequence[Margin | None]) -> str:
-    """What the intervals show: one word where the splits agree, else a word for each."""
-    words = {
-        SPLITS[margin.split]: "better" if margin.low > 0 else "worse" if margin.high < 0 else "not told apart"
-        for margin in margins
-        if margin is not None
-    }
+def _conclusion(margins: Sequence[Margin | None]) -> str:
+    """State whether the winner is better: once where the splits agree, else for each split on a line of its own."""
+    words = {margin.split: _significance(margin) for margin in margins if margin is not None}
     if len(set(words.values())) == 1:
         return next(iter(words.values()))
-    short = {split.removesuffix(" split"): word for split, word in words.items()}
-    return ";\n".join(f"{split}:{' ' if len(word) < 7 else _BREAK}{word}" for split, word in short.items())
+    return ";\n".join(f"{split.replace('_', '-')}: {word}" for split, word in words.items())
+
+
+def _significance(margin: Margin) -> str:
+    """Compare the 95% interval of rival minus winner with 0."""
+    return "better" if margin.low > 0 else "worse" if margin.high < 0 else "not significant"
 
 
 def _regret(regret: Regret | None) -> str:
@@ -246,7 +245,3 @@ def _regret(regret: Regret | None) -> str:
         return ABSENT
     quartiles = "" if regret.low is None or regret.high is None else f"\n[{regret.low:.4f}, {regret.high:.4f}]"
     return f"{regret.median:.4f}{quartiles}"
-
-
-def _ask(row: Row) -> str:
-    return f"{row.ask:.3f} s"

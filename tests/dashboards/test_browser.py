@@ -218,7 +218,7 @@ def test_a_running_study_is_seen(tmp_path: Path, visit: Any, request: pytest.Fix
             with servers.running(config.storage, config.tracking.uri) as addresses:
                 seen = visit()
                 see_study(seen, addresses.optuna, f"optuna-running-{database}")
-                assert seen.page.get_by_text("going on").count()
+                assert seen.page.get_by_text("trials, running").count()
                 assert running.poll() is None, "the study was still running"
         finally:
             running.send_signal(signal.SIGINT)
