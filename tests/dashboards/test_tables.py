@@ -59,9 +59,7 @@ def test_the_final_table_says_nll_mean_perplexity_and_cost() -> None:
 
 def test_a_largest_regret_has_no_perplexity() -> None:
     table = tables.final_table(
-        Summary(
-            study="s", weights={"a": 1.0, "b": 1.0}, results=RESULTS, margins=(), trials={}, facts={}, worst=True
-        ),
+        Summary(study="s", weights={"a": 1.0, "b": 1.0}, results=RESULTS, margins=(), trials={}, facts={}, worst=True),
         "search",
     )
     assert table.headers == ("composite", "a", "b", "largest regret", "evals", "FE", "seconds")
