@@ -12,9 +12,9 @@ import optuna
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from dem_opt.config import SearchSection
-from dem_opt.search.samplers import make_sampler
-from dem_opt.search.samplers.history import ATTRIBUTES, Trial, distributions, parameters
+from dem_opt.search.samplers import SimplexSampler
+from dem_opt.search.samplers.history import Trial, distributions, parameters
+from dem_opt.search.trial_attributes import MEASUREMENTS, TrialAttributes
 from dem_opt.simplex import Coefficients, Space
 
 SPACE = Space(tuple("abcdefgh"))
@@ -42,23 +42,23 @@ def history(count: int, gradients: bool) -> list[Trial]:
 
 def _told(number: int, point: Coefficients, goal_K: np.ndarray, gradients: bool) -> Trial:
     away_K = SPACE.point(point) - goal_K
-    attributes: dict[str, object] = {}
+    attributes = TrialAttributes()
     if gradients:
-        attributes = {"gradient": dict(zip(SPACE.names, (2 * away_K).tolist(), strict=True))}
+        attributes = TrialAttributes(gradient=dict(zip(SPACE.names, (2 * away_K).tolist(), strict=True)))
     elif number % 3 == 2:
-        attributes = {"error": 1e-3, "forwards": 0.25}
-    return Trial(number, point, "complete", float(away_K @ away_K), attributes)
+        attributes = TrialAttributes(error=1e-3, forwards=0.25)
+    return Trial(number, point, "complete", objective=float(away_K @ away_K), attributes=attributes)
 
 
 def seconds(algorithm: str, gradients: bool, count: int, times: int = 5) -> float:
     """The median of several asks with different seeds, in seconds of a processor."""
-    sampler = make_sampler(SearchSection.model_validate({"algorithm": algorithm, "trials": 10**6}), SPACE)
+    sampler = SimplexSampler(SPACE.names, algorithm=algorithm)
     study = optuna.create_study(storage=InMemoryStorage(), sampler=sampler)
     study.add_trials(_frozen(trial) for trial in history(count, gradients))
     spent = []
     for _ in range(times + 1):
         began = process_time()
-        trial = study.ask(sampler.distributions)
+        trial = study.ask(distributions(SPACE))
         spent.append(process_time() - began)
         study.tell(trial, state=TrialState.FAIL)
     return float(np.median(spent[1:]))
@@ -69,7 +69,7 @@ def _frozen(trial: Trial) -> FrozenTrial:
         value=trial.objective,
         params=parameters(trial.coefficients),
         distributions=distributions(SPACE),
-        user_attrs={ATTRIBUTES: dict(trial.attributes)},
+        user_attrs={MEASUREMENTS: trial.attributes.to_stored()},
     )
 
 

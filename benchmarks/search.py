@@ -199,7 +199,7 @@ def optuna_gp(path: Path, seed: int, trials: int = 40) -> Curve:
             began = perf_counter()
             point = proposer.propose(told, [], np.random.default_rng([seed, number])).coefficients
             asks.append(perf_counter() - began)
-            told.append(Trial(number, point, "complete", measure(point)))
+            told.append(Trial(number, point, "complete", objective=measure(point)))
             best.append(min(trial.objective for trial in told if trial.objective is not None))
     return Curve(tuple(range(1, trials + 1)), tuple(best), float(np.median(asks)))
 

@@ -27,7 +27,7 @@ from dem_opt.storage.ledger import Ledger
 
 SEARCH = {"algorithm": "simplex-gp", "trials": 8, "seed": 3}
 BOUNDARIES: dict[str, tuple[Any, str, int]] = {
-    "mid-ask": (optuna.storages._CachedStorage, "set_trial_param", 6 * 3 - 1),
+    "asked": (optuna.storages.RDBStorage, "create_new_trial", 6),
     "scored": (Worker, "evaluate", 6),
     "ledger written": (Ledger, "record", 6),
     "told": (Search, "tell", 6),

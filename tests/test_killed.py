@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-BOUNDARIES = ["mid-ask", "scored", "ledger written", "told", "MLflow run created"]
+BOUNDARIES = ["asked", "scored", "ledger written", "told", "MLflow run created"]
 TRIALS = 8
 
 

@@ -1,4 +1,4 @@
-"""What the trials of a study say of places where none was: a Gaussian process's mean, and where it is lowest."""
+"""The surrogate of a study: a Gaussian process fitted to all its trials, its minimum, and a slice through that."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,13 +12,16 @@ from dem_opt.simplex import UNIT, Coefficients, Space, project
 from dem_opt.types import Surrogate, TrialRecord
 
 FEWEST = 3
-"""Trials below which nothing is believed."""
+"""Trials below which no process is fitted."""
 
 MOST = 120
-"""Trials that the process is fitted to: beyond them, half the best and half the most recent."""
+"""Trials that the process is fitted to at most: the best half, and the latest of the others."""
+
+STARTS = 16
+"""Best trials, and as many random points, from which the minimum is searched."""
 
 LINE, TRIANGLE = 60, 20
-"""Divisions of the lattice over two and over three distributions."""
+"""Divisions of the slice's lattice over two and over three distributions."""
 
 
 @dataclass(frozen=True)
@@ -41,61 +44,71 @@ def predict(space: Space, trials: Sequence[TrialRecord], coefficients: Coefficie
 
 def surrogate_of(space: Space, trials: Sequence[TrialRecord]) -> Surrogate | None:
     """The process fitted to trials of any searches, the latest of each composite; None where there are too few."""
-    told = _thinned(list({one.coefficients: one for one in trials if one.penalized is not None}.values()))
-    if space.is_point or len(told) < FEWEST:
+    measured = {trial.coefficients: trial for trial in trials if trial.penalized is not None}
+    fitted = _thinned(list(measured.values()))
+    if space.is_point or len(fitted) < FEWEST:
         return None
     with threadpool_limits(1, "blas"):
-        process = _fit(space, told)
-        optimum = _optimum(space, process, told)
-        belief = process.posterior(space.shares(optimum)[None, :])
+        process = _fit(space, fitted)
+        optimum = _optimum(space, process, fitted)
+        posterior = process.posterior(space.shares(optimum)[None, :])
         names, points = _slice(space, optimum)
         means = process.mean(np.array([space.shares(point) for point in points]).reshape(-1, len(space.caps_F)))
     return Surrogate(
         optimum=optimum,
-        mean=float(belief.mean_M[0]),
-        deviation=float(belief.variance_M[0] ** 0.5),
+        mean=float(posterior.mean_M[0]),
+        deviation=float(posterior.variance_M[0] ** 0.5),
         names=names,
         points=points,
         means=tuple(np.round(means, 6).tolist()),
-        trials=len(told),
+        trials=len(fitted),
     )
 
 
-def _thinned(told: list[TrialRecord]) -> list[TrialRecord]:
+def _objective(trial: TrialRecord) -> float:
+    """The penalized objective of a trial that has one, in nats per token."""
+    assert trial.penalized is not None
+    return trial.penalized
+
+
+def _thinned(trials: list[TrialRecord]) -> list[TrialRecord]:
     """MOST at most: the best half, and the latest of the others."""
-    if len(told) <= MOST:
-        return told
-    ranked = sorted(told, key=lambda one: one.penalized or 0.0)
-    best = ranked[: MOST // 2]
-    chosen = {one.coefficients for one in best}
-    others = [one for one in told if one.coefficients not in chosen]
+    if len(trials) <= MOST:
+        return trials
+    best = sorted(trials, key=_objective)[: MOST // 2]
+    chosen = {trial.coefficients for trial in best}
+    others = [trial for trial in trials if trial.coefficients not in chosen]
     return best + others[-(MOST - len(best)) :]
 
 
-def _fit(space: Space, told: Sequence[TrialRecord]) -> gp.GaussianProcess:
-    points_NF = np.array([space.shares(one.coefficients) for one in told])
-    values_N = np.array([one.penalized for one in told], dtype=np.float64)
-    return gp.fit(gp.observe(points_NF, values_N, np.array([one.error for one in told]) ** 2))
+def _fit(space: Space, trials: Sequence[TrialRecord]) -> gp.GaussianProcess:
+    """The process; the estimates of stopped trials enter with their standard errors."""
+    points_NF = np.array([space.shares(trial.coefficients) for trial in trials])
+    values_N = np.array([_objective(trial) for trial in trials], dtype=np.float64)
+    return gp.fit(gp.observe(points_NF, values_N, np.array([trial.error for trial in trials]) ** 2))
 
 
-def _optimum(space: Space, process: gp.GaussianProcess, told: Sequence[TrialRecord]) -> Coefficients:
-    """Where the mean is lowest, climbed to from the best trials and from a few places between."""
+def _optimum(space: Space, process: gp.GaussianProcess, trials: Sequence[TrialRecord]) -> Coefficients:
+    """The minimum of the posterior mean, searched from the best trials and from random points between."""
 
-    def promise(shares_MF: Array) -> tuple[Array, Array]:
-        belief = process.posterior(shares_MF)
-        scale = process.seen.scale
-        return -belief.mean_M / scale, -belief.mean_gradient_MF / scale
+    def descent(shares_MF: Array) -> tuple[Array, Array]:
+        posterior, scale = process.posterior(shares_MF), process.observations.scale
+        # `maximize` takes logarithms: the standardised mean keeps their exponentials within floats.
+        return -posterior.mean_M / scale, -posterior.mean_gradient_MF / scale
 
-    ranked = sorted(told, key=lambda one: one.penalized or 0.0)[:16]
-    best_NF = np.array([space.shares(one.coefficients) for one in ranked])
-    draws_MF = np.random.default_rng(0).dirichlet(np.ones(best_NF.shape[1]), 16)
+    ranked = sorted(trials, key=_objective)[:STARTS]
+    best_NF = np.array([space.shares(trial.coefficients) for trial in ranked])
+    draws_MF = np.random.default_rng(0).dirichlet(np.ones(best_NF.shape[1]), STARTS)
     starts_MF = project(np.concatenate([best_NF, draws_MF]), space.caps_F)
-    found_MF, _ = maximize(promise, starts_MF, space.caps_F)
-    return space.at(found_MF[0])
+    optima_MF, _ = maximize(descent, starts_MF, space.caps_F)
+    return space.at(optima_MF[0])
 
 
 def _slice(space: Space, optimum: Coefficients) -> tuple[tuple[str, ...], tuple[Coefficients, ...]]:
-    """The distributions that vary, in the space's order, and a lattice over what the optimum gives them together."""
+    """The three distributions of which the optimum has most, and a lattice over their part of the total.
+
+    Names come in the space's order; all other coefficients stay at the optimum's.
+    """
     units = optimum.units
     largest = sorted(space.names, key=lambda name: -units[name])[:3]
     names = tuple(name for name in space.names if name in largest)

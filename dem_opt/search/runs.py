@@ -7,19 +7,24 @@ from dataclasses import dataclass
 from dem_opt.config import ALGORITHMS, StudyConfig
 from dem_opt.errors import InputError, nearest
 from dem_opt.search.optuna_study import Search, study_names
+from dem_opt.search.run_name import RunName
 from dem_opt.simplex import Coefficients
 from dem_opt.storage.leases import Lease
 from dem_opt.storage.retry import NO_RETRY, RetryPolicy
 
 GRADIENTS_FROM = 7
-"""From how many free shares on gradients are worth their cost: with fewer, racing gets further for it (LOG.md)."""
+"""Free shares from which on gradients are worth their cost: with fewer, racing gets further for it (dev/LOG.md)."""
 
 
 @dataclass(frozen=True)
 class Runs:
-    """The searches of one generation of a study.
+    """The searches of one generation of a study, by label (see `RunName`).
 
-    A run is named by its algorithm, and by ALGORITHM@k where its seed is the study's plus k.
+    Attributes:
+        config: The study.
+        generation: Its generation, from 1.
+        lease: Lease of the driver that proposes, if any.
+        patience: How long to wait for a database that is away.
     """
 
     config: StudyConfig
@@ -27,52 +32,50 @@ class Runs:
     lease: Lease | None = None
     patience: RetryPolicy = NO_RETRY
 
-    def optuna_name(self, run: str) -> str:
-        """What Optuna calls a run's study."""
-        return f"{self.config.name}/{run}" + (f"#{self.generation}" if self.generation > 1 else "")
+    def open(self, label: str, start: Sequence[Coefficients] = (), gradients_fit: bool | None = None) -> Search:
+        """Open the search of a run, or create it where there is none.
 
-    def open(self, run: str, start: Sequence[Coefficients] = (), gradients_fit: bool | None = None) -> Search:
-        """A run's search, made where there is none.
+        Args:
+            label: The run.
+            start: Points that a new search proposes first.
+            gradients_fit: Whether memory allows gradients; None where that is not known.
 
-        gradients_fit  whether memory allows gradients, where that is known
-
-        Raises InputError for a search that asks for gradients where it does not.
+        Raises:
+            InputError: For a search that asks for gradients where memory does not allow them.
         """
-        given, space = self.config.search, self.config.space
-        algorithm, _, offset = run.partition("@")
-        settings = given.model_copy(update={"algorithm": algorithm, "seed": given.seed + int(offset or 0)})
-        asked = algorithm == "gradient" or (algorithm == "simplex-gp" and given.gradients is True)
-        if asked and gradients_fit is False:
-            field, value = ("gradients", True) if given.gradients is True else ("algorithm", algorithm)
+        run, search, space = RunName.parse(label, self.generation), self.config.search, self.config.space
+        settings = search.model_copy(update={"algorithm": run.algorithm, "seed": search.seed + run.seed})
+        wanted = run.algorithm == "gradient" or (run.algorithm == "simplex-gp" and search.gradients is True)
+        if wanted and gradients_fit is False:
+            field, value = ("gradients", True) if search.gradients is True else ("algorithm", run.algorithm)
             mend = "the activations of a backward pass don't fit into memory; use a smaller evaluation.batch, or none"
             raise InputError(None, f"search.{field}", value, mend)
         worth = bool(gradients_fit) and len(space.caps_F) >= GRADIENTS_FROM and not self.config.objective.worst
-        gradients = algorithm == "simplex-gp" and (worth if given.gradients == "auto" else given.gradients)
-        name = self.optuna_name(run)
+        gradients = run.algorithm == "simplex-gp" and (worth if search.gradients == "auto" else search.gradients)
+        name = run.optuna_name(self.config.name)
         return Search(self.config.storage, name, space, settings, start, gradients, self.lease, self.patience)
 
     @contextmanager
     def there(self) -> Iterator[dict[str, Search]]:
-        """The searches that have been begun, by run, in the order of algorithms and seeds; closed at the end."""
-        begin, end = self.optuna_name("|").split("|")
-        names = (name for name in study_names(self.config.storage) if name.startswith(begin) and name.endswith(end))
-        runs = [run for name in names if "#" not in (run := name.removeprefix(begin).removesuffix(end))]
-        runs.sort(key=lambda run: (ALGORITHMS.index(run.partition("@")[0]), len(run), run))
-        with ExitStack() as opened:
-            yield {run: opened.enter_context(closing(self.open(run))) for run in runs}
+        """The searches that have been begun, by label, in the order of algorithms and seeds; closed at the end."""
+        names = (RunName.from_optuna(name, self.config.name) for name in study_names(self.config.storage))
+        runs = [run for run in names if run is not None and run.generation == self.generation]
+        runs.sort(key=lambda run: (ALGORITHMS.index(run.algorithm), run.seed))
+        with ExitStack() as stack:
+            yield {run.label: stack.enter_context(closing(self.open(run.label))) for run in runs}
 
 
 def run_names(algorithms: Sequence[str], seeds: int) -> list[str]:
-    """The runs of a comparison: every algorithm with every seed, but the grid, which has none, once."""
+    """Labels of a comparison's runs: every algorithm with every seed, but the grid, which has no seed, once."""
     return [
-        f"{algorithm}@{offset}" if offset else algorithm
+        RunName(algorithm, seed).label
         for algorithm in dict.fromkeys(algorithms)
-        for offset in range(1 if algorithm == "grid" else seeds)
+        for seed in range(1 if algorithm == "grid" else seeds)
     ]
 
 
 def check_algorithms(config: StudyConfig, where: object, algorithms: Sequence[str]) -> None:
-    """Raise InputError for an algorithm that there is not, or that can't search this study's space."""
+    """Raise InputError for an algorithm that does not exist, or that can't search this study's space."""
     for algorithm in algorithms:
         mend = ""
         if algorithm not in ALGORITHMS:

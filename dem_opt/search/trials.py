@@ -1,19 +1,19 @@
-"""What came of a trial: its record, from Optuna and the ledger, and what Optuna is told of it."""
+"""The record of a trial, made from the ledger's scores, and what Optuna keeps of it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import inf
-from typing import Any
 
 import numpy as np
 
 from dem_opt.evaluation.interim_analyses import first_windows, replay
 from dem_opt.evaluation.objective import Objective, mean_nll, violation
 from dem_opt.evaluation.racing import Race
-from dem_opt.search.optuna_study import Proposal, Search, Trial
+from dem_opt.search.optuna_study import PendingTrial, Search, Trial
+from dem_opt.search.samplers.covariance import interpolate
 from dem_opt.search.samplers.history import thin
-from dem_opt.search.samplers.kernel import interpolate
+from dem_opt.search.trial_attributes import TrialAttributes
 from dem_opt.simplex import Coefficients
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
@@ -32,16 +32,19 @@ from dem_opt.types import (
 )
 
 CONTROLS = 32
-"""How many whole trials a race's control is made from at most."""
+"""Whole trials that a race's control is made from at most."""
 
-MEASURED = ("forward_tokens", "scored_tokens", "merge_seconds", "score_seconds", "wait_seconds", "batch_tokens")
-"""What is kept of an evaluation beside its scores."""
+CONTROL_CANDIDATES = 8 * CONTROLS
+"""Whole trials, the best and the latest, of which the nearest become controls."""
+
+LEAST_ERROR = 1e-12
+"""Standard error of a stopped trial at least, in nats per token: above 0 says that it is an estimate."""
 
 
 def recall(
     ledger: Ledger, identity: StudyIdentity, composite: Composite, split: str, whole: bool = True
 ) -> dict[str, Score]:
-    """Scores of a composite by distribution, those that the ledger has of all windows, or of any."""
+    """Scores of a composite by distribution: those that the ledger has of all windows, or of any."""
     known = ledger.look_up(composite, identity.keys(split), identity.scoring)
     enough = identity.windows(split) if whole else 1
     by_name = identity.corpora[split].items()
@@ -59,18 +62,18 @@ def base_scores(ledger: Ledger, identity: StudyIdentity, split: str = SEARCH) ->
 
 
 def objectives(ledger: Ledger, identity: StudyIdentity) -> dict[str, Objective]:
-    """What is minimized, by split: for regrets, of the splits on which the ledger has every fine-tune's scores."""
+    """The objective by split; for regrets only the splits on which the ledger has every fine-tune's scores."""
     if not identity.worst:
         return dict.fromkeys(SPLITS, Objective(identity.weights))
-    made = {}
+    by_split = {}
     for split in SPLITS:
         own = {
             name: recall(ledger, identity, Composite.single(content), split)
             for name, content in identity.fine_tunes.items()
         }
         if all(name in scores for name, scores in own.items()):
-            made[split] = Objective(identity.weights, {name: scores[name] for name, scores in own.items()})
-    return made
+            by_split[split] = Objective(identity.weights, {name: scores[name] for name, scores in own.items()})
+    return by_split
 
 
 def exceeded(ledger: Ledger, identity: StudyIdentity, scores: Mapping[str, Score]) -> float:
@@ -80,32 +83,54 @@ def exceeded(ledger: Ledger, identity: StudyIdentity, scores: Mapping[str, Score
     return violation(scores, base_scores(ledger, identity), identity.protect)
 
 
-def race_for(
-    ledger: Ledger, identity: StudyIdentity, at: Coefficients, told: Sequence[Trial], clear: float = inf
-) -> Race | None:
-    """The race of a trial at these coefficients against the best of the whole trials that were told.
-
-    The best is that of those that violate nothing.  The control is made from the CONTROLS trials nearest to it,
-    of the best and the latest: their nats, window by window, with the weights that interpolate a merge's loss
-    (`interpolate`).  None without an incumbent, and for the largest regret, of which paired means tell nothing.
-    """
-    able = (trial for trial in told if not trial.attributes.get("violation"))
-    best = min(able, key=lambda trial: (trial.objective, trial.number), default=None)
-    if best is None or identity.worst:
+def coefficients_of(identity: StudyIdentity, composite: Composite) -> Coefficients | None:
+    """A composite as coefficients of the study; None where it is no point of the study's space."""
+    names = {content: name for name, content in identity.fine_tunes.items()}
+    units = dict(composite.terms)
+    units.pop(identity.base, None)
+    if not units.keys() <= names.keys():
         return None
-    place_F, known = identity.space.shares(at), thin(told, 8 * CONTROLS)
-    shares_NF = np.array([identity.space.shares(trial.coefficients) for trial in known])
-    near = np.argsort(np.abs(shares_NF - place_F).sum(axis=1), kind="stable")[:CONTROLS]
-    weights_N = interpolate(shares_NF[near], place_F)
-    composites = [identity.composite(one.coefficients) for one in (best, *(known[i] for i in near))]
-    rival, *others = ledger.look_up_all(composites, identity.keys(SEARCH), identity.scoring)
+    by_name = {names[content]: count for content, count in units.items()}
+    point = Coefficients(tuple((name, by_name.get(name, 0)) for name in identity.space.names))
+    return point if identity.space.contains(point) else None
+
+
+def race_for(
+    ledger: Ledger, identity: StudyIdentity, point: Coefficients, whole: Sequence[Trial], clear: float = inf
+) -> Race | None:
+    """The race of a trial against the best whole trial that violates nothing.
+
+    The control is made from the CONTROLS trials nearest to the point, of the best and the latest: their nats, window
+    by window, with the weights that interpolate a merge's loss (`interpolate`).
+
+    Args:
+        ledger: Nats of the whole trials.
+        identity: The study.
+        point: Coefficients of the trial.
+        whole: Trials that were measured on all windows, in the order of their numbers.
+        clear: Standard errors from the incumbent at which the trial is set aside.
+
+    Returns:
+        None without an incumbent, and where the objective is the largest regret: a paired mean says nothing of it.
+    """
+    feasible = (trial for trial in whole if not trial.attributes.violation)
+    incumbent = min(feasible, key=lambda trial: (trial.objective, trial.number), default=None)
+    if incumbent is None or identity.worst:
+        return None
+    point_F, candidates = identity.space.shares(point), thin(whole, CONTROL_CANDIDATES)
+    shares_NF = np.array([identity.space.shares(trial.coefficients) for trial in candidates])
+    nearest = np.argsort(np.abs(shares_NF - point_F).sum(axis=1), kind="stable")[:CONTROLS]
+    weights_N = interpolate(shares_NF[nearest], point_F)
+    trials = [incumbent, *(candidates[i] for i in nearest)]
+    composites = [identity.composite(trial.coefficients) for trial in trials]
+    rival, *controls = ledger.look_up_all(composites, identity.keys(SEARCH), identity.scoring)
     weights = _weights_by_corpus(identity)
-    control = {key: weighted_sum([scores[key] for scores in others], weights_N.tolist()) for key in rival}
+    control = {key: weighted_sum([scores[key] for scores in controls], weights_N.tolist()) for key in rival}
     return Race(control, weights, mean_nll(rival, weights), clear)
 
 
 def _weights_by_corpus(identity: StudyIdentity) -> dict[str, float]:
-    """The objective's weight of each corpus, of those that have any."""
+    """The objective's weight of each corpus that has any; two distributions may share a corpus."""
     weights: dict[str, float] = {}
     for name, key in identity.corpora[SEARCH].items():
         weights[key] = weights.get(key, 0.0) + identity.weights[name]
@@ -116,78 +141,91 @@ def trial_record(
     ledger: Ledger,
     identity: StudyIdentity,
     study: str,
-    proposal: Proposal,
+    trial: PendingTrial,
     answer: Evaluation | Failure,
     race: Race | None = None,
     gradient: bool = False,
 ) -> TrialRecord:
-    """What came of a proposal.  The scores are the ledger's: those just measured and those that it had."""
+    """The record of a trial that was evaluated; its scores are the ledger's, new and old.
+
+    Args:
+        ledger: Scores and gradients.
+        identity: The study.
+        study: Name of the Optuna study.
+        trial: The trial.
+        answer: The worker's answer; an Evaluation without scores where the ledger had them all.
+        race: The race that it ran, if any.
+        gradient: Whether its gradient was measured.
+    """
     if isinstance(answer, Failure):
         return TrialRecord(
             study=study,
-            number=proposal.number,
-            coefficients=proposal.coefficients,
+            number=trial.number,
+            coefficients=trial.coefficients,
             objective=None,
-            propose_seconds=proposal.seconds,
+            propose_seconds=trial.propose_seconds,
             reason=answer.reason,
             forwards=0.0,
         )
-    composite = identity.composite(proposal.coefficients)
-    seen = recall(ledger, identity, composite, SEARCH, whole=False)
+    composite = identity.composite(trial.coefficients)
+    scores = recall(ledger, identity, composite, SEARCH, whole=False)
     if race is not None:
-        seen = _at_the_end(identity, race, seen)
-        if any(len(score.nats_W) < identity.windows(SEARCH) for score in seen.values()):
-            return _stopped(ledger, identity, study, proposal, answer, race, seen)
+        scores = _at_the_end(identity, race, scores)
+        if any(len(score.nats_W) < identity.windows(SEARCH) for score in scores.values()):
+            return _stopped_record(ledger, identity, study, trial, answer, race, scores)
     measured = ledger.gradients(composite, identity.keys(SEARCH), identity.differentiation) if gradient else {}
     return TrialRecord(
         study=study,
-        number=proposal.number,
-        coefficients=proposal.coefficients,
-        objective=objectives(ledger, identity)[SEARCH](seen),
-        scores=seen,
+        number=trial.number,
+        coefficients=trial.coefficients,
+        objective=objectives(ledger, identity)[SEARCH](scores),
+        scores=scores,
         evaluation=answer,
-        propose_seconds=proposal.seconds,
-        violation=exceeded(ledger, identity, seen),
-        forwards=GRADIENT_FORWARDS if gradient else 1.0 - proposal.charged,
-        gradient=slope(ledger, identity, seen, measured) if gradient else {},
+        propose_seconds=trial.propose_seconds,
+        violation=exceeded(ledger, identity, scores),
+        forwards=GRADIENT_FORWARDS if gradient else 1.0 - trial.charged,
+        gradient=slope(ledger, identity, scores, measured) if gradient else {},
     )
 
 
-def _at_the_end(identity: StudyIdentity, race: Race, seen: Mapping[str, Score]) -> dict[str, Score]:
-    """Scores as they were at the look that ended the race."""
-    by_key = {identity.corpora[SEARCH][name]: score for name, score in seen.items()}
+def _at_the_end(identity: StudyIdentity, race: Race, scores: Mapping[str, Score]) -> dict[str, Score]:
+    """Scores as they were at the interim analysis that ended the race.
+
+    The ledger may have more windows, of another study: a trial is judged by what its own race saw.
+    """
+    by_key = {identity.corpora[SEARCH][name]: score for name, score in scores.items()}
     ended = replay(race, by_key, identity.sizes(SEARCH))
     assert ended is not None, "a race that was run is known to its end"
     return {name: ended[key] for name, key in identity.corpora[SEARCH].items()}
 
 
-def _stopped(
+def _stopped_record(
     ledger: Ledger,
     identity: StudyIdentity,
     study: str,
-    proposal: Proposal,
+    trial: PendingTrial,
     answer: Evaluation,
     race: Race,
-    seen: Mapping[str, Score],
+    scores: Mapping[str, Score],
 ) -> TrialRecord:
     """The record of a trial that lost its race: control-variate estimates in the place of means."""
-    by_key = {key: seen[name] for name, key in identity.corpora[SEARCH].items()}
+    by_key = {key: scores[name] for name, key in identity.corpora[SEARCH].items()}
     estimate = race.estimate(by_key)
-    base, over = base_scores(ledger, identity), 0.0
+    base, excess = base_scores(ledger, identity), 0.0
     for name, allowance in identity.protect.items():
         key = identity.corpora[SEARCH][name]
-        over += max(0.0, race.nll(key, by_key[key]) - base[name].nll - allowance)
+        excess += max(0.0, race.nll(key, by_key[key]) - base[name].nll - allowance)
     return TrialRecord(
         study=study,
-        number=proposal.number,
-        coefficients=proposal.coefficients,
+        number=trial.number,
+        coefficients=trial.coefficients,
         objective=race.goal + estimate.difference,
-        scores=seen,
+        scores=scores,
         evaluation=answer,
-        propose_seconds=proposal.seconds,
-        violation=over,
+        propose_seconds=trial.propose_seconds,
+        violation=excess,
         forwards=sum(len(score.nats_W) for score in by_key.values()) / (len(by_key) * identity.windows(SEARCH)),
-        error=max(estimate.error, 1e-12),
+        error=max(estimate.error, LEAST_ERROR),
     )
 
 
@@ -196,7 +234,7 @@ def slope(
 ) -> dict[str, float]:
     """d penalized / d w_i in nats per token by distribution, from gradients by corpus.
 
-    sum over corpora of  (share + PENALTY [what is protected is violated])  d NLL / d w_i .
+    sum over corpora of  (share + PENALTY [a protected corpus beyond its allowance])  d NLL / d w_i .
     """
     shares = objectives(ledger, identity)[SEARCH].shares(scores)
     base = base_scores(ledger, identity) if identity.protect else {}
@@ -205,61 +243,81 @@ def slope(
             shares[name] = shares.get(name, 0.0) + PENALTY
     corpora = identity.corpora[SEARCH]
     return {
-        expert: sum(share * gradients[corpora[name]][content] / scores[name].tokens for name, share in shares.items())
-        for expert, content in identity.fine_tunes.items()
+        fine_tune: sum(
+            share * gradients[corpora[name]][content] / scores[name].tokens for name, share in shares.items()
+        )
+        for fine_tune, content in identity.fine_tunes.items()
     }
 
 
-def attributes(record: TrialRecord) -> dict[str, Any]:
-    """What Optuna keeps of a trial beside its objective: perplexities for people, else for `recorded` and samplers."""
-    costs = {name: getattr(record.evaluation, name) for name in MEASURED}
-    costs |= {"forwards": record.forwards, "propose_seconds": record.propose_seconds}
+def attributes(record: TrialRecord) -> TrialAttributes:
+    """What Optuna keeps of a trial beside its objective."""
+    evaluation = record.evaluation
+    costs = TrialAttributes(
+        forward_tokens=evaluation.forward_tokens,
+        scored_tokens=evaluation.scored_tokens,
+        merge_seconds=evaluation.merge_seconds,
+        score_seconds=evaluation.score_seconds,
+        wait_seconds=evaluation.wait_seconds,
+        batch_tokens=evaluation.batch_tokens,
+        forwards=record.forwards,
+        propose_seconds=record.propose_seconds,
+    )
     if record.reason:
-        return costs | {"reason": record.reason}
-    told: dict[str, Any] = {"perplexity": {name: score.perplexity for name, score in record.scores.items()}}
-    if record.violation:
-        told["violation"] = record.violation
-    if record.gradient:
-        told["gradient"] = dict(record.gradient)
-    if record.is_partial:
-        seen = {name: len(score.nats_W) for name, score in record.scores.items()}
-        told |= {"partial": True, "objective": record.objective, "error": record.error, "windows": seen}
-    return costs | told
+        return replace(costs, reason=record.reason)
+    measured = replace(
+        costs,
+        perplexity={name: score.perplexity for name, score in record.scores.items()},
+        violation=record.violation,
+        gradient=record.gradient,
+    )
+    if not record.is_partial:
+        return measured
+    windows = {name: len(score.nats_W) for name, score in record.scores.items()}
+    return replace(measured, error=record.error, objective=record.objective, windows=windows)
 
 
 def recorded(ledger: Ledger, identity: StudyIdentity, study: str, trial: Trial) -> TrialRecord:
     """The record of a finished trial, from Optuna and the ledger."""
-    told = trial.attributes
-    evaluation = Evaluation(scores={}, **{name: told[name] for name in MEASURED if name in told})
-    proposal = Proposal(trial.number, trial.coefficients, told.get("propose_seconds", 0.0))
+    stored = trial.attributes
+    evaluation = Evaluation(
+        scores={},
+        forward_tokens=stored.forward_tokens,
+        scored_tokens=stored.scored_tokens,
+        merge_seconds=stored.merge_seconds,
+        score_seconds=stored.score_seconds,
+        wait_seconds=stored.wait_seconds,
+        batch_tokens=stored.batch_tokens,
+    )
+    pending = PendingTrial(number=trial.number, coefficients=trial.coefficients, propose_seconds=stored.propose_seconds)
     if trial.objective is None:
-        return trial_record(ledger, identity, study, proposal, Failure(told["reason"]))
+        return trial_record(ledger, identity, study, pending, Failure(stored.reason))
     if not trial.error:
-        record = trial_record(ledger, identity, study, proposal, evaluation, gradient=bool(trial.gradient))
+        record = trial_record(ledger, identity, study, pending, evaluation, gradient=bool(trial.gradient))
         return replace(record, forwards=trial.forwards)
-    seen = recall(ledger, identity, identity.composite(trial.coefficients), SEARCH, whole=False)
+    scores = recall(ledger, identity, identity.composite(trial.coefficients), SEARCH, whole=False)
     return TrialRecord(
         study=study,
         number=trial.number,
         coefficients=trial.coefficients,
-        objective=told["objective"],
-        scores={name: first_windows(seen[name], windows) for name, windows in told["windows"].items()},
+        objective=stored.objective,
+        scores={name: first_windows(scores[name], windows) for name, windows in stored.windows.items()},
         evaluation=evaluation,
-        propose_seconds=proposal.seconds,
-        violation=told.get("violation", 0.0),
+        propose_seconds=stored.propose_seconds,
+        violation=stored.violation,
         forwards=trial.forwards,
         error=trial.error,
     )
 
 
 def missing(ledger: Ledger, identity: StudyIdentity, search: Search) -> dict[int, Callable[[], TrialRecord]]:
-    """What a tracker may lack of a search, by number: the trials that are told, but for those of other drivers."""
+    """Records that a tracker may lack, made on demand, by number: finished trials without those of other drivers."""
     others = search.of_others()
-    told = [trial for trial in search.trials() if trial.state != "running" and trial.number not in others]
-    return {trial.number: partial(recorded, ledger, identity, search.name, trial) for trial in told}
+    trials = [trial for trial in search.trials() if trial.state != "running" and trial.number not in others]
+    return {trial.number: partial(recorded, ledger, identity, search.name, trial) for trial in trials}
 
 
 def finished(ledger: Ledger, identity: StudyIdentity, search: Search) -> list[TrialRecord]:
-    """Records of the trials that are told, in the order of their numbers."""
-    told = (trial for trial in search.trials() if trial.state != "running")
-    return [recorded(ledger, identity, search.name, trial) for trial in told]
+    """Records of a search's finished trials, in the order of their numbers."""
+    trials = (trial for trial in search.trials() if trial.state != "running")
+    return [recorded(ledger, identity, search.name, trial) for trial in trials]

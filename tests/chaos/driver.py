@@ -24,7 +24,7 @@ from dem_opt.search.optuna_study import Search
 from dem_opt.storage.ledger import Ledger
 
 BOUNDARIES: dict[str, tuple[Any, str]] = {
-    "mid-ask": (optuna.storages._CachedStorage, "set_trial_param"),
+    "asked": (optuna.storages.RDBStorage, "create_new_trial"),
     "scored": (RayPool, "next_done"),
     "ledger written": (Ledger, "record"),
     "told": (Search, "tell"),

@@ -102,7 +102,7 @@ class Listener(BaseSampler):
 
 def history(points: Sequence[Coefficients], state: State = "complete", begin: int = 0) -> list[Trial]:
     value = {"complete": float, "running": lambda _: None, "failed": lambda _: None}[state]
-    return [Trial(begin + i, point, state, value(i)) for i, point in enumerate(points)]
+    return [Trial(begin + i, point, state, objective=value(i)) for i, point in enumerate(points)]
 
 
 def shown(trials: list[Trial], most: int = 1000, point: float = 0.5) -> tuple[list[list[FrozenTrial]], Coefficients]:
@@ -151,10 +151,10 @@ def test_tpe_gets_better_and_depends_on_its_seed() -> None:
     def play(seed: int) -> list[float]:
         trials: list[Trial] = []
         for number in range(30):
-            choice = sampler.propose(trials, [], np.random.default_rng([seed, number]))
-            value = float(((SIMPLEX.point(choice.coefficients) - goal) ** 2).sum())
-            assert choice.is_known == (number < 4) and choice.expected is None
-            trials.append(Trial(number, choice.coefficients, "complete", value))
+            proposal = sampler.propose(trials, [], np.random.default_rng([seed, number]))
+            value = float(((SIMPLEX.point(proposal.coefficients) - goal) ** 2).sum())
+            assert proposal.expected_improvement is None
+            trials.append(Trial(number, proposal.coefficients, "complete", objective=value))
         return [trial.objective for trial in trials if trial.objective is not None]
 
     values = play(0)

@@ -8,8 +8,8 @@ from scipy.integrate import quad
 from scipy.special import ndtr
 
 from dem_opt.search.samplers import gp
+from dem_opt.search.samplers.covariance import Kernel, interpolate
 from dem_opt.search.samplers.history import Trial
-from dem_opt.search.samplers.kernel import Kernel, interpolate
 from dem_opt.search.samplers.simplex_gp import SimplexGP, log_expected_improvement, log_h, maximize
 from dem_opt.simplex import Space, project
 
@@ -44,7 +44,7 @@ INSIDE = np.random.default_rng(1).dirichlet(np.ones(4), 6)
 def test_the_posterior_is_the_dense_formula(steep: int) -> None:
     """A derivative is a difference of two values over 2h, so a row is a sum of values at atoms:  C = A k(atoms) A'."""
     process, h = process_of(steep=steep), 1e-3
-    kernel, seen = process.kernel, process.seen
+    kernel, seen = process.kernel, process.observations
     atoms = [*seen.points_NF]
     rows = [*np.eye(len(atoms))]
     for point in seen.points_NF[:steep]:
@@ -70,7 +70,7 @@ def test_the_posterior_is_the_dense_formula(steep: int) -> None:
 
 
 def test_the_kernel_s_derivatives_agree_with_differences() -> None:
-    kernel, at = Kernel(np.array([3.0, 1.0, 0.3, 2.0]), bell=0.7, bowl=0.4), observe().points_NF[:3]
+    kernel, at = Kernel(precision_F=np.array([3.0, 1.0, 0.3, 2.0]), bell=0.7, bowl=0.4), observe().points_NF[:3]
     slope = np.moveaxis(differences(lambda y: kernel.value(INSIDE, y).T, at), 0, 1)
     assert kernel.slope(INSIDE, at) == pytest.approx(slope, abs=1e-7)
     curve = np.moveaxis(differences(lambda x: kernel.slope(x, at), INSIDE), -1, -2)
@@ -121,9 +121,9 @@ def test_a_noisy_value_is_believed_as_far_as_its_noise_allows() -> None:
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_values_without_noise_are_interpolated(size: int) -> None:
     process = process_of(size, observations=20)
-    posterior = process.posterior(process.seen.points_NF)
-    assert posterior.mean_M == pytest.approx(process.seen.values_N, abs=1e-3 * process.seen.scale)
-    assert posterior.variance_M.max() < 1e-3 * process.seen.scale**2
+    posterior = process.posterior(process.observations.points_NF)
+    assert posterior.mean_M == pytest.approx(process.observations.values_N, abs=1e-3 * process.observations.scale)
+    assert posterior.variance_M.max() < 1e-3 * process.observations.scale**2
 
 
 def test_a_quadratic_is_known_from_few_values() -> None:
@@ -163,7 +163,7 @@ def test_the_posterior_s_gradients_agree_with_differences(steep: int) -> None:
 @pytest.mark.parametrize("margin", [0.5, 0.0, -3.0])
 def test_expected_improvement_s_gradient_agrees_with_differences(margin: float) -> None:
     process = process_of()
-    best = float(process.mean(process.seen.points_NF).min()) + margin
+    best = float(process.mean(process.observations.points_NF).min()) + margin
     value, gradient = log_expected_improvement(process, best, INSIDE)
     expected = differences(lambda at: log_expected_improvement(process, best, at)[0], INSIDE)
     assert gradient == pytest.approx(expected, rel=1e-3, abs=1e-3 * np.abs(expected).max())
@@ -192,10 +192,10 @@ def test_log_h_has_no_seams_and_no_end(seam: float) -> None:
 def test_believed_points_change_no_mean_and_leave_no_doubt() -> None:
     process = process_of()
     believing = process.believing(INSIDE[:2])
-    assert believing.mean(INSIDE) == pytest.approx(process.mean(INSIDE), abs=1e-5 * process.seen.scale)
+    assert believing.mean(INSIDE) == pytest.approx(process.mean(INSIDE), abs=1e-5 * process.observations.scale)
     before, after = process.posterior(INSIDE).variance_M, believing.posterior(INSIDE).variance_M
     assert (after <= before * (1 + 1e-6) + 1e-12).all()
-    assert after[:2].max() < 1e-3 * process.seen.scale**2
+    assert after[:2].max() < 1e-3 * process.observations.scale**2
 
 
 def test_rows_are_projected_as_points_are() -> None:
@@ -246,7 +246,7 @@ def test_bayesian_optimization_finds_corners_and_faces_and_leaves_random_search_
     for number in range(25):
         rng = np.random.default_rng([0, number])
         proposal = SimplexGP(space).propose(trials, [], rng).coefficients
-        trials.append(Trial(number, proposal, "complete", loss(space.point(proposal))))
+        trials.append(Trial(number, proposal, "complete", objective=loss(space.point(proposal))))
     best = min(trials, key=lambda trial: trial.objective or np.inf)
     draws = np.random.default_rng(0).dirichlet(np.ones(4), (200, 25))
     by_chance = np.median([min(loss(x) for x in study) for study in draws]) - 2.0

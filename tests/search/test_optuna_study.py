@@ -12,6 +12,7 @@ from optuna.trial import TrialState
 
 from dem_opt import config
 from dem_opt.search.optuna_study import METRIC, Search
+from dem_opt.search.trial_attributes import TrialAttributes
 from dem_opt.simplex import Coefficients, Space
 
 ALGORITHMS = ["simplex-gp", "grid", "random"]
@@ -43,7 +44,7 @@ def loss(coefficients: Coefficients) -> float:
 
 def play(search: Search, objective: Callable[[Coefficients], float] = loss) -> Iterator[Coefficients]:
     while (proposal := search.ask()) is not None:
-        search.tell(proposal.number, objective(proposal.coefficients), {})
+        search.tell(proposal.number, objective(proposal.coefficients), TrialAttributes())
         yield proposal.coefficients
 
 
@@ -53,7 +54,7 @@ def storage_of(url: str, name: str) -> tuple[RDBStorage, int]:
 
 
 def die_while_asking(url: str, name: str) -> None:
-    """What a kill between the first and the second parameter of a proposal leaves."""
+    """Leave a trial as a kill between two parameters of a proposal left it in earlier releases."""
     storage, study_id = storage_of(url, name)
     trial_id = storage.create_new_trial(study_id)
     storage.set_trial_param(trial_id, "code", 0.25, FloatDistribution(0.0, 1.0))
@@ -65,7 +66,7 @@ def test_asks_what_is_planned_and_no_more(url: str, name: str, algorithm: str) -
     proposals = list(play(search))
     # C(2 + 3 - 1, 3 - 1) = 6 points of the lattice
     planned = 6 if algorithm == "grid" else TRIALS
-    assert len(proposals) == search.planned == search.told == planned
+    assert len(proposals) == search.planned == search.finished == planned
     assert search.ask() is None
     storage, study_id = storage_of(url, name)
     assert all(trial.state is TrialState.COMPLETE for trial in storage.get_all_trials(study_id))
@@ -76,13 +77,14 @@ def test_a_trial_keeps_exact_units_and_what_was_told(url: str, name: str, algori
     search = open_search(url, name, algorithm)
     for number in range(5):
         proposal = search.ask()
-        assert proposal is not None and proposal.number == number and proposal.seconds > 0
-        search.tell(number, 2.0 + number, {"perplexity": {"code": 7.5}, "tokens": 12})
+        assert proposal is not None and proposal.number == number and proposal.propose_seconds > 0
+        attributes = TrialAttributes(perplexity={"code": 7.5}, forward_tokens=12, forwards=0.5, gradient={"code": -0.5})
+        search.tell(number, 2.0 + number, attributes)
         (*_, trial) = open_search(url, name, algorithm).trials()
         assert trial.coefficients == proposal.coefficients
         assert sum(trial.coefficients.units.values()) == SPACE.total_units
         assert (trial.state, trial.objective) == ("complete", 2.0 + number)
-        assert trial.attributes == {"perplexity": {"code": 7.5}, "tokens": 12}
+        assert trial.attributes == attributes
 
 
 @pytest.mark.parametrize("total", [0.5, 2 / 3, 1.0, 1.7])
@@ -128,7 +130,7 @@ def test_what_died_while_asking_is_failed_and_not_counted(url: str, name: str) -
     adopted = [resumed.ask(), resumed.ask()]
     assert [proposal and proposal.number for proposal in adopted] == [0, 2]
     assert [proposal and proposal.coefficients for proposal in adopted] == SPACE.vertices()[:2]
-    assert [trial.number for trial in search.trials()] == [0, 2] and search.told == 0
+    assert [trial.number for trial in search.trials()] == [0, 2] and search.finished == 0
     storage, study_id = storage_of(url, name)
     broken = storage.get_all_trials(study_id)[1]
     assert broken.state is TrialState.FAIL and "interrupted" in broken.user_attrs["dem_opt"]["reason"]
@@ -137,19 +139,19 @@ def test_what_died_while_asking_is_failed_and_not_counted(url: str, name: str) -
 def test_failure_is_told_with_its_reason(url: str, name: str) -> None:
     search = open_search(url, name)
     search.ask()
-    search.tell(0, None, {"reason": "lost"})
+    search.tell(0, None, TrialAttributes(reason="lost"))
     (failed,) = search.trials()
-    assert (failed.state, failed.objective, failed.attributes) == ("failed", None, {"reason": "lost"})
+    assert (failed.state, failed.objective, failed.attributes.reason) == ("failed", None, "lost")
 
 
 def test_a_finished_trial_stays_as_it_is(url: str, name: str) -> None:
     search = open_search(url, name)
     search.ask()
-    search.tell(0, 1.0, {"tokens": 1})
-    search.tell(0, None, {"reason": "told twice"})
-    search.tell(0, 5.0, {"tokens": 2})
+    search.tell(0, 1.0, TrialAttributes(forward_tokens=1))
+    search.tell(0, None, TrialAttributes(reason="told twice"))
+    search.tell(0, 5.0, TrialAttributes(forward_tokens=2))
     (trial,) = search.trials()
-    assert (trial.state, trial.objective, trial.attributes) == ("complete", 1.0, {"tokens": 1})
+    assert (trial.state, trial.objective, trial.attributes.forward_tokens) == ("complete", 1.0, 1)
 
 
 @pytest.mark.parametrize("objective", [float("nan"), float("inf")])
@@ -157,7 +159,7 @@ def test_an_objective_is_finite(url: str, name: str, objective: float) -> None:
     search = open_search(url, name)
     search.ask()
     with pytest.raises(ValueError, match="objective of trial 0"):
-        search.tell(0, objective, {})
+        search.tell(0, objective, TrialAttributes())
     assert search.trials()[0].state == "running"
 
 

@@ -11,8 +11,9 @@ from scipy.optimize import linprog
 from dem_opt.search.samplers.cmaes import CMAES
 from dem_opt.search.samplers.history import Trial
 from dem_opt.search.samplers.optuna_sampler import OptunaSampler, tpe
-from dem_opt.search.samplers.sampler import Choice, Proposer
+from dem_opt.search.samplers.proposer import Proposal, Proposer
 from dem_opt.search.samplers.slsqp import SLSQP
+from dem_opt.search.trial_attributes import TrialAttributes
 from dem_opt.simplex import Coefficients, Space
 
 Array = NDArray[np.float64]
@@ -28,10 +29,10 @@ SPACES = [
 def told(space: Space, number: int, point: Coefficients, loss: Loss) -> Trial:
     value, slope = loss(space.point(point))
     gradient = dict(zip(space.names, slope.tolist(), strict=True))
-    return Trial(number, point, "complete", value, {"gradient": gradient})
+    return Trial(number, point, "complete", objective=value, attributes=TrialAttributes(gradient=gradient))
 
 
-def propose(proposer: Proposer, trials: Sequence[Trial], seed: int = 0, begin: Sequence[Coefficients] = ()) -> Choice:
+def propose(proposer: Proposer, trials: Sequence[Trial], seed: int = 0, begin: Sequence[Coefficients] = ()) -> Proposal:
     return proposer.propose(trials, begin, np.random.default_rng([seed, len(trials)]))
 
 
@@ -193,17 +194,18 @@ def test_what_failed_is_stepped_back_from_and_no_start() -> None:
     assert propose(SLSQP(SIMPLEX, 0), [Trial(0, SIMPLEX.centroid(), "failed")]).coefficients == SIMPLEX.vertices()[0]
 
 
-@pytest.mark.parametrize("attributes", [{}, {"gradient": {"a": 1.0}}], ids=["none", "part"])
-def test_trials_without_gradients_are_passed_over(attributes: Mapping[str, Mapping[str, float]]) -> None:
+@pytest.mark.parametrize("gradient", [{}, {"a": 1.0}], ids=["none", "part"])
+def test_trials_without_gradients_are_passed_over(gradient: Mapping[str, float]) -> None:
     points = [SIMPLEX.centroid(), *SIMPLEX.vertices()[:2]]
-    trials = [Trial(i, point, "complete", 1.0, attributes) for i, point in enumerate(points)]
+    attributes = TrialAttributes(gradient=gradient)
+    trials = [Trial(i, point, "complete", objective=1.0, attributes=attributes) for i, point in enumerate(points)]
     assert propose(SLSQP(SIMPLEX, 0), trials).coefficients == SIMPLEX.vertices()[2]
 
 
 def test_beside_a_running_trial_a_point_is_drawn() -> None:
     trials = [Trial(0, SIMPLEX.centroid(), "running")]
     drawn = [propose(SLSQP(SIMPLEX, 0), trials, seed) for seed in (1, 2)]
-    assert drawn[0] != drawn[1] and all(choice.expected is None for choice in drawn)
+    assert drawn[0] != drawn[1] and all(proposal.expected_improvement is None for proposal in drawn)
 
 
 def test_after_the_last_start_points_are_drawn() -> None:
@@ -218,7 +220,8 @@ def test_after_the_last_start_points_are_drawn() -> None:
 def test_the_expected_improvement_is_half_the_slope_along_the_step() -> None:
     loss = quadratic(np.array([0.4, 0.3, 0.2, 0.1]), 0.0)
     trials = [told(SIMPLEX, 0, SIMPLEX.centroid(), loss)]
-    choice = propose(SLSQP(SIMPLEX, 0), trials)
-    step = SIMPLEX.point(choice.coefficients) - 0.25
-    assert choice.expected == pytest.approx(-0.5 * loss(np.full(4, 0.25))[1] @ step) and choice.expected > 0
-    assert propose(SLSQP(SIMPLEX, 0), []).expected is None
+    proposal = propose(SLSQP(SIMPLEX, 0), trials)
+    step = SIMPLEX.point(proposal.coefficients) - 0.25
+    half_slope = -0.5 * loss(np.full(4, 0.25))[1] @ step
+    assert half_slope > 0 and proposal.expected_improvement == pytest.approx(half_slope)
+    assert propose(SLSQP(SIMPLEX, 0), []).expected_improvement is None

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from dem_opt.config import SearchSection
-from dem_opt.search.samplers import make_sampler
-from dem_opt.search.samplers.history import ATTRIBUTES, History, Trial, distributions, from_parameters, parameters
+from dem_opt.search.samplers import SimplexSampler, make_proposer, propose
+from dem_opt.search.samplers.history import HistoryReader, Trial, distributions, from_parameters, parameters
 from dem_opt.search.samplers.simplex_gp import OBSERVATIONS, SimplexGP
+from dem_opt.search.trial_attributes import MEASUREMENTS
 from dem_opt.simplex import Coefficients, Space
 
 ALGORITHMS = ["simplex-gp", "grid", "random", "tpe", "cmaes", "gradient"]
@@ -41,9 +41,23 @@ def quiet() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
+def sampler_of(algorithm: str, space: Space, seed: int = 0, divisions: int = 4) -> SimplexSampler:
+    return SimplexSampler(
+        space.names,
+        algorithm=algorithm,
+        total=space.total if space.least is None else (space.least, space.total),
+        bounds={name: (lower, upper) for name, lower, upper in space.bounds},
+        seed=seed,
+        divisions=divisions,
+    )
+
+
 def study_of(algorithm: str, space: Space, seed: int = 0) -> optuna.Study:
-    settings = SearchSection.model_validate({"algorithm": algorithm, "seed": seed, "divisions": 4})
-    return optuna.create_study(sampler=make_sampler(settings, space))
+    return optuna.create_study(sampler=sampler_of(algorithm, space, seed))
+
+
+def points_of(study: optuna.Study, space: Space) -> set[Coefficients]:
+    return {trial.coefficients for trial in HistoryReader(space).read(study).trials}
 
 
 def ask(study: optuna.Study, space: Space) -> tuple[optuna.Trial, Coefficients]:
@@ -64,7 +78,7 @@ def bowl(space: Space, coefficients: Coefficients) -> float:
 
 
 def slopes(space: Space, coefficients: Coefficients) -> dict[str, dict[str, float]]:
-    """The bowl's gradient, as it is told."""
+    """The bowl's gradient, as a user attribute."""
     slope = 2 * from_the_edge(space, coefficients) / space.total
     return {"gradient": dict(zip(space.names, slope.tolist(), strict=True))}
 
@@ -73,19 +87,21 @@ def play(study: optuna.Study, space: Space, trials: int) -> list[Coefficients]:
     asked = []
     for _ in range(trials):
         trial, coefficients = ask(study, space)
-        trial.set_user_attr(ATTRIBUTES, slopes(space, coefficients))
+        trial.set_user_attr(MEASUREMENTS, slopes(space, coefficients))
         study.tell(trial, bowl(space, coefficients), state=TrialState.COMPLETE)
         asked.append(coefficients)
     return asked
 
 
-def frozen(space: Space, point: Coefficients, state: TrialState, told: dict[str, float] | None = None) -> FrozenTrial:
+def frozen(
+    space: Space, point: Coefficients, state: TrialState, measured: dict[str, float] | None = None
+) -> FrozenTrial:
     return create_trial(
         state=state,
         value=bowl(space, point) if state is TrialState.COMPLETE else None,
         params=parameters(point),
         distributions=distributions(space),
-        user_attrs={ATTRIBUTES: slopes(space, point) if told is None else told},
+        user_attrs={MEASUREMENTS: slopes(space, point) if measured is None else measured},
     )
 
 
@@ -132,7 +148,7 @@ def test_running_trials_are_not_proposed_again(algorithm: str, space: Space) -> 
     several = 2 if algorithm == "grid" else len(space.landmarks()) + 2
     asked = [ask(study, space)[1] for _ in range(several)]
     assert all(space.contains(coefficients) for coefficients in asked)
-    assert len({trial.coefficients for trial in History(space)(study)}) == 3 + several
+    assert len(points_of(study, space)) == 3 + several
 
 
 @pytest.mark.parametrize("size", [3, 8])
@@ -141,7 +157,8 @@ def test_trials_that_run_together_keep_their_distance(size: int) -> None:
     centre = np.linspace(0.2, 1, size) / np.linspace(0.2, 1, size).sum()
     points = [(point, space.point(point)) for point in space.landmarks()]
     trials = [
-        Trial(i, p, "complete", ((x - centre) ** 2).sum() + 0.3 * np.sin(5 * x[0])) for i, (p, x) in enumerate(points)
+        Trial(i, p, "complete", objective=((x - centre) ** 2).sum() + 0.3 * np.sin(5 * x[0]))
+        for i, (p, x) in enumerate(points)
     ]
     for number in range(size + 1, size + 6):
         proposal = SimplexGP(space).propose(trials, [], np.random.default_rng([0, number])).coefficients
@@ -158,7 +175,7 @@ def test_failed_and_stopped_trials_and_duplicates_do_no_harm(algorithm: str, spa
     stopped = [frozen(space, point, TrialState.COMPLETE, {"error": 0.01}) for point in space.landmarks()]
     study.add_trials([*stopped, *stopped])
     add(study, space, list(islice(space.lattice(4), 8)), TrialState.FAIL)
-    known = {trial.coefficients for trial in History(space)(study)}
+    known = points_of(study, space)
     for _ in range(3):
         trial, coefficients = ask(study, space)
         assert coefficients not in known and space.contains(coefficients)
@@ -175,7 +192,7 @@ def test_nothing_told_yet_still_gives_proposals(algorithm: str, state: TrialStat
         trial, _ = ask(study, space)
         if state is TrialState.FAIL:
             study.tell(trial, state=state)
-    assert len({trial.coefficients for trial in History(space)(study)}) == 20
+    assert len(points_of(study, space)) == 20
 
 
 @pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "grid"])
@@ -183,8 +200,7 @@ def test_equal_values_everywhere_give_proposals(algorithm: str) -> None:
     space = SPACES[4]
     study = study_of(algorithm, space)
     for point in space.lattice(8):
-        told = create_trial(value=1.5, params=parameters(point), distributions=distributions(space))
-        study.add_trial(told)
+        study.add_trial(create_trial(value=1.5, params=parameters(point), distributions=distributions(space)))
     asked = [ask(study, space)[1] for _ in range(3)]
     assert len({*space.lattice(8), *asked}) == space.lattice_size(8) + 3
 
@@ -205,7 +221,7 @@ def crowded() -> Iterator[InMemoryStorage]:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_ten_thousand_trials_told_are_no_obstacle(algorithm: str, crowded: InMemoryStorage) -> None:
-    sampler = make_sampler(SearchSection.model_validate({"algorithm": algorithm, "divisions": 50}), BOUNDED)
+    sampler = sampler_of(algorithm, BOUNDED, divisions=50)
     study = optuna.load_study(study_name="crowded", storage=crowded, sampler=sampler)
     assert OBSERVATIONS < 10_000
     assert BOUNDED.contains(ask(study, BOUNDED)[1])
@@ -232,9 +248,12 @@ def test_random_search_is_uniform() -> None:
 
 def test_the_start_comes_before_the_landmarks() -> None:
     space = Space(("a", "b"))
-    study = study_of("simplex-gp", space)
-    study.set_user_attr("start", [{"a": 3 * 10**8, "b": 7 * 10**8}])
-    assert play(study, space, 4) == [space.from_units([3 * 10**8, 7 * 10**8]), *space.landmarks()]
+    proposer, start = make_proposer("simplex-gp", space), [space.from_units([3 * 10**8, 7 * 10**8])]
+    trials: list[Trial] = []
+    for number in range(4):
+        point = propose(proposer, trials, start, 0).coefficients
+        trials.append(Trial(number, point, "complete", objective=bowl(space, point)))
+    assert [trial.coefficients for trial in trials] == [*start, *space.landmarks()]
 
 
 def test_only_coefficients_are_proposed() -> None:

@@ -15,7 +15,7 @@ from dem_opt.evaluation.racing import CLEAR, MARGIN
 from dem_opt.evaluation.worker import Worker
 from dem_opt.planning.inputs import load_inputs
 from dem_opt.search.runs import Runs
-from dem_opt.search.samplers.kernel import interpolate
+from dem_opt.search.samplers.covariance import interpolate
 from dem_opt.search.trials import base_scores, recall
 from dem_opt.simplex import Coefficients
 from dem_opt.storage.engine import connect

@@ -1,34 +1,11 @@
-"""Samplers on the simplex: Optuna samplers whose parameters are the coefficients themselves."""
+"""Search algorithms on the simplex.
 
-from dem_opt.config import SearchSection
-from dem_opt.search.samplers.cmaes import CMAES
-from dem_opt.search.samplers.grid import Grid
-from dem_opt.search.samplers.optuna_sampler import OptunaSampler, tpe
-from dem_opt.search.samplers.sampler import Proposer, SimplexSampler
-from dem_opt.search.samplers.simplex_gp import SimplexGP
-from dem_opt.search.samplers.slsqp import SLSQP
-from dem_opt.search.samplers.uniform import Uniform
-from dem_opt.simplex import Space
+`SimplexSampler` is a sampler for any Optuna study.  `Proposer` is the interface below it, which a dem_opt study uses
+directly: a pure function of the trials and of a random generator, with one module for each algorithm.
+"""
 
-__all__ = ["SimplexSampler", "make_sampler"]
+from dem_opt.search.samplers.algorithms import make_proposer
+from dem_opt.search.samplers.proposer import Proposal, Proposer, propose
+from dem_opt.search.samplers.simplex_sampler import SimplexSampler
 
-
-def make_sampler(search: SearchSection, space: Space) -> SimplexSampler:
-    """The sampler that a study file's `search` section asks for."""
-    return SimplexSampler(space, _proposer(search, space), search.seed)
-
-
-def _proposer(search: SearchSection, space: Space) -> Proposer:
-    match search.algorithm:
-        case "simplex-gp":
-            return SimplexGP(space, search.trials, search.forwards)
-        case "grid":
-            return Grid(space, search.divisions)
-        case "random":
-            return Uniform(space)
-        case "tpe":
-            return OptunaSampler(space, tpe)
-        case "cmaes":
-            return CMAES(space)
-        case "gradient":
-            return SLSQP(space, search.seed)
+__all__ = ["Proposal", "Proposer", "SimplexSampler", "make_proposer", "propose"]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dem_opt.search.samplers.history import Trial
-from dem_opt.search.samplers.sampler import Choice, first_new
+from dem_opt.search.samplers.proposer import Proposal, first_new
 from dem_opt.simplex import Coefficients, Space
 
 
@@ -15,8 +15,8 @@ class Grid:
     def __init__(self, space: Space, divisions: int) -> None:
         self._lattice = tuple(space.lattice(divisions))
 
-    def propose(self, trials: Sequence[Trial], begin: Sequence[Coefficients], rng: np.random.Generator) -> Choice:
-        """The first lattice point that no trial has.  Raises ValueError where there is none left."""
-        if (choice := first_new(self._lattice, trials)) is not None:
-            return choice
+    def propose(self, trials: Sequence[Trial], start: Sequence[Coefficients], rng: np.random.Generator) -> Proposal:
+        """The first lattice point that no trial has.  Raises ValueError where none is left."""
+        if (proposal := first_new(self._lattice, trials)) is not None:
+            return proposal
         raise ValueError(f"all {len(self._lattice)} points of the lattice have been proposed")

@@ -1,37 +1,30 @@
-"""A study's trials as points of the simplex: what every sampler starts from."""
+"""A study's trials as points of the simplex: the input of every proposer."""
 
-from bisect import bisect_left
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import cached_property
 from heapq import nsmallest
 from itertools import islice
-from math import inf
-from operator import attrgetter
+from math import inf, isfinite
 from typing import Any, Literal
 
+import numpy as np
 from optuna import Study
 from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from dem_opt.simplex import UNIT, Coefficients, Space
-
-ATTRIBUTES = "dem_opt"
-"""The user attribute of a trial under which everything that was told beside the objective stands."""
-
-EXPECTED = "expected_improvement"
-"""The user attribute of a trial that says what was expected of it, in nats per token."""
-
-DRIVER = "driver"
-"""The user attribute of a trial that names the driver which has it in hand, where a study may have several."""
-
-START = "start"
-"""The user attribute of a study that lists the points to propose first, as units by name."""
+from dem_opt.search.trial_attributes import DRIVER, EXPECTED_IMPROVEMENT, MEASUREMENTS, TrialAttributes
+from dem_opt.simplex import TOLERANCE, UNIT, Coefficients, Space
 
 State = Literal["running", "complete", "failed"]
 _STATES: dict[TrialState, State] = {
     TrialState.RUNNING: "running",
     TrialState.COMPLETE: "complete",
     TrialState.FAIL: "failed",
+    # A pruner judged the trial bad before its end: like a failed one it counts as the worst value.
+    TrialState.PRUNED: "failed",
 }
 
 
@@ -39,136 +32,162 @@ _STATES: dict[TrialState, State] = {
 class Trial:
     """A trial that has all its coefficients.
 
-    objective   in nats per token; a number if and only if the state is "complete"
-    attributes  what was told beside it
-    expected    improvement that was expected of it when it was proposed, in nats per token
-    driver      who has it in hand, or had; "" where a study has one driver at a time
+    Attributes:
+        number: Optuna's number of the trial.
+        coefficients: Its point.
+        state: Running, complete or failed.
+        objective: Value to minimize, in nats per token; a number if and only if the state is "complete".
+        attributes: Measurements beside the objective.
+        expected_improvement: Improvement that its proposer expected, in nats per token; None without an opinion.
+        driver: Token of the driver that has or had it in hand; "" where a study has one driver at a time.
     """
 
     number: int
     coefficients: Coefficients
     state: State
+    _: KW_ONLY
     objective: float | None = None
-    attributes: Mapping[str, Any] = field(default_factory=dict)
-    expected: float | None = None
+    attributes: TrialAttributes = field(default_factory=TrialAttributes)
+    expected_improvement: float | None = None
     driver: str = ""
 
     @property
     def forwards(self) -> float:
-        """Forward-equivalents that the trial stands for."""
-        return float(self.attributes.get("forwards", 1.0))
+        """Forward-equivalents that the trial is charged with."""
+        return self.attributes.forwards
 
     @property
     def error(self) -> float:
-        """Standard error of the objective in nats per token: above 0 where the trial was stopped, an estimate."""
-        return float(self.attributes["error"]) if "error" in self.attributes else 0.0
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it was told of all windows."""
-        return self.objective is not None and not self.error
+        """Standard error of the objective in nats per token: above 0 where the trial was stopped early."""
+        return self.attributes.error
 
     @property
     def gradient(self) -> Mapping[str, float]:
         """d objective / d w_i by distribution, in nats per token; empty where it was not measured."""
-        return dict(self.attributes.get("gradient", {}))
+        return self.attributes.gradient
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its objective was measured on all windows."""
+        return self.objective is not None and not self.error
 
 
-@dataclass
+@dataclass(frozen=True)
 class History:
-    """A study's trials that have all their coefficients.
+    """A study's trials at one moment.
 
-    Others (the driver died while proposing) are passed over, so that nothing depends on them.  Finished trials never
-    change, and are read once: a call costs what Optuna's does, and a little for each trial since the oldest that runs.
-
-    running  the trials that were running at the last call
-    unborn   numbers of those that run and have not all coefficients
+    Attributes:
+        trials: Those that have all their coefficients, in the order of their numbers.
+        incomplete: Numbers of running trials that lack coefficients: their driver died, or is asking now.
     """
 
-    space: Space
-    running: list[Trial] = field(default_factory=list)
-    unborn: list[int] = field(default_factory=list)
-    _recent: list[Trial] = field(default_factory=list)
-    _settled: list[Trial] = field(default_factory=list)
-    _whole: list[Trial] = field(default_factory=list)
-    _seen: int = 0
-    _stopped: dict[Coefficients, list[Trial]] = field(default_factory=dict)
+    trials: Sequence[Trial] = ()
+    incomplete: Sequence[int] = ()
 
-    def __call__(self, study: Study) -> list[Trial]:
-        """The trials in the order of their numbers."""
-        frozen = study.get_trials(deepcopy=False)
-        while self._seen < len(frozen) and frozen[self._seen].state.is_finished():
-            self._settle(frozen[self._seen])
-        recent = [(one, self._read(one)) for one in frozen[self._seen :]]
-        self.unborn = [one.number for one, trial in recent if trial is None and one.state == TrialState.RUNNING]
-        self._recent = [trial for _, trial in recent if trial is not None]
-        self.running = [trial for trial in self._recent if trial.state == "running"]
-        return self._settled + self._recent
+    @cached_property
+    def running(self) -> list[Trial]:
+        """The trials that are being evaluated."""
+        return [trial for trial in self.trials if trial.state == "running"]
 
     def whole(self, before: int) -> list[Trial]:
-        """The trials below a number that had been told of all windows at the last call, in their order."""
-        settled = self._whole[: bisect_left(self._whole, before, key=attrgetter("number"))]
-        return settled + [trial for trial in self._recent if trial.number < before and trial.is_whole]
+        """The trials below a number that were measured on all windows."""
+        return [trial for trial in self.trials if trial.number < before and trial.is_whole]
 
     def stopped(self, coefficients: Coefficients, before: int) -> list[Trial]:
-        """The trials below a number that were stopped at these coefficients."""
-        recent = (trial for trial in self._recent if trial.error and trial.coefficients == coefficients)
-        return [trial for trial in (*self._stopped.get(coefficients, ()), *recent) if trial.number < before]
-
-    def _settle(self, frozen: FrozenTrial) -> None:
-        """Read a finished trial, before which all are finished, once and for all."""
-        self._seen += 1
-        if trial := self._read(frozen):
-            self._settled.append(trial)
-            if trial.is_whole:
-                self._whole.append(trial)
-            elif trial.error:
-                self._stopped.setdefault(trial.coefficients, []).append(trial)
-
-    def _read(self, frozen: FrozenTrial) -> Trial | None:
-        if frozen.state not in _STATES or not _is_whole(frozen, self.space):
-            return None
-        return _trial(frozen, self.space)
+        """The trials below a number that were stopped early at these coefficients."""
+        return [
+            trial
+            for trial in self.trials
+            if trial.number < before and trial.error and trial.coefficients == coefficients
+        ]
 
 
-def _is_whole(trial: FrozenTrial, space: Space) -> bool:
-    """Whether a trial has all its coefficients."""
-    return trial.params.keys() >= set(space.names)
+class HistoryReader:
+    """Read the history of a study; each finished trial is parsed once."""
+
+    def __init__(self, space: Space) -> None:
+        self._space = space
+        # Optuna's storages hand out the same object for a finished trial, so identity says that it was parsed before.
+        # A number alone would not: one sampler may serve several studies.
+        self._parsed: dict[int, tuple[FrozenTrial, Trial | None]] = {}
+
+    def read(self, study: Study) -> History:
+        """The trials of a study as they are now, with objectives to minimize."""
+        sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
+        frozen = study.get_trials(deepcopy=False)
+        trials = [self._parse(trial, sign) for trial in frozen]
+        incomplete = [
+            stored.number
+            for stored, trial in zip(frozen, trials, strict=True)
+            if trial is None and stored.state == TrialState.RUNNING
+        ]
+        return History([trial for trial in trials if trial is not None], incomplete)
+
+    def _parse(self, frozen: FrozenTrial, sign: float) -> Trial | None:
+        if not frozen.state.is_finished():
+            return _trial(frozen, self._space, sign)
+        known, trial = self._parsed.get(frozen.number, (None, None))
+        if known is not frozen:
+            trial = _trial(frozen, self._space, sign)
+            self._parsed[frozen.number] = frozen, trial
+        return trial
 
 
-def thin(told: Sequence[Trial], most: int) -> list[Trial]:
+def _trial(frozen: FrozenTrial, space: Space, sign: float) -> Trial | None:
+    """A trial as a point of the space; None where it has not all coefficients, or lies outside."""
+    if frozen.state not in _STATES or not frozen.params.keys() >= set(space.names):
+        return None
+    try:
+        coefficients = from_parameters(frozen.params, space)
+    except ValueError as error:
+        warnings.warn(f"trial {frozen.number} is passed over: {error}", stacklevel=2)
+        return None
+    attributes = TrialAttributes.from_stored(frozen.user_attrs.get(MEASUREMENTS, {}))
+    if sign < 0:
+        attributes = replace(attributes, gradient={name: -slope for name, slope in attributes.gradient.items()})
+    state = _STATES[frozen.state]
+    value = frozen.value if state == "complete" else None
+    if value is not None and not isfinite(value):
+        # Optuna accepts an infinite value; no model of the objective does.
+        state, value = "failed", None
+    return Trial(
+        frozen.number,
+        coefficients,
+        state,
+        objective=None if value is None else sign * value,
+        attributes=attributes,
+        expected_improvement=frozen.user_attrs.get(EXPECTED_IMPROVEMENT),
+        driver=frozen.user_attrs.get(DRIVER, ""),
+    )
+
+
+def thin(trials: Sequence[Trial], most: int) -> list[Trial]:
     """At most so many of finished trials in the order of their numbers: the best half, and the latest of the others."""
-    if len(told) <= most:
-        return list(told)
-    best = {trial.number: trial for trial in nsmallest(most // 2, told, key=_rank)}
-    others = (trial for trial in reversed(told) if trial.number not in best)
+    if len(trials) <= most:
+        return list(trials)
+    best = {trial.number: trial for trial in nsmallest(most // 2, trials, key=_by_objective)}
+    others = (trial for trial in reversed(trials) if trial.number not in best)
     return sorted([*best.values(), *islice(others, most - len(best))], key=lambda trial: trial.number)
 
 
-def _rank(trial: Trial) -> tuple[float, int]:
+def _by_objective(trial: Trial) -> tuple[float, int]:
     return inf if trial.objective is None else trial.objective, trial.number
 
 
-def latest(trials: Sequence[Trial]) -> list[Trial]:
-    """Of the finished trials with the same coefficients the last, which completes the others, in their order."""
+def latest(trials: Iterable[Trial]) -> list[Trial]:
+    """The finished trials in their order, of those with the same coefficients the last, which completes the others."""
     last = {trial.coefficients: trial for trial in trials if trial.state != "running"}
     return sorted(last.values(), key=lambda trial: trial.number)
 
 
-def values_of(told: Sequence[Trial]) -> list[float]:
-    """Objectives of finished trials; a failed trial's is the worst of the others, so that searches stay away."""
-    worst = max(trial.objective for trial in told if trial.objective is not None)
-    return [worst if trial.objective is None else trial.objective for trial in told]
-
-
-def start(study: Study, space: Space) -> list[Coefficients]:
-    """The points that the study was told to begin with."""
-    listed = study.user_attrs.get(START, [])
-    return [space.from_units([units[name] for name in space.names]) for units in listed]
+def values_of(trials: Sequence[Trial]) -> list[float]:
+    """Objectives of finished trials; a failed trial counts as the worst of the others, so that searches stay away."""
+    worst = max(trial.objective for trial in trials if trial.objective is not None)
+    return [worst if trial.objective is None else trial.objective for trial in trials]
 
 
 def distributions(space: Space) -> dict[str, BaseDistribution]:
-    """Optuna's view of the space: a parameter for each coefficient.  It knows nothing of their sum."""
+    """Optuna's view of the space: one parameter for each coefficient, without their sum."""
     return {name: FloatDistribution(0.0, space.total_units / UNIT) for name in space.names}
 
 
@@ -178,13 +197,16 @@ def parameters(coefficients: Coefficients) -> dict[str, float]:
 
 
 def from_parameters(params: Mapping[str, Any], space: Space) -> Coefficients:
-    """The coefficients that parameters stand for, exactly."""
-    return space.from_units([round(params[name] * UNIT) for name in space.names])
+    """The coefficients of a trial's parameters: to the unit, or the nearest point for parameters written by hand.
 
-
-def _trial(trial: FrozenTrial, space: Space) -> Trial:
-    state = _STATES[trial.state]
-    objective = trial.value if state == "complete" else None
-    attributes = trial.user_attrs.get(ATTRIBUTES, {})
-    expected, driver = trial.user_attrs.get(EXPECTED), trial.user_attrs.get(DRIVER, "")
-    return Trial(trial.number, from_parameters(trial.params, space), state, objective, attributes, expected, driver)
+    Raises ValueError for parameters that are farther than 1e-6 from the space.
+    """
+    values = {name: float(params[name]) for name in space.names}
+    exact = Coefficients(tuple((name, round(value * UNIT)) for name, value in values.items()))
+    if space.contains(exact):
+        return exact
+    point_K = np.array(list(values.values()))
+    nearest = space.nearest(point_K)
+    if np.abs(space.point(nearest) - point_K).max() > TOLERANCE:
+        raise ValueError(f"its coefficients {values} do not lie in {space}")
+    return nearest

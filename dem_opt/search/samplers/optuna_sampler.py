@@ -12,13 +12,14 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from dem_opt.search.samplers import cube
 from dem_opt.search.samplers.history import Trial, thin, values_of
-from dem_opt.search.samplers.sampler import Choice, first_new, first_points
+from dem_opt.search.samplers.proposer import Proposal, first_new, first_points
 from dem_opt.simplex import Coefficients, Space
 
 MOST = 1000
-"""Most finished trials that a sampler is shown: beyond them, half the best and half the most recent."""
+"""Finished trials that a sampler is shown at most: half the best and half the most recent."""
 
 _ASKS = 10
+"""Asks after which a sampler that yields nothing new is given up for a uniform draw."""
 
 
 def tpe(seed: int) -> BaseSampler:
@@ -28,44 +29,45 @@ def tpe(seed: int) -> BaseSampler:
 
 @dataclass(frozen=True)
 class OptunaSampler:
-    """A sampler of Optuna's over `cube`'s coordinates, by its public calls only.
+    """A sampler of Optuna's over the coordinates of `cube`, by public calls only.
 
-    make  a fresh sampler from a seed: `tpe`, or for instance  lambda seed: GPSampler(seed=seed)
-    most  finished trials that it is shown; a Gaussian process stands fewer than TPE
+    Samplers draw from a state of their own, which a resumed study has lost.  So each proposal makes a sampler from a
+    seed that is drawn, and asks it in a study in memory with the history: running trials as running, so that a sampler
+    which avoids them does so, and failed ones as complete with the worst value shown, because TPE passes over failed
+    trials.  A proposal that is not new is left running there, and the sampler is asked again.
 
-    Samplers draw from a state of their own, which a resumed study has lost.  So for each proposal a sampler is made
-    from a seed that is drawn, and asked in a study in memory to which the history is added: running trials as running,
-    so that a sampler stays away from them if it ever does, and failed ones as complete with the worst value shown,
-    because TPE passes over what is told as failed.  A proposal that is not new is left running there, and it is asked
-    again.
+    The first proposals are the study's starting points, then the landmarks.
 
-    The first proposals are the points that the study begins with, then the landmarks.
+    Attributes:
+        space: The coefficients to choose from.
+        make: A fresh sampler from a seed: `tpe`, or for instance  lambda seed: GPSampler(seed=seed) .
+        most: Finished trials that the sampler is shown at most; a Gaussian process stands fewer than TPE.
     """
 
     space: Space
     make: Callable[[int], BaseSampler]
     most: int = MOST
 
-    def propose(self, trials: Sequence[Trial], begin: Sequence[Coefficients], rng: np.random.Generator) -> Choice:
+    def propose(self, trials: Sequence[Trial], start: Sequence[Coefficients], rng: np.random.Generator) -> Proposal:
         """The next point; a uniform draw where there is nothing to learn from, or nothing new comes."""
-        if (choice := first_new(first_points(self.space, begin), trials)) is not None:
-            return choice
+        if (proposal := first_new(first_points(self.space, start), trials)) is not None:
+            return proposal
         if self.space.is_point or all(trial.objective is None for trial in trials):
-            return Choice(self.space.sample(rng))
+            return Proposal(self.space.sample(rng))
         taken = {trial.coefficients for trial in trials}
         study, caps_F = self._study(trials, int(rng.integers(2**32))), self.space.caps_F
         for _ in range(_ASKS):
-            drawn = study.ask(self._axes()).params
-            point = self.space.at(cube.to_shares(np.array([drawn[name] for name in self._axes()]), caps_F))
+            params = study.ask(self._axes()).params
+            point = self.space.at(cube.to_shares(np.array([params[name] for name in self._axes()]), caps_F))
             if point not in taken:
-                return Choice(point)
-        return Choice(self.space.sample(rng))
+                return Proposal(point)
+        return Proposal(self.space.sample(rng))
 
     def _study(self, trials: Sequence[Trial], seed: int) -> optuna.Study:
         """The history over the cube, in a study of its own."""
         study = optuna.create_study(storage=InMemoryStorage(), sampler=self.make(seed))
-        told = thin([trial for trial in trials if trial.state != "running"], self.most)
-        values = {trial.number: value for trial, value in zip(told, values_of(told), strict=True)}
+        shown = thin([trial for trial in trials if trial.state != "running"], self.most)
+        values = {trial.number: value for trial, value in zip(shown, values_of(shown), strict=True)}
         for trial in trials:
             if trial.state == "running" or trial.number in values:
                 study.add_trial(self._frozen(trial, values.get(trial.number)))

@@ -1,4 +1,7 @@
-"""Bayesian optimization on the simplex: where a Gaussian process expects the greatest improvement."""
+"""Bayesian optimization on the simplex: the point where a Gaussian process expects the greatest improvement.
+
+Shape suffixes beside the project's: N trials, M points, F shares.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,149 +14,182 @@ from threadpoolctl import threadpool_limits
 
 from dem_opt.search.samplers import gp
 from dem_opt.search.samplers.history import Trial, latest, thin, values_of
-from dem_opt.search.samplers.sampler import Choice, first_new, first_points
+from dem_opt.search.samplers.proposer import Proposal, first_new, first_points
 from dem_opt.simplex import Coefficients, Space, project
 
 Array = NDArray[np.float64]
 
-ROWS = 300
-"""Most derivatives that the process is fitted to."""
+DERIVATIVES = 300
+"""Derivatives that the process is fitted to at most."""
 
 OBSERVATIONS = 200
-"""Most observations that the process is fitted to: beyond them, half the best and half the most recent."""
+"""Trials that the process is fitted to at most: half the best and half the most recent."""
 
 APART = 1e-6
-"""Points closer than this in every coefficient, as shares of the total, count as the same."""
+"""Points closer than this in every share count as the same."""
 
 RECENT = 8
-"""Of how many latest trials the mean is what a new one is expected to cost."""
+"""Number of recent trials averaged to estimate the cost of the next one."""
+
+_LEAST_COST = 1e-3
+"""Forward-equivalents below which a cost is not divided by: a trial may lack almost nothing."""
 
 _STARTS = 64
+"""Points from which the acquisition function is climbed."""
+
 _STEPS = 60
+"""Steps of each climb."""
 
 _LONGEST = 1e3
 """Longest step before projection: it reaches every corner, and loses few digits when it is projected."""
 
+_ARMIJO = 1e-4
+"""Part of the increase that the gradient promises which a step must keep."""
+
 
 @dataclass(frozen=True)
 class SimplexGP:
-    """Known composites first, then the greatest expected improvement over the shares for what it costs.
+    """Expected improvement (Mockus 1978; Jones, Schonlau and Welch 1998) over the shares, for its cost.
 
-    trials, forwards  the search's budgets: its last trial completes the best estimate
+    The first proposals are the study's starting points, the vertices and the centroid.  Then a Gaussian process is
+    fitted to the trials.  Running trials count as observed at their posterior mean ("kriging believer", Ginsbourger et
+    al. 2010), failed ones as the worst value.  The estimate of a stopped trial enters with its standard error, and
+    gradients as derivative observations.
 
-    The first proposals are the points that the study begins with, the vertices and the centroid.  Running
-    trials are believed to come out at the posterior mean; failed ones count as the worst value seen.  A stopped trial's
-    estimate has its standard error; gradients are derivative observations.  One thread is enough for matrices of this
-    size, competes with no worker, and gives the same bits however many there are.
+    A stopped trial is proposed again, to be completed, where its expected improvement on the best whole trial is
+    greater, for each forward-equivalent that it lacks, than that of a new trial for each that a new trial will take.
 
-    A stopped trial is proposed again, to be completed, where the improvement on the best whole trial that is expected
-    of it is greater, for each forward-equivalent that is missing, than that of a new trial for each that it will take.
+    Attributes:
+        space: The coefficients to choose from.
+        trials: Budget in trials, if any: the last trial completes the most promising stopped one.
+        forwards: Likewise in forward-equivalents.
     """
 
     space: Space
     trials: int | None = None
     forwards: float | None = None
 
-    def propose(self, trials: Sequence[Trial], begin: Sequence[Coefficients], rng: np.random.Generator) -> Choice:
+    def propose(self, trials: Sequence[Trial], start: Sequence[Coefficients], rng: np.random.Generator) -> Proposal:
         """The next point."""
-        if (known := first_new(first_points(self.space, begin), trials)) is not None:
-            return known
+        if (proposal := first_new(first_points(self.space, start), trials)) is not None:
+            return proposal
         if self.space.is_point or all(trial.objective is None for trial in trials):
-            return Choice(self.space.sample(rng))
+            return Proposal(self.space.sample(rng))
+        # One thread is enough for matrices of this size, takes no core from a worker, and gives the same bits on
+        # machines with other numbers of cores.
         with threadpool_limits(1, "blas"):
             process = self._process(trials)
             new = self._new(process, trials, rng)
             stopped = self._stopped(process, trials)
         if stopped is not None and (self._is_last(trials) or stopped.worth >= new.worth):
-            return Choice(stopped.coefficients, stopped.expected)
-        return Choice(new.coefficients, new.expected)
+            return Proposal(stopped.coefficients, stopped.improvement)
+        return Proposal(new.coefficients, new.improvement)
 
     def _process(self, trials: Sequence[Trial]) -> gp.GaussianProcess:
-        """What is believed of the loss, running trials included."""
+        """The process fitted to finished trials, with running ones at their posterior mean."""
         running = [trial for trial in trials if trial.state == "running"]
-        seen = self._observations(thin(latest(trials), OBSERVATIONS))
-        return gp.fit(seen).believing(self._shares(running))
+        observations = self._observations(thin(latest(trials), OBSERVATIONS))
+        return gp.fit(observations).believing(self._shares(running))
 
-    def _new(self, process: gp.GaussianProcess, trials: Sequence[Trial], rng: np.random.Generator) -> "_Promise":
+    def _new(self, process: gp.GaussianProcess, trials: Sequence[Trial], rng: np.random.Generator) -> "_Candidate":
         """The greatest expected improvement on the best posterior mean, apart from all trials; else a draw."""
-        seen, taken_NF = process.seen, self._shares(trials)
-        best = float(process.mean(seen.points_NF).min())
-        ranked_NF = seen.points_NF[np.argsort(seen.values_N, kind="stable")]
-        candidates_MF, expected_M = maximize(
+        observations, taken_NF = process.observations, self._shares(trials)
+        # The best posterior mean instead of the best value: with noise the lowest value is partly luck.
+        best = float(process.mean(observations.points_NF).min())
+        ranked_NF = observations.points_NF[np.argsort(observations.values_N, kind="stable")]
+        points_MF, improvement_M = maximize(
             lambda shares_MF: log_expected_improvement(process, best, shares_MF),
             project(_starts(ranked_NF, rng), self.space.caps_F),
             self.space.caps_F,
         )
-        for shares_F, expected in zip(candidates_MF, expected_M, strict=True):
+        cost = self._cost(trials)
+        for shares_F, improvement in zip(points_MF, improvement_M, strict=True):
             if np.abs(taken_NF - shares_F).max(axis=1, initial=0).min() > APART:
-                return _Promise(self.space.at(shares_F), float(expected), self._cost(trials))
-        return _Promise(self.space.sample(rng), float(expected_M[0]), self._cost(trials))
+                return _Candidate(self.space.at(shares_F), float(improvement), cost)
+        return _Candidate(self.space.sample(rng), float(improvement_M[0]), cost)
 
-    def _stopped(self, process: gp.GaussianProcess, trials: Sequence[Trial]) -> "_Promise | None":
-        """The stopped trial that is most worth to be completed; None where none may improve on the whole ones."""
+    def _stopped(self, process: gp.GaussianProcess, trials: Sequence[Trial]) -> "_Candidate | None":
+        """The stopped trial that is most worth completing; None where none may improve on the whole ones."""
         running = {trial.coefficients for trial in trials if trial.state == "running"}
-        told = [trial for trial in latest(trials) if trial.objective is not None]
-        stopped = [trial for trial in told if trial.error and trial.coefficients not in running]
-        best = min((trial.objective for trial in told if not trial.error and trial.objective is not None), default=inf)
+        measured = [trial for trial in latest(trials) if trial.objective is not None]
+        stopped = [trial for trial in measured if trial.error and trial.coefficients not in running]
+        whole = (trial.objective for trial in measured if not trial.error and trial.objective is not None)
+        best = min(whole, default=inf)
         if not stopped or best == inf:
             return None
-        log_expected_M, _ = log_expected_improvement(process, best, self._shares(stopped))
-        found = zip(stopped, np.exp(log_expected_M).tolist(), strict=True)
-        promises = [_Promise(one.coefficients, gain, 1 - one.forwards) for one, gain in found]
-        return max((one for one in promises if one.expected > 0), key=lambda one: one.worth, default=None)
+        log_improvement_M, _ = log_expected_improvement(process, best, self._shares(stopped))
+        candidates = [
+            _Candidate(trial.coefficients, improvement, 1 - trial.forwards)
+            for trial, improvement in zip(stopped, np.exp(log_improvement_M).tolist(), strict=True)
+        ]
+        promising = (candidate for candidate in candidates if candidate.improvement > 0)
+        return max(promising, key=lambda candidate: candidate.worth, default=None)
 
     def _cost(self, trials: Sequence[Trial]) -> float:
-        """Forward-equivalents that a new trial may take: the mean of the latest ones that completed no other."""
+        """Forward-equivalents that a new trial may take: the mean of the latest that completed no other."""
         landmarks = set(self.space.landmarks())
-        raced = [one for one in trials if one.coefficients not in landmarks and (one.error or one.forwards >= 1)]
-        told = [trial.forwards for trial in raced if trial.state != "running"][-RECENT:]
-        return float(np.mean(told)) if told else 1.0
+        # Landmarks never race, so they say nothing of the cost.  A whole trial of less than one forward-equivalent
+        # completed another.
+        raced = [
+            trial for trial in trials if trial.coefficients not in landmarks and (trial.error or trial.forwards >= 1)
+        ]
+        costs = [trial.forwards for trial in raced if trial.state != "running"][-RECENT:]
+        return float(np.mean(costs)) if costs else 1.0
 
     def _is_last(self, trials: Sequence[Trial]) -> bool:
-        """Whether the budget is spent with the next trial."""
+        """Whether the next trial spends the budget."""
         spent = sum(trial.forwards for trial in trials)
         return (self.trials is not None and len(trials) + 1 >= self.trials) or (
             self.forwards is not None and spent + 1 >= self.forwards
         )
 
-    def _observations(self, told: Sequence[Trial]) -> gp.Observations:
-        """What the trials measured; gradients of the best and the latest ones, as many as ROWS allow."""
-        most = max(ROWS // max(len(self.space.caps_F) - 1, 1), 1)
-        steep = {trial.number for trial in thin([one for one in told if one.gradient], most)}
-        steep_G = np.array([i for i, trial in enumerate(told) if trial.number in steep], dtype=np.int64)
-        slopes_GK = [[told[i].gradient[name] for name in self.space.names] for i in steep_G]
+    def _observations(self, trials: Sequence[Trial]) -> gp.Observations:
+        """Values of finished trials; gradients of the best and the latest ones, as many as DERIVATIVES allow."""
+        most = max(DERIVATIVES // max(len(self.space.caps_F) - 1, 1), 1)
+        steep = {trial.number for trial in thin([trial for trial in trials if trial.gradient], most)}
+        steep_G = np.array([i for i, trial in enumerate(trials) if trial.number in steep], dtype=np.int64)
+        slopes_GK = [[trials[i].gradient[name] for name in self.space.names] for i in steep_G]
         gradients_GF = np.array(slopes_GK).reshape(-1, self.space.dimension) @ self.space.jacobian()
-        variances_N = np.array([trial.error for trial in told]) ** 2
-        return gp.observe(self._shares(told), np.array(values_of(told)), variances_N, steep_G, gradients_GF)
+        variances_N = np.array([trial.error for trial in trials]) ** 2
+        return gp.observe(self._shares(trials), np.array(values_of(trials)), variances_N, steep_G, gradients_GF)
 
     def _shares(self, trials: Iterable[Trial]) -> Array:
+        """[N, F]"""
         shares = [self.space.shares(trial.coefficients) for trial in trials]
         return np.array(shares).reshape(-1, len(self.space.caps_F))
 
 
 @dataclass(frozen=True)
-class _Promise:
-    """What may be proposed: the improvement that is expected of it in nats, and the forward-equivalents it may take."""
+class _Candidate:
+    """A point that may be proposed: its expected improvement in nats per token, and its cost.
+
+    The cost is in forward-equivalents.
+    """
 
     coefficients: Coefficients
-    expected: float
+    improvement: float
     cost: float
 
     @property
     def worth(self) -> float:
-        """Nats that are expected for each forward-equivalent."""
-        return self.expected / max(self.cost, 1e-3)
+        """Expected nats per token for each forward-equivalent."""
+        return self.improvement / max(self.cost, _LEAST_COST)
 
 
 def log_expected_improvement(process: gp.GaussianProcess, best: float, shares_MF: Array) -> tuple[Array, Array]:
     """log E[max(best - f, 0)] = log h(z) + log sigma  with  z = (best - mean) / sigma, and its gradient.
 
-    Ament et al. (2023), "Unexpected improvements to expected improvement for Bayesian optimization".
+    Ament et al. (2023), "Unexpected improvements to expected improvement for Bayesian optimization", section 4.1:
+    in logarithms, since far from the best trials the improvement itself underflows, and its gradient with it.
+
+    Returns:
+        Values [M] and gradients by shares [M, F].
     """
     posterior = process.posterior(shares_MF)
     sigma_M = np.sqrt(posterior.variance_M)
     z_M = (best - posterior.mean_M) / sigma_M
     log_h_M, slope_M = log_h(z_M)
+    # dz = -d mean / sigma - z d sigma / sigma,  d log sigma = d variance / (2 variance)
     by_mean_M = -slope_M / sigma_M
     by_variance_M = (1 - slope_M * z_M) / (2 * posterior.variance_M)
     gradient_MF = (
@@ -168,6 +204,7 @@ def log_h(z_M: Array) -> tuple[Array, Array]:
     Below -1 through Mills' ratio r = Phi / phi, as h = phi (1 + z r); below -300, where the sum would cancel,
     by the first terms of its expansion,  1 + z r = z^-2 - 3 z^-4 + 15 z^-6.
     """
+    # Each branch is evaluated on all points, clipped to where it is finite; np.select then takes the right one.
     near_M, far_M = np.maximum(z_M, -1.0), np.minimum(z_M, -300.0)
     h_M = _density(near_M) + near_M * ndtr(near_M)
     middle_M = np.clip(z_M, -300.0, -1.0)
@@ -182,12 +219,13 @@ def log_h(z_M: Array) -> tuple[Array, Array]:
 
 
 def _density(z_M: Array) -> Array:
+    """phi(z)."""
     density_M: Array = np.exp(-0.5 * z_M**2) / np.sqrt(2 * np.pi)
     return density_M
 
 
 def _starts(ranked_NF: Array, rng: np.random.Generator) -> Array:
-    """Where to climb from: uniform points, sparse points, and the best points shaken a little."""
+    """Starts of the climbs: uniform points, sparse points, and the four best points with noise of several sizes."""
     shares = ranked_NF.shape[1]
     uniform_MF = rng.dirichlet(np.ones(shares), 4 * _STARTS)
     sparse_MF = rng.dirichlet(np.full(shares, 0.3), 4 * _STARTS)
@@ -197,12 +235,17 @@ def _starts(ranked_NF: Array, rng: np.random.Generator) -> Array:
 
 
 def maximize(function: Callable[[Array], tuple[Array, Array]], starts_MF: Array, caps_F: Array) -> tuple[Array, Array]:
-    """Local maxima over the capped unit simplex of a log function that gives values and gradients, the greatest first.
+    """Local maxima over the capped unit simplex of a function that gives logarithms with gradients, greatest first.
 
-    Returns the points and the exponentials of their values.
+    Projected gradient ascent with Barzilai and Borwein's step (1988; projected as by Birgin, Martinez and Raydan 2000),
+    shortened where Armijo's condition fails, from the most promising starts, all in one batch:
 
-    Projected gradient ascent with Barzilai and Borwein's step, shortened until Armijo's condition holds, from
-    the most promising starts, all in one batch.  The projection reaches faces and corners exactly.
+        x' = project(x + t g) ,    t <- |x' - x|^2 / -(x' - x)'(g' - g)
+
+    The projection reaches faces and corners exactly.
+
+    Returns:
+        The points [M, F] and the exponentials of their values [M].
     """
     value_M = function(starts_MF)[0]
     points_MF = starts_MF[np.argsort(-value_M, kind="stable")[:_STARTS]]
@@ -213,7 +256,8 @@ def maximize(function: Callable[[Array], tuple[Array, Array]], starts_MF: Array,
         moved_MF = project(points_MF + step_M[:, None] * gradient_MF, caps_F)
         new_value_M, new_gradient_MF = _along(function, moved_MF)
         change_MF = moved_MF - points_MF
-        accepted_M = new_value_M >= value_M + 1e-4 * (gradient_MF * change_MF).sum(axis=1)
+        accepted_M = new_value_M >= value_M + _ARMIJO * (gradient_MF * change_MF).sum(axis=1)
+        # Where the function is not concave along the step, Barzilai and Borwein's quotient says nothing: lengthen it.
         curvature_M = -(change_MF * (new_gradient_MF - gradient_MF)).sum(axis=1)
         squared_M = (change_MF**2).sum(axis=1)
         newton_M = np.divide(squared_M, curvature_M, out=10 * step_M, where=curvature_M > 1e-300)
@@ -226,11 +270,15 @@ def maximize(function: Callable[[Array], tuple[Array, Array]], starts_MF: Array,
 
 
 def _along(function: Callable[[Array], tuple[Array, Array]], points_MF: Array) -> tuple[Array, Array]:
-    """The function's values and its gradients along the plane of constant sum."""
+    """The function's values and its gradients along the plane of constant sum.
+
+    The projection would take the normal part out again, but the step's length must not count it.
+    """
     value_M, gradient_MF = function(points_MF)
     return value_M, gradient_MF - gradient_MF.mean(axis=1, keepdims=True)
 
 
 def _norm(gradient_MF: Array) -> Array:
+    """Lengths, above 0 so that steps may be divided by them."""
     norm_M: Array = np.maximum(np.linalg.norm(gradient_MF, axis=1), 1e-12)
     return norm_M

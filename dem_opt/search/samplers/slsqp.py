@@ -1,4 +1,4 @@
-"""Sequential quadratic programming from measured gradients, started again from many points."""
+"""Sequential quadratic programming from measured gradients, restarted from many points."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,22 +9,25 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 
 from dem_opt.search.samplers.history import Trial
-from dem_opt.search.samplers.sampler import Choice, first_new
+from dem_opt.search.samplers.proposer import Proposal, first_new
 from dem_opt.simplex import Coefficients, Space, project
 
 Array = NDArray[np.float64]
 
 STARTS = 100
-"""Most points that it starts from; after the last one proposals are uniform draws."""
+"""Starts at most; after the last one proposals are uniform draws."""
 
 FIRST_STEP = 0.5
 """Length in shares of the first step from a start, before it meets a bound."""
 
 _PRECISION = 1e-7
-"""Change of the objective in nats at which a run has converged: about what float32 tells apart."""
+"""Change of the objective in nats at which a run has converged: about the resolution of float32."""
 
-_LEVEL, _LITTLE = 1e-12, 1e-4
-"""A slope in nats for each share that is none, and a step in shares that shows which bounds are in the way."""
+_LEVEL = 1e-12
+"""Slope in nats for each share that counts as none."""
+
+_SMALL_STEP = 1e-4
+"""Step in shares that shows which bounds are in the way."""
 
 _FAILED = 1e3
 """Objective of a failed trial: the line search then goes back nine tenths of its step."""
@@ -34,54 +37,57 @@ _FAILED = 1e3
 class SLSQP:
     """Kraft's sequential quadratic programming (1988, DFVLR-FB 88-28; scipy's) on  {0 <= p <= caps, sum p = 1}.
 
-    seed  of the starts that are drawn
+    A proposal is a replay: scipy runs from the start, with objectives and gradients  df/dp = (dw/dp)' df/dw  looked up
+    in the history, and the first point that the history lacks is proposed.  The objective is scaled so that the first
+    step is FIRST_STEP long: slopes of hundredths of a nat make steps as short, and SLSQP only shortens them.
 
-    A proposal is a replay: scipy runs from the start on, with objectives and gradients  df/dp = (dw/dp)' df/dw  looked
-    up in the history, and the first point that the history lacks is proposed.  The objective is scaled so that the
-    first step is FIRST_STEP long: slopes of hundredths of a nat make steps as short, and SLSQP only shortens them.
+    Runs start, one after the other as they end, from the best of the study's starting points, else from the centroid;
+    then from the vertices; then from points drawn with `seed`.  A run ends where it converges, at a start that failed,
+    and where it asks for the gradient of a trial that has none: measuring that again would teach nothing else.  While
+    trials run the proposal is a uniform draw, because the next step depends on their results.
 
-    Runs start, one after the other as they end, from the best of the points that the study begins with, else from the
-    centroid; then from the vertices; then from points drawn with `seed`.  A run ends where it converges, at a start
-    that failed, and where it asks for the gradient of a trial that has none: measuring that again would teach nothing
-    else.  While trials run it draws a point, because its next one depends on theirs.
+    Attributes:
+        space: The coefficients to choose from.
+        seed: Seed of the starts that are drawn.
     """
 
     space: Space
     seed: int
 
-    def propose(self, trials: Sequence[Trial], begin: Sequence[Coefficients], rng: np.random.Generator) -> Choice:
-        """The next point, with the improvement over the best so far that its quadratic model expects of it."""
-        if (choice := first_new(begin, trials)) is not None:
-            return choice
+    def propose(self, trials: Sequence[Trial], start: Sequence[Coefficients], rng: np.random.Generator) -> Proposal:
+        """The next point, with the improvement over the best so far that the quadratic model expects of it."""
+        if (proposal := first_new(start, trials)) is not None:
+            return proposal
         if self.space.is_point:
-            return Choice(self.space.sample(rng))
+            return Proposal(self.space.sample(rng))
         taken = {trial.coefficients: trial for trial in trials}
         if all(trial.state != "running" for trial in trials):
-            for start in islice(self._starts(begin, taken), STARTS):
-                if (choice := self._run(start, taken)) is not None:
-                    return choice
-        return Choice(self.space.sample(rng))
+            for point in islice(self._starts(start, taken), STARTS):
+                if (proposal := self._run(point, taken)) is not None:
+                    return proposal
+        return Proposal(self.space.sample(rng))
 
-    def _starts(self, begin: Sequence[Coefficients], taken: Mapping[Coefficients, Trial]) -> Iterator[Coefficients]:
-        """Where runs begin."""
-        values = {point: taken[point].objective for point in begin}
-        told = {point: value for point, value in values.items() if value is not None}
-        yield min(told, key=told.__getitem__) if told else self.space.centroid()
+    def _starts(self, start: Sequence[Coefficients], taken: Mapping[Coefficients, Trial]) -> Iterator[Coefficients]:
+        """Points from which runs start, in their order, without end."""
+        objectives = {point: taken[point].objective for point in start}
+        measured = {point: objective for point, objective in objectives.items() if objective is not None}
+        yield min(measured, key=measured.__getitem__) if measured else self.space.centroid()
         yield from self.space.vertices()
         rng = np.random.default_rng(self.seed)
         while True:
             yield self.space.sample(rng)
 
-    def _run(self, start: Coefficients, taken: Mapping[Coefficients, Trial]) -> Choice | None:
+    def _run(self, start: Coefficients, taken: Mapping[Coefficients, Trial]) -> Proposal | None:
         """The first point of a run that no trial has; None where the run ends before."""
         if start not in taken:
-            return Choice(start)
+            return Proposal(start)
         shares_F, caps_F, replay = self.space.shares(start), self.space.caps_F, _Replay(self.space, taken)
         try:
             slope = _descent(shares_F, replay.gradient(shares_F), caps_F)
             if taken[start].state == "failed" or slope == 0:
                 return None
             replay.scale = FIRST_STEP / slope
+            # scipy has no step-by-step interface: an exception from the objective hands over the point it asks for.
             minimize(
                 replay.objective,
                 shares_F,
@@ -92,7 +98,7 @@ class SLSQP:
                 options={"ftol": _PRECISION * replay.scale},
             )
         except _UnknownError as unknown:
-            return Choice(unknown.coefficients, replay.expected(unknown.coefficients))
+            return Proposal(unknown.coefficients, replay.expected_improvement(unknown.coefficients))
         except _NoGradientError:
             return None
         return None
@@ -103,7 +109,7 @@ def _descent(shares_F: Array, gradient_F: Array, caps_F: Array) -> float:
     along_F = gradient_F - gradient_F.mean()
     if (size := float(np.linalg.norm(along_F))) < _LEVEL:
         return 0.0
-    step = _LITTLE / size
+    step = _SMALL_STEP / size
     moved_F = project(shares_F - step * along_F, caps_F) - shares_F
     return float(np.linalg.norm(moved_F)) / step
 
@@ -117,20 +123,24 @@ class _UnknownError(Exception):
 
 
 class _NoGradientError(Exception):
-    """A trial's gradient is asked for that was not measured."""
+    """The run asks for a gradient that was not measured."""
 
 
 @dataclass
 class _Replay:
     """The scaled objective and its gradient by shares, looked up in the history.
 
-    passed  the last point whose gradient was asked for
+    Attributes:
+        space: The coefficients to choose from.
+        taken: The study's trials by point.
+        scale: Factor of the objective.
+        latest: The last point whose gradient scipy asked for: the next step starts there.
     """
 
     space: Space
     taken: Mapping[Coefficients, Trial]
     scale: float = 1.0
-    passed: Coefficients | None = None
+    latest: Coefficients | None = None
 
     def objective(self, shares_F: Array) -> float:
         """Raises _UnknownError for a point that no trial has."""
@@ -139,19 +149,19 @@ class _Replay:
 
     def gradient(self, shares_F: Array) -> Array:
         """Raises _UnknownError for a point that no trial has, and _NoGradientError for one without a gradient."""
-        self.passed = self.space.at(shares_F)
-        return self.scale * self._slopes(self._trial(self.passed))
+        self.latest = self.space.at(shares_F)
+        return self.scale * self._slopes(self._trial(self.latest))
 
-    def expected(self, coefficients: Coefficients) -> float:
-        """By how much a step is expected to improve on the best so far.
+    def expected_improvement(self, coefficients: Coefficients) -> float:
+        """Improvement on the best so far that a step from the latest point promises, in nats per token.
 
-        From p to p + d by  -g'd / 2 , the decrease of a quadratic that is least there.
+        A quadratic that is least at p + d lies  -g'd / 2  below its value at p, g its gradient there.
         """
-        assert self.passed is not None
-        last = self._trial(self.passed)
-        assert last.objective is not None
-        step_F = self.space.shares(coefficients) - self.space.shares(self.passed)
-        reached = last.objective + 0.5 * float(self._slopes(last) @ step_F)
+        assert self.latest is not None
+        trial = self._trial(self.latest)
+        assert trial.objective is not None
+        step_F = self.space.shares(coefficients) - self.space.shares(self.latest)
+        reached = trial.objective + 0.5 * float(self._slopes(trial) @ step_F)
         best = min(trial.objective for trial in self.taken.values() if trial.objective is not None)
         return max(best - reached, 0.0)
 

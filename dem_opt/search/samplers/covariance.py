@@ -15,29 +15,35 @@ CONSTANT = 25.0
 """Prior variance of the constant, in standardised values."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Kernel:
-    """The covariance of f: a constant, a prior over quadratics about the centroid, and what is neither.
+    """The covariance of f: a constant, a prior over quadratics about the centroid, and a residual.
 
     k(x, y) = c + b^2 L^2 + E,    L = 1 + 2 <x - 1/F, y - 1/F>,    E = s^2 exp(-sum_i q_i r_i^2 / 2),  r = x - y
 
-    A merge's loss is nearly quadratic in the shares x, so the middle term tells most of it from few observations.
+    A merge's loss is nearly quadratic in the shares x, so the middle term (the *bowl*: a polynomial kernel of degree 2,
+    Rasmussen and Williams 2006, section 4.2.2) explains most of it from few observations.  E, the *bell*, is the
+    squared exponential with a lengthscale for each share (their equation 5.1).
+
+    Attributes:
+        precision_F: q_i, one over a lengthscale squared.
+        bell: s^2, variance of the residual.
+        bowl: b^2, variance of the quadratic.
+        noise: Variance of an observation's noise; no part of k.
     """
 
     precision_F: Array
-    """q_i, one over a lengthscale squared"""
     bell: float
-    """s^2"""
     bowl: float
-    """b^2"""
     noise: float = 0.0
-    """Variance of an observation's noise; no part of k."""
 
     @classmethod
     def of(cls, theta: Array) -> Self:
-        """From logarithms: F lengthscales, s, b, and the noise's variance."""
+        """From the logarithms of F lengthscales, of s, of b, and of the noise's variance, [F + 3]."""
         *_, bell, bowl = np.exp(2 * theta[:-1])
-        return cls(np.exp(-2 * theta[:-3]), float(bell), float(bowl), float(np.exp(theta[-1])))
+        return cls(
+            precision_F=np.exp(-2 * theta[:-3]), bell=float(bell), bowl=float(bowl), noise=float(np.exp(theta[-1]))
+        )
 
     def parts(self, x_MF: Array, y_NF: Array) -> tuple[Array, Array]:
         """E and L, each [M, N]."""
@@ -100,7 +106,7 @@ class Kernel:
     def by_precision(self, x_MF: Array, y_NF: Array, weights: Array) -> Array:
         """d/dq of the bell's part of  sum W k,  sum W_j dk/dy_j  or  sum W_ij d2k/dx_i dy_j  over all pairs, [F].
 
-        weights are [M, N], [M, N, F] or [M, N, F, F].  With  v_i = q_i r_i ,  d/dq_f of
+        The bowl does not depend on q.  weights are [M, N], [M, N, F] or [M, N, F, F].  With  v_i = q_i r_i ,  d/dq_f of
             W E              is  -r_f^2 / 2  times it
             W_j E v_j        is  that, and  E W_f r_f
             W_ij E (q_i [i = j] - v_i v_j)   is  that, and  E (W_ff - r_f sum_j (W_fj + W_jf) v_j)
@@ -125,17 +131,24 @@ class Kernel:
 
 
 NUGGET = 1e-6
-"""Variance of what a window's nats have beside the kernel: keeps weights small where points lie close together."""
+"""Variance added to each known loss: keeps weights small where points lie close together."""
 
 
 def interpolate(points_NF: Array, at_F: Array) -> Array:
-    """Weights a of known losses in the best guess at another point,  f(x) = sum_n a_n f(x_n) ,  summing to 1.
+    """Weights a of known losses in the best linear prediction at a point,  f(x) = sum_n a_n f(x_n) ,  summing to 1.
 
     a = inv(K + NUGGET I) k(x) , normalized: simple kriging (Cressie 1993, section 3.2).  A merge's loss is as smooth on
-    one window as on another, so all have the same weights.  The kernel is that of the priors' means: lengthscales and s
-    of 1, b of exp(-2).
+    one window as on another, so all windows have the same weights.  The kernel has the priors' means: lengthscales and
+    s of 1, b of exp(-2).
+
+    Args:
+        points_NF: Shares at which the loss is known.
+        at_F: Shares at which it is predicted.
+
+    Returns:
+        a, [N].
     """
-    kernel = Kernel(np.ones(len(at_F)), 1.0, float(np.exp(-4.0)))
+    kernel = Kernel(precision_F=np.ones(len(at_F)), bell=1.0, bowl=float(np.exp(-4.0)))
     own_NN = kernel.value(points_NF, points_NF) + NUGGET * np.eye(len(points_NF))
     weights_N = np.asarray(np.linalg.solve(own_NN, kernel.value(points_NF, at_F[None])[:, 0]))
     normalized_N: Array = weights_N / weights_N.sum()
@@ -143,6 +156,6 @@ def interpolate(points_NF: Array, at_F: Array) -> Array:
 
 
 def centred(points_MF: Array) -> Array:
-    """Shares from the centroid."""
+    """Shares minus the centroid's."""
     centred_MF: Array = points_MF - 1 / points_MF.shape[1]
     return centred_MF

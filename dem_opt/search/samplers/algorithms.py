@@ -1,0 +1,49 @@
+"""The search algorithms by the names that study files use."""
+
+from dem_opt.config import ALGORITHMS
+from dem_opt.search.samplers.cmaes import CMAES
+from dem_opt.search.samplers.grid import Grid
+from dem_opt.search.samplers.optuna_sampler import OptunaSampler, tpe
+from dem_opt.search.samplers.proposer import Proposer
+from dem_opt.search.samplers.simplex_gp import SimplexGP
+from dem_opt.search.samplers.slsqp import SLSQP
+from dem_opt.search.samplers.uniform import Uniform
+from dem_opt.simplex import Space
+
+
+def make_proposer(
+    algorithm: str,
+    space: Space,
+    *,
+    seed: int = 0,
+    divisions: int = 10,
+    trials: int | None = None,
+    forwards: float | None = None,
+) -> Proposer:
+    """The proposer of an algorithm over a space.
+
+    Args:
+        algorithm: "simplex-gp", "grid", "random", "tpe", "cmaes" or "gradient".
+        space: The coefficients to choose from.
+        seed: Seed of the starts that "gradient" draws; all other randomness comes with each proposal.
+        divisions: Steps of the grid along an edge.
+        trials: Budget of "simplex-gp" in trials, if any: its last trial completes the most promising stopped one.
+        forwards: Likewise in forward-equivalents.
+
+    Raises ValueError for an unknown algorithm.
+    """
+    match algorithm:
+        case "simplex-gp":
+            return SimplexGP(space, trials, forwards)
+        case "grid":
+            return Grid(space, divisions)
+        case "random":
+            return Uniform(space)
+        case "tpe":
+            return OptunaSampler(space, tpe)
+        case "cmaes":
+            return CMAES(space)
+        case "gradient":
+            return SLSQP(space, seed)
+        case _:
+            raise ValueError(f"algorithm {algorithm!r} is none of {', '.join(ALGORITHMS)}")
