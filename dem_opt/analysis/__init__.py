@@ -1,5 +1,5 @@
-"""Read a study: ranked composites, regret of its searches, intervals, surrogate, geometry of the vectors, costs.
+"""Read a study: results table, regret of its searches, intervals, surrogate, vector geometry, costs.
 
-`results` ranks, `regret` compares searches, `bootstrap` gives intervals, `surrogate` is the Gaussian process for
-figures. Runs no forward pass. Imports search and the packages below it; never planning.
+`results.summarize` makes the table, `regret.compare` compares searches, `bootstrap.difference` gives intervals.  Runs
+no forward pass.  Imports search and the packages below it; never planning.
 """

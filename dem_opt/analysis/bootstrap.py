@@ -1,4 +1,7 @@
-"""How sure a difference of two composites is: paired bootstrap intervals over windows."""
+"""Paired bootstrap intervals for the difference of two composites, over windows.
+
+Shape suffixes beside the project's: R resamples.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +13,7 @@ from dem_opt.evaluation.objective import Objective
 from dem_opt.types import Score
 
 RESAMPLES = 4000
+"""Resamples: the 2.5% and 97.5% quantiles then rest on 100 of them on either side."""
 
 
 @dataclass(frozen=True)
@@ -27,29 +31,36 @@ def difference(
     """Objective of `left` minus objective of `right`, both scored on the same windows.
 
     Percentile bootstrap (Efron and Tibshirani 1993, chapter 13), paired and stratified: windows are drawn with
-    replacement within each distribution, the same draws for both composites, since the losses of two composites
-    on one window go up and down together.  What the interval covers is the choice of windows, and nothing else.
+    replacement within each distribution, the same draws for both composites, since the losses of two composites on one
+    window go up and down together.  In resample r the NLL of distribution i is a ratio of sums,
+
+        sum_j x_{i, r(j)} / sum_j t_{i, r(j)}        x nats and t tokens of window r(j) .
+
+    The interval covers the choice of windows, and nothing else.
     """
     rng = np.random.default_rng(seed)
     names = sorted(name for name, weight in objective.weights.items() if weight)
-    sides: list[list[NDArray[np.float64]]] = [[], []]
-    for name in names:
+    left_KR, right_KR = np.empty((2, len(names), RESAMPLES))
+    for k, name in enumerate(names):
         assert left[name].tokens_W == right[name].tokens_W, f"{name}: scored on different windows"
         tokens_W = np.array(left[name].tokens_W)
         draws_RW = rng.integers(len(tokens_W), size=(RESAMPLES, len(tokens_W)))
         tokens_R = tokens_W[draws_RW].sum(axis=1)
-        for side, scores in zip(sides, (left, right), strict=True):
-            nats_W = np.array(scores[name].nats_W)
-            if objective.own is not None:
-                nats_W -= objective.own[name].nats_W
-            side.append(nats_W[draws_RW].sum(axis=1) / tokens_R)
-    of_left_R, of_right_R = (_combine(np.array(side), objective, names) for side in sides)
-    low, high = np.quantile(of_left_R - of_right_R, [0.025, 0.975])
+        left_KR[k] = _nats(left[name], objective, name)[draws_RW].sum(axis=1) / tokens_R
+        right_KR[k] = _nats(right[name], objective, name)[draws_RW].sum(axis=1) / tokens_R
+    difference_R = _combine(left_KR, objective, names) - _combine(right_KR, objective, names)
+    low, high = np.quantile(difference_R, [0.025, 0.975])
     return Difference(objective(left) - objective(right), float(low), float(high))
 
 
+def _nats(score: Score, objective: Objective, name: str) -> NDArray[np.float64]:
+    """Nats of each window; where the objective is the largest regret, beyond those of the distribution's fine-tune."""
+    nats_W = np.array(score.nats_W)
+    return nats_W if objective.own is None else nats_W - objective.own[name].nats_W
+
+
 def _combine(nll_KR: NDArray[np.float64], objective: Objective, names: Sequence[str]) -> NDArray[np.float64]:
-    """The objective of each resample: the weighted mean of NLL, or the largest regret."""
+    """The objective of each resample, [R]: the weighted mean of NLL, or the largest regret."""
     if objective.own is not None:
         worst_R: NDArray[np.float64] = nll_KR.max(axis=0)
         return worst_R

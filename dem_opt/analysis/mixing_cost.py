@@ -1,20 +1,27 @@
-"""What a way to a model costs and what it gives: merging fine-tunes against training on mixtures.
+"""Cost and quality of merging fine-tunes against training on data mixtures.
 
-Floating-point operations of P parameters and T tokens, by the usual count: forward  2 P T ;  a training step's forward
-and backward pass  6 P T  where all parameters are trained, else  (4 P + 2 P_trained) T , since frozen weights need no
-gradient of their own.  Attention's scores and what optimizers do are left out, for all alike.
+Floating-point operations of P parameters and T tokens, by the usual count (Kaplan et al. 2020, arXiv:2001.08361,
+section 2.1):
+
+    forward   2 P T        a training step, forward and backward   (4 P + 2 P_trained) T ,  6 P T where all are trained
+
+since frozen weights need no gradient of their own.  Attention scores and the optimizer's operations are left out, for
+all methods alike.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import comb, fsum, isfinite, nan
+from math import fsum, isfinite, nan
 
+import numpy as np
+
+from dem_opt.analysis.order_statistics import expected_best
 from dem_opt.types import HELD_OUT, SEARCH
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Tokens through models in training and in scoring, the floating-point operations of each, seconds of work."""
+    """Tokens through models in training and in scoring, floating-point operations of each, and seconds of work."""
 
     trained_tokens: int = 0
     training_flops: float = 0.0
@@ -24,45 +31,48 @@ class Cost:
 
     @property
     def flops(self) -> float:
-        """Both."""
+        """Floating-point operations of training and scoring together."""
         return self.training_flops + self.forward_flops
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(
-            self.trained_tokens + other.trained_tokens,
-            self.training_flops + other.training_flops,
-            self.forward_tokens + other.forward_tokens,
-            self.forward_flops + other.forward_flops,
-            self.seconds + other.seconds,
+            trained_tokens=self.trained_tokens + other.trained_tokens,
+            training_flops=self.training_flops + other.training_flops,
+            forward_tokens=self.forward_tokens + other.forward_tokens,
+            forward_flops=self.forward_flops + other.forward_flops,
+            seconds=self.seconds + other.seconds,
         )
 
 
 def training_cost(parameters: int, trained: int, tokens: int, seconds: float) -> Cost:
-    """Of so many tokens through a model with so many parameters, some of which are trained."""
-    return Cost(tokens, (4.0 * parameters + 2.0 * trained) * tokens, seconds=seconds)
+    """Cost of training a model of so many parameters, some of which are trained, on so many tokens."""
+    flops = (4.0 * parameters + 2.0 * trained) * tokens
+    return Cost(trained_tokens=tokens, training_flops=flops, seconds=seconds)
 
 
 def forward_cost(parameters: int, tokens: int, seconds: float) -> Cost:
-    """Of so many tokens through a model in scoring."""
+    """Cost of scoring so many tokens with a model of so many parameters."""
     return Cost(forward_tokens=tokens, forward_flops=2.0 * parameters * tokens, seconds=seconds)
 
 
 @dataclass(frozen=True)
 class BaseScore:
-    """What all ways start from, the base: its objective by split, its NLL by split and corpus."""
+    """The base, from which all methods start: its objective by split, its NLL by split and corpus."""
 
     objective: Mapping[str, float]
     nll: Mapping[str, Mapping[str, float]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MixtureResult:
     """A model trained on a mixture.
 
-    budget     "all": as many tokens as all single fine-tunes together; "one": as many as one of them
-    shares     of the tokens, by distribution
-    objective  by split, nats per token; `nll` by split and corpus
-    cost       of its training, and of scoring it on the search split
+    Attributes:
+        budget: "all": as many tokens as all single fine-tunes together; "one": as many as one of them.
+        shares: Shares of the tokens by distribution.
+        objective: Objective by split, in nats per token.
+        nll: NLL by split and corpus, in nats per token.
+        cost: Cost of training it, and of scoring it on the search split.
     """
 
     budget: str
@@ -72,9 +82,18 @@ class MixtureResult:
     cost: Cost
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MergeResult:
-    """A composite: which, what it scores, and what it took: every fine-tuning once, and the search."""
+    """A composite with its scores and its cost.
+
+    Attributes:
+        label: Its label in the results table.
+        coefficients: Coefficients by distribution.
+        objective: Objective by split, in nats per token.
+        nll: NLL by split and corpus, in nats per token.
+        training: Cost of training every fine-tune once.
+        search: Cost of the search.
+    """
 
     label: str
     coefficients: Mapping[str, float]
@@ -91,22 +110,32 @@ class MergeResult:
 
 @dataclass(frozen=True)
 class ExpectedBest:
-    """What k mixtures give: expected over which k of all there are, the best of them chosen on the search split."""
+    """The best of k mixtures, chosen on the search split: expectation over the choice of the k.
+
+    Attributes:
+        mixtures: k.
+        flops: Floating-point operations of k mixtures.
+        objective: Expected objective by split, in nats per token.
+    """
 
     mixtures: int
     flops: float
     objective: Mapping[str, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BudgetComparison:
-    """Composites against mixtures of one budget.  Ratios are mixtures' floating-point operations over composites'.
+    """The composite against mixtures of one budget.
 
-    curve          by the number of mixtures tried
-    ratio          of all of them
-    equal_quality  the fewest mixtures whose expected best is as good on the held-out split; None where none are
-    equal_ratio    the ratio of so many
-    equal_cost     the most mixtures that cost no more than the composite; 0 where one costs more
+    Ratios are the mixtures' floating-point operations over the composite's.
+
+    Attributes:
+        budget: "all" or "one" (see `MixtureResult`).
+        curve: Expected best by the number of mixtures tried, from 1 on.
+        ratio: Ratio of all mixtures.
+        equal_quality: Fewest mixtures whose expected best is as good on the held-out split; None where none are.
+        equal_ratio: Ratio of that many.
+        equal_cost: Most mixtures that cost no more than the composite; 0 where one costs more.
     """
 
     budget: str
@@ -118,13 +147,22 @@ class BudgetComparison:
 
     @property
     def mixtures(self) -> int:
-        """How many there are."""
+        """Number of mixtures."""
         return len(self.curve)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MixingComparison:
-    """What `dem-opt compare --data-mixing` found: the composite, the models trained on mixtures, the base."""
+    """Result of `dem-opt compare --data-mixing`.
+
+    Attributes:
+        study: Name of the study.
+        weights: The objective's weights by distribution.
+        parameters: Parameters of the model.
+        edited: The composite.
+        mixed: The models trained on mixtures.
+        base: The base.
+    """
 
     study: str
     weights: Mapping[str, float]
@@ -136,11 +174,13 @@ class MixingComparison:
     @property
     def against(self) -> tuple[BudgetComparison, ...]:
         """The composite against each budget's mixtures."""
-        budgets = dict.fromkeys(one.budget for one in self.mixed)
-        return tuple(_against(self.edited, [one for one in self.mixed if one.budget == name]) for name in budgets)
+        by_budget: dict[str, list[MixtureResult]] = {}
+        for mixture in self.mixed:
+            by_budget.setdefault(mixture.budget, []).append(mixture)
+        return tuple(_against(self.edited, mixtures) for mixtures in by_budget.values())
 
     def kept(self, budget: str) -> float:
-        """The composite's gain over the base on the held-out split, as a part of what the best of a budget gains.
+        """The composite's gain over the base on the held-out split, as a part of the gain of a budget's best mixture.
 
         (base - composite) / (base - mixture) ;  not finite where the mixture gains nothing.
         """
@@ -149,69 +189,67 @@ class MixingComparison:
 
     def best(self, budget: str) -> MixtureResult:
         """The best of a budget's mixtures, chosen on the search split."""
-        return min((one for one in self.mixed if one.budget == budget), key=lambda one: one.objective[SEARCH])
+        mixtures = (mixture for mixture in self.mixed if mixture.budget == budget)
+        return min(mixtures, key=lambda mixture: mixture.objective[SEARCH])
 
 
-def expected_best(ranked: Sequence[float], tried: int) -> float:
-    """The expected value of the best ranked of `tried` that are drawn from all without repetition.
-
-    sum_i value_i C(M - i, k - 1) / C(M, k) ,  i counted from 1: the i-th is the best where the others come after it.
-    """
-    every = comb(len(ranked), tried)
-    return fsum(value * comb(len(ranked) - i, tried - 1) / every for i, value in enumerate(ranked, start=1))
-
-
-def curve(mixed: Sequence[MixtureResult]) -> tuple[ExpectedBest, ...]:
-    """What 1, 2, ... of the mixtures cost and give, on average over all orders of trying them."""
-    ranked = sorted(mixed, key=lambda one: one.objective[SEARCH])
-    each = fsum(one.cost.flops for one in mixed) / len(mixed)
+def curve(mixtures: Sequence[MixtureResult]) -> tuple[ExpectedBest, ...]:
+    """Expected best of 1, 2, ... of the mixtures and its cost, on average over all orders of trying them."""
+    ranked = sorted(mixtures, key=lambda mixture: mixture.objective[SEARCH])
+    mean_flops = fsum(mixture.cost.flops for mixture in mixtures) / len(mixtures)
+    tried_S = np.arange(1, len(ranked) + 1)
+    by_split = {
+        split: expected_best([mixture.objective[split] for mixture in ranked], tried_S).tolist()
+        for split in (SEARCH, HELD_OUT)
+    }
     return tuple(
-        ExpectedBest(
-            tried,
-            tried * each,
-            {split: expected_best([one.objective[split] for one in ranked], tried) for split in (SEARCH, HELD_OUT)},
-        )
-        for tried in range(1, len(ranked) + 1)
+        ExpectedBest(tried, tried * mean_flops, {split: expected[tried - 1] for split, expected in by_split.items()})
+        for tried in tried_S.tolist()
     )
 
 
-def _against(edited: MergeResult, mixed: Sequence[MixtureResult]) -> BudgetComparison:
-    tried, own = curve(mixed), edited.cost.flops
-    as_good = next((one for one in tried if one.objective[HELD_OUT] <= edited.objective[HELD_OUT]), None)
+def _against(composite: MergeResult, mixtures: Sequence[MixtureResult]) -> BudgetComparison:
+    points, flops = curve(mixtures), composite.cost.flops
+    as_good = next((point for point in points if point.objective[HELD_OUT] <= composite.objective[HELD_OUT]), None)
     return BudgetComparison(
-        mixed[0].budget,
-        tried,
-        tried[-1].flops / own,
-        None if as_good is None else as_good.mixtures,
-        None if as_good is None else as_good.flops / own,
-        max((one.mixtures for one in tried if one.flops <= own), default=0),
+        budget=mixtures[0].budget,
+        curve=points,
+        ratio=points[-1].flops / flops,
+        equal_quality=None if as_good is None else as_good.mixtures,
+        equal_ratio=None if as_good is None else as_good.flops / flops,
+        equal_cost=max((point.mixtures for point in points if point.flops <= flops), default=0),
     )
 
 
-def verdict(found: MixingComparison, one: BudgetComparison) -> list[str]:
-    """What a comparison says, in sentences; every ratio stands with its number of mixtures."""
-    edited, whole, last = found.edited, f"{one.mixtures} mixtures", one.curve[-1]
-    gap = last.objective[HELD_OUT] - edited.objective[HELD_OUT]
-    told = [
-        f"All {whole} take {one.ratio:.2f} times the floating-point operations of the fine-tunes and the search; the "
-        f"best of them is {abs(gap):.4f} nats per token {'worse' if gap > 0 else 'better'} on the held-out split."
+def verdict(comparison: MixingComparison, budget: BudgetComparison) -> list[str]:
+    """The outcome for one budget, in sentences; every ratio stands with its number of mixtures."""
+    composite, count = comparison.edited, f"{budget.mixtures} mixtures"
+    gap = budget.curve[-1].objective[HELD_OUT] - composite.objective[HELD_OUT]
+    sentences = [
+        f"All {count} take {budget.ratio:.2f} times the floating-point operations of the fine-tunes and the search; "
+        f"the best of them is {_gap(gap)} on the held-out split."
     ]
-    if isfinite(kept := found.kept(one.budget)):
-        told.append(f"The composite's gain over the base is {kept:.0%} of that mixture's.")
-    if one.equal_quality is None:
-        told.append(f"At equal quality: no number of them is expected to be as good as the composite, up to {whole}.")
-    else:
-        are = "is" if one.equal_quality == 1 else "are"
-        told.append(
-            f"At equal quality: {one.equal_quality} of the {whole} {are} expected to be as good, for "
-            f"{one.equal_ratio:.2f} times the operations."
+    if isfinite(kept := comparison.kept(budget.budget)):
+        sentences.append(f"The composite's gain over the base is {kept:.0%} of that mixture's.")
+    if budget.equal_quality is None:
+        sentences.append(
+            f"At equal quality: no number of them is expected to be as good as the composite, up to {count}."
         )
-    if one.equal_cost == 0:
-        told.append("At equal cost: not one mixture.")
     else:
-        there = one.curve[one.equal_cost - 1].objective[HELD_OUT] - edited.objective[HELD_OUT]
-        told.append(
-            f"At equal cost: {one.equal_cost} of the {whole}, whose best is expected to be {abs(there):.4f} nats per "
-            f"token {'worse' if there > 0 else 'better'}."
+        verb = "is" if budget.equal_quality == 1 else "are"
+        sentences.append(
+            f"At equal quality: {budget.equal_quality} of the {count} {verb} expected to be as good, for "
+            f"{budget.equal_ratio:.2f} times the operations."
         )
-    return told
+    if budget.equal_cost == 0:
+        sentences.append("At equal cost: not one mixture.")
+    else:
+        gap = budget.curve[budget.equal_cost - 1].objective[HELD_OUT] - composite.objective[HELD_OUT]
+        sentences.append(
+            f"At equal cost: {budget.equal_cost} of the {count}, whose best is expected to be {_gap(gap)}."
+        )
+    return sentences
+
+
+def _gap(nats: float) -> str:
+    return f"{abs(nats):.4f} nats per token {'worse' if nats > 0 else 'better'}"

@@ -1,9 +1,12 @@
-"""What searches found for what they spent: regret against forward-equivalents, over algorithms and seeds.
+"""Regret of searches against their cost, over algorithms and seeds.
 
 The unit of cost is the *forward-equivalent*: one forward pass over all windows of the search split.  A composite that
-another search had measured already costs as much as if it had not been.  The *regret* of a composite is its objective,
-with the penalty where it violates what is protected, minus the lowest that any whole trial of the study has, in nats
-per token.
+another search measured before costs as much as if it had not been.  The *regret* of a composite is its penalized
+objective minus the lowest of any whole trial of the study, in nats per token:
+
+    regret(w) = f(w) + PENALTY violation(w) - min over whole trials of the same
+
+Shape suffix beside the project's: S points of a curve.
 """
 
 from bisect import bisect_right
@@ -14,8 +17,9 @@ from math import ceil, inf
 from statistics import median
 
 import numpy as np
-from numpy.typing import NDArray
 
+from dem_opt.analysis.order_statistics import expected_best
+from dem_opt.search.run_name import RunName
 from dem_opt.types import Summary, TrialRecord
 
 GRID = "grid"
@@ -25,23 +29,30 @@ FIRST_MARK = 10
 """Forward-equivalents at which regrets are compared first; then at 2, 4, 8... times as many."""
 
 EVERY = 500
-"""Up to how many points of a grid its curve has all costs; beyond, so many more that are evenly spread over a log."""
+"""Costs up to which a grid's curve has every point; beyond, as many more that are evenly spaced in the logarithm."""
 
 SLACK = 1e-9
-"""Sums of parts of a forward-equivalent are equal to this."""
+"""Costs in forward-equivalents closer than this are equal: sums of parts of a pass are not exact in floats."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
-    """One search, and how its best came down with its cost.
+    """One search, with its best objective by cost.
 
-    forwards  forward-equivalents that it spent in all
-    partial   trials that were stopped; they cost what was measured of them, and are never the best
-    ask       median seconds that proposing a trial took
-    asking, measuring  seconds in all that proposing, and that merging and scoring took
-    stopped   why it ended; empty while it goes on
-    spent_S   forward-equivalents spent, ascending, from the first whole trial on
-    best_S    the lowest penalized objective of its whole trials by then, nats per token; of a grid the mean over orders
+    Attributes:
+        name: Label of the run: its algorithm, or ALGORITHM@SEED.
+        algorithm: Its algorithm.
+        trials: Finished trials.
+        partial: Trials that were stopped early; they cost the windows that were scored, and are never the best.
+        failed: Trials that failed.
+        forwards: Forward-equivalents in all.
+        ask: Median seconds of proposing a trial.
+        asking: Seconds of proposing in all.
+        measuring: Seconds of merging and scoring in all.
+        stopped: Why it ended; empty while it goes on.
+        spent_S: Forward-equivalents spent, ascending, from the first whole trial on.
+        best_S: Lowest penalized objective of its whole trials by then, in nats per token; of a grid the mean over all
+            orders of its points.
     """
 
     name: str
@@ -58,9 +69,9 @@ class Run:
     best_S: tuple[float, ...]
 
     def best_after(self, forwards: float) -> float:
-        """The best that it had found for so many forward-equivalents; infinite before its first whole trial.
+        """Best penalized objective for so many forward-equivalents; infinite before the first whole trial.
 
-        One that ended earlier keeps what it had.
+        A run that ended earlier keeps its best.
         """
         place = bisect_right(self.spent_S, forwards + SLACK)
         return self.best_S[place - 1] if place else inf
@@ -70,7 +81,11 @@ class Run:
 class Regret:
     """Regret of an algorithm's runs when each has spent `forwards`, in nats per token.
 
-    low, high  quartiles over runs, linear between order statistics; None for a single run, so for a grid too
+    Attributes:
+        forwards: Forward-equivalents.
+        median: Median over runs.
+        low: Lower quartile over runs, linear between order statistics; None for a single run, so for a grid too.
+        high: Upper quartile.
     """
 
     forwards: float
@@ -79,14 +94,17 @@ class Regret:
     high: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """An algorithm: its runs together.
 
-    forwards  forward-equivalents of all runs
-    ask       median seconds that proposing a trial took, over the trials of all runs
-    regrets   at the comparison's marks; None where a run has no whole trial yet
-    curve     at every cost at which one of its runs has finished a trial, from where all have a whole one
+    Attributes:
+        algorithm: Its name.
+        runs: Its runs, one for each seed.
+        forwards: Forward-equivalents of all runs.
+        ask: Median seconds of proposing a trial, over the trials of all runs.
+        regrets: Regret at the comparison's marks; None where a run has no whole trial yet.
+        curve: Regret at every cost at which one of its runs finished a trial, from where all have a whole one.
     """
 
     algorithm: str
@@ -98,16 +116,19 @@ class Row:
 
     @property
     def is_expected(self) -> bool:
-        """Whether its regret is the mean over all orders of a grid's points, and not what a run did."""
+        """True if its regret is the expectation over all orders of a grid's points instead of a run's own."""
         return self.algorithm == GRID
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """A study's searches, side by side.
 
-    best   the lowest penalized objective of all whole trials, nats per token; None where there is none
-    marks  forward-equivalents at which regrets are told
+    Attributes:
+        study: Name of the study.
+        best: Lowest penalized objective of all whole trials, in nats per token; None where there is none.
+        marks: Forward-equivalents at which regrets are reported.
+        rows: Algorithms.
     """
 
     study: str
@@ -117,8 +138,8 @@ class Comparison:
 
 
 def algorithm_of(run: str) -> str:
-    """The algorithm of a run: NAME of NAME and of NAME@SEED."""
-    return run.partition("@")[0]
+    """The algorithm of a run's label."""
+    return RunName.parse(run).algorithm
 
 
 def compare(summary: Summary) -> Comparison:
@@ -126,41 +147,24 @@ def compare(summary: Summary) -> Comparison:
     stopped = summary.stopped or {}
     runs = [_run(name, records, stopped.get(name, "")) for name, records in summary.trials.items()]
     best = min((run.best_S[-1] for run in runs if run.best_S), default=None)
-    told = marks(runs)
+    costs = marks(runs)
     by_algorithm: dict[str, list[Run]] = {}
     for run in runs:
         by_algorithm.setdefault(run.algorithm, []).append(run)
-    rows = tuple(_row(same, summary.trials, best, told) for same in by_algorithm.values())
-    return Comparison(summary.study, best, told, rows)
+    rows = tuple(_row(seeds, summary.trials, best, costs) for seeds in by_algorithm.values())
+    return Comparison(study=summary.study, best=best, marks=costs, rows=rows)
 
 
 def marks(runs: Sequence[Run]) -> tuple[float, ...]:
-    """10, 20, 40... forward-equivalents, then what the run that spent most has spent, rounded up.
+    """10, 20, 40 ... forward-equivalents, then those of the run that spent most, rounded up.
 
-    A grid spends what it has points, so it counts only where nothing else was run.
+    A grid spends as many as it has points, so it counts only where nothing else was run.
     """
     searches = [run for run in runs if run.algorithm != GRID] or runs
     most = ceil(max((run.forwards for run in searches), default=0.0) - SLACK)
     doublings = (FIRST_MARK * 2**power for power in count())
+    # A doubling close below the last mark would say nearly the same.
     return (*map(float, takewhile(lambda mark: mark <= 0.8 * most, doublings)), float(most)) if most > 0 else ()
-
-
-def expected_best(objectives: Sequence[float], spent_S: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The best of k objectives drawn without replacement, expected over all orders, for each k in `spent_S`.
-
-    E_k = v_1 + sum_i (v_{i+1} - v_i) P(best of k > v_i),  P = C(n - i, k) / C(n, k),  v ascending, n values.
-    """
-    ascending_n = np.sort(np.asarray(objectives, dtype=np.float64))
-    n = len(ascending_n)
-    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
-    left_i = n - np.arange(1, n)
-    expected_S = np.empty(len(spent_S))
-    for place, k in enumerate(spent_S):
-        can = left_i >= k
-        log_choices = log_factorial[left_i[can]] - log_factorial[left_i[can] - k]
-        log_p = log_choices - log_factorial[n] + log_factorial[n - k]
-        expected_S[place] = ascending_n[0] + np.diff(ascending_n)[can] @ np.exp(log_p)
-    return expected_S
 
 
 def _run(name: str, records: Sequence[TrialRecord], stopped: str) -> Run:
@@ -195,6 +199,7 @@ def _grid_curve(records: Sequence[TrialRecord]) -> tuple[tuple[float, ...], tupl
     objectives = [value for record in records if (value := _whole_objective(record)) < inf]
     if not objectives:
         return (), ()
+    objectives.sort()
     most = len(objectives)
     every, beyond = np.arange(1, min(most, EVERY) + 1), np.geomspace(min(most, EVERY), most, EVERY)
     spent_S = np.unique(np.concatenate([every, beyond.round().astype(np.int64)]))
@@ -202,7 +207,7 @@ def _grid_curve(records: Sequence[TrialRecord]) -> tuple[tuple[float, ...], tupl
 
 
 def _whole_objective(record: TrialRecord) -> float:
-    """What is minimized, in nats per token; infinite for a trial that failed or was stopped."""
+    """Penalized objective in nats per token; infinite for a trial that failed or was stopped early."""
     return inf if record.penalized is None or record.is_partial else record.penalized
 
 
@@ -214,9 +219,9 @@ def _row(
     runs: Sequence[Run],
     trials: Mapping[str, Sequence[TrialRecord]],
     best: float | None,
-    told: Sequence[float],
+    marks: Sequence[float],
 ) -> Row:
-    """An algorithm's runs together; `best` is what regrets are counted from."""
+    """An algorithm's runs together; regrets count from `best`."""
     costs = sorted({cost for run in runs for cost in run.spent_S})
     curve = [regret for cost in costs if (regret := _regret(runs, cost, best)) is not None]
     return Row(
@@ -224,15 +229,15 @@ def _row(
         runs=tuple(runs),
         forwards=sum(run.forwards for run in runs),
         ask=_median_ask([record for run in runs for record in trials[run.name]]),
-        regrets=tuple(_regret(runs, mark, best) for mark in told),
+        regrets=tuple(_regret(runs, mark, best) for mark in marks),
         curve=tuple(curve),
     )
 
 
 def _regret(runs: Sequence[Run], forwards: float, best: float | None) -> Regret | None:
     """Median and quartiles over runs at a cost; None where one of them has no whole trial yet."""
-    found = [run.best_after(forwards) for run in runs]
-    if best is None or inf in found:
+    objectives = [run.best_after(forwards) for run in runs]
+    if best is None or inf in objectives:
         return None
-    low, middle, high = (float(value) - best for value in np.quantile(found, [0.25, 0.5, 0.75]))
-    return Regret(forwards, middle, low, high) if len(found) > 1 else Regret(forwards, middle)
+    low, middle, high = (float(value) - best for value in np.quantile(objectives, [0.25, 0.5, 0.75]))
+    return Regret(forwards, middle, low, high) if len(objectives) > 1 else Regret(forwards, middle)

@@ -1,12 +1,13 @@
-"""Composites with their scores, ranked in the final table."""
+"""The results table: baselines and each algorithm's best composite with their scores."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dem_opt.analysis.bootstrap import difference
 from dem_opt.evaluation.objective import Objective
+from dem_opt.search.run_name import RunName
 from dem_opt.search.trials import exceeded, is_known, objectives, recall
 from dem_opt.simplex import UNIT, Coefficients, Space
 from dem_opt.storage.identity import StudyIdentity
@@ -14,19 +15,31 @@ from dem_opt.storage.ledger import Ledger
 from dem_opt.types import SEARCH, SPLITS, Composite, Margin, ResultRow, Score, Summary, TrialRecord
 
 TOP = 5
-"""How many of the best composites of the search split are scored on the held-out split too."""
+"""Best composites of the search split that are scored on the held-out split too."""
 
 APART = 0.01
-"""By how much some coefficient must differ for two composites to be listed both."""
+"""Least difference of some coefficient between two composites that are both listed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A composite that gets a line of the table, and what it cost to find: seconds of its own where None."""
+    """A composite that gets a row of the results table, and the cost of finding it.
+
+    Attributes:
+        label: Its label in the table.
+        role: See `ResultRow.role`.
+        algorithm: The algorithm whose best it is; "" for baselines.
+        coefficients: Its coefficients; None for the base.
+        composite: The same by content.
+        evaluations: Composites evaluated to find it.
+        seconds: Seconds of evaluating them; None where they are its own, in the ledger.
+        forwards: Forward-equivalents of evaluating them.
+        run: Label of the run that found it; "" for baselines.
+    """
 
     label: str
     role: str
-    algorithm: str
+    algorithm: str = ""
     coefficients: Coefficients | None
     composite: Composite
     evaluations: int = 1
@@ -36,95 +49,104 @@ class Entry:
 
 
 def entries(identity: StudyIdentity, trials: Mapping[str, Sequence[TrialRecord]]) -> list[Entry]:
-    """Base, single fine-tunes, uniform average and each algorithm's best, the best of these last.
+    """Base, single fine-tunes, uniform average, and each algorithm's best run, the best of these last."""
+    return _baselines(identity) + _best_entries(identity, trials)
 
-    Of several searches by one algorithm, the one that found the best.
-    """
+
+def _baselines(identity: StudyIdentity) -> list[Entry]:
     space = identity.space
-    baselines = [Entry("base", "base", "", None, Composite.single(identity.base))]
+    baselines = [Entry(label="base", role="base", coefficients=None, composite=Composite.single(identity.base))]
     for name, content in sorted(identity.fine_tunes.items()):
-        alone = Coefficients(tuple((one, UNIT * (one == name)) for one in space.names))
-        baselines.append(Entry(name, "single", "", alone, Composite.single(content)))
+        # The fine-tune as it is, a point of the space or not: so a coefficient of 1 whatever the total.
+        alone = Coefficients(tuple((other, UNIT if other == name else 0) for other in space.names))
+        baselines.append(Entry(label=name, role="single", coefficients=alone, composite=Composite.single(content)))
     if space.dimension > 1:
-        centroid = space.centroid()
-        baselines.append(Entry("uniform", "uniform", "", centroid, identity.composite(centroid)))
-    found: dict[str, Entry] = {}
-    for name, told in sorted(trials.items(), key=lambda pair: _best_rank(pair[1]), reverse=True):
-        if best := best_of(told):
-            algorithm = name.partition("@")[0]
-            found.pop(algorithm, None)
-            found[algorithm] = _best_entry(identity, name, best, told)
-    return baselines + list(found.values())
+        baselines.append(_entry(identity, "uniform", "uniform", space.centroid()))
+    return baselines
 
 
-def best_of(trials: Sequence[TrialRecord]) -> TrialRecord | None:
-    """The best of the whole trials: a partial one never wins."""
-    return min((trial for trial in trials if is_whole(trial)), key=lambda trial: trial.rank, default=None)
+def _entry(identity: StudyIdentity, label: str, role: str, point: Coefficients) -> Entry:
+    return Entry(label=label, role=role, coefficients=point, composite=identity.composite(point))
 
 
-def _best_rank(trials: Sequence[TrialRecord]) -> tuple[float, ...]:
-    best = best_of(trials)
-    return best.rank if best else ()
+def _best_entries(identity: StudyIdentity, trials: Mapping[str, Sequence[TrialRecord]]) -> list[Entry]:
+    """Each algorithm's best run, the worst algorithm first."""
+    best_by_run = {run: best for run, records in trials.items() if (best := best_of(records)) is not None}
+    by_algorithm: dict[str, Entry] = {}
+    for run in sorted(best_by_run, key=lambda run: best_by_run[run].rank, reverse=True):
+        entry = _best_entry(identity, run, best_by_run[run], trials[run])
+        # Runs come from the worst to the best: a later one of the same algorithm takes its place, at the end.
+        by_algorithm.pop(entry.algorithm, None)
+        by_algorithm[entry.algorithm] = entry
+    return list(by_algorithm.values())
 
 
-def is_whole(trial: TrialRecord) -> bool:
-    """Whether a trial was scored on all windows."""
-    return trial.objective is not None and not trial.is_partial
-
-
-def _best_entry(identity: StudyIdentity, run: str, best: TrialRecord, told: Sequence[TrialRecord]) -> Entry:
-    scored = [trial for trial in told if trial.objective is not None]
-    costs = (trial.evaluation.merge_seconds + trial.evaluation.score_seconds + trial.propose_seconds for trial in told)
-    algorithm = run.partition("@")[0]
+def _best_entry(identity: StudyIdentity, run: str, best: TrialRecord, trials: Sequence[TrialRecord]) -> Entry:
+    """The best trial of a run, with the cost of all its trials."""
+    scored = [trial for trial in trials if trial.objective is not None]
+    algorithm = RunName.parse(run).algorithm
     return Entry(
-        f"best of {algorithm}",
-        "best",
-        algorithm,
-        best.coefficients,
-        identity.composite(best.coefficients),
-        len({trial.coefficients for trial in scored}),
-        sum(costs),
-        sum(trial.forwards for trial in scored),
-        run,
+        label=f"best of {algorithm}",
+        role="best",
+        algorithm=algorithm,
+        coefficients=best.coefficients,
+        composite=identity.composite(best.coefficients),
+        evaluations=len({trial.coefficients for trial in scored}),
+        seconds=sum(
+            trial.evaluation.merge_seconds + trial.evaluation.score_seconds + trial.propose_seconds for trial in trials
+        ),
+        forwards=sum(trial.forwards for trial in scored),
+        run=run,
     )
 
 
+def best_of(trials: Sequence[TrialRecord]) -> TrialRecord | None:
+    """The best of the whole trials; one that was stopped early never wins."""
+    return min((trial for trial in trials if is_whole(trial)), key=lambda trial: trial.rank, default=None)
+
+
+def is_whole(trial: TrialRecord) -> bool:
+    """True if a trial was scored on all windows."""
+    return trial.objective is not None and not trial.is_partial
+
+
 def top_entries(identity: StudyIdentity, trials: Mapping[str, Sequence[TrialRecord]], most: int = TOP) -> list[Entry]:
-    """The best composites of the search split, whoever found them, the best first, and none like a better one."""
-    whole = [trial for told in trials.values() for trial in told if is_whole(trial)]
+    """The best composites of the search split over all runs, the best first, without near-duplicates of better ones."""
+    whole = [trial for records in trials.values() for trial in records if is_whole(trial)]
     chosen: list[Coefficients] = []
     for trial in sorted(whole, key=lambda trial: trial.rank):
         if len(chosen) < most and not any(_alike(trial.coefficients, better) for better in chosen):
             chosen.append(trial.coefficients)
-    return [
-        Entry(f"no. {place}", "top", "", point, identity.composite(point))
-        for place, point in enumerate(chosen, start=1)
-    ]
+    return [_entry(identity, f"no. {place}", "top", point) for place, point in enumerate(chosen, start=1)]
 
 
 def left_out_entries(identity: StudyIdentity, winner: Entry) -> list[Entry]:
-    """The winner without each of the distributions that it has some of, where others are left, named by it.
+    """The winner without each of the distributions that it uses, where others are left; labelled by that distribution.
 
-    The others keep their proportions and grow to the winner's total: what the distribution's data are worth to it.
-    They are composites like any other, though bounds may forbid them as a winner.
+    The others keep their proportions and grow to the winner's total: the difference is the worth of the distribution's
+    data to the winner.  They are composites like any other, though bounds may forbid them as a winner.
     """
     if winner.role != "best" or winner.coefficients is None:
         return []
-    made = []
-    for name, units in winner.coefficients.items:
-        others = {other: count for other, count in winner.coefficients.items if other != name}
-        if units and (rest := sum(others.values())):
-            total = rest + units
-            grown = Space(tuple(others), total / UNIT).at(np.array([others[one] / rest for one in sorted(others)]))
-            point = Coefficients(tuple(sorted((grown.units | {name: 0}).items())))
-            made.append(Entry(name, "without", "", point, identity.composite(point)))
-    return made
+    used = [name for name, units in winner.coefficients.items if units]
+    if len(used) < 2:
+        return []
+    return [_entry(identity, name, "without", _without(winner.coefficients, name)) for name in used]
 
 
-def _alike(one: Coefficients, other: Coefficients) -> bool:
-    """Whether no coefficient differs by as much as APART."""
-    units = other.units
-    return all(abs(mine - units[name]) < APART * UNIT for name, mine in one.items)
+def _without(coefficients: Coefficients, name: str) -> Coefficients:
+    """Coefficients with that of `name` at 0 and the others grown in proportion to the same total."""
+    others = {other: units for other, units in coefficients.items if other != name}
+    rest = sum(others.values())
+    total = rest + coefficients.units[name]
+    shares = np.array([others[other] / rest for other in sorted(others)])
+    grown = Space(tuple(others), total / UNIT).at(shares)
+    return Coefficients(tuple(sorted((grown.units | {name: 0}).items())))
+
+
+def _alike(left: Coefficients, right: Coefficients) -> bool:
+    """True if no coefficient differs by as much as APART."""
+    return all(abs(units - right.units[name]) < APART * UNIT for name, units in left.items)
 
 
 def summarize(
@@ -135,44 +157,55 @@ def summarize(
     facts: Mapping[str, str],
     stopped: Mapping[str, str] | None = None,
 ) -> Summary:
-    """All that the table, the figures and the report are made from.
+    """Summarize a study for the results table, the figures and the report.
 
-    While a study runs, what is not measured yet is left out: composites on the search split, scores on the other.
+    While a study runs, composites without all scores on the search split are left out, and so are held-out scores that
+    were not measured yet.
+
+    Args:
+        study: Name of the study.
+        ledger: Scores.
+        identity: The study's models, corpora and objective.
+        trials: Finished trials by run.
+        facts: Labels and values for people who reproduce the study.
+        stopped: Why each run ended.
     """
-    found = [entry for entry in entries(identity, trials) if is_known(ledger, identity, entry.composite, SEARCH)]
     by_split = objectives(ledger, identity)
-    results = tuple(_result(ledger, identity, by_split, entry) for entry in found)
-    top = tuple(_result(ledger, identity, by_split, entry) for entry in top_entries(identity, trials))
-    winner = results[-1]
-    without = [
-        entry for entry in left_out_entries(identity, found[-1]) if is_known(ledger, identity, entry.composite, SEARCH)
-    ]
-    left_out = tuple(_result(ledger, identity, by_split, entry) for entry in without)
-    pairs = [(split, rival) for split in SPLITS for rival in results[:-1]]
+
+    def rows(candidates: Iterable[Entry]) -> tuple[ResultRow, ...]:
+        known = (entry for entry in candidates if is_known(ledger, identity, entry.composite, SEARCH))
+        return tuple(_row(ledger, identity, by_split, entry) for entry in known)
+
+    listed = [entry for entry in entries(identity, trials) if is_known(ledger, identity, entry.composite, SEARCH)]
+    results = rows(listed)
+    *rivals, winner = results
     margins = tuple(
         _margin(by_split[split], rival, winner, split)
-        for split, rival in pairs
+        for split in SPLITS
+        for rival in rivals
         if split in rival.objective and split in winner.objective
     )
-    frozen = {algorithm: tuple(records) for algorithm, records in trials.items()}
     return Summary(
         study=study,
         weights=identity.weights,
         results=results,
         margins=margins,
-        trials=frozen,
+        trials={run: tuple(records) for run, records in trials.items()},
         facts=facts,
-        top=top,
+        top=rows(top_entries(identity, trials)),
         stopped=stopped,
         worst=identity.worst,
-        left_out=left_out,
+        left_out=rows(left_out_entries(identity, listed[-1])),
     )
 
 
-def _result(ledger: Ledger, identity: StudyIdentity, by_split: Mapping[str, Objective], entry: Entry) -> ResultRow:
+def _row(ledger: Ledger, identity: StudyIdentity, by_split: Mapping[str, Objective], entry: Entry) -> ResultRow:
     known = [split for split in by_split if is_known(ledger, identity, entry.composite, split)]
     scores = {split: recall(ledger, identity, entry.composite, split) for split in known}
-    one_pass = len(identity.keys(SEARCH)) * identity.windows(SEARCH) * int(identity.settings["evaluation.window"])
+    pass_tokens = len(identity.keys(SEARCH)) * identity.windows(SEARCH) * int(identity.settings["evaluation.window"])
+    seconds = entry.seconds
+    if seconds is None:
+        seconds = ledger.seconds(entry.composite, identity.keys(SEARCH), identity.scoring)
     return ResultRow(
         label=entry.label,
         role=entry.role,
@@ -182,21 +215,19 @@ def _result(ledger: Ledger, identity: StudyIdentity, by_split: Mapping[str, Obje
         objective={split: by_split[split](scores[split]) for split in known},
         evaluations=entry.evaluations,
         forwards=entry.forwards,
-        forward_tokens=round(entry.forwards * one_pass),
-        seconds=ledger.seconds(entry.composite, identity.keys(SEARCH), identity.scoring)
-        if entry.seconds is None
-        else entry.seconds,
+        forward_tokens=round(entry.forwards * pass_tokens),
+        seconds=seconds,
         violation=exceeded(ledger, identity, scores.get(SEARCH, {})),
         run=entry.run,
     )
 
 
 def rescored(
-    one: ResultRow, label: str, scores: Mapping[str, Mapping[str, Score]], by_split: Mapping[str, Objective]
+    row: ResultRow, label: str, scores: Mapping[str, Mapping[str, Score]], by_split: Mapping[str, Objective]
 ) -> ResultRow:
-    """A line for another form of the same composite, with the scores of that form."""
+    """A row for another form of the same composite, with the scores of that form."""
     objective = {split: by_split[split](by_name) for split, by_name in scores.items()}
-    return replace(one, label=label, scores=scores, objective=objective)
+    return replace(row, label=label, scores=scores, objective=objective)
 
 
 def _margin(objective: Objective, rival: ResultRow, winner: ResultRow, split: str) -> Margin:

@@ -1,8 +1,9 @@
-"""Models with what they score on tasks, ranked by loss or by a task, and how far these rankings agree."""
+"""Scores of models on downstream tasks, their ranking, and its agreement with the ranking by loss."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import fsum, sqrt
+
+from scipy.stats import spearmanr
 
 from dem_opt.errors import InputError, nearest
 from dem_opt.types import HELD_OUT, SEARCH
@@ -10,10 +11,17 @@ from dem_opt.types import HELD_OUT, SEARCH
 
 @dataclass(frozen=True)
 class TaskScore:
-    """What a model scores on a task: lm-evaluation-harness's first metric of it.
+    """A model's score on a task: the first metric that lm-evaluation-harness lists for it.
 
-    error   standard error, None where there is none
-    higher  whether more is better
+    Written to JSON files and read back by field name.
+
+    Attributes:
+        task: Name of the task.
+        metric: Name of the metric.
+        value: The score.
+        error: Its standard error; None where the metric has none.
+        higher: Whether more is better.
+        documents: Documents that were scored.
     """
 
     task: str
@@ -24,9 +32,17 @@ class TaskScore:
     documents: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TaskResults:
-    """A model of a study: its label and role in the final table, its losses, its scores by task."""
+    """A model of a study on tasks.
+
+    Attributes:
+        label: Its label in the results table.
+        role: Its role there.
+        coefficients: Its coefficients; None for the base.
+        objective: Objective by split, in nats per token.
+        scores: Score by task.
+    """
 
     label: str
     role: str
@@ -37,11 +53,7 @@ class TaskResults:
 
 @dataclass(frozen=True)
 class TaskTable:
-    """Models of a study on tasks.
-
-    agreement  by task and split, Spearman's rank correlation of models' losses and scores: 1 where the lower loss
-               always has the better score, -1 where it has the worse; None where all losses or all scores are the same
-    """
+    """Models of a study on tasks."""
 
     study: str
     tasks: tuple[str, ...]
@@ -49,36 +61,35 @@ class TaskTable:
 
     @property
     def agreement(self) -> dict[str, dict[str, float | None]]:
-        """By task and split."""
+        """Spearman's rank correlation of models' losses and scores, by task and split.
+
+        1 where the lower loss always has the better score, -1 where it always has the worse; None where all losses or
+        all scores are equal.
+        """
         return {task: {split: self._agreement(task, split) for split in (SEARCH, HELD_OUT)} for task in self.tasks}
 
     def ranked(self, by: str | None) -> list[TaskResults]:
         """The models, the best first: by a task's score, or by their loss on the search split.
 
-        Raises InputError for a task that was not asked for.
+        Raises:
+            InputError: For a task that the study does not have.
         """
         if by is not None and by not in self.tasks:
             raise InputError(None, "--by", by, f"is no task of the study; {nearest(by, self.tasks)}")
-        return sorted(self.models, key=lambda one: one.objective[SEARCH] if by is None else _loss(one.scores[by]))
+        return sorted(self.models, key=lambda model: model.objective[SEARCH] if by is None else _loss(model.scores[by]))
 
     def _agreement(self, task: str, split: str) -> float | None:
-        known = [one for one in self.models if split in one.objective]
-        return spearman([one.objective[split] for one in known], [_loss(one.scores[task]) for one in known])
+        models = [model for model in self.models if split in model.objective]
+        return spearman([model.objective[split] for model in models], [_loss(model.scores[task]) for model in models])
 
 
 def _loss(score: TaskScore) -> float:
-    """A score of which less is better."""
+    """A score with its sign turned where more is better."""
     return -score.value if score.higher else score.value
 
 
-def spearman(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Pearson's correlation of the ranks, ties having their mean; None where one of both is constant."""
-    x, y = _ranks(one), _ranks(other)
-    mean = (len(x) + 1) / 2
-    spread = sqrt(fsum((a - mean) ** 2 for a in x) * fsum((b - mean) ** 2 for b in y))
-    return fsum((a - mean) * (b - mean) for a, b in zip(x, y, strict=True)) / spread if spread else None
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    """Ranks from 1; equal values share the mean of theirs."""
-    return [sum(other < one for other in values) + (sum(other == one for other in values) + 1) / 2 for one in values]
+def spearman(left: Sequence[float], right: Sequence[float]) -> float | None:
+    """Spearman's rank correlation, ties having their mean rank; None where one of both is constant."""
+    if len(set(left)) < 2 or len(set(right)) < 2:
+        return None
+    return float(spearmanr(left, right).statistic)

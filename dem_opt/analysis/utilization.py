@@ -1,4 +1,4 @@
-"""What workers did with their time and their tokens, from the records of trials."""
+"""Workers' time and tokens by use, from the records of trials."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,16 +6,19 @@ from dataclasses import dataclass
 from dem_opt.types import Evaluation, TrialRecord
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Usage:
     """Trials of one search that went through a model.
 
-    merging, scoring  seconds in all, in workers
-    waiting           seconds in all that workers were idle before these trials, since what they did before
-    proposing         seconds in all, beside them
-    utilisation       (merging + scoring) / (merging + scoring + waiting) from the second trial on; None without any
-    unscored          share of forward tokens whose nats do not count: padding, prompts, first tokens; None if unknown
-    batch             the fewest tokens in one forward call to which memory held them; 0 where it did not
+    Attributes:
+        trials: Number of them.
+        merging: Seconds of merging in all, in workers.
+        scoring: Seconds of scoring in all, in workers.
+        waiting: Seconds in all that workers were idle before these trials.
+        proposing: Seconds of proposing in all, beside the workers.
+        utilisation: (merging + scoring) / (merging + scoring + waiting) from the second trial on; None without any.
+        unscored: Share of forward tokens whose nats do not count: padding, prompts, first tokens; None if unknown.
+        batch: Fewest tokens to which memory limited one forward call; 0 where it never did.
     """
 
     trials: int
@@ -31,22 +34,25 @@ class Usage:
 def usage_of(records: Sequence[TrialRecord]) -> Usage:
     """The usage of a search's trials, in the order of their numbers."""
     measured = [record for record in records if record.measured]
-    made = [record.evaluation for record in measured]
-    known = [one for one in made if one.scored_tokens]
-    scored, forward = (sum(getattr(one, kind) for one in known) for kind in ("scored_tokens", "forward_tokens"))
+    evaluations = [record.evaluation for record in measured]
+    # Trials of earlier releases have no count of scored tokens.
+    counted = [evaluation for evaluation in evaluations if evaluation.scored_tokens]
+    scored_tokens = sum(evaluation.scored_tokens for evaluation in counted)
+    forward_tokens = sum(evaluation.forward_tokens for evaluation in counted)
     return Usage(
-        trials=len(made),
-        merging=sum(one.merge_seconds for one in made),
-        scoring=sum(one.score_seconds for one in made),
-        waiting=sum(one.wait_seconds for one in made),
+        trials=len(evaluations),
+        merging=sum(evaluation.merge_seconds for evaluation in evaluations),
+        scoring=sum(evaluation.score_seconds for evaluation in evaluations),
+        waiting=sum(evaluation.wait_seconds for evaluation in evaluations),
         proposing=sum(record.propose_seconds for record in measured),
-        utilisation=_utilisation(made[1:]),
-        unscored=1 - scored / forward if forward else None,
-        batch=min((one.batch_tokens for one in made if one.batch_tokens), default=0),
+        # Before the first trial workers were starting, not waiting.
+        utilisation=_utilisation(evaluations[1:]),
+        unscored=1 - scored_tokens / forward_tokens if forward_tokens else None,
+        batch=min((evaluation.batch_tokens for evaluation in evaluations if evaluation.batch_tokens), default=0),
     )
 
 
-def _utilisation(made: Sequence[Evaluation]) -> float | None:
-    busy = sum(one.merge_seconds + one.score_seconds for one in made)
-    spent = busy + sum(one.wait_seconds for one in made)
+def _utilisation(evaluations: Sequence[Evaluation]) -> float | None:
+    busy = sum(evaluation.merge_seconds + evaluation.score_seconds for evaluation in evaluations)
+    spent = busy + sum(evaluation.wait_seconds for evaluation in evaluations)
     return busy / spent if spent else None

@@ -1,4 +1,7 @@
-"""The geometry of a study's distribution vectors: inner products, measured once and kept beside the report."""
+"""Inner products of a study's distribution vectors, measured once and kept beside the report.
+
+Shape suffixes: N fine-tunes, P parameters of a tensor, B parameters of a block.
+"""
 
 import json
 from collections.abc import Mapping
@@ -16,23 +19,25 @@ from dem_opt.progress import Progress
 from dem_opt.types import Composite, StoredModel, VectorGeometry
 
 FILE = "vectors.json"
-"""What a study's output folder keeps."""
+"""The file in a study's output folder."""
 
 BLOCK = 2**18
-"""Parameters whose inner products are summed in float32; sums of blocks are float64."""
+"""Parameters whose inner products are summed in float32, where rounding stays small; blocks are summed in float64."""
 
 
 def vectors_of(base: StoredModel, fine_tunes: Mapping[str, StoredModel]) -> VectorGeometry:
-    """< Theta_i - Theta , Theta_j - Theta >  over all stored parameters, one tensor in memory of each model at a time.
+    """< Theta_i - Theta , Theta_j - Theta >  over all stored parameters.
 
-    Differences are formed in float32.  Tied weights count once, as they are stored.
+    One tensor of each model is in memory at a time.  Differences are formed in float32.  Tied weights count once, as
+    they are stored.
     """
     header = read_header(base.path, "base")
     architecture = read_architecture(header)
     names = stored_names(architecture, header)
     models = (base, *fine_tunes.values())
     readers = [
-        merged_tensors(architecture, base, {one.content: one}, Composite.single(one.content), names) for one in models
+        merged_tensors(architecture, base, {model.content: model}, Composite.single(model.content), names)
+        for model in models
     ]
     inner_NN = torch.zeros(len(fine_tunes), len(fine_tunes), dtype=torch.float64)
     for tensors in zip(*readers, strict=True):
@@ -53,14 +58,14 @@ def inner_products(base_P: Tensor, stored_NP: list[Tensor]) -> Tensor:
 
 def measure_once(base: StoredModel, fine_tunes: Mapping[str, StoredModel], folder: Path, progress: Progress) -> None:
     """Measure the vectors and keep them in a folder, unless it has those of the same contents."""
-    contents = {name: one.content for name, one in fine_tunes.items()}
+    contents = {name: fine_tune.content for name, fine_tune in fine_tunes.items()}
     if recall_vectors(base.content, contents, folder) is None:
         with progress.phase(f"comparing {len(contents)} distribution vectors, once"):
             keep(vectors_of(base, fine_tunes), base.content, contents, folder)
 
 
 def keep(vectors: VectorGeometry, base: str, fine_tunes: Mapping[str, str], folder: Path) -> None:
-    """Write inner products by content, whole or not at all; a folder that can't be written is done without."""
+    """Write inner products by content, whole or not at all; a folder that can't be written stays without them."""
     contents = [fine_tunes[name] for name in vectors.names]
     text = json.dumps({"base": base, "contents": contents, "inner": vectors.inner})
     with suppress(OSError):
@@ -68,14 +73,17 @@ def keep(vectors: VectorGeometry, base: str, fine_tunes: Mapping[str, str], fold
 
 
 def recall_vectors(base: str, fine_tunes: Mapping[str, str], folder: Path) -> VectorGeometry | None:
-    """The vectors of these contents, under their present names; None where they were not measured."""
+    """The vectors of these contents, under their present names; None where they were not measured.
+
+    Names and order may have changed since, so rows are found by content.
+    """
     try:
-        known = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        place = {content: index for index, content in enumerate(known["contents"])}
-        if known["base"] != base or not place.keys() >= set(fine_tunes.values()):
+        stored = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        row = {content: index for index, content in enumerate(stored["contents"])}
+        if stored["base"] != base or not row.keys() >= set(fine_tunes.values()):
             return None
-        order = [place[content] for content in fine_tunes.values()]
-        inner = tuple(tuple(float(known["inner"][i][j]) for j in order) for i in order)
+        order = [row[content] for content in fine_tunes.values()]
+        inner = tuple(tuple(float(stored["inner"][i][j]) for j in order) for i in order)
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
     return VectorGeometry(tuple(fine_tunes), inner)

@@ -154,17 +154,17 @@ class Search:
 
     @property
     def is_sequential(self) -> bool:
-        """Whether a proposal has to wait for the trial before it."""
+        """True if a proposal has to wait for the trial before it."""
         return self._search.algorithm == "gradient"
 
     @property
     def races(self) -> bool:
-        """Whether trials are stopped when they will not win: never a grid's, nor those that have a gradient."""
+        """True if trials are stopped when they will not win: never a grid's, nor those that have a gradient."""
         return self._search.racing and self._search.algorithm != "grid" and not self.gradients
 
     @property
     def completes(self) -> bool:
-        """Whether a trial that was stopped may be completed by a later one."""
+        """True if a trial that was stopped may be completed by a later one."""
         return self.races and self._search.algorithm == "simplex-gp"
 
     @property
@@ -173,11 +173,11 @@ class Search:
         return str(self._study.user_attrs.get(STOPPED, ""))
 
     def is_known(self, coefficients: Coefficients) -> bool:
-        """Whether these are a landmark or a starting point: they are scored whole, without racing."""
+        """True if these are a landmark or a starting point: they are scored whole, without racing."""
         return coefficients in self._known
 
     def measures_gradient(self, coefficients: Coefficients) -> bool:
-        """Whether a trial at these coefficients is measured with its gradient."""
+        """True if a trial at these coefficients is measured with its gradient."""
         return self.gradients and (self._search.algorithm == "gradient" or not self.is_known(coefficients))
 
     @patient
@@ -206,7 +206,10 @@ class Search:
         self.elsewhere = len(running) - len(left)
         if left:
             return self._take_over(left[0])
-        if self._is_over(history.trials) or (self.is_sequential and running):
+        if reason := self._why_stop(history.trials):
+            self._stop(reason)
+            return None
+        if self.is_sequential and running:
             return None
         return self._propose(history.trials, confirm)
 
@@ -245,12 +248,10 @@ class Search:
         """Forward-equivalents of the trial before `number` that was stopped at these coefficients, if there is one."""
         return sum(trial.forwards for trial in self._history.stopped(coefficients, number))
 
-    def _is_over(self, trials: Sequence[Trial]) -> bool:
-        """Whether the search has ended; the reason is written down."""
-        reason = self._why_stop(trials)
-        if reason and reason != self.stopped:
+    def _stop(self, reason: str) -> None:
+        """Write down why the search ended."""
+        if reason != self.stopped:
             self._study.set_user_attr(STOPPED, reason)
-        return bool(reason)
 
     def _why_stop(self, trials: Sequence[Trial]) -> str:
         """Which budget is spent, or that no improvement is expected; empty where the search goes on."""
@@ -271,7 +272,7 @@ class Search:
         return ""
 
     def _expects_little(self, trials: Sequence[Trial], patience: int) -> bool:
-        """Whether so many trials were proposed with less than the tolerance expected of each."""
+        """True if so many trials were proposed with less than the tolerance expected of each."""
         improvements = [trial.expected_improvement for trial in trials]
         return len(improvements) == patience and all(
             improvement is not None and improvement < self._search.tolerance for improvement in improvements

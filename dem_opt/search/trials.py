@@ -52,7 +52,7 @@ def recall(
 
 
 def is_known(ledger: Ledger, identity: StudyIdentity, composite: Composite, split: str) -> bool:
-    """Whether the ledger has a composite's scores on all of a split."""
+    """True if the ledger has a composite's scores on all of a split."""
     return len(recall(ledger, identity, composite, split)) == len(identity.corpora[split])
 
 
@@ -251,7 +251,7 @@ def slope(
 
 
 def attributes(record: TrialRecord) -> TrialAttributes:
-    """What Optuna keeps of a trial beside its objective."""
+    """The measurements that Optuna keeps of a trial."""
     evaluation = record.evaluation
     costs = TrialAttributes(
         forward_tokens=evaluation.forward_tokens,

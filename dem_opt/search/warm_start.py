@@ -49,7 +49,7 @@ def enter(
     start = carried_over(ledger, identity) if generation > 1 else []
     if change:
         reuse = describe_reuse(ledger, identity, start)
-        progress.note(f"{name} now asks another question ({change}): generation {generation} begins {reuse}")
+        progress.note(f"{name} has changed ({change}): generation {generation} begins {reuse}")
     return generation, start
 
 

@@ -233,7 +233,14 @@ def compare_costs(
     )
     mixed = tuple(_mixture_result(mixture, composites[mixture.job.out], inputs, ledger, parameters) for mixture in jobs)
     base = BaseScore(*_scores(summary.results[0]))
-    return MixingComparison(config.name, inputs.identity().weights, parameters, merged, mixed, base)
+    return MixingComparison(
+        study=config.name,
+        weights=inputs.identity().weights,
+        parameters=parameters,
+        edited=merged,
+        mixed=mixed,
+        base=base,
+    )
 
 
 def _scores(row: ResultRow) -> tuple[Mapping[str, float], Mapping[str, Mapping[str, float]]]:

@@ -97,7 +97,15 @@ def score_candidates(
         known = "" if missing else " (known)"
         context.progress.note(f"{number} of {len(candidates)}: {row.label}: {shown}{known}")
         coefficients = None if row.coefficients is None else row.coefficients.weights
-        models.append(TaskResults(row.label, row.role, coefficients, dict(row.objective), scores))
+        models.append(
+            TaskResults(
+                label=row.label,
+                role=row.role,
+                coefficients=coefficients,
+                objective=dict(row.objective),
+                scores=scores,
+            )
+        )
     return TaskTable(context.config.name, tuple(settings.tasks), tuple(models))
 
 

@@ -16,7 +16,9 @@ def identity(names: tuple[str, ...], total: float = 1.0) -> StudyIdentity:
 
 
 def winner(asked: StudyIdentity, point: Coefficients) -> Entry:
-    return Entry("best of grid", "best", "grid", point, asked.composite(point))
+    return Entry(
+        label="best of grid", role="best", algorithm="grid", coefficients=point, composite=asked.composite(point)
+    )
 
 
 @pytest.mark.parametrize("total", [1.0, 0.7, 1.6])
@@ -48,7 +50,7 @@ def test_a_winner_of_one_distribution_and_a_baseline_have_none() -> None:
     asked = identity(NAMES)
     alone = Coefficients(tuple((name, UNIT * (name == "a")) for name in NAMES))
     assert left_out_entries(asked, winner(asked, alone)) == []
-    base = Entry("base", "base", "", None, Composite.single("base"))
+    base = Entry(label="base", role="base", coefficients=None, composite=Composite.single("base"))
     assert left_out_entries(asked, base) == []
 
 

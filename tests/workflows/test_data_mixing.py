@@ -21,11 +21,11 @@ from dem_opt.analysis.mixing_cost import (
     MixingComparison,
     MixtureResult,
     curve,
-    expected_best,
     forward_cost,
     training_cost,
     verdict,
 )
+from dem_opt.analysis.order_statistics import expected_best
 from dem_opt.cli.main import main
 from dem_opt.config import load
 from dem_opt.dashboards.mixing_plots import mixing_figure, quality_table
@@ -222,21 +222,37 @@ def test_a_lattice_has_every_mixture_of_its_parts_once() -> None:
 
 def test_the_expected_best_is_the_mean_over_all_orders() -> None:
     ranked = [1.0, 2.5, 2.0, 7.0]  # by another split than they are told on
+    expected = expected_best(ranked, np.arange(1, 5))
     for tried in range(1, 5):
         orders = [min(order[:tried]) for order in permutations(range(4))]
-        assert expected_best(ranked, tried) == pytest.approx(np.mean([ranked[first] for first in orders]))
+        assert expected[tried - 1] == pytest.approx(np.mean([ranked[first] for first in orders]))
 
 
 def model(search: float, held_out: float, flops: float, budget: str = "all") -> MixtureResult:
-    return MixtureResult(budget, {"a": 1.0}, {SEARCH: search, HELD_OUT: held_out}, {}, Cost(training_flops=flops))
+    objective, cost = {SEARCH: search, HELD_OUT: held_out}, Cost(training_flops=flops)
+    return MixtureResult(budget=budget, shares={"a": 1.0}, objective=objective, nll={}, cost=cost)
 
 
 def edited(held_out: float, flops: float) -> MergeResult:
-    return MergeResult("best", {"a": 1.0}, {SEARCH: 0.0, HELD_OUT: held_out}, {}, Cost(training_flops=flops), Cost())
+    return MergeResult(
+        label="best",
+        coefficients={"a": 1.0},
+        objective={SEARCH: 0.0, HELD_OUT: held_out},
+        nll={},
+        training=Cost(training_flops=flops),
+        search=Cost(),
+    )
 
 
 def against(composite: MergeResult, models: tuple[MixtureResult, ...], base: float = 5.0) -> MixingComparison:
-    return MixingComparison("s", {"a": 1.0}, 1, composite, models, BaseScore({SEARCH: base, HELD_OUT: base}, {}))
+    return MixingComparison(
+        study="s",
+        weights={"a": 1.0},
+        parameters=1,
+        edited=composite,
+        mixed=models,
+        base=BaseScore({SEARCH: base, HELD_OUT: base}, {}),
+    )
 
 
 def test_what_a_composite_keeps_is_its_gain_over_the_best_mixture_s() -> None:

@@ -156,7 +156,13 @@ def score(value: float, higher: bool = True) -> TaskScore:
 
 def table(pairs: list[tuple[float, float]], higher: bool = True) -> TaskTable:
     models = [
-        TaskResults(str(place), "top", None, {"search": loss, "held_out": loss}, {"t": score(value, higher)})
+        TaskResults(
+            label=str(place),
+            role="top",
+            coefficients=None,
+            objective={"search": loss, "held_out": loss},
+            scores={"t": score(value, higher)},
+        )
         for place, (loss, value) in enumerate(pairs)
     ]
     return TaskTable("s", ("t",), tuple(models))

@@ -68,7 +68,7 @@ class Trial:
 
     @property
     def is_whole(self) -> bool:
-        """Whether its objective was measured on all windows."""
+        """True if its objective was measured on all windows."""
         return self.objective is not None and not self.error
 
 

@@ -137,7 +137,7 @@ class SimplexGP:
         return float(np.mean(costs)) if costs else 1.0
 
     def _is_last(self, trials: Sequence[Trial]) -> bool:
-        """Whether the next trial spends the budget."""
+        """True if the next trial spends the budget."""
         spent = sum(trial.forwards for trial in trials)
         return (self.trials is not None and len(trials) + 1 >= self.trials) or (
             self.forwards is not None and spent + 1 >= self.forwards
@@ -146,7 +146,9 @@ class SimplexGP:
     def _observations(self, trials: Sequence[Trial]) -> gp.Observations:
         """Values of finished trials; gradients of the best and the latest ones, as many as DERIVATIVES allow."""
         most = max(DERIVATIVES // max(len(self.space.caps_F) - 1, 1), 1)
-        steep = {trial.number for trial in thin([trial for trial in trials if trial.gradient], most)}
+        # A gradient along fewer distributions, of a study that had not all of them, is none along the simplex.
+        complete = [trial for trial in trials if trial.gradient.keys() >= set(self.space.names)]
+        steep = {trial.number for trial in thin(complete, most)}
         steep_G = np.array([i for i, trial in enumerate(trials) if trial.number in steep], dtype=np.int64)
         slopes_GK = [[trials[i].gradient[name] for name in self.space.names] for i in steep_G]
         gradients_GF = np.array(slopes_GK).reshape(-1, self.space.dimension) @ self.space.jacobian()

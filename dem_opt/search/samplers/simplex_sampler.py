@@ -100,7 +100,7 @@ class SimplexSampler(BaseSampler):
         """Raise ValueError: no parameter is drawn without the others."""
         if param_name in self._space.names:
             raise ValueError(
-                f"{param_distribution} does not contain the coefficient {param_name!r}: suggest it from 0 to "
+                f"the range of {param_name!r} does not contain its coefficient: suggest it from 0 to "
                 f"{self._space.total:g}, and give narrower ranges to SimplexSampler as bounds"
             )
         raise ValueError(
