@@ -179,7 +179,8 @@ def opened(path: Path) -> Iterator[tuple[StudyIdentity, Ledger, Callable[[Coeffi
     identity, engine = sources.identity(), connect(landscape.storage)
     ledger = Ledger(engine)
     with closing(InProcessCompute().workers(build, sources.spec(), NullProgress())) as pool:
-        driver, objective = Driver(identity, ledger, pool, NullProgress()), objectives(ledger, identity)[SEARCH]
+        driver = Driver(identity=identity, ledger=ledger, pool=pool, progress=NullProgress())
+        objective = objectives(ledger, identity)[SEARCH]
 
         def measure(coefficients: Coefficients) -> float:
             composite = identity.composite(coefficients)

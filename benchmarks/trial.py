@@ -237,7 +237,8 @@ def time_growth(marks: Sequence[int], algorithm: str) -> list[dict[str, float]]:
         searched = Search(config.storage, "growing", config.space, config.search)
         store = MlflowStore(uri=config.tracking.uri, experiment="e", artifacts=Path(folder) / "artifacts")
         info = SearchInfo(model="m", study="growing", uid=searched.uid, parameters={})
-        driver, tracker = Driver(identity, Ledger(engine), pool, NullProgress()), InTurn(store, info, marks[-1])
+        driver = Driver(identity=identity, ledger=Ledger(engine), pool=pool, progress=NullProgress())
+        tracker = InTurn(store, info, marks[-1])
         driver.measure([Composite.single(identity.base)], "search")
         with holding(engine, "growing") as lease, suppress(Ended):
             driver.optimize(searched, 1, tracker, lease)

@@ -34,18 +34,17 @@ class Prediction:
 
 def predict(space: Space, trials: Sequence[TrialRecord], coefficients: Coefficients) -> Prediction | None:
     """Predict the objective at a point of the space, from trials of any runs; None where there are too few."""
-    known = _thinned(list({trial.coefficients: trial for trial in trials if trial.penalized is not None}.values()))
-    if space.is_point or len(known) < FEWEST:
+    fitted = _fitted(trials)
+    if space.is_point or len(fitted) < FEWEST:
         return None
     with threadpool_limits(1, "blas"):
-        posterior = _fit(space, known).posterior(space.shares(coefficients)[None, :])
+        posterior = _fit(space, fitted).posterior(space.shares(coefficients)[None, :])
     return Prediction(float(posterior.mean_M[0]), float(posterior.variance_M[0] ** 0.5))
 
 
 def surrogate_of(space: Space, trials: Sequence[TrialRecord]) -> Surrogate | None:
     """The process fitted to trials of any searches, the latest of each composite; None where there are too few."""
-    measured = {trial.coefficients: trial for trial in trials if trial.penalized is not None}
-    fitted = _thinned(list(measured.values()))
+    fitted = _fitted(trials)
     if space.is_point or len(fitted) < FEWEST:
         return None
     with threadpool_limits(1, "blas"):
@@ -71,13 +70,14 @@ def _objective(trial: TrialRecord) -> float:
     return trial.penalized
 
 
-def _thinned(trials: list[TrialRecord]) -> list[TrialRecord]:
-    """MOST at most: the best half, and the latest of the others."""
-    if len(trials) <= MOST:
-        return trials
-    best = sorted(trials, key=_objective)[: MOST // 2]
+def _fitted(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """The latest measured trial of each composite, MOST at most: the best half, and the latest of the others."""
+    latest = list({trial.coefficients: trial for trial in trials if trial.penalized is not None}.values())
+    if len(latest) <= MOST:
+        return latest
+    best = sorted(latest, key=_objective)[: MOST // 2]
     chosen = {trial.coefficients for trial in best}
-    others = [trial for trial in trials if trial.coefficients not in chosen]
+    others = [trial for trial in latest if trial.coefficients not in chosen]
     return best + others[-(MOST - len(best)) :]
 
 

@@ -39,7 +39,7 @@ class Assignment:
         return self.trial.number
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Driver:
     """A process that drives a study: it proposes, and writes down what workers answer.
 
@@ -208,7 +208,9 @@ class Driver:
                 self.identity.differentiation,
             )
 
-    def _finish(self, assignment: Assignment, answer: Evaluation | Failure, search: Search, tracker: SearchTracker) -> None:
+    def _finish(
+        self, assignment: Assignment, answer: Evaluation | Failure, search: Search, tracker: SearchTracker
+    ) -> None:
         """Tell Optuna, the tracker and whoever watches, in this order."""
         record = trial_record(
             self.ledger, self.identity, search.name, assignment.trial, answer, assignment.race, assignment.gradient

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from dem_opt.config import ALGORITHMS, StudyConfig
 from dem_opt.errors import InputError, nearest
@@ -29,6 +29,7 @@ class Runs:
 
     config: StudyConfig
     generation: int
+    _: KW_ONLY
     lease: Lease | None = None
     patience: RetryPolicy = NO_RETRY
 
@@ -56,7 +57,7 @@ class Runs:
         return Search(self.config.storage, name, space, settings, start, gradients, self.lease, self.patience)
 
     @contextmanager
-    def there(self) -> Iterator[dict[str, Search]]:
+    def existing(self) -> Iterator[dict[str, Search]]:
         """The searches that have been begun, by label, in the order of algorithms and seeds; closed at the end."""
         names = (RunName.from_optuna(name, self.config.name) for name in study_names(self.config.storage))
         runs = [run for run in names if run is not None and run.generation == self.generation]

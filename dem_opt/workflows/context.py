@@ -135,7 +135,7 @@ class StudyContext:
     def driver(self, spec: WorkerSpec, identity: StudyIdentity, ledger: Ledger) -> Iterator[Driver]:
         """Start workers and yield a driver of them.  `compute` must have been entered."""
         with closing(self._workers(spec)) as pool:
-            yield Driver(identity, ledger, pool, self.progress)
+            yield Driver(identity=identity, ledger=ledger, pool=pool, progress=self.progress)
 
     def _workers(self, spec: WorkerSpec) -> Pool:
         with self.progress.phase(f"loading {1 + len(spec.fine_tunes)} checkpoints"):
@@ -149,7 +149,7 @@ class StudyContext:
             lease: The driver that proposes; None for readers.
             retry: How long to wait for a database that is away.
         """
-        return Runs(self.config, generation, lease, retry)
+        return Runs(self.config, generation, lease=lease, patience=retry)
 
     def visit(self, ledger: Ledger) -> Lease:
         """Return a lease that is no driver's: it takes turns and proposes nothing."""

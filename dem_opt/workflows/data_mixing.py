@@ -202,7 +202,7 @@ def score_mixtures(
             batch_tokens=inputs.batch_tokens,
         )
         with closing(context.compute.workers(build, spec, context.progress)) as pool:
-            driver = Driver(identity, ledger, pool, context.progress)
+            driver = Driver(identity=identity, ledger=ledger, pool=pool, progress=context.progress)
             for split in SPLITS:
                 driver.measure([Composite.single(model.content) for model in (first, *others)], split)
     return composites

@@ -58,7 +58,7 @@ def sync(context: StudyContext) -> bool:
     with context.stored() as stored:
         generation, identity = stored.generation, stored.identity
     is_complete = True
-    with context.driving() as (ledger, lease), context.runs(generation, lease).there() as searches:
+    with context.driving() as (ledger, lease), context.runs(generation, lease).existing() as searches:
         for search in searches.values():
             tracker = context.track(search, lease)
             tracker.reconcile(missing(ledger, identity, search))

@@ -39,7 +39,7 @@ def summarize_stored(context: StudyContext, stored: StoredStudy) -> Summary:
 
 def summarize_generation(context: StudyContext, ledger: Ledger, identity: StudyIdentity, generation: int) -> Summary:
     """Summarize one generation of a study, with the geometry of its vectors and its surrogate."""
-    with context.runs(generation).there() as searches:
+    with context.runs(generation).existing() as searches:
         trials = {run: finished(ledger, identity, search) for run, search in searches.items()}
         stopped = {run: search.stopped for run, search in searches.items()}
     settings = facts(context.config, context.path, identity)
@@ -53,7 +53,7 @@ def trials_by_run(
     context: StudyContext, ledger: Ledger, identity: StudyIdentity, generation: int
 ) -> dict[str, tuple[TrialRecord, ...]]:
     """Return the finished trials of a generation by run."""
-    with context.runs(generation).there() as searches:
+    with context.runs(generation).existing() as searches:
         return {run: tuple(finished(ledger, identity, search)) for run, search in searches.items()}
 
 

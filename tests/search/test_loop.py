@@ -57,7 +57,8 @@ def trials(world, folder: Path, pool, lookahead: int) -> list:
     engine = connect(url)
     search = Search(url, "jumbled", config.space, config.search)
     with holding(engine, "jumbled") as lease:
-        Driver(identity, Ledger(engine), pool, NullProgress()).optimize(search, lookahead, NullTracker(), lease)
+        driver = Driver(identity=identity, ledger=Ledger(engine), pool=pool, progress=NullProgress())
+        driver.optimize(search, lookahead, NullTracker(), lease)
     engine.dispose()
     return [(trial.number, trial.coefficients, trial.objective) for trial in search.trials()]
 

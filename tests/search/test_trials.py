@@ -324,7 +324,7 @@ def test_several_seeds_are_several_searches_over_one_ledger(tmp_path):
     assert [one.label for one in summary.results if one.role == "best"].count("best of random") == 1
     alone = make(tmp_path / "alone", search={"algorithm": "random", "trials": 4, "seed": 2}).compare(["random"]).summary
     assert points[-1] == tuple(record.coefficients for record in alone.trials["random"])
-    with Runs(study.config, 1).there() as searches:
+    with Runs(study.config, 1).existing() as searches:
         assert list(searches) == list(summary.trials)
 
 
