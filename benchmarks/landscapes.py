@@ -121,7 +121,15 @@ def _train(world: Path, tune: Tune, say: Callable[[str], None]) -> None:
     settings = {"window": QUICKSTART.window, "steps": tune.steps, "batch_size": QUICKSTART.batch_size}
     rate = QUICKSTART.fine_tuning_learning_rate
     fine_tune(
-        FineTuneJob(tune.folder, world / "models" / "base", data, out, learning_rate=rate, seed=tune.seed, **settings)
+        FineTuneJob(
+            name=tune.folder,
+            base=world / "models" / "base",
+            train=data,
+            out=out,
+            learning_rate=rate,
+            seed=tune.seed,
+            **settings,
+        )
     )
 
 

@@ -43,7 +43,13 @@ def test_a_study_loads_and_begins_with_its_question(path: Path) -> None:
     given = config.fine_tuning
     check_trainer(given.trainer, path)
     check_lora(given.lora, path)
-    assert Recipe(given.steps, given.learning_rate, given.batch_size, given.seed, given.trainer).rows
+    assert Recipe(
+        steps=given.steps,
+        learning_rate=given.learning_rate,
+        batch_size=given.batch_size,
+        seed=given.seed,
+        trainer=given.trainer,
+    ).rows
     assert all(one.train is not None for one in config.distributions.values())
     readme = (path.parent / "README.md").read_text(encoding="utf-8")
     assert f"`{path.name}`" in readme

@@ -1,4 +1,4 @@
-"""What is written beside an export's weights: its model card and a recipe for another tool."""
+"""Model card and mergekit recipe of an export."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -19,14 +19,14 @@ from dem_opt.types import Margin, ResultRow, StoredModel
 CARD, RECIPE = "README.md", "mergekit.yaml"
 
 UNSTATED = "not stated"
-"""The licence of a checkpoint that says nothing of it."""
+"""Licence of a checkpoint that states none."""
 
 FRONT_MATTER = {
     "library_name": "transformers",
     "pipeline_tag": "text-generation",
     "tags": ["merge", "distribution-edited-model", "dem_opt"],
 }
-"""What model hubs read of every card."""
+"""Metadata of every card, which model hubs read."""
 
 _FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n---\s*$", re.DOTALL | re.MULTILINE)
 _HUB_CACHE = re.compile(r"^models--(.+)$")
@@ -55,7 +55,7 @@ def texts(
     results: Sequence[ResultRow] = (),
     margins: Sequence[Margin] = (),
 ) -> dict[str, str]:
-    """Card and recipe of a study's composite by file name; `folder` is the study file's."""
+    """Card and recipe of a study's composite by file name; `folder` is that of the study file."""
     base = Ingredient("base", sources.base, coefficients.base_units)
     ingredients = [base, *(Ingredient(name, sources.fine_tunes[name], units) for name, units in coefficients.items)]
     study = resolved(sources.config, folder)
@@ -74,14 +74,19 @@ def model_card(
 ) -> str:
     """The README of an export: formula, coefficients, scores on both splits, provenance.
 
-    ingredients  the base first
-    libraries    versions by name
-    study        the resolved study as YAML
-    standings    the lines of the table of scores; none where nothing was scored
-    margins      of the winner over the others
-    dtype        what all weights were rounded to, where that was asked for
+    Args:
+        name: Title.
+        ingredients: The base first.
+        libraries: Versions by name.
+        study: The resolved study as YAML.
+        results: Rows of the table of scores; none where nothing was scored.
+        margins: Of the winner over the others.
+        dtype: Dtype that all weights were rounded to, where one was chosen.
     """
-    rows = [[one.name, f"{one.units / UNIT:.9f}", licence(one.path), one.model.content] for one in ingredients]
+    rows = [
+        [ingredient.name, f"{ingredient.units / UNIT:.9f}", licence(ingredient.path), ingredient.model.content]
+        for ingredient in ingredients
+    ]
     parts = [
         f"---\n{_front_matter(ingredients)}---",
         f"# {_plain(name)}",
@@ -108,22 +113,24 @@ def recipe(ingredients: Sequence[Ingredient], dtype: str | None = None) -> str:
     float32 where the base has several.  Paths are absolute, since `a/b` is the name of a model on a hub.
     """
     base, *others = ingredients
-    terms = [one for one in others if one.units] or others
+    terms = [ingredient for ingredient in others if ingredient.units] or others
     content = {
         "merge_method": "task_arithmetic",
         "base_model": str(base.path.resolve()),
-        "models": [{"model": _named(base, one), "parameters": {"weight": one.units / UNIT}} for one in terms],
+        "models": [
+            {"model": _mergekit_name(base, term), "parameters": {"weight": term.units / UNIT}} for term in terms
+        ],
         "parameters": {"normalize": False, "lambda": 1.0},
         "dtype": "float32",
-        "out_dtype": dtype or _stored(base),
+        "out_dtype": dtype or _base_dtype(base),
     }
     return f"# mergekit-yaml {RECIPE} FOLDER\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}"
 
 
-def _named(base: Ingredient, one: Ingredient) -> str:
+def _mergekit_name(base: Ingredient, ingredient: Ingredient) -> str:
     """A checkpoint, or BASE+ADAPTER, as mergekit names them."""
-    path = str(one.path.resolve())
-    return path if one.model.base is None else f"{base.path.resolve()}+{path}"
+    path = str(ingredient.path.resolve())
+    return path if ingredient.model.base is None else f"{base.path.resolve()}+{path}"
 
 
 def resolved(config: StudyConfig, folder: Path) -> str:
@@ -134,7 +141,7 @@ def resolved(config: StudyConfig, folder: Path) -> str:
 
 
 def licence(folder: Path) -> str:
-    """What a checkpoint says of its licence: in its card's front matter, or in a LICENSE file beside it."""
+    """The licence of a checkpoint: from its card's front matter, or a hint at its LICENSE file."""
     stated = _stated_licence(folder)
     if stated:
         return stated
@@ -145,9 +152,9 @@ def _stated_licence(folder: Path) -> str:
     """`license` of a card's front matter, "" where there is none."""
     card = folder / CARD
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    found = _FRONT.match(text)
+    match = _FRONT.match(text)
     try:
-        front = yaml.load(found[1], Loader=yaml.BaseLoader) if found else None
+        front = yaml.load(match[1], Loader=yaml.BaseLoader) if match else None
     except (yaml.YAMLError, RecursionError):
         return ""
     stated = front.get("license", "") if isinstance(front, dict) else ""
@@ -155,11 +162,11 @@ def _stated_licence(folder: Path) -> str:
 
 
 def _front_matter(ingredients: Sequence[Ingredient]) -> str:
-    """What model hubs read: the models that went in, and their licence where all state the same."""
+    """Metadata for model hubs: the models that went in, and their licence where all state the same."""
     base, *others = ingredients
-    used = [base, *(one for one in others if one.units)]
-    front: dict[str, object] = {**FRONT_MATTER, "base_model": [_hub_name(one.path) for one in used]}
-    licences = {_stated_licence(one.path) for one in used}
+    used = [base, *(ingredient for ingredient in others if ingredient.units)]
+    front: dict[str, object] = {**FRONT_MATTER, "base_model": [_hub_name(ingredient.path) for ingredient in used]}
+    licences = {_stated_licence(ingredient.path) for ingredient in used}
     if len(licences) == 1 and "" not in licences:
         front["license"] = licences.pop()
     return yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
@@ -168,21 +175,21 @@ def _front_matter(ingredients: Sequence[Ingredient]) -> str:
 def _hub_name(folder: Path) -> str:
     """`org/name` for a folder in a hub's cache (models--org--name/snapshots/...), else the folder's own name."""
     for part in folder.parts:
-        if found := _HUB_CACHE.match(part):
-            return found[1].replace("--", "/", 1)
+        if match := _HUB_CACHE.match(part):
+            return match[1].replace("--", "/", 1)
     return folder.resolve().name
 
 
-def _stored(base: Ingredient) -> str:
+def _base_dtype(base: Ingredient) -> str:
     """The one dtype of a base's tensors, or float32."""
     dtypes = {tensor.dtype for tensor in read_header(base.path, "base").tensors.values()}
     return str(DTYPES[dtypes.pop()]).removeprefix("torch.") if len(dtypes) == 1 else "float32"
 
 
 def _from(folder: Path, value: Any) -> Any:
-    """The same data with paths inside `folder` written from there on, others from the user's home on."""
+    """The same data with paths inside `folder` relative to it, and paths in the user's home from `~`."""
     if isinstance(value, dict):
-        return {key: _from(folder, one) for key, one in value.items()}
+        return {key: _from(folder, item) for key, item in value.items()}
     if not isinstance(value, str):
         return value
     return value.replace(f"{folder}/", "").replace(f"{Path.home()}/", "~/")
@@ -192,17 +199,20 @@ def _scores(split: str, results: Sequence[ResultRow]) -> str:
     """The table of one split: NLL for each distribution and their weighted mean, and the mean's perplexity."""
     names = list(results[0].scores[split])
     rows = []
-    for one in results:
-        mean = one.objective[split]
-        nlls = [f"{one.scores[split][name].nll:.4f}" for name in names]
-        rows.append([one.label, *nlls, f"{mean:.4f}", f"{exp(mean):.3f}"])
+    for result in results:
+        mean = result.objective[split]
+        nlls = [f"{result.scores[split][name].nll:.4f}" for name in names]
+        rows.append([result.label, *nlls, f"{mean:.4f}", f"{exp(mean):.3f}"])
     title = f"## Scores on the {_words(split)} split\n\nNLL in nats per token."
     return f"{title}\n\n{_table(['composite', *names, 'mean', 'perplexity of the mean'], rows)}"
 
 
 def _margins(margins: Sequence[Margin]) -> str:
-    """The table of how much better the winner is."""
-    rows = [[one.rival, _words(one.split), f"{one.mean:.4f}", f"{one.low:.4f} to {one.high:.4f}"] for one in margins]
+    """The table of the winner's margins."""
+    rows = [
+        [margin.rival, _words(margin.split), f"{margin.mean:.4f}", f"{margin.low:.4f} to {margin.high:.4f}"]
+        for margin in margins
+    ]
     title = "## Margins\n\nRival minus winner in mean NLL, nats per token; positive: the winner is better."
     return f"{title}\n\n{_table(['rival', 'split', 'margin', '95% paired interval'], rows)}"
 
@@ -219,10 +229,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _indented(text: str) -> str:
-    """A block that Markdown shows as it is, whatever it holds."""
+    """A code block, which Markdown shows verbatim."""
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown and HTML show as it is, on one line."""
+    """Escape text so that Markdown and HTML show it verbatim, on one line."""
     return re.sub(r"([\\`*_{}\[\]<>&|#~$!])", r"\\\1", " ".join(text.split()))

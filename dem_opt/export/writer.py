@@ -1,4 +1,4 @@
-"""The winner as a checkpoint folder, proved from disk."""
+"""Write a composite as a checkpoint folder, and prove from disk that it is the composite."""
 
 import json
 import shutil
@@ -31,10 +31,10 @@ from dem_opt.simplex import UNIT
 from dem_opt.types import Composite, Score, StoredModel
 
 MARKER = "dem_opt.json"
-"""The file of an exported folder that says what it was made from; a folder that has it may be written again."""
+"""File of an exported folder with its coefficients and hashes; a folder that has it may be replaced."""
 
 SHARD_BYTES = 5 * 10**9
-"""Bytes of tensors in one weight file at most."""
+"""Most bytes of tensors in one weight file."""
 
 COPIED = (
     "config.json",
@@ -48,29 +48,33 @@ COPIED = (
     "chat_template*",
     "additional_chat_templates",
 )
-"""What an export takes over from the base's folder, where the base has it."""
+"""Files of the base's folder that an export copies."""
 
 
 SAME_SCORE = {"exact": 1e-5, "int8": 2e-2}
-"""Relative difference of NLL up to which an export agrees with its composite, by the stored form of the vectors: that
-of two float32 forward passes of one model; what int8 may cost before something else is wrong."""
+"""Largest relative difference between the NLL of an export and of its composite, by storage of the vectors: exact, that
+of two float32 forward passes of one model; int8, more than quantization has ever cost in a test.
+"""
 
 Scores = Mapping[str, Mapping[str, Score]]
 """By split, then by distribution."""
 
 
 class ExportError(RuntimeError):
-    """What was read back from disk is not what was to be written."""
+    """The exported folder, read back from disk, is not the composite."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Export:
     """A composite on disk.
 
-    base     gave config, tokenizer and the form in which weights are stored
-    stored   checkpoints and adapters by content, those of the composite's terms
-    content  the content hash of the written weights
-    dtype    what all sums were rounded to; None where each was rounded to its base tensor's dtype
+    Attributes:
+        path: Folder.
+        base: Model whose config, tokenizer and layout of weights it has.
+        stored: Checkpoints and adapters of the composite's terms, by content.
+        composite: The composite.
+        content: Content hash of the written weights.
+        dtype: Dtype that all sums were rounded to; None where each was rounded to its base tensor's dtype.
     """
 
     path: Path
@@ -84,7 +88,8 @@ class Export:
 def output_dtype(name: str | None) -> torch.dtype | None:
     """The dtype of a name such as "bfloat16".
 
-    Raises InputError for one that can't be written.
+    Raises:
+        InputError: Tensors of this dtype can't be written.
     """
     known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
     if name is not None and name not in known:
@@ -108,8 +113,9 @@ def write_composite(
     the texts that it gives are written beside them by name, and the folder gets its own name, in the place of an
     earlier export.
 
-    Raises InputError where `out` holds anything else or can't be written, where a checkpoint's content is no
-    longer what `stored` says, and where a weight is beyond the dtype's range.
+    Raises:
+        InputError: `out` holds anything else or can't be written, a checkpoint's content is no longer what `stored`
+            says, or a weight is beyond the dtype's range.
     """
     out = out.absolute()
     used = {content: stored[content] for content, _ in composite.terms}
@@ -120,21 +126,21 @@ def write_composite(
     header = read_header(base.path, "base")
     architecture = read_architecture(header)
     declared = dtype or _own_dtype(architecture, base, used, composite)
-    written = Export(out, base, used, composite, "", dtype)
+    written = Export(path=out, base=base, stored=used, composite=composite, content="", dtype=dtype)
     with staged_folder(out) as partial:
-        with _told(out):
+        with _as_input_error(out):
             partial.mkdir(parents=True)
             names = stored_names(architecture, header)
             _refuse_full(out, partial, _size(header, names, declared))
             _write_weights(partial, architecture, header, _plan(header, names, declared), written)
             _copy(base.path, partial)
             if declared is not None:
-                _declare(partial / "config.json", declared)
+                _set_dtype(partial / "config.json", declared)
         content = hash_tensors(read_header(partial, "export"))
-        with _told(out):
+        with _as_input_error(out):
             _write_json(partial / MARKER, _provenance(composite, content))
         texts = approve(replace(written, path=partial, content=content))
-        with _told(out):
+        with _as_input_error(out):
             for name, text in texts.items():
                 (partial / name).write_text(text, encoding="utf-8")
             publish_folder(partial, out)
@@ -144,7 +150,7 @@ def write_composite(
 def _own_dtype(
     architecture: Architecture, base: StoredModel, used: Mapping[str, StoredModel], composite: Composite
 ) -> torch.dtype | None:
-    """The dtype of a composite that is one checkpoint, where that is not the base's."""
+    """The dtype of a composite that is a single checkpoint, where it differs from the base's."""
     if len(composite.terms) > 1 or base.content in used:
         return None
     (model,) = used.values()
@@ -158,8 +164,10 @@ def _own_dtype(
 def prove(export: Export) -> None:
     """Compare every tensor on disk with a fresh merge, bit for bit, and load the folder through transformers.
 
-    What is loaded must be the stored tensors, but where transformers fuses several into one.  Raises ExportError
-    naming the first tensor that differs.
+    Loaded parameters must be the stored tensors, except where transformers fuses several into one.
+
+    Raises:
+        ExportError: Names the first tensor that differs.
     """
     header, original = read_header(export.path, "export"), read_header(export.base.path, "base")
     if hash_tensors(header) != export.content:
@@ -182,7 +190,8 @@ def prove(export: Export) -> None:
 def _loaded(architecture: Architecture, folder: Path, header: Header) -> dict[str, Tensor]:
     """The parameters of an exported folder as transformers loads them.
 
-    Raises ExportError where they are not the base's.
+    Raises:
+        ExportError: They are not the base's parameters.
     """
     alike = len({tensor.dtype for tensor in header.tensors.values()}) == 1
     model = load_model(folder, "auto" if alike else torch.float32)
@@ -195,8 +204,8 @@ def _loaded(architecture: Architecture, folder: Path, header: Header) -> dict[st
 def prove_scores(again: Scores, scores: Scores, vectors: str) -> None:
     """Raise ExportError where a written folder scores otherwise than its composite did.
 
-    With exact vectors the bits are the same, so the scores are, up to what another number of threads changes in float32
-    sums.  Compressed ones have an error.
+    With exact vectors the bits are the same, and so are the scores, but for float32 sums in another order on another
+    number of threads.  Vectors in int8 have a quantization error, which the export has not.
     """
     pairs = [(split, name, score) for split, by_name in scores.items() for name, score in by_name.items()]
     for split, name, score in pairs:
@@ -208,7 +217,7 @@ def prove_scores(again: Scores, scores: Scores, vectors: str) -> None:
 
 
 def _refuse(out: Path, inputs: Sequence[Path]) -> None:
-    """Raise InputError where `out` holds something that is not to be replaced."""
+    """Raise InputError where `out` holds anything but an earlier export."""
     if out.resolve() in {folder.resolve() for folder in inputs}:
         raise InputError(out, None, None, "is one of the checkpoints to be merged: name another folder")
     if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
@@ -226,8 +235,8 @@ def _refuse_full(out: Path, partial: Path, size: int) -> None:
 
 
 @contextmanager
-def _told(out: Path) -> Iterator[None]:
-    """What the system refuses while writing, as an InputError."""
+def _as_input_error(out: Path) -> Iterator[None]:
+    """Turn the system's errors of writing into an InputError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -256,7 +265,7 @@ def _plan(header: Header, names: Sequence[str], dtype: torch.dtype | None) -> di
 def _write_weights(
     folder: Path, architecture: Architecture, base: Header, plan: Mapping[str, Sequence[str]], export: Export
 ) -> None:
-    """Merge and write one weight file after the other, the base's buffers in the first, and the index of several."""
+    """Merge and write the weight files one by one, the base's buffers in the first; with several, an index."""
     buffers = dict(read_tensors(base, architecture.layout(base).buffers.values()))
     written: dict[str, str] = {}
     total = 0
@@ -293,26 +302,26 @@ def _copy(base: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _declare(config: Path, dtype: torch.dtype) -> None:
-    """Let a config name this dtype, under the key that it has (`torch_dtype` until transformers 5)."""
+def _set_dtype(config: Path, dtype: torch.dtype) -> None:
+    """Write a dtype into a config, under the key that it has (`torch_dtype` until transformers 5)."""
     data = json.loads(config.read_text(encoding="utf-8"))
     keys = [key for key in ("dtype", "torch_dtype") if key in data] or ["dtype"]
     _write_json(config, data | dict.fromkeys(keys, str(dtype).removeprefix("torch.")))
 
 
 def _provenance(composite: Composite, content: str) -> dict[str, object]:
-    """What the marker says: coefficients by content hash, the composite's key, the hash of what came out."""
+    """Content of the marker: coefficients by content hash, the composite's key, the hash of the written weights."""
     coefficients = {term: units / UNIT for term, units in composite.terms}
     return {"composite": composite.key, "coefficients": coefficients, "content": content}
 
 
 def _write_json(file: Path, data: object) -> None:
-    """Indented JSON."""
+    """Write indented JSON."""
     file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def _same_bits(loaded: Tensor, merged: Tensor) -> bool:
-    """Whether a loaded parameter has the merged one's shape and bits, in the dtype that it was loaded in."""
+    """A loaded parameter has the merged one's shape and bits, in the dtype that it was loaded in."""
     exact = merged.to(loaded.dtype)
     return loaded.shape == exact.shape and torch.equal(
         loaded.contiguous().view(-1).view(torch.uint8), exact.view(-1).view(torch.uint8)

@@ -1,7 +1,7 @@
-"""base + data -> one fine-tuned checkpoint per distribution (or one for a mixture).
+"""Fine-tune the base on the data of one distribution, or on a mixture of several.
 
-A checkpoint folder appears under its own name only when it is complete, with a record of what it was made from beside
-the weights.  Until then a hidden folder beside it holds what a killed fine-tuning goes on from.
+A checkpoint folder appears under its own name only when it is complete, with a record of its base, data and settings
+beside the weights.  Until then a hidden folder beside it has the state from which a killed fine-tuning resumes.
 """
 
 import copy
@@ -34,19 +34,28 @@ from dem_opt.training.trainer import DivergedError, Recipe, parameters_of, train
 from dem_opt.types import Corpus, Windows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FineTuneJob:
-    """One fine-tuning: picklable, and importable with `fine_tune` by a worker.
+    """One fine-tuning, as it is sent to a worker.
 
-    base        a Hugging Face folder; `train` a data file, or a mixture of several; `out` the folder to be written
-    window      tokens in a window; `batch_size` windows in a step; `seed` orders the windows
-    trainer     any other argument of the Trainer
-    lora        given, arguments of peft's LoraConfig: an adapter is trained, and not the base's own weights
-    merged      whether the adapter is written into a full checkpoint
-    save_every  steps between saved states
-    validation  given, weights of saved states are kept, with their NLL on these windows
-    dtype       what weights are trained in; auto: the base's
-    gpus        GPUs to lay the model's layers out on, where there are more than one
+    The names of `window` to `lora` are stored in the record of a checkpoint and hashed.
+
+    Attributes:
+        base: Folder in Hugging Face's format.
+        train: Data file, or a mixture of several.
+        out: Folder to write.
+        window: Tokens in a window.
+        steps: Optimizer steps.
+        learning_rate: Peak learning rate.
+        batch_size: Windows in a step.
+        seed: Seed of the order of windows, and of a LoRA's first weights.
+        trainer: Any other argument of the Trainer.
+        lora: Arguments of peft's LoraConfig, to train an adapter; None trains the base's own weights.
+        merged: Write the adapter into a full checkpoint.
+        save_every: Steps between saved states.
+        validation: Keep the weights of saved states, with their NLL on these windows.
+        dtype: Dtype of the weights in training; "auto" is the base's.
+        gpus: GPUs to divide the model's layers over.
     """
 
     name: str
@@ -68,17 +77,24 @@ class FineTuneJob:
 
     @property
     def recipe(self) -> Recipe:
-        """How its model is trained."""
-        return Recipe(self.steps, self.learning_rate, self.batch_size, self.seed, self.trainer, self.save_every)
+        """Settings of the training."""
+        return Recipe(
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            trainer=self.trainer,
+            save_every=self.save_every,
+        )
 
     @property
     def place(self) -> Path:
-        """The folder that it works in until it is done."""
+        """The folder of its state until it is complete."""
         return self.out.with_name(f".{self.out.name}.training")
 
     @property
     def tokens(self) -> int:
-        """Tokens that go through the model, padding included."""
+        """Tokens that go through the model, with padding."""
         return self.steps * self.batch_size * self.window
 
     @property
@@ -87,13 +103,19 @@ class FineTuneJob:
         return self.train.parts if isinstance(self.train, Mixture) else (Part(self.name, self.train, 1.0),)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FineTuned:
-    """What a fine-tuning gave.
+    """Result of a fine-tuning, stored in its record under these names.
 
-    Losses are nats per scored token of the first and last batch; `tokens` are all those that went through the
-    model, padding included; `seconds` are those of training, before a kill too.  `parameters` are the
-    base's, `trained` those that had gradients, an adapter's own where one was trained; 0 in older records.
+    Attributes:
+        path: Folder of the checkpoint.
+        steps: Optimizer steps.
+        tokens: Tokens that went through the model, with padding.
+        seconds: Training time, including the time before a kill.
+        first_loss: Of the first batch, in nats per scored token.
+        last_loss: Of the last batch, in nats per scored token.
+        parameters: Number of the base's parameters; 0 in older records.
+        trained: Number of parameters that had gradients, an adapter's own where one was trained; 0 in older records.
     """
 
     path: Path
@@ -107,20 +129,21 @@ class FineTuned:
 
 
 def fine_tune(job: FineTuneJob) -> FineTuned:
-    """Fine-tune the base on the job's data and write the checkpoint, in the thread count the process has.
+    """Fine-tune the base on the job's data and write the checkpoint.
 
-    Same job, same number of threads, same bits, also where it was killed in between and goes on.  An earlier
+    The same job gives the same bits with the same number of threads, also where it was killed and resumed.  An earlier
     checkpoint of `dem-opt train` at `job.out` is replaced.
 
-    Raises InputError for data that is unreadable or too small for one batch, and for an `out` that somebody
-    else made; DivergedError, a RuntimeError, when the loss is not finite.
+    Raises:
+        InputError: The data are unreadable or too small for one batch, or `out` was not made by `dem-opt train`.
+        DivergedError: The loss is not finite.
     """
     _check_out(job.out)
     made_from = _made_from(job)
     with _alone(job.place):
-        if is_finished(job) and (made := result_of(job.out)):
+        if is_finished(job) and (result := result_of(job.out)):
             shutil.rmtree(job.place)
-            return made
+            return result
         _claim(job.place, made_from)
         try:
             return _train(job, made_from)
@@ -130,7 +153,7 @@ def fine_tune(job: FineTuneJob) -> FineTuned:
 
 
 def _train(job: FineTuneJob, made_from: dict[str, Any]) -> FineTuned:
-    """Train from where the job's place stands, and write what came of it."""
+    """Train from the state in the job's place, and write the checkpoint."""
     tokenizer = load_tokenizer(job.base)
     if AutoConfig.from_pretrained(job.base, local_files_only=True).is_encoder_decoder:
         raise InputError(job.base, "base", None, "is an encoder-decoder, which can't be trained here: name checkpoints")
@@ -140,35 +163,46 @@ def _train(job: FineTuneJob, made_from: dict[str, Any]) -> FineTuned:
     keeper = None if job.validation is None else _Keeper(job, model, tokenizer, job.validation)
     points = train_model(model, windows, job.recipe, job.place, keeper)
     losses = [point.loss for point in points if point.loss is not None]
-    made = FineTuned(job.out, job.steps, job.tokens, points[-1].seconds, losses[0], losses[-1], parameters, trained)
-    _write(job, model, tokenizer, {"made_from": made_from, "result": asdict(made) | {"path": job.out.name}})
-    return made
+    result = FineTuned(
+        path=job.out,
+        steps=job.steps,
+        tokens=job.tokens,
+        seconds=points[-1].seconds,
+        first_loss=losses[0],
+        last_loss=losses[-1],
+        parameters=parameters,
+        trained=trained,
+    )
+    _write(job, model, tokenizer, {"made_from": made_from, "result": asdict(result) | {"path": job.out.name}})
+    return result
 
 
 def is_finished(job: FineTuneJob) -> bool:
-    """Whether the job's folder holds a checkpoint made from the same base, data and settings.
+    """The job's folder has a checkpoint made from the same base, data and settings.
 
-    Raises InputError when the base or the data file is missing.
+    Raises:
+        InputError: The base or the data file is missing.
     """
     record = read_record(job.out)
     return record is not None and record.get("made_from") == json.loads(json.dumps(_made_from(job)))
 
 
 def job_identity(job: FineTuneJob) -> str:
-    """A hash of what the job's checkpoint is made from.
+    """Hash of the base, data and settings of a job.
 
-    Raises InputError when the base or the data file is missing.
+    Raises:
+        InputError: The base or the data file is missing.
     """
     return hashlib.sha256(json.dumps(_made_from(job)).encode()).hexdigest()
 
 
 def is_wanted(job: FineTuneJob) -> bool:
-    """Whether the job's folder is missing, or was made by `train` from other data or settings."""
+    """The job's folder is missing, or was made by `dem-opt train` from other data or settings."""
     return not job.out.exists() or ((job.out / RECORD).exists() and not is_finished(job))
 
 
 def result_of(folder: Path) -> FineTuned | None:
-    """What the fine-tuning gave that made a folder, or kept it as a step; None for a folder of another origin."""
+    """The result of the fine-tuning that made a folder, or kept it as a step; None for folders of other origin."""
     result = (read_record(folder) or read_record(folder.parent.parent) or {}).get("result")
     return FineTuned(**(result | {"path": folder})) if isinstance(result, dict) else None
 
@@ -178,7 +212,7 @@ def save_checkpoint(
 ) -> None:
     """Write model (safetensors), tokenizer and JSON records by file name to a folder, whole or not at all.
 
-    The journal and the kept steps of a folder worked in come along.
+    The journal and the kept steps in `working` come along.
     """
     with staged_folder(out) as partial:
         model.save_pretrained(partial)
@@ -203,13 +237,13 @@ def hash_files(paths: Iterable[Path]) -> str:
 
 @lru_cache(maxsize=1000)
 def _file_digest(path: Path, *stamp: int) -> bytes:
-    """SHA-256 of a file, which is read once as long as its stamp is the same."""
+    """SHA-256 of a file, cached as long as inode, size and time of change are the same."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
 
 
 class _Keeper:
-    """Keeps the weights of a state that was saved, and measures them."""
+    """Keep the weights of each saved state, and measure their validation NLL."""
 
     def __init__(self, job: FineTuneJob, model: Any, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> None:
         self._job, self._model, self._tokenizer, self._corpus = job, model, tokenizer, corpus
@@ -220,23 +254,23 @@ class _Keeper:
         folder = self._job.place / STEPS / str(step)
         folder.parent.mkdir(exist_ok=True)
         kept, self._model.config.use_cache = self._model.config.use_cache, self._use_cache
-        save_checkpoint(folder, _stored(self._model, self._job), self._tokenizer, {})
+        save_checkpoint(folder, _in_base_dtype(self._model, self._job), self._tokenizer, {})
         self._model.config.use_cache = kept
         return _nll(getattr(self._model, "get_base_model", lambda: self._model)(), self._corpus.windows)
 
 
 def _nll(model: PreTrainedModel, windows: Windows) -> float:
-    """The NLL of a model that is being trained, which stays as it is, random numbers too."""
+    """NLL of a model in training, whose mode and random state stay as they are."""
     training = model.training
     model.train(False)
     with torch.random.fork_rng():
-        found, _ = score(model, prepare(windows, model.device), 4096, document_layout(model))
+        measured, _ = score(model, prepare(windows, model.device), 4096, document_layout(model))
     model.train(training)
-    return found.nll
+    return measured.nll
 
 
 def _windows(job: FineTuneJob, tokenizer: PreTrainedTokenizerBase) -> Windows:
-    """The job's training windows; of a mixture exactly as many as its steps take."""
+    """The job's training windows; of a mixture exactly as many as its steps need."""
     packed = {}
     for part in job.parts:
         with located(part.data.path):
@@ -252,20 +286,20 @@ def _windows(job: FineTuneJob, tokenizer: PreTrainedTokenizerBase) -> Windows:
 
 
 def _load(job: FineTuneJob) -> Any:
-    """The model to be trained."""
+    """Load the model to train."""
     spread = {"device_map": "auto"} if job.gpus > 1 and torch.cuda.device_count() > 1 else {}
     model = AutoModelForCausalLM.from_pretrained(job.base, dtype=job.dtype, local_files_only=True, **spread)
     return model if job.lora is None else add_lora(model, job.lora, job.seed)
 
 
 def _write(job: FineTuneJob, model: Any, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any]) -> None:
-    """The finished checkpoint; what it was worked at in is gone then."""
+    """Write the finished checkpoint, and remove the job's place."""
     stored = merged(model) if job.merged and job.lora is not None else model
-    save_checkpoint(job.out, _stored(stored, job), tokenizer, {RECORD: record}, job.place)
+    save_checkpoint(job.out, _in_base_dtype(stored, job), tokenizer, {RECORD: record}, job.place)
     shutil.rmtree(job.place)
 
 
-def _stored(model: Any, job: FineTuneJob) -> Any:
+def _in_base_dtype(model: Any, job: FineTuneJob) -> Any:
     """The model in the base's dtype: a copy where it was trained in another.  Adapters are saved as they are."""
     if job.dtype == "auto" or (job.lora is not None and not job.merged):
         return model
@@ -274,30 +308,30 @@ def _stored(model: Any, job: FineTuneJob) -> Any:
 
 
 def _made_from(job: FineTuneJob) -> dict[str, Any]:
-    """What decides the bits of a checkpoint: the base's files, the data's bytes and format, and the settings.
+    """Everything that decides the bits of a checkpoint: the base's files, the data's bytes and format, the settings.
 
-    A chat template is part of the base where the data are conversations.  Texts in a column of that name have
-    no entry for their format, and what is as it is unless said otherwise has none either: older records stay valid.
+    Keys and their order are stored and hashed.  A chat template is part of the base where the data are conversations.
+    Settings at their default have no entry, so that records of earlier releases stay valid.
     """
     files = [part.data for part in job.parts]
-    kinds = {".safetensors", ".json"} | ({".jinja"} if any(one.format == "messages" for one in files) else set())
+    kinds = {".safetensors", ".json"} | ({".jinja"} if any(file.format == "messages" for file in files) else set())
     base = sorted(path for path in job.base.glob("*") if path.suffix in kinds)
-    for path, field_name in ((job.base / "config.json", "base"), *((one.path, "train") for one in files)):
+    for path, field_name in ((job.base / "config.json", "base"), *((file.path, "train") for file in files)):
         if not path.is_file():
             raise InputError(path, field_name, None, "no such file")
     settings = asdict(job)
     chosen = ("window", "steps", "learning_rate", "batch_size", "seed")
     made_from = {
         "base": hash_files(base),
-        "train": hash_files(one.path for one in files),
+        "train": hash_files(file.path for file in files),
         "settings": {name: settings[name] for name in chosen},
-        **{name: dict(given) for name in ("trainer", "lora") if (given := getattr(job, name)) is not None and given},
+        **{name: dict(arguments) for name in ("trainer", "lora") if (arguments := getattr(job, name))},
         **({"adapter": "merged" if job.merged else "apart"} if job.lora is not None else {}),
         **({"dtype": job.dtype} if job.dtype != "auto" else {}),
         **({"keep": [job.save_every, job.validation.key]} if job.validation is not None else {}),
         **({"mixture": [[part.name, part.share] for part in job.parts]} if isinstance(job.train, Mixture) else {}),
     }
-    formats = [{one.format: one.columns} for one in files if one.columns != {"text": "text"}]
+    formats = [{file.format: file.columns} for file in files if file.columns != {"text": "text"}]
     if not formats:
         return made_from
     return {**made_from, "format": formats if isinstance(job.train, Mixture) else formats[0]}
@@ -305,25 +339,26 @@ def _made_from(job: FineTuneJob) -> dict[str, Any]:
 
 @contextmanager
 def _alone(place: Path) -> Iterator[None]:
-    """The folder to work in, made where it is missing, and held against another process until this one is done.
+    """Make the folder to work in, and lock it against other processes.
 
-    A worker may outlive the command that was killed; the lock goes with its process.
+    A worker may outlive the command that was killed; the lock ends with the worker's process.
     """
     while True:
         place.mkdir(exist_ok=True)
-        held = os.open(place, os.O_RDONLY)
-        fcntl.flock(held, fcntl.LOCK_EX)
-        if place.exists() and os.path.samestat(os.fstat(held), place.stat()):
+        lock = os.open(place, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # The former holder may have removed the folder while this process waited: then the lock is of a dead inode.
+        if place.exists() and os.path.samestat(os.fstat(lock), place.stat()):
             break
-        os.close(held)
+        os.close(lock)
     try:
         yield
     finally:
-        os.close(held)
+        os.close(lock)
 
 
 def _claim(place: Path, made_from: dict[str, Any]) -> None:
-    """What the folder has of the same job stays, anything else goes."""
+    """Empty the folder unless its state is of the same job."""
     record, written = place / RECORD, json.dumps(made_from)
     if record.exists() and record.read_text(encoding="utf-8") == written:
         return
@@ -333,7 +368,7 @@ def _claim(place: Path, made_from: dict[str, Any]) -> None:
 
 
 def _check_out(out: Path) -> None:
-    """Raise InputError where `out` can't be written, or holds what no fine-tuning of this project wrote."""
+    """Raise InputError where `out` can't be written, or was not made by `dem-opt train`."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,8 +1,8 @@
-"""Windows + a recipe -> a trained model, by transformers' Trainer, which goes on where it was killed.
+"""Train a model on windows with transformers' Trainer, resumable to the same bits.
 
-A training minimizes the mean negative log-likelihood over the scored tokens of packed windows, with AdamW and a
-cosine schedule unless the recipe says otherwise.  Its *place* is a folder that holds what a killed training goes on
-from: the Trainer's states, and a journal of every step.
+Training minimizes the mean negative log-likelihood over the scored tokens of packed windows, with AdamW and a
+cosine schedule unless the recipe says otherwise.  Its *place* is a folder with the Trainer's saved states and a journal
+of every step, from which a killed training resumes.
 """
 
 import json
@@ -34,10 +34,10 @@ from dem_opt.errors import InputError, nearest
 from dem_opt.types import Windows
 
 WARMUP = 0.1
-"""Share of the steps in which the learning rate rises from 0; then it falls to 0 along a cosine."""
+"""Share of the steps in which the learning rate rises from 0, before it falls to 0 along a cosine."""
 
 STATES = 2
-"""Saved states that are kept: the last whole one, and the one being written."""
+"""Saved states to keep: the last complete one, and the one being written."""
 
 OWNED = {
     "output_dir": "distributions.NAME.checkpoint",
@@ -51,32 +51,36 @@ OWNED = {
     "save_steps": "fine_tuning.save_every",
     "save_total_limit": "fine_tuning.keep",
     "save_only_model": "fine_tuning.keep",
-    "resume_from_checkpoint": "nothing: a training that was killed goes on",
+    "resume_from_checkpoint": "nothing: a killed training resumes",
     "eval_strategy": "fine_tuning.keep",
     "logging_steps": "nothing: every step is logged",
     "logging_strategy": "nothing: every step is logged",
     "logging_nan_inf_filter": "nothing: a loss that is not finite ends a training",
     "report_to": "tracking",
-    "disable_tqdm": "nothing: progress is told",
+    "disable_tqdm": "nothing: progress is shown",
     "push_to_hub": "nothing: export and upload yourself",
 }
-"""Arguments of the Trainer that the study file says elsewhere, and where."""
+"""Arguments of the Trainer that are set by another field of the study file, or by none."""
 
 _DONE = "whole"
-"""The file that marks a saved state as whole."""
+"""File that marks a saved state as complete."""
 
 
 class DivergedError(RuntimeError):
-    """A training whose loss is not finite."""
+    """The training loss is not finite."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a model is trained.
+    """Settings of a training.
 
-    batch_size  windows in a step, over gradient_accumulation_steps forward passes where `trainer` asks for several
-    trainer     any other argument of transformers' TrainingArguments
-    save_every  steps between saved states
+    Attributes:
+        steps: Optimizer steps.
+        learning_rate: Peak learning rate.
+        batch_size: Windows in a step, over several forward passes where `trainer` has gradient_accumulation_steps.
+        seed: Seed of the order of windows.
+        trainer: Any other argument of transformers' TrainingArguments.
+        save_every: Steps between saved states.
     """
 
     steps: int
@@ -90,7 +94,8 @@ class Recipe:
     def rows(self) -> int:
         """Windows in a forward pass.
 
-        Raises InputError where the batch is no multiple of gradient_accumulation_steps.
+        Raises:
+            InputError: The batch is no multiple of gradient_accumulation_steps.
         """
         parts = self.trainer.get("gradient_accumulation_steps", 1)
         if not isinstance(parts, int) or parts < 1 or self.batch_size % parts:
@@ -99,15 +104,15 @@ class Recipe:
         return self.batch_size // parts
 
 
-def check_trainer(given: Mapping[str, Any], where: object) -> None:
-    """Raise InputError for an argument that the Trainer does not know, or that the study file says elsewhere."""
-    known = {one.name for one in fields(TrainingArguments) if one.init}
-    for name, value in given.items():
+def check_trainer(arguments: Mapping[str, Any], where: object) -> None:
+    """Raise InputError for an argument that the Trainer does not know, or that another field sets."""
+    known = {field.name for field in fields(TrainingArguments) if field.init}
+    for name, value in arguments.items():
         if name not in known:
             mend = f"is no argument of transformers' Trainer; {nearest(name, known - OWNED.keys())}"
             raise InputError(where, f"fine_tuning.trainer.{name}", value, mend)
         if name in OWNED:
-            raise InputError(where, f"fine_tuning.trainer.{name}", value, f"is said by {OWNED[name]}")
+            raise InputError(where, f"fine_tuning.trainer.{name}", value, f"is set by {OWNED[name]}")
 
 
 def train_model(
@@ -117,28 +122,32 @@ def train_model(
     place: Path | None = None,
     saved: Callable[[int], float | None] | None = None,
 ) -> list[Point]:
-    """Train the model in place, and return what was logged of each step.
+    """Train the model in place and return the journal.
 
-    The windows go round in an order drawn from the seed, as often as the steps need; incomplete batches are
-    dropped.  With a `place` the training goes on at the last state there that is whole, to the same bits on the same
-    device with as many threads; `saved` is called after a state is saved, with its step, and may return a validation
-    NLL for the journal.
+    The windows are repeated in an order drawn from the seed, as often as the steps need; incomplete batches are
+    dropped.
 
-    Raises DivergedError, naming the step, when a loss is not finite, and InputError for arguments that the Trainer
-    refuses.
+    Args:
+        place: Folder to resume from, at its last complete state: to the same bits on the same device with as many
+            threads.  Nothing is kept without one.
+        saved: Called after a state is saved, with its step; may return a validation NLL for the journal.
+
+    Raises:
+        DivergedError: A loss is not finite; names the step.
+        InputError: The Trainer refuses an argument.
     """
     with TemporaryDirectory() as scratch, _without_cache(model):
         journal = _Journal(Path(scratch) if place is None else place, saved)
         arguments = _arguments(journal.folder, recipe, place is not None)
         trainer = Trainer(model, arguments, train_dataset=_Examples(windows), callbacks=[journal])
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=journal.go_on())
+        trainer.train(resume_from_checkpoint=journal.rewind())
         return read_journal(journal.folder / JOURNAL)
 
 
 @contextmanager
 def _without_cache(model: Any) -> Iterator[None]:
-    """The Trainer switches the cache of generated tokens off; what the model had comes back."""
+    """Restore the model's setting of the cache of generated tokens, which the Trainer switches off."""
     kept = model.config.use_cache
     try:
         yield
@@ -147,14 +156,14 @@ def _without_cache(model: Any) -> Iterator[None]:
 
 
 def parameters_of(model: nn.Module) -> tuple[int, int]:
-    """Parameters of a model, tied ones once, and how many of them are trained."""
-    counts = [(one.numel(), one.requires_grad) for one in model.parameters()]
+    """Number of a model's parameters, tied ones once, and of those that are trained."""
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(count for count, _ in counts), sum(count for count, trained in counts if trained)
 
 
 def _arguments(folder: Path, recipe: Recipe, saves: bool) -> TrainingArguments:
-    """The Trainer's settings: it logs every step to its callbacks alone, and writes only to the folder."""
-    given: dict[str, Any] = {
+    """The Trainer's arguments: it logs every step to its callbacks alone, and writes only to the folder."""
+    defaults: dict[str, Any] = {
         "lr_scheduler_type": "cosine",
         "warmup_steps": math.ceil(WARMUP * recipe.steps),
         "dataloader_drop_last": True,
@@ -177,7 +186,7 @@ def _arguments(folder: Path, recipe: Recipe, saves: bool) -> TrainingArguments:
         "disable_tqdm": True,
     }
     try:
-        return TrainingArguments(**(given | owned))
+        return TrainingArguments(**(defaults | owned))
     except (TypeError, ValueError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
         mend = f"the Trainer refuses it ({reason})"
@@ -185,7 +194,7 @@ def _arguments(folder: Path, recipe: Recipe, saves: bool) -> TrainingArguments:
 
 
 class _Examples(Dataset[dict[str, torch.Tensor]]):
-    """Packed windows as the Trainer wants them: labels are the scored tokens, -100 elsewhere."""
+    """Packed windows as the Trainer takes them: labels are the scored tokens, -100 (ignored) elsewhere."""
 
     def __init__(self, windows: Windows) -> None:
         self.ids_WT = torch.from_numpy(windows.ids_WT)
@@ -205,14 +214,14 @@ class _Examples(Dataset[dict[str, torch.Tensor]]):
 
 @final
 class _Journal(TrainerCallback):
-    """Writes down every step, marks saved states as whole, and stops at the first loss that is not finite."""
+    """Record every step, mark saved states as complete, and stop at the first loss that is not finite."""
 
     def __init__(self, folder: Path, saved: Callable[[int], float | None] | None) -> None:
         self.folder, self._saved = folder, saved
         self._before, self._began = 0.0, time.perf_counter()
 
-    def go_on(self) -> str | None:
-        """The last whole state, or None; what was written after it is forgotten."""
+    def rewind(self) -> str | None:
+        """Discard everything after the last complete state, and return its folder, or None."""
         states = {int(path.name.rpartition("-")[2]): path for path in self.folder.glob("checkpoint-*")}
         whole = [step for step, path in states.items() if (path / _DONE).exists()]
         last = max(whole, default=0)

@@ -111,7 +111,7 @@ def test_the_loss_is_the_mean_nll_of_scored_tokens_of_separate_documents(job: Fi
                 logprobs_TV = model(ids_BT, use_cache=False).logits[0].log_softmax(-1)
             nats -= logprobs_TV[:-1].gather(1, ids_BT[0, 1:, None]).sum().item()
             tokens += len(fragment_T) - 1
-    (point,) = train_model(model, windows, Recipe(1, 1e-3, len(windows), seed=0))
+    (point,) = train_model(model, windows, Recipe(steps=1, learning_rate=1e-3, batch_size=len(windows), seed=0))
     assert tokens == sum(windows.tokens_W)
     assert point.loss == pytest.approx(nats / tokens, rel=1e-5)
 

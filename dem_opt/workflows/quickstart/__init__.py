@@ -194,7 +194,7 @@ def make_base(out: Path, corpora: Corpora, settings: Settings, seed: int) -> Non
     tokenizer = make_tokenizer(corpora, settings.vocabulary)
     model = untrained_base(settings, len(tokenizer), tokenizer.eos_token_id, seed)
     windows = pack(mixture_documents(corpora, settings, seed), tokenizer, settings.window)
-    recipe = Recipe(settings.base_steps, settings.base_learning_rate, settings.batch_size, seed)
+    recipe = Recipe(steps=settings.base_steps, learning_rate=settings.base_learning_rate, batch_size=settings.batch_size, seed=seed)
     train_model(model, windows, recipe)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(out, model, tokenizer, {})
