@@ -3,17 +3,24 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 from reprlib import Repr
 
 
 class InputError(ValueError):
-    """The user's mistake, told in one line: where, which field, which value, and the mend.
+    """A mistake of the user, in one line: where, which field, which value, and how to mend it.
 
-    Parts that do not apply are None.  `value` is shown as written (`repr`), shortened to 80 characters.  What
-    would break the line, or steer a terminal, is shown escaped.
+    Parts that do not apply are None.  `value` is shown as written (`repr`), shortened to 80 characters.  Characters
+    that would break the line, or steer a terminal, are escaped.
+
+    Args:
+        where: File or folder, or the name of a server or node.
+        field: Field of the study file, or option of the command line.
+        value: Its value.
+        mend: The fault, and what to do.
     """
 
-    def __init__(self, where: object, field: str | None, value: object, mend: str) -> None:
+    def __init__(self, where: Path | str | None, field: str | None, value: object, mend: str) -> None:
         self.where, self.field, self.value, self.mend = where, field, value, mend
         super().__init__(where, field, value, mend)
 
@@ -25,7 +32,7 @@ class InputError(ValueError):
 
 
 @contextmanager
-def located(where: object) -> Iterator[None]:
+def located(where: Path | str | None) -> Iterator[None]:
     """Gives its place to an InputError that names none."""
     try:
         yield

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, pairwise
 from math import isfinite
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -200,7 +201,7 @@ class Space:
         units = coefficients.units
         return np.array([units[name] / UNIT for name in self.names])
 
-    def check(self, weights: Mapping[str, float], where: object = None, field: str = "weights") -> Coefficients:
+    def check(self, weights: Mapping[str, float], where: Path | None = None, field: str = "weights") -> Coefficients:
         """The coefficients that a user wrote; names left out are 0.
 
         Args:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from math import isfinite
+from pathlib import Path
 
 from dem_opt.analysis.results import summarize
 from dem_opt.errors import InputError, nearest
@@ -15,7 +16,7 @@ LEDGER = "the ledger"
 """Label of the results table in the place of a run."""
 
 
-def checked(identity: StudyIdentity, weights: Mapping[str, float], where: object, field: str) -> dict[str, float]:
+def checked(identity: StudyIdentity, weights: Mapping[str, float], where: Path | None, field: str) -> dict[str, float]:
     """A user's weighting, completed with 0 for names left out, in the study's order.
 
     Raises:

@@ -60,7 +60,7 @@ class Architecture:
         """Number of elements of each parameter."""
         return {name: prod(shape) for name, shape in self.parameters.items()}
 
-    def split(self, devices: int, where: object = None) -> Split:
+    def split(self, devices: int, where: Path | None = None) -> Split:
         """Its layers divided over devices; InputError where there are fewer layers than devices."""
         if devices == 1:
             return Split(1, dict.fromkeys(self.parameters, 0), {}, (1,))

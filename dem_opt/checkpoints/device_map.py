@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Split:
     layers: tuple[int, ...]
 
 
-def split_layers(model: PreTrainedModel, devices: int, where: object = None) -> Split:
+def split_layers(model: PreTrainedModel, devices: int, where: Path | None = None) -> Split:
     """Divide a model over devices by layers, in their order, so that the largest share has the fewest parameters.
 
     Layers are the modules that the class says must not be divided; each has one device, and every device at least one

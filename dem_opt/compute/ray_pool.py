@@ -4,6 +4,7 @@ import socket
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -337,7 +338,7 @@ def _nodes(ray: Any) -> list[Resources]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _on_this_node(path: object) -> object:
+def _on_this_node(path: Path | str | None) -> Path | str | None:
     """Add this node's name to a path if the cluster has several nodes."""
     ray = import_ray()
     alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
 
 from dem_opt.config import ALGORITHMS, StudyConfig
 from dem_opt.errors import InputError, nearest
@@ -75,7 +76,7 @@ def run_names(algorithms: Sequence[str], seeds: int) -> list[str]:
     ]
 
 
-def check_algorithms(config: StudyConfig, where: object, algorithms: Sequence[str]) -> None:
+def check_algorithms(config: StudyConfig, where: Path | None, algorithms: Sequence[str]) -> None:
     """Raise InputError for an algorithm that does not exist, or that can't search this study's space."""
     for algorithm in algorithms:
         mend = ""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -23,7 +24,7 @@ SCORED_ANEW = 6
 
 
 def enter(
-    name: str, identity: StudyIdentity, ledger: Ledger, lease: Lease, where: object, progress: Progress
+    name: str, identity: StudyIdentity, ledger: Ledger, lease: Lease, where: Path | None, progress: Progress
 ) -> tuple[int, list[Coefficients]]:
     """Write down a study's first run, or a change of its identity.
 

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from pathlib import Path
 
 from dem_opt.errors import InputError
 from dem_opt.simplex import Coefficients, Space
@@ -160,7 +161,7 @@ def _without(suffix: str, fields: Iterable[str]) -> list[str]:
     return [field.removesuffix(suffix) for field in fields if field.endswith(suffix)]
 
 
-def refuse_other_scoring(where: object, old: Mapping[str, str], new: Mapping[str, str]) -> None:
+def refuse_other_scoring(where: Path | None, old: Mapping[str, str], new: Mapping[str, str]) -> None:
     """Raise InputError where a scoring field that both have has changed: scores would not compare."""
     old = dict([_VECTORS]) | dict(old)
     changed = [field for field in new if field in old and old[field] != new[field]]

@@ -6,6 +6,7 @@ Hu et al. 2021. B starts at zero, so training starts from the base.
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ DEFAULTS: Mapping[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all
 OWNED = ("task_type", "peft_type", "inference_mode", "base_model_name_or_path")
 
 
-def check_lora(arguments: Mapping[str, Any], where: object) -> None:
+def check_lora(arguments: Mapping[str, Any], where: Path | None) -> None:
     """Raise InputError where peft is missing, and for arguments that its LoraConfig does not know."""
     known = {field.name for field in fields(_import_peft().LoraConfig) if field.init} - {*OWNED}
     for name, value in arguments.items():

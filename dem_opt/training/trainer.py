@@ -104,7 +104,7 @@ class Recipe:
         return self.batch_size // parts
 
 
-def check_trainer(arguments: Mapping[str, Any], where: object) -> None:
+def check_trainer(arguments: Mapping[str, Any], where: Path | None) -> None:
     """Raise InputError for an argument that the Trainer does not know, or that another field sets."""
     known = {field.name for field in fields(TrainingArguments) if field.init}
     for name, value in arguments.items():

@@ -39,7 +39,7 @@ def harness_version() -> str:
     return version("lm_eval")
 
 
-def check_tasks(tasks: tuple[str, ...], include: Path | None, where: object) -> None:
+def check_tasks(tasks: tuple[str, ...], include: Path | None, where: Path | None) -> None:
     """Raise InputError for a task that the harness does not know, or a folder of tasks that is not there."""
     if include is not None and not include.is_dir():
         raise InputError(include, "evaluate.include", None, "no such folder")
