@@ -1,4 +1,4 @@
-"""Optuna Dashboard beside a running study: links of trials as they come, figures and the note at milestones."""
+"""Live updates of Optuna Dashboard while a study runs: links of trials as they finish, figures from time to time."""
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,23 +12,29 @@ from dem_opt.progress import Phase, Progress
 from dem_opt.types import TrialRecord
 
 SHARES = (0.05, 0.25, 0.5, 0.75)
-"""After which shares of a search's planned trials its figures are drawn anew; at its end they are in any case."""
+"""Shares of a run's planned trials after which its figures are drawn again; whoever runs it draws the last ones."""
 
 
-class Board:
-    """Progress that passes all on to another, and draws in a thread of its own; a context, which waits for that.
+class LiveUpdates:
+    """Progress that forwards every event, and from time to time draws the study's figures in a thread of its own.
 
-    show  draws: it is called with the MLflow page of each search by name, never twice at once.  What it raises is told
-          once and stops nothing
+    A context manager; leaving it waits for the drawing in progress.
+
+    Args:
+        url: The study's database.
+        progress: Receives every event.
+        draw: Draws figures and notes; called with the MLflow URL of each search by name, never twice at a time.  An
+            exception becomes one warning and does not stop the study; an InputError means that there is nothing to
+            draw yet, and the next finished trial tries again.
     """
 
-    def __init__(self, url: str, progress: Progress, show: Callable[[Mapping[str, str]], object]) -> None:
-        self._url, self._progress, self._show = url, progress, show
-        self._reached: dict[str, int] = {}
+    def __init__(self, url: str, progress: Progress, draw: Callable[[Mapping[str, str]], object]) -> None:
+        self._url, self._progress, self._draw = url, progress, draw
+        self._shares_drawn: dict[str, int] = {}
         self._notes: TrialNotes | None = None
         self._drawing: Future[None] | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="board")
-        self._is_told = False
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="live-updates")
+        self._has_warned = False
         self.pages: dict[str, str] = {}
 
     def __enter__(self) -> Self:
@@ -37,48 +43,49 @@ class Board:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._executor.shutdown(wait=True, cancel_futures=True)
         if self._notes is not None:
             self._notes.close()
 
     def trial_finished(self, record: TrialRecord, done: int, planned: int) -> None:
-        """Passes it on; at a milestone, draws in the background unless it still does."""
+        """Forward the event; at the next share of the planned trials, draw, unless a drawing is in progress."""
         self._progress.trial_finished(record, done, planned)
         reached = sum(done >= share * planned for share in SHARES)
-        if reached > self._reached.get(record.study, 0) and (self._drawing is None or self._drawing.done()):
-            self._reached[record.study] = reached
-            self._drawing = self._thread.submit(self._draw)
+        is_idle = self._drawing is None or self._drawing.done()
+        if is_idle and reached > self._shares_drawn.get(record.study, 0):
+            self._shares_drawn[record.study] = reached
+            self._drawing = self._executor.submit(self._try_to_draw)
 
     def phase(self, name: str, total: int | None = None, unit: str = "") -> AbstractContextManager[Phase]:
-        """Pass it on."""
+        """Forward the event."""
         return self._progress.phase(name, total, unit)
 
     def warning(self, message: str) -> None:
-        """Pass it on."""
+        """Forward the event."""
         self._progress.warning(message)
 
     def note(self, message: str) -> None:
-        """Pass it on."""
+        """Forward the event."""
         self._progress.note(message)
 
     def link(self, study: str, pages: Mapping[int, str], page: str) -> None:
-        """Notes the pages in MLflow of trials that have no note yet, and the study's own; from any thread."""
+        """Write the MLflow URLs of trials without a note into their notes, from any thread; remember the search's."""
         self.pages[study] = page
         if self._notes is None:
             self._notes = TrialNotes(self._url)
-        self._notes.add(study, {number: _note(number, address) for number, address in pages.items()})
+        self._notes.add(study, {number: _trial_note(number, address) for number, address in pages.items()})
 
-    def _draw(self) -> None:
+    def _try_to_draw(self) -> None:
         try:
-            self._show(self.pages)
+            self._draw(self.pages)
         except InputError:
-            self._reached.clear()
+            self._shares_drawn.clear()
         except Exception as error:
-            if not self._is_told:
-                self._is_told = True
+            if not self._has_warned:
+                self._has_warned = True
                 reason = shorten(f"{type(error).__name__}: {error}".splitlines()[0], 200)
-                self.warning(f"Optuna Dashboard's figures could not be drawn ({reason}); the study goes on")
+                self.warning(f"figures in Optuna Dashboard could not be updated ({reason}); the study continues")
 
 
-def _note(number: int, address: str) -> str:
-    return f"[Trial {number} in MLflow]({address})\n\nOn this machine it answers while `dem-opt dashboard` runs."
+def _trial_note(number: int, address: str) -> str:
+    return f"[Trial {number} in MLflow]({address})\n\nLinks to this machine work while `dem-opt dashboard` runs."

@@ -1,4 +1,4 @@
-"""Puts a study's figures and notes into Optuna Dashboard."""
+"""Figures and notes of a study in Optuna Dashboard."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -6,18 +6,24 @@ from contextlib import contextmanager
 import optuna
 import plotly.graph_objects as go
 from optuna_dashboard import save_note, save_plotly_graph_object
+
+# Private names, used by TrialNotes alone: the public `save_note` reads every note and figure of the study at each call,
+# which is quadratic in the number of trials.  tests/dashboards/test_live_updates.py reads the notes back by the public
+# `get_note` and fails if a release stores notes under other keys.
 from optuna_dashboard._note import note_str_key_prefix, note_ver_key
 
 from dem_opt.errors import InputError
 
 
 def publish(url: str, study_name: str, figures: Mapping[str, go.Figure], note: str) -> None:
-    """Saves figures as the study's plots, each replacing the one of the same id, and the note (Markdown).
+    """Save figures as plots of a study, each replacing the one of the same name, and its note in Markdown.
 
-    Writes many small transactions, so it is for milestones, not for each trial.  Raises InputError where the
-    database has no such study.
+    Writes many small transactions: call it from time to time, not for each trial.
+
+    Raises:
+        InputError: The database has no such study.
     """
-    with _opened(url) as storage:
+    with _open_storage(url) as storage:
         try:
             study = optuna.load_study(study_name=study_name, storage=storage)
             for name, figure in figures.items():
@@ -28,42 +34,43 @@ def publish(url: str, study_name: str, figures: Mapping[str, go.Figure], note: s
 
 
 class TrialNotes:
-    """Writes notes of trials, over one connection to the study's database.
-
-    Optuna Dashboard's own function reads all of a study's notes and figures at every call, so this writes the same
-    two attributes of the study itself.
-    """
+    """Writes notes of trials over one connection to the study's database."""
 
     def __init__(self, url: str) -> None:
         self._storage = _storage(url)
 
     def add(self, study_name: str, notes: Mapping[int, str]) -> None:
-        """Writes a note (Markdown, of less than 2000 characters) for each trial by number that has none."""
+        """Write a note (Markdown, below 2000 characters) for each trial, by number, that has none yet."""
         study = self._storage.get_study_id_from_name(study_name)
         ids = {self._storage.get_trial_id_from_study_id_trial_number(study, number): number for number in notes}
-        known = self._storage.get_study_system_attrs(study) if len(ids) > 1 else {}
+        # A single trial has just finished and cannot have a note, so the study's attributes need not be read.
+        attributes = self._storage.get_study_system_attrs(study) if len(ids) > 1 else {}
         for trial, number in ids.items():
-            if note_ver_key(trial) not in known:
+            if note_ver_key(trial) not in attributes:
                 self._storage.set_study_system_attr(study, f"{note_str_key_prefix(trial)}0", notes[number])
                 self._storage.set_study_system_attr(study, note_ver_key(trial), 1)
 
     def close(self) -> None:
-        """Closes the connection."""
-        self._storage.remove_session()
-        self._storage.engine.dispose()
+        """Close the connection."""
+        _close(self._storage)
 
 
 @contextmanager
-def _opened(url: str) -> Iterator[optuna.storages.RDBStorage]:
+def _open_storage(url: str) -> Iterator[optuna.storages.RDBStorage]:
     storage = _storage(url)
     try:
         yield storage
     finally:
-        storage.remove_session()
-        storage.engine.dispose()
+        _close(storage)
 
 
 def _storage(url: str) -> optuna.storages.RDBStorage:
-    """Optuna's tables.  Optuna formats the URL, so braces are doubled to stay what they are; SQLite is waited for."""
-    patient = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
-    return optuna.storages.RDBStorage(url.replace("{", "{{").replace("}", "}}"), engine_kwargs=patient)
+    """Connect to Optuna's tables; a locked SQLite file is waited for."""
+    options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+    # Optuna applies str.format to the URL: doubled braces stay braces.
+    return optuna.storages.RDBStorage(url.replace("{", "{{").replace("}", "}}"), engine_kwargs=options)
+
+
+def _close(storage: optuna.storages.RDBStorage) -> None:
+    storage.remove_session()
+    storage.engine.dispose()

@@ -24,16 +24,15 @@ from dem_opt.tracking.mlflow_client import make_database
 from dem_opt.tracking.urls import LOOPBACK, address_of, is_server, preferred_port, without_login
 
 PATIENCE = 180.0
-"""Seconds to wait for a server's first answer, and (a tenth of it) for its end before it is killed."""
-
+"""Seconds to wait for a server's first answer; a tenth of it, for its end before it is killed."""
 
 NICENESS = 19
-"""What the servers stand back by where the study they show wants the processors too."""
+"""Lowest CPU priority, so that the servers do not slow down the study that they show."""
 
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where a browser finds the two."""
+    """The servers' URLs."""
 
     optuna: str
     mlflow: str
@@ -41,7 +40,7 @@ class Addresses:
 
 @dataclass(frozen=True)
 class Server:
-    """A started server: its process leads a process group of its own, so that its workers end with it."""
+    """A started server.  Its process leads a process group of its own, so that its workers end with it."""
 
     name: str
     address: str
@@ -49,7 +48,7 @@ class Server:
     log: Path
 
     def answers(self) -> bool:
-        """Whether a GET succeeds."""
+        """Return whether a GET request succeeds."""
         try:
             with urlopen(self.address, timeout=5) as answer:
                 return bool(answer.status == 200)
@@ -57,16 +56,16 @@ class Server:
             return False
 
     def check(self, secrets: Sequence[str]) -> None:
-        """Raises InputError with the server's last words, secrets masked, where it has ended."""
+        """Raise InputError with the error in the server's log, secrets masked, if the server has ended."""
         if self.process.poll() is not None:
-            words = _last_words(self.log.read_text(encoding="utf-8", errors="replace"))
+            words = _first_error(self.log.read_text(encoding="utf-8", errors="replace"))
             for secret in secrets:
                 words = words.replace(secret, "***")
             status = self.process.returncode
             raise InputError(self.name, None, None, f"ended with status {status}: {shorten(words, 300)}")
 
     def stop(self) -> None:
-        """Ends the whole process group: asked first, killed after a while."""
+        """End the process group: SIGTERM first, SIGKILL if that takes too long."""
         for request in (signal.SIGTERM, signal.SIGKILL):
             try:
                 os.killpg(self.process.pid, request)
@@ -79,14 +78,15 @@ class Server:
 
 @contextmanager
 def running(storage_url: str, mlflow_uri: str, artifacts: Path | None = None) -> Iterator[Addresses]:
-    """Both servers, answering, until the block ends.
+    """Run both servers, ready to answer, until the context ends.
 
-    storage_url  the study's database, which must exist
-    mlflow_uri   MLflow's database; where it is a server's address already, that one is used and none started
-    artifacts    folder of the artifacts that MLflow is to serve itself; those that runs keep as
-                 files of their own are found without it
+    Args:
+        storage_url: The study's database, which must exist.
+        mlflow_uri: MLflow's database, or the URL of a running MLflow server, which is used as it is.
+        artifacts: Folder of the artifacts that MLflow serves itself; artifacts of file URIs are found without it.
 
-    Raises InputError where a program is not installed, the database is missing, a server ends or is silent.
+    Raises:
+        InputError: A program is not installed, the database is missing, or a server ends or does not answer.
     """
     with _servers(storage_url, mlflow_uri, artifacts, lambda line: None) as (addresses, _):
         yield addresses
@@ -99,9 +99,12 @@ def serve(
     announce: Callable[[str], None],
     open_browser: bool = False,
 ) -> None:
-    """Runs both servers and announces their addresses, until interrupted: Ctrl-C, SIGTERM or SIGHUP.
+    """Run both servers and announce their URLs until interrupted by Ctrl-C, SIGTERM or SIGHUP.
 
-    For a program's main thread.  Raises InputError as `running` does, and where a server ends by itself.
+    Installs signal handlers, so it needs the main thread.
+
+    Raises:
+        InputError: As `running` does, and if a server ends by itself.
     """
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
@@ -110,8 +113,9 @@ def serve(
             announce(f"Optuna Dashboard  {addresses.optuna}")
             announce(f"MLflow            {addresses.mlflow}")
             if addresses.mlflow.rstrip("/") != address_of(mlflow_uri):
-                announce(f"Notes link to {address_of(mlflow_uri)}/, which another program has: links will not work.")
-            announce("Ctrl-C stops both.")
+                linked = address_of(mlflow_uri)
+                announce(f"Another program uses {linked}/, which links in notes point to: they will not work.")
+            announce("Press Ctrl-C to stop both.")
             for address in (addresses.optuna, addresses.mlflow) if open_browser else ():
                 webbrowser.open(address)
             while True:
@@ -128,7 +132,7 @@ def serve(
 def _servers(
     storage_url: str, mlflow_uri: str, artifacts: Path | None, announce: Callable[[str], None]
 ) -> Iterator[tuple[Addresses, Callable[[], None]]]:
-    """The addresses, and a check that all servers still live."""
+    """Yield the URLs, and a function that raises InputError if a server has ended."""
     _must_exist(storage_url)
     secrets = [password for url in (storage_url, mlflow_uri) if (password := urlsplit(url).password)]
     remote = is_server(mlflow_uri)
@@ -137,7 +141,7 @@ def _servers(
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="dem-opt-")))
         servers = [stack.enter_context(_optuna_dashboard(storage_url, optuna_port, folder))]
         if not remote:
-            with suppress(OSError):  # the server says why
+            with suppress(OSError):  # the server's own error is reported below
                 make_database(mlflow_uri)
             servers.append(stack.enter_context(_mlflow(mlflow_uri, artifacts, mlflow_port, folder)))
 
@@ -153,7 +157,10 @@ def _servers(
 
 
 def _optuna_dashboard(storage_url: str, port: int, folder: Path) -> AbstractContextManager[Server]:
-    """Optuna Dashboard; the URL goes through a private file, as everybody may read command lines."""
+    """Start Optuna Dashboard; its URL, which may hold a password, is passed in a private file.
+
+    Command lines are readable by every user of the machine.
+    """
     config = folder / "optuna-dashboard.toml"
     config.touch(mode=0o600)
     config.write_text(f"[optuna_dashboard]\nstorage = {json.dumps(storage_url)}\n", encoding="utf-8")
@@ -172,7 +179,7 @@ def _optuna_dashboard(storage_url: str, port: int, folder: Path) -> AbstractCont
 
 
 def _mlflow(uri: str, artifacts: Path | None, port: int, folder: Path) -> AbstractContextManager[Server]:
-    """MLflow's server with one worker, no job runners, no telemetry; the URI goes through the environment."""
+    """Start MLflow with one worker, without job runners or telemetry; its URI is passed in the environment."""
     options = ["--host", LOOPBACK, "--port", str(port), "--workers", "1"]
     options += ["--artifacts-destination", str((artifacts or folder).resolve())]
     settings = {
@@ -187,7 +194,7 @@ def _mlflow(uri: str, artifacts: Path | None, port: int, folder: Path) -> Abstra
 def _started(
     program: str, options: Sequence[str], settings: dict[str, str], port: int, folder: Path
 ) -> Iterator[Server]:
-    """The program of this Python's environment as a server, stopped when the block ends."""
+    """Start a program of this Python's environment as a server; stop it when the context ends."""
     path = Path(sys.executable).parent / program
     if not path.exists():
         raise InputError(path, None, None, f"is missing; install it with `{sys.executable} -m pip install {program}`")
@@ -201,7 +208,7 @@ def _started(
             env={**os.environ, **settings},
             start_new_session=True,
         )
-        with suppress(OSError):  # it has ended already
+        with suppress(OSError):  # the process has ended already
             os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
     server = Server(program, f"http://{LOOPBACK}:{port}/", process, log)
     try:
@@ -211,7 +218,7 @@ def _started(
 
 
 def _wait(servers: Sequence[Server], check: Callable[[], None], announce: Callable[[str], None]) -> None:
-    """Returns when every server answers, telling of each that does."""
+    """Wait until every server answers, and announce each."""
     began = time.monotonic()
     deadline = began + PATIENCE
     for server in servers:
@@ -224,7 +231,7 @@ def _wait(servers: Sequence[Server], check: Callable[[], None], announce: Callab
 
 
 def _ended(process: subprocess.Popen[bytes], patience: float) -> bool:
-    """Whether the process and its whole group are gone within `patience` seconds."""
+    """Return whether the process and its group end within `patience` seconds."""
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         process.poll()
@@ -236,26 +243,26 @@ def _ended(process: subprocess.Popen[bytes], patience: float) -> bool:
     return False
 
 
-def _last_words(log: str) -> str:
-    """The first error that a log names, which is the cause of those after it; else its last line."""
+def _first_error(log: str) -> str:
+    """Return the first error in a log, which caused the later ones; else its last line."""
     lines = log.strip().splitlines() or ["(no output)"]
     return next((line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)), lines[-1])
 
 
 def _free_ports(uris: Sequence[str]) -> list[int]:
-    """Distinct loopback ports that nothing listens on: those that links in notes name, where they are free."""
+    """Return distinct free loopback ports: the ports that links in notes use, if they are free."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(closing(socket.socket())) for _ in uris]
-        for each, uri in zip(sockets, uris, strict=True):
+        for probe, uri in zip(sockets, uris, strict=True):
             try:
-                each.bind((LOOPBACK, preferred_port(uri)))
+                probe.bind((LOOPBACK, preferred_port(uri)))
             except OSError:
-                each.bind((LOOPBACK, 0))
-        return [int(each.getsockname()[1]) for each in sockets]
+                probe.bind((LOOPBACK, 0))
+        return [int(probe.getsockname()[1]) for probe in sockets]
 
 
 def _must_exist(storage_url: str) -> None:
-    """Refuses an SQLite file that is not there, which Optuna Dashboard would make."""
+    """Refuse a missing SQLite file, which Optuna Dashboard would create."""
     path = storage_url.removeprefix("sqlite:///")
     if path != storage_url and not Path(path).exists():
         raise InputError(path, "storage", None, "there is no study yet; `dem-opt run` makes it")

@@ -9,7 +9,7 @@ from dem_opt.cli import console, json_output
 
 if TYPE_CHECKING:
     from dem_opt.analysis.regret import Comparison
-    from dem_opt.dashboards.live_updates import Board
+    from dem_opt.dashboards.live_updates import LiveUpdates
     from dem_opt.study import Study
     from dem_opt.types import Summary
 
@@ -18,16 +18,16 @@ DOTS = 80
 
 
 @contextmanager
-def watched(path: Path, quiet: bool) -> Iterator[tuple["Study", "Board"]]:
+def watched(path: Path, quiet: bool) -> Iterator[tuple["Study", "LiveUpdates"]]:
     """A study file, with progress on the terminal and in Optuna Dashboard while the block runs."""
     from dem_opt.config import load
-    from dem_opt.dashboards.live_updates import Board
+    from dem_opt.dashboards.live_updates import LiveUpdates
     from dem_opt.study import Study, mlflow_tracker
 
     config = load(path)
     with (
         console.ConsoleProgress(quiet=quiet) as progress,
-        Board(config.storage, progress, lambda pages: _show(study, study.summary(), pages)) as board,
+        LiveUpdates(config.storage, progress, lambda pages: _show(study, study.summary(), pages)) as board,
     ):
         study = Study.load(path, tracker=mlflow_tracker(config, on_pages=board.link), progress=board)
         yield study, board
