@@ -27,7 +27,7 @@ from dem_opt.types import Request, Summary
 from dem_opt.workflows.lm_eval import harness_version
 from dem_opt.workflows.provenance import libraries
 from dem_opt.workflows.quickstart import ADDED, DISTRIBUTIONS, SPLITS, make_assets
-from dem_opt.workflows.quickstart.further import TASK
+from dem_opt.workflows.quickstart.additions import TASK
 
 RELEASES = sorted(Path(__file__).with_name("data").glob("release-*"))
 DATABASES = ("study", "server")

@@ -17,7 +17,7 @@ from dem_opt.config import DataFile
 from dem_opt.errors import InputError, nearest
 
 ROLES = ("system", "user", "assistant", "tool")
-"""Who may speak in a conversation."""
+"""Roles of a conversation's turns."""
 
 _ROWS_AT_ONCE = 1000
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -25,7 +25,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt, and the completion that is scored."""
+    """A prompt, which is not scored, and a completion, which is."""
 
     prompt: str
     completion: str
@@ -33,7 +33,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says in a conversation; the assistant's words are scored."""
+    """A message of a conversation; the assistant's are scored."""
 
     role: str
     content: str
@@ -50,7 +50,7 @@ Document = str | Pair | Chat
 
 
 def document_identity(document: Document) -> str:
-    """A text that only this document has among those of its format."""
+    """A text that identifies a document among those of its format; it is hashed to order documents."""
     if isinstance(document, str):
         return document
     if isinstance(document, Pair):
@@ -60,7 +60,7 @@ def document_identity(document: Document) -> str:
 
 @dataclass(frozen=True)
 class _Row:
-    """An entry of a file by column, where it stands, and how it is shown in an error."""
+    """An entry of a file by column, with its place and its form in an error."""
 
     entry: Mapping[str, Any]
     place: str
@@ -81,8 +81,8 @@ class _Reader:
 def read_documents(data: DataFile, field: str | None = None) -> list[Document]:
     """The documents of a file in its order: one of each line (.jsonl) or row (.parquet), or one in all (.txt).
 
-    What scores nothing is left out: texts and completions of white space alone, conversations in which the
-    assistant says no more than that.  All others come through as they are.  A byte order mark at the start of
+    Documents without text to score are left out: texts and completions of white space alone, conversations in which
+    the assistant says no more than that.  All others are returned unchanged.  A byte order mark at the start of
     a .jsonl or .txt file is no text.  `field` is the study file's field that named the file.
 
     Raises InputError for a file that is missing, unreadable, not UTF-8 or no Parquet, for an entry without the
@@ -198,7 +198,7 @@ def _must_have(row: _Row) -> str:
 
 
 def _turns(row: _Row, reader: _Reader) -> tuple[Turn, ...]:
-    """The messages of an entry; keys beside role and content are not looked at."""
+    """The messages of an entry; keys other than role and content are ignored."""
     column = reader.data.messages
     messages = row.entry.get(column)
     if not isinstance(messages, list):

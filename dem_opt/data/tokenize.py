@@ -1,4 +1,4 @@
-"""Documents -> token ids, and which of them are scored.
+"""Documents -> token ids, with a mask of the scored ones.
 
 Shape suffix: L tokens of one document.
 """
@@ -26,7 +26,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """One document: token ids, and which are scored, given the tokens before them in it."""
+    """One document: token ids, and a mask of those scored given the tokens before them in it."""
 
     ids_L: NDArray[np.int64]
     scored_L: NDArray[np.bool_]
@@ -55,16 +55,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _is_unreadable(error: Exception) -> bool:
-    """Whether an error of loading means bad files; the tokenizers library raises plain `Exception` for these."""
+    """An error of loading means bad files, for which the tokenizers library raises plain `Exception`."""
     return type(error) is Exception or isinstance(
         error, OSError | ValueError | KeyError | TypeError | ImportError | AttributeError
     )
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> str:
-    """SHA-256 of what turns text into ids; truncation and padding, which calls switch, are left out.
+    """SHA-256 of everything that decides the ids of a text; of a conversation (`chat`), with the chat template.
 
-    `chat`: of what turns conversations into ids, that is with the chat template.
+    Truncation and padding are left out, since calls set them.
     """
     if tokenizer.is_fast:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -127,7 +127,7 @@ def encode_chats(chats: Iterable[Chat], tokenizer: PreTrainedTokenizerBase) -> I
 
     Raises InputError where the tokenizer has no chat template, and where that has no marks and what it makes of
     the first turns is not the beginning of what it makes of all.  Where it refuses a conversation, the error
-    names no file, since this room knows of none.
+    names no file; the caller adds it.
     """
     template = _template(tokenizer)
     encode = _by_marks if tokenizer.is_fast and _GENERATION.search(template) else _by_prefixes

@@ -18,7 +18,7 @@ from dem_opt.errors import InputError, located
 from dem_opt.types import HELD_OUT, SEARCH, Corpus, Windows
 
 SURPLUS = 8
-"""Windows are drawn from at most this many times those asked for, so that a large file costs no more time."""
+"""Windows are drawn from at most this many times their number, so that a large file takes no longer."""
 
 
 def pack(
@@ -52,7 +52,7 @@ def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _encode(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, paired: bool) -> Iterable[Tokens]:
-    """Pairs or conversations as they are asked for, those that score nothing left out."""
+    """Encode pairs or conversations lazily; those without scored tokens are left out."""
     pairs = [document for document in documents if isinstance(document, Pair)]
     chats = [document for document in documents if isinstance(document, Chat)]
     assert len(documents) in (len(pairs), len(chats)), "documents of one format"
@@ -166,7 +166,7 @@ def build_corpora(
 
 @dataclass(frozen=True)
 class _Builder:
-    """What the corpora of a study have in common."""
+    """Settings that the corpora of a study share."""
 
     evaluation: EvaluationSection
     tokenizer: PreTrainedTokenizerBase

@@ -17,7 +17,7 @@ from dem_opt.errors import InputError
 from dem_opt.study import Study
 from dem_opt.workflows import lm_eval
 from dem_opt.workflows.lm_eval import TaskJob, run_tasks
-from dem_opt.workflows.quickstart.further import TASK, write_task
+from dem_opt.workflows.quickstart.additions import TASK, write_task
 from dem_opt.workflows.quickstart.generated import math_problem
 
 CLOZE = "tiny_cloze"

@@ -1,8 +1,8 @@
-"""The quickstart's data, tokenizer and base, made from what this machine has.
+"""Make the quickstart's data, tokenizer and base without any download.
 
 Four distributions: Python *code* and technical *prose* out of the standard library, generated *math*
 problems with worked steps, and generated JSON *records*.  Everything is drawn from one seed.  A module of the
-standard library, a problem and a record each stand in one split only.
+standard library, a problem and a record are each in one split only.
 """
 
 import json
@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dem_opt.progress import NullProgress, Progress
-from dem_opt.workflows.quickstart.further import TASK, service_log, write_task
+from dem_opt.workflows.quickstart.additions import TASK, service_log, write_task
 from dem_opt.workflows.quickstart.generated import json_record, math_problem
 from dem_opt.workflows.quickstart.library import library_documents, split_modules, topic_documents, within
 from dem_opt.data.windows import pack
@@ -29,10 +29,10 @@ from dem_opt.training.trainer import Recipe, train_model
 
 DISTRIBUTIONS = ("code", "math", "prose", "records")
 ADDED = "logs"
-"""The distribution that is there to be added."""
+"""Distribution that is not in the study, to try adding one."""
 
 QUESTIONS = 200
-"""Documents of the task."""
+"""Number of documents of the downstream task."""
 
 SPLITS = ("train", "val", "held_out")
 RECORD = "assets.json"
@@ -41,12 +41,13 @@ END = "<|end|>"
 
 @dataclass(frozen=True)
 class Settings:
-    """What the assets are made with; the defaults are the quickstart's, fixed for every seed.
+    """Settings of the assets.  They are stored beside them, and another value makes the assets again.
 
-    characters     text of each distribution in train, search and held-out split
-    module_shares  how the standard library's modules are shared out over these splits
-    mixture        how the base's training text is shared out over distributions: most is code and prose,
-                   so the vectors of math and records have more to give
+    Attributes:
+        characters: Characters of each distribution in the train, search and held-out split.
+        module_shares: Shares of the standard library's modules in these splits.
+        mixture: Shares of the distributions in the base's training text: mostly code and prose, so that the vectors of
+            math and records have more to give.
     """
 
     characters: tuple[int, int, int] = (450_000, 60_000, 90_000)
@@ -81,7 +82,7 @@ def make_assets(
     progress: Progress | None = None,
     settings: Settings = QUICKSTART,
 ) -> Path:
-    """Make data, tokenizer, base and study file in `folder`, or find them made; return the study file's path.
+    """Make data, tokenizer, base and study file in `folder` unless they are there; return the study file's path.
 
     Finished assets of the same seed and settings are left
     alone, an edited study file too; others, and half-finished ones, are made again.
@@ -269,7 +270,7 @@ def study_text(settings: Settings, seed: int) -> str:
 
 
 def _is_finished(folder: Path, record: dict[str, object]) -> bool:
-    """Whether the folder's assets were finished with the same seed, settings and Python."""
+    """The folder's assets were finished with the same seed, settings and Python."""
     try:
         written = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):

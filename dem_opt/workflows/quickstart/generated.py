@@ -92,8 +92,8 @@ def _share_problem(rng: random.Random) -> Worked:
         f"{friends} * {each} = {friends * each}, so each friend gets {each} {what}.",
         f"There are {total} - {friends * each} = {rest} {what} left over.",
     ]
-    identity = "How many does each friend get and how many are left over?"
-    return f"{problem} {identity}", steps, f"{each} each, {rest} left over"
+    question = "How many does each friend get and how many are left over?"
+    return f"{problem} {question}", steps, f"{each} each, {rest} left over"
 
 
 def _journey_problem(rng: random.Random) -> Worked:

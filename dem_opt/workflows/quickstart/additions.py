@@ -1,4 +1,4 @@
-"""What the quickstart has beside its study: a fifth distribution to be added, and a task with exact answers."""
+"""Additions to the quickstart's study: a fifth distribution, of service logs, and a downstream task with exact answers."""
 
 import json
 import random
@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 TASK = "quickstart_arithmetic"
-"""The name of the task for lm-evaluation-harness."""
+"""Name of the task for lm-evaluation-harness."""
 
 LINES = (4, 9)
-"""The least and the most lines of a log."""
+"""Fewest and most lines of a log."""
 
 _SERVICES = ("auth", "billing", "cache", "gateway", "mailer", "search", "storage")
 _PATHS = ("/items", "/orders", "/login", "/health", "/reports", "/users")
 
 
 def service_log(rng: random.Random) -> str:
-    """Some lines of a service's log, their clock going on."""
+    """A few consecutive lines of a service's log."""
     service, moment = rng.choice(_SERVICES), rng.randint(0, 86_000)
     lines = []
     for _ in range(rng.randint(*LINES)):
@@ -34,9 +34,9 @@ def _event(rng: random.Random) -> str:
 
 
 def write_task(folder: Path, problems: Sequence[str], end: str) -> None:
-    """A task: a problem with its worked steps, of which the answer is to be given; counted right where it is exact.
+    """Write a task of exact match: answer a problem that is given with its worked steps.
 
-    The task file names its documents by their absolute path: lm-evaluation-harness knows no other.
+    lm-evaluation-harness needs the absolute path of the documents.
     """
     folder.mkdir(parents=True, exist_ok=True)
     documents = folder / f"{TASK}.jsonl"
