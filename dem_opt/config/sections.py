@@ -264,7 +264,7 @@ class SimplexSection(Section):
 
 
 class ObjectiveSection(Section):
-    """What the search minimizes, and which corpora must not get worse."""
+    """The objective of the search, and constraints on corpora that must not get worse."""
 
     weights: Annotated[dict[Name, NotNegative] | None, default_note("1 for each distribution")] = None
     """Weight of each NLL in the mean that is minimized, by distribution or general corpus; a name left out has 0."""

@@ -13,7 +13,7 @@ _MOST_KEYS = 10_000
 """Keys of one mapping, where `<<` merges others into it."""
 
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
-"""What PyYAML raises for text that is no YAML, and for tags and numbers that it can't make a value of."""
+"""Errors of PyYAML for text that is no YAML, and for tags and numbers without a value."""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
