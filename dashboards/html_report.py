@@ -130,7 +130,7 @@ def render(summary: Summary) -> str:
         ),
         search=_figures(("best-so-far", "comparison", "simplex", "surrogate", "best-over-time"), figures)
         + (_comparison_table(compare(summary)) if has_comparison else ""),
-        trials=_html_table(trial_table(summary), "Trials by run", "words"),
+        trials=_trial_table(summary),
         vectors=_html_table(
             vector_table(summary), "Distributions; without it: change of the objective in nats per token"
         ),
@@ -151,7 +151,7 @@ def render_comparison(summary: Summary, comparison: Comparison) -> str:
         answer=f"{runs} runs of {len(comparison.rows)} algorithms over one ledger. {_answer(summary)}",
         figure=_figure("comparison", figures),
         table=_comparison_table(comparison),
-        trials=_html_table(trial_table(summary), "Trials by run", "words") + _usage_table(summary),
+        trials=_trial_table(summary) + _usage_table(summary),
         facts=_facts(summary.facts),
     )
     heading = f"{summary.study}: comparison of search algorithms"
@@ -221,6 +221,11 @@ def _explain_objective(summary: Summary) -> str:
 def _comparison_table(comparison: Comparison) -> str:
     caption = "Regret in nats per token: median [quartiles] over runs; grid: mean over all orders of its points"
     return _html_table(comparison_table(comparison), caption)
+
+
+def _trial_table(summary: Summary) -> str:
+    caption = "Trials by run. Scored: on all windows; measuring: worker seconds of merging and scoring"
+    return _html_table(trial_table(summary), caption, "words")
 
 
 def _usage_table(summary: Summary) -> str:

@@ -1,7 +1,9 @@
-"""The same figures for papers: plotly's description of a figure -> PNG and SVG by matplotlib, without a browser.
+"""Figures for papers: plotly figures as PNG and SVG, drawn by matplotlib.
 
-It draws what the other modules of this folder use of plotly, and nothing else: bars, heat maps with texts, lines (in
-steps, filled, stacked), markers, ternary plots.
+Plotly's own export (kaleido) needs a Chrome on every machine that runs a study; `dem-opt run` attaches PNGs to MLflow
+and must not.  So this module translates the parts of plotly's figure description that `figures` uses, and only these:
+bars, heat maps with numbers, lines (steps, fills, stacks), markers and ternary plots.  Data, texts and colours come
+from the plotly figure; nothing is computed twice.
 """
 
 import re

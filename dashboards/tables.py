@@ -77,8 +77,8 @@ def margin_table(summary: Summary) -> Table:
 def trial_table(summary: Summary) -> Table:
     """List each run's trials: how many were fully scored, stopped early or failed, their cost, why the run ended."""
     headers = (
-        *("run", "ended after", "failures", "fully scored", "stopped early", "failed"),
-        *("FE", "merging + scoring", "proposing"),
+        *("run", "ended after", "failures", "scored", "stopped early", "failed"),
+        *("FE", "measuring", "proposing"),
     )
     rows = []
     for run in (run for row in compare(summary).rows for run in row.runs):
