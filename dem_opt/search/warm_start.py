@@ -35,18 +35,18 @@ def enter(
         InputError: Where new scores would not compare with those that the study has, and where other drivers are at
             work on the identity that it had before.
     """
-    asked, scored = identity.identity_fields(), identity.scoring_fields()
+    identity_fields, scoring_fields = identity.identity_fields(), identity.scoring_fields()
     row = ledger.study(name)
     if row is None:
-        ledger.enter_study(StudyRow(name, 1, scored, asked))
+        ledger.enter_study(StudyRow(name, 1, scoring_fields, identity_fields))
         return 1, []
-    refuse_other_scoring(where, row.scoring, scored)
-    change = changes(row.identity, asked)
+    refuse_other_scoring(where, row.scoring, scoring_fields)
+    change = changes(row.identity, identity_fields)
     if change and (others := lease.others()):
         mend = f"{change}, while it is driven by {' and '.join(others.values())}; stop them first"
         raise InputError(where, "name", name, mend)
     generation = row.generation + bool(change)
-    ledger.enter_study(StudyRow(name, generation, row.scoring | scored, asked))
+    ledger.enter_study(StudyRow(name, generation, row.scoring | scoring_fields, identity_fields))
     start = carried_over(ledger, identity) if generation > 1 else []
     if change:
         reuse = describe_reuse(ledger, identity, start)
