@@ -375,7 +375,7 @@ def merged_tensors(
     """
     header = read_header(base.path, "base")
     dtypes = {name: DTYPES[header.tensors[name].dtype] for name in names}
-    readers = [_tensors(architecture, base, names, stored[content]) for content, _ in composite.terms]
+    readers = [_tensors(architecture, header, names, stored[content]) for content, _ in composite.terms]
     return _merge_each(readers, composite, dtypes, dtype)
 
 
@@ -392,16 +392,16 @@ def _merge_each(
         yield name, merged
 
 
-def _tensors(architecture: Architecture, base: StoredModel, names: Sequence[str], model: StoredModel) -> NamedTensors:
+def _tensors(architecture: Architecture, base: Header, names: Sequence[str], model: StoredModel) -> NamedTensors:
     """Yield a checkpoint's or an adapter's tensors in place of the base's stored tensors."""
-    header = read_header(base.path, "base")
-    parameters = parameter_of(architecture, header)
+    parameters = parameter_of(architecture, base)
     if model.base is not None:
-        return _edited(model, read_tensors(header, names), parameters)
-    other = read_header(model.path, "checkpoint")
-    layout = architecture.layout(other)
-    theirs = [name if parameters[name] in layout.fused else layout.sources[parameters[name]][0] for name in names]
-    return ((name, tensor) for name, (_, tensor) in zip(names, read_tensors(other, theirs), strict=True))
+        return _edited(model, read_tensors(base, names), parameters)
+    header = read_header(model.path, "checkpoint")
+    layout = architecture.layout(header)
+    # Fused parameters have the same stored names in all checkpoints; others may be stored under an old name.
+    stored = [name if parameters[name] in layout.fused else layout.sources[parameters[name]][0] for name in names]
+    return ((name, tensor) for name, (_, tensor) in zip(names, read_tensors(header, stored), strict=True))
 
 
 def _edited(model: StoredModel, values: NamedTensors, parameters: Mapping[str, str]) -> NamedTensors:

@@ -28,7 +28,7 @@ LAPTOP = {"CPU": 8}
         ([{"CPU": 4}, {"CPU": 2, "GPU": 1}], None, 1, 1, {"num_gpus": 1, "num_cpus": 1}),
     ],
 )
-def test_residents_fit_their_nodes(nodes, workers, devices, count, asked):
+def test_workers_fit_their_nodes(nodes, workers, devices, count, asked):
     assert share(nodes, workers, devices) == (count, asked)
     kinds = {"num_gpus": "GPU", "num_cpus": "CPU"}
     needed = {kinds[kind]: number for kind, number in asked.items() if number}

@@ -65,7 +65,7 @@ def test_a_bug_is_no_failure_of_a_composite(compute):
         gather(compute, stub_workers.Broken, 1)
 
 
-def test_what_a_resident_refuses_reaches_the_user_as_it_was_said(compute):
+def test_what_a_worker_refuses_reaches_the_user_as_it_was_said(compute):
     with pytest.raises(InputError) as refusal:
         gather(compute, stub_workers.refuse, 1)
     assert str(refusal.value) == "nowhere: base: is no model"
@@ -99,20 +99,20 @@ def test_a_job_that_asks_for_more_gpus_than_there_are_is_refused(ray_session):
         list(compute.jobs(stub_workers.double, [1], gpus=2))
 
 
-def test_a_resident_that_dies_is_replaced_and_its_request_sent_again(ray_session, tmp_path):
+def test_a_worker_that_dies_is_replaced_and_its_request_sent_again(ray_session, tmp_path):
     answers = gather(RayCompute(ComputeSection(workers=1)), stub_workers.Mortal, 6, tmp_path / "grave")
     assert sorted(answers) == list(range(6))
     assert isinstance(answers[3], Evaluation) and (tmp_path / "grave").exists()
 
 
-def test_a_request_that_kills_every_resident_fails_with_the_reason(ray_session):
+def test_a_request_that_kills_every_worker_fails_with_the_reason(ray_session):
     answers = gather(RayCompute(ComputeSection(workers=1)), stub_workers.Doomed, 4)
     assert sorted(answers) == [0, 1, 2, 3]
     assert isinstance(answers[3], Failure) and f"died {ATTEMPTS} times" in answers[3].reason
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_resident_that_hangs_is_replaced_and_its_request_sent_again(ray_session, tmp_path, monkeypatch, workers):
+def test_a_worker_that_hangs_is_replaced_and_its_request_sent_again(ray_session, tmp_path, monkeypatch, workers):
     monkeypatch.setattr(ray_pool, "HANG_SECONDS", 1.0)
     answers = gather(RayCompute(ComputeSection(workers=workers)), stub_workers.Stuck, 9, tmp_path / "mark")
     assert sorted(answers) == list(range(9))
@@ -131,18 +131,18 @@ def test_what_nobody_works_on_can_be_taken_back(compute):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_residents_divide_the_cpus(ray_session, workers):
+def test_workers_divide_the_cpus(ray_session, workers):
     # Ray gives a worker floor(num_cpus) threads: 2 CPUs are 2 threads for one worker, 1 each for two.
     answers = gather(RayCompute(ComputeSection(workers=workers)), stub_workers.threads, 2)
     assert {answer.scores["a"].nats_W[0] for answer in answers.values()} == {2.0 / workers}
 
 
-def test_more_residents_than_cpus_are_refused(ray_session):
+def test_more_workers_than_cpus_are_refused(ray_session):
     with pytest.raises(InputError, match=r"compute.workers = 3: the cluster has 2 CPUs"):
         gather(RayCompute(ComputeSection(workers=3)), stub_workers.Echo, 1)
 
 
-def test_residents_that_find_no_room_are_told_in_time(ray_session):
+def test_workers_that_find_no_room_are_told_in_time(ray_session):
     first = RayCompute(ComputeSection(workers=1))
     with first, closing(first.workers(stub_workers.Echo, spec(), NullProgress())):
         late = RayCompute(ComputeSection(workers=2, patience=0.5))

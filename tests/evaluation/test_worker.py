@@ -23,39 +23,39 @@ from dem_opt.types import Composite, Corpus, Request, Score, StoredModel, Window
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory) -> Inputs:
+def inputs(tmp_path_factory) -> Inputs:
     path = worlds.study(tmp_path_factory.mktemp("world"))
     return load_inputs(load(path), path)
 
 
 @pytest.fixture(scope="module")
-def worker(sources) -> Worker:
-    return Worker(sources.spec())
+def worker(inputs) -> Worker:
+    return Worker(inputs.spec())
 
 
-def keys(sources: Inputs) -> tuple[str, ...]:
-    return tuple(corpus.key for corpus in sources.corpora)
+def keys(inputs: Inputs) -> tuple[str, ...]:
+    return tuple(corpus.key for corpus in inputs.corpora)
 
 
-def composites(sources: Inputs) -> list[Composite]:
-    space, identity = sources.config.space, sources.identity()
+def composites(inputs: Inputs) -> list[Composite]:
+    space, identity = inputs.config.space, inputs.identity()
     rng = np.random.default_rng(0)
     points = [*space.landmarks(), *(space.sample(rng) for _ in range(3))]
     return [Composite.single(identity.base), *(identity.composite(point) for point in points)]
 
 
-def test_what_was_merged_before_changes_no_bit(sources, worker):
+def test_what_was_merged_before_changes_no_bit(inputs, worker):
     answers = {}
-    for composite in composites(sources) + composites(sources)[::-1]:
-        scores = worker.evaluate(Request(ticket=0, composite=composite, corpora=keys(sources))).scores
+    for composite in composites(inputs) + composites(inputs)[::-1]:
+        scores = worker.evaluate(Request(ticket=0, composite=composite, corpora=keys(inputs))).scores
         assert answers.setdefault(composite, scores) == scores
 
 
-def test_it_scores_as_the_checkpoint_itself_does(sources, worker):
-    for model in (sources.base, *sources.fine_tunes.values()):
+def test_it_scores_as_the_checkpoint_itself_does(inputs, worker):
+    for model in (inputs.base, *inputs.fine_tunes.values()):
         loaded = AutoModelForCausalLM.from_pretrained(model.path).eval()
-        answer = worker.evaluate(Request(ticket=0, composite=Composite.single(model.content), corpora=keys(sources)))
-        for corpus in sources.corpora:
+        answer = worker.evaluate(Request(ticket=0, composite=Composite.single(model.content), corpora=keys(inputs)))
+        for corpus in inputs.corpora:
             windows = corpus.windows
             with torch.inference_mode():
                 logits = loaded(
@@ -68,16 +68,16 @@ def test_it_scores_as_the_checkpoint_itself_does(sources, worker):
             assert answer.scores[corpus.key].nats_W == pytest.approx(expected_W, rel=1e-5)
 
 
-def test_it_answers_what_was_asked_and_says_what_it_took(sources, worker):
-    asked = keys(sources)[:2]
-    answer = worker.evaluate(Request(ticket=7, composite=composites(sources)[-1], corpora=asked))
+def test_it_answers_what_was_asked_and_says_what_it_took(inputs, worker):
+    asked = keys(inputs)[:2]
+    answer = worker.evaluate(Request(ticket=7, composite=composites(inputs)[-1], corpora=asked))
     assert tuple(answer.scores) == asked
-    assert answer.forward_tokens == sum(corpus.windows.ids_WT.size for corpus in sources.corpora if corpus.key in asked)
+    assert answer.forward_tokens == sum(corpus.windows.ids_WT.size for corpus in inputs.corpora if corpus.key in asked)
     assert answer.merge_seconds > 0 and answer.score_seconds > 0
 
 
-def test_a_corpus_named_twice_is_scored_once(sources, worker):
-    (one, two, *_), composite = keys(sources), composites(sources)[-1]
+def test_a_corpus_named_twice_is_scored_once(inputs, worker):
+    (one, two, *_), composite = keys(inputs), composites(inputs)[-1]
     answer = worker.evaluate(Request(ticket=0, composite=composite, corpora=(one, two, one, one)))
     assert answer == replace(
         worker.evaluate(Request(ticket=0, composite=composite, corpora=(one, two))), **seconds(answer)
@@ -88,17 +88,17 @@ def seconds(answer):
     return {name: getattr(answer, name) for name in ("merge_seconds", "score_seconds", "wait_seconds")}
 
 
-def tokens_of(sources, count):
+def tokens_of(inputs, count):
     """Tokens of so many windows of each corpus."""
-    return sum(corpus.windows.ids_WT[:count].size for corpus in sources.corpora)
+    return sum(corpus.windows.ids_WT[:count].size for corpus in inputs.corpora)
 
 
 @pytest.mark.parametrize("known", [0, 1, 2, 3, 4])
-def test_known_scores_are_continued_and_not_measured_again(sources, worker, known):
-    composite = composites(sources)[-1]
-    whole = worker.evaluate(Request(ticket=0, composite=composite, corpora=keys(sources))).scores
+def test_known_scores_are_continued_and_not_measured_again(inputs, worker, known):
+    composite = composites(inputs)[-1]
+    whole = worker.evaluate(Request(ticket=0, composite=composite, corpora=keys(inputs))).scores
     marked = {key: Score((0.5,) * known, score.tokens_W[:known]) for key, score in whole.items() if known}
-    answer = worker.evaluate(Request(ticket=0, composite=composite, corpora=keys(sources), known=marked))
+    answer = worker.evaluate(Request(ticket=0, composite=composite, corpora=keys(inputs), known=marked))
     assert {key: score.nats_W[:known] for key, score in answer.scores.items()} == {key: (0.5,) * known for key in whole}
     assert {key: score.nats_W[known:] for key, score in answer.scores.items()} == {
         key: score.nats_W[known:] for key, score in whole.items()
@@ -106,14 +106,14 @@ def test_known_scores_are_continued_and_not_measured_again(sources, worker, know
     assert {key: score.tokens_W for key, score in answer.scores.items()} == {
         key: score.tokens_W for key, score in whole.items()
     }
-    assert answer.forward_tokens == tokens_of(sources, 4) - tokens_of(sources, known)
+    assert answer.forward_tokens == tokens_of(inputs, 4) - tokens_of(inputs, known)
     assert (
-        worker.evaluate(Request(ticket=0, composite=composite, corpora=keys(sources), known=whole)).forward_tokens == 0
+        worker.evaluate(Request(ticket=0, composite=composite, corpora=keys(inputs), known=whole)).forward_tokens == 0
     )
 
 
 class LostAt:
-    """A referee to whom a trial is lost once so many windows were seen of the corpus that has most of them."""
+    """A rule to whom a trial is lost once so many windows were seen of the corpus that has most of them."""
 
     def __init__(self, windows):
         self.windows = windows
@@ -124,22 +124,22 @@ class LostAt:
 
 @pytest.mark.parametrize("known", [0, 1, 3, 4])
 @pytest.mark.parametrize("lost", [1, 2, 3, 4, 5])
-def test_a_race_ends_at_the_look_that_decides_it(sources, worker, known, lost):
-    """Of 4 windows there are 4 looks; the last one is the end whatever the referee says."""
-    composite, windows = composites(sources)[-1], dict.fromkeys(keys(sources), 4)
-    whole = worker.evaluate(Request(ticket=0, composite=composite, corpora=keys(sources))).scores
+def test_a_race_ends_at_the_look_that_decides_it(inputs, worker, known, lost):
+    """Of 4 windows there are 4 looks; the last one is the end whatever the rule says."""
+    composite, windows = composites(inputs)[-1], dict.fromkeys(keys(inputs), 4)
+    whole = worker.evaluate(Request(ticket=0, composite=composite, corpora=keys(inputs))).scores
     prefix = {key: first_windows(score, known) for key, score in whole.items() if known}
     answer = worker.evaluate(
-        Request(ticket=0, composite=composite, corpora=keys(sources), known=prefix, race=LostAt(lost))
+        Request(ticket=0, composite=composite, corpora=keys(inputs), known=prefix, race=LostAt(lost))
     )
     end = min(lost, 4)
     assert answer.scores == {key: first_windows(score, end) for key, score in whole.items()}
-    assert answer.forward_tokens == max(tokens_of(sources, end) - tokens_of(sources, known), 0)
+    assert answer.forward_tokens == max(tokens_of(inputs, end) - tokens_of(inputs, known), 0)
     assert replay(LostAt(lost), whole, windows) == answer.scores
 
 
-def test_a_race_may_know_more_of_one_corpus_than_of_another(sources, worker):
-    composite, (one, *others) = composites(sources)[-1], keys(sources)
+def test_a_race_may_know_more_of_one_corpus_than_of_another(inputs, worker):
+    composite, (one, *others) = composites(inputs)[-1], keys(inputs)
     whole = worker.evaluate(Request(ticket=0, composite=composite, corpora=(one, *others))).scores
     answer = worker.evaluate(
         Request(
@@ -151,14 +151,14 @@ def test_a_race_may_know_more_of_one_corpus_than_of_another(sources, worker):
         )
     )
     assert answer.scores == {key: first_windows(score, 2) for key, score in whole.items()}
-    assert answer.forward_tokens == sum(corpus.windows.ids_WT[:2].size for corpus in sources.corpora[1:])
+    assert answer.forward_tokens == sum(corpus.windows.ids_WT[:2].size for corpus in inputs.corpora[1:])
 
 
-def test_corpora_of_fewer_windows_are_through_earlier(sources):
-    spec = sources.spec()
+def test_corpora_of_fewer_windows_are_through_earlier(inputs):
+    spec = inputs.spec()
     short = replace(spec.corpora[0], windows=cut(spec.corpora[0].windows, 2))
     worker = Worker(replace(spec, corpora=(short, *spec.corpora[1:])))
-    composite, asked = composites(sources)[-1], keys(sources)[:2]
+    composite, asked = composites(inputs)[-1], keys(inputs)[:2]
     ends = [
         worker.evaluate(Request(ticket=0, composite=composite, corpora=asked, known={}, race=LostAt(count))).scores
         for count in (1, 2, 3, 4)
@@ -170,15 +170,15 @@ def cut(windows, count):
     return Windows(windows.ids_WT[:count], windows.positions_WT[:count], windows.scored_WT[:count])
 
 
-def test_a_real_race_stops_the_worse_of_two_and_not_the_better(sources):
+def test_a_real_race_stops_the_worse_of_two_and_not_the_better(inputs):
     """The base's single fine-tunes are noise; against the better of the two, what is worse by far is stopped."""
-    windows = {corpus.key: windows_of(corpus.windows, 40) for corpus in sources.corpora}
+    windows = {corpus.key: windows_of(corpus.windows, 40) for corpus in inputs.corpora}
     worker = Worker(
-        replace(sources.spec(), corpora=tuple(replace(one, windows=windows[one.key]) for one in sources.corpora))
+        replace(inputs.spec(), corpora=tuple(replace(one, windows=windows[one.key]) for one in inputs.corpora))
     )
-    content = sources.fine_tunes["code"].content
-    far = Composite.of({content: 5 * UNIT, sources.base.content: -4 * UNIT})
-    asked = keys(sources)[:2]
+    content = inputs.fine_tunes["code"].content
+    far = Composite.of({content: 5 * UNIT, inputs.base.content: -4 * UNIT})
+    asked = keys(inputs)[:2]
     better, worse = (
         worker.evaluate(Request(ticket=0, composite=one, corpora=asked)).scores
         for one in (Composite.single(content), far)
@@ -202,37 +202,37 @@ def windows_of(windows, count):
 
 
 @pytest.mark.parametrize("name", ["code", "math"])
-def test_a_gradient_is_that_of_the_nats_of_each_corpus(sources, worker, name):
+def test_a_gradient_is_that_of_the_nats_of_each_corpus(inputs, worker, name):
     """From the loss of transformers' model of the composite, whose gradient autograd keeps."""
-    corpora, content = sources.corpora[:2], sources.fine_tunes[name].content
+    corpora, content = inputs.corpora[:2], inputs.fine_tunes[name].content
     asked = tuple(corpus.key for corpus in corpora)
     answer = worker.evaluate(Request(ticket=0, composite=Composite.single(content), corpora=asked, gradient=True))
-    base = dict(AutoModelForCausalLM.from_pretrained(sources.base.path).named_parameters())
+    base = dict(AutoModelForCausalLM.from_pretrained(inputs.base.path).named_parameters())
     for corpus in corpora:
-        loaded, windows = AutoModelForCausalLM.from_pretrained(sources.fine_tunes[name].path).eval(), corpus.windows
+        loaded, windows = AutoModelForCausalLM.from_pretrained(inputs.fine_tunes[name].path).eval(), corpus.windows
         ids_WT, positions_WT = torch.tensor(windows.ids_WT), torch.tensor(windows.positions_WT)
         logits_WTV = loaded(ids_WT, position_ids=positions_WT, use_cache=False).logits[:, :-1]
         nats_WT = -logits_WTV.log_softmax(-1).gather(2, ids_WT[:, 1:, None])[..., 0]
         nats_WT[torch.tensor(windows.scored_WT[:, 1:])].sum().backward()
         found = answer.gradients[corpus.key]
-        assert found.keys() == {expert.content for expert in sources.fine_tunes.values()}
-        for expert in sources.fine_tunes.values():
+        assert found.keys() == {expert.content for expert in inputs.fine_tunes.values()}
+        for expert in inputs.fine_tunes.values():
             theirs = dict(AutoModelForCausalLM.from_pretrained(expert.path).named_parameters())
             parts = [((theirs[x] - base[x]).double() * one.grad).sum() for x, one in loaded.named_parameters()]
             assert found[expert.content] == pytest.approx(float(sum(parts).detach()), rel=1e-4)
 
 
 @pytest.mark.parametrize("known", [0, 2, 4])
-def test_with_a_gradient_all_windows_are_gone_through_and_scored_to_the_same_bits(sources, worker, known):
-    composite = composites(sources)[-1]
-    plain = worker.evaluate(Request(ticket=0, composite=composite, corpora=keys(sources)))
+def test_with_a_gradient_all_windows_are_gone_through_and_scored_to_the_same_bits(inputs, worker, known):
+    composite = composites(inputs)[-1]
+    plain = worker.evaluate(Request(ticket=0, composite=composite, corpora=keys(inputs)))
     prefix = {key: first_windows(score, known) for key, score in plain.scores.items() if known}
     answer = worker.evaluate(
-        Request(ticket=0, composite=composite, corpora=keys(sources), known=prefix, race=LostAt(1), gradient=True)
+        Request(ticket=0, composite=composite, corpora=keys(inputs), known=prefix, race=LostAt(1), gradient=True)
     )
     assert answer.scores == plain.scores and answer.forward_tokens == plain.forward_tokens
-    assert set(answer.gradients) == set(keys(sources)) and not plain.gradients
-    again = worker.evaluate(Request(ticket=0, composite=composite, corpora=keys(sources)))
+    assert set(answer.gradients) == set(keys(inputs)) and not plain.gradients
+    again = worker.evaluate(Request(ticket=0, composite=composite, corpora=keys(inputs)))
     assert again.scores == plain.scores and not again.gradients
 
 
@@ -263,13 +263,13 @@ def starve(worker, most):
 
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize(("most", "left"), [(100, 80), (63, 40)])
-def test_where_memory_runs_out_batches_are_halved_and_that_is_told(sources, most, left, gradient):
+def test_where_memory_runs_out_batches_are_halved_and_that_is_told(inputs, most, left, gradient):
     """40 windows of 32 tokens are scored 5 at a time: 160 tokens, 80 (2 windows), 40 (1)."""
-    corpora = tuple(replace(one, windows=windows_of(one.windows, 40)) for one in sources.corpora)
-    spec, composite = replace(sources.spec(), corpora=corpora), composites(sources)[-1]
+    corpora = tuple(replace(one, windows=windows_of(one.windows, 40)) for one in inputs.corpora)
+    spec, composite = replace(inputs.spec(), corpora=corpora), composites(inputs)[-1]
     short, plain = Worker(spec), Worker(replace(spec, batch_tokens=left))
     starve(short, most)
-    request = Request(ticket=0, composite=composite, corpora=keys(sources)[:2], gradient=gradient)
+    request = Request(ticket=0, composite=composite, corpora=keys(inputs)[:2], gradient=gradient)
     expected = plain.evaluate(request)
     for told in (True, False):
         answer = short.evaluate(request)
@@ -279,62 +279,62 @@ def test_where_memory_runs_out_batches_are_halved_and_that_is_told(sources, most
         assert (f"at most {left} tokens" in answer.note) == told and not expected.note
 
 
-def test_where_one_window_is_too_large_there_is_no_score(sources):
-    worker = Worker(sources.spec())
+def test_where_one_window_is_too_large_there_is_no_score(inputs):
+    worker = Worker(inputs.spec())
     starve(worker, 31)
     with pytest.raises(EvaluationError, match="not enough memory for a forward pass of 32 tokens"):
-        worker.evaluate(Request(ticket=0, composite=composites(sources)[-1], corpora=keys(sources)))
+        worker.evaluate(Request(ticket=0, composite=composites(inputs)[-1], corpora=keys(inputs)))
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory(sources):
-    worker = Worker(sources.spec())
+def test_other_errors_are_not_taken_for_a_lack_of_memory(inputs):
+    worker = Worker(inputs.spec())
     worker.model.register_forward_pre_hook(lambda *_: torch.zeros(2, 3) @ torch.zeros(2, 3))
     with pytest.raises(RuntimeError, match="shapes"):
-        worker.evaluate(Request(ticket=0, composite=composites(sources)[-1], corpora=keys(sources)))
+        worker.evaluate(Request(ticket=0, composite=composites(inputs)[-1], corpora=keys(inputs)))
 
 
-def test_scored_tokens_are_those_that_were_measured(sources, worker):
-    composite = composites(sources)[-1]
-    whole = worker.evaluate(Request(ticket=0, composite=composite, corpora=keys(sources)))
+def test_scored_tokens_are_those_that_were_measured(inputs, worker):
+    composite = composites(inputs)[-1]
+    whole = worker.evaluate(Request(ticket=0, composite=composite, corpora=keys(inputs)))
     assert whole.scored_tokens == sum(score.tokens for score in whole.scores.values()) < whole.forward_tokens
     prefix = {key: first_windows(score, 3) for key, score in whole.scores.items()}
-    rest = worker.evaluate(Request(ticket=0, composite=composite, corpora=keys(sources), known=prefix))
+    rest = worker.evaluate(Request(ticket=0, composite=composite, corpora=keys(inputs), known=prefix))
     assert rest.scored_tokens == whole.scored_tokens - sum(score.tokens for score in prefix.values())
 
 
-def test_a_resident_says_how_long_it_was_idle(sources):
+def test_a_worker_says_how_long_it_was_idle(inputs):
     worker, request = (
-        Worker(sources.spec()),
-        Request(ticket=0, composite=composites(sources)[-1], corpora=keys(sources)),
+        Worker(inputs.spec()),
+        Request(ticket=0, composite=composites(inputs)[-1], corpora=keys(inputs)),
     )
     assert worker.evaluate(request).wait_seconds == 0.0
     assert worker.evaluate(request).wait_seconds > 0.0
 
 
-def test_an_expert_that_is_the_base_has_no_slope(sources):
-    spec = sources.spec()
+def test_an_expert_that_is_the_base_has_no_slope(inputs):
+    spec = inputs.spec()
     worker = Worker(replace(spec, fine_tunes=(*spec.fine_tunes, spec.base)))
     answer = worker.evaluate(
-        Request(ticket=0, composite=composites(sources)[-1], corpora=keys(sources)[:1], gradient=True)
+        Request(ticket=0, composite=composites(inputs)[-1], corpora=keys(inputs)[:1], gradient=True)
     )
     (gradient,) = answer.gradients.values()
     assert len(gradient) == 4 and [content for content, slope in gradient.items() if not slope] == [spec.base.content]
 
 
-def test_a_loss_that_is_not_finite_is_no_score(sources):
-    worker = Worker(sources.spec())
-    content = sources.fine_tunes["code"].content
+def test_a_loss_that_is_not_finite_is_no_score(inputs):
+    worker = Worker(inputs.spec())
+    content = inputs.fine_tunes["code"].content
     # Twice the largest float32 overflows in the merge: weights of inf, a loss of NaN.
     for segment in worker.merged_model._segments:
         segment.stored_NP[content].fill_(3e38)
-    other = sources.fine_tunes["math"].content
+    other = inputs.fine_tunes["math"].content
     terms = Composite.of({content: 3 * UNIT, other: -2 * UNIT})
     with pytest.raises(EvaluationError, match="window"):
-        worker.evaluate(Request(ticket=0, composite=terms, corpora=keys(sources)))
+        worker.evaluate(Request(ticket=0, composite=terms, corpora=keys(inputs)))
 
 
-def test_a_checkpoint_that_changed_since_it_was_hashed_is_refused(sources, tmp_path):
-    shutil.copytree(Path(sources.base.path).parents[1], tmp_path / "world")
+def test_a_checkpoint_that_changed_since_it_was_hashed_is_refused(inputs, tmp_path):
+    shutil.copytree(Path(inputs.base.path).parents[1], tmp_path / "world")
     path = tmp_path / "world/study.yaml"
     spec = load_inputs(load(path), path).spec()
     worlds.save_model(tmp_path / "world/models/math", seed=77)

@@ -180,7 +180,7 @@ def test_a_study_of_compressed_vectors_tells_what_they_cost_and_exports_the_full
     assert champion.exported.objective != winner.objective
     assert champion.exported.objective["search"] == pytest.approx(winner.objective["search"], rel=1e-2)
     configured(path, vectors="exact")
-    with pytest.raises(InputError, match=r"evaluation.vectors.*begun with 'int8'"):
+    with pytest.raises(InputError, match=r"evaluation.vectors = 'exact'.*'int8'"):
         in_process.open_study(path).run()
 
 
@@ -189,5 +189,5 @@ def test_a_study_begun_before_there_were_forms_stays_exact(tmp_path):
     scored = load_inputs(load(path), path).identity().scoring_fields()
     del scored["evaluation.vectors"]
     refuse_other_scoring(path, scored, scored | {"evaluation.vectors": "exact"})
-    with pytest.raises(InputError, match=r"begun with 'exact'"):
+    with pytest.raises(InputError, match=r"evaluation.vectors = 'int8'.*'exact'"):
         refuse_other_scoring(path, scored, scored | {"evaluation.vectors": "int8"})

@@ -108,7 +108,7 @@ def save_models(folder: Path, names: list[str], dtype: torch.dtype, tied: bool) 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, 3])
-def test_stored_and_live_bytes_are_those_of_the_arena(tmp_path, count, dtype, tied, live):
+def test_stored_and_live_bytes_are_those_of_the_merged_model(tmp_path, count, dtype, tied, live):
     names = [f"tune{number}" for number in range(count)]
     save_models(tmp_path, ["base", *names], dtype, tied)
     distributions = {name: {"checkpoint": name, "validation": "none.jsonl"} for name in names}
@@ -230,7 +230,7 @@ def test_of_experts_only_those_count_that_a_token_is_sent_to():
     assert flops_per_token(architecture, model, widths, 5) == 2 * (2 * 24 + 32 + 40) + 4 * 1 * 5 * 4
 
 
-def test_a_resident_passes_the_tokens_that_are_planned(template):
+def test_a_worker_passes_the_tokens_that_are_planned(template):
     config = load(template / "study.yaml")
     sources = load_inputs(config, "study.yaml")
     keys = tuple(corpus.key for corpus in sources.corpora if corpus.split == SEARCH)
@@ -297,7 +297,7 @@ def test_what_does_not_fit_is_refused_with_its_sums(world, machine, workers):
 @pytest.mark.parametrize("each", [1, 2, 3])
 @pytest.mark.parametrize("gpus", [0, 1, 4])
 @pytest.mark.parametrize("asked", ["auto", 1, 2])
-def test_pool_and_plan_count_residents_alike(gpus, asked, each):
+def test_pool_and_plan_count_workers_alike(gpus, asked, each):
     machine = Machine("cuda" if gpus else "cpu", max(gpus, 1), 10**9, 10**9)
     cluster = {"CPU": 8.0} | ({"GPU": float(gpus)} if gpus else {})
     planned = workers_asked(ComputeSection(workers=asked, gpus_per_worker=each), machine)
@@ -362,7 +362,7 @@ def test_of_several_gpus_the_bytes_are_those_of_the_one_that_holds_most(deep, gp
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-def test_where_a_study_does_not_fit_more_gpus_for_each_resident_are_offered(deep):
+def test_where_a_study_does_not_fit_more_gpus_for_each_worker_are_offered(deep):
     plan = divided(deep, 1)
     for gpus, devices, offered in ((1, 4, "compute.gpus_per_worker 2"), (2, 4, "compute.gpus_per_worker 4")):
         machine = Machine("cuda", devices, plan.memory.peak, plan.memory.live)
@@ -383,7 +383,7 @@ def test_more_gpus_than_there_are_or_than_layers_are_refused(deep):
 
 
 @pytest.mark.parametrize("command", ["check", "run", "score"])
-def test_without_a_gpu_several_for_each_resident_are_refused(world, capsys, command):
+def test_without_a_gpu_several_for_each_worker_are_refused(world, capsys, command):
     """The world's model has one layer, so it is given another."""
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
