@@ -116,7 +116,6 @@ class Found:
     raced_grids: tuple[RacedGrid, ...]
 
 
-@dataclass
 def curve_of(records: Sequence[TrialRecord]) -> Curve:
     """A run's curve."""
     spent = np.cumsum([record.forwards for record in records])
