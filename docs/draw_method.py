@@ -2,8 +2,9 @@
 
     python docs/draw_method.py
 
-The trials are those of the quickstart's study (docs/images/trials.csv). Its simplex has four corners; the drawing
-projects it onto a triangle by adding the coefficients of code and prose.
+The points are trials of the quickstart's study with their held-out loss (docs/images/trials.csv): the four fine-tunes,
+the uniform average and the winner, as docs/benchmarks.md has them. The simplex has four corners; the drawing projects
+it onto a triangle by adding the coefficients of code and prose.
 """
 
 import csv
@@ -157,10 +158,9 @@ def draw(trials: list[Trial]) -> str:
         (470, "3  search the simplex"),
         (776, "4  merge the best"),
     )
-    stopped = sum(trial.stopped for trial in trials)
     legend = (
-        f"{len(trials)} trials, at most one forward pass each. Dark: low loss. "
-        f"Open: stopped early ({stopped}). Ring: the winner."
+        "Trials of the quickstart: each fine-tune, the uniform average, the winner (ring). "
+        "Dark: low held-out loss. Code and prose share a corner."
     )
     body = [
         *(text(x, 28, words, size=14, bold=True) for x, words in titles),
