@@ -195,7 +195,7 @@ def _answer(summary: Summary) -> str:
         f"(base: {number(base.objective.get(split))})"
         for split, words in SPLITS.items()
     )
-    if not summary.worst:
+    if summary.is_mean:
         scores += _perplexities(winner, base)
     objective = objective_words(summary)
     sentence = f"{objective[0].upper()}{objective[1:]} {escape(scores)}."
@@ -211,6 +211,8 @@ def _perplexities(winner: ResultRow, base: ResultRow) -> str:
 
 
 def _explain_objective(summary: Summary) -> str:
+    if summary.function:
+        return f"The objective is {escape(summary.function)}, a function of the scores; lower is better."
     if summary.worst:
         return (
             "Regret on a distribution is the NLL minus that of its own fine-tune; the objective is the largest regret."

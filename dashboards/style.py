@@ -78,6 +78,8 @@ def rgba(hexadecimal: str, opacity: float) -> str:
 
 def objective_words(summary: Summary) -> str:
     """Name the quantity that the study minimizes, which is in nats per token."""
+    if summary.function:
+        return f"objective {summary.function}"
     return "largest regret" if summary.worst else "mean NLL"
 
 

@@ -41,7 +41,7 @@ def final_table(summary: Summary, split: str) -> Table:
     finding the composite is in evaluations, forward-equivalents (FE) and seconds.  A composite that violates a
     constraint on the search split is marked with its violation in nats per token.
     """
-    objective = ("largest regret",) if summary.worst else ("mean", "perplexity")
+    objective = ("mean", "perplexity") if summary.is_mean else ("largest regret" if summary.worst else "objective",)
     headers = ("composite", *summary.weights, *objective, "evals", "FE", "seconds")
     values = [_measurements(result, split, summary) for result in summary.results]
     lowest = {(row, column) for column, cells in enumerate(zip(*values, strict=True), 1) for row in _lowest(cells)}
@@ -199,11 +199,11 @@ def _measurements(result: ResultRow, split: str, summary: Summary) -> list[float
     """Return NLL of each corpus, the objective and, of a mean, its perplexity; None where not scored."""
     scores, objective = result.scores.get(split, {}), result.objective.get(split)
     values = [*(scores[name].nll if name in scores else None for name in summary.weights), objective]
-    return values if summary.worst else [*values, None if objective is None else exp(objective)]
+    return [*values, None if objective is None else exp(objective)] if summary.is_mean else values
 
 
 def _format_measurements(values: Sequence[float | None], summary: Summary) -> list[str]:
-    if summary.worst:
+    if not summary.is_mean:
         return [number(value) for value in values]
     *nll, perplexity = values
     return [*map(number, nll), ABSENT if perplexity is None else f"{perplexity:.3f}"]

@@ -12,6 +12,7 @@ from dem_opt.analysis.surrogate import Prediction
 from dem_opt.analysis.task_scores import TaskTable
 from dem_opt.compute import Compute, RayCompute
 from dem_opt.config import StudyConfig
+from dem_opt.config.objective_function import import_from
 from dem_opt.dashboards.html_report import write_report
 from dem_opt.export.writer import Export, Scores
 from dem_opt.progress import NullProgress, Progress
@@ -55,6 +56,8 @@ class Study:
         progress: Progress | None = None,
     ) -> None:
         self.config = config
+        if config.objective.function is not None:
+            import_from(Path(path).resolve().parent)
         self._context = StudyContext(
             config=config,
             path=Path(path),

@@ -420,6 +420,7 @@ class Summary:
         top: Best composites of the search split, the best first.
         stopped: By search, why it ended.
         worst: The objective is the largest regret, not the weighted mean.
+        function: Name of the custom objective; empty where there is none.
         left_out: The winner without one of its distributions, the others scaled up to its total; named by the
             distribution that is left out.
     """
@@ -433,9 +434,15 @@ class Summary:
     top: tuple[ResultRow, ...] = ()
     stopped: Mapping[str, str] | None = None
     worst: bool = False
+    function: str = ""
     left_out: tuple[ResultRow, ...] = ()
     vectors: VectorGeometry | None = None
     surrogate: Surrogate | None = None
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether the objective is the weighted mean of NLL, so that it has a perplexity."""
+        return not self.worst and not self.function
 
     @property
     def distributions(self) -> tuple[str, ...]:

@@ -39,7 +39,8 @@ def difference(
     The interval covers the choice of windows, and nothing else.
     """
     rng = np.random.default_rng(seed)
-    names = sorted(name for name, weight in objective.weights.items() if weight)
+    is_custom = objective.function is not None
+    names = sorted(name for name, weight in objective.weights.items() if weight or is_custom)
     left_KR, right_KR = np.empty((2, len(names), RESAMPLES))
     for k, name in enumerate(names):
         assert left[name].tokens_W == right[name].tokens_W, f"{name}: scored on different windows"
@@ -61,6 +62,11 @@ def _nats(score: Score, objective: Objective, name: str) -> NDArray[np.float64]:
 
 def _combine(nll_KR: NDArray[np.float64], objective: Objective, names: Sequence[str]) -> NDArray[np.float64]:
     """The objective of each resample, [R]: the weighted mean of NLL, or the largest regret."""
+    if objective.function is not None:
+        # A resample as the function sees it: on each corpus one window of one token with the resample's NLL.
+        resamples = (dict(zip(names, nll_K.tolist(), strict=True)) for nll_K in nll_KR.T)
+        values = [objective({name: Score((nll,), (1,)) for name, nll in by_name.items()}) for by_name in resamples]
+        return np.array(values)
     if objective.own is not None:
         worst_R: NDArray[np.float64] = nll_KR.max(axis=0)
         return worst_R

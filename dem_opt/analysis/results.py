@@ -1,11 +1,13 @@
 """The results table: baselines and each algorithm's best composite with their scores."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dem_opt.analysis.bootstrap import difference
+from dem_opt.errors import EvaluationError
 from dem_opt.evaluation.objective import Objective
 from dem_opt.search.run_name import RunName
 from dem_opt.search.trials import exceeded, is_known, objectives, recall
@@ -195,8 +197,20 @@ def summarize(
         top=rows(top_entries(identity, trials)),
         stopped=stopped,
         worst=identity.worst,
+        function=identity.function.name if identity.function else "",
         left_out=rows(left_out_entries(identity, listed[-1])),
     )
+
+
+def _finite_objectives(
+    by_split: Mapping[str, Objective], scores: Mapping[str, Mapping[str, Score]]
+) -> dict[str, float]:
+    """Return the objective by split, without the splits on which a custom objective is not finite."""
+    values = {}
+    for split, by_name in scores.items():
+        with suppress(EvaluationError):
+            values[split] = by_split[split](by_name)
+    return values
 
 
 def _row(ledger: Ledger, identity: StudyIdentity, by_split: Mapping[str, Objective], entry: Entry) -> ResultRow:
@@ -212,7 +226,7 @@ def _row(ledger: Ledger, identity: StudyIdentity, by_split: Mapping[str, Objecti
         algorithm=entry.algorithm,
         coefficients=entry.coefficients,
         scores=scores,
-        objective={split: by_split[split](scores[split]) for split in known},
+        objective=_finite_objectives(by_split, scores),
         evaluations=entry.evaluations,
         forwards=entry.forwards,
         forward_tokens=round(entry.forwards * pass_tokens),

@@ -57,7 +57,7 @@ def of_summary(summary: "Summary") -> dict[str, Any]:
     """
     return {
         "study": summary.study,
-        "objective": "worst regret" if summary.worst else "mean",
+        "objective": summary.function or ("worst regret" if summary.worst else "mean"),
         "weights": dict(summary.weights),
         "winner": summary.winner.label,
         "standings": [_of_standing(one) for one in summary.results],

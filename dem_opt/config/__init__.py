@@ -189,12 +189,33 @@ class StudyConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_function(self) -> Self:
+        if self.objective.function is None:
+            return self
+        conflicts = {
+            "objective.worst": self.objective.worst,
+            "objective.weights": self.objective.weights is not None,
+            "search.racing": "racing" in self.search.model_fields_set and self.search.racing,
+            "search.gradients": self.search.gradients is True,
+            "search.algorithm: gradient": self.search.algorithm == "gradient",
+        }
+        for field, conflict in conflicts.items():
+            if conflict:
+                raise ValueError(f"objective.function: cannot be combined with {field}; leave one of them out")
+        return self
+
+    @model_validator(mode="after")
     def _check_databases(self) -> Self:
         if self.storage == self.tracking.uri:
             raise ValueError(
                 "tracking.uri: must be another database than storage: Optuna and MLflow claim the same tables"
             )
         return self
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether the objective has a gradient: not a largest regret, and no custom function."""
+        return not self.objective.worst and self.objective.function is None
 
     @property
     def space(self) -> Space:

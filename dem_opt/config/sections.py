@@ -274,6 +274,13 @@ class ObjectiveSection(Section):
     token, over the distributions that have a weight.
     """
 
+    function: Annotated[str | None, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] = None
+    """Custom objective instead of the mean, as `package.module:name`: an importable function that maps the scores of a
+    split, by distribution or general corpus (`score.nll` in nats per token, `score.perplexity`), to the number to
+    minimize, in nats per token. Modules beside the study file are found. Trials are then neither raced nor measured
+    with gradients, and `weights` and `worst` do not apply.
+    """
+
     protect: dict[Name, NotNegative] = Field(default_factory=dict)
     """Constraints: NLL may exceed the base's by at most this allowance, in nats per token, by distribution or general
     corpus.

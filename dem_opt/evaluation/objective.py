@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import fsum
 
+from dem_opt.config.objective_function import ObjectiveFunction
 from dem_opt.types import Score
 
 
@@ -25,10 +26,12 @@ class Objective:
     Attributes:
         weights: Weight of each distribution; they need not sum to 1, and distributions of weight 0 are ignored.
         own: For the largest regret, the score of each distribution's own fine-tune on it; None for the mean.
+        function: A custom objective of the scores, in the place of both.
     """
 
     weights: Mapping[str, float]
     own: Mapping[str, Score] | None = None
+    function: ObjectiveFunction | None = None
 
     def shares(self, scores: Mapping[str, Score]) -> dict[str, float]:
         """Return  d objective / d NLL_i  by distribution.
@@ -43,7 +46,13 @@ class Objective:
         return {max(regrets, key=lambda name: regrets[name]): 1.0}
 
     def __call__(self, scores: Mapping[str, Score]) -> float:
-        """Return the objective of scores by distribution."""
+        """Return the objective of scores by distribution.
+
+        Raises:
+            EvaluationError: A custom objective is not finite.
+        """
+        if self.function is not None:
+            return self.function(scores)
         if self.own is None:
             return mean_nll(scores, self.weights)
         return fsum(scores[name].nll - self.own[name].nll for name in self.shares(scores))

@@ -15,6 +15,7 @@ from dem_opt.checkpoints.files import Header, content_hash, read_header
 from dem_opt.checkpoints.hf_config import read_config
 from dem_opt.checkpoints.locate import locate
 from dem_opt.config import DistributionSection, StudyConfig
+from dem_opt.config.objective_function import ObjectiveFunction
 from dem_opt.data.tokenize import load_tokenizer, tokenizer_digest
 from dem_opt.data.windows import build_corpora
 from dem_opt.errors import InputError
@@ -110,6 +111,7 @@ class Inputs:
             | {"tokenizer": self.tokenizer, "device": self.device},
             protect=self.config.objective.protect,
             worst=self.config.objective.worst,
+            function=ObjectiveFunction.load(self.config.objective.function) if self.config.objective.function else None,
         )
 
     def spec(self) -> WorkerSpec:

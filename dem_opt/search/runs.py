@@ -52,7 +52,7 @@ class Runs:
             field, value = ("gradients", True) if search.gradients is True else ("algorithm", run.algorithm)
             mend = "the activations of a backward pass don't fit into memory; use a smaller evaluation.batch, or none"
             raise InputError(None, f"search.{field}", value, mend)
-        worth = bool(gradients_fit) and len(space.caps_F) >= GRADIENTS_FROM and not self.config.objective.worst
+        worth = bool(gradients_fit) and len(space.caps_F) >= GRADIENTS_FROM and self.config.has_gradients
         gradients = run.algorithm == "simplex-gp" and (worth if search.gradients == "auto" else search.gradients)
         name = run.optuna_name(self.config.name)
         return Search(self.config.storage, name, space, settings, start, gradients, self.lease, self.patience)
@@ -82,6 +82,8 @@ def check_algorithms(config: StudyConfig, where: Path | None, algorithms: Sequen
         mend = ""
         if algorithm not in ALGORITHMS:
             mend = f"no such algorithm; {nearest(algorithm, ALGORITHMS)}"
+        elif algorithm == "gradient" and config.objective.function:
+            mend = "a custom objective (objective.function) has no gradient"
         elif algorithm == "gradient" and config.objective.worst:
             mend = "a largest regret has no gradient where two are largest"
         elif algorithm == "grid" and not config.space.lattice_size(config.search.divisions):

@@ -7,6 +7,7 @@ from math import inf
 
 import numpy as np
 
+from dem_opt.errors import EvaluationError
 from dem_opt.evaluation.interim_analyses import first_windows, replay
 from dem_opt.evaluation.objective import Objective, mean_nll, violation
 from dem_opt.evaluation.racing import Race
@@ -64,7 +65,7 @@ def base_scores(ledger: Ledger, identity: StudyIdentity, split: str = SEARCH) ->
 def objectives(ledger: Ledger, identity: StudyIdentity) -> dict[str, Objective]:
     """The objective by split; for regrets only the splits on which the ledger has every fine-tune's scores."""
     if not identity.worst:
-        return dict.fromkeys(SPLITS, Objective(identity.weights))
+        return dict.fromkeys(SPLITS, Objective(identity.weights, function=identity.function))
     by_split = {}
     for split in SPLITS:
         own = {
@@ -115,7 +116,7 @@ def race_for(
     """
     feasible = (trial for trial in whole if not trial.attributes.violation)
     incumbent = min(feasible, key=lambda trial: (trial.objective, trial.number), default=None)
-    if incumbent is None or identity.worst:
+    if incumbent is None or identity.worst or identity.function is not None:
         return None
     point_F, candidates = identity.space.shares(point), thin(whole, CONTROL_CANDIDATES)
     shares_NF = np.array([identity.space.shares(trial.coefficients) for trial in candidates])
@@ -174,11 +175,15 @@ def trial_record(
         if any(len(score.nats_W) < identity.windows(SEARCH) for score in scores.values()):
             return _stopped_record(ledger, identity, study, trial, answer, race, scores)
     measured = ledger.gradients(composite, identity.keys(SEARCH), identity.differentiation) if gradient else {}
+    try:
+        objective = objectives(ledger, identity)[SEARCH](scores)
+    except EvaluationError as error:  # a custom objective that is not finite
+        return trial_record(ledger, identity, study, trial, Failure(str(error)))
     return TrialRecord(
         study=study,
         number=trial.number,
         coefficients=trial.coefficients,
-        objective=objectives(ledger, identity)[SEARCH](scores),
+        objective=objective,
         scores=scores,
         evaluation=answer,
         propose_seconds=trial.propose_seconds,

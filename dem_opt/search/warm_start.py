@@ -1,12 +1,13 @@
 """Generations of a study: a changed identity begins a new one, which starts from the ledger's composites."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 
 import numpy as np
 
-from dem_opt.errors import InputError
+from dem_opt.errors import EvaluationError, InputError
 from dem_opt.evaluation.objective import Objective
 from dem_opt.progress import Progress
 from dem_opt.search.trials import coefficients_of, exceeded, objectives, recall
@@ -14,7 +15,7 @@ from dem_opt.simplex import Coefficients
 from dem_opt.storage.identity import StudyIdentity, changes, refuse_other_scoring
 from dem_opt.storage.leases import Lease
 from dem_opt.storage.ledger import Ledger, StudyRow
-from dem_opt.types import SEARCH
+from dem_opt.types import SEARCH, Score
 
 CARRIED_OVER = 10
 """Composites of earlier generations that a new one begins with, where all their scores are known."""
@@ -103,12 +104,21 @@ def _candidates(ledger: Ledger, identity: StudyIdentity) -> list[CarriedOver]:
                 CarriedOver(
                     missing=len(identity.corpora[SEARCH]) - len(scores),
                     violation=exceeded(ledger, identity, scores),
-                    objective=replace(objective, weights=weights)(scores),
+                    objective=_ranking(identity, replace(objective, weights=weights), scores),
                     key=composite.key,
                     coefficients=point,
                 )
             )
     return candidates
+
+
+def _ranking(identity: StudyIdentity, objective: Objective, scores: Mapping[str, Score]) -> float:
+    """Return the objective over the scored corpora; a custom one needs all of them, so the mean until then."""
+    is_whole = scores.keys() == identity.corpora[SEARCH].keys()
+    try:
+        return (objective if is_whole else replace(objective, function=None))(scores)
+    except EvaluationError:
+        return inf
 
 
 def describe_reuse(ledger: Ledger, identity: StudyIdentity, start: Sequence[Coefficients]) -> str:

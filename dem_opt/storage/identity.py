@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 
+from dem_opt.config.objective_function import ObjectiveFunction
 from dem_opt.errors import InputError
 from dem_opt.simplex import Coefficients, Space
 from dem_opt.types import HELD_OUT, SEARCH, Composite
@@ -46,6 +47,7 @@ class StudyIdentity:
     settings: Mapping[str, str]
     protect: Mapping[str, float] = field(default_factory=dict)
     worst: bool = False
+    function: ObjectiveFunction | None = None
 
     def composite(self, coefficients: Coefficients) -> Composite:
         """The composite of coefficients, by content."""
@@ -98,6 +100,7 @@ class StudyIdentity:
             **{f"objective.weights.{name}": repr(weight) for name, weight in self.weights.items()},
             **{f"objective.protect.{name}": repr(allowance) for name, allowance in self.protect.items()},
             **({"objective.worst": repr(True)} if self.worst else {}),
+            **({"objective.function": str(self.function)} if self.function else {}),
             **{field: key for field, key in self._files().items() if field.startswith("general.")},
         }
 
@@ -134,6 +137,9 @@ class StudyIdentity:
             settings={key: value for key, value in scoring.items() if not key.startswith("distributions.")},
             protect={name: float(nats) for name, nats in _under("objective.protect.", identity).items()},
             worst="objective.worst" in identity,
+            function=ObjectiveFunction.parse(identity["objective.function"])
+            if "objective.function" in identity
+            else None,
         )
 
 

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from dem_opt.checkpoints.files import Header, known_content
 from dem_opt.config import StudyConfig
+from dem_opt.config.objective_function import ObjectiveFunction, import_from
 from dem_opt.errors import InputError
 from dem_opt.merging.kernel import expected_backend
 from dem_opt.planning.hardware import Speed
@@ -99,6 +100,7 @@ def check(config: StudyConfig, where: Path) -> Findings:
     """
     files = check_headers(config, where)
     _refuse_missing_texts(config)
+    _refuse_bad_function(config, where)
     plan, storage = files.plan(), f"{masked(config.storage)}: {probe(config.storage)}"
     speed = _speed(config, plan)
     tracking, unreachable = _tracking(config.tracking.uri)
@@ -138,6 +140,13 @@ def _stored(name: str, header: Header) -> Stored:
         bytes=sum(one.nbytes for one in tensors),
         hashed=known_content(header) is not None,
     )
+
+
+def _refuse_bad_function(config: StudyConfig, path: Path) -> None:
+    """Raise InputError for a custom objective that cannot be imported."""
+    if config.objective.function is not None:
+        import_from(path.resolve().parent)
+        ObjectiveFunction.load(config.objective.function)
 
 
 def _refuse_missing_texts(config: StudyConfig) -> None:

@@ -69,6 +69,9 @@ def reweigh(context: StudyContext, weights: Mapping[str, float], field: str) -> 
         InputError: The study has not been run, or a weight is invalid.
     """
     with context.stored() as stored:
+        if stored.identity.function is not None:
+            mend = "the study minimizes a function of its own (objective.function), which weighs scores itself"
+            raise InputError(context.path, field, dict(weights), mend)
         new = checked(stored.identity, weights, context.path, field)
         identity = replace(stored.identity, weights=new)
         settings = facts(context.config, context.path, identity)
