@@ -5,10 +5,12 @@ Shape suffixes beside the project's: R resamples.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import nan
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dem_opt.errors import EvaluationError
 from dem_opt.evaluation.objective import Objective
 from dem_opt.types import Score
 
@@ -50,7 +52,8 @@ def difference(
         left_KR[k] = _nats(left[name], objective, name)[draws_RW].sum(axis=1) / tokens_R
         right_KR[k] = _nats(right[name], objective, name)[draws_RW].sum(axis=1) / tokens_R
     difference_R = _combine(left_KR, objective, names) - _combine(right_KR, objective, names)
-    low, high = np.quantile(difference_R, [0.025, 0.975])
+    finite_R = difference_R[np.isfinite(difference_R)]  # all of them, unless a custom objective has gaps
+    low, high = np.quantile(finite_R, [0.025, 0.975]) if len(finite_R) else (nan, nan)
     return Difference(objective(left) - objective(right), float(low), float(high))
 
 
@@ -60,13 +63,20 @@ def _nats(score: Score, objective: Objective, name: str) -> NDArray[np.float64]:
     return nats_W if objective.own is None else nats_W - objective.own[name].nats_W
 
 
+def _custom(objective: Objective, nll_by_name: Mapping[str, float]) -> float:
+    """A custom objective of one resample; NaN where it is not finite."""
+    try:
+        return objective({name: Score((nll,), (1,)) for name, nll in nll_by_name.items()})
+    except EvaluationError:
+        return nan
+
+
 def _combine(nll_KR: NDArray[np.float64], objective: Objective, names: Sequence[str]) -> NDArray[np.float64]:
     """The objective of each resample, [R]: the weighted mean of NLL, or the largest regret."""
     if objective.function is not None:
         # A resample as the function sees it: on each corpus one window of one token with the resample's NLL.
         resamples = (dict(zip(names, nll_K.tolist(), strict=True)) for nll_K in nll_KR.T)
-        values = [objective({name: Score((nll,), (1,)) for name, nll in by_name.items()}) for by_name in resamples]
-        return np.array(values)
+        return np.array([_custom(objective, by_name) for by_name in resamples])
     if objective.own is not None:
         worst_R: NDArray[np.float64] = nll_KR.max(axis=0)
         return worst_R
