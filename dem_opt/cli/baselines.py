@@ -1,103 +1,82 @@
-"""What people and programs are told of the method held against others: data mixing, tasks."""
+"""`dem-opt compare --data-mixing` and `dem-opt evaluate`: the method beside data mixing, and on tasks."""
 
 from argparse import Namespace
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dem_opt.cli import console
-from dem_opt.errors import InputError
+from dem_opt.cli import json_output
+from dem_opt.cli.console import Terminal, json_text
+from dem_opt.types import SPLITS
 
 if TYPE_CHECKING:
     from dem_opt.analysis.mixing_cost import MixingComparison
     from dem_opt.analysis.task_scores import TaskTable
 
 
-def of_mixing(found: "MixingComparison") -> dict[str, Any]:
-    """Merging against mixing as plain data, with its units."""
-    units = {
-        "objective, nll": "nats per token",
-        "tokens": "tokens through a model, padding included",
-        "flops": "floating-point operations: 2 P T forward, 6 P T for training all parameters",
-        "ratio, equal_ratio": "floating-point operations of the mixtures over those of the fine-tunes and the search",
-    }
-    return asdict(found) | {"against": [asdict(one) for one in found.against], "units": units}
-
-
-def mix(given: Namespace) -> None:
-    """`dem-opt compare --data-mixing GRID`: the winner against models trained on mixtures."""
+def compare_with_mixing(arguments: Namespace, terminal: Terminal) -> None:
+    """Compare the winner with models trained on mixtures of the data."""
     from dem_opt.study import Study
 
-    if given.algorithms is not None or given.seeds is not None:
-        mend = "holds what was found against mixtures; leave --algorithms and --seeds out"
-        raise InputError(None, "--data-mixing", given.data_mixing, mend)
-    with console.ConsoleProgress(quiet=given.json) as watching:
-        study = Study.load(given.study, progress=watching)
-        found = study.mix(given.data_mixing)
-    tell_mixing(found, study.config.output, given.json)
+    with terminal.progress() as progress:
+        study = Study.load(arguments.study, progress=progress)
+        comparison = study.mix(arguments.data_mixing)
+    print_mixing(comparison, study.config.output, terminal)
 
 
-def tell_mixing(found: "MixingComparison", folder: Path, as_json: bool) -> None:
-    """Write the comparison as a page and for programs, then tell it."""
+def print_mixing(comparison: "MixingComparison", folder: Path, terminal: Terminal) -> None:
+    """Write the comparison as a page and as JSON into `folder`, then print it."""
     from dem_opt.dashboards.html_report import write
     from dem_opt.dashboards.mixing_plots import BUDGETS, curve_table, quality_table, render_mixing, verdicts
 
     page, data = folder / "mixing.html", folder / "mixing.json"
-    write(render_mixing(found), page, "comparison")
-    write(console.as_json(of_mixing(found)), data, "comparison")
-    if as_json:
-        console.say_json(of_mixing(found))
+    answer = json_output.of_mixing(comparison)
+    write(render_mixing(comparison), page, "comparison")
+    write(json_text(answer), data, "comparison")
+    if terminal.as_json:
+        terminal.json(answer)
         return
-    made = quality_table(found)
-    console.table("Cost, and NLL in nats per token; by corpus held out", made.headers, made.rows, strong=0)
-    for one in found.against:
-        made = curve_table(found, one)
-        title = f"What k of {one.mixtures} mixtures are expected to give, {BUDGETS[one.budget]}, held out"
-        console.table(title, made.headers, made.rows)
-    for line in verdicts(found):
-        console.say(line)
-    console.say(f"Written: {page} and {data}")
+    quality = quality_table(comparison)
+    terminal.table("Cost, and NLL in nats per token; by corpus held out", quality.headers, quality.rows, strong=0)
+    for budget in comparison.against:
+        curve = curve_table(comparison, budget)
+        title = f"Expected best of k of {budget.mixtures} mixtures, {BUDGETS[budget.budget]}, held out"
+        terminal.table(title, curve.headers, curve.rows)
+    for line in verdicts(comparison):
+        terminal.line(line)
+    terminal.line(f"Written: {page} and {data}")
 
 
-def evaluate(given: Namespace) -> None:
-    """`dem-opt evaluate`: models on tasks, ranked by loss or by a task."""
+def evaluate(arguments: Namespace, terminal: Terminal) -> None:
+    """Evaluate models on tasks, ranked by loss or by a task."""
     from dem_opt.study import Study
 
-    with console.ConsoleProgress(quiet=given.json) as watching:
-        found = Study.load(given.study, progress=watching).evaluate()
-    ranked = found.ranked(given.by)
-    if given.json:
-        console.say_json(of_tasks(found) | {"ranked": [one.label for one in ranked]})
+    with terminal.progress() as progress:
+        table = Study.load(arguments.study, progress=progress).evaluate()
+    ranked = table.ranked(arguments.by)
+    if arguments.json:
+        terminal.json(json_output.of_tasks(table) | {"ranked": [model.label for model in ranked]})
         return
-    headers = ("model", "search", "held-out", *(f"{task} {_metric(found, task)}" for task in found.tasks))
-    rows = [
-        (
-            one.label,
-            *(f"{one.objective[split]:.4f}" if split in one.objective else "-" for split in ("search", "held_out")),
-            *(f"{score.value:.4f}" + _error(score.error) for score in (one.scores[task] for task in found.tasks)),
-        )
-        for one in ranked
-    ]
-    order = "loss on the search split" if given.by is None else given.by
-    console.table(f"Loss in nats per token, and tasks; the best by {order} first", headers, rows, strong=0)
-    for task, by_split in found.agreement.items():
-        told = ", ".join(f"{split.replace('_', '-')} {_correlation(value)}" for split, value in by_split.items())
-        console.say(f"Rank correlation of loss and {task} over {len(found.models)} models (1: they agree): {told}")
+    metrics = table.models[0].scores
+    headers = ("model", "search", "held-out", *(f"{task} {metrics[task].metric}" for task in table.tasks))
+    rows = []
+    for model in ranked:
+        losses = [f"{model.objective[split]:.4f}" if split in model.objective else "-" for split in SPLITS]
+        scores = [model.scores[task] for task in table.tasks]
+        rows.append((model.label, *losses, *(f"{score.value:.4f}{_plus_minus(score.error)}" for score in scores)))
+    order = "loss on the search split" if arguments.by is None else arguments.by
+    terminal.table(f"Loss in nats per token, and tasks; the best by {order} first", headers, rows, strong=0)
+    _print_agreement(table, terminal)
 
 
-def of_tasks(found: "TaskTable") -> dict[str, Any]:
-    """Models on tasks as plain data."""
-    units = {"objective": "nats per token", "agreement": "Spearman's rank correlation, 1 where lower loss is better"}
-    return asdict(found) | {"agreement": found.agreement, "units": units}
+def _print_agreement(table: "TaskTable", terminal: Terminal) -> None:
+    for task, by_split in table.agreement.items():
+        words = ", ".join(f"{split.replace('_', '-')} {_correlation(value)}" for split, value in by_split.items())
+        terminal.line(f"Rank correlation of loss and {task} over {len(table.models)} models (1: they agree): {words}")
 
 
-def _metric(found: "TaskTable", task: str) -> str:
-    return found.models[0].scores[task].metric
-
-
-def _error(error: float | None) -> str:
+def _plus_minus(error: float | None) -> str:
     return "" if error is None else f" ± {error:.4f}"
 
 
 def _correlation(value: float | None) -> str:
-    return "none, one of both is constant" if value is None else f"{value:+.2f}"
+    return "none (constant)" if value is None else f"{value:+.2f}"

@@ -1,41 +1,49 @@
-"""What --json prints: findings, scores, summaries and comparisons as plain data, NLL in nats per token."""
+"""What --json prints: plain data, NLL in nats per token."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dem_opt.analysis.utilization import usage_of
-from dem_opt.simplex import UNIT, Coefficients
+from dem_opt.simplex import Coefficients
 
 if TYPE_CHECKING:
+    from dem_opt.analysis.mixing_cost import MixingComparison
     from dem_opt.analysis.regret import Comparison
+    from dem_opt.analysis.task_scores import TaskTable
     from dem_opt.export.writer import Export
     from dem_opt.types import ResultRow, Score, Summary
     from dem_opt.workflows.check import Findings
 
 
-def of_findings(found: "Findings") -> dict[str, Any]:
-    """What a check found: bytes, tokens and seconds."""
-    plan = found.plan
-    sums = {name: getattr(plan, name) for name in ("needed", "fitting", "gradients_fit")}
-    sums["memory"] = asdict(plan.memory) | {"peak": plan.memory.peak, "gradient_peak": plan.memory.gradient_peak}
-    sums["work"] = asdict(plan.work) | {"tokens": plan.work.tokens}
-    return asdict(found) | {"plan": asdict(plan) | sums, "unhashed": found.unhashed}
+def of_findings(findings: "Findings") -> dict[str, Any]:
+    """The findings of a check: bytes, tokens and seconds."""
+    plan = findings.plan
+    sums = {
+        "needed": plan.needed,
+        "fitting": plan.fitting,
+        "gradients_fit": plan.gradients_fit,
+        "memory": asdict(plan.memory) | {"peak": plan.memory.peak, "gradient_peak": plan.memory.gradient_peak},
+        "work": asdict(plan.work) | {"tokens": plan.work.tokens},
+    }
+    return asdict(findings) | {"plan": asdict(plan) | sums, "unhashed": findings.unhashed}
 
 
 def of_score(score: "Score") -> dict[str, Any]:
-    """A score; a perplexity beyond a float is null."""
+    """A score; a perplexity beyond the range of a float is null."""
     perplexity = score.perplexity
     return {"nll": score.nll, "perplexity": perplexity if isfinite(perplexity) else None, "tokens": score.tokens}
 
 
-def of_scores(one: "ResultRow") -> dict[str, Any]:
-    """Scores and objective of a composite, by split."""
-    scores = {
-        split: {name: of_score(score) for name, score in by_name.items()} for split, by_name in one.scores.items()
-    }
-    return {"objective": dict(one.objective), "scores": scores}
+def of_scores(scores: Mapping[str, Mapping[str, "Score"]]) -> dict[str, Any]:
+    """Scores by split and corpus."""
+    return {split: {name: of_score(score) for name, score in by_name.items()} for split, by_name in scores.items()}
+
+
+def of_objective(row: "ResultRow") -> dict[str, Any]:
+    """The objective by split, and the scores that it is made from."""
+    return {"objective": dict(row.objective), "scores": of_scores(row.scores)}
 
 
 def of_export(out: Path, dtype: str | None, export: "Export", coefficients: Coefficients) -> dict[str, Any]:
@@ -51,27 +59,29 @@ def of_export(out: Path, dtype: str | None, export: "Export", coefficients: Coef
 
 
 def of_summary(summary: "Summary") -> dict[str, Any]:
-    """What a study found; `forwards` are forward-equivalents, passes over all windows of the search split.
+    """The results of a study.
 
-    `usage` has seconds, and shares from 0 to 1.
+    `forward_equivalents` are passes over all windows of the search split; `usage` has seconds, and shares from 0 to 1.
     """
+    from dem_opt.analysis.utilization import usage_of
+
     return {
         "study": summary.study,
         "objective": summary.function or ("worst regret" if summary.worst else "mean"),
         "weights": dict(summary.weights),
         "winner": summary.winner.label,
-        "standings": [_of_standing(one) for one in summary.results],
+        "results": [_of_row(row) for row in summary.results],
         "margins": [asdict(margin) for margin in summary.margins],
-        "top": [_of_standing(one) for one in summary.top],
+        "top": [_of_row(row) for row in summary.top],
         "trials": {run: len(records) for run, records in summary.trials.items()},
-        "partial": {run: sum(one.is_partial for one in records) for run, records in summary.trials.items()},
-        "stopped": dict(summary.stopped or {}),
+        "stopped_early": {run: sum(record.is_partial for record in records) for run, records in summary.trials.items()},
+        "stop_reasons": dict(summary.stopped or {}),
         "usage": {run: asdict(usage_of(records)) for run, records in summary.trials.items()},
     }
 
 
 def of_comparison(comparison: "Comparison") -> dict[str, Any]:
-    """A comparison, with its units."""
+    """A comparison of algorithms, with its units."""
     units = {
         "forwards, spent_S, marks": "forward-equivalents: passes over all windows of the search split",
         "best, best_S, median, low, high": "nats per token",
@@ -80,22 +90,33 @@ def of_comparison(comparison: "Comparison") -> dict[str, Any]:
     return asdict(comparison) | {"units": units}
 
 
-def as_weights(coefficients: Coefficients) -> str:
-    """Coefficients as --weights takes them, exactly."""
-    used = {name: units for name, units in coefficients.items if units} or dict(coefficients.items[:1])
-    return ",".join(f"{name}={units / UNIT:.9f}".rstrip("0").rstrip(".") for name, units in used.items())
+def of_mixing(comparison: "MixingComparison") -> dict[str, Any]:
+    """A comparison with data mixing, with its units."""
+    units = {
+        "objective, nll": "nats per token",
+        "tokens": "tokens through a model, padding included",
+        "flops": "floating-point operations: 2 P T forward, 6 P T for training all parameters",
+        "ratio, equal_ratio": "floating-point operations of the mixtures over those of the fine-tunes and the search",
+    }
+    return asdict(comparison) | {"against": [asdict(budget) for budget in comparison.against], "units": units}
 
 
-def _of_standing(one: "ResultRow") -> dict[str, Any]:
+def of_tasks(table: "TaskTable") -> dict[str, Any]:
+    """Models on tasks, with units."""
+    units = {"objective": "nats per token", "agreement": "Spearman's rank correlation, 1 where lower loss is better"}
+    return asdict(table) | {"agreement": table.agreement, "units": units}
+
+
+def _of_row(row: "ResultRow") -> dict[str, Any]:
     return {
-        "label": one.label,
-        "role": one.role,
-        "algorithm": one.algorithm,
-        "coefficients": one.coefficients and one.coefficients.weights,
-        **of_scores(one),
-        "violation": one.violation,
-        "evaluations": one.evaluations,
-        "forwards": one.forwards,
-        "forward_tokens": one.forward_tokens,
-        "seconds": one.seconds,
+        "label": row.label,
+        "role": row.role,
+        "algorithm": row.algorithm,
+        "coefficients": row.coefficients and row.coefficients.weights,
+        **of_objective(row),
+        "violation": row.violation,
+        "evaluations": row.evaluations,
+        "forward_equivalents": row.forwards,
+        "forward_tokens": row.forward_tokens,
+        "seconds": row.seconds,
     }

@@ -1,11 +1,14 @@
-"""What commands show through the dashboards: figures and notes beside a study, pages, tables."""
+"""`dem-opt report` and `dashboard`, and what other commands show through the dashboards: figures, notes, tables."""
 
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dem_opt.cli import console, json_output
+from dem_opt.cli import json_output
+from dem_opt.cli.console import Terminal, json_text
 
 if TYPE_CHECKING:
     from dem_opt.analysis.regret import Comparison
@@ -13,41 +16,46 @@ if TYPE_CHECKING:
     from dem_opt.study import Study
     from dem_opt.types import Summary
 
-DOTS = 80
-"""Dots in an inch of the figures that MLflow gets."""
+DOTS_PER_INCH = 80
+"""Resolution of the figures that MLflow gets."""
 
 
 @contextmanager
-def watched(path: Path, quiet: bool) -> Iterator[tuple["Study", "LiveUpdates"]]:
-    """A study file, with progress on the terminal and in Optuna Dashboard while the block runs."""
+def study_beside_dashboards(path: Path, terminal: Terminal) -> Iterator[tuple["Study", "LiveUpdates"]]:
+    """Load a study file; show progress on the terminal and in Optuna Dashboard while the context is open."""
     from dem_opt.config import load
     from dem_opt.dashboards.live_updates import LiveUpdates
     from dem_opt.study import Study, mlflow_tracker
 
     config = load(path)
-    with (
-        console.ConsoleProgress(quiet=quiet) as progress,
-        LiveUpdates(config.storage, progress, lambda pages: _show(study, study.summary(), pages)) as board,
-    ):
-        study = Study.load(path, tracker=mlflow_tracker(config, on_pages=board.link), progress=board)
-        yield study, board
+    with terminal.progress() as progress, LiveUpdates(config.storage, progress, partial(_draw, path)) as updates:
+        tracker = mlflow_tracker(config, on_pages=updates.link)
+        yield Study(config, path, tracker=tracker, progress=updates), updates
+
+
+def _draw(path: Path, pages: Mapping[str, str]) -> None:
+    """Draw the figures and notes of a study in Optuna Dashboard; `pages` are those of its runs in MLflow."""
+    from dem_opt.study import Study
+
+    study = Study.load(path)
+    _publish_figures(study, study.summary(), pages)
 
 
 def publish(study: "Study", pages: Mapping[str, str]) -> "Summary":
-    """What was found, in Optuna Dashboard and MLflow; `pages` are those of searches in MLflow."""
+    """Write the results into Optuna Dashboard and MLflow; `pages` are those of the study's runs in MLflow."""
     from dem_opt.dashboards.figures import all_figures
     from dem_opt.dashboards.html_report import render, study_note
     from dem_opt.dashboards.static_export import image
     from dem_opt.dashboards.tables import final_table, markdown
 
     summary = study.summary()
-    note = _show(study, summary, pages)
+    note = _publish_figures(study, summary, pages)
     tables = "\n\n".join(markdown(final_table(summary, split)) for split in ("search", "held_out"))
-    images = {f"figures/{name}.png": image(figure, "png", DOTS) for name, figure in all_figures(summary).items()}
-    table = console.as_json(json_output.of_summary(summary))
+    figures = all_figures(summary).items()
+    images = {f"figures/{name}.png": image(figure, "png", DOTS_PER_INCH) for name, figure in figures}
     files: dict[str, str | bytes] = {
         "report.html": render(summary),
-        "summary.json": table,
+        "summary.json": json_text(json_output.of_summary(summary)),
         "final_table.md": tables,
         **images,
     }
@@ -55,66 +63,85 @@ def publish(study: "Study", pages: Mapping[str, str]) -> "Summary":
     return summary
 
 
-def _show(study: "Study", summary: "Summary", pages: Mapping[str, str]) -> str:
-    """Figures and note into Optuna Dashboard, for every search of a study; the note."""
+def _publish_figures(study: "Study", summary: "Summary", pages: Mapping[str, str]) -> str:
+    """Write figures and a note into Optuna Dashboard, for every run of a study; return the note of the last."""
     from dem_opt.dashboards.figures import all_figures
     from dem_opt.dashboards.html_report import study_note
-    from dem_opt.dashboards.optuna_dashboard import publish as put
+    from dem_opt.dashboards.optuna_dashboard import publish as publish_in_optuna
 
     figures, note = all_figures(summary), ""
     for name in {records[0].study: None for records in summary.trials.values() if records}:
         links = {"This search in MLflow": pages[name]} if name in pages else {}
         note = study_note(summary, links)
-        put(study.config.storage, name, figures, note)
+        publish_in_optuna(study.config.storage, name, figures, note)
     return note
 
 
-def write_report(summary: "Summary", out: Path, figures: Path | None) -> list[Path]:
-    """The page, and its figures as files where a folder is given; the paths of these."""
+def report(arguments: Namespace, terminal: Terminal) -> None:
+    """Write the page, and the figures as files where a folder is given."""
     from dem_opt.dashboards.figures import all_figures
-    from dem_opt.dashboards.html_report import write_report as write_page
+    from dem_opt.dashboards.html_report import write_report
     from dem_opt.dashboards.static_export import write_figures
+    from dem_opt.study import Study
 
-    write_page(summary, out)
-    return [] if figures is None else write_figures(all_figures(summary), figures)
+    study = Study.load(arguments.study)
+    out, summary = arguments.out or study.config.output / "report.html", study.summary()
+    write_report(summary, out)
+    written = write_figures(all_figures(summary), arguments.figures) if arguments.figures else []
+    if arguments.json:
+        terminal.json({"report": str(out), "figures": [str(path) for path in written]})
+        return
+    terminal.line(f"Written: {out}")
+    if arguments.figures:
+        terminal.line(f"Written: {len(written)} figures in {arguments.figures}")
 
 
-def tell_comparison(summary: "Summary", folder: Path, as_json: bool) -> None:
-    """Write the comparison as a page and for programs, then tell it."""
+def dashboard(arguments: Namespace, terminal: Terminal) -> None:
+    """Serve both dashboards until interrupted."""
+    from dem_opt.config import load
+    from dem_opt.dashboards.servers import serve
+
+    config = load(arguments.study)
+    serve(config.storage, config.tracking.uri, config.output / "artifacts", terminal.line, arguments.open)
+
+
+def print_comparison(summary: "Summary", folder: Path, terminal: Terminal) -> None:
+    """Write the comparison of algorithms as a page and as JSON into `folder`, then print it."""
     from dem_opt.analysis.regret import compare
     from dem_opt.dashboards.html_report import render_comparison, write
 
     comparison = compare(summary)
     page, data = folder / "comparison.html", folder / "comparison.json"
+    answer = json_output.of_comparison(comparison)
     write(render_comparison(summary, comparison), page, "comparison")
-    write(console.as_json(json_output.of_comparison(comparison)), data, "comparison")
-    if as_json:
-        console.say_json(json_output.of_summary(summary) | {"comparison": json_output.of_comparison(comparison)})
+    write(json_text(answer), data, "comparison")
+    if terminal.as_json:
+        terminal.json(json_output.of_summary(summary) | {"comparison": answer})
         return
-    print_tables(summary)
-    _print_comparison(comparison)
-    console.say(f"Written: {page} and {data}")
+    print_results(summary, terminal)
+    _print_regrets(comparison, terminal)
+    terminal.line(f"Written: {page} and {data}")
 
 
-def print_tables(summary: "Summary") -> None:
-    """The final table on both splits, the best five, the margins, the winner."""
+def print_results(summary: "Summary", terminal: Terminal) -> None:
+    """Print the final table on both splits, the best five composites, the margins and the winner."""
     from dem_opt.dashboards.style import objective_words
     from dem_opt.dashboards.tables import SPLITS, final_table, margin_table, top_table
 
     for split, words in SPLITS.items():
-        made = final_table(summary, split)
-        console.table(f"NLL in nats per token, {words}", made.headers, made.rows, strong=len(made.rows) - 1)
-    top, words = top_table(summary), objective_words(summary)
-    console.table(f"Top five by the search split: {words}, nats per token", top.headers, top.rows, words=top.words)
+        final = final_table(summary, split)
+        terminal.table(f"NLL in nats per token, {words}", final.headers, final.rows, strong=len(final.rows) - 1)
+    top, objective = top_table(summary), objective_words(summary)
+    title = f"Top five by the search split: {objective}, nats per token"
+    terminal.table(title, top.headers, top.rows, words=top.words)
     margins = margin_table(summary)
-    console.table(f"Rival minus winner in {words}, nats per token", margins.headers, margins.rows)
-    winner = summary.winner
-    console.say(f"The winner: {winner.label}: {winner.coefficients}")
+    terminal.table(f"Rival minus winner in {objective}, nats per token", margins.headers, margins.rows)
+    terminal.line(f"The winner: {summary.winner.label}: {summary.winner.coefficients}")
 
 
-def _print_comparison(comparison: "Comparison") -> None:
+def _print_regrets(comparison: "Comparison", terminal: Terminal) -> None:
     from dem_opt.dashboards.tables import comparison_table
 
-    made = comparison_table(comparison)
+    regrets = comparison_table(comparison)
     title = "Regret in nats per token: median [quartiles] over runs; of the grid the mean over orders"
-    console.table(title, made.headers, made.rows)
+    terminal.table(title, regrets.headers, regrets.rows)

@@ -368,8 +368,15 @@ def _open(url: str) -> RDBStorage:
 
 def study_names(url: str) -> set[str]:
     """Names of the Optuna studies in a database."""
+    with opened_storage(url) as storage:
+        return set(optuna.get_all_study_names(storage))
+
+
+@contextmanager
+def opened_storage(url: str) -> Iterator[RDBStorage]:
+    """Open Optuna's tables in a database, and close its connections afterwards."""
     storage = _open(url)
     try:
-        return set(optuna.get_all_study_names(storage))
+        yield storage
     finally:
         _close(storage)

@@ -11,7 +11,18 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from sqlalchemy import BigInteger, Connection, Engine, ForeignKey, String, UniqueConstraint, func, inspect, select
+from sqlalchemy import (
+    BigInteger,
+    Connection,
+    Engine,
+    ForeignKey,
+    String,
+    UniqueConstraint,
+    delete,
+    func,
+    inspect,
+    select,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from dem_opt.errors import InputError
@@ -277,6 +288,28 @@ class Ledger:
             if row is None
             else StudyRow(row.name, row.generation, json.loads(row.scoring), json.loads(row.identity))
         )
+
+    @patient
+    def studies(self) -> list[StudyRow]:
+        """Rows of all studies, in the order of their names."""
+        with Session(self.engine) as session:
+            rows = session.scalars(select(_Study).order_by(_Study.name))
+            return [
+                StudyRow(row.name, row.generation, json.loads(row.scoring), json.loads(row.identity)) for row in rows
+            ]
+
+    @patient
+    def forget_study(self, name: str) -> None:
+        """Remove the row and the library versions of a study; its scores and gradients stay."""
+        with self.engine.begin() as connection:
+            connection.execute(delete(_Libraries).where(_Libraries.study == name))
+            connection.execute(delete(_Study).where(_Study.name == name))
+
+    @patient
+    def count_scores(self) -> int:
+        """Number of scores, those of all studies together."""
+        with Session(self.engine) as session:
+            return session.scalar(select(func.count()).select_from(_Score)) or 0
 
     @patient
     def enter_study(self, row: StudyRow) -> None:

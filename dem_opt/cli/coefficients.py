@@ -1,0 +1,31 @@
+"""Numbers by name on the command line: code=.3,math=.7 ."""
+
+from dem_opt.errors import InputError
+from dem_opt.simplex import UNIT, Coefficients
+
+
+def parse_numbers(text: str, option: str) -> dict[str, float]:
+    """Numbers by name from code=.3,math=.7 .
+
+    Raises:
+        InputError: A part is not a name, an equals sign and a number, or a name is given twice.
+    """
+    numbers: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, number = part.strip().rpartition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise InputError(None, option, text, f"{part!r} is not NAME=NUMBER; write code=.3,math=.7")
+        if name in numbers:
+            raise InputError(None, option, text, f"{name!r} is given twice")
+        numbers[name] = value
+    return numbers
+
+
+def format_coefficients(coefficients: Coefficients) -> str:
+    """Coefficients as --coefficients takes them, exactly; zeros are left out."""
+    used = {name: units for name, units in coefficients.items if units} or dict(coefficients.items[:1])
+    return ",".join(f"{name}={units / UNIT:.9f}".rstrip("0").rstrip(".") for name, units in used.items())

@@ -1,0 +1,114 @@
+"""Progress as timestamped lines of a file, for runs that nobody watches."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from time import monotonic
+from typing import TextIO, final
+
+from dem_opt.cli.console_progress import LinePhase, duration
+from dem_opt.errors import InputError
+from dem_opt.progress import Phase, Progress
+from dem_opt.types import TrialRecord
+
+
+@final
+class LogFile:
+    """Appends a line for each event: time, kind of event, text.  Passwords in URLs are masked.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file: TextIO = path.open("a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise InputError(None, "--log-file", str(path), f"cannot be written ({error.strerror})") from None
+        self._lock = Lock()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def write(self, kind: str, text: str) -> None:
+        """Append a line."""
+        from dem_opt.storage.engine import masked
+
+        moment = datetime.now().astimezone().isoformat(timespec="seconds")
+        with self._lock:
+            self._file.write(f"{moment} {kind}: {masked(' '.join(text.splitlines()))}\n")
+
+    @contextmanager
+    def phase(self, name: str, total: int | None = None, unit: str = "") -> Iterator[Phase]:
+        """Log when the work begins and ends, and every tenth of work that takes long."""
+        began = monotonic()
+        self.write("begin", name)
+        try:
+            yield LinePhase(partial(self.write, "phase"), name, total, unit)
+        finally:
+            self.write("end", f"{name}: {duration(monotonic() - began)}")
+
+    def trial_finished(self, record: TrialRecord, done: int, planned: int) -> None:
+        """Log the trial: its coefficients, its objective or why it failed."""
+        if record.objective is None:
+            outcome = f"failed: {record.reason}"
+        elif record.is_partial:
+            outcome = f"stopped early, estimate {record.objective:.4f} ± {record.error:.4f} nats per token"
+        else:
+            outcome = f"{record.objective:.4f} nats per token"
+        place = f"{record.study} trial {record.number} at {record.coefficients}"
+        self.write("trial", f"{place}: {outcome}; {done} of {planned} trials finished")
+
+    def warning(self, message: str) -> None:
+        """Log a warning."""
+        self.write("warning", message)
+
+    def note(self, message: str) -> None:
+        """Log a note."""
+        self.write("note", message)
+
+
+@final
+class Broadcast:
+    """Progress that passes every event to several others."""
+
+    def __init__(self, *receivers: Progress) -> None:
+        self._receivers = receivers
+
+    @contextmanager
+    def phase(self, name: str, total: int | None = None, unit: str = "") -> Iterator[Phase]:
+        """Begin the work everywhere."""
+        with ExitStack() as contexts:
+            phases = [contexts.enter_context(receiver.phase(name, total, unit)) for receiver in self._receivers]
+            yield _Phases(phases)
+
+    def trial_finished(self, record: TrialRecord, done: int, planned: int) -> None:
+        """Pass it on."""
+        for receiver in self._receivers:
+            receiver.trial_finished(record, done, planned)
+
+    def warning(self, message: str) -> None:
+        """Pass it on."""
+        for receiver in self._receivers:
+            receiver.warning(message)
+
+    def note(self, message: str) -> None:
+        """Pass it on."""
+        for receiver in self._receivers:
+            receiver.note(message)
+
+
+class _Phases:
+    """Several phases of the same work."""
+
+    def __init__(self, phases: list[Phase]) -> None:
+        self._phases = phases
+
+    def advance(self, amount: int = 1, detail: str = "") -> None:
+        """Pass it on."""
+        for phase in self._phases:
+            phase.advance(amount, detail)

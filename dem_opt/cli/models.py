@@ -1,0 +1,81 @@
+"""`dem-opt train`, `score`, `merge` and `export`: commands whose subject is one model."""
+
+from argparse import Namespace
+from dataclasses import asdict
+
+from dem_opt.cli import json_output
+from dem_opt.cli.coefficients import parse_numbers
+from dem_opt.cli.console import Terminal
+
+
+def train(arguments: Namespace, terminal: Terminal) -> None:
+    """Fine-tune what is missing."""
+    from dem_opt.study import Study
+
+    with terminal.progress() as progress:
+        trained = Study.load(arguments.study, progress=progress).train()
+    if arguments.json:
+        terminal.json({name: asdict(result) for name, result in trained.items()})
+    elif trained:
+        terminal.line(f"{len(trained)} checkpoint{'s' if len(trained) > 1 else ''} trained: {', '.join(trained)}")
+    else:
+        terminal.line("Every distribution has its checkpoint.")
+
+
+def score(arguments: Namespace, terminal: Terminal) -> None:
+    """Score one composite or one model."""
+    from dem_opt.study import Study
+
+    with terminal.progress() as progress:
+        study = Study.load(arguments.study, progress=progress)
+        if arguments.model:
+            scores = study.score_model(arguments.model)
+        else:
+            scores = study.score(parse_numbers(arguments.coefficients, "--coefficients"))
+    if arguments.json:
+        terminal.json(json_output.of_scores(scores))
+        return
+    rows = [
+        (name, split.replace("_", "-"), f"{score.nll:.4f}", f"{score.perplexity:.3f}", f"{score.tokens:,}")
+        for split, by_name in scores.items()
+        for name, score in by_name.items()
+    ]
+    headers = ("corpus", "split", "NLL (nats per token)", "perplexity", "scored tokens")
+    terminal.table("Scores", headers, rows, words=2)
+
+
+def merge(arguments: Namespace, terminal: Terminal) -> None:
+    """Write the composite of given coefficients."""
+    from dem_opt.study import Study
+
+    numbers = parse_numbers(arguments.coefficients, "--coefficients")
+    with terminal.progress() as progress:
+        study = Study.load(arguments.study, progress=progress)
+        written = study.merge(numbers, arguments.out, arguments.dtype)
+    if arguments.json:
+        coefficients = study.config.space.check(numbers, arguments.study, "--coefficients")
+        terminal.json(json_output.of_export(arguments.out, arguments.dtype, written, coefficients))
+        return
+    terminal.line(f"Written and compared from disk: {arguments.out}")
+
+
+def export(arguments: Namespace, terminal: Terminal) -> None:
+    """Write and register the winner."""
+    from dem_opt.study import Study
+
+    with terminal.progress() as progress:
+        champion = Study.load(arguments.study, progress=progress).export(arguments.out, arguments.dtype)
+    winner, exported = champion.result, champion.exported
+    if arguments.json:
+        assert winner.coefficients is not None
+        written = json_output.of_export(arguments.out, arguments.dtype, champion.export, winner.coefficients)
+        terminal.json(written | json_output.of_objective(exported) | {"version": champion.version})
+        return
+    terminal.line(f"{winner.label}: {winner.coefficients}")
+    terminal.line(f"Written, compared from disk bit by bit, scored again: {arguments.out}")
+    if exported != winner:
+        for split, nll in exported.objective.items():
+            change = f"{winner.objective[split]:.6f} -> {nll:.6f} nats per token"
+            terminal.line(f"Mean NLL on {split} {exported.label.removeprefix('exported ')}: {change}")
+    if champion.version is not None:
+        terminal.line(f"Registered in MLflow: version {champion.version}, alias champion")

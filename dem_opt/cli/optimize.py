@@ -1,0 +1,86 @@
+"""`dem-opt run` and `dem-opt compare`."""
+
+import shlex
+from argparse import Namespace
+
+from dem_opt.cli import baselines, json_output, reports
+from dem_opt.cli.coefficients import format_coefficients, parse_numbers
+from dem_opt.cli.console import Terminal
+from dem_opt.errors import InputError, OutageError
+
+ALGORITHMS = "grid,random,simplex-gp"
+"""Algorithms to compare unless others are named."""
+
+
+def run(arguments: Namespace, terminal: Terminal) -> None:
+    """Optimize, then print the results."""
+    if arguments.sync_only:
+        _sync(arguments, terminal)
+        return
+    with reports.study_beside_dashboards(arguments.study, terminal) as (study, updates):
+        study.run()
+    summary = reports.publish(study, updates.pages)
+    if arguments.json:
+        terminal.json(json_output.of_summary(summary))
+    else:
+        reports.print_results(summary, terminal)
+
+
+def _sync(arguments: Namespace, terminal: Terminal) -> None:
+    """Upload missing trials to MLflow."""
+    from dem_opt.storage.engine import masked
+    from dem_opt.study import Study
+
+    if arguments.json:
+        raise InputError(None, "--json", True, "--sync-only answers by its exit status; leave --json out")
+    with terminal.progress() as progress:
+        study = Study.load(arguments.study, progress=progress)
+        is_complete = study.sync()
+    uri = masked(study.config.tracking.uri)
+    if not is_complete:
+        raise OutageError(f"MLflow at {uri} still lacks trials")
+    terminal.line(f"MLflow at {uri} has every finished trial.")
+
+
+def compare(arguments: Namespace, terminal: Terminal) -> None:
+    """Compare algorithms, or what an option asks for."""
+    has_runs = arguments.algorithms is not None or arguments.seeds is not None
+    if arguments.reweight is not None:
+        if has_runs:
+            raise InputError(None, "--reweight", arguments.reweight, "runs nothing; leave --algorithms and --seeds out")
+        _reweight(arguments, terminal)
+    elif arguments.data_mixing is not None:
+        if has_runs:
+            mend = "compares the winner with mixtures; leave --algorithms and --seeds out"
+            raise InputError(None, "--data-mixing", arguments.data_mixing, mend)
+        baselines.compare_with_mixing(arguments, terminal)
+    else:
+        _compare_algorithms(arguments, terminal)
+
+
+def _compare_algorithms(arguments: Namespace, terminal: Terminal) -> None:
+    algorithms = ALGORITHMS if arguments.algorithms is None else arguments.algorithms
+    seeds = 1 if arguments.seeds is None else arguments.seeds
+    if seeds < 1:
+        raise InputError(None, "--seeds", seeds, "must be 1 or more")
+    with reports.study_beside_dashboards(arguments.study, terminal) as (study, updates):
+        study.compare([name.strip() for name in algorithms.split(",")], seeds)
+    reports.print_comparison(reports.publish(study, updates.pages), study.config.output, terminal)
+
+
+def _reweight(arguments: Namespace, terminal: Terminal) -> None:
+    """Print the best measured composite under other weights; nothing runs, nothing is written."""
+    from dem_opt.study import Study
+
+    summary = Study.load(arguments.study).reweighted(parse_numbers(arguments.reweight, "--reweight"))
+    if arguments.json:
+        terminal.json(json_output.of_summary(summary))
+        return
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in summary.weights.items())
+    terminal.line(f"With the weights {weights}; nothing was measured.")
+    reports.print_results(summary, terminal)
+    winner = summary.winner
+    if "held_out" not in winner.objective and winner.coefficients is not None:
+        coefficients = format_coefficients(winner.coefficients)
+        command = shlex.join(["dem-opt", "score", str(arguments.study), "--coefficients", coefficients])
+        terminal.line(f"It has no score on the held-out split yet. One pass over that split gives it: {command}")

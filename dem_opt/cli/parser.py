@@ -1,0 +1,303 @@
+"""The command line's grammar: every command with its options, its help and an example."""
+
+from argparse import SUPPRESS, Action, ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import shtab
+
+from dem_opt import __version__
+from dem_opt.cli import baselines, check, models, optimize, quickstart, reports, studies
+from dem_opt.cli.console import Terminal
+from dem_opt.errors import InputError
+
+_Help = partial(RawDescriptionHelpFormatter, max_help_position=22)
+"""Keeps the line breaks of descriptions and examples."""
+
+Command = Callable[[Namespace, Terminal], None]
+
+SHELLS = ("bash", "zsh", "fish")
+
+DESCRIPTION = """\
+Find the best distribution-edited model: fine-tune a base model on each data
+distribution, merge the fine-tunes, and search for the merging coefficients by
+the loss of the merged model on validation data. The search trains nothing."""
+
+EPILOG = """\
+start here:
+  dem-opt quickstart          a complete example on this machine, in minutes
+  dem-opt check study.yaml    what a study needs, before it runs
+  dem-opt run study.yaml      find the coefficients
+
+exit status:
+  0    done
+  1    a failure that is not your mistake
+  2    a mistake in the command or the study file, named in one line
+  130  interrupted"""
+
+
+def parser() -> ArgumentParser:
+    """The parser of `dem-opt`; it loads no heavy library."""
+    top = ArgumentParser(prog="dem-opt", description=DESCRIPTION, epilog=EPILOG, formatter_class=_Help)
+    top.add_argument("--version", action="version", version=f"dem-opt {__version__}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    _add_preparation(commands)
+    _add_search(commands)
+    _add_models(commands)
+    _add_results(commands)
+    _add_database(commands)
+    _add_completion(commands)
+    return top
+
+
+def _add(
+    commands: Any,
+    name: str,
+    command: Command,
+    *,
+    summary: str,
+    details: str = "",
+    examples: str,
+    study: bool = True,
+    json: bool = True,
+) -> ArgumentParser:
+    """Add a command with the arguments that all commands share."""
+    added: ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.{details and chr(10) * 2}{details}",
+        epilog="examples:\n" + "\n".join(f"  {line}" for line in examples.splitlines()),
+        formatter_class=_Help,
+    )
+    if study:
+        _complete(added.add_argument("study", type=Path, metavar="STUDY", help="study file"), shtab.FILE)
+    output = added.add_argument_group("output")
+    if json:
+        output.add_argument("--json", action="store_true", help="print the answer as JSON on standard output")
+    output.add_argument("--quiet", action="store_true", help="print errors, and the answer of --json, but nothing else")
+    log = output.add_argument("--log-file", type=Path, metavar="FILE", help="append progress, with times, to a file")
+    _complete(log, shtab.FILE)
+    added.set_defaults(command=command, **({} if json else {"json": False}))
+    return added
+
+
+def _complete(action: Action, kind: dict[str, Any]) -> Action:
+    """Let shells complete the values of an option with files or directories."""
+    action.complete = kind  # type: ignore[attr-defined]  # how shtab is told
+    return action
+
+
+def _add_preparation(commands: Any) -> None:
+    added = _add(
+        commands,
+        "quickstart",
+        quickstart.quickstart,
+        summary="make a small base model, data and a study, and run all of it",
+        details="Needs no network and no GPU. Runs the commands that you would run, and prints\neach of them.",
+        examples="dem-opt quickstart\ndem-opt quickstart my-folder --files",
+        study=False,
+        json=False,
+    )
+    folder = added.add_argument(
+        "folder", type=Path, nargs="?", default=Path("quickstart"), metavar="DIR", help="folder to fill (quickstart)"
+    )
+    _complete(folder, shtab.DIRECTORY)
+    added.add_argument("--files", action="store_true", help="stop after data, tokenizer, base and study file")
+    added.add_argument("--seed", type=int, default=0, help="seed of data, base, fine-tunes and search (0)")
+    _add(
+        commands,
+        "check",
+        check.check,
+        summary="check a study's inputs, memory and time before it runs",
+        details="Reads the headers of checkpoints, not their weights. Writes nothing.",
+        examples="dem-opt check study.yaml",
+    )
+    _add(
+        commands,
+        "train",
+        models.train,
+        summary="fine-tune the checkpoints that are missing",
+        details=(
+            "One for each distribution. Continues an interrupted training; leaves checkpoints\nmade elsewhere alone."
+        ),
+        examples="dem-opt train study.yaml",
+    )
+
+
+def _add_search(commands: Any) -> None:
+    run = _add(
+        commands,
+        "run",
+        optimize.run,
+        summary="find the best coefficients, or continue an earlier run",
+        examples="dem-opt run study.yaml\ndem-opt run study.yaml --log-file run.log --json > results.json",
+    )
+    run.add_argument("--sync-only", action="store_true", help="upload missing trials to MLflow and exit")
+    compare = _add(
+        commands,
+        "compare",
+        optimize.compare,
+        summary="compare search algorithms, data mixing or other weights",
+        details="Algorithms share one ledger: a composite that one of them has measured costs the\nothers nothing.",
+        examples=(
+            "dem-opt compare study.yaml --algorithms grid,simplex-gp --seeds 5\n"
+            "dem-opt compare study.yaml --data-mixing 3\n"
+            "dem-opt compare study.yaml --reweight code=2,math=1"
+        ),
+    )
+    compare.add_argument("--algorithms", metavar="NAMES", help=f"separated by commas ({optimize.ALGORITHMS})")
+    compare.add_argument("--seeds", type=int, metavar="N", help="runs of each algorithm, each with its own seed (1)")
+    compare.add_argument(
+        "--data-mixing",
+        metavar="GRID",
+        help="train a model on each mixture of the data and compare: `study` for the study file's mixtures, 3 for all "
+        "multiples of a third",
+    )
+    compare.add_argument(
+        "--reweight",
+        metavar="WEIGHTS",
+        help="measure nothing: the best measured composite under other weights of the objective, such as code=2,math=1",
+    )
+
+
+def _add_models(commands: Any) -> None:
+    score = _add(
+        commands,
+        "score",
+        models.score,
+        summary="score one composite, or any model, on the study's data",
+        examples=(
+            "dem-opt score study.yaml --coefficients code=.3,math=.7\ndem-opt score study.yaml --model path/to/model"
+        ),
+    )
+    choice = score.add_mutually_exclusive_group(required=True)
+    _add_coefficients(choice)
+    _complete(choice.add_argument("--model", type=Path, metavar="DIR", help="folder of a model"), shtab.DIRECTORY)
+    evaluate = _add(
+        commands,
+        "evaluate",
+        baselines.evaluate,
+        summary="evaluate the best composites on the study's tasks",
+        details=(
+            "The base and the fine-tunes too, for comparison.\n"
+            "Needs lm-evaluation-harness: pip install 'dem-opt[downstream]'."
+        ),
+        examples="dem-opt evaluate study.yaml\ndem-opt evaluate study.yaml --by hellaswag",
+    )
+    evaluate.add_argument("--by", metavar="TASK", help="rank by a task instead of the loss on the search split")
+    merge = _add(
+        commands,
+        "merge",
+        models.merge,
+        summary="write the composite of given coefficients",
+        examples="dem-opt merge study.yaml --coefficients code=.3,math=.7 --out merged",
+    )
+    _add_coefficients(merge, required=True)
+    export = _add(
+        commands,
+        "export",
+        models.export,
+        summary="write the winner, verify it from disk, register it",
+        examples="dem-opt export study.yaml --out best\ndem-opt export study.yaml --out best-16 --dtype bfloat16",
+    )
+    for added in (merge, export):
+        out = added.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder to write")
+        _complete(out, shtab.DIRECTORY)
+        added.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype to write (the base's)")
+
+
+def _add_coefficients(added: Any, required: bool = False) -> None:
+    added.add_argument(
+        "--coefficients",
+        metavar="NAME=NUMBER,...",
+        help="coefficients by distribution, such as code=.3,math=.7; those left out are 0",
+        **({"required": True} if required else {}),
+    )
+    added.add_argument("--weights", action=_Renamed, dest=SUPPRESS, help=SUPPRESS)
+
+
+class _Renamed(Action):
+    """An option of earlier releases."""
+
+    def __call__(self, parser: ArgumentParser, namespace: Namespace, values: object, option: object = None) -> NoReturn:
+        """Name the new option."""
+        raise InputError(None, str(option), values, "this option is now called --coefficients")
+
+
+def _add_results(commands: Any) -> None:
+    report = _add(
+        commands,
+        "report",
+        reports.report,
+        summary="write the results as one offline HTML page",
+        examples="dem-opt report study.yaml\ndem-opt report study.yaml --out report.html --figures figures",
+    )
+    _complete(
+        report.add_argument("--out", type=Path, metavar="FILE", help="page to write (OUTPUT/report.html)"), shtab.FILE
+    )
+    figures = report.add_argument(
+        "--figures", type=Path, metavar="DIR", help="also write every figure as PNG and SVG into this folder"
+    )
+    _complete(figures, shtab.DIRECTORY)
+    dashboard = _add(
+        commands,
+        "dashboard",
+        reports.dashboard,
+        summary="serve Optuna Dashboard and MLflow on this machine",
+        examples="dem-opt dashboard study.yaml --open",
+        json=False,
+    )
+    dashboard.add_argument("--open", action="store_true", help="open both in a browser")
+
+
+def _add_database(commands: Any) -> None:
+    _add(
+        commands,
+        "list",
+        studies.list_studies,
+        summary="list the studies in the study's database",
+        examples="dem-opt list study.yaml\ndem-opt list study.yaml --json",
+    )
+    trials = _add(
+        commands,
+        "trials",
+        studies.trials,
+        summary="print every trial: coefficients, loss and cost",
+        examples="dem-opt trials study.yaml\ndem-opt trials study.yaml --csv > trials.csv",
+    )
+    trials.add_argument("--csv", action="store_true", help="print comma-separated values")
+    reset = _add(
+        commands,
+        "reset",
+        studies.reset,
+        summary="remove the study's trials, and keep its measured scores",
+        details=(
+            "Says what it removes and what it keeps, and asks first. The next run starts a new\n"
+            "search; it does not measure again what was measured before."
+        ),
+        examples="dem-opt reset study.yaml\ndem-opt reset study.yaml --yes",
+    )
+    reset.add_argument("--yes", action="store_true", help="do not ask")
+
+
+def _add_completion(commands: Any) -> None:
+    added = _add(
+        commands,
+        "completion",
+        _print_completion,
+        summary="print a completion script for a shell",
+        examples=(
+            'eval "$(dem-opt completion bash)"                    # in ~/.bashrc\n'
+            "dem-opt completion zsh > ~/.zfunc/_dem-opt           # a folder of $fpath\n"
+            "dem-opt completion fish > ~/.config/fish/completions/dem-opt.fish"
+        ),
+        study=False,
+        json=False,
+    )
+    added.add_argument("shell", choices=SHELLS, help="the shell")
+
+
+def _print_completion(arguments: Namespace, terminal: Terminal) -> None:
+    terminal.raw(shtab.complete(parser(), shell=arguments.shell) + "\n")

@@ -1,0 +1,97 @@
+"""The studies of a database: their runs and trials by state, and how a study is removed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import optuna
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from dem_opt.search.optuna_study import opened_storage
+from dem_opt.search.run_name import RunName
+from dem_opt.search.trial_attributes import MEASUREMENTS, TrialAttributes
+from dem_opt.storage.ledger import Ledger, StudyRow
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOverview:
+    """A run of a study's present generation, and how many of its trials are in which state.
+
+    Attributes:
+        name: An algorithm, or ALGORITHM@k for a run with another seed.
+        complete: Trials scored on all windows.
+        stopped: Trials stopped early; their objective is an estimate.
+        failed: Trials that could not be scored.
+        running: Trials proposed and not finished.
+        best: The lowest objective of complete trials that violate no constraint, in nats per token; None without any.
+    """
+
+    name: str
+    complete: int
+    stopped: int
+    failed: int
+    running: int
+    best: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOverview:
+    """A study in its present generation."""
+
+    name: str
+    generation: int
+    runs: tuple[RunOverview, ...]
+
+    @property
+    def best(self) -> float | None:
+        """The lowest objective of all runs, in nats per token."""
+        return min((run.best for run in self.runs if run.best is not None), default=None)
+
+
+def study_overviews(url: str, ledger: Ledger) -> list[StudyOverview]:
+    """The studies of the database at `url`, whose ledger is given, in the order of their names."""
+    with opened_storage(url) as storage:
+        names = sorted(optuna.get_all_study_names(storage))
+        return [_study_overview(row, names, storage) for row in ledger.studies()]
+
+
+def _study_overview(row: StudyRow, names: Sequence[str], storage: RDBStorage) -> StudyOverview:
+    runs = []
+    for name in names:
+        run = RunName.from_optuna(name, row.name)
+        if run is not None and run.generation == row.generation:
+            trials = storage.get_all_trials(storage.get_study_id_from_name(name), deepcopy=False)
+            runs.append(_run_overview(run.label, trials))
+    return StudyOverview(name=row.name, generation=row.generation, runs=tuple(runs))
+
+
+def _run_overview(name: str, trials: Sequence[FrozenTrial]) -> RunOverview:
+    scored = [
+        (trial, TrialAttributes.from_stored(trial.user_attrs.get(MEASUREMENTS, {})))
+        for trial in trials
+        if trial.state == TrialState.COMPLETE
+    ]
+    complete = [(trial, attributes) for trial, attributes in scored if not attributes.error]
+    feasible = [trial.value for trial, attributes in complete if not attributes.violation]
+    return RunOverview(
+        name=name,
+        complete=len(complete),
+        stopped=len(scored) - len(complete),
+        failed=sum(trial.state == TrialState.FAIL for trial in trials),
+        running=sum(not trial.state.is_finished() for trial in trials),
+        best=min((value for value in feasible if value is not None), default=None),
+    )
+
+
+def optuna_studies_of(study: str, url: str) -> dict[str, int]:
+    """The Optuna studies of all runs and generations of a study: the number of their trials, by name."""
+    with opened_storage(url) as storage:
+        names = sorted(name for name in optuna.get_all_study_names(storage) if RunName.from_optuna(name, study))
+        return {name: storage.get_n_trials(storage.get_study_id_from_name(name)) for name in names}
+
+
+def delete_optuna_studies(names: Sequence[str], url: str) -> None:
+    """Delete Optuna studies with their trials."""
+    with opened_storage(url) as storage:
+        for name in names:
+            storage.delete_study(storage.get_study_id_from_name(name))

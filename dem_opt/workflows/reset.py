@@ -1,0 +1,82 @@
+"""Reset a study: remove its trials, keep everything that was measured."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dem_opt.config import StudyConfig
+from dem_opt.errors import InputError
+from dem_opt.search.catalog import delete_optuna_studies, optuna_studies_of
+from dem_opt.storage.engine import connect, is_there, masked
+from dem_opt.storage.leases import holding
+from dem_opt.storage.ledger import Ledger
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResetPlan:
+    """What a reset removes from a study's database, and what it keeps there.
+
+    Attributes:
+        study: Name of the study.
+        storage: URL of the database, without its password.
+        trials: Number of trials of each Optuna study that is removed, by its name, over all generations.
+        scores: Number of scores that stay in the ledger, those of other studies in the same database included.
+    """
+
+    study: str
+    storage: str
+    trials: dict[str, int]
+    scores: int
+
+
+def plan_reset(config: StudyConfig, path: Path) -> ResetPlan:
+    """Say what a reset would remove; nothing is removed.
+
+    Raises:
+        InputError: The study has not been run, or a driver is at work on it.
+    """
+    with _exclusive(config, path) as ledger:
+        return _plan(config, ledger)
+
+
+def reset(config: StudyConfig, path: Path) -> ResetPlan:
+    """Remove the trials of a study, of all its runs and generations; return what was removed.
+
+    The study's row goes last, so that another reset finishes one that was killed.
+
+    Raises:
+        InputError: The study has not been run, or a driver is at work on it.
+    """
+    with _exclusive(config, path) as ledger:
+        plan = _plan(config, ledger)
+        delete_optuna_studies(list(plan.trials), config.storage)
+        ledger.forget_study(config.name)
+        return plan
+
+
+def _plan(config: StudyConfig, ledger: Ledger) -> ResetPlan:
+    trials = optuna_studies_of(config.name, config.storage)
+    return ResetPlan(study=config.name, storage=masked(config.storage), trials=trials, scores=ledger.count_scores())
+
+
+@contextmanager
+def _exclusive(config: StudyConfig, path: Path) -> Iterator[Ledger]:
+    """Open the ledger of a study that nobody drives, and keep others from beginning to."""
+    if not is_there(config.storage):
+        raise _not_run(path)
+    engine = connect(config.storage)
+    try:
+        if not Ledger.is_in(engine) or (ledger := Ledger(engine)).study(config.name) is None:
+            raise _not_run(path)
+        with holding(engine, config.name, several=True) as lease, lease.turn("beginning"):
+            if others := lease.others():
+                drivers = " and ".join(others.values())
+                raise InputError(path, "name", config.name, f"{drivers} is at work on it; wait for it, or stop it")
+            yield ledger
+    finally:
+        engine.dispose()
+
+
+def _not_run(path: Path) -> InputError:
+    return InputError(path, None, None, "nothing to reset: the study has not been run")
