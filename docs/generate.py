@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from dem_opt.cli.main import _parser as build_parser
+from dem_opt.cli.main import parser as build_parser
 from dem_opt.config.reference import SHARED_FORMS, KeyReference, study_file_reference
 
 HERE = Path(__file__).parent

@@ -11,7 +11,7 @@ from summaries import CASES, a_summary, a_trial, of_trials
 from dem_opt.analysis.order_statistics import expected_best
 from dem_opt.analysis.regret import Regret, algorithm_of, compare
 from dem_opt.cli import json_output
-from dem_opt.cli.console import as_json
+from dem_opt.cli.console import json_text
 
 
 def row_of(summary, algorithm):
@@ -63,7 +63,7 @@ def test_there_is_no_regret_before_every_run_has_a_whole_trial():
     assert comparison.rows[0].curve == (Regret(1.5, 0.5, 0.25, 0.75),)
     for row in comparison.rows[1:]:
         assert row.curve == () and set(row.regrets) == {None}
-    text = as_json(json_output.of_comparison(comparison))
+    text = json_text(json_output.of_comparison(comparison))
     assert "Infinity" not in text and "NaN" not in text
     assert json.loads(text)["rows"][1]["regrets"] == [None] * len(comparison.marks)
 
@@ -135,7 +135,7 @@ def test_regrets_fall_from_run_to_end_and_someone_has_none(case):
         assert row.forwards == pytest.approx(sum(record.forwards for record in known))
     ends = [run.best_S[-1] for row in comparison.rows for run in row.runs if run.best_S]
     assert (min(ends) if ends else None) == comparison.best
-    assert json.loads(as_json(json_output.of_comparison(comparison)))["study"] == summary.study
+    assert json.loads(json_text(json_output.of_comparison(comparison)))["study"] == summary.study
 
 
 def test_proposals_are_timed_apart():

@@ -10,7 +10,7 @@ import worlds
 from in_process import open_study
 
 from dem_opt.analysis.reweighting import reweighted
-from dem_opt.cli import json_output
+from dem_opt.cli.coefficients import format_coefficients
 from dem_opt.errors import InputError
 from dem_opt.evaluation.objective import Objective, mean_nll
 from dem_opt.evaluation.worker import Worker
@@ -96,13 +96,13 @@ def test_what_was_stopped_is_no_candidate(measured):
 
 
 def test_a_score_fills_in_the_held_out_split(tmp_path):
-    """One that --weights takes is that composite to the last unit."""
+    """One that --coefficients takes is that composite to the last unit."""
     path = worlds.study(tmp_path, search=SEARCHED | {"divisions": 9})
     open_study(path).compare(["grid"])
     found = {name: open_study(path).reweighted({name: 1}).winner for name in ("code", "math", "prose")}
     name, before = next((name, one) for name, one in found.items() if HELD_OUT not in one.objective)
     weights = {name: 1}
-    text = json_output.as_weights(before.coefficients)
+    text = format_coefficients(before.coefficients)
     open_study(path).score({name: float(value) for name, value in (part.split("=") for part in text.split(","))})
     after = open_study(path).reweighted(weights).winner
     assert after.coefficients == before.coefficients and HELD_OUT in after.objective

@@ -1,4 +1,4 @@
-"""What people see while they wait: the best of whole trials, and how many were stopped."""
+"""Laws of the console: progress as bars and lines, tables, answers for programs, questions."""
 
 import json
 from io import StringIO
@@ -7,16 +7,18 @@ import pytest
 from rich.console import Console
 from summaries import CASES, a_summary, a_trial
 
-from dem_opt.cli import console as terminal
-from dem_opt.cli.reports import print_tables
+from dem_opt.cli import console_progress
+from dem_opt.cli.console import WIDTH, Terminal
+from dem_opt.cli.console_progress import ConsoleProgress
+from dem_opt.cli.reports import print_results
 from dem_opt.dashboards import tables
-from dem_opt.progress import current_progress
+from dem_opt.progress import current_progress, reporting
 
 
 def watch(records, planned):
-    with terminal.ConsoleProgress() as watching:
+    with Terminal().progress() as progress:
         for done, record in enumerate(records, start=1):
-            watching.trial_finished(record, done, planned)
+            progress.trial_finished(record, done, planned)
 
 
 def test_a_line_for_every_new_best_and_every_tenth_of_the_way(capsys):
@@ -55,7 +57,7 @@ def test_the_best_keeps_what_is_protected(capsys):
 
 
 def test_a_line_for_every_tenth_of_a_training(capsys):
-    with terminal.ConsoleProgress() as watching, watching.phase("code", 50, "steps") as phase:
+    with Terminal().progress() as progress, progress.phase("code", 50, "steps") as phase:
         for step in range(1, 51):
             phase.advance(detail=f"training loss {4 - step / 50:.3f} nats per token")
     told = capsys.readouterr().out.splitlines()
@@ -65,8 +67,8 @@ def test_a_line_for_every_tenth_of_a_training(capsys):
 
 def test_long_work_is_told_in_tenths_of_bytes_or_of_what_it_counts(capsys, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(terminal, "monotonic", lambda: clock[0])
-    with terminal.ConsoleProgress():
+    monkeypatch.setattr(console_progress, "monotonic", lambda: clock[0])
+    with Terminal().progress():
         with current_progress().phase("hashing base", 26 * 10**9, "bytes") as phase:
             for _ in range(20):
                 clock[0] += 1
@@ -87,8 +89,7 @@ def test_long_work_is_told_in_tenths_of_bytes_or_of_what_it_counts(capsys, monke
 
 def test_bars_of_long_work_show_and_go_when_it_is_done(monkeypatch):
     console = Console(file=StringIO(), force_terminal=True, width=100)
-    monkeypatch.setattr(terminal, "_out", console)
-    with terminal.ConsoleProgress():
+    with ConsoleProgress(console) as progress, reporting(progress):
         with current_progress().phase("loading [base]", 26 * 10**9, "bytes") as phase:
             phase.advance(13 * 10**9)
             with current_progress().phase("comparing"):
@@ -103,12 +104,11 @@ def test_bars_of_long_work_show_and_go_when_it_is_done(monkeypatch):
 @pytest.mark.parametrize("width", [60, 80, 110])
 def test_on_a_terminal_nothing_of_the_progress_is_cut(monkeypatch, width):
     console = Console(file=StringIO(), force_terminal=True, width=width, color_system=None)
-    monkeypatch.setattr(terminal, "_out", console)
     clock = iter([2.0 * second for second in range(100)])
-    monkeypatch.setattr(terminal, "monotonic", lambda: next(clock))
-    with terminal.ConsoleProgress() as watching:
+    monkeypatch.setattr(console_progress, "monotonic", lambda: next(clock))
+    with ConsoleProgress(console) as progress:
         for number in range(9):
-            watching.trial_finished(a_trial(number, 3.0), number + 1, 26)
+            progress.trial_finished(a_trial(number, 3.0), number + 1, 26)
     last = " ".join(console.file.getvalue().rpartition("9/26")[2].split())
     assert "best 3.0000 nats per token at a 0.50, b 0.50; 30 trials a minute, 34 s left at most" in last
     assert "…" not in console.file.getvalue()
@@ -119,10 +119,10 @@ def test_on_a_terminal_nothing_of_the_progress_is_cut(monkeypatch, width):
 )
 def test_tables_fit_a_hundred_columns_and_no_number_breaks(capsys, case):
     summary = a_summary(**CASES[case])
-    print_tables(summary)
+    print_results(summary, Terminal())
     told = capsys.readouterr().out
     tables_alone = [line.rstrip() for line in told.splitlines() if not line.startswith("The winner: ")]
-    assert max(map(len, tables_alone)) <= terminal.WIDTH
+    assert max(map(len, tables_alone)) <= WIDTH
     for split in tables.SPLITS:
         for row in tables.final_table(summary, split).rows:
             assert all(f" {cell} " in told for cell in row[1:])
@@ -130,16 +130,16 @@ def test_tables_fit_a_hundred_columns_and_no_number_breaks(capsys, case):
 
 
 def test_answers_for_programs_are_strict_json(capsys):
-    terminal.say_json({"found": [1.5, None]})
+    Terminal().json({"found": [1.5, None]})
     assert json.loads(capsys.readouterr().out) == {"found": [1.5, None]}
     with pytest.raises(ValueError):
-        terminal.say_json(float("inf"))
+        Terminal().json(float("inf"))
 
 
 def test_the_pace_is_that_of_the_latest_trials_and_what_is_left_is_told(capsys, monkeypatch):
     """A trial each 2 s, from the 20th on each 6 s: 30 a minute, then 10; left at most 80 trials of 2 s, 60 of 6 s."""
     clock = iter([2.0 * done for done in range(20)] + [38 + 6.0 * later for later in range(1, 41)])
-    monkeypatch.setattr(terminal, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(console_progress, "monotonic", lambda: next(clock))
     watch([a_trial(number, 3.0 + number) for number in range(60)], planned=100)
     told = {line.split(" of ")[0].split()[-1]: line for line in capsys.readouterr().out.splitlines()}
     assert told["20"].endswith("30 trials a minute, 3 min left at most")
@@ -147,28 +147,27 @@ def test_the_pace_is_that_of_the_latest_trials_and_what_is_left_is_told(capsys, 
 
 
 def test_quiet_says_nothing_but_answers(capsys):
-    terminal.hush(True)
-    try:
-        watch([a_trial(0, 3.0), a_trial(1, None)], planned=2)
-        terminal.say("words")
-        terminal.table("title", ("a", "b"), [("1", "2")])
-        terminal.say_json({"answer": 1})
-        terminal.complain("a mistake")
-    finally:
-        terminal.hush(False)
+    terminal = Terminal(quiet=True)
+    with terminal.progress() as progress:
+        progress.trial_finished(a_trial(0, 3.0), 1, 2)
+        progress.trial_finished(a_trial(1, None), 2, 2)
+    terminal.line("words")
+    terminal.table("title", ("a", "b"), [("1", "2")])
+    terminal.json({"answer": 1})
+    terminal.error("a mistake")
     told = capsys.readouterr()
     assert json.loads(told.out) == {"answer": 1} and told.err == "a mistake\n"
 
 
 def test_work_without_a_total_is_a_line_where_there_is_no_terminal(capsys):
-    with terminal.ConsoleProgress() as watching:
-        with watching.phase("loading 5 checkpoints"):
+    with Terminal().progress() as progress:
+        with progress.phase("loading 5 checkpoints"):
             pass
-        watching.note("loaded")
+        progress.note("loaded")
     assert capsys.readouterr().out == "loading 5 checkpoints ...\nloaded\n"
 
 
 def test_warnings_are_marked_wherever_they_come_from(capsys):
-    with terminal.ConsoleProgress() as watching:
-        watching.warning("[base] is odd")
+    with Terminal().progress() as progress:
+        progress.warning("[base] is odd")
     assert capsys.readouterr().out == "warning: [base] is odd\n"

@@ -140,24 +140,24 @@ def test_a_study_that_was_never_run_gets_no_folder(world, capsys, command):
 @pytest.mark.parametrize(
     ("weights", "said"),
     [
-        ("code=-0.5,math=1.5", "--weights.code = -0.5"),
+        ("code=-0.5,math=1.5", "coefficients.code = -0.5"),
         ("code=0.5,math=0.4", "sums to 0.9"),
         ("code=0.5,mathe=0.5", "did you mean 'math'?"),
         ("code", "NAME=NUMBER"),
         ("code=half", "NAME=NUMBER"),
-        ("code=0.5,code=0.5", "stands twice"),
+        ("code=0.5,code=0.5", "is given twice"),
     ],
 )
 @pytest.mark.parametrize("command", ["score", "merge"])
 def test_coefficients_that_are_no_point_are_refused(world, capsys, command, weights, said):
     out = ["--out", str(world / "out")] if command == "merge" else []
-    assert main([command, str(world / "study.yaml"), "--weights", weights, *out]) == 2
+    assert main([command, str(world / "study.yaml"), "--coefficients", weights, *out]) == 2
     assert said in capsys.readouterr().err
     assert not (world / "out").exists()
 
 
 def test_an_export_into_a_folder_of_somebody_else_is_refused(world, capsys):
-    assert main(["merge", str(world / "study.yaml"), "--weights", "code=1", "--out", str(world / "data")]) == 2
+    assert main(["merge", str(world / "study.yaml"), "--coefficients", "code=1", "--out", str(world / "data")]) == 2
     assert "name another folder" in capsys.readouterr().err
 
 
@@ -172,12 +172,12 @@ def test_run_score_and_report_say_what_they_found(world, capsys, untracked, ray_
     study = str(world / "study.yaml")
     assert main(["run", study, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    labels = [result["label"] for result in found["standings"]]
+    labels = [result["label"] for result in found["results"]]
     assert labels == ["base", "code", "math", "prose", "uniform", "best of random"]
     assert found["trials"] == {"random": 2} and len(found["margins"]) == 10
-    assert main(["score", study, "--weights", "code=1", "--json"]) == 0
+    assert main(["score", study, "--coefficients", "code=1", "--json"]) == 0
     score = json.loads(capsys.readouterr().out)
-    assert score["search"] == found["standings"][1]["scores"]["search"]
+    assert score["search"] == found["results"][1]["scores"]["search"]
     assert main(["report", study]) == 0
     assert (world / "runs/tiny/report.html").stat().st_size > 100_000
     capsys.readouterr()
@@ -203,12 +203,12 @@ def in_process(monkeypatch):
 
 def test_merge_and_export_tell_programs_what_they_wrote(world, capsys, untracked, in_process):
     study, out = str(world / "study.yaml"), str(world / "out")
-    assert main(["merge", study, "--weights", "code=0.25,math=0.75", "--out", out, "--json"]) == 0
+    assert main(["merge", study, "--coefficients", "code=0.25,math=0.75", "--out", out, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["coefficients"] == {"code": 0.25, "math": 0.75, "prose": 0.0}
     assert told["path"] == out and told["content"] == content_hash(Path(out)) and told["scores"] == {}
     assert main(["run", study, "--json"]) == 0
-    winner = json.loads(capsys.readouterr().out)["standings"][-1]
+    winner = json.loads(capsys.readouterr().out)["results"][-1]
     for dtype, options in ((None, []), ("bfloat16", ["--dtype", "bfloat16"])):
         assert main(["export", study, "--out", out, "--json", *options]) == 0
         told = json.loads(capsys.readouterr().out)
@@ -245,7 +245,7 @@ def test_compare_tells_and_writes_what_searches_found_for_what_they_spent(world,
     told = json.loads(capsys.readouterr().out)
     assert told["comparison"] == data == json.loads((out / "comparison.json").read_text())
     assert told["trials"] == {"grid": 10, "random": 2, "random@1": 2, "tpe": 2, "tpe@1": 2}
-    assert told["stopped"]["tpe@1"] == "all 2 planned trials" and len(told["top"]) == 5
+    assert told["stop_reasons"]["tpe@1"] == "all 2 planned trials" and len(told["top"]) == 5
     assert main(["report", study]) == 0
     assert 'id="comparison"' in (out / "report.html").read_text()
 
@@ -264,7 +264,7 @@ def test_another_weighting_is_told_and_nothing_is_written(world, capsys, untrack
     told = capsys.readouterr().out
     assert sorted(world.rglob("*")) == before
     assert found["weights"] == {"code": 0.0, "math": 0.0, "prose": 2.0} and found["winner"] == "best of the ledger"
-    best = found["standings"][-1]
+    best = found["results"][-1]
     assert best["objective"]["search"] == best["scores"]["search"]["prose"]["nll"]
     assert "code 0, math 0, prose 2; nothing was measured" in told and "best of the ledger" in told
     assert ("held_out" not in best["objective"]) == ("dem-opt score" in told)
@@ -273,14 +273,14 @@ def test_another_weighting_is_told_and_nothing_is_written(world, capsys, untrack
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--seeds", "0"], "--seeds = 0: an algorithm is run at least once"),
+        (["--seeds", "0"], "--seeds = 0"),
         (["--algorithms", "grid,gird"], "did you mean 'grid'?"),
         (["--algorithms", ""], "no such algorithm"),
         (["--reweight", "code=1", "--seeds", "2"], "leave --algorithms and --seeds out"),
         (["--reweight", "code=1", "--algorithms", "grid"], "leave --algorithms and --seeds out"),
         (["--reweight", "code"], "--reweight = 'code'"),
         (["--reweight", ""], "--reweight = ''"),
-        (["--reweight", "code=1,code=2"], "stands twice"),
+        (["--reweight", "code=1,code=2"], "is given twice"),
         (["--reweight", "code=1"], "nothing is measured yet"),
     ],
 )

@@ -391,7 +391,7 @@ def test_without_a_gpu_several_for_each_worker_are_refused(world, capsys, comman
         config = LlamaConfig.from_pretrained(world / "models" / name, num_hidden_layers=2)
         LlamaForCausalLM(config).save_pretrained(world / "models" / name)
     configured(world, compute={"gpus_per_worker": 2})
-    more = ["--weights", "code=1"] if command == "score" else []
+    more = ["--coefficients", "code=1"] if command == "score" else []
     assert main([command, str(world / "study.yaml"), *more]) == 2
     assert "compute.gpus_per_worker = 2: this machine has no GPU: leave it out" in capsys.readouterr().err
 

@@ -65,7 +65,7 @@ def test_a_study_too_large_for_this_machine_is_refused_before_it_loads(world, ca
     monkeypatch.setattr("dem_opt.planning.inputs.this_machine", lambda: Machine("cpu", 1, 10**8, 10**7))
     monkeypatch.setattr("dem_opt.planning.inputs.content_hash", lambda *_: pytest.fail("read before it was refused"))
     before = listing(world)
-    more = ["--weights", "code=1"] if command == "score" else []
+    more = ["--coefficients", "code=1"] if command == "score" else []
     assert main([command, str(world / "study.yaml"), *more]) == 2
     told = capsys.readouterr().err
     assert "compute.workers = 1" in told and "are available" in told and told.count("\n") == 1
@@ -74,7 +74,7 @@ def test_a_study_too_large_for_this_machine_is_refused_before_it_loads(world, ca
 
 def test_a_merge_holds_no_resident_and_is_not_refused(world, monkeypatch):
     monkeypatch.setattr("dem_opt.planning.inputs.this_machine", lambda: Machine("cpu", 1, 10**8, 10**7))
-    assert main(["merge", str(world / "study.yaml"), "--weights", "code=1", "--out", str(world / "out")]) == 0
+    assert main(["merge", str(world / "study.yaml"), "--coefficients", "code=1", "--out", str(world / "out")]) == 0
 
 
 def test_content_is_known_once_it_was_hashed(world):

@@ -1,0 +1,101 @@
+"""Laws of `list`, `trials`, `reset`, `completion` and `--log-file`: they agree, and lose nothing measured."""
+
+import csv
+import json
+import subprocess
+from io import StringIO
+
+import pytest
+import worlds
+from in_process import replace_dependencies
+
+from dem_opt.cli.main import main
+from dem_opt.cli.parser import SHELLS
+from dem_opt.compute import InProcessCompute
+from dem_opt.study import Study
+from dem_opt.tracking import NullTracker
+
+TRIALS = 3
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """A study that has been run."""
+    replace_dependencies(monkeypatch, tracker=NullTracker(), compute=InProcessCompute())
+    path = worlds.study(tmp_path, search={"algorithm": "random", "trials": TRIALS})
+    assert main(["run", str(path), "--quiet"]) == 0
+    return path
+
+
+def answer(capsys, *words):
+    capsys.readouterr()
+    assert main([*map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_list_and_trials_agree_with_the_results(study, capsys):
+    (listed,) = answer(capsys, "list", study)
+    trials = answer(capsys, "trials", study)
+    frame = Study.load(study).trials()
+    assert listed["generation"] == 1 and [run["complete"] for run in listed["runs"]] == [TRIALS]
+    assert listed["best"] == min(trial["objective"] for trial in trials) == frame["objective"].min()
+    assert [trial["number"] for trial in trials] == list(range(TRIALS))
+    for trial, row in zip(trials, frame.to_dict("records"), strict=True):
+        assert all(trial[name] == row[name] for name in row if name.startswith("w.") or name == "objective")
+    assert main(["trials", str(study), "--csv"]) == 0
+    table = list(csv.DictReader(StringIO(capsys.readouterr().out)))
+    assert [float(row["objective"]) for row in table] == [trial["objective"] for trial in trials]
+
+
+def test_reset_removes_trials_and_keeps_what_was_measured(study, capsys, monkeypatch):
+    before = answer(capsys, "trials", study)
+    removed = answer(capsys, "reset", study, "--yes")
+    assert sum(removed["removed_trials"].values()) == TRIALS and removed["kept_scores"] > 0
+    assert answer(capsys, "list", study) == []
+    assert main(["trials", str(study)]) == 2
+    assert main(["run", str(study), "--quiet"]) == 0
+    after = answer(capsys, "trials", study)
+    assert [row["objective"] for row in after] == [row["objective"] for row in before]
+    assert all(row["forward_tokens"] == 0 for row in after), "the ledger has every score"
+
+
+def test_reset_asks_first_and_needs_a_terminal_for_that(study, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", StringIO())
+    assert main(["reset", str(study)]) == 2
+    assert "--yes" in capsys.readouterr().err
+    assert len(answer(capsys, "trials", study)) == TRIALS
+
+
+@pytest.mark.parametrize("command", ["list", "trials", "reset"])
+def test_a_study_that_was_not_run_is_refused_and_nothing_is_made(tmp_path, capsys, command):
+    path = worlds.study(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert main([command, str(path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1 and sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_completion_prints_a_script_that_names_the_commands(shell, capsys):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(command in script for command in ("run", "export", "trials"))
+    if shell == "bash":
+        assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["score", "merge"])
+def test_the_old_name_of_coefficients_is_refused_with_the_new(command, capsys):
+    assert main([command, "study.yaml", "--weights", "code=1"]) == 2
+    error = capsys.readouterr().err
+    assert "--coefficients" in error and len(error.splitlines()) == 1
+
+
+def test_a_log_file_has_the_command_its_progress_and_its_status(study, tmp_path):
+    log = tmp_path / "run.log"
+    assert main(["run", str(study), "--quiet", "--log-file", str(log)]) == 0
+    assert main(["run", str(tmp_path / "none.yaml"), "--log-file", str(log)]) == 2
+    lines = log.read_text().splitlines()
+    assert [line.split()[-1] for line in lines if " status " in f" {line} "] == ["0", "2"]
+    assert any("dem-opt run" in line for line in lines) and any(
+        "none.yaml" in line and "error" in line for line in lines
+    )
