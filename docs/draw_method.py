@@ -2,9 +2,8 @@
 
     python docs/draw_method.py
 
-The points are trials of the quickstart's study with their held-out loss (docs/images/trials.csv): the four fine-tunes,
-the uniform average and the winner, as docs/benchmarks.md has them. The simplex has four corners; the drawing projects
-it onto a triangle by adding the coefficients of code and prose.
+The points are the trials of the quickstart's study with their loss on the search split (docs/images/trials.csv). The
+simplex has four corners; the drawing projects it onto a triangle by adding the coefficients of code and prose.
 """
 
 import csv
@@ -158,9 +157,10 @@ def draw(trials: list[Trial]) -> str:
         (470, "3  search the simplex"),
         (776, "4  merge the best"),
     )
+    stopped = sum(trial.stopped for trial in trials)
     legend = (
-        "Trials of the quickstart: each fine-tune, the uniform average, the winner (ring). "
-        "Dark: low held-out loss. Code and prose share a corner."
+        f"The quickstart's {len(trials)} trials. Dark: low loss on the search split. "
+        f"Open: stopped early ({stopped}). Ring: the winner. Code and prose share a corner."
     )
     body = [
         *(text(x, 28, words, size=14, bold=True) for x, words in titles),
