@@ -95,7 +95,7 @@ def test_a_log_file_has_the_command_its_progress_and_its_status(study, tmp_path)
     assert main(["run", str(study), "--quiet", "--log-file", str(log)]) == 0
     assert main(["run", str(tmp_path / "none.yaml"), "--log-file", str(log)]) == 2
     lines = log.read_text().splitlines()
-    assert [line.split()[-1] for line in lines if " status " in f" {line} "] == ["0", "2"]
+    assert [line.split()[-1] for line in lines if " status: " in line] == ["0", "2"]
     assert any("dem-opt run" in line for line in lines) and any(
         "none.yaml" in line and "error" in line for line in lines
     )
