@@ -134,7 +134,7 @@ def _draw_bars(axes: Axes, trace: Part, stacked: dict[str, Any]) -> None:
 
 
 def _draw_heat_map(axes: Axes, trace: Part) -> None:
-    values = np.array([[np.nan if one is None else one for one in row] for row in trace["z"]], dtype=float)
+    values = np.array([[np.nan if value is None else value for value in row] for row in trace["z"]], dtype=float)
     if not values.size:
         return
     scale = Normalize(trace["zmin"], trace["zmax"], clip=True)
@@ -279,9 +279,9 @@ def _set_axes(axes: Axes, layout: Part) -> None:
 
 def _add_keys(axes: Axes, second: Axes | None, colors: Any, layout: Part) -> None:
     """The legend, and the bar of the shared colours."""
-    found = [one.get_legend_handles_labels() for one in (axes, second) if one is not None]
-    handles = [handle for these, _ in found for handle in these]
-    labels = [label for _, these in found for label in these]
+    legends = [side.get_legend_handles_labels() for side in (axes, second) if side is not None]
+    handles = [handle for handles, _ in legends for handle in handles]
+    labels = [label for _, labels in legends for label in labels]
     if labels:
         axes.figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False)
     if colors is not None:

@@ -1,4 +1,4 @@
-"""What a user is told: mistakes they can mend, and work that could not be done."""
+"""The errors of the project: mistakes that a user can mend, and work that failed."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -51,7 +51,7 @@ class TrainingError(RuntimeError):
 
 
 class OutageError(RuntimeError):
-    """What a study needs has been away for too long; nothing is lost, and the study goes on when it is run again."""
+    """A service was away for too long.  Nothing is lost; the study continues with the next run."""
 
 
 _REPR = Repr()
@@ -68,7 +68,7 @@ def _shown(value: object) -> str:
 
 def _printable(text: str) -> str:
     """`text` with control characters and half surrogate pairs escaped."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def shorten(text: str, length: int = 80) -> str:

@@ -441,7 +441,7 @@ class Summary:
 
     @property
     def is_mean(self) -> bool:
-        """Whether the objective is the weighted mean of NLL, so that it has a perplexity."""
+        """True if the objective is the weighted mean of NLL, so that it has a perplexity."""
         return not self.worst and not self.function
 
     @property

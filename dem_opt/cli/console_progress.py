@@ -35,7 +35,7 @@ LONG = 5.0
 
 
 class _Run:
-    """How one run of an algorithm stands: its best whole trial, trials stopped early, when trials finished."""
+    """State of one run of an algorithm: its best complete trial, trials stopped early, times of the latest trials."""
 
     def __init__(self) -> None:
         self._best: TrialRecord | None = None
@@ -202,7 +202,7 @@ class ConsoleProgress:
 
 
 def count_of(done: int, total: int | None, unit: str) -> str:
-    """How much of the work is done, with its unit; nothing for work that cannot be counted."""
+    """The work done, with its unit; empty for work that cannot be counted."""
     if total is None:
         return ""
     return f"{decimal(done)} of {decimal(total)}" if unit == "bytes" else f"{done} of {total} {unit}"

@@ -1,4 +1,4 @@
-"""What --json prints: plain data, NLL in nats per token."""
+"""Answers of --json as plain data; NLL in nats per token."""
 
 from collections.abc import Mapping
 from dataclasses import asdict

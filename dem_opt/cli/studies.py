@@ -24,7 +24,7 @@ KEPT = (
     "MLflow runs and registered models: the next run logs its trials as new runs beside them",
     "fine-tuned checkpoints, exported models, reports: no file is removed",
 )
-"""What a reset leaves alone, beside the number of scores."""
+"""Things that a reset keeps; the first follows the number of scores."""
 
 
 def list_studies(arguments: Namespace, terminal: Terminal) -> None:
@@ -151,7 +151,7 @@ def reset(arguments: Namespace, terminal: Terminal) -> None:
 
 
 def _removal(plan: "ResetPlan") -> list[str]:
-    """What a reset removes and what it keeps, in lines."""
+    """The lines that say what a reset removes and keeps."""
     trials = [f"  {count} trials of {name}" for name, count in plan.trials.items()] or ["  no trials: there are none"]
     kept = [f"  {plan.scores} {KEPT[0]}", *(f"  {line}" for line in KEPT[1:])]
     generation = "  the study's generation and the record of its settings"

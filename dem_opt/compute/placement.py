@@ -1,4 +1,4 @@
-"""How many workers fit on a cluster's nodes, and the resources that each requests."""
+"""Placement of workers on a cluster: the number that fits, and the resources that each requests."""
 
 from collections.abc import Mapping, Sequence
 

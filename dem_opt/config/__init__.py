@@ -214,7 +214,7 @@ class StudyConfig(Section):
 
     @property
     def has_gradients(self) -> bool:
-        """Whether the objective has a gradient: not a largest regret, and no custom function."""
+        """True if the objective has a gradient: not a largest regret, and no custom function."""
         return not self.objective.worst and self.objective.function is None
 
     @property

@@ -288,7 +288,7 @@ class ObjectiveSection(Section):
 
 
 class EvaluationSection(Section):
-    """How composites are scored."""
+    """Scoring of composites."""
 
     window: Annotated[int, Field(ge=2)] = 1024
     """Window length in tokens."""
@@ -321,7 +321,7 @@ ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 
 
 class SearchSection(Section):
-    """How coefficients are proposed, and when the search stops."""
+    """Proposals of coefficients, and budgets of the search."""
 
     algorithm: Algorithm = "simplex-gp"
     """Search algorithm: a Gaussian process on the simplex, a grid, random points, TPE, CMA-ES, or gradient descent."""
@@ -376,7 +376,7 @@ class ComputeSection(Section):
 
 
 class OutagesSection(Section):
-    """How long a study waits for services that are away."""
+    """Patience with services that cannot be reached."""
 
     storage: PositiveReal = 600.0
     """Seconds to wait for the study's database."""
@@ -396,7 +396,7 @@ class TrackingSection(Section):
 
 
 class FineTuningSection(Section):
-    """How `dem-opt train` fine-tunes the base on each distribution that has training data.
+    """Settings with which `dem-opt train` fine-tunes the base on each distribution that has training data.
 
     A distribution with a `checkpoint:` has all weights trained, one with an `adapter:` a LoRA of the base.
     """

@@ -52,7 +52,7 @@ Values = Tensor | Int8Vector
 
 @dataclass(frozen=True)
 class Backend:
-    """How merges run on a kind of device.
+    """Backend of merges on a kind of device.
 
     Attributes:
         description: One clause for users.

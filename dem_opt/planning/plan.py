@@ -87,7 +87,7 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a study needs on a machine.
+    """Needs of a study on a machine.
 
     Attributes:
         machine: The machine.
@@ -116,7 +116,7 @@ class Plan:
 
     @property
     def gradients_fit(self) -> bool:
-        """Whether gradients fit into the whole memory of the machine, whatever is available now."""
+        """True if gradients fit into the whole memory of the machine, whatever is available now."""
         return self.memory.gradient_peak * self._sharing <= self.machine.total
 
     @property

@@ -24,7 +24,7 @@ _BUGS = ("no such table", "no such column", "syntax error")
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long a study waits for its database.
+    """Patience of a study with its database.
 
     Attributes:
         what: The database in words, without its password.

@@ -18,7 +18,7 @@ def preferred_port(uri: str) -> int:
 
 
 def is_server(uri: str) -> bool:
-    """Whether a tracking URI is a server's address already."""
+    """True if a tracking URI is the address of a server."""
     return urlsplit(uri).scheme in ("http", "https")
 
 

@@ -1,4 +1,4 @@
-"""What is known of a study before anything is loaded: its checkpoints, where it writes, its plan, what is odd."""
+"""Check a study before it loads anything: its checkpoints, its databases, its plan, and what looks wrong."""
 
 import json
 import shutil
@@ -27,9 +27,9 @@ KNOCK = 2.0
 """Seconds in which a tracking server must answer."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stored:
-    """One checkpoint on disk.  `dtypes` counts tensors; `hashed` says whether its content is known already."""
+    """A checkpoint on disk.  `dtypes` counts tensors; `hashed` is true if its content hash is known already."""
 
     name: str
     folder: str
@@ -40,15 +40,23 @@ class Stored:
     hashed: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What `dem-opt check` found.
+    """Findings of `dem-opt check`.
 
-    architecture  the model's class and the names of its tied weights
-    storage, tracking  where they are and whether they can be used
-    export, free  bytes that an export takes, and that are free where the study writes
-    seconds       expected for merging and scoring, by `speed`
-    kernel        what merges will run as on this machine, in words
+    Attributes:
+        checkpoints: The base and the fine-tunes.
+        architecture: Class of the model.
+        tied: Names of its tied weights.
+        storage: The study's database, and whether it can be used.
+        tracking: MLflow's address, and whether it can be used.
+        export: Bytes that an export takes.
+        free: Bytes that are free where the study writes.
+        plan: Bytes and passes of the study.
+        speed: Speed of this machine.
+        seconds: Seconds of merging and scoring that the plan takes at that speed.
+        kernel: The backend of merges on this machine, in words.
+        warnings: Problems that do not stop a run.
     """
 
     checkpoints: tuple[Stored, ...]
@@ -67,16 +75,16 @@ class Findings:
     @property
     def unhashed(self) -> int:
         """Bytes that the first run reads once for their content hashes."""
-        return sum(one.bytes for one in self.checkpoints if not one.hashed)
+        return sum(checkpoint.bytes for checkpoint in self.checkpoints if not checkpoint.hashed)
 
     def lines(self) -> list[str]:
-        """What is to be told in sentences: memory, time, disk, places, warnings."""
+        """The findings as lines: memory, time, disk, databases, warnings."""
         plan, machine = self.plan, self.plan.machine
         memory = "RAM" if machine.device == "cpu" else f"Memory of each of {machine.devices} GPUs"
         each = f", each on {plan.gpus_per_worker} GPUs" if plan.gpus_per_worker > 1 else ""
         hashed = f"Content is not hashed yet: the first run reads {sized(self.unhashed)} once." if self.unhashed else ""
         tied = f"Tied weights, kept once: {' = '.join(self.tied)}." if self.tied else ""
-        told = [
+        lines = [
             tied,
             f"{memory}: {sized(machine.total)}, {sized(machine.available)} available. "
             f"Workers{each}: {plan.fitting:,} fit, {plan.workers} asked for.",
@@ -89,14 +97,15 @@ class Findings:
             f"tracking  {self.tracking}",
             *(f"warning: {warning}" for warning in self.warnings),
         ]
-        return [line for line in told if line]
+        return [line for line in lines if line]
 
 
 def check(config: StudyConfig, where: Path) -> Findings:
-    """All that headers and configuration say of a study.  Writes nothing.
+    """Check a study by its configuration and the headers of its checkpoints; nothing is written.
 
-    Raises InputError for what would stop a run, but for what only the weights and texts themselves can tell; that it
-    does not fit into memory is left to `refuse`, so that the plan can be seen.
+    Raises:
+        InputError: Something would stop a run, as far as headers tell.  A study that does not fit into memory is left
+            to `refuse`, so that its plan can be shown first.
     """
     files = check_headers(config, where)
     _refuse_missing_texts(config)
@@ -123,10 +132,10 @@ def check(config: StudyConfig, where: Path) -> Findings:
     )
 
 
-def refuse(found: Findings, config: StudyConfig, where: Path) -> None:
-    """Raise InputError, as a run would, where the workers don't fit into this machine's memory."""
+def refuse(findings: Findings, config: StudyConfig, where: Path) -> None:
+    """Raise InputError, as a run would, if the workers do not fit into this machine's memory."""
     if config.compute.ray == "local":
-        refuse_too_large(found.plan, where)
+        refuse_too_large(findings.plan, where)
 
 
 def _stored(name: str, header: Header) -> Stored:
@@ -135,9 +144,9 @@ def _stored(name: str, header: Header) -> Stored:
         name=name,
         folder=str(header.folder),
         tensors=len(tensors),
-        parameters=sum(prod(one.shape) for one in tensors),
-        dtypes=dict(Counter(one.dtype for one in tensors)),
-        bytes=sum(one.nbytes for one in tensors),
+        parameters=sum(prod(tensor.shape) for tensor in tensors),
+        dtypes=dict(Counter(tensor.dtype for tensor in tensors)),
+        bytes=sum(tensor.nbytes for tensor in tensors),
         hashed=known_content(header) is not None,
     )
 
@@ -150,7 +159,7 @@ def _refuse_bad_function(config: StudyConfig, path: Path) -> None:
 
 
 def _refuse_missing_texts(config: StudyConfig) -> None:
-    """Raise InputError for a corpus that is not there or empty; what it says is read by a run."""
+    """Raise InputError for a missing or empty data file; its content is read by a run."""
     for name, data in config.corpora.items():
         section = "distributions" if name in config.distributions else "general"
         for part in ("validation", "held_out"):
@@ -162,7 +171,7 @@ def _refuse_missing_texts(config: StudyConfig) -> None:
 
 
 def _speed(config: StudyConfig, plan: Plan) -> Speed:
-    """This machine's, or what the study's ledger has measured."""
+    """The speed that the study's ledger has measured, else this machine's, timed now."""
     measured = _measured(config)
     if measured is not None:
         return Speed("measured by this study's earlier evaluations", 0.0, 0.0, measured)
@@ -170,7 +179,7 @@ def _speed(config: StudyConfig, plan: Plan) -> Speed:
 
 
 def _measured(config: StudyConfig) -> float | None:
-    """Seconds for each forward token of the study's evaluations so far; None where there are none."""
+    """Seconds per forward token in the study's evaluations so far; None without any."""
     if not is_there(config.storage):
         return None
     engine = connect(config.storage)
@@ -187,20 +196,20 @@ def _measured(config: StudyConfig) -> float | None:
 
 
 def _tracking(uri: str) -> tuple[str, list[str]]:
-    """Whether MLflow can be reached, and a warning where it can't: a study goes on without it."""
+    """MLflow's state in words, and a warning if it cannot be reached: a study runs without it."""
     parts = urlsplit(uri)
     try:
         if parts.scheme in ("http", "https"):
             port = parts.port or (443 if parts.scheme == "https" else 80)
             socket.create_connection((parts.hostname or "", port), timeout=KNOCK).close()
-            return "something listens there", []
+            return "a server listens there", []
         return probe(uri, "tracking.uri"), []
     except (InputError, OSError, ValueError) as error:
-        return "can't be reached", [f"MLflow can't be reached, a study would go on without it ({masked(str(error))})"]
+        return "cannot be reached", [f"MLflow cannot be reached; a study would run without it ({masked(str(error))})"]
 
 
 def _duration(seconds: float) -> str:
-    """In the largest unit of which there are two."""
+    """Seconds in words, in the largest unit of which there are at least two."""
     for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:,.0f} {unit}"
@@ -210,7 +219,7 @@ def _duration(seconds: float) -> str:
 def _export_bytes(files: CheckedHeaders) -> int:
     """Bytes of a composite on disk: the base's tensors, tied ones once."""
     tensors = files.headers["base"].tensors.items()
-    return sum(one.nbytes for name, one in tensors if name not in files.architecture.aliases)
+    return sum(tensor.nbytes for name, tensor in tensors if name not in files.architecture.aliases)
 
 
 def _result(path: Path) -> Path:
@@ -219,16 +228,16 @@ def _result(path: Path) -> Path:
 
 
 def _other_tokenizers(files: CheckedHeaders) -> list[str]:
-    """A line for each checkpoint whose tokenizer.json encodes otherwise than the base's, which is the one used."""
+    """A warning for each checkpoint whose tokenizer.json differs from the base's, which is the one used."""
     base = files.headers["base"].folder / "tokenizer.json"
     others = {name: header.folder / "tokenizer.json" for name, header in files.headers.items()}
     unlike = [name for name, file in others.items() if file.is_file() and base.is_file() and not _alike(base, file)]
-    return [f"{name} has another tokenizer than the base; all texts are read with the base's" for name in unlike]
+    return [f"{name} has another tokenizer than the base; the base's encodes all texts" for name in unlike]
 
 
-def _alike(one: Path, other: Path) -> bool:
-    """Whether two tokenizers encode alike: their files agree but for truncation and padding, which calls switch."""
-    texts = one.read_bytes(), other.read_bytes()
+def _alike(tokenizer: Path, other: Path) -> bool:
+    """True if two tokenizer files agree but for truncation and padding, which each call sets anew."""
+    texts = tokenizer.read_bytes(), other.read_bytes()
     if texts[0] == texts[1]:
         return True
     try:

@@ -77,7 +77,7 @@ class StudyContext:
 
     @cached_property
     def retry(self) -> RetryPolicy:
-        """How long work waits for a database that is away."""
+        """Patience with a database that cannot be reached."""
         database = f"the database {masked(self.config.storage)}"
         return RetryPolicy(database, self.config.outages.storage, self.progress)
 

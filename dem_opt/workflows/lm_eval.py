@@ -1,4 +1,4 @@
-"""A model folder on tasks, by lm-evaluation-harness, an optional package."""
+"""Score a model folder on tasks with lm-evaluation-harness, an optional package."""
 
 import logging
 import warnings
@@ -14,13 +14,19 @@ from dem_opt.errors import InputError, nearest
 _CHATTER = ("lm_eval", "datasets", "evaluate", "filelock")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TaskJob:
-    """One model on tasks: picklable, and importable with `run_tasks` by a worker.
+    """One model and its tasks; picklable, for `run_tasks` in another process.
 
-    tokenizer  the folder whose tokenizer is used, the base's
-    include    a folder of task files beside the harness's own
-    limit      documents of each task at most; `shots` worked examples; `batch` requests in a forward call
+    Attributes:
+        name: Label of the model.
+        model: Folder of the model.
+        tokenizer: Folder of the tokenizer, the base's.
+        tasks: Names of tasks.
+        include: Folder of task files beside the harness's own.
+        limit: Most documents of each task; all unless given.
+        shots: Worked examples in each prompt; the task's own number unless given.
+        batch: Requests in a forward call.
     """
 
     name: str
@@ -34,27 +40,30 @@ class TaskJob:
 
 
 def harness_version() -> str:
-    """The version of lm-evaluation-harness; InputError where it is missing."""
+    """Return the version of lm-evaluation-harness.
+
+    Raises:
+        InputError: It is not installed.
+    """
     _import_harness()
     return version("lm_eval")
 
 
 def check_tasks(tasks: tuple[str, ...], include: Path | None, where: Path | None) -> None:
-    """Raise InputError for a task that the harness does not know, or a folder of tasks that is not there."""
+    """Raise InputError for an unknown task, or for a folder of tasks that does not exist."""
     if include is not None and not include.is_dir():
         raise InputError(include, "evaluate.include", None, "no such folder")
     known = _manager(include, tasks).all_tasks
     for task in tasks:
         if task not in known:
-            raise InputError(
-                where, "evaluate.tasks", task, f"lm-evaluation-harness knows no such task; {_near(task, known)}"
-            )
+            raise InputError(where, "evaluate.tasks", task, f"unknown to lm-evaluation-harness; {_near(task, known)}")
 
 
 def run_tasks(job: TaskJob) -> dict[str, TaskScore]:
-    """The model's scores by task, in the thread count the process has.
+    """Score a model on its tasks, with the threads that the process has.
 
-    Raises InputError for a task whose documents can't be had, and for a group of tasks without a score of its own.
+    Raises:
+        InputError: The documents of a task cannot be fetched, or a task is a group without a score of its own.
     """
     import torch
 
@@ -62,7 +71,7 @@ def run_tasks(job: TaskJob) -> dict[str, TaskScore]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            found = harness.simple_evaluate(
+            evaluation = harness.simple_evaluate(
                 model="hf",
                 model_args={"pretrained": str(job.model), "tokenizer": str(job.tokenizer)},
                 tasks=list(job.tasks),
@@ -76,28 +85,27 @@ def run_tasks(job: TaskJob) -> dict[str, TaskScore]:
             )
         except OSError as error:
             reason = str(error).strip().partition("\n")[0]
-            mend = f"a task's documents can't be had ({reason}): fetch them where there is a network, or take others"
+            mend = f"cannot fetch the documents of a task ({reason}); fetch them where there is a network, or drop it"
             raise InputError(None, "evaluate.tasks", ", ".join(job.tasks), mend) from None
-    return {task: _score(task, found) for task in job.tasks}
+    return {task: _score(task, evaluation) for task in job.tasks}
 
 
-def _score(task: str, found: Any) -> TaskScore:
+def _score(task: str, evaluation: Any) -> TaskScore:
     """The first metric of a task; keys are METRIC,FILTER and METRIC_stderr,FILTER."""
-    told = found["results"].get(task, {})
-    key = next(
-        (key for key in told if "," in key and "_stderr" not in key and isinstance(told[key], int | float)), None
-    )
+    values = evaluation["results"].get(task, {})
+    metrics = (key for key in values if "," in key and "_stderr" not in key)
+    key = next((key for key in metrics if isinstance(values[key], int | float)), None)
     if key is None:
         mend = "is a group without a score of its own; name its tasks"
         raise InputError(None, "evaluate.tasks", task, mend)
     metric, _, words = key.partition(",")
-    error = told.get(f"{metric}_stderr,{words}")
-    higher = (found.get("higher_is_better") or {}).get(task, {}).get(metric)
-    counted = found.get("n-samples", {}).get(task, {}).get("effective", 0)
+    error = values.get(f"{metric}_stderr,{words}")
+    higher = (evaluation.get("higher_is_better") or {}).get(task, {}).get(metric)
+    counted = evaluation.get("n-samples", {}).get(task, {}).get("effective", 0)
     return TaskScore(
         task,
         metric,
-        float(told[key]),
+        float(values[key]),
         float(error) if isinstance(error, int | float) else None,
         higher is not False,
         int(counted),
@@ -106,22 +114,22 @@ def _score(task: str, found: Any) -> TaskScore:
 
 @cache
 def _manager(include: Path | None, tasks: tuple[str, ...]) -> Any:
-    """What knows these tasks: the folder alone where it has them all; looking through the others takes seconds."""
-    found = _import_harness().tasks.TaskManager
+    """The index of tasks: that of `include` alone if it has them all, since indexing the harness's takes seconds."""
+    manager = _import_harness().tasks.TaskManager
     if include is None:
-        return found()
-    own = found(include_path=str(include), include_defaults=False)
-    return own if {*tasks} <= {*own.all_tasks} else found(include_path=str(include))
+        return manager()
+    own = manager(include_path=str(include), include_defaults=False)
+    return own if {*tasks} <= {*own.all_tasks} else manager(include_path=str(include))
 
 
 def _near(task: str, known: list[str]) -> str:
-    """The known task nearest to a name; there are too many to tell them all."""
-    told = nearest(task, known)
-    return told if told.startswith("did") else "`lm-eval ls tasks` lists them; evaluate.include adds your own"
+    """The known task nearest to a name; there are too many to list them all."""
+    hint = nearest(task, known)
+    return hint if hint.startswith("did") else "`lm-eval ls tasks` lists them; evaluate.include adds your own"
 
 
 def _import_harness() -> Any:
-    """lm-evaluation-harness without its chatter."""
+    """Import lm-evaluation-harness without its log lines."""
     for name in _CHATTER:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

@@ -15,7 +15,7 @@ from dem_opt.storage.ledger import Ledger
 
 @dataclass(frozen=True, kw_only=True)
 class ResetPlan:
-    """What a reset removes from a study's database, and what it keeps there.
+    """Effect of a reset on a study's database.
 
     Attributes:
         study: Name of the study.

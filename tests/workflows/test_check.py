@@ -112,7 +112,7 @@ def test_another_tokenizer_is_told(world):
 def test_tracking_that_can_not_be_reached_is_a_warning(world):
     path = worlds.study(world, tracking={"uri": "http://127.0.0.1:9"})
     found = check(load(path), "study.yaml")
-    assert "can't be reached" in found.tracking and len(found.warnings) == 1
+    assert "cannot be reached" in found.tracking and len(found.warnings) == 1
 
 
 def test_a_file_that_is_no_database_is_refused(world):

@@ -89,7 +89,14 @@ def test_a_composite_scores_as_its_written_folder_does(tasked: tuple[Path, TaskT
     best = found.models[-1]
     assert best.coefficients is not None
     opened(path).merge(best.coefficients, tmp_path / "written")
-    job = TaskJob("again", tmp_path / "written", tmp_path / "written", (CLOZE,), path.parent / "tasks", limit=6)
+    job = TaskJob(
+        name="again",
+        model=tmp_path / "written",
+        tokenizer=tmp_path / "written",
+        tasks=(CLOZE,),
+        include=path.parent / "tasks",
+        limit=6,
+    )
     assert run_tasks(job)[CLOZE] == best.scores[CLOZE]
 
 
@@ -129,7 +136,7 @@ def test_the_command_ranks_and_tells_the_correlation(
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        ({"tasks": ["tiny_close"]}, r"evaluate.tasks = 'tiny_close': .*knows no such task; did you mean 'tiny_cloze'"),
+        ({"tasks": ["tiny_close"]}, r"evaluate.tasks = 'tiny_close': .*; did you mean 'tiny_cloze'"),
         ({"include": "nowhere"}, r"nowhere: evaluate.include: no such folder"),
     ],
 )
