@@ -21,8 +21,8 @@ HERE = Path(__file__).parent
 
 
 def environment() -> dict[str, str]:
-    """What a driver needs to find this folder's modules, and the tests'."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
+    """The environment in which a driver finds this folder's modules, the tests' and the package."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (HERE, *HERE.parents[:2])))}
 
 
 def start(moment: str, *command: object, **how: Any) -> subprocess.Popen[str]:

@@ -16,12 +16,12 @@ from counted import build
 from killed import after
 from mlflow.tracking import MlflowClient
 
-from dem_opt import study
 from dem_opt.cli import main
 from dem_opt.compute.ray_pool import RayPool
 from dem_opt.export import writer
 from dem_opt.search.optuna_study import Search
 from dem_opt.storage.ledger import Ledger
+from dem_opt.workflows import context, export
 
 BOUNDARIES: dict[str, tuple[Any, str]] = {
     "asked": (optuna.storages.RDBStorage, "create_new_trial"),
@@ -49,10 +49,10 @@ def arm(moment: str) -> None:
         owner, name = BOUNDARIES[boundary]
         after(owner, name, lambda call: die() if call == int(last) else None)
         if name == "write_composite":
-            study.write_composite = writer.write_composite
+            export.write_composite = writer.write_composite
 
 
 if __name__ == "__main__":
-    study.build = build
+    context.build = build
     arm(sys.argv[1])
     sys.exit(main.main(sys.argv[2:]))
