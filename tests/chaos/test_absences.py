@@ -181,7 +181,7 @@ def test_a_database_that_stays_away_ends_the_run_in_a_line(
     said, _ = driver.communicate(timeout=300)
     postgres.ensure_postgres_running()
     assert driver.returncode == 1, said
-    assert "Traceback" not in said and f"To go on: dem-opt run {study}" in said.splitlines()[-1]
+    assert "Traceback" not in said and f"To continue: dem-opt run {study}" in said.splitlines()[-1]
     status, said = books.run("never", "run", study)
     assert status == 0, said
     books.read(study).check(planned)

@@ -22,7 +22,7 @@ def test_the_first_signal_finishes_what_is_being_scored(make_study: Callable[...
     said, _ = driver.communicate(timeout=120)
     assert driver.returncode == 130, said
     assert "stopping when what is being scored is written" in said
-    assert said.splitlines()[-1].endswith(f"To go on: dem-opt run {study}")
+    assert said.splitlines()[-1].endswith(f"To continue: dem-opt run {study}")
     stopped = books.read(study)
     assert 0 < len([state for state in stopped.states.values() if state == "COMPLETE"]) < PLANNED
     assert set(stopped.logged.values()) == {1}
@@ -43,7 +43,7 @@ def test_the_second_signal_stops_at_once(make_study: Callable[..., Path]) -> Non
     os.killpg(driver.pid, signal.SIGINT)
     said, _ = driver.communicate(timeout=120)
     assert driver.returncode == 130, said
-    assert "Traceback" not in said and "To go on" in said.splitlines()[-1]
+    assert "Traceback" not in said and "To continue" in said.splitlines()[-1]
     status, said = books.run("never", "run", study)
     assert status == 0, said
     books.read(study).check(PLANNED)
