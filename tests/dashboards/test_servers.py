@@ -23,7 +23,6 @@ from summaries import CASES, a_summary
 import dem_opt
 from dem_opt.dashboards import figures, html_report, optuna_dashboard, servers
 from dem_opt.errors import InputError
-from dem_opt.tracking import mlflow_client
 from dem_opt.tracking.urls import address_of, preferred_port
 
 
@@ -231,10 +230,3 @@ def test_mlflows_file_is_made_once_however_many_make_it(tmp_path: Path) -> None:
     told = [maker.communicate()[1] for maker in makers]
     assert [maker.returncode for maker in makers] == [0, 0, 0], told
     assert [one.name for one in path.parent.iterdir()] == ["mlflow.db"]
-
-
-def test_a_file_that_has_its_name_keeps_it(tmp_path: Path) -> None:
-    for name in ("theirs", "ours"):
-        (tmp_path / name).write_text(name)
-        mlflow_client._put(tmp_path / name, tmp_path / "mlflow.db")
-    assert (tmp_path / "mlflow.db").read_text() == "theirs"

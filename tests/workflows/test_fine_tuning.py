@@ -265,7 +265,7 @@ def test_a_batch_in_several_passes_is_the_same_batch(job: FineTuneJob, tmp_path:
     ("given", "told"),
     [
         ({"weight_decai": 0.1}, r"study.yaml: fine_tuning.trainer.weight_decai = 0.1: .*did you mean 'weight_decay'"),
-        ({"max_steps": 5}, r"fine_tuning.trainer.max_steps = 5: is said by fine_tuning.steps"),
+        ({"max_steps": 5}, r"fine_tuning.trainer.max_steps = 5: is set by fine_tuning.steps"),
         ({"lr_scheduler_type": "sideways"}, r"fine_tuning.trainer = .*the Trainer refuses it"),
     ],
 )
