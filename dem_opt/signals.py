@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first lets what is at work finish, the second stops at once."""
+"""Ctrl-C and SIGTERM: the first signal lets the work at hand finish, the second stops at once."""
 
 import signal
 import threading
@@ -11,26 +11,29 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def finishing(tell: Callable[[], None]) -> Iterator[Event]:
-    """Within, the first Ctrl-C or SIGTERM sets the event and calls `tell`; the next one raises KeyboardInterrupt.
+def finishing(announce: Callable[[], None]) -> Iterator[Event]:
+    """Turn the first Ctrl-C or SIGTERM into an event; the next one raises KeyboardInterrupt.
 
-    Whoever is within looks at the event, ends what can be ended in good order, and raises KeyboardInterrupt itself.
-    Python lets only its main thread receive signals: in another one the event is never set.
+    The block looks at the event, ends its work in good order, and raises KeyboardInterrupt itself.  Python lets only
+    its main thread receive signals: in another thread the event is never set.
+
+    Args:
+        announce: Called when the event is set.
     """
-    asked = Event()
+    stop = Event()
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield stop
         return
 
     def receive(_number: int, _frame: FrameType | None) -> None:
-        if asked.is_set():
+        if stop.is_set():
             raise KeyboardInterrupt
-        asked.set()
-        tell()
+        stop.set()
+        announce()
 
     before = {number: signal.signal(number, receive) for number in SIGNALS}
     try:
-        yield asked
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -38,7 +41,7 @@ def finishing(tell: Callable[[], None]) -> Iterator[Event]:
 
 @contextmanager
 def sigterm_as_ctrl_c() -> Iterator[None]:
-    """Within, SIGTERM raises KeyboardInterrupt as Ctrl-C does."""
+    """Let SIGTERM raise KeyboardInterrupt, as Ctrl-C does, while the context is open."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

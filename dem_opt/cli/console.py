@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dem_opt.cli.console_progress import ConsoleProgress
+from dem_opt.cli.console_progress import ConsoleProgress, print_line
 from dem_opt.cli.log_file import Broadcast, LogFile
 from dem_opt.progress import Progress, reporting
 
@@ -35,11 +35,11 @@ class Terminal:
 
     def line(self, text: str) -> None:
         """Print a line for people."""
-        self._out.print(escape(text), soft_wrap=True)
+        print_line(self._out, text)
 
     def error(self, text: str) -> None:
         """Print a line on standard error."""
-        self._err.print(escape(text), soft_wrap=True)
+        print_line(self._err, text)
         if self._log:
             self._log.write("error", text)
 
@@ -55,7 +55,7 @@ class Terminal:
         """Ask a yes-or-no question on standard error; None where nobody can answer."""
         if not sys.stdin.isatty():
             return None
-        self._err.print(f"{escape(question)} [y/N] ", end="")
+        self._err.print(escape(f"{question} [y/N] "), end="")
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     @contextmanager
@@ -83,9 +83,11 @@ class Terminal:
             strong: The row that stands out.
             words: The number of leading columns that are words; the others are numbers.
         """
-        for part in _parts(headers, rows, words, self._out.width):
+        for number, part in enumerate(_parts(headers, rows, words, self._out.width)):
             chosen = [[row[place] for place in part] for row in rows]
-            self._out.print(_table(title, [headers[place] for place in part], chosen, strong, words))
+            heading = f"{title} (continued)" if number else title
+            self._out.print(f"\n[bold]{escape(heading)}[/]")
+            self._out.print(_table([headers[place] for place in part], chosen, strong, words))
 
 
 def json_text(data: object) -> str:
@@ -110,8 +112,8 @@ def _parts(headers: Sequence[str], rows: Sequence[Sequence[str]], words: int, wi
     return parts
 
 
-def _table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], strong: int | None, words: int) -> Table:
-    table = Table(title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], strong: int | None, words: int) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, header in enumerate(headers):
         table.add_column(escape(header), justify="left" if index < words else "right", overflow="fold")
     for index, row in enumerate(rows):

@@ -182,11 +182,11 @@ class ConsoleProgress:
 
     def warning(self, message: str) -> None:
         """Print a line that stands out."""
-        self._console.print(f"[yellow]warning:[/] {escape(message)}", soft_wrap=True)
+        print_line(self._console, message, "[yellow]warning:[/] ")
 
     def note(self, message: str) -> None:
         """Print a line, above the bars where there are any."""
-        self._console.print(escape(message), soft_wrap=True)
+        print_line(self._console, message)
 
     def _move(self, run: str, done: int, planned: int, detail: str) -> None:
         if run not in self._run_tasks:
@@ -199,6 +199,11 @@ class ConsoleProgress:
         tasks = self._bars.tasks
         details = [Padding(Text(task.fields["detail"]), (0, 0, 0, 2)) for task in tasks if task.fields["detail"]]
         return Group(self._bars.make_tasks_table(tasks), *details)
+
+
+def print_line(console: Console, text: str, prefix: str = "") -> None:
+    """Print text as it is after a prefix in markup; a terminal breaks it between words, a file does not."""
+    console.print(prefix + escape(text), soft_wrap=not console.is_terminal)
 
 
 def count_of(done: int, total: int | None, unit: str) -> str:

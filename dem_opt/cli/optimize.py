@@ -19,7 +19,7 @@ def run(arguments: Namespace, terminal: Terminal) -> None:
         return
     with reports.study_beside_dashboards(arguments.study, terminal) as (study, updates):
         study.run()
-    summary = reports.publish(study, updates.pages)
+    summary = reports.publish(study, updates.pages, terminal)
     if arguments.json:
         terminal.json(json_output.of_summary(summary))
     else:
@@ -65,7 +65,7 @@ def _compare_algorithms(arguments: Namespace, terminal: Terminal) -> None:
         raise InputError(None, "--seeds", seeds, "must be 1 or more")
     with reports.study_beside_dashboards(arguments.study, terminal) as (study, updates):
         study.compare([name.strip() for name in algorithms.split(",")], seeds)
-    reports.print_comparison(reports.publish(study, updates.pages), study.config.output, terminal)
+    reports.print_comparison(reports.publish(study, updates.pages, terminal), study.config.output, terminal)
 
 
 def _reweight(arguments: Namespace, terminal: Terminal) -> None:

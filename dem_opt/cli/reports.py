@@ -41,25 +41,26 @@ def _draw(path: Path, pages: Mapping[str, str]) -> None:
     _publish_figures(study, study.summary(), pages)
 
 
-def publish(study: "Study", pages: Mapping[str, str]) -> "Summary":
+def publish(study: "Study", pages: Mapping[str, str], terminal: Terminal) -> "Summary":
     """Write the results into Optuna Dashboard and MLflow; `pages` are those of the study's runs in MLflow."""
     from dem_opt.dashboards.figures import all_figures
     from dem_opt.dashboards.html_report import render, study_note
     from dem_opt.dashboards.static_export import image
     from dem_opt.dashboards.tables import final_table, markdown
 
-    summary = study.summary()
-    note = _publish_figures(study, summary, pages)
-    tables = "\n\n".join(markdown(final_table(summary, split)) for split in ("search", "held_out"))
-    figures = all_figures(summary).items()
-    images = {f"figures/{name}.png": image(figure, "png", DOTS_PER_INCH) for name, figure in figures}
-    files: dict[str, str | bytes] = {
-        "report.html": render(summary),
-        "summary.json": json_text(json_output.of_summary(summary)),
-        "final_table.md": tables,
-        **images,
-    }
-    study.describe(summary, f"{study_note(summary, {})}\n\n{tables}" if note else "", files)
+    with terminal.progress() as progress, progress.phase("drawing figures, writing them into the dashboards"):
+        summary = study.summary()
+        note = _publish_figures(study, summary, pages)
+        tables = "\n\n".join(markdown(final_table(summary, split)) for split in ("search", "held_out"))
+        figures = all_figures(summary).items()
+        images = {f"figures/{name}.png": image(figure, "png", DOTS_PER_INCH) for name, figure in figures}
+        files: dict[str, str | bytes] = {
+            "report.html": render(summary),
+            "summary.json": json_text(json_output.of_summary(summary)),
+            "final_table.md": tables,
+            **images,
+        }
+        study.describe(summary, f"{study_note(summary, {})}\n\n{tables}" if note else "", files)
     return summary
 
 
@@ -130,7 +131,12 @@ def print_results(summary: "Summary", terminal: Terminal) -> None:
 
     for split, words in SPLITS.items():
         final = final_table(summary, split)
-        terminal.table(f"NLL in nats per token, {words}", final.headers, final.rows, strong=len(final.rows) - 1)
+        terminal.table(
+            f"NLL in nats per token, {words}; FE: forward-equivalents",
+            final.headers,
+            final.rows,
+            strong=len(final.rows) - 1,
+        )
     top, objective = top_table(summary), objective_words(summary)
     title = f"Top five by the search split: {objective}, nats per token"
     terminal.table(title, top.headers, top.rows, words=top.words)

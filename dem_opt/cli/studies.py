@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dem_opt.workflows.reset import ResetPlan
 
 KEPT = (
-    "measured scores and gradients: the next run takes them from the ledger",
+    "measured scores, and the gradients: the next run takes them from the ledger",
     "MLflow runs and registered models: the next run logs its trials as new runs beside them",
     "fine-tuned checkpoints, exported models, reports: no file is removed",
 )
@@ -39,9 +39,10 @@ def list_studies(arguments: Namespace, terminal: Terminal) -> None:
         return
     from dem_opt.storage.engine import masked
 
-    headers = ("study", "run", "generation", "complete", "stopped early", "failed", "running", "best (nats per token)")
+    headers = ("study", "run", "generation", "complete", "stopped", "failed", "running", "best")
     rows = [row for study in studies for row in _overview_rows(study)]
-    terminal.table(f"Studies in {masked(config.storage)}", headers, rows, words=2)
+    terminal.line(f"Studies in {masked(config.storage)}")
+    terminal.table("Trials by state; the best objective in nats per token", headers, rows, words=2)
 
 
 def _overview_rows(study: "StudyOverview") -> Iterator[tuple[str, ...]]:
@@ -66,9 +67,9 @@ def trials(arguments: Namespace, terminal: Terminal) -> None:
         terminal.raw(_csv(rows, config))
     else:
         names = list(config.distributions)
-        title = "Trials: objective with its standard error in nats per token, FE: forward-equivalents"
+        title = "Trials: objective and its standard error in nats per token; FE: forward-equivalents"
         headers = ("run", "trial", "state", "objective", "error", *names, "FE", "tokens", "seconds")
-        terminal.table(title, headers, [_cells(row, names) for row in rows], words=1)
+        terminal.table(title, headers, [_cells(row, names) for row in rows], words=2)
 
 
 def _trials(config: StudyConfig, path: Path) -> dict[str, list["TrialRecord"]]:

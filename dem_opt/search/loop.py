@@ -131,7 +131,8 @@ class Driver:
         waiting = {request.ticket for request in requests}
         for request in requests:
             self.pool.submit(request)
-        with finishing(self._announce_stop) as stop:
+        scoring = self.progress.phase(f"scoring, {split.replace('_', '-')} split", len(requests), "composites")
+        with finishing(self._announce_stop) as stop, scoring as phase:
             while waiting:
                 if stop.is_set():
                     waiting -= self.pool.withdraw()
@@ -139,6 +140,7 @@ class Driver:
                     request, answer = done
                     self._record(request, answer)
                     waiting.remove(request.ticket)
+                    phase.advance()
                     if isinstance(answer, Failure):
                         raise EvaluationError(f"{dict(request.composite.terms)} can't be scored: {answer.reason}")
             if stop.is_set():

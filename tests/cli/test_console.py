@@ -171,3 +171,11 @@ def test_warnings_are_marked_wherever_they_come_from(capsys):
     with Terminal().progress() as progress:
         progress.warning("[base] is odd")
     assert capsys.readouterr().out == "warning: [base] is odd\n"
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_lines_break_between_words_on_a_terminal_and_nowhere_in_a_file(is_terminal):
+    console = Console(file=StringIO(), force_terminal=is_terminal, width=40, color_system=None)
+    ConsoleProgress(console).note("word " * 20)
+    lines = [line.split() for line in console.file.getvalue().splitlines()]
+    assert {word for line in lines for word in line} == {"word"} and (len(lines) > 1) == is_terminal

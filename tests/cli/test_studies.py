@@ -3,15 +3,21 @@
 import csv
 import json
 import subprocess
+from contextlib import closing
+from datetime import datetime
 from io import StringIO
 
 import pytest
 import worlds
 from in_process import replace_dependencies
 
+from dem_opt.cli.log_file import LogFile
 from dem_opt.cli.main import main
 from dem_opt.cli.parser import SHELLS
 from dem_opt.compute import InProcessCompute
+from dem_opt.config import load
+from dem_opt.storage.engine import connect
+from dem_opt.storage.leases import holding
 from dem_opt.study import Study
 from dem_opt.tracking import NullTracker
 
@@ -59,6 +65,27 @@ def test_reset_removes_trials_and_keeps_what_was_measured(study, capsys, monkeyp
     assert all(row["forward_tokens"] == 0 for row in after), "the ledger has every score"
 
 
+def test_reset_refuses_a_study_that_is_driven(study, capsys):
+    config = load(study)
+    engine = connect(config.storage)
+    with holding(engine, config.name):
+        assert main(["reset", str(study), "--yes"]) == 2
+    engine.dispose()
+    assert config.name in capsys.readouterr().err and len(answer(capsys, "trials", study)) == TRIALS
+
+
+@pytest.mark.parametrize(("reply", "kept"), [("y\n", 0), ("n\n", TRIALS), ("\n", TRIALS), ("", TRIALS)])
+def test_reset_removes_nothing_unless_the_answer_is_yes(study, capsys, monkeypatch, reply, kept):
+    class Keyboard(StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stdin", Keyboard(reply))
+    assert main(["reset", str(study)]) == 0
+    assert "[y/N]" in capsys.readouterr().err
+    assert sum(run["complete"] for listed in answer(capsys, "list", study) for run in listed["runs"]) == kept
+
+
 def test_reset_asks_first_and_needs_a_terminal_for_that(study, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", StringIO())
     assert main(["reset", str(study)]) == 2
@@ -99,3 +126,18 @@ def test_a_log_file_has_the_command_its_progress_and_its_status(study, tmp_path)
     assert any("dem-opt run" in line for line in lines) and any(
         "none.yaml" in line and "error" in line for line in lines
     )
+
+
+def test_a_log_file_masks_passwords_and_keeps_an_event_to_a_line(tmp_path):
+    path = tmp_path / "run.log"
+    with closing(LogFile(path)) as log, log.phase("reading"):
+        log.warning("postgresql+psycopg://me:secret@host/db\nis away")
+    begin, warning, end = path.read_text().splitlines()
+    assert "begin: reading" in begin and "end: reading" in end
+    assert "secret" not in warning and warning.endswith("is away")
+    datetime.fromisoformat(warning.split()[0])
+
+
+def test_a_log_file_that_cannot_be_written_is_the_users_mistake(tmp_path, capsys):
+    assert main(["list", "study.yaml", "--log-file", str(tmp_path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
