@@ -195,9 +195,13 @@ class ConsoleProgress:
         self._bars.update(self._run_tasks[run], completed=done, total=planned, count=count, detail=detail)
 
     def _drawing(self) -> RenderableType:
-        """The bars, and below them the detail of each, which may be longer than a line."""
+        """The bars, and below them the detail of each, which may be longer than a line; of several with its name."""
         tasks = self._bars.tasks
-        details = [Padding(Text(task.fields["detail"]), (0, 0, 0, 2)) for task in tasks if task.fields["detail"]]
+        detailed = [task for task in tasks if task.fields["detail"]]
+        details = []
+        for task in detailed:
+            name = Text.from_markup(f"{task.description}: ") if len(detailed) > 1 else Text()
+            details.append(Padding(name.append(task.fields["detail"]), (0, 0, 0, 2)))
         return Group(self._bars.make_tasks_table(tasks), *details)
 
 
