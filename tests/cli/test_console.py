@@ -183,10 +183,13 @@ def test_lines_break_between_words_on_a_terminal_and_nowhere_in_a_file(is_termin
 
 def test_details_of_several_bars_have_their_names():
     console = Console(file=StringIO(), force_terminal=True, width=100, color_system=None)
-    with ConsoleProgress(console) as progress:
-        with progress.phase("[code]", 9, "steps") as code, progress.phase("math", 9, "steps") as math:
-            code.advance(detail="loss 2")
-            math.advance(detail="loss 3")
-            with progress.phase("drawn anew"):
-                pass
+    with (
+        ConsoleProgress(console) as progress,
+        progress.phase("[code]", 9, "steps") as code,
+        progress.phase("math", 9, "steps") as math,
+    ):
+        code.advance(detail="loss 2")
+        math.advance(detail="loss 3")
+        with progress.phase("drawn anew"):
+            pass
     assert "[code]: loss 2" in console.file.getvalue() and "math: loss 3" in console.file.getvalue()
