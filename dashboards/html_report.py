@@ -32,6 +32,11 @@ from dem_opt.dashboards.tables import (
 from dem_opt.errors import InputError
 from dem_opt.types import HELD_OUT, SEARCH, ResultRow, Summary
 
+_POLICY = (
+    b"""content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:\""""
+)
+"""Part of the head of every page, those of earlier releases included, by which it is known from a user's file."""
+
 
 def study_note(summary: Summary, links: Mapping[str, str]) -> str:
     """Describe the study in Markdown, for the notes in both dashboards.
@@ -92,12 +97,22 @@ def _baseline_objectives(summary: Summary) -> str:
 
 
 def write_report(summary: Summary, path: Path) -> None:
-    """Write the report as one HTML file, atomically.
+    """Write the report as one HTML file, atomically; an earlier report is replaced.
 
     Raises:
-        InputError: The file cannot be written.
+        InputError: The file cannot be written, or is there and no report.
     """
+    if path.exists() and not _is_page(path):
+        raise InputError(path, None, None, "exists and is no report of dem-opt: name another file")
     write(render(summary), path, "report")
+
+
+def _is_page(path: Path) -> bool:
+    """A file has the head of the pages that are written here, by this release or an earlier one."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return _POLICY in stream.read(1000)
 
 
 def write(text: str, path: Path, what: str) -> None:

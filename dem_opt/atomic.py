@@ -2,14 +2,18 @@
 
 A reader, or a process killed at any moment, sees the old content or the new, never a part.  What is published has the
 permissions that the process's umask gives a new file, whatever library wrote it (safetensors writes with mode 600).
+A symbolic link is written through: it stays, and what it points to is replaced.
 """
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
+
+from dem_opt.errors import InputError
 
 
 @contextmanager
@@ -18,6 +22,7 @@ def staged_file(path: Path) -> Iterator[Path]:
 
     After an exception nothing is left of it.  The folder of `path` is made where it is missing.
     """
+    path = _behind_link(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
     try:
@@ -49,26 +54,38 @@ def publish_new(partial: Path, path: Path) -> None:
 
 
 @contextmanager
-def staged_folder(path: Path) -> Iterator[Path]:
-    """The name `.NAME.partial` beside `path`, for a folder that `publish_folder` moves to its place.
+def staged_folder(path: Path, wait: bool = False) -> Iterator[Path]:
+    """The empty folder `.NAME.partial` beside `path`, which `publish_folder` moves to its place.
 
     What is still there at the end of the block, or was left by a killed process, is removed.
+
+    Args:
+        path: The folder to be made.
+        wait: Wait for another process that is making the same folder.
+
+    Raises:
+        InputError: Another process is making it, and this one does not wait.
     """
     partial, former = _beside(path)
-    _settle(path, partial, former)
+    lock = _make_alone(partial, path, wait)
     try:
+        _settle(path, former)
         yield partial
     finally:
-        _settle(path, partial, former)
+        if _is_of(lock, partial):
+            shutil.rmtree(partial, ignore_errors=True)
+        _settle(path, former)
+        os.close(lock)
 
 
 def publish_folder(partial: Path, path: Path) -> None:
-    """Move a staged folder to `path`, in the place of a folder of that name.
+    """Move a staged folder to `path`, in the place of a folder of that name, which is removed.
 
     A folder can't be replaced by one rename.  A process killed between the two leaves `.NAME.former`, which the next
     `staged_folder` moves back.
     """
     _follow_umask(partial)
+    path = _behind_link(path)
     _, former = _beside(path)
     if path.exists():
         path.rename(former)
@@ -84,17 +101,52 @@ def link_or_copy(source: str | Path, target: str | Path) -> str | Path:
     return target
 
 
+def _behind_link(path: Path) -> Path:
+    """Where a symbolic link points to; any other path as it is."""
+    return path.resolve() if path.is_symlink() else path
+
+
 def _beside(path: Path) -> tuple[Path, Path]:
     """Where a folder is made, and where the one that it replaces is kept meanwhile."""
+    path = _behind_link(path)
     return path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.former")
 
 
-def _settle(path: Path, partial: Path, former: Path) -> None:
-    """Bring `path` back if it was moved aside for nothing, and remove the other two."""
+def _make_alone(partial: Path, path: Path, wait: bool) -> int:
+    """Make an empty folder that no other process works in; return the lock, which ends with this process."""
+    while True:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = os.open(partial, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise InputError(path, None, None, "another process is writing it; wait for it") from None
+        except OSError:
+            pass  # some network file systems lock no folders
+        # The former holder may have moved or removed the folder while this process waited.
+        if _is_of(lock, partial):
+            break
+        os.close(lock)
+    for left in partial.iterdir():
+        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+    return lock
+
+
+def _is_of(lock: int, folder: Path) -> bool:
+    """The folder is there, and the one that was locked."""
+    try:
+        return os.path.samestat(os.fstat(lock), folder.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _settle(path: Path, former: Path) -> None:
+    """Bring `path` back if it was moved aside for nothing, and remove what it replaced."""
+    path = _behind_link(path)
     if former.is_dir() and not path.exists():
         former.rename(path)
-    for folder in (partial, former):
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def _flush(file: Path) -> None:

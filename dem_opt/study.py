@@ -136,21 +136,29 @@ class Study:
         """Score a model folder that has the base's tokenizer; the result is that of `score`."""
         return score.score_model(self._context, Path(folder))
 
-    def merge(self, coefficients: Mapping[str, float], out: str | Path, dtype: str | None = None) -> Export:
+    def merge(
+        self,
+        coefficients: Mapping[str, float],
+        out: str | Path,
+        dtype: str | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> Export:
         """Write a composite as a checkpoint folder, and compare its bits from disk.
 
         Args:
             coefficients: Coefficients by distribution; those left out are 0.
             out: Folder to write.
             dtype: "float32", "bfloat16" or "float16"; the base's unless given.
+            overwrite: Replace an earlier export.  A folder with any file that was not exported is always refused.
         """
-        return export.merge(self._context, self._checked(coefficients), Path(out), dtype)
+        return export.merge(self._context, self._checked(coefficients), Path(out), dtype, overwrite)
 
     def export(self, out: str | Path, dtype: str | None = None) -> Champion:
         """Write the winner as a checkpoint folder, prove it from disk, and register it with the tracker.
 
         Args:
-            out: Folder to write.
+            out: Folder to write; an earlier export there is replaced, unless a file was added to it or changed.
             dtype: "float32", "bfloat16" or "float16"; the base's unless given.
         """
         return export.export(self._context, Path(out), dtype)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from dem_opt.atomic import link_or_copy, publish_folder, publish_new, staged_file, staged_folder, write_text
+from dem_opt.errors import InputError
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002], ids=oct)
@@ -29,7 +30,7 @@ def names(folder: Path) -> set[str]:
 
 
 def make(folder: Path, text: str) -> None:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "file").write_text(text)
 
 
@@ -84,13 +85,14 @@ def test_a_folder_that_fails_leaves_what_was_there(tmp_path, there):
 def test_a_process_killed_between_the_two_renames_loses_nothing(tmp_path):
     make(tmp_path / ".out.former", "old")
     make(tmp_path / ".out.partial", "new")
-    with staged_folder(tmp_path / "out"):
-        assert names(tmp_path) == {"out"} and (tmp_path / "out" / "file").read_text() == "old"
+    with staged_folder(tmp_path / "out") as partial:
+        assert names(partial) == set() and (tmp_path / "out" / "file").read_text() == "old"
+    assert names(tmp_path) == {"out"}
 
 
 def test_the_files_of_a_folder_follow_the_umask_whoever_wrote_them(tmp_path, umask):
     with staged_folder(tmp_path / "out") as partial:
-        (partial / "inner").mkdir(parents=True)
+        (partial / "inner").mkdir()
         save_file({"x": torch.zeros(2)}, partial / "inner" / "model.safetensors")
         (partial / "private").touch(mode=0o600)
         publish_folder(partial, tmp_path / "out")
@@ -105,3 +107,39 @@ def test_a_link_is_a_copy_where_there_are_no_links(tmp_path, monkeypatch):
     link_or_copy(tmp_path / "file", tmp_path / "copied")
     assert (tmp_path / "linked").samefile(tmp_path / "file") and not (tmp_path / "copied").samefile(tmp_path / "file")
     assert (tmp_path / "copied").read_text() == "text"
+
+
+def test_links_stay_and_what_they_point_to_is_replaced(tmp_path):
+    make(tmp_path / "disk" / "folder", "old")
+    (tmp_path / "folder").symlink_to(tmp_path / "disk" / "folder")
+    (tmp_path / "file").symlink_to(tmp_path / "disk" / "text")
+    write_text(tmp_path / "file", "new")
+    with staged_folder(tmp_path / "folder") as partial:
+        make(partial, "new")
+        publish_folder(partial, tmp_path / "folder")
+    assert (tmp_path / "file").is_symlink() and (tmp_path / "folder").is_symlink()
+    assert (tmp_path / "disk" / "text").read_text() == (tmp_path / "disk" / "folder" / "file").read_text() == "new"
+    assert names(tmp_path / "disk") == {"folder", "text"}
+
+
+def test_a_folder_is_made_by_one_process_at_a_time(tmp_path):
+    with staged_folder(tmp_path / "out") as partial:
+        make(partial, "new")
+        with pytest.raises(InputError), staged_folder(tmp_path / "out"):
+            pass
+        assert (partial / "file").read_text() == "new"
+
+
+def test_a_process_that_waits_finds_what_the_other_made(tmp_path):
+    def wait() -> str:
+        with staged_folder(tmp_path / "out", wait=True) as own:
+            assert names(own) == set()
+            return (tmp_path / "out" / "file").read_text()
+
+    with ThreadPoolExecutor() as threads:
+        with staged_folder(tmp_path / "out") as partial:
+            waiting = threads.submit(wait)
+            make(partial, "new")
+            publish_folder(partial, tmp_path / "out")
+        assert waiting.result(timeout=60) == "new"
+    assert names(tmp_path) == {"out"}

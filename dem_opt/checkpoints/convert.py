@@ -31,10 +31,10 @@ def converted(folder: Path, field: str) -> Path:
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in pickles]
     out = cache_folder() / "converted" / sha256(repr(stats).encode()).hexdigest()[:32]
     if not out.is_dir():
-        with staged_folder(out) as partial:
-            partial.mkdir(parents=True)
-            _write(folder, pickles, partial, field)
-            publish_folder(partial, out)
+        with staged_folder(out, wait=True) as partial:
+            if not out.is_dir():  # another process may have made it meanwhile
+                _write(folder, pickles, partial, field)
+                publish_folder(partial, out)
     return out
 
 

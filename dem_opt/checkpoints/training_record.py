@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dem_opt.errors import InputError
+from dem_opt.manifest import read_description
 
 RECORD = "fine_tuning.json"
 """File of a checkpoint folder with the base, data and settings it was made from."""
@@ -55,11 +56,7 @@ def read_journal(path: Path) -> list[Point]:
 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """The record of a checkpoint folder, or None where there is none."""
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) else None
+    return read_description(folder / RECORD) or None
 
 
 def step_folder(run: Path, step: int | str, field: str) -> Path:

@@ -51,7 +51,7 @@ def merge(arguments: Namespace, terminal: Terminal) -> None:
     numbers = parse_numbers(arguments.coefficients, "--coefficients")
     with terminal.progress() as progress:
         study = Study.load(arguments.study, progress=progress)
-        written = study.merge(numbers, arguments.out, arguments.dtype)
+        written = study.merge(numbers, arguments.out, arguments.dtype, overwrite=arguments.overwrite)
     if arguments.json:
         coefficients = study.config.space.check(numbers, arguments.study, "--coefficients")
         terminal.json(json_output.of_export(arguments.out, arguments.dtype, written, coefficients))

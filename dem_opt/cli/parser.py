@@ -206,6 +206,7 @@ def _add_models(commands: Any) -> None:
         out = added.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder to write")
         _complete(out, shtab.DIRECTORY)
         added.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype to write (the base's)")
+    merge.add_argument("--overwrite", action="store_true", help="replace an earlier export that nobody has changed")
 
 
 def _add_coefficients(added: Any, required: bool = False) -> None:

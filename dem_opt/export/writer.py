@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -25,13 +25,14 @@ from dem_opt.checkpoints.architecture import (
 )
 from dem_opt.checkpoints.files import DTYPES, INDEX, WEIGHTS, Header, hash_tensors, read_header, read_tensors
 from dem_opt.errors import InputError, nearest
+from dem_opt.manifest import FILES, manifest_of, refuse_foreign
 from dem_opt.merging.merged_model import merged_tensors
 from dem_opt.progress import current_progress
 from dem_opt.simplex import UNIT
 from dem_opt.types import Composite, Score, StoredModel
 
 MARKER = "dem_opt.json"
-"""File of an exported folder with its coefficients and hashes; a folder that has it may be replaced."""
+"""File of an exported folder with its coefficients, the hash of its weights, and its manifest."""
 
 SHARD_BYTES = 5 * 10**9
 """Most bytes of tensors in one weight file."""
@@ -104,22 +105,23 @@ def write_composite(
     out: Path,
     approve: Callable[[Export], Mapping[str, str]],
     dtype: torch.dtype | None = None,
+    overwrite: bool = True,
 ) -> Export:
     """Write a composite as a Hugging Face folder, whole and approved or not at all.
 
     Weights are stored as the base stores them, in its dtypes, or all of them in `dtype`, to which the float32 sums
     are rounded once; a single checkpoint keeps its own.  Config (but for its dtype), generation config, tokenizer
     and stored buffers are the base's.  Tied weights are written once.  When `approve` has seen it and not raised,
-    the texts that it gives are written beside them by name, and the folder gets its own name, in the place of an
-    earlier export.
+    the texts that it gives are written beside them by name, and the folder gets its own name; with `overwrite` in the
+    place of an earlier export, in which nothing was added or changed.
 
     Raises:
-        InputError: `out` holds anything else or can't be written, a checkpoint's content is no longer what `stored`
-            says, or a weight is beyond the dtype's range.
+        InputError: `out` holds anything else, is inside or above a model of the study, or can't be written, a
+            checkpoint's content is no longer what `stored` says, or a weight is beyond the dtype's range.
     """
     out = out.absolute()
     used = {content: stored[content] for content, _ in composite.terms}
-    _refuse(out, [base.path, *(model.path for model in used.values())])
+    refuse_place(out, [base.path, *(model.path for model in stored.values())], overwrite)
     for model in (base, *used.values()):
         if content_of(model) != model.content:
             raise InputError(model.path, None, None, "its weights have changed since they were scored; run again")
@@ -127,9 +129,8 @@ def write_composite(
     architecture = read_architecture(header)
     declared = dtype or _own_dtype(architecture, base, used, composite)
     written = Export(path=out, base=base, stored=used, composite=composite, content="", dtype=dtype)
-    with staged_folder(out) as partial:
+    with _staged(out) as partial:
         with _as_input_error(out):
-            partial.mkdir(parents=True)
             names = stored_names(architecture, header)
             _refuse_full(out, partial, _size(header, names, declared))
             _write_weights(partial, architecture, header, _plan(header, names, declared), written)
@@ -137,12 +138,12 @@ def write_composite(
             if declared is not None:
                 _set_dtype(partial / "config.json", declared)
         content = hash_tensors(read_header(partial, "export"))
-        with _as_input_error(out):
-            _write_json(partial / MARKER, _provenance(composite, content))
         texts = approve(replace(written, path=partial, content=content))
         with _as_input_error(out):
             for name, text in texts.items():
                 (partial / name).write_text(text, encoding="utf-8")
+            _write_json(partial / MARKER, _provenance(composite, content) | {FILES: manifest_of(partial)})
+            _refuse_occupied(out, overwrite)
             publish_folder(partial, out)
     return replace(written, content=content)
 
@@ -216,14 +217,41 @@ def prove_scores(again: Scores, scores: Scores, vectors: str) -> None:
             )
 
 
-def _refuse(out: Path, inputs: Sequence[Path]) -> None:
-    """Raise InputError where `out` holds anything but an earlier export."""
-    if out.resolve() in {folder.resolve() for folder in inputs}:
-        raise InputError(out, None, None, "is one of the checkpoints to be merged: name another folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
-        raise InputError(out, None, None, "holds something that dem-opt did not export: name another folder")
+@contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """The folder in which an export is made; InputError where it can't be."""
+    with ExitStack() as stack:
+        with _as_input_error(out):
+            partial = stack.enter_context(staged_folder(out))
+        yield partial
+
+
+def refuse_place(out: Path, inputs: Iterable[Path], overwrite: bool) -> None:
+    """Raise InputError where no export may be written to `out`.
+
+    Args:
+        out: Folder to be written.
+        inputs: Folders of the study's models: `out` may not be one of them, nor inside or above one.
+        overwrite: An earlier export may be replaced.  Whatever else `out` holds may not.
+    """
+    place = out.resolve()
+    for folder in inputs:
+        model = folder.resolve()
+        if place == model or model in place.parents or place in model.parents:
+            relation = "is" if place == model else "is inside of" if model in place.parents else "holds"
+            raise InputError(out, None, None, f"{relation} {folder}, a model of the study: name another folder")
+    _refuse_occupied(out, overwrite)
+
+
+def _refuse_occupied(out: Path, overwrite: bool) -> None:
+    """Raise InputError where `out` holds anything but an unchanged earlier export, or one that is to stay."""
     if out.exists() and not out.is_dir():
         raise InputError(out, None, None, "is a file: name a folder")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    refuse_foreign(out, MARKER)
+    if not overwrite:
+        raise InputError(out, None, None, "holds an earlier export: name another folder, or add --overwrite")
 
 
 def _refuse_full(out: Path, partial: Path, size: int) -> None:

@@ -29,6 +29,7 @@ from dem_opt.data.tokenize import load_tokenizer
 from dem_opt.data.windows import pack
 from dem_opt.errors import InputError, located
 from dem_opt.evaluation.nll import document_layout, prepare, score
+from dem_opt.manifest import FILES, manifest_of, refuse_foreign
 from dem_opt.training.lora import add_lora, merged
 from dem_opt.training.trainer import DivergedError, Recipe, parameters_of, train_model
 from dem_opt.types import Corpus, Windows
@@ -132,13 +133,14 @@ def fine_tune(job: FineTuneJob) -> FineTuned:
     """Fine-tune the base on the job's data and write the checkpoint.
 
     The same job gives the same bits with the same number of threads, also where it was killed and resumed.  An earlier
-    checkpoint of `dem-opt train` at `job.out` is replaced.
+    checkpoint of `dem-opt train` at `job.out` is replaced where nothing was added to it or changed.
 
     Raises:
-        InputError: The data are unreadable or too small for one batch, or `out` was not made by `dem-opt train`.
+        InputError: The data are unreadable or too small for one batch, or `out` has files that `dem-opt train` did not
+            write.
         DivergedError: The loss is not finite.
     """
-    _check_out(job.out)
+    _check_out(job)
     made_from = _made_from(job)
     with _alone(job.place):
         if is_finished(job) and (result := result_of(job.out)):
@@ -212,17 +214,18 @@ def save_checkpoint(
 ) -> None:
     """Write model (safetensors), tokenizer and JSON records by file name to a folder, whole or not at all.
 
-    The journal and the kept steps in `working` come along.
+    The journal and the kept steps in `working` come along.  A record gets the manifest of all that.
     """
     with staged_folder(out) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        for name, record in records.items():
-            (partial / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         if working is not None:
             shutil.copy(working / JOURNAL, partial)
             if (working / STEPS).exists():
                 shutil.copytree(working / STEPS, partial / STEPS, copy_function=link_or_copy)
+        for name, record in records.items():
+            text = json.dumps(record | {FILES: manifest_of(partial)}, indent=2)
+            (partial / name).write_text(text + "\n", encoding="utf-8")
         publish_folder(partial, out)
 
 
@@ -367,8 +370,9 @@ def _claim(place: Path, made_from: dict[str, Any]) -> None:
     record.write_text(written, encoding="utf-8")
 
 
-def _check_out(out: Path) -> None:
-    """Raise InputError where `out` can't be written, or was not made by `dem-opt train`."""
+def _check_out(job: FineTuneJob) -> None:
+    """Raise InputError where `out` can't be written, or holds anything that `dem-opt train` did not write."""
+    out = job.out
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -377,3 +381,5 @@ def _check_out(out: Path) -> None:
         raise InputError(out.parent, "checkpoint", None, "can't be written: change its permissions or name another")
     if out.exists() and read_record(out) is None:
         raise InputError(out, "checkpoint", None, "exists and was not made by `dem-opt train`: move it away")
+    if out.exists() and not is_finished(job):
+        refuse_foreign(out, RECORD, "checkpoint")

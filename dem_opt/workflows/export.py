@@ -8,7 +8,7 @@ from pathlib import Path
 from dem_opt.analysis.results import rescored
 from dem_opt.errors import InputError
 from dem_opt.export.model_card import texts
-from dem_opt.export.writer import Export, Scores, output_dtype, prove, prove_scores, write_composite
+from dem_opt.export.writer import Export, Scores, output_dtype, prove, prove_scores, refuse_place, write_composite
 from dem_opt.planning.inputs import Inputs
 from dem_opt.search.trials import objectives
 from dem_opt.simplex import Coefficients
@@ -37,7 +37,9 @@ class Champion:
     version: str | None
 
 
-def merge(context: StudyContext, coefficients: Coefficients, out: Path, dtype: str | None) -> Export:
+def merge(
+    context: StudyContext, coefficients: Coefficients, out: Path, dtype: str | None, overwrite: bool = False
+) -> Export:
     """Write a composite, and compare its bits from disk with a fresh merge.
 
     Args:
@@ -45,14 +47,16 @@ def merge(context: StudyContext, coefficients: Coefficients, out: Path, dtype: s
         coefficients: The composite.
         out: Folder to write.
         dtype: Name of a torch dtype, "bfloat16" for example; None writes the base's.
+        overwrite: Whether an earlier export may be replaced.  A folder with any other file is always refused.
     """
+    refuse_place(out, _model_folders(context), overwrite)
     inputs = context.load_inputs(for_workers=False)
 
     def approve(written: Export) -> Mapping[str, str]:
         prove(written)
         return _texts(context, inputs, coefficients, dtype)
 
-    return _write(inputs, coefficients, out, dtype, approve)
+    return _write(inputs, coefficients, out, dtype, approve, overwrite)
 
 
 def export(context: StudyContext, out: Path, dtype: str | None) -> Champion:
@@ -66,9 +70,10 @@ def export(context: StudyContext, out: Path, dtype: str | None) -> Champion:
         dtype: Name of a torch dtype, None for the base's.  In another dtype scores may differ from the winner's.
 
     Raises:
-        InputError: The study has not been run, or has changed since.
+        InputError: The study has not been run, or has changed since, or `out` holds anything but an unchanged export.
         ExportError: The folder is not the winner.
     """
+    refuse_place(out, _model_folders(context), overwrite=True)
     inputs = context.load_inputs(for_workers=False)
     with context.stored() as stored, context.compute:
         inputs = inputs.on(context.compute.device)
@@ -142,9 +147,17 @@ def _write(
     out: Path,
     dtype: str | None,
     approve: Callable[[Export], Mapping[str, str]],
+    overwrite: bool = True,
 ) -> Export:
     composite = inputs.identity().composite(coefficients)
-    return write_composite(inputs.base, inputs.models(), composite, out, approve, output_dtype(dtype))
+    return write_composite(inputs.base, inputs.models(), composite, out, approve, output_dtype(dtype), overwrite)
+
+
+def _model_folders(context: StudyContext) -> list[Path]:
+    """Return the folders that the study file names: weights that were converted lie elsewhere."""
+    config = context.config
+    sources = [config.base, *(distribution.fine_tune[1] for distribution in config.distributions.values())]
+    return [source.place for source in sources if source.place is not None]
 
 
 def _texts(

@@ -113,10 +113,23 @@ def test_a_report_is_one_file(tmp_path: Path) -> None:
 
 
 def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
-    (tmp_path / "report.html").mkdir()
+    (tmp_path / "file").touch()
     with pytest.raises(InputError, match="report can't be written"):
-        html_report.write_report(a_summary(("a", "b")), tmp_path / "report.html")
-    assert [each.name for each in tmp_path.iterdir()] == ["report.html"]
+        html_report.write_report(a_summary(("a", "b")), tmp_path / "file" / "report.html")
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("text", ["", "<!doctype html>\n<title>mine</title>", None])
+def test_a_report_replaces_a_report_and_nothing_else(tmp_path: Path, text: str | None) -> None:
+    path, summary = tmp_path / "report.html", a_summary(("a", "b"))
+    html_report.write_report(summary, path)
+    html_report.write_report(summary, path)
+    path.unlink()
+    path.mkdir() if text is None else path.write_text(text)
+    with pytest.raises(InputError) as refused:
+        html_report.write_report(summary, path)
+    assert refused.value.where == path
+    assert path.is_dir() if text is None else path.read_text() == text
 
 
 def test_an_algorithm_has_one_colour_whatever_its_seed() -> None:

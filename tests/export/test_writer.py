@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
+from dem_opt.atomic import staged_folder
 from dem_opt.checkpoints.architecture import empty_model, read_architecture
 from dem_opt.checkpoints.files import INDEX, WEIGHTS, content_hash, read_header
 from dem_opt.errors import InputError
@@ -66,14 +67,15 @@ def composite(stored, units=(0, 4 * 10**8, 6 * 10**8)):
     return Composite.of({model.content: count for model, count in zip(stored, units, strict=True)})
 
 
-def write(stored, out, merged=None, card=CARD, approve=lambda written: None, dtype=None):
+def write(stored, out, merged=None, card=CARD, approve=lambda written: None, dtype=None, overwrite=True):
     by_content = {model.content: model for model in stored}
 
     def approved(written):
         approve(written)
         return {"README.md": card}
 
-    return write_composite(stored[0], by_content, merged or composite(stored), out, approved, output_dtype(dtype))
+    merged = merged or composite(stored)
+    return write_composite(stored[0], by_content, merged, out, approved, output_dtype(dtype), overwrite)
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 12_000])
@@ -114,7 +116,9 @@ def test_an_export_brings_config_tokenizer_and_card(fresh, tmp_path):
     assert ours.chat_template == theirs.chat_template == TEMPLATE
     assert (out / "README.md").read_text(encoding="utf-8") == CARD
     assert not (out / "notes.txt").exists()
-    assert json.loads((out / MARKER).read_text()) == {
+    marker = json.loads((out / MARKER).read_text())
+    assert marker.pop("files").keys() == {str(file) for file in files(out)} - {MARKER}
+    assert marker == {
         "composite": composite(fresh).key,
         "coefficients": {fresh[1].content: 0.4, fresh[2].content: 0.6},
         "content": written.content,
@@ -261,10 +265,85 @@ def test_an_earlier_export_and_an_empty_folder_are_replaced(fresh, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     write(fresh, out)
-    (out / "added_later.txt").write_text("goes")
     prove(write(fresh, out, Composite.single(fresh[2].content)))
-    assert not (out / "added_later.txt").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"models", "out"}
+
+
+def test_an_earlier_export_stays_unless_it_may_be_overwritten(fresh, tmp_path):
+    write(fresh, tmp_path / "out")
+    before = files(tmp_path)
+    with pytest.raises(InputError, match="--overwrite") as refused:
+        write(fresh, tmp_path / "out", Composite.single(fresh[2].content), overwrite=False)
+    assert refused.value.where == tmp_path / "out"
+    assert files(tmp_path) == before
+
+
+def edit(file):
+    file.write_text(file.read_text() + "\n")
+
+
+def forget_manifest(out):
+    """As an export of an earlier release, or any JSON file of that name."""
+    marker = json.loads((out / MARKER).read_text())
+    del marker["files"]
+    (out / MARKER).write_text(json.dumps(marker))
+
+
+FOREIGN = {
+    "a note": ("note.txt", lambda out: (out / "note.txt").write_text("mine")),
+    "a hidden file": (".hidden", lambda out: (out / ".hidden").write_text("mine")),
+    "a file in a new folder": ("logs/", lambda out: worlds.write_documents(out / "logs/a.jsonl", ["mine"])),
+    "an empty folder": ("logs/", lambda out: (out / "logs").mkdir()),
+    "an edited card": ("README.md", lambda out: edit(out / "README.md")),
+    "an edited config": ("config.json", lambda out: edit(out / "config.json")),
+    "weights trained further": (WEIGHTS, lambda out: flip_last_bit(out)),
+    "a link": ("data", lambda out: (out / "data").symlink_to(out.parent / "models")),
+    "a manifest that is gone": ("README.md", forget_manifest),
+    "a marker that is no JSON": ("README.md", lambda out: (out / MARKER).write_text("[" * 10**5)),
+    "a manifest of another form": ("README.md", lambda out: (out / MARKER).write_text('{"files": [1]}')),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "while it is written"])
+@pytest.mark.parametrize("case", FOREIGN)
+def test_nothing_that_was_not_exported_is_removed(fresh, tmp_path, case, when):
+    out, (name, change) = tmp_path / "out", FOREIGN[case]
+    write(fresh, out)
+    if when == "before":
+        change(out)
+    before = files(tmp_path)
+    with pytest.raises(InputError) as refused:
+        write(fresh, out, Composite.single(fresh[2].content), approve=lambda written: when == "before" or change(out))
+    assert refused.value.where == out and name in refused.value.mend
+    assert when != "before" or files(tmp_path) == before
+    assert out.is_dir() and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_link_to_a_folder_is_written_through(fresh, tmp_path, there):
+    (tmp_path / "disk").mkdir()
+    if there:
+        write(fresh, tmp_path / "disk/best")
+    (tmp_path / "out").symlink_to(tmp_path / "disk/best")
+    prove(write(fresh, tmp_path / "out", Composite.single(fresh[2].content)))
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk/best" / WEIGHTS).is_file()
+    assert {path.name for path in tmp_path.rglob("*best*")} == {"best"}
+
+
+@pytest.mark.parametrize("place", ["models/a/out", "models/base/deep/er", "models", "models/b", "link/out", "."])
+def test_no_export_goes_into_a_model_or_around_one(fresh, tmp_path, place):
+    (tmp_path / "link").symlink_to(tmp_path / "models/a")
+    before = files(tmp_path)
+    with pytest.raises(InputError, match="a model of the study") as refused:
+        write(fresh, tmp_path / place, Composite.single(fresh[1].content))
+    assert refused.value.where == tmp_path / place
+    assert files(tmp_path) == before and not list(tmp_path.rglob(".*"))
+
+
+def test_two_processes_do_not_write_the_same_export(fresh, tmp_path):
+    with staged_folder(tmp_path / "out"), pytest.raises(InputError, match="another process"):
+        write(fresh, tmp_path / "out")
+    prove(write(fresh, tmp_path / "out"))
 
 
 def interrupted(written):

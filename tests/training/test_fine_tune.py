@@ -265,6 +265,23 @@ def test_a_foreign_checkpoint_is_not_overwritten(job: FineTuneJob) -> None:
     assert bits(job.out) == b"somebody's"
 
 
+@pytest.mark.parametrize("change", ["a note", "other weights", "no list of files"])
+def test_a_file_that_was_not_trained_here_is_not_removed(job: FineTuneJob, change: str) -> None:
+    fine_tune(dataclasses.replace(job, steps=1))
+    record = json.loads((job.out / RECORD).read_text(encoding="utf-8"))
+    if change == "a note":
+        (job.out / "note.txt").write_text("mine", encoding="utf-8")
+    elif change == "other weights":
+        (job.out / "model.safetensors").write_bytes(b"mine")
+    else:
+        (job.out / RECORD).write_text(json.dumps({"made_from": record["made_from"]}), encoding="utf-8")
+    before = {path.name: path.read_bytes() for path in job.out.iterdir()}
+    with pytest.raises(InputError, match="move it away") as refused:
+        fine_tune(job)
+    assert refused.value.where == job.out
+    assert {path.name: path.read_bytes() for path in job.out.iterdir()} == before
+
+
 def test_an_interrupted_save_leaves_the_earlier_checkpoint(job: FineTuneJob) -> None:
     fine_tune(dataclasses.replace(job, steps=1))
     before, record = bits(job.out), json.loads((job.out / RECORD).read_text(encoding="utf-8"))
@@ -273,5 +290,6 @@ def test_an_interrupted_save_leaves_the_earlier_checkpoint(job: FineTuneJob) -> 
         save_checkpoint(job.out, model, tokenizer, {RECORD: object()})
     assert bits(job.out) == before
     assert json.loads((job.out / RECORD).read_text(encoding="utf-8")) == record
+    del record["files"]
     save_checkpoint(job.out, model, tokenizer, {RECORD: record})
     assert [path.name for path in job.out.parent.iterdir()] == [job.out.name]

@@ -6,6 +6,7 @@ import io
 import json
 import random
 import re
+import shutil
 import tokenize
 from hashlib import sha256
 from pathlib import Path
@@ -156,6 +157,31 @@ def test_finished_assets_are_reused_and_half_finished_ones_made_again_to_the_sam
     (study.parent / "models" / "base" / "model.safetensors").write_bytes(b"half")
     make_assets(study.parent, 0, progress, SMALL)
     assert contents(study.parent) == before
+
+
+@pytest.mark.parametrize("file", ["study.yaml", "data/math.val.jsonl", "models/base/config.json"])
+def test_an_edited_file_is_not_made_again_by_another_seed(study: Path, tmp_path: Path, file: str) -> None:
+    folder = tmp_path / "quickstart"
+    shutil.copytree(study.parent, folder)
+    (folder / file).write_text("mine", encoding="utf-8")
+    assert make_assets(folder, 0, settings=SMALL) == folder / "study.yaml", "the same seed makes nothing"
+    before = contents(folder)
+    with pytest.raises(InputError, match=file) as refused:
+        make_assets(folder, 1, settings=SMALL)
+    assert refused.value.where == folder and contents(folder) == before
+
+
+def test_assets_without_a_list_of_files_are_not_made_again(study: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "quickstart"
+    shutil.copytree(study.parent, folder)
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    del record["files"]
+    (folder / RECORD).write_text(json.dumps(record), encoding="utf-8")
+    before = contents(folder)
+    assert make_assets(folder, 0, settings=SMALL) == folder / "study.yaml"
+    with pytest.raises(InputError, match="another release"):
+        make_assets(folder, 1, settings=SMALL)
+    assert contents(folder) == before
 
 
 @pytest.mark.parametrize("kind", ["other things", "a file"])

@@ -23,6 +23,7 @@ from dem_opt.workflows.quickstart.generated import json_record, math_problem
 from dem_opt.workflows.quickstart.library import library_documents, split_modules, topic_documents, within
 from dem_opt.data.windows import pack
 from dem_opt.errors import InputError
+from dem_opt.manifest import FILES, manifest_of, read_description, refuse_changed
 from dem_opt.training.fine_tune import save_checkpoint
 from dem_opt.checkpoints.architecture import silence_transformers
 from dem_opt.training.trainer import Recipe, train_model
@@ -85,9 +86,10 @@ def make_assets(
     """Make data, tokenizer, base and study file in `folder` unless they are there; return the study file's path.
 
     Finished assets of the same seed and settings are left
-    alone, an edited study file too; others, and half-finished ones, are made again.
+    alone, an edited study file too; others, and half-finished ones, are made again, unless a file was edited.
 
-    Raises InputError for a folder that can't be written or that holds other things.
+    Raises InputError for a folder that can't be written or that holds other things, and for an edited file that
+    would be written again.
     """
     progress = progress or NullProgress()
     study = folder / "study.yaml"
@@ -104,7 +106,9 @@ def make_assets(
     progress.note(f"training the base on a mixture ({settings.base_steps} steps)")
     make_base(folder / "models" / "base", corpora, settings, seed)
     study.write_text(study_text(settings, seed), encoding="utf-8")
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    parts = [study, folder / "data", folder / "tasks", folder / "models" / "base"]
+    text = json.dumps(record | {FILES: manifest_of(folder, parts)}, indent=2)
+    (folder / RECORD).write_text(text + "\n", encoding="utf-8")
     return study
 
 
@@ -271,22 +275,25 @@ def study_text(settings: Settings, seed: int) -> str:
 
 def _is_finished(folder: Path, record: dict[str, object]) -> bool:
     """The folder's assets were finished with the same seed, settings and Python."""
-    try:
-        written = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
+    written = read_description(folder / RECORD)
     data = [folder / "data" / f"{name}.{split}.jsonl" for name in (*DISTRIBUTIONS, ADDED) for split in SPLITS]
     data.append(folder / "tasks" / f"{TASK}.yaml")
     files = [folder / "study.yaml", folder / "models" / "base" / "model.safetensors", *data]
-    return all(file.is_file() for file in files) and bool(written == json.loads(json.dumps(record)))
+    same = {key: value for key, value in written.items() if key != FILES} == json.loads(json.dumps(record))
+    return same and all(file.is_file() for file in files)
 
 
 def _claim(folder: Path) -> None:
     """Make the folder, or take one that is empty or this module's own, and mark it as unfinished."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        written = read_description(folder / RECORD)
         if any(folder.iterdir()) and not (folder / RECORD).exists():
             raise InputError(folder, None, None, "holds other things; name an empty folder or a new one")
+        if written and FILES not in written:
+            mend = "was made by another release, which did not list its files; name an empty folder or a new one"
+            raise InputError(folder, None, None, mend)
+        refuse_changed(folder, RECORD)
         (folder / RECORD).write_text("{}\n", encoding="utf-8")
     except OSError as error:
         raise InputError(folder, None, None, f"can't be written ({error.strerror})") from None
