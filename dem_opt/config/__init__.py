@@ -4,12 +4,13 @@
 only, and no torch.
 """
 
-from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Self, get_origin
+from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from dem_opt.config.places import find_place
 from dem_opt.config.sections import (
     ALGORITHMS,
     BUDGETS,
@@ -33,7 +34,6 @@ from dem_opt.config.sections import (
     TrackingSection,
     default_note,
     resolve_path,
-    section_of,
 )
 from dem_opt.config.yaml import read_yaml
 from dem_opt.errors import InputError, nearest
@@ -123,8 +123,6 @@ class StudyConfig(Section):
         data = dict(data)
         name = data.get("name")
         output = data.setdefault("output", f"runs/{name if isinstance(name, str) else ''}")
-        if not isinstance(output, str):
-            return data
         data["storage"] = _database(data.get("storage", f"{_LOCAL_SQLITE}{output}/study.db"), folder)
         tracking = data.get("tracking") or {}
         if isinstance(tracking, dict):
@@ -248,7 +246,7 @@ def load(path: Path) -> StudyConfig:
     try:
         return StudyConfig.model_validate(data, context={"folder": path.resolve().parent})
     except ValidationError as error:
-        raise _input_error(path, error) from None
+        raise _input_error(path, data, error) from None
 
 
 def _database(url: Any, folder: Path) -> Any:
@@ -258,36 +256,30 @@ def _database(url: Any, folder: Path) -> Any:
     return url
 
 
-def _input_error(path: Path, error: ValidationError) -> InputError:
+def _input_error(path: Path, data: object, error: ValidationError) -> InputError:
     """The InputError for pydantic's findings: the first unknown key if there is any, else the first finding.
 
     A misspelt key is often the reason why another one is missing, so unknown keys come first.
     """
-    findings = error.errors()
+    findings = error.errors(include_url=False)
     finding = next((finding for finding in findings if finding["type"] == "extra_forbidden"), findings[0])
-    # pydantic puts the tried member of a union into the location, as "literal['auto']" or "constrained-int".
-    field = ".".join(
-        str(part) for part in finding["loc"] if not str(part).startswith(("literal", "constrained", "function"))
-    )
-    value, kind = finding["input"], finding["type"]
+    place = find_place(StudyConfig, finding["loc"])
+    kind, value = finding["type"], place.value(data, finding["input"])
     if kind == "extra_forbidden":
-        if present := RENAMED_KEYS.get(field):
-            return InputError(path, field, value, f"this key has been renamed; write {present}")
-        known = _known_keys(StudyConfig, finding["loc"][:-1])
-        return InputError(path, field, value, f"unknown key; {nearest(str(finding['loc'][-1]), known)}")
+        if present := RENAMED_KEYS.get(place.field):
+            return InputError(path, place.field, value, f"this key has been renamed; write {present}")
+        mend = f"unknown key; {nearest(str(finding['loc'][-1]), place.known_keys)}"
+        return InputError(path, place.field, value, mend)
     if kind == "missing":
-        return InputError(path, field, None, "is required")
+        if place.is_key:
+            return InputError(path, place.field, None, "is required")
+        place = find_place(StudyConfig, finding["loc"][:-1])  # a list with too few entries, not the one that it lacks
+        value = place.value(data, finding["input"])
     if kind == "value_error":
-        return InputError(path, field or None, None, str(finding["ctx"]["error"]))
-    return InputError(path, field, value, finding["msg"])
-
-
-def _known_keys(section: type[Section], loc: tuple[int | str, ...]) -> Mapping[str, Any]:
-    """The keys of the section at `loc`; in a mapping of sections by name, the name follows the field."""
-    parts = iter(loc)
-    for part in parts:
-        annotation = section.model_fields[str(part)].annotation
-        if get_origin(annotation) is dict:
-            next(parts, None)
-        section = section_of(annotation) or section
-    return section.model_fields
+        return InputError(path, place.field or None, None, str(finding["ctx"]["error"]))
+    if place.is_name:
+        return InputError(path, place.field, None, place.requirement)
+    if value is None:
+        return InputError(path, place.field, None, f"is empty; {place.requirement}")
+    close = isinstance(value, str) and get_close_matches(value, place.choices, n=1)
+    return InputError(path, place.field, value, place.requirement + (f"; did you mean {close[0]!r}?" if close else ""))

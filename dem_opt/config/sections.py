@@ -14,7 +14,17 @@ from pydantic import (
     model_validator,
 )
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+PATTERNS: Mapping[str, str] = {
+    r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$": "a name: letters, digits, `_`, `.` and `-`, at most 64, beginning with a "
+    "letter or digit",
+    r"^[\w.-]+(/[\w.-]+)?$": "an id of the Hugging Face Hub, `owner/name`",
+    r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$": "an importable function, `package.module:name`",
+}
+"""What texts of a fixed form look like, and the form in words."""
+
+_NAME, _HUB_ID, _FUNCTION = PATTERNS
+
+Name = Annotated[str, Field(pattern=_NAME)]
 Positive = Annotated[int, Field(gt=0)]
 PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -125,7 +135,7 @@ class ModelSource(Section):
     path: StudyPath | None = None
     """Folder in Hugging Face's format."""
 
-    hub: Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")] | None = None
+    hub: Annotated[str, Field(pattern=_HUB_ID)] | None = None
     """Id on the Hugging Face Hub, `owner/name`, instead of a folder."""
 
     revision: Annotated[str | None, default_note("main")] = None
@@ -274,7 +284,7 @@ class ObjectiveSection(Section):
     token, over the distributions that have a weight.
     """
 
-    function: Annotated[str | None, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] = None
+    function: Annotated[str | None, Field(pattern=_FUNCTION)] = None
     """Custom objective instead of the mean, as `package.module:name`: an importable function that maps the scores of a
     split, by distribution or general corpus (`score.nll` in nats per token, `score.perplexity`), to the number to
     minimize, in nats per token. Modules beside the study file are found. Trials are then neither raced nor measured

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
-from dem_opt.config import load
+from dem_opt.config import StudyConfig, load
+from dem_opt.config.reference import study_file_reference
 from dem_opt.errors import InputError
 from dem_opt.simplex import Space
 
@@ -255,21 +257,133 @@ def test_what_is_missing_is_named(tmp_path, missing):
         load(write(tmp_path, study))
 
 
+FAULTS = {
+    "tab": ("name: a\nsearch:\n\ttrials: 3\n", "line 3, column 1: not valid YAML: tabs"),
+    "two colons": ("name: a: b\n", "line 1, column 8: not valid YAML: a second `:`"),
+    "key twice": ("name: a\nname: b\n", "name: stands twice, in line 1 and in line 2"),
+    "inner key twice": ("search:\n  trials: 3\n  seed: 1\n  trials: 4\n", "search.trials: stands twice, in line 2 and"),
+    "key twice in a list": ("a:\n- {x: 1}\n- {x: 1, y: 2,\n   x: 3}\n", "a.1.x: stands twice, in line 3 and in line 4"),
+    "number twice": ("search: {1: 2, 1: 3}\n", "search.1: stands twice"),
+    "open quote": ("name: 'abc\nbase: x\n", "line 1, column 7: not valid YAML: the quotation mark or bracket"),
+    "open bracket": ("name: [unclosed", "line 1, column 7: not valid YAML"),
+    "open brace": ("name: a\nsearch: {trials: 3\nbase: x\n", "line 2, column 9: not valid YAML: a bracket"),
+    "comma left out": ("search: {trials: 3 seed: 4}\n", "line 1, column 9: not valid YAML"),
+    "alias of nothing": ("name: *x\n", "line 1, column 7: not valid YAML: no `&`"),
+    "anchor twice": ("name: &a x\nbase: &a y\n", "line 2, column 7: not valid YAML: two `&`"),
+    "asterisk": ("name: *\n", "line 1, column 8: not valid YAML: quote"),
+    "tag": ("name: !foo x\n", "line 1, column 7: not valid YAML: this tag"),
+    "object": ("!!python/object:os.system x", "line 1, column 1: not valid YAML: this tag"),
+    "two documents": ("name: a\n---\nname: b\n", "line 2, column 1: not valid YAML: the file holds several"),
+    "no date": ("name: 2001-99-99\n", "line 1, column 7: not valid YAML: this is read as a date"),
+    "no number": ("name: !!int abc\n", "line 1, column 7: not valid YAML: this is read as"),
+    "too long a number": (f"name: {'9' * 5000}\n", "line 1, column 7: not valid YAML"),
+    "no bytes": ("name: !!binary ü\n", "line 1, column 7: not valid YAML"),
+    "outdented": (
+        "search:\n  trials: 3\n base: b\n",
+        "line 3, column 2: not valid YAML: this line stands in another column",
+    ),
+    "list and mapping": ("distributions:\n- code\nmore: x\n- math\n", "line 4, column 1: not valid YAML"),
+    "control character": ("name: a\nbase: \x07\n", "line 2: not valid YAML: this character"),
+    "reserved character": ("name: @x\n", "line 1, column 7: not valid YAML: quote"),
+    "no escape": ('name: "a\\qb"\n', "line 1, column 10: not valid YAML: this backslash"),
+    "no key": ("name: a\nbase\nsearch: {}\n", "line 2, column 1: not valid YAML: this line is no"),
+    "key of a mapping": ("{a: 1}: b\n", "line 1, column 1: not valid YAML: a key"),
+    "merged number": ("<<: 3\nname: a\n", "line 1, column 5: not valid YAML"),
+    "block": ("name: |x\n  b\n", "line 1, column 8: not valid YAML"),
+    "nested without end": ("name: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+    "words": ("just words", "a study file is a mapping"),
+    "nothing": ("", "a study file is a mapping"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_no_yaml_is_refused_with_its_line_in_plain_words(tmp_path, fault):
+    text, said = FAULTS[fault]
+    path = write(tmp_path, text)
+    with pytest.raises(InputError) as refusal:
+        load(path)
+    message = str(refusal.value)
+    assert message.startswith(f"{path}: ") and said in message and "\n" not in message
+    assert "unicode string" not in message and "expected" not in message and "while" not in message
+
+
+WRONG = (
+    *(None, 3, -1, 2.5, True, float("nan"), 10**30, "x y", "\udc80", [], {}, [1], [[1]], [{"a": 1}]),
+    *({1: 2}, {"a b": 1}, {"code": [0.5]}, {"code": None}, {"code": "x"}, {"code": {"a": 1}}),
+)
+"""Values of every kind that YAML has; none is right everywhere."""
+
+PLACES = [
+    entry.key.replace("general.NAME", "general.web").replace("NAME", "code")
+    for entry in study_file_reference()
+    if not entry.key.startswith(("DATA.", "MODEL."))
+]
+PLACES += [
+    *("distributions", "distributions.code", "general", "general.web", "simplex", "objective", "evaluation", "search"),
+    *("compute", "tracking", "outages", "fine_tuning", "data_mixing", "evaluate", "simplex.bounds.code"),
+    *("base.path", "base.hub", "base.step", "base.pickled", "objective.weights.code"),
+    *("distributions.code.validation.path", "distributions.code.validation.format", "distributions.code.train.text"),
+]
+
+PYDANTIC = ("Input should", "Field required", "Value error", "valid ", "Extra inputs", "instance of", "parse", "tuple")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_wrong_value_is_named_with_its_field_and_no_word_of_a_library(tmp_path, place):
+    refused = 0
+    for value in WRONG:
+        study = copy.deepcopy(STUDY)
+        *sections, last = place.split(".")
+        section = study
+        for name in sections:
+            if not isinstance(section.get(name), dict):
+                section[name] = {}
+            section = section[name]
+        section[last] = value
+        try:
+            StudyConfig.model_validate(study)
+        except ValidationError:
+            error = _refusal(tmp_path, study)
+            message = str(error)
+            refused += 1
+            assert error.field is None or error.field.split(".")[0] == place.split(".")[0], message
+            assert not any(word in message.replace(repr(value), "") for word in PYDANTIC), message
+            assert "\n" not in message and len(message) < 700, message
+    assert refused, "every field refuses something"
+
+
+def _refusal(tmp_path: Path, study: dict) -> InputError:
+    """The error for a study that YAML may not be able to write."""
+    with pytest.raises(InputError) as refusal, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dem_opt.config.read_yaml", lambda path: study)
+        load(tmp_path / "study.yaml")
+    return refusal.value
+
+
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("where", "value", "said"),
     [
-        ("name: [unclosed", "not valid YAML"),
-        ("just words", "a study file is a mapping"),
-        ("", "a study file is a mapping"),
-        ("name: a\nname: b\n", "the key 'name' stands twice"),
-        ("{a: 1}: b\n", "not valid YAML"),
-        ("!!python/object:os.system x", "not valid YAML"),
+        ("simplex.total", [0.5], "simplex.total = [0.5]: must be a number greater than 0 or [number"),
+        ("simplex.bounds.code", [0.5], "simplex.bounds.code = [0.5]: must be [number of at least 0, number"),
+        ("simplex.bounds.code", 3, "simplex.bounds.code = 3: must be [number of at least 0, number"),
+        ("search.trials", 0, "search.trials = 0: must be an integer greater than 0"),
+        ("search.trials", None, "search.trials: is empty; must be an integer greater than 0"),
+        ("search", None, "search: is empty; must be a mapping with keys of its own: algorithm, trials"),
+        ("search.algorithm", "cmaez", "did you mean 'cmaes'?"),
+        ("evaluation.batch", "atuo", "must be `auto` or an integer greater than 0; did you mean 'auto'?"),
+        ("evaluation.dtype", "float", "must be `auto` or `float32`"),
+        ("objective.function", "f", "must be an importable function, `package.module:name`"),
+        ("general", {"a b": "x"}, "general.a b: must be a name: letters, digits"),
+        ("data_mixing.mixtures", [{"code": 1}, {"code": "x"}], "data_mixing.mixtures.1.code = 'x': must be a number"),
+        ("data_mixing.tokens", [], "data_mixing.tokens = []: must be a list of `all` or `one`, and not empty"),
+        ("evaluate", {"tasks": [1]}, "evaluate.tasks.0 = 1: must be text, and not empty"),
+        ("output", 5, "output = 5: must be a path"),
+        ("fine_tuning.trainer", {1: 2}, "fine_tuning.trainer.1"),
     ],
 )
-def test_what_is_no_study_file_is_refused(tmp_path, text, said):
-    with pytest.raises(InputError) as refusal:
-        load(write(tmp_path, text))
-    assert said in str(refusal.value)
+def test_the_words_for_a_wrong_value_say_what_it_must_be(tmp_path, where, value, said):
+    message = str(_refusal(tmp_path, changed(where, value)))
+    assert said in message and message.startswith(f"{tmp_path}/study.yaml: {where.split('.')[0]}")
 
 
 def test_a_file_that_is_not_there_or_not_text_is_named(tmp_path):
@@ -304,7 +418,7 @@ BAD_MODELS = {
     "{}": "must be a path, or a mapping with `hub:`",
     "{path: a, hub: b/c}": "must be a path, or a mapping with `hub:`",
     "{path: a, revision: v2}": "revision: belongs to a `hub:`",
-    "{hub: a/b/c}": "should match pattern",
+    "{hub: a/b/c}": "base.hub = 'a/b/c': must be an id of the Hugging Face Hub, `owner/name`",
     "{run: models/code}": "run, step: belong together",
     "{step: best}": "run, step: belong together",
     "{run: models/code, step: last}": "base.step",
