@@ -1,8 +1,10 @@
 """The command line's grammar: every command with its options, its help and an example."""
 
-from argparse import SUPPRESS, Action, ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable
+from argparse import SUPPRESS, Action, ArgumentError, ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,7 +13,7 @@ import shtab
 from dem_opt import __version__
 from dem_opt.cli import baselines, check, models, optimize, quickstart, reports, studies
 from dem_opt.cli.console import Terminal
-from dem_opt.errors import InputError
+from dem_opt.errors import InputError, nearest
 
 _Help = partial(RawDescriptionHelpFormatter, max_help_position=22)
 """Keeps the line breaks of descriptions and examples."""
@@ -38,9 +40,42 @@ exit status:
   130  interrupted"""
 
 
+class Parser(ArgumentParser):
+    """A parser whose errors are one line, and name the nearest command, option or choice."""
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        """Parse; refuse an unknown option first, since argparse would complain of what is missing without it."""
+        words = [] if args is None else list(args)
+        # Options before the command are this parser's, those after it the command's.
+        own = takewhile(lambda word: word.startswith("-"), words) if self._subparsers else words
+        self._refuse_unknown_options(list(own))
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse a command line."""
+        raise InputError(None, self._command, None, f"{message}; see {self.prog} --help")
+
+    @property
+    def _command(self) -> str | None:
+        return self.prog.removeprefix("dem-opt").strip() or None
+
+    def _refuse_unknown_options(self, words: Sequence[str]) -> None:
+        options = self._option_string_actions  # argparse has no public list of a parser's options
+        for word in words[: words.index("--") if "--" in words else None]:
+            option = word.partition("=")[0]
+            if option.startswith("--") and not any(known.startswith(option) for known in options):
+                close = get_close_matches(option, options, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"see {self.prog} --help"
+                raise InputError(None, self._command, None, f"no option {option}; {hint}")
+
+    def _check_value(self, action: Action, value: object) -> None:  # argparse's only hook for a choice's message
+        if action.choices is not None and value not in action.choices:
+            raise ArgumentError(action, f"no such choice: {value!r}; {nearest(str(value), action.choices)}")
+
+
 def parser() -> ArgumentParser:
     """The parser of `dem-opt`; it loads no heavy library."""
-    top = ArgumentParser(prog="dem-opt", description=DESCRIPTION, epilog=EPILOG, formatter_class=_Help)
+    top = Parser(prog="dem-opt", description=DESCRIPTION, epilog=EPILOG, formatter_class=_Help)
     top.add_argument("--version", action="version", version=f"dem-opt {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND", title="commands")
     _add_preparation(commands)

@@ -65,7 +65,9 @@ def find_place(root: type[Section], location: Sequence[int | str]) -> Place:
     tried, such as "literal['auto']", and what it found inside of that.
     """
     parts: list[int | str] = []
-    annotation, metadata, known = root, list[Any](), tuple(root.model_fields)
+    annotation: Any = root
+    metadata: list[Any] = []
+    known = tuple(root.model_fields)
     is_key, is_name = True, False
     for number, part in enumerate(location):
         inner, _ = unwrap(annotation, [])

@@ -112,6 +112,40 @@ def test_a_mistake_is_one_line_and_leaves_nothing(world, capsys, untracked, mist
     assert sorted(world.rglob("*")) == before, "nothing half-written"
 
 
+MISTYPED = {
+    "rnu study.yaml": "did you mean 'run'?",
+    "chekc study.yaml": "did you mean 'check'?",
+    "exprot study.yaml --out x": "did you mean 'export'?",
+    "frobnicate": "known: ",
+    "": "COMMAND",
+    "run": "run: ",
+    "--versoin": "did you mean --version?",
+    "score study.yaml --coeficients code=1": "score: no option --coeficients; did you mean --coefficients?",
+    "compare --algoritms=grid study.yaml": "compare: no option --algoritms; did you mean --algorithms?",
+    "export study.yaml --out x --dtype float61": "did you mean 'float16'?",
+    "completion bsh": "did you mean 'bash'?",
+    "trials study.yaml --zzz": "no option --zzz",
+    "check study.yaml other.yaml": "other.yaml",
+    "compare study.yaml --seeds x": "--seeds",
+    "merge study.yaml --coefficients": "--coefficients",
+}
+
+
+@pytest.mark.parametrize("typed", MISTYPED)
+def test_a_mistyped_command_is_one_line_with_the_nearest(capsys, typed):
+    assert main(typed.split()) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.startswith("dem-opt: ") and told.err.count("\n") == 1
+    assert MISTYPED[typed] in told.err
+
+
+@pytest.mark.parametrize("typed", ["--help", "--version", "run --help", "score -h"])
+def test_help_is_no_mistake(capsys, typed):
+    with pytest.raises(SystemExit) as exit:
+        main(typed.split())
+    assert exit.value.code == 0 and capsys.readouterr().out
+
+
 UNSEEN = {"NaN", "infinite", "no text", "small corpus"}
 """Mistakes that only the weights and the texts themselves can tell."""
 
