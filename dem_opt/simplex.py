@@ -31,29 +31,47 @@ TOLERANCE = 1e-6
 """Largest distance from the total at which a sum of coefficients written by a user is accepted."""
 
 
-@dataclass(frozen=True)
-class Coefficients:
-    """Coefficients of the distribution vectors by name, in units of 1e-9, names in ascending order."""
+@dataclass(frozen=True, repr=False)
+class Coefficients(Mapping[str, float]):
+    """Coefficients of the distribution vectors: a mapping of names, in ascending order, to floats.
 
-    items: tuple[tuple[str, int], ...]
+    `dict(coefficients)` is JSON, and what `Study.score` and `Study.merge` take.
+
+    Attributes:
+        pairs: Names with their coefficients in units of 1e-9, which are exact.
+    """
+
+    pairs: tuple[tuple[str, int], ...]
 
     def __post_init__(self) -> None:
-        assert list(self.items) == sorted(self.items), f"names out of order: {self.items}"
+        assert list(self.pairs) == sorted(self.pairs), f"names out of order: {self.pairs}"
+
+    def __getitem__(self, name: str) -> float:
+        return self.units[name] / UNIT
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, _ in self.pairs)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
 
     @property
     def units(self) -> dict[str, int]:
         """Units of 1e-9 by name."""
-        return dict(self.items)
+        return dict(self.pairs)
 
     @property
     def weights(self) -> dict[str, float]:
-        """The coefficients as floats by name."""
-        return {name: units / UNIT for name, units in self.items}
+        """The coefficients as floats by name, in a dictionary."""
+        return {name: units / UNIT for name, units in self.pairs}
 
     @property
     def base_units(self) -> int:
         """The base's own coefficient 1 - sum(w), in units: exactly 0 on the unit simplex."""
-        return UNIT - sum(units for _, units in self.items)
+        return UNIT - sum(units for _, units in self.pairs)
+
+    def __repr__(self) -> str:
+        return f"Coefficients({self.weights})"
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {weight:.3f}" for name, weight in self.weights.items())

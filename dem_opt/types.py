@@ -49,7 +49,7 @@ class Composite:
     def edited(cls, base: str, fine_tunes: Mapping[str, str], coefficients: Coefficients) -> "Composite":
         """The composite of coefficients by distribution, from content hashes of the base and the fine-tunes by name."""
         contents = {base: coefficients.base_units}
-        for name, units in coefficients.items:
+        for name, units in coefficients.pairs:
             contents[fine_tunes[name]] = contents.get(fine_tunes[name], 0) + units
         return cls.of(contents)
 

@@ -1,5 +1,8 @@
 """Laws of the coefficient space, over dimensions, totals, bounds, and free totals."""
 
+import json
+import pickle
+from collections.abc import Mapping
 from itertools import permutations, product
 from math import comb
 
@@ -42,7 +45,7 @@ def test_every_point_is_in_the_space_in_whole_units(space):
     for point in points(space):
         assert space.contains(point)
         assert round(least * UNIT) <= sum(point.units.values()) <= round(space.total * UNIT)
-        for name, units in point.items:
+        for name, units in point.pairs:
             lower, upper = bounds.get(name, (0.0, space.total))
             assert round(lower * UNIT) <= units <= round(upper * UNIT)
 
@@ -53,6 +56,22 @@ def test_a_point_comes_back_from_its_shares_and_from_its_weights(space):
         assert space.at(space.shares(point)) == point
         assert space.nearest(space.point(point)) == point
         assert space.check(point.weights) == point
+
+
+@pytest.mark.parametrize("space", SPACES, ids=str)
+def test_coefficients_are_a_mapping_of_names_to_floats(space):
+    for point in points(space, 10):
+        assert isinstance(point, Mapping) and list(point) == list(space.names) and len(point) == space.dimension
+        assert json.loads(json.dumps(dict(point))) == point.weights == {name: point[name] for name in point}
+        assert [*point.values()] == [units / UNIT for units in point.units.values()]
+        assert space.check(point) == point and space.check(dict(point.items())) == point
+        assert hash(point) == hash(space.check(point)) and pickle.loads(pickle.dumps(point)) == point
+        with pytest.raises(KeyError):
+            point["no such distribution"]
+
+
+def test_coefficients_show_their_numbers():
+    assert repr(Coefficients((("a", UNIT // 4), ("b", 3 * UNIT // 4)))) == "Coefficients({'a': 0.25, 'b': 0.75})"
 
 
 @pytest.mark.parametrize("space", OPEN, ids=str)
@@ -107,8 +126,8 @@ def test_the_lattice_has_all_its_points_once(dimension, divisions):
     assert len(lattice) == len(set(lattice)) == space.lattice_size(divisions)
     assert space.lattice_size(divisions) == comb(divisions + dimension - 1, dimension - 1)
     for point in lattice:
-        assert sum(units for _, units in point.items) == UNIT
-        steps = np.array([units for _, units in point.items]) * divisions / UNIT
+        assert sum(units for _, units in point.pairs) == UNIT
+        steps = np.array([units for _, units in point.pairs]) * divisions / UNIT
         assert np.abs(steps - steps.round()).max() < 1e-7
 
 
@@ -129,7 +148,7 @@ def test_the_step_of_a_tenth_has_286_points_and_an_exact_base():
     lattice = list(Space(NAMES[:4]).lattice(10))
     assert len(lattice) == 286
     assert all(point.base_units == 0 for point in lattice)
-    assert {units % (UNIT // 10) for point in lattice for _, units in point.items} == {0}
+    assert {units % (UNIT // 10) for point in lattice for _, units in point.pairs} == {0}
 
 
 def test_lattice_vertices_and_centroid_are_the_same_points_however_they_are_made():

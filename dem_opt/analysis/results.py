@@ -130,7 +130,7 @@ def left_out_entries(identity: StudyIdentity, winner: Entry) -> list[Entry]:
     """
     if winner.role != "best" or winner.coefficients is None:
         return []
-    used = [name for name, units in winner.coefficients.items if units]
+    used = [name for name, units in winner.coefficients.pairs if units]
     if len(used) < 2:
         return []
     return [_entry(identity, name, "without", _without(winner.coefficients, name)) for name in used]
@@ -138,7 +138,7 @@ def left_out_entries(identity: StudyIdentity, winner: Entry) -> list[Entry]:
 
 def _without(coefficients: Coefficients, name: str) -> Coefficients:
     """Coefficients with that of `name` at 0 and the others grown in proportion to the same total."""
-    others = {other: units for other, units in coefficients.items if other != name}
+    others = {other: units for other, units in coefficients.pairs if other != name}
     rest = sum(others.values())
     total = rest + coefficients.units[name]
     shares = np.array([others[other] / rest for other in sorted(others)])
@@ -148,7 +148,7 @@ def _without(coefficients: Coefficients, name: str) -> Coefficients:
 
 def _alike(left: Coefficients, right: Coefficients) -> bool:
     """True if no coefficient differs by as much as APART."""
-    return all(abs(units - right.units[name]) < APART * UNIT for name, units in left.items)
+    return all(abs(units - right.units[name]) < APART * UNIT for name, units in left.pairs)
 
 
 def summarize(

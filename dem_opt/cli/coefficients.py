@@ -27,5 +27,5 @@ def parse_numbers(text: str, option: str) -> dict[str, float]:
 
 def format_coefficients(coefficients: Coefficients) -> str:
     """Coefficients as --coefficients takes them, exactly; zeros are left out."""
-    used = {name: units for name, units in coefficients.items if units} or dict(coefficients.items[:1])
+    used = {name: units for name, units in coefficients.pairs if units} or dict(coefficients.pairs[:1])
     return ",".join(f"{name}={units / UNIT:.9f}".rstrip("0").rstrip(".") for name, units in used.items())

@@ -57,7 +57,7 @@ def texts(
 ) -> dict[str, str]:
     """Card and recipe of a study's composite by file name; `folder` is that of the study file."""
     base = Ingredient("base", sources.base, coefficients.base_units)
-    ingredients = [base, *(Ingredient(name, sources.fine_tunes[name], units) for name, units in coefficients.items)]
+    ingredients = [base, *(Ingredient(name, sources.fine_tunes[name], units) for name, units in coefficients.pairs)]
     study = resolved(sources.config, folder)
     card = model_card(sources.config.name, ingredients, libraries, study, results, margins, dtype)
     return {CARD: card, RECIPE: recipe(ingredients, dtype)}

@@ -139,7 +139,7 @@ def _apart(ranked: Sequence[Coefficients], most: int) -> list[Coefficients]:
 
     The distance is the greatest difference of a coefficient; of equals the first is chosen.
     """
-    units_NK = np.array([[units for _, units in point.items] for point in ranked]).reshape(len(ranked), -1)
+    units_NK = np.array([[units for _, units in point.pairs] for point in ranked]).reshape(len(ranked), -1)
     chosen, distance_N = list[int](), np.full(len(ranked), np.inf)
     while len(chosen) < min(most, len(ranked)) and distance_N.max() > 0:
         chosen.append(int(distance_N.argmax()))

@@ -33,7 +33,7 @@ def test_sqlite_and_postgresql_give_the_same_trials_to_the_bit(
     for name, sections in (("sqlite", {}), ("server", {"storage": postgres_url})):
         listener = run(worlds.study(tmp_path / name, search=search, **sections), monkeypatch)
         found.append(
-            [(one.number, one.coefficients.items, one.objective, one.error, one.scores) for one in listener.records]
+            [(one.number, one.coefficients.pairs, one.objective, one.error, one.scores) for one in listener.records]
         )
     assert len(found[0]) == 12 and found[0] == found[1]
 

@@ -57,9 +57,9 @@ def first_points(space: Space, start: Sequence[Coefficients]) -> list[Coefficien
     """
     if len(start) < ENOUGH:
         return [*start, *space.landmarks()]
-    used = {name for point in start for name, units in point.items if units}
+    used = {name for point in start for name, units in point.pairs if units}
     unused = set(space.names) - used
-    vertices = (vertex for vertex in space.vertices() if any(units and name in unused for name, units in vertex.items))
+    vertices = (vertex for vertex in space.vertices() if any(units and name in unused for name, units in vertex.pairs))
     return [*start, *vertices]
 
 
