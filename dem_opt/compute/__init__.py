@@ -6,7 +6,7 @@ Imports config and the root modules only: a worker is built by a function that t
 
 from dem_opt.compute.in_process import InProcessCompute, InProcessPool
 from dem_opt.compute.protocols import Compute, Evaluator, Pool
-from dem_opt.compute.ray_compute import SETTINGS, RayCompute
+from dem_opt.compute.ray_compute import SETTINGS, RayCompute, ray_warnings
 from dem_opt.compute.ray_pool import ATTEMPTS, RayPool
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "Pool",
     "RayCompute",
     "RayPool",
+    "ray_warnings",
 ]

@@ -6,13 +6,15 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Self
+from contextlib import ExitStack
+from typing import Any, Self
 
 from dem_opt.compute.protocols import Build, Job, Pool, Result
 from dem_opt.compute.ray_pool import RayPool, first_line, import_ray
+from dem_opt.compute.ray_session import free_shared_memory, private_ray, shared_memory_warning, token_warning
 from dem_opt.config import ComputeSection
 from dem_opt.errors import InputError
-from dem_opt.progress import Progress
+from dem_opt.progress import Progress, current_progress
 from dem_opt.types import WorkerSpec
 
 CONNECT_SECONDS = 5.0
@@ -42,25 +44,23 @@ def _run_job(function: Callable[[Job], Result], threads: int, job: Job) -> Resul
 class RayCompute:
     """Compute on Ray: the cluster that this process is connected to already, else the one that `settings.ray` names.
 
-    "local" starts Ray on this machine, "auto" looks for this machine's cluster, anything else is an address.  To keep a
-    connection between the cells of a notebook, call `ray.init` first; one that is made here ends with the context.
+    "local" starts a private Ray on this machine, "auto" looks for this machine's cluster, anything else is an address.
+    To keep a connection between the cells of a notebook, call `ray.init` first; one that is made here ends with the
+    context.
     """
 
     def __init__(self, settings: ComputeSection) -> None:
         self._settings = settings
-        self._connected_here = False
+        self._connection = ExitStack()
 
     def __enter__(self) -> Self:
         ray = self._ray = import_ray()
         if not ray.is_initialized():
             self._connect(self._settings.ray)
-            self._connected_here = True
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._connected_here:
-            self._ray.shutdown()
-            self._connected_here = False
+        self._connection.close()
 
     @property
     def device(self) -> str:
@@ -101,16 +101,37 @@ class RayCompute:
     def _connect(self, address: str) -> None:
         for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)
-        dashboard = {"include_dashboard": False} if address == "local" else {}
-        _check_address(address)
+        for warning in ray_warnings(self._settings):
+            current_progress().warning(warning)
         handler = signal.getsignal(signal.SIGTERM)
-        try:
-            self._ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **dashboard)
-        except (ConnectionError, ValueError) as error:
-            mend = f"no Ray answers there ({first_line(error)})"
-            raise InputError(None, "compute.ray", address, mend) from None
+        if address == "local":
+            self._connection.enter_context(private_ray(self._ray))
+        else:
+            _join(self._ray, address)
+            self._connection.callback(self._ray.shutdown)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray's own handler would exit at once
+
+
+def ray_warnings(settings: ComputeSection) -> list[str]:
+    """Problems of this machine that a study's Ray survives, each with its mend."""
+    warning = shared_memory_warning(free_shared_memory()) if settings.ray == "local" else token_warning()
+    return [] if warning is None else [warning]
+
+
+def _join(ray: Any, address: str) -> None:
+    """Connect to a cluster; InputError if none answers, or it refuses this user's token."""
+    _check_address(address)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError) as error:
+        mend = f"no Ray answers there ({first_line(error)})"
+        raise InputError(None, "compute.ray", address, mend) from None
+    except ray.exceptions.AuthenticationError:
+        mend = (
+            "needs the token of its cluster, in ~/.ray/auth_token or RAY_AUTH_TOKEN; a study's own Ray takes no other"
+        )
+        raise InputError(None, "compute.ray", address, mend) from None
 
 
 def _check_address(address: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from dem_opt.checkpoints.files import Header, known_content
+from dem_opt.compute import ray_warnings
 from dem_opt.config import StudyConfig
 from dem_opt.config.objective_function import ObjectiveFunction, import_from
 from dem_opt.errors import InputError
@@ -128,7 +129,13 @@ def check(config: StudyConfig, where: Path) -> Findings:
         speed=speed,
         seconds=plan.seconds(speed),
         kernel=expected_backend(plan.machine.device).description,
-        warnings=(*identical_checkpoints(identities), *_other_tokenizers(files), *unreachable, *full),
+        warnings=(
+            *identical_checkpoints(identities),
+            *_other_tokenizers(files),
+            *unreachable,
+            *full,
+            *ray_warnings(config.compute),
+        ),
     )
 
 

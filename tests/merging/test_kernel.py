@@ -2,8 +2,10 @@
 
 import functools
 import os
+import stat
 import subprocess
 import sys
+import tempfile
 from time import time
 
 import numpy as np
@@ -223,6 +225,76 @@ def test_a_compiled_kernel_is_found_again(tmp_path, monkeypatch):
     assert expected_compiled_kernel() == expected_backend("cpu").description == again.description and expected_backend(
         "cuda"
     ).description.endswith("by torch at first use")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache folder with a compiled kernel."""
+    if compiled_kernel().merge is None:
+        pytest.skip(compiled_kernel().description)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiled_kernel.__wrapped__()
+    (library,) = (tmp_path / "dem_opt").glob("kernel-*.so")
+    assert stat.S_IMODE(library.parent.stat().st_mode) == stat.S_IMODE(library.stat().st_mode) == 0o700
+    return library
+
+
+def truncate(library):
+    """Another file of the same name: this process has mapped the old one."""
+    content = library.read_bytes()
+    library.unlink()
+    library.write_bytes(content[:-100])
+    library.chmod(0o700)
+
+
+def link(library):
+    elsewhere = library.with_name("elsewhere.so")
+    library.rename(elsewhere)
+    library.symlink_to(elsewhere)
+
+
+@pytest.mark.parametrize("damage", [truncate, link, lambda library: library.chmod(0o777)])
+def test_a_library_of_other_content_or_that_others_can_write_is_compiled_again(cache, damage):
+    damage(cache)
+    assert "at first use" in expected_compiled_kernel()
+    kernel = compiled_kernel.__wrapped__()
+    assert kernel.merge is not None and "was compiled by" in kernel.description
+    assert "compiled before" in compiled_kernel.__wrapped__().description
+
+
+NOBODY = 65534
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+
+
+@pytest.mark.parametrize("mode", [0o777, pytest.param(0o770, marks=as_root)])
+@pytest.mark.parametrize("depth", [0, 1], ids=["folder", "above"])
+def test_a_folder_that_others_can_write_is_not_used(cache, depth, mode):
+    folder = cache.parents[depth]
+    if mode == 0o770:
+        os.chown(folder, -1, NOBODY)
+    folder.chmod(mode)
+    before = sorted(cache.parent.iterdir())
+    assert f"{folder} " in expected_compiled_kernel()
+    kernel = compiled_kernel.__wrapped__()
+    assert kernel.merge is not None and "for this process alone" in kernel.description
+    assert f"{folder} " in kernel.description and sorted(cache.parent.iterdir()) == before
+
+
+@as_root
+@pytest.mark.parametrize("depth", [None, 0, 1], ids=["file", "folder", "above"])
+def test_a_library_of_another_user_is_not_loaded(cache, depth):
+    os.chown(cache if depth is None else cache.parents[depth], NOBODY, NOBODY)
+    kernel = compiled_kernel.__wrapped__()
+    assert kernel.merge is not None and "compiled before" not in kernel.description
+
+
+@as_root
+def test_without_any_private_folder_merges_run_in_torch(cache, monkeypatch):
+    os.chown(cache.parent, NOBODY, NOBODY)
+    cache.parents[1].chmod(0o777)
+    monkeypatch.setattr(tempfile, "tempdir", str(cache.parents[1]))
+    kernel = compiled_kernel.__wrapped__()
+    assert kernel.merge is None and str(cache.parents[1]) in kernel.description
 
 
 def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch):
