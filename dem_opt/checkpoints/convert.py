@@ -2,17 +2,20 @@
 
 import json
 import shutil
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
+from zipfile import ZipFile, is_zipfile
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from dem_opt.atomic import publish_folder, staged_folder
 from dem_opt.checkpoints.files import INDEX, PICKLED, WEIGHTS, cache_folder
-from dem_opt.errors import InputError
+from dem_opt.errors import InputError, shorten
+from dem_opt.permissions import make_private_folder
 
 _NAME = "pytorch_model*.bin"
 
@@ -23,18 +26,23 @@ def converted(folder: Path, field: str) -> Path:
     Only tensors are unpickled.  A folder that has safetensors, or no pickled weights, is returned as it is.
 
     Raises:
-        InputError: A pickle holds anything else, or is damaged.
+        InputError: A pickle holds anything else, is damaged, or has tensors without dense values; or the cache can't
+            be written.
     """
     pickles = sorted(folder.glob(_NAME)) if folder.is_dir() else []
     if not pickles or (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
         return folder
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in pickles]
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in [*pickles, *_rest(folder)]]
     out = cache_folder() / "converted" / sha256(repr(stats).encode()).hexdigest()[:32]
-    if not out.is_dir():
-        with staged_folder(out, wait=True) as partial:
-            if not out.is_dir():  # another process may have made it meanwhile
-                _write(folder, pickles, partial, field)
-                publish_folder(partial, out)
+    try:
+        make_private_folder(cache_folder())
+        if not out.is_dir():
+            with staged_folder(out, wait=True) as partial:
+                if not out.is_dir():  # another process may have made it meanwhile
+                    _write(folder, pickles, partial, field)
+                    publish_folder(partial, out)
+    except OSError as error:
+        raise InputError(out, field, None, f"pickled weights can't be converted there ({error.strerror})") from None
     return out
 
 
@@ -42,22 +50,79 @@ def _write(folder: Path, pickles: list[Path], out: Path, field: str) -> None:
     """Write a safetensors file for each pickle, an index, and copies of the folder's other files."""
     weight_map: dict[str, str] = {}
     for file in pickles:
-        tensors = {name: tensor.contiguous().clone() for name, tensor in _load(file, field).items()}
-        save_file(tensors, out / f"{file.stem}.safetensors", metadata={"format": "pt"})
+        stored = _load(file, field)
+        for name, tensor in stored.items():
+            if fault := _fault(tensor):
+                raise InputError(file, field, name, fault)
+        tensors = {name: tensor.contiguous().clone() for name, tensor in stored.items()}
+        try:
+            save_file(tensors, out / f"{file.stem}.safetensors", metadata={"format": "pt"})
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            reason = f"can't be written as safetensors ({shorten(_first_line(error), 200)})"
+            raise InputError(file, field, None, reason) from None
         weight_map |= dict.fromkeys(tensors, f"{file.stem}.safetensors")
     (out / INDEX).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
-    for file in folder.iterdir():
-        if file.is_file() and not any(file.match(pattern) for pattern in (*PICKLED, "*.bin.index.json")):
-            shutil.copyfile(file, out / file.name)
+    for file in _rest(folder):
+        shutil.copyfile(file, out / file.name)
 
 
-def _load(file: Path, field: str) -> dict[str, Any]:
+def _rest(folder: Path) -> Iterator[Path]:
+    """The files of a folder that are copied: all but pickles and their index."""
+    patterns = (*PICKLED, "*.bin.index.json")
+    return (file for file in sorted(folder.iterdir()) if file.is_file() and not any(map(file.match, patterns)))
+
+
+def _load(file: Path, field: str) -> dict[str, Tensor]:
     """The tensors of one file."""
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        # Files of PyTorch before 1.6 are no zip archives, which alone can be mapped.
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle may stumble over anything
+        reason = shorten(_first_line(error), 200)
         raise InputError(file, field, None, f"holds more than tensors, or is damaged ({reason})") from None
-    if not (isinstance(tensors, dict) and all(isinstance(value, torch.Tensor) for value in tensors.values())):
+    if not (isinstance(tensors, dict) and all(isinstance(value, Tensor) for value in tensors.values())):
         raise InputError(file, field, None, "is no mapping of names to tensors")
+    for name in tensors:
+        if not isinstance(name, str) or not name.isprintable() or name == "__metadata__":
+            raise InputError(file, field, name, "is no name of a tensor: save a state dict, whose keys are names")
+    if is_zipfile(file) and _stored_bytes(file) < _used_bytes(tensors.values()):
+        raise InputError(file, field, None, "is truncated: it has fewer bytes than its tensors; copy it again")
     return tensors
+
+
+def _stored_bytes(file: Path) -> int:
+    """Bytes of the tensors of a zip archive.
+
+    Torch maps as many bytes as a tensor needs from where its record begins, also beyond the record's end.
+    """
+    with ZipFile(file) as archive:
+        return sum(entry.file_size for entry in archive.infolist() if "/data/" in entry.filename)
+
+
+def _used_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the memory that dense tensors lie in, each part counted once."""
+    dense = (x for x in tensors if x.layout == torch.strided and not (x.is_meta or x.is_nested))
+    storages = (tensor.untyped_storage() for tensor in dense)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _fault(tensor: Tensor) -> str | None:
+    """Say why a tensor has no dense values of its own, and what to do; None for an ordinary one."""
+    save = "then save the checkpoint again"
+    if tensor.is_meta:
+        return f"a tensor on the meta device, without values: load the weights first, {save}"
+    if tensor.is_nested:
+        return f"a nested tensor: pad it, {save}"
+    if tensor.is_quantized:
+        return f"a quantized tensor: call `dequantize()`, {save}"
+    if tensor.layout != torch.strided:
+        return f"a tensor of layout {tensor.layout}: call `to_dense()`, {save}"
+    if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+        return f"a tensor with fewer bytes than its shape needs, expanded or truncated: call `contiguous()`, {save}"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,6 +1,11 @@
 """Pickled weights: refused, or converted to the same bits where the study allows it."""
 
 import shutil
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from random import Random
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -9,7 +14,7 @@ from safetensors.torch import load_file
 
 from dem_opt.checkpoints.architecture import check_base
 from dem_opt.checkpoints.convert import converted
-from dem_opt.checkpoints.files import WEIGHTS, content_hash, read_header
+from dem_opt.checkpoints.files import WEIGHTS, cache_folder, content_hash, read_header
 from dem_opt.checkpoints.locate import locate
 from dem_opt.config import ModelSource
 from dem_opt.errors import InputError
@@ -88,3 +93,99 @@ def test_safetensors_are_left_where_they_are(tmp_path):
     assert locate(ModelSource(path=tmp_path / "new", pickled=True), "base") == tmp_path / "new"
     shutil.rmtree(tmp_path / "new")
     assert locate(ModelSource(path=tmp_path / "new", pickled=True), "base") == tmp_path / "new"
+
+
+def truncated(weight: torch.Tensor, folder: Path) -> None:
+    """An archive in which the record of a tensor's bytes is cut in half."""
+    whole = folder / "whole.zip"
+    torch.save({"lm_head.weight": weight}, whole)
+    with ZipFile(whole) as source, ZipFile(folder / "pytorch_model.bin", "w") as target:
+        for name in source.namelist():
+            data = source.read(name)
+            target.writestr(name, data[: len(data) // 2] if "/data/" in name else data)
+    whole.unlink()
+
+
+def sparse_csr(weight: torch.Tensor) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return weight.to_sparse_csr()
+
+
+UNUSABLE = {
+    "sparse": lambda weight: {"lm_head.weight": weight.to_sparse()},
+    "compressed": lambda weight: {"lm_head.weight": sparse_csr(weight)},
+    "quantized": lambda weight: {"lm_head.weight": torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8)},
+    "meta": lambda weight: {"lm_head.weight": weight.to("meta")},
+    "nested": lambda weight: {"lm_head.weight": torch.nested.as_nested_tensor([weight, weight[:1]])},
+    "expanded": lambda weight: {"lm_head.weight": weight[:1, :1].expand(10**7, 10**7)},
+    "complex": lambda weight: {"lm_head.weight": weight.to(torch.complex128)},
+    "bits": lambda weight: {"lm_head.weight": weight.to(torch.uint8).view(torch.bits8)},
+    "numbered": lambda weight: {0: weight},
+    "nameless": lambda weight: {None: weight},
+    "pairs": lambda weight: {("lm_head", "weight"): weight},
+    "metadata": lambda weight: {"__metadata__": weight},
+    "half a character": lambda weight: {"\ud800": weight},
+    "list": lambda weight: [weight],
+    "tensor": lambda weight: weight,
+    "nested mapping": lambda weight: {"model": {"lm_head.weight": weight}},
+    "a number": lambda weight: {"lm_head.weight": 1.0},
+    "truncated": truncated,
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_what_is_no_dense_named_tensor_is_one_line_and_leaves_nothing(pickled, kind):
+    folder, _ = pickled
+    weight, file = torch.ones(4, 4), folder / "pytorch_model.bin"
+    file.unlink()
+    if kind == "truncated":
+        truncated(weight, folder)
+    else:
+        torch.save(UNUSABLE[kind](weight), file)
+    before = set(cache_folder().rglob("*"))
+    with pytest.raises(InputError) as refusal:
+        read_header(locate(ModelSource(path=folder, pickled=True), "base"), "base")
+    assert "\n" not in str(refusal.value) and refusal.value.field == "base"
+    left = set(cache_folder().rglob("*")) - before - {cache_folder() / "converted"}
+    assert kind == "complex" or (refusal.value.where == file and not left)
+    assert not [path for path in left if path.name.endswith(".partial")]
+
+
+def test_a_folder_in_place_of_the_file_is_one_line(pickled):
+    folder, _ = pickled
+    (folder / "pytorch_model.bin").unlink()
+    (folder / "pytorch_model.bin").mkdir()
+    with pytest.raises(InputError):
+        read_header(locate(ModelSource(path=folder, pickled=True), "base"), "base")
+
+
+def test_a_file_of_an_old_release_of_torch_is_read(pickled):
+    folder, content = pickled
+    file = folder / "pytorch_model.bin"
+    torch.save(torch.load(file), file, _use_new_zipfile_serialization=False)
+    assert content_hash(locate(ModelSource(path=folder, pickled=True), "base")) == content
+
+
+def test_a_changed_config_is_converted_anew(pickled):
+    folder, _ = pickled
+    before = converted(folder, "base")
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("{", '{"rms_norm_eps": 0.5,', 1))
+    after = converted(folder, "base")
+    assert after != before and (after / "config.json").read_text() == config.read_text()
+
+
+def test_changed_bytes_are_read_or_told(pickled):
+    """Of a file of the old format, every byte of which is a pickle's; seeded."""
+    folder, _ = pickled
+    file, random = folder / "pytorch_model.bin", Random(0)
+    torch.save({"lm_head.weight": torch.ones(2, 2)}, file, _use_new_zipfile_serialization=False)
+    content = file.read_bytes()
+    for _ in range(200):
+        changed = bytearray(content)
+        changed[random.randrange(len(changed))] = random.randrange(256)
+        file.write_bytes(changed)
+        with suppress(InputError):
+            converted(folder, "base")
