@@ -17,7 +17,7 @@ from dem_opt.dashboards.figures import all_figures
 from dem_opt.dashboards.regret_plots import comparison_figure
 from dem_opt.dashboards.style import objective_words
 from dem_opt.dashboards.tables import (
-    SPLITS,
+    SPLIT_NAMES,
     Table,
     comparison_table,
     cost_table,
@@ -133,7 +133,7 @@ def render(summary: Summary) -> str:
         coefficients=_figure("coefficients", figures),
         tables="".join(
             _html_table(final_table(summary, split), f"NLL in nats per token, {words}")
-            for split, words in SPLITS.items()
+            for split, words in SPLIT_NAMES.items()
         ),
         objective=_explain_objective(summary),
         margins=_html_table(
@@ -208,7 +208,7 @@ def _answer(summary: Summary) -> str:
     scores = ", ".join(
         f"{number(winner.objective.get(split))} nats per token on the {words} "
         f"(base: {number(base.objective.get(split))})"
-        for split, words in SPLITS.items()
+        for split, words in SPLIT_NAMES.items()
     )
     if summary.is_mean:
         scores += _perplexities(winner, base)
@@ -222,7 +222,7 @@ def _perplexities(winner: ResultRow, base: ResultRow) -> str:
     if HELD_OUT not in winner.objective or HELD_OUT not in base.objective:
         return ""
     perplexity, of_base = exp(winner.objective[HELD_OUT]), exp(base.objective[HELD_OUT])
-    return f"; perplexity {perplexity:.2f} on the {SPLITS[HELD_OUT]} (base: {of_base:.2f})"
+    return f"; perplexity {perplexity:.2f} on the {SPLIT_NAMES[HELD_OUT]} (base: {of_base:.2f})"
 
 
 def _explain_objective(summary: Summary) -> str:

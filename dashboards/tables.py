@@ -10,7 +10,7 @@ from dem_opt.analysis.utilization import usage_of
 from dem_opt.dashboards.style import ABSENT, coefficients_text
 from dem_opt.types import HELD_OUT, SEARCH, Margin, ResultRow, Summary
 
-SPLITS = {SEARCH: "search split", HELD_OUT: "held-out split"}
+SPLIT_NAMES = {SEARCH: "search split", HELD_OUT: "held-out split"}
 """Each split, as readers know it."""
 
 GRID_DIVISIONS = 10
@@ -56,7 +56,7 @@ def top_table(summary: Summary) -> Table:
     """List the best composites by the search split: objective on both splits and the gap between them."""
     rows = []
     for rank, result in enumerate(summary.top, start=1):
-        search, held_out = (result.objective.get(split) for split in SPLITS)
+        search, held_out = (result.objective.get(split) for split in SPLIT_NAMES)
         gap = ABSENT if search is None or held_out is None else f"{held_out - search:+.4f}"
         coefficients = coefficients_text(result.coefficients) + _violation(result)
         rows.append((str(rank), coefficients, number(search), number(held_out), gap))
@@ -65,11 +65,11 @@ def top_table(summary: Summary) -> Table:
 
 def margin_table(summary: Summary) -> Table:
     """List the winner's margin over each rival in nats per token, its 95% paired interval, and the conclusion."""
-    headers = ("rival", *(f"{words}\n[95% interval]" for words in SPLITS.values()), "winner")
+    headers = ("rival", *(f"{words}\n[95% interval]" for words in SPLIT_NAMES.values()), "winner")
     margins = {(margin.rival, margin.split): margin for margin in summary.margins}
     rows = []
     for rival in dict.fromkeys(margin.rival for margin in summary.margins):
-        by_split = [margins.get((rival, split)) for split in SPLITS]
+        by_split = [margins.get((rival, split)) for split in SPLIT_NAMES]
         rows.append((rival, *map(_interval, by_split), _conclusion(by_split)))
     return Table(headers, tuple(rows))
 
@@ -142,9 +142,9 @@ def vector_table(summary: Summary) -> Table:
     rows = []
     for name in summary.distributions:
         norm = f"{norms[name]:.4g}" if name in norms else ABSENT
-        changes = [_objective_change(left_out.get(name), winner, split) for split in SPLITS]
+        changes = [_objective_change(left_out.get(name), winner, split) for split in SPLIT_NAMES]
         rows.append((name, f"{weights.get(name, 0.0):.3f}", norm, *changes))
-    headers = ("distribution", "coefficient", "norm", *(f"without it,\n{words}" for words in SPLITS.values()))
+    headers = ("distribution", "coefficient", "norm", *(f"without it,\n{words}" for words in SPLIT_NAMES.values()))
     return Table(headers, tuple(rows))
 
 

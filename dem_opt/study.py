@@ -1,6 +1,7 @@
 """The public API: a study file, and everything that can be done with it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -15,7 +16,7 @@ from dem_opt.config import StudyConfig
 from dem_opt.config.objective_function import import_from
 from dem_opt.dashboards.html_report import write_report
 from dem_opt.export.writer import Export, Scores
-from dem_opt.progress import NullProgress, Progress
+from dem_opt.progress import NullProgress, Progress, reporting
 from dem_opt.simplex import Coefficients
 from dem_opt.tracking import MlflowTracker, PageListener, Tracker
 from dem_opt.tracking.mlflow_client import MlflowStore
@@ -90,11 +91,13 @@ class Study:
             algorithms: Names as in the study file's `search.algorithm`.  Each has the study file's budget.
             seeds: Runs of each algorithm, whose seeds count on from the study's.
         """
-        return StudyResult(optimize.optimize(self._context, algorithms, seeds))
+        with self._workflow() as context:
+            return StudyResult(optimize.optimize(context, algorithms, seeds))
 
     def sync(self) -> bool:
         """Log finished trials that the tracker lacks; return whether it has all of them now."""
-        return optimize.sync(self._context)
+        with self._workflow() as context:
+            return optimize.sync(context)
 
     def train(self) -> dict[str, FineTuned]:
         """Fine-tune the base for every distribution whose checkpoint is missing or has other settings.
@@ -107,7 +110,8 @@ class Study:
         Raises:
             TrainingError: A training failed; the others were finished first.
         """
-        return fine_tuning.train(self._context, fine_tuning.jobs(self.config, self._context.path))
+        with self._workflow() as context:
+            return fine_tuning.train(context, fine_tuning.jobs(self.config, context.path))
 
     def mix(self, grid: str) -> MixingComparison:
         """Train and score a model for each data mixture of a grid, and compare the winner with them.
@@ -115,11 +119,13 @@ class Study:
         Args:
             grid: "study" for the study file's mixtures, "3" for all multiples of a third.
         """
-        return data_mixing.mix(self._context, grid)
+        with self._workflow() as context:
+            return data_mixing.mix(context, grid)
 
     def evaluate(self) -> TaskTable:
         """Score base, fine-tunes, uniform average and the best composites on the study file's tasks."""
-        return downstream.evaluate(self._context)
+        with self._workflow() as context:
+            return downstream.evaluate(context)
 
     def score(self, coefficients: Mapping[str, float]) -> Scores:
         """Score a composite on both splits; what was measured before is not measured again.
@@ -130,11 +136,13 @@ class Study:
         Returns:
             Scores by split ("search", "held_out"), then by distribution or general corpus.
         """
-        return score.score_composite(self._context, self._checked(coefficients))
+        with self._workflow() as context:
+            return score.score_composite(context, self._checked(coefficients))
 
     def score_model(self, folder: str | Path) -> Scores:
         """Score a model folder that has the base's tokenizer; the result is that of `score`."""
-        return score.score_model(self._context, Path(folder))
+        with self._workflow() as context:
+            return score.score_model(context, Path(folder))
 
     def merge(
         self,
@@ -152,7 +160,8 @@ class Study:
             dtype: "float32", "bfloat16" or "float16"; the base's unless given.
             overwrite: Replace an earlier export.  A folder with any file that was not exported is always refused.
         """
-        return export.merge(self._context, self._checked(coefficients), Path(out), dtype, overwrite)
+        with self._workflow() as context:
+            return export.merge(context, self._checked(coefficients), Path(out), dtype, overwrite)
 
     def export(self, out: str | Path, dtype: str | None = None) -> Champion:
         """Write the winner as a checkpoint folder, prove it from disk, and register it with the tracker.
@@ -161,7 +170,8 @@ class Study:
             out: Folder to write; an earlier export there is replaced, unless a file was added to it or changed.
             dtype: "float32", "bfloat16" or "float16"; the base's unless given.
         """
-        return export.export(self._context, Path(out), dtype)
+        with self._workflow() as context:
+            return export.export(context, Path(out), dtype)
 
     def summary(self) -> Summary:
         """Summarize what was measured so far, from the study's database alone."""
@@ -254,7 +264,8 @@ class Study:
 
     def describe(self, results: Summary, note: str, files: Mapping[str, str | bytes]) -> None:
         """Log a summary with the tracker: its baselines, a description in Markdown, and files by path."""
-        summary.log_summary(self._context, results, note, files)
+        with self._workflow() as context:
+            summary.log_summary(context, results, note, files)
 
     def reweighted(self, weights: Mapping[str, float]) -> Summary:
         """Summarize what the study would have found with other weights of its objective, without a forward pass.
@@ -262,7 +273,14 @@ class Study:
         Args:
             weights: Weights by distribution or general corpus; those left out are 0.
         """
-        return summary.reweigh(self._context, weights, "--reweight")
+        with self._workflow() as context:
+            return summary.reweigh(context, weights, "--reweight")
+
+    @contextmanager
+    def _workflow(self) -> Iterator[StudyContext]:
+        """The study's context; code far below a workflow reports to its progress while this is open."""
+        with reporting(self._context.progress):
+            yield self._context
 
     def _checked(self, coefficients: Mapping[str, float]) -> Coefficients:
         return self.config.space.check(coefficients, self._context.path, "coefficients")

@@ -5,7 +5,8 @@ N stored checkpoints (base and fine-tunes), P parameters, K distributions, V voc
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from functools import cached_property
 from hashlib import sha256
 from math import exp, fsum, inf, isfinite, sqrt
@@ -185,7 +186,7 @@ class Request:
     ticket: int
     composite: Composite
     corpora: tuple[str, ...]
-    known: Mapping[str, Score] = field(default_factory=dict)
+    known: Mapping[str, Score] = dataclass_field(default_factory=dict)
     race: StoppingRule | None = None
     gradient: bool = False
 
@@ -214,7 +215,7 @@ class Evaluation:
     forward_tokens: int = 0
     merge_seconds: float = 0.0
     score_seconds: float = 0.0
-    gradients: Mapping[str, Gradient] = field(default_factory=dict)
+    gradients: Mapping[str, Gradient] = dataclass_field(default_factory=dict)
     scored_tokens: int = 0
     wait_seconds: float = 0.0
     batch_tokens: int = 0
@@ -230,11 +231,16 @@ class Failure:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A checkpoint or adapter folder and the hash of its content; for an adapter, also the content of its base."""
+    """A checkpoint or adapter folder and the hash of its content; for an adapter, also the content of its base.
+
+    Attributes:
+        field: Field of the study file that named the folder, for messages.
+    """
 
     path: Path
     content: str
     base: str | None = None
+    field: str = dataclass_field(default="checkpoint", compare=False)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -282,14 +288,14 @@ class TrialRecord:
     number: int
     coefficients: Coefficients
     objective: float | None
-    scores: Mapping[str, Score] = field(default_factory=dict)
-    evaluation: Evaluation = field(default_factory=lambda: Evaluation(scores={}))
+    scores: Mapping[str, Score] = dataclass_field(default_factory=dict)
+    evaluation: Evaluation = dataclass_field(default_factory=lambda: Evaluation(scores={}))
     propose_seconds: float = 0.0
     reason: str = ""
     violation: float = 0.0
     forwards: float = 1.0
     error: float = 0.0
-    gradient: Mapping[str, float] = field(default_factory=dict)
+    gradient: Mapping[str, float] = dataclass_field(default_factory=dict)
 
     @property
     def is_partial(self) -> bool:

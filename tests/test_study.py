@@ -20,7 +20,8 @@ from dem_opt.config import load
 from dem_opt.errors import EvaluationError, InputError
 from dem_opt.evaluation.worker import Worker
 from dem_opt.export import writer
-from dem_opt.planning.inputs import _check_window, load_inputs
+from dem_opt.planning.inputs import check_window, load_inputs
+from dem_opt.progress import NullProgress, current_progress
 from dem_opt.search.optuna_study import Search, study_names
 from dem_opt.study import Study
 from dem_opt.types import SEARCH
@@ -361,10 +362,19 @@ def test_a_window_longer_than_the_bases_positions_is_refused(tmp_path, key):
 def _window_is_checked(path: Path) -> bool:
     try:
         config = load(path)
-        _check_window(config.base.path, config.evaluation.window, path)
+        check_window(config.base.path, config.evaluation.window, path)
     except InputError:
         return True
     return False
+
+
+def test_a_study_reports_the_phases_of_code_far_below_its_workflows(tmp_path):
+    """Hashing and writing take minutes for large models; they report without a progress of their own."""
+    progress = RecordedProgress()
+    path = worlds.study(tmp_path)
+    open_study(path, progress).merge({"code": 0.5, "math": 0.5}, tmp_path / "merged")
+    assert {"hashing base", "merging and writing", "comparing from disk"} <= set(progress.phases)
+    assert isinstance(current_progress(), NullProgress)
 
 
 def test_an_unknown_algorithm_is_named(tmp_path):

@@ -199,15 +199,15 @@ def load_edits(adapter: Adapter, devices: Mapping[str, torch.device] | None = No
     return edits
 
 
-def content_of(model: StoredModel, field: str = "checkpoint") -> str:
+def content_of(model: StoredModel) -> str:
     """The content hash that a checkpoint's or an adapter's files have now.
 
     Raises:
         InputError: Weights are NaN or infinite.
     """
     if model.base is None:
-        return content_hash(model.path, field)
-    return read_adapter(model.path, field).content(model.base)
+        return content_hash(model.path, model.field)
+    return read_adapter(model.path, model.field).content(model.base)
 
 
 def _check_config(folder: Path, field: str) -> dict[str, Any]:

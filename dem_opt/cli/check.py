@@ -54,9 +54,9 @@ def _print_memory(plan: "Plan", terminal: Terminal) -> None:
     worker = "one worker" if gpus == 1 else f"one worker, on each of its {gpus} GPUs"
     rows = [
         (_stored(plan), sized(memory.stored)),
-        (f"the live model in {calls.dtype}", sized(memory.live)),
+        (f"merged model in {calls.dtype}", sized(memory.live)),
         (f"activations and logits of {calls.call_tokens:,} tokens", sized(memory.activations)),
-        ("a merge's scratch, the windows", sized(memory.scratch + memory.windows)),
+        ("merge scratch and windows", sized(memory.scratch + memory.windows)),
         ("the process and its libraries", sized(memory.process)),
         (worker, sized(memory.peak)),
     ]
@@ -76,7 +76,7 @@ def _print_passes(plan: "Plan", terminal: Terminal) -> None:
     passes = [
         ("one composite on the search split", 1, work.trial_tokens),
         (f"base, {work.trials} trials, baselines", work.composites, work.composites * work.trial_tokens),
-        ("the final table on the held-out split", work.reported, work.reported * work.report_tokens),
+        ("results table on the held-out split", work.reported, work.reported * work.report_tokens),
         ("the whole study", work.composites + work.reported, work.tokens),
     ]
     rows = [(part, f"{composites:,}", f"{tokens:,}") for part, composites, tokens in passes]

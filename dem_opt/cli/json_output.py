@@ -67,7 +67,7 @@ def of_summary(summary: "Summary") -> dict[str, Any]:
 
     return {
         "study": summary.study,
-        "objective": summary.function or ("worst regret" if summary.worst else "mean"),
+        "objective": summary.function or ("largest regret" if summary.worst else "mean"),
         "weights": dict(summary.weights),
         "winner": summary.winner.label,
         "results": [_of_row(row) for row in summary.results],
@@ -94,8 +94,11 @@ def of_mixing(comparison: "MixingComparison") -> dict[str, Any]:
     """A comparison with data mixing, with its units."""
     units = {
         "objective, nll": "nats per token",
-        "tokens": "tokens through a model, padding included",
-        "flops": "floating-point operations: 2 P T forward, 6 P T for training all parameters",
+        "trained_tokens, forward_tokens": "tokens through a model, padding included",
+        "flops, training_flops, forward_flops": "floating-point operations: 2 P T forward, 6 P T for training all "
+        "parameters",
+        "seconds": "seconds",
+        "shares": "shares of a mixture's tokens, from 0 to 1",
         "ratio, equal_ratio": "floating-point operations of the mixtures over those of the fine-tunes and the search",
     }
     return asdict(comparison) | {"against": [asdict(budget) for budget in comparison.against], "units": units}

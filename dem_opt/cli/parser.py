@@ -75,6 +75,15 @@ class Parser(ArgumentParser):
 
 def parser() -> ArgumentParser:
     """The parser of `dem-opt`; it loads no heavy library."""
+    return _parsers()[0]
+
+
+def command_parsers() -> dict[str, ArgumentParser]:
+    """The parser of each command by its name, in the order of the help."""
+    return _parsers()[1]
+
+
+def _parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     top = Parser(prog="dem-opt", description=DESCRIPTION, epilog=EPILOG, formatter_class=_Help)
     top.add_argument("--version", action="version", version=f"dem-opt {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND", title="commands")
@@ -84,7 +93,7 @@ def parser() -> ArgumentParser:
     _add_results(commands)
     _add_database(commands)
     _add_completion(commands)
-    return top
+    return top, dict(commands.choices)
 
 
 def _add(

@@ -125,11 +125,11 @@ def print_comparison(summary: "Summary", folder: Path, terminal: Terminal) -> No
 
 
 def print_results(summary: "Summary", terminal: Terminal) -> None:
-    """Print the final table on both splits, the best five composites, the margins and the winner."""
+    """Print the results table on both splits, the best five composites, the margins and the winner."""
     from dem_opt.dashboards.style import objective_words
-    from dem_opt.dashboards.tables import SPLITS, final_table, margin_table, top_table
+    from dem_opt.dashboards.tables import SPLIT_NAMES, final_table, margin_table, top_table
 
-    for split, words in SPLITS.items():
+    for split, words in SPLIT_NAMES.items():
         final = final_table(summary, split)
         terminal.table(
             f"NLL in nats per token, {words}; FE: forward-equivalents",

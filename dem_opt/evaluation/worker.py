@@ -29,7 +29,7 @@ class Worker:
     """Loads everything once; an evaluation then opens no file and knows neither database nor tracker.
 
     Attributes:
-        model: The live model, whose parameters are those of the composite merged last.
+        model: The merged model, whose parameters are those of the composite merged last.
         merged_model: Stored checkpoints and the live parameters.
     """
 
@@ -169,7 +169,9 @@ def build(spec: WorkerSpec) -> Worker:
 
 def _check_content(model: StoredModel) -> None:
     if content_of(model) != model.content:
-        raise InputError(model.path, None, None, "its weights have changed since the study began to load; run again")
+        raise InputError(
+            model.path, model.field, None, "its weights have changed since the study began to load; run again"
+        )
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

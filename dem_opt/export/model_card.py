@@ -196,10 +196,15 @@ def _from(folder: Path, value: Any) -> Any:
 
 
 def _scores(split: str, results: Sequence[ResultRow]) -> str:
-    """The table of one split: NLL for each distribution and their weighted mean, and the mean's perplexity."""
+    """The table of one split: NLL for each distribution and their weighted mean, and the mean's perplexity.
+
+    The best of a comparison that was interrupted is not scored on the held-out split, and is left out of its table.
+    """
     names = list(results[0].scores[split])
     rows = []
     for result in results:
+        if split not in result.objective:
+            continue
         mean = result.objective[split]
         nlls = [f"{result.scores[split][name].nll:.4f}" for name in names]
         rows.append([result.label, *nlls, f"{mean:.4f}", f"{exp(mean):.3f}"])

@@ -124,7 +124,9 @@ def write_composite(
     refuse_place(out, [base.path, *(model.path for model in stored.values())], overwrite)
     for model in (base, *used.values()):
         if content_of(model) != model.content:
-            raise InputError(model.path, None, None, "its weights have changed since they were scored; run again")
+            raise InputError(
+                model.path, model.field, None, "its weights have changed since they were scored; run again"
+            )
     header = read_header(base.path, "base")
     architecture = read_architecture(header)
     declared = dtype or _own_dtype(architecture, base, used, composite)
@@ -156,7 +158,7 @@ def _own_dtype(
         return None
     (model,) = used.values()
     base_header = read_header(base.path, "base")
-    header = read_header(model.path, "checkpoint") if model.base is None else base_header
+    header = read_header(model.path, model.field) if model.base is None else base_header
     dtypes = set(stored_dtypes(architecture, header).values())
     alike = dtypes == set(stored_dtypes(architecture, base_header).values())
     return None if alike or len(dtypes) > 1 else dtypes.pop()

@@ -1,4 +1,4 @@
-"""Stored checkpoints and the live model, in flat segments.
+"""Stored checkpoints and the merged model, in flat segments.
 
     Theta_D = sum_n (units_n / 1e9) Theta_n
 
@@ -56,7 +56,7 @@ class ModelBytes:
 
 
 class MergedModel:
-    """Stored checkpoints and a live model on its devices; `merge` makes the live model any composite of them."""
+    """Stored checkpoints and a merged model on its devices; `merge` makes the merged model any composite of them."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class MergedModel:
         quantized = distinct[1:] if vectors == "int8" else []
         whole = [checkpoint for checkpoint in distinct if checkpoint.base is None and checkpoint not in quantized]
         self._quantized_base = distinct[0].content if quantized else None
-        headers = {x.content: read_header(x.path, "checkpoint") for x in (*whole, *quantized)}
+        headers = {x.content: read_header(x.path, x.field) for x in (*whole, *quantized)}
         self._segments = self._allocate(model, architecture, {x.content: headers[x.content] for x in whole})
         self._streamed = StreamedCheckpoints(
             {
@@ -154,7 +154,7 @@ class MergedModel:
         return segments + sum(edit.nbytes for _, edits in self._adapters.values() for edit in edits.values())
 
     def merge(self, composite: Composite) -> None:
-        """Make the live model  Theta_D = sum_n (units_n / 1e9) Theta_n , always from the stored checkpoints.
+        """Make the merged model  Theta_D = sum_n (units_n / 1e9) Theta_n , always from the stored checkpoints.
 
         Summed in float32 in the composite's order, rounded once to the base's dtype, then cast to the live one.  A
         single term is copied as it is.  With int8 vectors v the sum is  Theta + sum_i (units_i / 1e9) v_i .
@@ -314,7 +314,7 @@ class MergedModel:
         """Load an adapter's edits to the devices of their parameters; returned with the content of its base."""
         assert adapter.base is not None
         devices = {name: self._devices[number] for name, number in self._split.places.items()}
-        return adapter.base, load_edits(read_adapter(adapter.path, "adapter"), devices)
+        return adapter.base, load_edits(read_adapter(adapter.path, adapter.field), devices)
 
     def _adopt(self, model: PreTrainedModel) -> None:
         """Make the model's parameters views of the live segments, and move its buffers to their devices."""
@@ -397,7 +397,7 @@ def _tensors(architecture: Architecture, base: Header, names: Sequence[str], mod
     parameters = parameter_of(architecture, base)
     if model.base is not None:
         return _edited(model, read_tensors(base, names), parameters)
-    header = read_header(model.path, "checkpoint")
+    header = read_header(model.path, model.field)
     layout = architecture.layout(header)
     # Fused parameters have the same stored names in all checkpoints; others may be stored under an old name.
     stored = [name if parameters[name] in layout.fused else layout.sources[parameters[name]][0] for name in names]
@@ -406,7 +406,7 @@ def _tensors(architecture: Architecture, base: Header, names: Sequence[str], mod
 
 def _edited(model: StoredModel, values: NamedTensors, parameters: Mapping[str, str]) -> NamedTensors:
     """Yield the base's tensors with an adapter's edits; `parameters` maps stored names to parameters."""
-    edits = load_edits(read_adapter(model.path, "adapter"))
+    edits = load_edits(read_adapter(model.path, model.field))
     for name, tensor in values:
         edit = edits.get(parameters[name])
         yield name, tensor if edit is None else edit.apply(tensor)
@@ -480,7 +480,7 @@ def _lay_out(
 
 @dataclass(frozen=True, kw_only=True)
 class _Segment:
-    """Parameters of one device with the same dtypes: of stored checkpoints, int8 vectors, and the live model.
+    """Parameters of one device with the same dtypes: of stored checkpoints, int8 vectors, and the merged model.
 
     Attributes:
         device: The device's number.

@@ -147,7 +147,7 @@ class Inputs:
             refuse_too_large(headers.plan(), folder)
         if tokenizer_digest(load_tokenizer(folder)) != self.tokenizer:
             raise InputError(folder, field, None, "its tokenizer is not the base's, so perplexities would not compare")
-        return StoredModel(folder, content_hash(folder, field))
+        return StoredModel(folder, content_hash(folder, field), field=field)
 
     def spec_of(self, model: StoredModel) -> WorkerSpec:
         """Specify a worker that scores one other model."""
@@ -190,7 +190,7 @@ def check_headers(config: StudyConfig, where: Path) -> CheckedHeaders:
     architecture = check_base(base)
     architecture.split(config.compute.gpus_per_worker, where)
     _check_gpus(config, where)
-    _check_window(base.folder, config.evaluation.window, where)
+    check_window(base.folder, config.evaluation.window, where)
     headers = {"base": base}
     for name, distribution in config.distributions.items():
         kind, source = distribution.fine_tune
@@ -235,7 +235,7 @@ def _check_gpus(config: StudyConfig, where: Path) -> None:
         raise InputError(where, "compute.gpus_per_worker", gpus, mend)
 
 
-def _check_window(base: Path, window: int, where: Path) -> None:
+def check_window(base: Path, window: int, where: Path) -> None:
     """Raise InputError where a window has more tokens than the base has positions; a config may name no limit."""
     model = read_config(base, "base")
     names = _POSITIONS[:1] if model.get("is_encoder_decoder") else _POSITIONS  # T5's n_positions limits nothing
@@ -284,7 +284,7 @@ def load_inputs(config: StudyConfig, where: Path, worker: bool = True) -> Inputs
         for name, data in config.corpora.items()
         for corpus in build_corpora(name, data, config.evaluation, tokenizer, checked.architecture.paired)
     )
-    base = StoredModel(folder, content_hash(folder, "base"))
+    base = StoredModel(folder, content_hash(folder, "base"), field="base")
     fine_tunes = {
         name: _stored_model(distribution, checked.headers[name], base)
         for name, distribution in config.distributions.items()
@@ -310,5 +310,5 @@ def _stored_model(distribution: DistributionSection, header: Header, base: Store
     kind, _ = distribution.fine_tune
     if kind == "adapter":
         content = read_adapter(header.folder, header.field).content(base.content)
-        return StoredModel(header.folder, content, base.content)
-    return StoredModel(header.folder, content_hash(header.folder, header.field))
+        return StoredModel(header.folder, content, base.content, header.field)
+    return StoredModel(header.folder, content_hash(header.folder, header.field), field=header.field)

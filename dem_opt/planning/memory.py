@@ -26,7 +26,7 @@ class Memory:
 
     Attributes:
         stored: Base and fine-tunes as the merged model keeps them, also where no composite uses the base.
-        live: The live model, in the evaluation's dtype.
+        live: The merged model, in the evaluation's dtype.
         scratch: Temporaries of a merge.
         windows: Tokens of all corpora, and the spec's own copy.
         activations: The most that a forward call and its loss hold at once.

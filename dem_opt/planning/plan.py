@@ -33,7 +33,7 @@ class Calls:
     """Forward calls of an evaluation.
 
     Attributes:
-        dtype: Of the live model and its activations.
+        dtype: Of the merged model and its activations.
         vectors: "exact" or "int8".
         window: Tokens of a window.
         batch_tokens: Most tokens of a forward call.
@@ -53,8 +53,8 @@ class Work:
 
     Attributes:
         trials: Trials of the search.
-        composites: Composites scored on the search split: base, trials and those of the final table.
-        reported: Composites scored on the held-out split: those of the final table.
+        composites: Composites scored on the search split: base, trials and those of the results table.
+        reported: Composites scored on the held-out split: those of the results table.
         trial_tokens: Forward tokens of one composite on the search split.
         report_tokens: Forward tokens of one composite on the held-out split.
         token_flops: Floating-point operations of a forward token.
@@ -247,7 +247,7 @@ def refuse_too_large(plan: Plan, where: Path) -> None:
     if plan.needed <= plan.machine.available:
         return
     memory = plan.memory
-    parts = f"{plan.checkpoints} checkpoints {sized(memory.stored)}, live model {sized(memory.live)}, "
+    parts = f"{plan.checkpoints} checkpoints {sized(memory.stored)}, merged model {sized(memory.live)}, "
     parts += f"activations {sized(memory.activations)}, "
     parts += f"the rest {sized(memory.scratch + memory.windows + memory.process)}"
     on_each = f" on each of {plan.gpus_per_worker} GPUs" if plan.gpus_per_worker > 1 else ""
@@ -324,7 +324,7 @@ def _batch_tokens(study: StudyConfig, free: int, calls: _Sizes) -> int:
 def _work(study: StudyConfig, *, token_flops: float, merge_bytes: int) -> Work:
     """Count trials and composites.
 
-    The final table has base, single fine-tunes, their uniform average and the best.  The Gaussian process begins with
+    The results table has base, single fine-tunes, their uniform average and the best.  The Gaussian process begins with
     singles and average, the grid has the singles.  Both splits have the best without each of its distributions too;
     of two distributions these are the singles.
     """

@@ -183,7 +183,7 @@ def score_mixtures(
     their files.
     """
     identity = inputs.identity()
-    models = [StoredModel(mixture.job.out, content_hash(mixture.job.out, FOLDER)) for mixture in jobs]
+    models = [StoredModel(mixture.job.out, content_hash(mixture.job.out, FOLDER), field=FOLDER) for mixture in jobs]
     composites = {model.path: Composite.single(model.content) for model in models}
     missing = [
         model

@@ -99,7 +99,7 @@ def _measure_results(context: StudyContext, driver: Driver, generation: int, lea
     """Score the composites of the results table on both splits."""
     identity = driver.identity
     trials = trials_by_run(context, driver.ledger, identity, generation)
-    with lease.turn("measuring the final table"):
+    with lease.turn("measuring the results table"):
         table = entries(identity, trials)
         reported = [*table, *top_entries(identity, trials), *left_out_entries(identity, table[-1])]
         for split in SPLITS:

@@ -85,7 +85,7 @@ class World:
 
 
 def merged(world, stored, units):
-    """Parameters of a composite in an merged model and streamed, which must be the same."""
+    """Parameters of a composite in a merged model and streamed, which must be the same."""
     composite = Composite.of({one.content: count for one, count in zip(stored, units, strict=True) if count})
     model = empty_model(world.base.path, torch.float32)
     merged_model = MergedModel(model, [world.base, *stored])

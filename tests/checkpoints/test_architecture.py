@@ -198,7 +198,7 @@ def make_one(made, document):
 
 
 def differentiated(world, dtype):
-    """A composite's nats and gradient in an merged model of this dtype, and the model."""
+    """A composite's nats and gradient in a merged model of this dtype, and the model."""
     merged_model, model = world.merged_model(dtype)
     merged_model.merge(world.composite())
     model.config._experts_implementation = "eager" if dtype == torch.float64 else model.config._experts_implementation

@@ -123,7 +123,7 @@ def test_tables_fit_a_hundred_columns_and_no_number_breaks(capsys, case):
     told = capsys.readouterr().out
     tables_alone = [line.rstrip() for line in told.splitlines() if not line.startswith("The winner: ")]
     assert max(map(len, tables_alone)) <= WIDTH
-    for split in tables.SPLITS:
+    for split in tables.SPLIT_NAMES:
         for row in tables.final_table(summary, split).rows:
             assert all(f" {cell} " in told for cell in row[1:])
     assert all(cell in told for row in tables.margin_table(summary).rows for cell in row[:3])

@@ -100,7 +100,7 @@ def test_a_page_is_whole_and_asks_the_network_for_nothing(case: Case, kind: str)
     assert summary.study in written and all(reason in written for reason in summary.stopped.values())
     if kind == "report":
         assert all(name in written for name in summary.weights)
-        assert all(row[1] in written for split in tables.SPLITS for row in tables.final_table(summary, split).rows)
+        assert all(row[1] in written for split in tables.SPLIT_NAMES for row in tables.final_table(summary, split).rows)
         assert all(row[1] in written and row[-1] in written for row in tables.top_table(summary).rows)
 
 

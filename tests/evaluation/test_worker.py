@@ -236,6 +236,23 @@ def test_with_a_gradient_all_windows_are_gone_through_and_scored_to_the_same_bit
     assert again.scores == plain.scores and not again.gradients
 
 
+@pytest.mark.parametrize("name", ["base", "code"])
+@pytest.mark.parametrize("fault", ["missing", "changed", "truncated"])
+def test_what_a_worker_cannot_load_is_named_as_in_the_study_file(tmp_path, name, fault):
+    path = worlds.study(tmp_path)
+    inputs = load_inputs(load(path), path)
+    folder = tmp_path / "models" / name
+    if fault == "missing":
+        shutil.rmtree(folder)
+    elif fault == "changed":
+        shutil.copytree(tmp_path / "models/math", folder, dirs_exist_ok=True)
+    else:
+        (folder / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(InputError) as refused:
+        Worker(inputs.spec())
+    assert refused.value.field == {"base": "base", "code": "distributions.code.checkpoint"}[name]
+
+
 @pytest.mark.parametrize("name", ["mamba", "t5"])
 def test_of_models_with_other_kernels_scores_are_those_of_a_pass_without_gradients(tmp_path, name):
     stored = [zoo.save(tmp_path / part, name, seed) for seed, part in enumerate(("base", "a"))]

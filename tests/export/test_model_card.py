@@ -1,5 +1,7 @@
 """Cards and recipes: what they tell is what was done, and whatever users write shows as it is."""
 
+from dataclasses import replace
+
 import pytest
 import worlds
 import yaml
@@ -61,6 +63,16 @@ def test_a_card_tells_coefficients_scores_margins_and_provenance(tmp_path):
     assert ["base", "held-out", "0.5000", "0.2500 to 0.7500"] in rows(card)
     assert "search split" in card and "held-out split" in card and "All weights are bfloat16" in card
     assert "    name: tiny\n    base: <b>models</b>\n" in card
+
+
+def test_a_card_leaves_out_a_composite_where_a_split_was_not_scored(tmp_path):
+    """The best of a comparison that was interrupted has no held-out scores."""
+    partial = replace(
+        result("grid", 1.0), scores={"search": result("grid", 1.0).scores["search"]}, objective={"search": 1.5}
+    )
+    card = model_card("study", ingredients(tmp_path), {}, "", [result("winner", 2.0), partial])
+    assert sum(row[0] == "winner" for row in rows(card)) == 2
+    assert sum(row[0] == "grid" for row in rows(card)) == 1
 
 
 def test_a_card_without_scores_says_none(tmp_path):

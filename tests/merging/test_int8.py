@@ -68,7 +68,7 @@ def arena_of(world, stored=None, live=torch.float32):
 
 
 def vectors_of(world, merged_model, content):
-    """What an merged model has of an expert, by parameter, in float64."""
+    """What a merged model has of an expert, by parameter, in float64."""
     return {
         place.name: segment.vectors_NP[content].within(place.slice)[slice(0, 10**9)].double().view(place.shape)
         for segment in merged_model._segments
