@@ -14,6 +14,7 @@ from dem_opt.config.places import find_place
 from dem_opt.config.sections import (
     ALGORITHMS,
     BUDGETS,
+    CHAT_DATE,
     RENAMED_KEYS,
     ComputeSection,
     DataFile,
@@ -42,6 +43,7 @@ from dem_opt.simplex import TOLERANCE, Space
 __all__ = [
     "ALGORITHMS",
     "BUDGETS",
+    "CHAT_DATE",
     "ComputeSection",
     "DataFile",
     "DistributionSection",

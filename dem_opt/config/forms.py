@@ -2,6 +2,7 @@
 
 import re
 import types
+from datetime import date
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
@@ -12,10 +13,17 @@ from dem_opt.config.sections import PATTERNS, DataFile, ModelSource, Name, Secti
 SHARED_FORMS: dict[type[Section], str] = {DataFile: "DATA", ModelSource: "MODEL"}
 """Forms that several keys take, listed once at the end of the reference under these words."""
 
-_SCALARS: dict[Any, str] = {int: "integer", float: "number", str: "text", bool: "true or false", Any: "any value"}
+_SCALARS: dict[Any, str] = {
+    int: "integer",
+    float: "number",
+    str: "text",
+    bool: "true or false",
+    date: "date",
+    Any: "any value",
+}
 _BOUNDS = {Gt: ("gt", ">"), Ge: ("ge", "≥"), Lt: ("lt", "<"), Le: ("le", "≤")}
 _SIGNS = {">": "greater than", "≥": "of at least", "<": "below", "≤": "of at most"}
-_NOUNS = re.compile(r"(?:^|(?<= or ))(integer|number|mapping|list|name|path)\b")
+_NOUNS = re.compile(r"(?:^|(?<= or ))(integer|number|mapping|list|name|path|date)\b")
 
 
 def type_words(annotation: Any, metadata: list[Any]) -> str:
@@ -94,4 +102,4 @@ def _bounds(metadata: list[Any]) -> str:
 
 def _plural(words: str) -> str:
     first, *rest = words.split(" ")
-    return " ".join([f"{first}s" if first in ("integer", "number", "name", "mapping") else first, *rest])
+    return " ".join([f"{first}s" if first in ("integer", "number", "name", "mapping", "path") else first, *rest])

@@ -1,6 +1,7 @@
 """Sections of a study file. The docstring below each field is its description in the reference of the study file."""
 
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -30,9 +31,13 @@ PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 StudyPath = Annotated[Path, Field(strict=False)]
+Date = Annotated[date, Field(strict=False)]
 Column = Annotated[str, Field(min_length=1)]
 Range = Annotated[tuple[NotNegative, NotNegative], Field(strict=False)]
 Shares = dict[Name, NotNegative]
+
+CHAT_DATE = date(2025, 1, 1)
+"""Today's date for chat templates, unless the study names another."""
 
 RENAMED_KEYS: Mapping[str, str] = {
     "compute.residents": "compute.workers",
@@ -71,13 +76,17 @@ _COLUMNS = {"text": ("text",), "prompt_completion": ("prompt", "completion"), "m
 
 
 class DataFile(Section):
-    """A file of documents, and the columns in which its format finds them.
+    """A file of documents or several, and the columns in which their format finds them.
 
-    A path alone is a file of format `text`.  Only the columns of the format may be named.
+    A path or a list of paths alone is of format `text`.  Only the columns of the format may be named.
     """
 
-    path: StudyPath
-    """Data file: `.jsonl` (one JSON object a line), `.parquet` (one document a row) or `.txt` (one document)."""
+    path: StudyPath | list[StudyPath]
+    """Data file, folder of data files, or glob pattern such as `data/math-*.jsonl`; or a list of these. Files are JSON
+    lines or an array of objects (`.jsonl`, `.json`), tables (`.csv`, `.tsv`, `.parquet`) or one document each (`.txt`),
+    compressed or not (`.gz`, `.zst`, `.bz2`, `.xz`, `.lz4`, `.zip`). A folder that `datasets` wrote with `save_to_disk`
+    is read too.
+    """
 
     format: Literal["text", "prompt_completion", "messages"] = "text"
     """Format of each document: running text, a prompt with the completion that is scored, or a conversation in which
@@ -85,23 +94,35 @@ class DataFile(Section):
     """
 
     text: Column = "text"
-    """Column of the text (format `text`)."""
+    """Column of the text (format `text`); `data.text` is the `text` within a column `data`, here and below."""
 
     prompt: Column = "prompt"
-    """Column of the prompt, which is read but not scored (format `prompt_completion`)."""
+    """Column of the prompt, which is read but not scored (format `prompt_completion`): a text or a list of messages."""
 
     completion: Column = "completion"
-    """Column of the completion, which is scored (format `prompt_completion`)."""
+    """Column of the completion, which is scored (format `prompt_completion`): a text or a list of messages."""
 
     messages: Column = "messages"
-    """Column of the list of messages, each with a `role` and a `content` (format `messages`)."""
+    """Column of the list of messages, each with a `role` and a `content` or, as ShareGPT has them, with `from` and
+    `value` (format `messages`). Unless named, it may also be called `conversations`.
+    """
 
-    _paths = field_validator("path", mode="before")(resolve_path)
+    tools: Column = "tools"
+    """Column of the tool definitions that the chat template gets with a conversation; rows may lack it."""
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _paths(cls, value: Any, info: ValidationInfo) -> Any:
+        entries = value if isinstance(value, list) else [value]
+        if not entries or not all(isinstance(entry, str | Path) and str(entry) for entry in entries):
+            raise ValueError(f"must be a path or a list of paths, not {value!r}")
+        paths = [resolve_path(entry, info) for entry in entries]
+        return paths if isinstance(value, list) else paths[0]
 
     @model_validator(mode="before")
     @classmethod
     def _from_path(cls, data: Any) -> Any:
-        if isinstance(data, str | Path):
+        if isinstance(data, str | Path | list):
             return {"path": data}
         if not isinstance(data, Mapping | cls):
             raise ValueError(f"must be a path, or a mapping with `path:` and `format:`, not {data!r}")
@@ -111,19 +132,35 @@ class DataFile(Section):
     def _check_columns(self) -> Self:
         for column in sorted(set().union(*_COLUMNS.values()) & self.model_fields_set - set(self.columns)):
             raise ValueError(f"{column}: not a column of format {self.format}, which has {' and '.join(self.columns)}")
+        if self.format == "text" and "tools" in self.model_fields_set:
+            raise ValueError("tools: not a column of format text; conversations have tools")
         return self
 
     @model_serializer
-    def _as_written(self) -> str | dict[str, str]:
-        """The shortest form: a path alone where everything else is at its default."""
+    def _as_written(self) -> str | list[str] | dict[str, Any]:
+        """The shortest form: paths alone where everything else is at its default."""
+        path = [str(path) for path in self.path] if isinstance(self.path, list) else str(self.path)
         if self.columns == {"text": "text"}:
-            return str(self.path)
-        return {"path": str(self.path), "format": self.format} | self.columns
+            return path
+        return {"path": path, "format": self.format} | self.columns | self.named_tools
+
+    @property
+    def paths(self) -> list[Path]:
+        """The paths, which may be folders and patterns."""
+        return self.path if isinstance(self.path, list) else [self.path]
 
     @property
     def columns(self) -> dict[str, str]:
         """The name in the file of each column that the format has."""
         return {column: getattr(self, column) for column in _COLUMNS[self.format]}
+
+    @property
+    def named_tools(self) -> dict[str, str]:
+        """The column of tools, where it has a name of its own."""
+        return {"tools": self.tools} if self.tools != "tools" else {}
+
+    def __str__(self) -> str:
+        return ", ".join(str(path) for path in self.paths)
 
 
 class ModelSource(Section):
@@ -322,6 +359,11 @@ class EvaluationSection(Section):
 
     seed: Seed = 0
     """Seed that orders the documents and draws the windows."""
+
+    date: Date = CHAT_DATE
+    """Date that stands in for today's in chat templates that write it (`strftime_now`), so that a conversation has the
+    same tokens on every day.
+    """
 
 
 Algorithm = Literal["simplex-gp", "grid", "random", "tpe", "cmaes", "gradient"]

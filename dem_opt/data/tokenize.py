@@ -1,10 +1,9 @@
-"""Documents -> token ids, with a mask of the scored ones.
+"""Texts and pairs -> token ids, with a mask of the scored ones.
 
 Shape suffix: L tokens of one document.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -12,16 +11,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dem_opt.data.documents import Chat, Document, Pair, Turn
+from dem_opt.data.documents import Pair
 from dem_opt.errors import InputError
 
 _D = TypeVar("_D")
 _CHARACTERS_AT_ONCE = 2**16
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,18 +73,6 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> 
     return sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def rendered(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A document as the text that is encoded.
-
-    Raises InputError for conversations that the chat template refuses.
-    """
-    if isinstance(document, str):
-        return document
-    if isinstance(document, Pair):
-        return document.prompt + document.completion
-    return str(_apply_template(document.turns, tokenizer, tokenize=False))
-
-
 def encode_texts(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     """Each text's token ids with EOS at the end, encoded in batches as they are asked for."""
     for batch in _batches(texts, len):
@@ -117,78 +102,6 @@ def encode_pairs(pairs: Iterable[Pair], tokenizer: PreTrainedTokenizerBase, pair
             if paired and not source:
                 raise InputError(None, "prompt", pair.prompt, "has no tokens, and an encoder-decoder needs some")
             yield _parts([(source, False), (_with_end(target, tokenizer), True)])
-
-
-def encode_chats(chats: Iterable[Chat], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:
-    """Each conversation in the tokenizer's chat template; what the assistant says is scored.
-
-    That is what stands within {% generation %} where the template has such marks.  Where it has none, it is what
-    an assistant's turn adds to the conversation before it and the generation prompt.
-
-    Raises InputError where the tokenizer has no chat template, and where that has no marks and what it makes of
-    the first turns is not the beginning of what it makes of all.  Where it refuses a conversation, the error
-    names no file; the caller adds it.
-    """
-    template = _template(tokenizer)
-    encode = _by_marks if tokenizer.is_fast and _GENERATION.search(template) else _by_prefixes
-    for chat in chats:
-        tokens = encode(chat, tokenizer)
-        tokens.scored_L[:1] = False
-        yield tokens
-
-
-def _by_marks(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    made = _apply_template(chat.turns, tokenizer, return_dict=True, return_assistant_tokens_mask=True)
-    return Tokens(np.array(made["input_ids"], dtype=np.int64), np.array(made["assistant_masks"], dtype=np.bool_))
-
-
-def _by_prefixes(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """Assistant turn i is scored from the end of turns[:i] with the generation prompt to the end of turns[:i + 1]."""
-    whole = _turn_ids(chat.turns, tokenizer)
-    scored_L = np.zeros(len(whole), dtype=np.bool_)
-    for place, turn in enumerate(chat.turns):
-        if turn.role == "assistant":
-            start = _end(chat.turns[:place], whole, tokenizer, prompted=True)
-            scored_L[start : _end(chat.turns[: place + 1], whole, tokenizer)] = True
-    return Tokens(np.array(whole, dtype=np.int64), scored_L)
-
-
-def _end(turns: tuple[Turn, ...], whole: list[int], tokenizer: PreTrainedTokenizerBase, prompted: bool = False) -> int:
-    """Where the first turns end within the ids of all."""
-    ids = _turn_ids(turns, tokenizer, add_generation_prompt=prompted)
-    if whole[: len(ids)] != ids:
-        mend = (
-            "the template rewrites earlier turns, or a token spans where a turn begins, so the assistant's tokens "
-            "can't be told; mark them in it with {% generation %}, or give pairs: format prompt_completion"
-        )
-        raise InputError(tokenizer.name_or_path, "chat_template", None, mend)
-    return len(ids)
-
-
-def _turn_ids(turns: tuple[Turn, ...], tokenizer: PreTrainedTokenizerBase, **how: Any) -> list[int]:
-    if not turns:
-        mend = "begins with the assistant, which needs a chat template with {% generation %}"
-        raise InputError(None, "messages", None, f"a conversation {mend}")
-    return list(_apply_template(turns, tokenizer, return_dict=True, **how)["input_ids"])
-
-
-def _apply_template(turns: tuple[Turn, ...], tokenizer: PreTrainedTokenizerBase, **how: Any) -> Any:
-    conversation = [{"role": turn.role, "content": turn.content} for turn in turns]
-    template = _template(tokenizer)
-    try:
-        return tokenizer.apply_chat_template(conversation, chat_template=template, **how)
-    except (TemplateError, TypeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        mend = f"the chat template refuses a conversation ({reason})"
-        raise InputError(None, "messages", [turn.role for turn in turns], mend) from None
-
-
-def _template(tokenizer: PreTrainedTokenizerBase) -> str:
-    try:
-        return str(tokenizer.get_chat_template())
-    except ValueError:
-        mend = "the tokenizer has no chat template, which format messages needs; add one, or give prompt_completion"
-        raise InputError(tokenizer.name_or_path, "chat_template", None, mend) from None
 
 
 def _parts(parts: Sequence[tuple[list[int], bool]]) -> Tokens:

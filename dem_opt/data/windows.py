@@ -1,19 +1,21 @@
 """Documents -> fixed, hashed windows of token ids, split into search and held-out."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from hashlib import sha256
 from itertools import chain
-from pathlib import Path
 from typing import Literal, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from dem_opt.config import DataFile, DistributionSection, EvaluationSection, GeneralSection
-from dem_opt.data.documents import Chat, Document, Pair, document_identity, read_documents
-from dem_opt.data.tokenize import Tokens, encode_chats, encode_pairs, encode_texts, rendered, tokenizer_digest
+from dem_opt.config import CHAT_DATE, DataFile, DistributionSection, EvaluationSection, GeneralSection
+from dem_opt.data.chat_template import ChatTemplate, encode_chats, rendered
+from dem_opt.data.documents import Document, Pair, document_identity, read_documents
+from dem_opt.data.messages import Chat
+from dem_opt.data.tokenize import Tokens, encode_pairs, encode_texts, tokenizer_digest
 from dem_opt.errors import InputError, located
 from dem_opt.types import HELD_OUT, SEARCH, Corpus, Windows
 
@@ -22,7 +24,11 @@ SURPLUS = 8
 
 
 def pack(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, window: int, paired: bool = False
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    paired: bool = False,
+    today: date = CHAT_DATE,
 ) -> Windows:
     """Documents of one format in windows of `window` tokens (ids_WT, positions_WT, scored_WT).
 
@@ -32,14 +38,15 @@ def pack(
 
     Pairs and conversations stay whole: each stands in the window of the one before it or, where that has not
     the room, begins the next.  One that is longer than a window loses the beginning of what stands before its
-    first scored token, all but one token, and then its end.  `paired` encodes pairs for an encoder-decoder.
+    first scored token, all but one token, and then its end.  `paired` encodes pairs for an encoder-decoder;
+    `today` is the date that a chat template may write.
 
     Windows are padded at their end; those that score nothing are left out.  Raises InputError for
     conversations that can't be encoded.
     """
     if _are_texts(documents):
         return _pack_texts(list(encode_texts(documents, tokenizer)), tokenizer, window)
-    rows = _rows(_encode(documents, tokenizer, paired), window)
+    rows = _rows(_encode(documents, tokenizer, paired, today), window)
     return _fill(rows, window, _pad(tokenizer))
 
 
@@ -51,12 +58,14 @@ def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.pad_token_id or 0)
 
 
-def _encode(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, paired: bool) -> Iterable[Tokens]:
+def _encode(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, paired: bool, today: date
+) -> Iterable[Tokens]:
     """Encode pairs or conversations lazily; those without scored tokens are left out."""
     pairs = [document for document in documents if isinstance(document, Pair)]
     chats = [document for document in documents if isinstance(document, Chat)]
     assert len(documents) in (len(pairs), len(chats)), "documents of one format"
-    encoded = encode_pairs(pairs, tokenizer, paired) if pairs else encode_chats(chats, tokenizer)
+    encoded = encode_pairs(pairs, tokenizer, paired) if pairs else encode_chats(chats, tokenizer, today)
     return (tokens for tokens in encoded if tokens.scored_L.any())
 
 
@@ -155,7 +164,7 @@ def build_corpora(
     for split, file in files.items():
         if paired and file.format != "prompt_completion":
             field = f"{section}.{name}.{split if data.held_out and split == HELD_OUT else 'validation'}.format"
-            raise InputError(file.path, field, file.format, "an encoder-decoder needs pairs: format prompt_completion")
+            raise InputError(str(file), field, file.format, "an encoder-decoder needs pairs: format prompt_completion")
     builder = _Builder(evaluation, tokenizer, paired)
     search, held_out = builder.split(f"{section}.{name}", data)
     return (
@@ -176,29 +185,52 @@ class _Builder:
         """Search and held-out documents, distinct, in seeded order."""
         documents = self.ordered(data.validation, f"{section}.validation")
         if data.held_out is None:
-            return self.divide(documents, data.validation.path, f"{section}.validation")
+            return self.divide(list(documents.values()), str(data.validation), f"{section}.validation")
         held_out = self.ordered(data.held_out, f"{section}.held_out")
-        seen = set(documents)
-        unseen = [document for document in held_out if document not in seen]
+        unseen = [document for key, document in held_out.items() if key not in documents]
         if not unseen:
-            mend = f"each document stands in {data.validation.path} too; give some that search does not see"
-            raise InputError(data.held_out.path, f"{section}.held_out", None, mend)
-        return documents, unseen
+            mend = f"each document stands in {data.validation} too; give some that search does not see"
+            raise InputError(str(data.held_out), f"{section}.held_out", None, mend)
+        return list(documents.values()), unseen
 
-    def ordered(self, file: DataFile, field: str) -> list[Document]:
-        """Distinct documents of a file in the order of a seeded hash of their text."""
-        seed = self.evaluation.seed
-        distinct = set(read_documents(file, field))
-        return sorted(distinct, key=lambda document: sha256(f"{seed}\n{document_identity(document)}".encode()).digest())
+    def ordered(self, file: DataFile, field: str) -> dict[Hashable, Document]:
+        """Distinct documents by what tells them apart, in the order of a seeded hash of their text."""
+        documents = read_documents(file, field)
+        if self.paired and any(isinstance(document, Chat) for document in documents):
+            raise InputError(str(file), field, None, "an encoder-decoder needs pairs of texts, not of messages")
+        with located(str(file)):
+            distinct = {self.key(document): document for document in documents}
+        return dict(sorted(distinct.items(), key=self.order))
 
-    def divide(self, documents: list[Document], path: Path, field: str) -> tuple[list[Document], list[Document]]:
+    def key(self, document: Document) -> Hashable:
+        """What tells a document apart from others.
+
+        Of a conversation, the roles and contents, and what the chat template makes of it where that is something else
+        because of further keys, such as tool calls; an id that the template does not read makes no other document.
+        """
+        if not isinstance(document, Chat) or document.bare == document:
+            return document
+        template = ChatTemplate(self.tokenizer, self.evaluation.date)
+        texts = template.texts(document)
+        try:
+            reads_more = template.texts(document.bare) != texts
+        except InputError:  # the template needs the further keys
+            reads_more = True
+        return (document.bare, texts) if reads_more else document.bare
+
+    def order(self, item: tuple[Hashable, Document]) -> tuple[bytes, str]:
+        """A seeded hash; documents that share it, whose roles and contents are the same, by their key."""
+        key, document = item
+        return sha256(f"{self.evaluation.seed}\n{document_identity(document)}".encode()).digest(), str(key)
+
+    def divide(self, documents: list[Document], path: str, field: str) -> tuple[list[Document], list[Document]]:
         """Cut so that the first part's share of characters is nearest to that of windows; both hold a document."""
         if len(documents) < 2:
             mend = "one document can't be divided into search and held-out; add documents or a held_out file"
             raise InputError(path, field, None, mend)
         share = self.evaluation.windows / (self.evaluation.windows + self.evaluation.held_out)
         with located(path):
-            ends = np.cumsum([len(rendered(document, self.tokenizer)) for document in documents])
+            ends = np.cumsum([len(rendered(document, self.tokenizer, self.evaluation.date)) for document in documents])
         cut = int(np.abs(ends[:-1] - share * ends[-1]).argmin()) + 1
         return documents[:cut], documents[cut:]
 
@@ -212,17 +244,17 @@ class _Builder:
     ) -> Corpus:
         """As many windows as `field` of the evaluation asks for, drawn from those of the documents."""
         wanted: int = getattr(self.evaluation, field)
-        with located(file.path):
+        with located(str(file)):
             available = self.windows(documents, SURPLUS * wanted)
         if len(available) < wanted:
             mend = (
                 f"the split has text for {len(available)} windows of {self.evaluation.window} tokens; "
                 "ask for fewer, shorten evaluation.window or add text"
             )
-            raise InputError(file.path, f"evaluation.{field}", wanted, mend)
+            raise InputError(str(file), f"evaluation.{field}", wanted, mend)
         drawn = np.random.default_rng(self.evaluation.seed).permutation(len(available))[:wanted]
         windows = _take(available, drawn)
-        made_by = tokenizer_digest(self.tokenizer, chat=file.format == "messages")
+        made_by = tokenizer_digest(self.tokenizer, chat=any(isinstance(document, Chat) for document in documents))
         return Corpus(
             distribution=name,
             split=split,
@@ -235,7 +267,7 @@ class _Builder:
         window = self.evaluation.window
         if _are_texts(documents):
             return _full_windows(encode_texts(documents, self.tokenizer), window, most)
-        rows = _rows(_encode(documents, self.tokenizer, self.paired), window, most)
+        rows = _rows(_encode(documents, self.tokenizer, self.paired, self.evaluation.date), window, most)
         return _fill(rows, window, _pad(self.tokenizer))
 
 

@@ -16,12 +16,14 @@ from dem_opt.checkpoints.hf_config import read_config
 from dem_opt.checkpoints.locate import locate
 from dem_opt.config import DistributionSection, StudyConfig
 from dem_opt.config.objective_function import ObjectiveFunction
+from dem_opt.data.chat_template import writes_date
 from dem_opt.data.tokenize import load_tokenizer, tokenizer_digest
 from dem_opt.data.windows import build_corpora
 from dem_opt.errors import InputError
 from dem_opt.evaluation.interim_analyses import INTERIM_ANALYSES
 from dem_opt.planning.hardware import this_machine
 from dem_opt.planning.plan import BATCH_TOKENS, Plan, evaluation_dtype, make_plan, refuse_too_large, stored_dtype
+from dem_opt.progress import current_progress
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.types import SPLITS, Corpus, StoredModel, WorkerSpec
 
@@ -284,6 +286,8 @@ def load_inputs(config: StudyConfig, where: Path, worker: bool = True) -> Inputs
         for name, data in config.corpora.items()
         for corpus in build_corpora(name, data, config.evaluation, tokenizer, checked.architecture.paired)
     )
+    if writes_date(tokenizer) and any(data.validation.format == "messages" for data in config.corpora.values()):
+        current_progress().note(f"the chat template writes today's date: {config.evaluation.date} (evaluation.date)")
     base = StoredModel(folder, content_hash(folder, "base"), field="base")
     fine_tunes = {
         name: _stored_model(distribution, checked.headers[name], base)

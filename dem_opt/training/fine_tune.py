@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from dem_opt.atomic import link_or_copy, publish_folder, staged_folder
 from dem_opt.checkpoints.training_record import JOURNAL, RECORD, STEPS, read_record
-from dem_opt.config import DataFile
-from dem_opt.data.documents import read_documents
+from dem_opt.config import CHAT_DATE, DataFile
+from dem_opt.data.documents import holds_chats, read_documents
+from dem_opt.data.files import find_files
 from dem_opt.data.mixtures import Mixture, Part, blend
 from dem_opt.data.tokenize import load_tokenizer
 from dem_opt.data.windows import pack
@@ -57,6 +59,7 @@ class FineTuneJob:
         validation: Keep the weights of saved states, with their NLL on these windows.
         dtype: Dtype of the weights in training; "auto" is the base's.
         gpus: GPUs to divide the model's layers over.
+        today: Date that a chat template may write.
     """
 
     name: str
@@ -75,6 +78,7 @@ class FineTuneJob:
     validation: Corpus | None = None
     dtype: str = "auto"
     gpus: int = 1
+    today: date = CHAT_DATE
 
     @property
     def recipe(self) -> Recipe:
@@ -276,12 +280,12 @@ def _windows(job: FineTuneJob, tokenizer: PreTrainedTokenizerBase) -> Windows:
     """The job's training windows; of a mixture exactly as many as its steps need."""
     packed = {}
     for part in job.parts:
-        with located(part.data.path):
-            windows = pack(read_documents(part.data, "train"), tokenizer, job.window)
+        with located(str(part.data)):
+            windows = pack(read_documents(part.data, "train"), tokenizer, job.window, today=job.today)
         least = 1 if isinstance(job.train, Mixture) else job.batch_size
         if len(windows) < least and part.share:
             mend = f"makes {len(windows)} windows of {job.window} tokens: give more text or a smaller batch"
-            raise InputError(part.data.path, "fine_tuning.batch_size", job.batch_size, mend)
+            raise InputError(str(part.data), "fine_tuning.batch_size", job.batch_size, mend)
         packed[part.name] = windows
     if isinstance(job.train, Mixture):
         return blend(job.train, packed, job.steps * job.batch_size, job.seed)
@@ -317,24 +321,26 @@ def _made_from(job: FineTuneJob) -> dict[str, Any]:
     Settings at their default have no entry, so that records of earlier releases stay valid.
     """
     files = [part.data for part in job.parts]
-    kinds = {".safetensors", ".json"} | ({".jinja"} if any(file.format == "messages" for file in files) else set())
+    if not (job.base / "config.json").is_file():
+        raise InputError(job.base / "config.json", "base", None, "no such file")
+    has_chats = any(holds_chats(file, "train") for file in files)
+    kinds = {".safetensors", ".json"} | ({".jinja"} if has_chats else set())
     base = sorted(path for path in job.base.glob("*") if path.suffix in kinds)
-    for path, field_name in ((job.base / "config.json", "base"), *((file.path, "train") for file in files)):
-        if not path.is_file():
-            raise InputError(path, field_name, None, "no such file")
+    sources = [source for file in files for source in find_files(file, "train")]
     settings = asdict(job)
     chosen = ("window", "steps", "learning_rate", "batch_size", "seed")
     made_from = {
         "base": hash_files(base),
-        "train": hash_files(file.path for file in files),
+        "train": hash_files(path for source in sources for path in source.contents()),
         "settings": {name: settings[name] for name in chosen},
         **{name: dict(arguments) for name in ("trainer", "lora") if (arguments := getattr(job, name))},
         **({"adapter": "merged" if job.merged else "apart"} if job.lora is not None else {}),
         **({"dtype": job.dtype} if job.dtype != "auto" else {}),
+        **({"today": job.today.isoformat()} if has_chats and job.today != CHAT_DATE else {}),
         **({"keep": [job.save_every, job.validation.key]} if job.validation is not None else {}),
         **({"mixture": [[part.name, part.share] for part in job.parts]} if isinstance(job.train, Mixture) else {}),
     }
-    formats = [{file.format: file.columns} for file in files if file.columns != {"text": "text"}]
+    formats = [{file.format: file.columns | file.named_tools} for file in files if file.columns != {"text": "text"}]
     if not formats:
         return made_from
     return {**made_from, "format": formats if isinstance(job.train, Mixture) else formats[0]}

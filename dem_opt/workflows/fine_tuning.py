@@ -80,6 +80,7 @@ def shared_settings(config: StudyConfig, base: Path) -> dict[str, Any]:
         "save_every": max(settings.steps // STATES, 1) if settings.save_every == "auto" else settings.save_every,
         "dtype": settings.dtype,
         "gpus": 1 if settings.gpus == "auto" else settings.gpus,
+        "today": config.evaluation.date,
     }
 
 

@@ -161,9 +161,7 @@ def _data_sources(config: StudyConfig, identity: StudyIdentity) -> list[DataSour
             data = config.corpora[name]
             file = data.validation if split == SEARCH or data.held_out is None else data.held_out
             sources.append(
-                DataSource(
-                    name=name, split=split, source=str(file.path), digest=digest, windows=identity.windows(split)
-                )
+                DataSource(name=name, split=split, source=str(file), digest=digest, windows=identity.windows(split))
             )
     return sources
 

@@ -11,7 +11,8 @@ import pytest
 from pyarrow import parquet
 
 from dem_opt.config import DataFile
-from dem_opt.data.documents import Chat, Document, Pair, Turn, document_identity, read_documents
+from dem_opt.data.documents import Document, Pair, document_identity, read_documents
+from dem_opt.data.messages import Chat, Turn
 from dem_opt.errors import InputError
 
 EXOTIC = "\u2028\x85\x00 \U0001f469\u200d\U0001f52c \u202etes\u0301t\ufeff \u05e9\u05dc\u05d5\u05dd \U0010ffff\r\n\r\t"
@@ -126,7 +127,7 @@ PAIRS, CHATS = {"format": "prompt_completion"}, {"format": "messages"}
 BAD: list[tuple[str, bytes | None, dict[str, str], str]] = [
     ("missing.jsonl", None, {}, "no such file"),
     ("missing.parquet", None, {}, "no such file"),
-    ("table.csv", b"a,b", {}, "must be a .jsonl"),
+    ("table.xlsx", b"a,b", {}, "must be a .jsonl"),
     ("latin.txt", b"caf\xe9", {}, "UTF-8 text; byte 3"),
     ("latin.jsonl", b'{"text": "caf\xe9"}', {}, "must be UTF-8"),
     ("latin.jsonl", b'{"prompt": "caf\xe9"}', PAIRS, "must be UTF-8"),
@@ -148,20 +149,21 @@ BAD: list[tuple[str, bytes | None, dict[str, str], str]] = [
     ("half.jsonl", b'{"messages": [{"role": "user", "content": "\\ud800"}]}', CHATS, "line 1 holds half of a"),
     ("prompt.txt", b"a", PAIRS, "a .txt file is one document of format text, not prompt_completion"),
     ("text.jsonl", b'{"text": "a"}', PAIRS, 'with a "prompt" and a "completion" that are strings'),
-    ("half.jsonl", b'{"prompt": "a", "completion": null}', PAIRS, 'with a "prompt" and a "completion" that are'),
+    ("half.jsonl", b'{"prompt": "a", "completion": 5}', PAIRS, 'with a "prompt" and a "completion" that are'),
+    ("null.jsonl", b'{"prompt": "a", "completion": null}', PAIRS, "has no text to score"),
     ("column.jsonl", b'{"prompt": "a"}', PAIRS | {"prompt": "question"}, 'with a "question" and a "completion"'),
     ("text.jsonl", b'{"text": "a"}', CHATS, 'line 1 must be a JSON object with "messages", a list of objects with'),
     ("dict.jsonl", b'{"messages": {"role": "user", "content": "a"}}', CHATS, 'with "messages", a list of objects'),
     ("words.jsonl", b'{"messages": ["a"]}', CHATS, 'line 1, message 1 must be an object with "role" and "content"'),
     (
         "norole.jsonl",
-        b'{"messages": [{"from": "human", "value": "a"}]}',
+        b'{"messages": [{"from": "humane", "value": "a"}]}',
         CHATS,
-        'message 1 must be an object with "role"',
+        "message 1 has an unknown role; did you mean 'human'?",
     ),
-    ("parts.jsonl", b'{"messages": [{"role": "user", "content": []}]}', CHATS, "which are strings"),
+    ("parts.jsonl", b'{"messages": [{"role": "user", "content": []}]}', CHATS, 'with "role" and "content"'),
     ("role.jsonl", b'{"messages": [{"role": "asistant", "content": "a"}]}', CHATS, "did you mean 'assistant'?"),
-    ("role.jsonl", b'{"messages": [{"role": 5, "content": "a"}]}', CHATS, "which are strings"),
+    ("role.jsonl", b'{"messages": [{"role": 5, "content": "a"}]}', CHATS, 'with "role" and "content"'),
     ("none.parquet", b"no table", {}, "can't be read as Parquet"),
     ("empty.parquet", b"", {}, "can't be read as Parquet (Parquet file size is 0 bytes)"),
 ]
@@ -192,7 +194,7 @@ def test_bad_files_are_told_in_one_line(
         ({"prompt": ["a"]}, PAIRS, "= 'completion': has no column of this name; known: prompt"),
         ({"text": [1]}, {}, "= {'text': 1}: row 1 must have a \"text\" that is a string"),
         ({"text": [b"a"]}, {}, 'row 1 must have a "text" that is a string'),
-        ({"text": ["a", None]}, {}, "= {'text': None}: row 2 must have"),
+        ({"text": [None, None]}, {}, "has no text"),
         ({"messages": ["a"]}, CHATS, 'row 1 must have "messages", a list of objects with "role" and "content"'),
         ({"messages": [[{"role": "user"}]]}, CHATS, 'row 1, message 1 must be an object with "role" and "content"'),
         ({"messages": [[{"role": "bot", "content": "a"}]]}, CHATS, "= 'bot': row 1, message 1 has an unknown role"),
@@ -214,9 +216,3 @@ def test_a_damaged_page_is_told_in_one_line(tmp_path: Path) -> None:
     content[10:4000] = b"\xff" * 3990
     path.write_bytes(content)
     assert "can't be read" in told(DataFile(path=path))
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
-def test_a_folder_is_no_data_file(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).mkdir()
-    assert "can't be read" in told(DataFile(path=tmp_path / name))

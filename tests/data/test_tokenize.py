@@ -12,8 +12,10 @@ from test_windows import TOKENIZERS, make_tokenizer
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from dem_opt.data.documents import Chat, Pair
-from dem_opt.data.tokenize import Tokens, encode_chats, encode_pairs, load_tokenizer, rendered, tokenizer_digest
+from dem_opt.data.chat_template import encode_chats, rendered
+from dem_opt.data.documents import Pair
+from dem_opt.data.messages import Chat
+from dem_opt.data.tokenize import Tokens, encode_pairs, load_tokenizer, tokenizer_digest
 from dem_opt.errors import InputError
 
 PLAIN = (
@@ -31,9 +33,6 @@ MARKED = (
 )
 """The same with marks around what is scored."""
 
-FORGETFUL = (
-    "{% for turn in messages %}{% if loop.last %}{{ turn.content }}{% else %}({{ turn.role }}){% endif %}{% endfor %}"
-)
 REFUSING = "{{ raise_exception('roles must alternate') }}"
 
 CHATS = [
@@ -134,7 +133,7 @@ def test_a_marked_conversation_may_begin_with_the_assistant() -> None:
     ("template", "mend"),
     [
         (None, "the tokenizer has no chat template"),
-        (FORGETFUL, "the template rewrites earlier turns"),
+        ("{{ messages|length }}", "does not write the assistant's words"),
         (REFUSING, r"refuses a conversation \(roles must alternate\)"),
         ("{{ messages[0].content.nothing.more }}", "refuses a conversation"),
         ("{% if %}", "refuses a conversation"),

@@ -13,8 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dem_opt.config import DataFile, DistributionSection, EvaluationSection, GeneralSection
-from dem_opt.data.documents import Chat, Document, Pair, Turn
-from dem_opt.data.tokenize import encode_chats, encode_pairs
+from dem_opt.data.chat_template import encode_chats
+from dem_opt.data.documents import Document, Pair
+from dem_opt.data.messages import Chat, Turn
+from dem_opt.data.tokenize import encode_pairs
 from dem_opt.data.windows import build_corpora, pack
 from dem_opt.errors import InputError
 from dem_opt.evaluation.nll import prepare, score
