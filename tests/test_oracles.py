@@ -31,8 +31,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from dem_opt.checkpoints.architecture import check_base, load_model
+from dem_opt.checkpoints.architecture import load_model
 from dem_opt.checkpoints.files import content_hash, read_header
+from dem_opt.checkpoints.fit import check_base
 from dem_opt.errors import InputError
 from dem_opt.evaluation.nll import prepare, score
 from dem_opt.export.model_card import Ingredient, recipe

@@ -3,12 +3,13 @@
 config.json --> Architecture (parameters, ties, buffers)       stored tensors --> Layout --> parameters
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -16,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import logging
 
 from dem_opt.checkpoints.device_map import Split, split_layers
-from dem_opt.checkpoints.files import DTYPES, Header, read_header, read_json, read_tensors
-from dem_opt.checkpoints.hf_config import read_config, refuse_endless
+from dem_opt.checkpoints.files import Header, read_header, read_tensors
+from dem_opt.checkpoints.hf_config import refuse_endless
+from dem_opt.checkpoints.layout import Layout, lay_out
 from dem_opt.checkpoints.transformers_internals import LoadingRules, loading_rules, without_initialization
 from dem_opt.errors import InputError, shorten
 
@@ -27,12 +29,6 @@ CONFIG_ERRORS = (
 )
 """Errors that transformers raises for configs that describe no model."""
 
-_SHOWN = 10
-"""Mismatches listed in an error; the rest are counted."""
-
-Form = tuple[tuple[int, ...], ...]
-"""The shapes of the stored tensors that a parameter is made of."""
-
 
 @dataclass(frozen=True)
 class Architecture:
@@ -40,10 +36,13 @@ class Architecture:
 
     Attributes:
         name: Name of the model class.
-        parameters: Shape by name in the order of `named_parameters()`; tied weights once.
+        parameters: Shape by name in the order of `named_parameters()`; tied weights once.  Of a vision-language model,
+            those of its language model.
         aliases: The other names of tied weights, with the parameter that each stands for.
         buffers: Shape by name of stored tensors that are no parameters.
+        outside: Names of parameters that are no part of the language model, such as a vision tower's.
         embedding: Name of the input embedding, whose first dimension is the vocabulary.
+        head: Name of the output embedding, where it is a parameter of its own.
         paired: The model is an encoder-decoder, whose documents are pairs of source and target.
     """
 
@@ -51,7 +50,9 @@ class Architecture:
     parameters: Mapping[str, tuple[int, ...]]
     aliases: Mapping[str, str]
     buffers: Mapping[str, tuple[int, ...]]
+    outside: frozenset[str]
     embedding: str
+    head: str | None
     paired: bool
     _model: PreTrainedModel = field(repr=False)
 
@@ -66,79 +67,24 @@ class Architecture:
             return Split(1, dict.fromkeys(self.parameters, 0), {}, (1,))
         return split_layers(self._model, devices, where)
 
-    def layout(self, header: Header) -> "Layout":
-        """Match a checkpoint's tensors with parameters, by the rules with which transformers loads it.
+    def layout(self, header: Header) -> Layout:
+        """Match a checkpoint's tensors with parameters.
 
-        Old names are renamed, and stored tensors fused or transposed into the parameter that the class has now.
         Checkpoints of one model have the same names, for which the layout is computed once.
         """
         names = tuple(header.tensors)
         if names not in self._layouts:
-            self._layouts[names] = self._lay_out(names)
+            self._layouts[names] = lay_out(self, names)
         return self._layouts[names]
 
     @cached_property
-    def _layouts(self) -> dict[tuple[str, ...], "Layout"]:
+    def _layouts(self) -> dict[tuple[str, ...], Layout]:
         return {}
 
-    def _lay_out(self, names: Sequence[str]) -> "Layout":
-        layout = Layout({}, set(), {}, {}, [])
-        for stored in names:
-            name, converted = self._rules.target(stored)
-            if name in self.parameters:
-                layout.sources.setdefault(name, []).append(stored)
-                if converted:
-                    layout.fused.add(name)
-            elif name in self.aliases:
-                layout.aliases[stored] = self.aliases[name]
-            elif name in self.buffers:
-                layout.buffers[name] = stored
-            elif not self._rules.is_ignored(name):
-                layout.unknown.append(stored)
-        return layout
-
     @cached_property
-    def _rules(self) -> LoadingRules:
+    def rules(self) -> LoadingRules:
+        """The rules with which transformers loads stored tensors into the class."""
         return loading_rules(self._model)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The stored tensors that each parameter of a checkpoint is made of.
-
-    Attributes:
-        sources: Stored names by parameter.
-        fused: Parameters that are converted on loading, and not one stored tensor as it is.
-        aliases: Stored names of tied weights, with the parameter that each repeats.
-        buffers: Stored name by buffer.
-        unknown: Stored names that the architecture does not use.
-    """
-
-    sources: dict[str, list[str]]
-    fused: set[str]
-    aliases: dict[str, str]
-    buffers: dict[str, str]
-    unknown: list[str]
-
-    def dtype(self, header: Header, parameter: str) -> torch.dtype:
-        """The dtype that a parameter is stored in.
-
-        Raises:
-            InputError: It is fused from tensors of several dtypes, or stored in one that can't be merged.
-        """
-        dtypes = {header.tensors[stored].dtype for stored in self.sources[parameter]}
-        if len(dtypes) > 1:
-            mend = f"{parameter} is fused from tensors of {', '.join(sorted(dtypes))}: save them in one dtype"
-            raise InputError(header.folder, header.field, None, mend)
-        (dtype,) = dtypes
-        if dtype not in DTYPES:
-            mend = f"tensor {self.sources[parameter][0]} is {dtype}: only {', '.join(DTYPES)} can be merged"
-            raise InputError(header.folder, header.field, None, mend)
-        return DTYPES[dtype]
-
-    def form(self, header: Header, parameter: str) -> Form:
-        """The shapes of the stored tensors behind a parameter."""
-        return tuple(header.tensors[stored].shape for stored in self.sources[parameter])
 
 
 def read_architecture(header: Header) -> Architecture:
@@ -157,65 +103,35 @@ def describe(model: PreTrainedModel) -> Architecture:
     names = {id(parameter): name for name, parameter in parameters.items()}
     every_name = model.named_parameters(remove_duplicate=False)
     state = model.state_dict()
+    embedding, head = model.get_input_embeddings().weight, getattr(_output_embedding(model), "weight", None)
+    outside = frozenset(parameters.keys() - {names[id(parameter)] for parameter in _language_parameters(model)})
     return Architecture(
         name=type(model).__name__,
-        parameters={name: tuple(parameter.shape) for name, parameter in parameters.items()},
-        aliases={name: names[id(parameter)] for name, parameter in every_name if name not in parameters},
+        parameters={name: tuple(parameter.shape) for name, parameter in parameters.items() if name not in outside},
+        aliases={
+            name: names[id(parameter)]
+            for name, parameter in every_name
+            if name not in parameters and names[id(parameter)] not in outside
+        },
         buffers={name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name in state},
-        embedding=names[id(model.get_input_embeddings().weight)],
+        outside=outside,
+        embedding=names[id(embedding)],
+        head=names[id(head)] if head is not None and head is not embedding else None,
         paired=bool(model.config.is_encoder_decoder),
         _model=model,
     )
 
 
-def check_base(base: Header) -> Architecture:
-    """The base's architecture, after checking that its stored tensors are the parameters.
-
-    Raises:
-        InputError: A tensor is missing, unknown or of another shape, or the tokenizer has ids beyond the embedding.
-    """
-    architecture = read_architecture(base)
-    layout = architecture.layout(base)
-    if differences := _unexpected(architecture, layout, base):
-        mend = f"not the parameters of a {architecture.name}: {_list(differences)}"
-        raise InputError(base.folder, base.field, None, mend)
-    for parameter in architecture.parameters:
-        layout.dtype(base, parameter)
-    _check_ties(base, layout)
-    _check_tokenizer(base, architecture)
-    return architecture
+def _language_parameters(model: PreTrainedModel) -> Iterator[torch.nn.Parameter]:
+    """Parameters of the language model: of a model that reads images too, of its decoder and output embedding."""
+    if model.config.is_encoder_decoder or model.config.get_text_config() is model.config:
+        return model.parameters()
+    decoder, head = cast(torch.nn.Module, model.get_decoder()), _output_embedding(model)  # type: ignore[no-untyped-call]
+    return chain(decoder.parameters(), () if head is None else head.parameters())
 
 
-def check_fit(architecture: Architecture, base: Header, other: Header) -> None:
-    """Check that a checkpoint has the base's parameters, shapes and vocabulary; its dtypes may differ.
-
-    Tied weights may be stored under all their names or only as the parameter.
-
-    Raises:
-        InputError: One for all differences.
-    """
-    ours, theirs = architecture.layout(base), architecture.layout(other)
-    differences = _differences(
-        {name: ours.form(base, name) for name in architecture.parameters},
-        {name: theirs.form(other, name) for name in theirs.sources},
-        architecture.embedding,
-    )
-    differences += [f"{name} is unknown to it" for name in theirs.unknown]
-    differences += [
-        f"{name} is stored in another form than the base's"
-        for name in sorted(ours.fused | theirs.fused)
-        if ours.sources.get(name) != theirs.sources.get(name) and name in theirs.sources
-    ]
-    vocabulary, own = (read_config(header.folder, header.field).get("vocab_size") for header in (base, other))
-    if own != vocabulary:
-        differences.append(f"its config.json has a vocabulary (vocab_size) of {own}, the base's of {vocabulary}")
-    if differences:
-        mend = f"does not fit the base {base.folder}: {_list(differences)}"
-        raise InputError(other.folder, other.field, None, mend)
-    for parameter in architecture.parameters:
-        theirs.dtype(other, parameter)
-    _check_ties(other, theirs)
-    _check_buffers(base, ours, other, theirs)
+def _output_embedding(model: PreTrainedModel) -> torch.nn.Module | None:
+    return cast(torch.nn.Module | None, model.get_output_embeddings())  # type: ignore[no-untyped-call]
 
 
 def stored_names(architecture: Architecture, base: Header) -> list[str]:
@@ -254,12 +170,18 @@ def empty_model(folder: Path, dtype: torch.dtype, field: str = "base") -> PreTra
     return model
 
 
-def load_model(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
-    """The model of a checkpoint folder as transformers loads it, from its files alone."""
+def load_model(folder: Path, dtype: torch.dtype | str, **settings: Any) -> PreTrainedModel:
+    """The model of a checkpoint folder as transformers loads it, from its files alone, without a wrapper's names."""
     silence_transformers()
+    header = read_header(folder, "checkpoint")
+    empty = _construct(folder, "checkpoint", torch.float32, "meta")
+    renaming = describe(empty).layout(header).renaming
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    model: PreTrainedModel = _auto(config).from_pretrained(folder, local_files_only=True, dtype=dtype)
-    return model
+    settings |= {"config": config, "dtype": dtype, "local_files_only": True}
+    if not renaming.changes(header.tensors):
+        return cast(PreTrainedModel, _auto(config).from_pretrained(folder, **settings))
+    tensors = {renaming(name): tensor for name, tensor in read_tensors(header, header.tensors)}
+    return type(empty).from_pretrained(None, state_dict=tensors, **settings)
 
 
 def silence_transformers() -> None:
@@ -293,80 +215,3 @@ def _load_buffers(model: PreTrainedModel, folder: Path, field: str) -> None:
         buffers, stored = dict(model.named_buffers()), architecture.layout(header).buffers
         for (name, _), (_, tensor) in zip(stored.items(), read_tensors(header, stored.values()), strict=True):
             buffers[name].copy_(tensor)
-
-
-def _unexpected(architecture: Architecture, layout: Layout, base: Header) -> list[str]:
-    """Differences between stored tensors and the architecture's parameters, for an error."""
-    stored = {name: layout.form(base, name) for name in layout.sources}
-    for name in layout.fused:
-        if _adds_up(architecture.parameters[name], stored[name]):
-            stored[name] = (architecture.parameters[name],)
-    expected = {name: (shape,) for name, shape in architecture.parameters.items()}
-    differences = _differences(expected, stored, architecture.embedding)
-    return differences + [f"{name} is unknown to it" for name in layout.unknown]
-
-
-def _adds_up(shape: tuple[int, ...], form: Form) -> bool:
-    """The tensors that are fused have as many elements as the parameter."""
-    return prod(shape) == sum(prod(part) for part in form)
-
-
-def _differences(expected: Mapping[str, Form], stored: Mapping[str, Form], embedding: str) -> list[str]:
-    """For an error, each parameter that is missing or has other shapes."""
-    differences = []
-    for name, form in expected.items():
-        if name not in stored:
-            differences.append(f"{name} is missing")
-        elif stored[name] != form:
-            hint = " (another vocabulary)" if name == embedding else ""
-            differences.append(f"{name} is {_show(stored[name])}, not {_show(form)}{hint}")
-    return differences
-
-
-def _show(form: Form) -> str:
-    """Shapes as [2, 3], those that are fused joined by a plus."""
-    return " + ".join(str(list(shape)) for shape in form)
-
-
-def _list(differences: list[str]) -> str:
-    """The first differences, and a count of the others."""
-    more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
-    return "; ".join(differences[:_SHOWN]) + more
-
-
-def _check_tokenizer(base: Header, architecture: Architecture) -> None:
-    """Raise InputError where tokenizer.json has an id that the embedding has no row for."""
-    file = base.folder / "tokenizer.json"
-    if not file.is_file():
-        return
-    tokenizer = read_json(file, base.field)
-    try:
-        vocabulary, added = tokenizer["model"].get("vocab", {}), tokenizer.get("added_tokens") or []
-        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-        highest = max([-1, *ids, *(token["id"] for token in added)])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(file, base.field, None, "unreadable tokenizer: copy or save it again") from None
-    rows = architecture.parameters[architecture.embedding][0]
-    if highest >= rows:
-        mend = f"its vocabulary has id {highest}, the embedding {architecture.embedding} only {rows} rows"
-        raise InputError(file, base.field, None, mend)
-
-
-def _check_ties(header: Header, layout: Layout) -> None:
-    """Raise InputError where a weight that the config ties is stored twice with different values."""
-    for alias, name in layout.aliases.items():
-        if name in layout.sources:
-            (_, copy), (_, parameter) = read_tensors(header, (alias, layout.sources[name][0]))
-            if copy.dtype != parameter.dtype or not torch.equal(copy, parameter):
-                mend = f"{alias} and {name} differ, but config.json ties them: set tie_word_embeddings to false"
-                raise InputError(header.folder, header.field, None, mend)
-
-
-def _check_buffers(base: Header, ours: Layout, other: Header, theirs: Layout) -> None:
-    """Raise InputError where a stored buffer is not the base's: composites keep the base's."""
-    shared = [name for name in ours.buffers if name in theirs.buffers]
-    originals = read_tensors(base, [ours.buffers[name] for name in shared])
-    others = read_tensors(other, [theirs.buffers[name] for name in shared])
-    for name, (_, original), (_, buffer) in zip(shared, originals, others, strict=True):
-        if not torch.equal(original, buffer):
-            raise InputError(other.folder, other.field, None, f"its buffer {name} is not the base's")

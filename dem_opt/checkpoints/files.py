@@ -159,8 +159,8 @@ def read_tensors(header: Header, names: Iterable[str]) -> Iterator[tuple[str, Te
         yield name, files[header.tensors[name].file].get_tensor(name)
 
 
-def read_into(header: Header, places: Mapping[str, Tensor]) -> None:
-    """Read stored tensors straight into their places, one after the other as they lie in the files.
+def read_into(header: Header, places: Iterable[tuple[str, Tensor]]) -> None:
+    """Read stored tensors by name straight into their places, one after the other as they lie in the files.
 
     A place has the stored dtype and is contiguous.  The bytes are in this process once; a mapped file's pages would
     count beside the place until the file is closed.
@@ -168,12 +168,11 @@ def read_into(header: Header, places: Mapping[str, Tensor]) -> None:
     Raises:
         InputError: A file has become shorter.
     """
-    order = sorted(places, key=lambda name: (header.tensors[name].file, header.tensors[name].start))
-    total = sum(place.nbytes for place in places.values())
+    order = sorted(places, key=lambda pair: (header.tensors[pair[0]].file, header.tensors[pair[0]].start))
+    total = sum(place.nbytes for _, place in order)
     loading = current_progress().phase(f"loading {header.folder.name}", total, "bytes")
     with _open_reader(header) as reader, loading as phase:
-        for name in order:
-            place = places[name]
+        for name, place in order:
             on_cpu = place if place.device.type == "cpu" else torch.empty(place.shape, dtype=place.dtype)
             reader.read(name, on_cpu)
             if on_cpu is not place:
@@ -253,6 +252,9 @@ def _weight_files(folder: Path, field: str) -> list[Path]:
     if not os.path.isdir(folder):
         raise InputError(folder, field, None, "no such folder")
     if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            kind = "the base is a checkpoint" if field == "base" else "write `adapter:` instead of `checkpoint:`"
+            raise InputError(folder, field, None, f"is an adapter: {kind}")
         raise InputError(folder, field, None, "has no config.json: name a folder in Hugging Face's format")
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]

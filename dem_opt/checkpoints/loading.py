@@ -5,8 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from dem_opt.checkpoints.architecture import Architecture, Layout, load_model
+from dem_opt.checkpoints.architecture import Architecture, load_model
 from dem_opt.checkpoints.files import Header, read_each, read_into, read_tensors
+from dem_opt.checkpoints.layout import Layout
 
 
 def read_parameters(architecture: Architecture, header: Header, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -28,8 +29,7 @@ def load_parameters(architecture: Architecture, header: Header, places: Mapping[
     A parameter that is one stored tensor comes straight from its file; those that are fused pass through transformers.
     """
     layout = architecture.layout(header)
-    plain = {layout.sources[name][0]: place for name, place in places.items() if name not in layout.fused}
-    read_into(header, plain)
+    read_into(header, [(layout.sources[name][0], place) for name, place in places.items() if name not in layout.fused])
     for name, tensor in read_parameters(architecture, header, [name for name in places if name in layout.fused]):
         places[name].copy_(tensor)
 

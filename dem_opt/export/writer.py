@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +24,17 @@ from dem_opt.checkpoints.architecture import (
     stored_dtypes,
     stored_names,
 )
-from dem_opt.checkpoints.files import DTYPES, INDEX, WEIGHTS, Header, hash_tensors, read_header, read_tensors
+from dem_opt.checkpoints.files import (
+    DTYPES,
+    INDEX,
+    WEIGHTS,
+    Header,
+    StoredTensor,
+    hash_tensors,
+    read_header,
+    read_tensors,
+)
+from dem_opt.checkpoints.layout import Layout
 from dem_opt.errors import InputError, nearest
 from dem_opt.manifest import FILES, manifest_of, refuse_foreign
 from dem_opt.merging.merged_model import merged_tensors
@@ -110,10 +121,10 @@ def write_composite(
     """Write a composite as a Hugging Face folder, whole and approved or not at all.
 
     Weights are stored as the base stores them, in its dtypes, or all of them in `dtype`, to which the float32 sums
-    are rounded once; a single checkpoint keeps its own.  Config (but for its dtype), generation config, tokenizer
-    and stored buffers are the base's.  Tied weights are written once.  When `approve` has seen it and not raised,
-    the texts that it gives are written beside them by name, and the folder gets its own name; with `overwrite` in the
-    place of an earlier export, in which nothing was added or changed.
+    are rounded once; a single checkpoint keeps its own.  Config (but for its dtype), generation config, tokenizer,
+    stored buffers and tensors that the language model does not load are the base's.  When `approve` has seen it and
+    not raised, the texts that it gives are written beside them by name, and the folder gets its own name; with
+    `overwrite` in the place of an earlier export, in which nothing was added or changed.
 
     Raises:
         InputError: `out` holds anything else, is inside or above a model of the study, or can't be written, a
@@ -133,9 +144,9 @@ def write_composite(
     written = Export(path=out, base=base, stored=used, composite=composite, content="", dtype=dtype)
     with _staged(out) as partial:
         with _as_input_error(out):
-            names = stored_names(architecture, header)
-            _refuse_full(out, partial, _size(header, names, declared))
-            _write_weights(partial, architecture, header, _plan(header, names, declared), written)
+            contents = _Contents.of(architecture, header, declared)
+            _refuse_full(out, partial, sum(contents.sizes.values()))
+            _write_weights(partial, architecture, contents, written)
             _copy(base.path, partial)
             if declared is not None:
                 _set_dtype(partial / "config.json", declared)
@@ -176,16 +187,17 @@ def prove(export: Export) -> None:
     if hash_tensors(header) != export.content:
         raise ExportError(f"{export.path}: its weights are not those that were written")
     architecture = read_architecture(original)
-    names, parameters = stored_names(architecture, original), parameter_of(architecture, original)
-    fused = architecture.layout(original).fused
+    contents, parameters = _Contents.of(architecture, original, export.dtype), parameter_of(architecture, original)
     loaded = _loaded(architecture, export.path, header)
-    fresh = merged_tensors(architecture, export.base, export.stored, export.composite, names, export.dtype)
-    with current_progress().phase("comparing from disk", len(names), "tensors") as phase:
-        for (name, stored), (_, merged) in zip(read_tensors(header, names), fresh, strict=True):
+    fresh = contents.read(architecture, list(contents.sizes), export)
+    with current_progress().phase("comparing from disk", len(contents.sizes), "tensors") as phase:
+        for stored_name, (name, merged) in zip(contents.sizes, fresh, strict=True):
+            ((_, stored),) = read_tensors(header, [name])
             if stored.dtype != merged.dtype or not _same_bits(stored, merged):
                 raise ExportError(f"{export.path}: {name} is not what was merged")
-            parameter = parameters[name]
-            if parameter not in fused and not _same_bits(loaded[parameter], merged):
+            parameter = parameters.get(stored_name)
+            is_whole = parameter is not None and parameter not in contents.layout.fused
+            if parameter is not None and is_whole and not _same_bits(loaded[parameter], merged):
                 raise ExportError(f"{export.path}: {parameter} does not load as it was merged")
             phase.advance()
 
@@ -199,7 +211,7 @@ def _loaded(architecture: Architecture, folder: Path, header: Header) -> dict[st
     alike = len({tensor.dtype for tensor in header.tensors.values()}) == 1
     model = load_model(folder, "auto" if alike else torch.float32)
     loaded = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    if unlike := sorted(loaded.keys() ^ architecture.parameters.keys()):
+    if unlike := sorted(loaded.keys() ^ architecture.parameters.keys() ^ architecture.outside):
         raise ExportError(f"{folder}: does not load with the base's parameters: {unlike[0]}")
     return loaded
 
@@ -274,53 +286,81 @@ def _as_input_error(out: Path) -> Iterator[None]:
         raise InputError(out, None, None, f"can't be written ({reason})") from error
 
 
-def _size(header: Header, names: Sequence[str], dtype: torch.dtype | None) -> int:
-    """Bytes of the named tensors in a dtype, their own unless one is given."""
-    stored = [header.tensors[name] for name in names]
-    return sum(prod(tensor.shape) * (dtype or DTYPES[tensor.dtype]).itemsize for tensor in stored)
+@dataclass(frozen=True)
+class _Contents:
+    """The tensors of an export, by the names under which the base stores them.
+
+    Attributes:
+        base: The base.
+        layout: Its layout.
+        merged: By stored name, the stored tensor of which it is the merged value: itself, or for another name of a tied
+            weight the parameter's.
+        sizes: Bytes of every tensor, in the order of writing: those that are merged, then the base's own.
+    """
+
+    base: Header
+    layout: Layout
+    merged: Mapping[str, str]
+    sizes: Mapping[str, int]
+
+    @classmethod
+    def of(cls, architecture: Architecture, base: Header, dtype: torch.dtype | None) -> Self:
+        """The contents of an export of a composite of this base's in a dtype, its own by default."""
+        layout = architecture.layout(base)
+        merged = {name: name for name in stored_names(architecture, base)}
+        merged |= {alias: layout.sources[parameter][0] for alias, parameter in layout.aliases.items()}
+        sizes = {name: _bytes_in(base.tensors[name], dtype) for name in merged}
+        return cls(base, layout, merged, sizes | {name: base.tensors[name].nbytes for name in layout.kept})
+
+    def shards(self) -> dict[str, list[str]]:
+        """The names that go into each weight file, in order."""
+        shards: list[list[str]] = [[]]
+        for name, size in self.sizes.items():
+            if shards[-1] and sum(self.sizes[other] for other in shards[-1]) + size > SHARD_BYTES:
+                shards.append([])
+            shards[-1].append(name)
+        if len(shards) == 1:
+            return {WEIGHTS: shards[0]}
+        return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+    def read(self, architecture: Architecture, names: Sequence[str], export: Export) -> Iterator[tuple[str, Tensor]]:
+        """Merge or copy tensors, one at a time, by the names that they are written under."""
+        merged = [name for name in names if name in self.merged]
+        sources = [self.merged[name] for name in merged]
+        tensors = merged_tensors(architecture, export.base, export.stored, export.composite, sources, export.dtype)
+        for name, (_, tensor) in zip(merged, tensors, strict=True):
+            _refuse_infinite(name, tensor)
+            yield self.layout.renaming(name), tensor
+        for name, tensor in read_tensors(self.base, [name for name in names if name not in self.merged]):
+            yield self.layout.renaming(name), tensor
 
 
-def _plan(header: Header, names: Sequence[str], dtype: torch.dtype | None) -> dict[str, list[str]]:
-    """The names that go into each weight file, in order."""
-    shards: list[list[str]] = [[]]
-    for name in names:
-        if shards[-1] and _size(header, [*shards[-1], name], dtype) > SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(name)
-    if len(shards) == 1:
-        return {WEIGHTS: shards[0]}
-    return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
+def _bytes_in(tensor: StoredTensor, dtype: torch.dtype | None) -> int:
+    """Bytes of a tensor in a dtype, its own unless one is given."""
+    return prod(tensor.shape) * dtype.itemsize if dtype else tensor.nbytes
 
 
-def _write_weights(
-    folder: Path, architecture: Architecture, base: Header, plan: Mapping[str, Sequence[str]], export: Export
-) -> None:
-    """Merge and write the weight files one by one, the base's buffers in the first; with several, an index."""
-    buffers = dict(read_tensors(base, architecture.layout(base).buffers.values()))
-    written: dict[str, str] = {}
-    total = 0
-    with current_progress().phase("merging and writing", sum(map(len, plan.values())), "tensors") as phase:
-        for file, names in plan.items():
-            tensors = dict(buffers)
-            merged = merged_tensors(architecture, export.base, export.stored, export.composite, names, export.dtype)
-            for name, tensor in merged:
+def _write_weights(folder: Path, architecture: Architecture, contents: _Contents, export: Export) -> None:
+    """Merge and write the weight files one by one; with several, an index."""
+    shards, written = contents.shards(), dict[str, str]()
+    with current_progress().phase("merging and writing", len(contents.sizes), "tensors") as phase:
+        for file, names in shards.items():
+            tensors: dict[str, Tensor] = {}
+            for name, tensor in contents.read(architecture, names, export):
                 tensors[name] = tensor
                 phase.advance()
-            _refuse_infinite(tensors)
             save_file(tensors, folder / file, metadata={"format": "pt"})
             written |= dict.fromkeys(tensors, file)
-            total += sum(tensor.nbytes for tensor in tensors.values())
-            buffers = {}
-    if len(plan) > 1:
+    if len(shards) > 1:
+        total = sum(contents.sizes.values())
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": written})
 
 
-def _refuse_infinite(tensors: Mapping[str, Tensor]) -> None:
+def _refuse_infinite(name: str, tensor: Tensor) -> None:
     """Raise InputError for a tensor whose sums are beyond the range of its dtype."""
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            raise InputError(None, "--dtype", dtype, f"{name} is beyond its range: choose bfloat16 or float32")
+    if not tensor.isfinite().all():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise InputError(None, "--dtype", dtype, f"{name} is beyond its range: choose bfloat16 or float32")
 
 
 def _copy(base: Path, folder: Path) -> None:

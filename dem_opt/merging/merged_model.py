@@ -399,8 +399,7 @@ def _tensors(architecture: Architecture, base: Header, names: Sequence[str], mod
         return _edited(model, read_tensors(base, names), parameters)
     header = read_header(model.path, model.field)
     layout = architecture.layout(header)
-    # Fused parameters have the same stored names in all checkpoints; others may be stored under an old name.
-    stored = [name if parameters[name] in layout.fused else layout.sources[parameters[name]][0] for name in names]
+    stored = [layout.stored_as(parameters[name], architecture.layout(base).renaming(name)) for name in names]
     return ((name, tensor) for name, (_, tensor) in zip(names, read_tensors(header, stored), strict=True))
 
 

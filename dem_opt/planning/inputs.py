@@ -10,8 +10,9 @@ from os.path import exists
 from pathlib import Path
 
 from dem_opt.checkpoints.adapters import check_adapter, read_adapter
-from dem_opt.checkpoints.architecture import Architecture, check_base, check_fit
+from dem_opt.checkpoints.architecture import Architecture
 from dem_opt.checkpoints.files import Header, content_hash, read_header
+from dem_opt.checkpoints.fit import check_base, check_fit, left_out
 from dem_opt.checkpoints.hf_config import read_config
 from dem_opt.checkpoints.locate import locate
 from dem_opt.config import DistributionSection, StudyConfig
@@ -39,6 +40,15 @@ class CheckedHeaders:
     architecture: Architecture
     headers: Mapping[str, Header]
 
+    def left_out(self) -> list[str]:
+        """Say by checkpoint which tensors are passed over, and which names were understood otherwise."""
+        return [
+            f"{name}: {line}"
+            for name, header in self.headers.items()
+            if not header.adapter
+            for line in left_out(self.architecture, header, is_base=name == "base")
+        ]
+
     def plan(self) -> Plan:
         """Plan the study on this machine."""
         model = read_config(self.headers["base"].folder, "base")
@@ -60,6 +70,7 @@ class Inputs:
         gradients_fit: Whether memory suffices for gradients, as far as is known.
         device: The kind of device that workers get, "cpu" or "cuda".
         streamed: Contents of checkpoints that stay in their files.
+        left_out: Tensors of the checkpoints that are passed over, in words.
     """
 
     config: StudyConfig
@@ -72,6 +83,7 @@ class Inputs:
     gradients_fit: bool = True
     device: str = "cpu"
     streamed: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def on(self, device: str) -> "Inputs":
         """The same inputs for workers on another kind of device."""
@@ -83,10 +95,10 @@ class Inputs:
         return evaluation_dtype(self.config.evaluation.dtype, self.stored, self.device)
 
     def warnings(self) -> list[str]:
-        """Warn of checkpoints with the same content, and of those that are read from their files at every merge."""
+        """Warn of tensors left out, of the same content twice, and of files that are read at every merge."""
         contents = {"base": self.base.content} | {name: model.content for name, model in self.fine_tunes.items()}
         streamed = [name for name, content in contents.items() if content in self.streamed]
-        warnings = identical_checkpoints(contents)
+        warnings = [*self.left_out, *identical_checkpoints(contents)]
         if streamed:
             reason = "read from the files at every merge, because not all checkpoints fit into memory"
             warnings.append(f"{', '.join(streamed)}: {reason}")
@@ -306,6 +318,7 @@ def load_inputs(config: StudyConfig, where: Path, worker: bool = True) -> Inputs
         batch_tokens=plan.calls.batch_tokens if is_local or config.evaluation.batch != "auto" else BATCH_TOKENS,
         gradients_fit=plan.gradients_fit or not is_local,
         streamed=tuple(streamed),
+        left_out=tuple(checked.left_out()),
     )
 
 

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dem_opt.atomic import link_or_copy, publish_folder, staged_folder
+from dem_opt.checkpoints.architecture import load_model
 from dem_opt.checkpoints.training_record import JOURNAL, RECORD, STEPS, read_record
 from dem_opt.config import CHAT_DATE, DataFile
 from dem_opt.data.documents import holds_chats, read_documents
@@ -295,7 +296,7 @@ def _windows(job: FineTuneJob, tokenizer: PreTrainedTokenizerBase) -> Windows:
 def _load(job: FineTuneJob) -> Any:
     """Load the model to train."""
     spread = {"device_map": "auto"} if job.gpus > 1 and torch.cuda.device_count() > 1 else {}
-    model = AutoModelForCausalLM.from_pretrained(job.base, dtype=job.dtype, local_files_only=True, **spread)
+    model: Any = load_model(job.base, job.dtype, **spread)
     return model if job.lora is None else add_lora(model, job.lora, job.seed)
 
 

@@ -130,6 +130,7 @@ def check(config: StudyConfig, where: Path) -> Findings:
         seconds=plan.seconds(speed),
         kernel=expected_backend(plan.machine.device).description,
         warnings=(
+            *files.left_out(),
             *identical_checkpoints(identities),
             *_other_tokenizers(files),
             *unreachable,
@@ -224,9 +225,8 @@ def _duration(seconds: float) -> str:
 
 
 def _export_bytes(files: CheckedHeaders) -> int:
-    """Bytes of a composite on disk: the base's tensors, tied ones once."""
-    tensors = files.headers["base"].tensors.items()
-    return sum(tensor.nbytes for name, tensor in tensors if name not in files.architecture.aliases)
+    """Bytes of a composite on disk: all of the base's tensors."""
+    return files.headers["base"].nbytes
 
 
 def _result(path: Path) -> Path:

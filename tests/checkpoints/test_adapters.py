@@ -9,8 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from dem_opt.checkpoints.adapters import CONFIG, WEIGHTS, LowRank, check_adapter, read_adapter
-from dem_opt.checkpoints.architecture import check_base, empty_model, load_model, stored_names
+from dem_opt.checkpoints.architecture import empty_model, load_model, stored_names
 from dem_opt.checkpoints.files import content_hash, read_header
+from dem_opt.checkpoints.fit import check_base
 from dem_opt.errors import InputError
 from dem_opt.merging.merged_model import MergedModel, merged_tensors
 from dem_opt.simplex import UNIT

@@ -8,8 +8,9 @@ import pytest
 import torch
 import zoo
 
-from dem_opt.checkpoints.architecture import check_base, check_fit, describe, empty_model, load_model
+from dem_opt.checkpoints.architecture import describe, empty_model, load_model
 from dem_opt.checkpoints.files import content_hash, read_header
+from dem_opt.checkpoints.fit import check_base, check_fit
 from dem_opt.evaluation import nll
 from dem_opt.evaluation.lm_head import find_head
 from dem_opt.evaluation.nll import document_layout, prepare

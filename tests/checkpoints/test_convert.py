@@ -12,9 +12,9 @@ import torch
 import worlds
 from safetensors.torch import load_file
 
-from dem_opt.checkpoints.architecture import check_base
 from dem_opt.checkpoints.convert import converted
 from dem_opt.checkpoints.files import WEIGHTS, cache_folder, content_hash, read_header
+from dem_opt.checkpoints.fit import check_base
 from dem_opt.checkpoints.locate import locate
 from dem_opt.config import ModelSource
 from dem_opt.errors import InputError

@@ -1,0 +1,277 @@
+"""Files of one model in the forms in which hubs and other tools have them: opened, merged, and exported by name."""
+
+import json
+import re
+from dataclasses import dataclass
+
+import pytest
+import torch
+import zoo
+from safetensors.torch import load_file, save_file
+
+from dem_opt.checkpoints.architecture import empty_model, load_model
+from dem_opt.checkpoints.files import WEIGHTS, content_hash, read_header
+from dem_opt.checkpoints.fit import check_base, check_fit, left_out
+from dem_opt.errors import InputError
+from dem_opt.export.writer import prove, write_composite
+from dem_opt.merging.merged_model import MergedModel
+from dem_opt.simplex import UNIT
+from dem_opt.types import Composite, StoredModel
+
+FIELD = "distributions.code.checkpoint"
+
+
+def rewrite(folder, change):
+    """Replace a folder's tensors by what `change` makes of them."""
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
+    save_file(change(tensors), folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def configure(folder, **settings):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def as_they_are(tensors):
+    return tensors
+
+
+def prefixed(prefix):
+    return lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def without(prefix):
+    return lambda tensors: {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def within(module, wrapper):
+    """A wrapper around the modules of this name."""
+    return lambda tensors: {name.replace(module, module + wrapper): tensor for name, tensor in tensors.items()}
+
+
+def adding(**shapes):
+    """Tensors of other parts of a model; two underscores stand for a dot."""
+    return lambda tensors: (
+        tensors | {name.replace("__", "."): torch.full(shape, -1e9) for name, shape in shapes.items()}
+    )
+
+
+def another_layer(tensors):
+    return tensors | {
+        name.replace("layers.1.", "layers.2."): tensor.clone()
+        for name, tensor in tensors.items()
+        if "layers.1." in name
+    }
+
+
+def head_twice(dtype):
+    return lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].to(dtype).clone()}
+
+
+def head_alone(tensors):
+    embedding = tensors.pop("model.embed_tokens.weight")
+    return tensors | {"lm_head.weight": embedding}
+
+
+MASKS = {
+    f"transformer__h__{layer}__attn__{name}": shape
+    for layer in (0, 1)
+    for name, shape in (("bias", (1, 1, 64, 64)), ("masked_bias", ()))
+}
+FREQUENCIES = {f"model__layers__{layer}__self_attn__rotary_emb__inv_freq": (4,) for layer in (0, 1)}
+
+
+@dataclass
+class Form:
+    """A form of a model's files: its architecture, what is done to base and fine-tune, and what is said of them."""
+
+    model: str
+    base: object = as_they_are
+    fine_tune: object = as_they_are
+    said_of_base: tuple = ()
+    said_of_fine_tune: tuple = ()
+    dtype: torch.dtype = torch.float32
+
+
+FORMS = {
+    "masks": Form("gpt2", *2 * [adding(**MASKS)], *2 * [(r"4 tensors .*h\.\*\.attn\.bias \(2\)",)]),
+    "masks of the base alone": Form("gpt2", adding(**MASKS), said_of_base=("attn.masked_bias",)),
+    "masks of a fine-tune alone": Form("gpt2", fine_tune=adding(**MASKS), said_of_fine_tune=("attn.masked_bias",)),
+    "rotary frequencies": Form("llama", *2 * [adding(**FREQUENCIES)], *2 * [("2 tensors .*inv_freq",)]),
+    "extra prediction layer": Form("llama", *2 * [another_layer], *2 * [(r"9 tensors .*model\.layers\.2\.",)]),
+    "value head": Form(
+        "llama", fine_tune=adding(v_head__summary__weight=(1, 16)), said_of_fine_tune=("1 tensor .*v_head",)
+    ),
+    "reward head": Form("llama tied", fine_tune=adding(score__weight=(2, 16)), said_of_fine_tune=("score.weight",)),
+    "compiled": Form("llama", fine_tune=prefixed("_orig_mod."), said_of_fine_tune=("21 tensors .*'_orig_mod.'",)),
+    "compiled base": Form("llama tied", prefixed("_orig_mod."), said_of_base=("_orig_mod",)),
+    "compiled by layer": Form("llama", fine_tune=within("self_attn.", "_orig_mod."), said_of_fine_tune=("8 tensors",)),
+    "distributed": Form("llama", fine_tune=prefixed("module."), said_of_fine_tune=("'module.'",)),
+    "distributed, compiled": Form("gpt2", fine_tune=prefixed("module._orig_mod."), said_of_fine_tune=("'module.'",)),
+    "sharded": Form(
+        "qwen2",
+        fine_tune=lambda tensors: prefixed("_fsdp_wrapped_module.")(
+            within("layers.0.", "_fsdp_wrapped_module.")(tensors)
+        ),
+        said_of_fine_tune=("_fsdp_wrapped_module",),
+    ),
+    "within an adapter's model": Form(
+        "llama", fine_tune=prefixed("base_model.model."), said_of_fine_tune=("'base_model.model.'",)
+    ),
+    "doubled": Form("llama", fine_tune=prefixed("model.")),
+    "of any name": Form("gpt_neox", prefixed("policy.net."), said_of_base=("'policy.net.'",)),
+    "not named after the base model": Form("llama", fine_tune=without("model.")),
+    "not named after the base model, tied": Form("gpt2", without("transformer.")),
+    "fused experts, compiled": Form("mixtral", fine_tune=prefixed("_orig_mod."), said_of_fine_tune=("_orig_mod",)),
+    "encoder-decoder, compiled": Form("t5", prefixed("module."), said_of_base=("module",)),
+    "tied head stored": Form("llama tied", head_twice(torch.float32)),
+    "tied head of a fine-tune": Form("llama tied", fine_tune=head_twice(torch.float32)),
+    "tied head in another dtype": Form("llama tied", fine_tune=head_twice(torch.float32), dtype=torch.bfloat16),
+    "tied head alone": Form("llama tied", fine_tune=head_alone),
+    "tied head alone in the base": Form("llama tied", head_alone),
+}
+
+
+class World:
+    """A base and a fine-tune as transformers saves them, and the same in another form."""
+
+    def __init__(self, folder, form):
+        self.plain = [
+            zoo.save(folder / "plain" / part, form.model, seed, form.dtype) for seed, part in enumerate(("base", "a"))
+        ]
+        folders = [zoo.save(folder / part, form.model, seed, form.dtype) for seed, part in enumerate(("base", "a"))]
+        for path, change in zip(folders, (form.base, form.fine_tune), strict=True):
+            rewrite(path, change)
+        self.stored = [StoredModel(path, content_hash(path)) for path in folders]
+        self.headers = [read_header(path, name) for path, name in zip(folders, ("base", FIELD), strict=True)]
+        self.architecture = check_base(self.headers[0])
+        check_fit(self.architecture, *self.headers)
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def form(request):
+    return FORMS[request.param]
+
+
+@pytest.fixture(scope="module")
+def world(form, tmp_path_factory):
+    return World(tmp_path_factory.mktemp("forms"), form)
+
+
+def test_vertices_are_the_models_to_the_bit(world):
+    model = empty_model(world.stored[0].path, torch.float32)
+    merged_model = MergedModel(model, world.stored)
+    for stored, plain in zip(world.stored, world.plain, strict=True):
+        merged_model.merge(Composite.single(stored.content))
+        expected = dict(load_model(plain, torch.float32).named_parameters())
+        assert all(torch.equal(mine, expected[name]) for name, mine in model.named_parameters())
+
+
+def test_transformers_loads_the_same(world):
+    for stored, plain in zip(world.stored, world.plain, strict=True):
+        mine, expected = (dict(load_model(path, torch.float32).named_parameters()) for path in (stored.path, plain))
+        assert mine.keys() == expected.keys() and all(torch.equal(mine[name], expected[name]) for name in expected)
+
+
+def test_what_is_left_out_is_said(world, form):
+    for header, words in zip(world.headers, (form.said_of_base, form.said_of_fine_tune), strict=True):
+        lines = left_out(world.architecture, header, is_base=header.field == "base")
+        assert bool(lines) == bool(words)
+        assert all(re.search(expected, "; ".join(lines)) for expected in words)
+
+
+@pytest.mark.parametrize("units", [(UNIT // 4, 3 * UNIT // 4), (0, UNIT)])
+def test_an_export_has_the_tensors_of_the_bases_file(world, tmp_path, units):
+    composite = Composite.of({one.content: count for one, count in zip(world.stored, units, strict=True) if count})
+    by_content = {one.content: one for one in world.stored}
+    prove(write_composite(world.stored[0], by_content, composite, tmp_path / "out", lambda written: {}))
+    layout = world.architecture.layout(world.headers[0])
+    base = {layout.renaming(name): tensor for name, tensor in load_file(world.stored[0].path / WEIGHTS).items()}
+    written = load_file(tmp_path / "out" / WEIGHTS)
+    assert {name: (x.shape, x.dtype) for name, x in written.items()} == {
+        name: (x.shape, x.dtype) for name, x in base.items()
+    }
+    assert all(torch.equal(written[name], base[name]) for name in map(layout.renaming, layout.kept))
+
+
+def empty(tensors):
+    return {name: torch.empty(0) for name in tensors}
+
+
+def beside_each_other(tensors):
+    return prefixed("student.")(tensors) | prefixed("teacher.")({name: x + 1 for name, x in tensors.items()})
+
+
+def unmerged(tensors):
+    name = "model.layers.0.self_attn.q_proj"
+    weight = tensors.pop(f"{name}.weight")
+    factors = {f"{name}.lora_{part}.default.weight": torch.zeros(2, 2) for part in "AB"}
+    return prefixed("base_model.model.")(tensors | {f"{name}.base_layer.weight": weight} | factors)
+
+
+def with_bias(tensors):
+    return tensors | {"model.layers.0.self_attn.q_proj.bias": torch.ones(16)}
+
+
+def strange(tensors):
+    return {f"net.{number}": tensor for number, tensor in enumerate(tensors.values())}
+
+
+def another_head(tensors):
+    return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}
+
+
+REFUSED = {
+    "placeholders": ("llama", empty, {}, "21 tensors of size 0.*ZeRO-3"),
+    "flat shards": ("llama", lambda tensors: {"_fsdp_wrapped_module._flat_param": torch.ones(9)}, {}, "shards of FSDP"),
+    "two models": ("llama", beside_each_other, {}, "several models, named 'student.', 'teacher.'"),
+    "an adapter that is not merged": ("llama", unmerged, {}, "holds an adapter's factors .*lora_A"),
+    "a bias that its own config has": ("llama", with_bias, {"attention_bias": True}, "q_proj.bias is unknown"),
+    "strange names": ("llama", strange, {}, r"missing; it has net\.\* \(21\) instead"),
+    "no head": ("llama", without("lm_head."), {}, "lm_head.weight is missing"),
+    "a tied head that was rounded": ("llama tied", head_twice(torch.bfloat16), {}, "differ, but .*base.* ties them"),
+    "a head of its own": ("llama tied", another_head, {"tie_word_embeddings": False}, "differ, but .*base.* ties them"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_can_not_be_merged_is_refused(tmp_path, case):
+    model, change, settings, words = REFUSED[case]
+    base, other = (zoo.save(tmp_path / part, model, seed) for seed, part in enumerate(("base", "other")))
+    rewrite(other, change)
+    configure(other, **settings)
+    header = read_header(base, "base")
+    with pytest.raises(InputError, match=words) as refused:
+        check_fit(check_base(header), header, read_header(other, FIELD))
+    assert refused.value.where == other and refused.value.field == FIELD and len(str(refused.value)) < 900
+
+
+@pytest.mark.parametrize(("field", "words"), [("base", "is an adapter: the base is"), (FIELD, "`adapter:`")])
+def test_an_adapter_is_no_checkpoint(tmp_path, field, words):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match=words):
+        read_header(tmp_path, field)
+
+
+@pytest.mark.parametrize(
+    ("base_ties", "fine_tune_ties"), [(False, True), (True, False)], ids=["untied base", "tied base"]
+)
+def test_a_tied_fine_tune_of_an_untied_base_has_its_embedding_as_head(tmp_path, base_ties, fine_tune_ties):
+    """And an untied fine-tune of a tied base has to be tied in fact."""
+    folders = [
+        zoo.save(tmp_path / part, "llama", seed, tie_word_embeddings=ties)
+        for seed, part, ties in ((0, "base", base_ties), (1, "a", fine_tune_ties))
+    ]
+    if not fine_tune_ties:
+        rewrite(folders[1], lambda tensors: tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    headers = [read_header(folder, FIELD) for folder in folders]
+    check_fit(check_base(headers[0]), *headers)
+    stored = [StoredModel(folder, content_hash(folder)) for folder in folders]
+    model = empty_model(folders[0], torch.float32)
+    MergedModel(model, stored).merge(Composite.single(stored[1].content))
+    expected = load_model(folders[1], torch.float32).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    composite = Composite.of({stored[0].content: UNIT // 2, stored[1].content: UNIT // 2})
+    by_content = {one.content: one for one in stored}
+    prove(write_composite(stored[0], by_content, composite, tmp_path / "out", lambda written: {}))
+    assert read_header(tmp_path / "out", "out").tensors.keys() == headers[0].tensors.keys()
