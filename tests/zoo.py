@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     AutoModelForSeq2SeqLM,
     PretrainedConfig,
     PreTrainedModel,
@@ -24,6 +26,22 @@ GROUPED = WIDE | {"num_key_value_heads": 1}
 HEADED = GROUPED | {"head_dim": 8}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
 PAIRED = {"d_model": 16, "decoder_start_token_id": 2}
+
+SEEING = {"intermediate_size": 24, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2} | {
+    "image_size": 28,
+    "patch_size": 14,
+}
+MULTIPLE_POSITIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+
+
+def seeing(text: str, vision: str, text_settings: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Settings of a model that reads images too."""
+    texts = {"model_type": text, "num_key_value_heads": 1} | TOKENS | text_settings
+    tokens = {"image_token_id": 80, "image_token_index": 80, "video_token_id": 81} | {
+        name: 82 for name in ("vision_start_token_id", "vision_end_token_id", "boi_token_index", "eoi_token_index")
+    }
+    return {"text_config": texts, "vision_config": {"model_type": vision} | SEEING | more} | tokens
+
 
 MODELS = {
     "llama": ("llama", GROUPED | {"tie_word_embeddings": False}),
@@ -51,6 +69,33 @@ MODELS = {
     "qwen2_moe": ("qwen2_moe", GROUPED | EXPERTS | {"shared_expert_intermediate_size": 8}),
     "qwen3_moe": ("qwen3_moe", HEADED | EXPERTS),
     "olmoe": ("olmoe", GROUPED | {"num_experts": 4, "num_experts_per_tok": 2}),
+    "llava": ("llava", seeing("llama", "clip_vision_model", GROUPED)),
+    "mistral3": ("mistral3", seeing("mistral", "pixtral", HEADED, head_dim=8)),
+    "gemma3, with images": ("gemma3", seeing("gemma3_text", "siglip_vision_model", HEADED) | {"mm_tokens_per_image": 4}),
+    "qwen2_vl": (
+        "qwen2_vl",
+        seeing(
+            "qwen2_vl_text",
+            "qwen2_vl_vision",
+            GROUPED | {"rope_parameters": MULTIPLE_POSITIONS, "tie_word_embeddings": False},
+            depth=1,
+            embed_dim=16,
+            num_heads=2,
+            mlp_ratio=2,
+        ),
+    ),
+    "qwen3_vl": (
+        "qwen3_vl",
+        seeing(
+            "qwen3_vl_text",
+            "qwen3_vl_vision",
+            HEADED | {"rope_parameters": MULTIPLE_POSITIONS, "tie_word_embeddings": False},
+            depth=1,
+            out_hidden_size=16,
+            num_heads=2,
+            deepstack_visual_indexes=[0],
+        ),
+    ),
     "t5": ("t5", PAIRED | {"d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}),
     "t5, untied": (
         "t5",
@@ -77,7 +122,8 @@ def make(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes
     """A random model for evaluation, every weight of which is drawn anew (norms and biases are not 1 and 0)."""
     torch.manual_seed(seed)
     made = config(name, **changes)
-    family = AutoModelForSeq2SeqLM if made.is_encoder_decoder else AutoModelForCausalLM
+    language = AutoModelForCausalLM if type(made) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForMultimodalLM
+    family = AutoModelForSeq2SeqLM if made.is_encoder_decoder else language
     model = family.from_config(made).eval()
     with torch.no_grad():
         for parameter in model.parameters():

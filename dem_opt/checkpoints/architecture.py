@@ -3,6 +3,7 @@
 config.json --> Architecture (parameters, ties, buffers)       stored tensors --> Layout --> parameters
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +14,16 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
 from transformers.utils import logging
 
 from dem_opt.checkpoints.device_map import Split, split_layers
@@ -28,6 +38,9 @@ CONFIG_ERRORS = (
     *(OSError, ImportError, StrictDataclassError),
 )
 """Errors that transformers raises for configs that describe no model."""
+
+_ENUMERATION = re.compile(r",? or contain one of|\.? Should contain one of|\.? Model type should be one of")
+"""Words of transformers' errors before a list of all of its classes."""
 
 
 @dataclass(frozen=True)
@@ -190,8 +203,22 @@ def silence_transformers() -> None:
 
 
 def _auto(config: Any) -> Any:
-    """The auto class of a config: causal or sequence-to-sequence language models."""
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    """The auto class of a config: language models, or those that read images or sound too.
+
+    Raises:
+        ValueError: transformers has no such class for this config.
+    """
+    if config.is_encoder_decoder:
+        classes: dict[Any, Any] = {AutoModelForSeq2SeqLM: MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING}
+    else:
+        classes = {
+            AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
+            AutoModelForMultimodalLM: MODEL_FOR_MULTIMODAL_LM_MAPPING,
+        }
+    for auto, known in classes.items():
+        if type(config) in known:
+            return auto
+    raise ValueError(f"transformers has no language model of the type {config.model_type}")
 
 
 def _construct(folder: Path, field: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
@@ -201,7 +228,8 @@ def _construct(folder: Path, field: str, dtype: torch.dtype, device: str) -> Pre
         with without_initialization(), torch.device(device):
             model: PreTrainedModel = _auto(config).from_config(config, dtype=dtype)
     except CONFIG_ERRORS as error:
-        mend = f"no language model can be made of it: {shorten(' '.join(str(error).split()), 200)}"
+        reason = shorten(_ENUMERATION.split(" ".join(str(error).split()))[0], 200)
+        mend = f"no language model can be made of it: {reason}"
         raise InputError(folder / "config.json", field, None, mend) from None
     model.tie_weights()
     return model

@@ -10,7 +10,7 @@ from dem_opt.checkpoints.training_record import step_folder
 from dem_opt.config import ModelSource
 from dem_opt.errors import InputError
 
-WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
+WANTED = ["*.json", "*.safetensors", "*.model", "*.spm", "*.tiktoken", "*.txt", "*.jinja", "README.md", "LICENSE*"]
 """Files of a repository to download: no pickled weights, no code."""
 
 HUB_TIMEOUT = 10.0

@@ -57,6 +57,10 @@ COPIED = (
     "vocab.*",
     "merges.txt",
     "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "tekken.json",
+    "*processor_config.json",
     "chat_template*",
     "additional_chat_templates",
 )

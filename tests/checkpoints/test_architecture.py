@@ -26,6 +26,10 @@ PACKED = {"llama", "llama tied", "gpt2", "mistral", "qwen2", "qwen3", "gemma", "
     "phi",
     "phi3",
     "gpt_neox",
+    "llava",
+    "mistral3",
+    "gemma3, with images",
+    "qwen3_vl",
 }
 """Architectures that keep packed documents apart; of the others, mixtures of experts do so on some devices only."""
 
@@ -45,6 +49,10 @@ class World:
     def references(self):
         """The checkpoints as transformers loads them."""
         return [load_model(one.path, torch.float32) for one in self.stored]
+
+    def parameters(self, model):
+        """A model's parameters by name, those of its language model where it reads images too."""
+        return {name: one for name, one in model.named_parameters() if name in self.architecture.parameters}
 
     def merged_model(self, dtype=torch.float32):
         model = empty_model(self.stored[0].path, dtype)
@@ -90,7 +98,7 @@ def test_a_vertex_is_the_checkpoint_to_the_bit(world):
     for one, reference in zip(world.stored, world.references, strict=True):
         merged_model.merge(Composite.single(one.content))
         theirs = dict(reference.named_parameters())
-        assert all(torch.equal(mine, theirs[name]) for name, mine in model.named_parameters())
+        assert all(torch.equal(mine, theirs[name]) for name, mine in world.parameters(model).items())
         torch.testing.assert_close(logits(model), logits(reference), rtol=1e-5, atol=1e-6)
 
 
@@ -99,7 +107,7 @@ def test_a_composite_agrees_with_float64(world):
     merged_model, model = world.merged_model()
     merged_model.merge(world.composite())
     references = [dict(one.named_parameters()) for one in world.references]
-    for name, mine in model.named_parameters():
+    for name, mine in world.parameters(model).items():
         terms = [units / UNIT * one[name].double() for units, one in zip(UNITS, references, strict=True)]
         bound = 4 * 2**-24 * sum(term.abs() for term in terms) * (1 + 2**-20) + 2**-149
         assert (mine.double() - sum(terms)).abs().le(bound).all(), name
@@ -113,8 +121,9 @@ def test_an_export_is_proved_and_loads_as_the_composite(world, tmp_path):
     merged_model, model = world.merged_model()
     merged_model.merge(world.composite())
     loaded = load_model(tmp_path / "out", torch.float32)
-    theirs = dict(loaded.named_parameters())
-    assert all(torch.equal(mine, theirs[name]) for name, mine in model.named_parameters())
+    theirs, bases = dict(loaded.named_parameters()), dict(world.references[0].named_parameters())
+    assert all(torch.equal(mine, theirs[name]) for name, mine in world.parameters(model).items())
+    assert all(torch.equal(bases[name], theirs[name]) for name in world.architecture.outside)
     torch.testing.assert_close(logits(model), logits(loaded), rtol=1e-5, atol=1e-6)
     base, out = (read_header(path, "a").tensors for path in (world.stored[0].path, tmp_path / "out"))
     assert {name: one.shape for name, one in out.items()} == {name: one.shape for name, one in base.items()}
@@ -240,11 +249,11 @@ def test_the_gradient_is_that_of_finite_differences(world):
     for expert, mine in zip(fine_tunes, gradient, strict=True):
         nats = []
         for step in (1e-5, -2e-5):
-            for name, parameter in model.named_parameters():
+            for name, parameter in world.parameters(model).items():
                 parameter.data += step * (expert[name].double() - base[name].double())
             with calculating(torch.float64):
                 nats.append(sum(score(model, made, 60, kind)[0].nats_W))
-        for name, parameter in model.named_parameters():
+        for name, parameter in world.parameters(model).items():
             parameter.data += 1e-5 * (expert[name].double() - base[name].double())
         assert mine == pytest.approx((nats[0] - nats[1]) / 2e-5, rel=1e-6)
 
