@@ -71,7 +71,10 @@ MODELS = {
     "olmoe": ("olmoe", GROUPED | {"num_experts": 4, "num_experts_per_tok": 2}),
     "llava": ("llava", seeing("llama", "clip_vision_model", GROUPED)),
     "mistral3": ("mistral3", seeing("mistral", "pixtral", HEADED, head_dim=8)),
-    "gemma3, with images": ("gemma3", seeing("gemma3_text", "siglip_vision_model", HEADED) | {"mm_tokens_per_image": 4}),
+    "gemma3, with images": (
+        "gemma3",
+        seeing("gemma3_text", "siglip_vision_model", HEADED) | {"mm_tokens_per_image": 4},
+    ),
     "qwen2_vl": (
         "qwen2_vl",
         seeing(
