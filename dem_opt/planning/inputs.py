@@ -95,10 +95,10 @@ class Inputs:
         return evaluation_dtype(self.config.evaluation.dtype, self.stored, self.device)
 
     def warnings(self) -> list[str]:
-        """Warn of tensors left out, of the same content twice, and of files that are read at every merge."""
+        """Warn of checkpoints with the same content, and of those that are read from their files at every merge."""
         contents = {"base": self.base.content} | {name: model.content for name, model in self.fine_tunes.items()}
         streamed = [name for name, content in contents.items() if content in self.streamed]
-        warnings = [*self.left_out, *identical_checkpoints(contents)]
+        warnings = identical_checkpoints(contents)
         if streamed:
             reason = "read from the files at every merge, because not all checkpoints fit into memory"
             warnings.append(f"{', '.join(streamed)}: {reason}")

@@ -87,7 +87,10 @@ class StudyContext:
         Args:
             for_workers: Whether workers on this machine will hold all of it, so that it has to fit into memory.
         """
-        return load_inputs(self.config, self.path, worker=for_workers)
+        inputs = load_inputs(self.config, self.path, worker=for_workers)
+        for line in inputs.left_out:
+            self.progress.warning(line)
+        return inputs
 
     @contextmanager
     def database(self) -> Iterator[tuple[Engine, Ledger]]:
