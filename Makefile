@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart headline test chaos browser check bench clean
+.PHONY: quickstart headline test docs chaos browser check bench clean
 
 ## quickstart: the whole method on this machine, into ./quickstart
 quickstart: .venv/ready
@@ -17,6 +17,10 @@ headline: .venv/ready
 ## test: all tests, in two processes
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+## docs: every snippet of the pages and the example notebook, on ./quickstart or the one that DEM_OPT_QUICKSTART names
+docs: .venv/ready
+	$(BIN)/python -m pytest -m docs tests/docs
 
 ## chaos: faults with real processes: killed drivers, residents and nodes, outages, signals, hostile text
 chaos: .venv/ready

@@ -1,32 +1,20 @@
-"""The example notebook runs from top to bottom, on the quickstart's study or on a tiny one."""
+"""The example notebook runs from top to bottom on a copy of a finished quickstart."""
 
-import os
-import shutil
 from pathlib import Path
 
 import nbformat
 import pytest
-import worlds
-from in_process import open_study
+from finished_quickstart import ROOT, copy_quickstart
 from nbclient import NotebookClient
 
-ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "docs/examples/quickstart.ipynb"
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A copy of the quickstart's folder where DEM_OPT_QUICKSTART names one, else a tiny study that was run."""
-    copy = tmp_path / "quickstart"
-    if given := os.environ.get("DEM_OPT_QUICKSTART"):
-        shutil.copytree(given, copy)
-    else:
-        open_study(worlds.study(copy, search={"algorithm": "random", "trials": 4})).run()
-    return copy
-
-
+@pytest.mark.docs
 @pytest.mark.filterwarnings("default")  # of jupyter_client and its event loop
-def test_the_notebook_runs_from_top_to_bottom(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "quickstart"
+    copy_quickstart(folder)
     monkeypatch.setenv("DEM_OPT_QUICKSTART", str(folder))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
