@@ -99,6 +99,10 @@ MODELS = {
             deepstack_visual_indexes=[0],
         ),
     ),
+    "gpt_oss": (
+        "gpt_oss",
+        HEADED | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 48, "layer_types": None},
+    ),
     "t5": ("t5", PAIRED | {"d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}),
     "t5, untied": (
         "t5",

@@ -1,24 +1,32 @@
 """PEFT adapters on disk, read as edits of the base's parameters that stay factored in memory.
 
-    LoRA    Delta W = (alpha / r) B A                  Hu et al. 2021
-    rsLoRA  Delta W = (alpha / sqrt(r)) B A            Kalajdzievski 2023
-    DoRA    W' = m (W + Delta W) / ||W + Delta W||     Liu et al. 2024, the norm of each output's row
+stored names + adapter_config.json --> Adapter (factors by module)     Adapter + Architecture --> edits by parameter
 
-Shape suffixes: O outputs and I inputs of a linear map, R rank.
+The truth is the forward pass of PEFT's own model of the adapter: what that can't be written as weights of the base's
+architecture is refused.
 """
 
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import sha256
-from math import sqrt
 from os.path import isdir
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from dem_opt.checkpoints.adapter_config import (
+    fault,
+    is_saved_whole,
+    is_target_parameter,
+    rank_of,
+    scale_of,
+    stores_experts_by_outputs,
+    token_indices,
+)
+from dem_opt.checkpoints.adapter_edits import Edit, ExpertsLowRank, LowRank, Replaced, ReplacedRows, Shifted
 from dem_opt.checkpoints.architecture import Architecture
 from dem_opt.checkpoints.files import (
     DTYPES,
@@ -30,117 +38,126 @@ from dem_opt.checkpoints.files import (
     read_tensors,
 )
 from dem_opt.checkpoints.loading import read_parameters
+from dem_opt.checkpoints.training_record import RECORD
 from dem_opt.errors import InputError
 from dem_opt.types import StoredModel
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
+
+_WRAPPERS = re.compile(r"^(module\.)+|(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""Components of names that data-parallel training, torch.compile and activation checkpointing add."""
 
 _PREFIX = "base_model.model."
-_FACTOR = re.compile(r"(.+)\.lora_(?:(A|B)\.weight|embedding_(A|B)|(magnitude_vector)(?:\.weight)?)$")
-_REFUSED = (
-    "target_parameters",
-    "layer_replication",
-    "trainable_token_indices",
-    "use_qalora",
-    "use_bdlora",
-    "lora_bias",
+_FACTOR = re.compile(
+    r"""(?P<module>.+)\.lora_(?:
+        (?P<linear>[AB])(?:\.(?!weight$|bias$)[^.]+)?\.(?P<what>weight|bias)
+      | embedding_(?P<embedding>[AB])(?:\.[^.]+)?
+      | (?P<magnitude>magnitude_vector)(?:\.(?!weight$)[^.]+)?(?:\.weight)?
+    )$""",
+    re.VERBOSE,
 )
-"""Settings of a config that change the formulas above; adapters that set one are refused."""
+"""Names of factors, which may have the adapter's name (`default`) in them."""
+
+_TOKENS = re.compile(r"(?P<module>.+?)\.(?:token_adapter\.)?trainable_tokens_delta(?:\.[^.]+)?$")
+_SAVED = re.compile(r"\.modules_to_save\.[^.]+\.")
+_ORIGINAL = ".original_module."
+_BASE = ".base_layer"
 
 
-class Edit(Protocol):
-    """An adapter's change of one parameter."""
+@dataclass(frozen=True, kw_only=True)
+class PlannedEdit:
+    """How a parameter is edited, and the stored tensors that the edit is made of.
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory."""
-
-    def apply(self, base: Tensor) -> Tensor:
-        """The fine-tuned parameter, computed in float32 and rounded once to the base's dtype."""
-
-
-@dataclass(frozen=True, eq=False)
-class Replaced:
-    """A parameter that was trained as a whole: a bias, a module of `modules_to_save`."""
-
-    values: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the values."""
-        return self.values.nbytes
-
-    def apply(self, base: Tensor) -> Tensor:
-        """The values."""
-        return self.values.to(base.dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class LowRank:
-    """Theta_i = Theta + s B A , with s = alpha / r (LoRA) or alpha / sqrt(r) (rsLoRA).
-
-    With a magnitude m for each output (DoRA):  Theta_i = m V / ||V||,  V = Theta + s B A , the norm of each output's
-    row.  `transposed`: Theta is stored as [I, O].
+    Attributes:
+        module: Path of the module that PEFT trained.
+        stored: Stored names by part: "A", "B", "magnitude_vector", or "values".
+        scale: s of the formulas.
+        transposed: The parameter, or each of its experts, is stored as [inputs, outputs].
+        indices: Rows of the parameter.
     """
 
-    down_RI: Tensor
-    up_OR: Tensor
-    scale: float
-    transposed: bool
-    magnitude_O: Tensor | None = None
+    kind: Literal["low rank", "experts", "rows", "replaced", "shifted"]
+    module: str
+    stored: Mapping[str, str]
+    scale: float = 1.0
+    transposed: bool = False
+    indices: tuple[int, ...] = ()
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the factors."""
-        return sum(x.nbytes for x in (self.down_RI, self.up_OR, self.magnitude_O) if x is not None)
+    def load(self, parts: Mapping[str, Tensor]) -> Edit:
+        """The edit of its parts' tensors."""
+        if self.kind == "replaced":
+            return Replaced(parts["values"])
+        if self.kind == "rows":
+            return ReplacedRows(parts["values"], self.indices)
+        if self.kind == "shifted":
+            return Shifted(parts["values"], self.scale)
+        if self.kind == "experts":
+            return ExpertsLowRank(parts["A"], parts["B"], self.scale, self.transposed)
+        magnitude = parts["magnitude_vector"].reshape(-1) if "magnitude_vector" in parts else None
+        return LowRank(parts["A"], parts["B"], self.scale, self.transposed, magnitude)
 
-    def apply(self, base: Tensor) -> Tensor:
-        """Theta_i from Theta."""
-        weight_OI = torch.mm(self.up_OR.float(), self.down_RI.float()).mul_(self.scale)
-        weight_OI += (base.T if self.transposed else base).float()
-        if self.magnitude_O is not None:
-            weight_OI *= (self.magnitude_O.float() / torch.linalg.norm(weight_OI, dim=1))[:, None]
-        return (weight_OI.T if self.transposed else weight_OI).to(base.dtype)
+
+@dataclass(frozen=True)
+class Plan:
+    """What an adapter makes of a base.
+
+    Attributes:
+        edits: By parameter.
+        copies: Pairs of a parameter and the stored name of a copy of the base's values.
+        twins: Pairs of edits that must be the same: of two names of one tied weight.
+        faults: Reasons why the adapter does not fit.
+    """
+
+    edits: dict[str, PlannedEdit] = field(default_factory=dict)
+    copies: list[tuple[str, str]] = field(default_factory=list)
+    twins: list[tuple[PlannedEdit, PlannedEdit]] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's files: the stored names behind each parameter that it edits.
+    """An adapter's files: its stored names, sorted.
 
     Attributes:
-        factors: By parameter, the stored names of "A", "B" and perhaps "magnitude_vector".
+        factors: By module, the stored names of "A", "B" and perhaps "magnitude_vector" and "bias".
+        tokens: By module, the stored name of rows of its weight.
         whole: By parameter, the stored name of the tensor that replaces it.
-        repeated: By parameter, the stored name of a copy of the base's tensor.
+        copies: Pairs of a parameter and the stored name of a copy of the base's tensor.
     """
 
     header: Header
     config: Mapping[str, Any]
     factors: Mapping[str, Mapping[str, str]]
+    tokens: Mapping[str, str]
     whole: Mapping[str, str]
-    repeated: Mapping[str, str]
+    copies: Sequence[tuple[str, str]]
 
-    def scale(self, parameter: str) -> float:
-        """s of the formula, by the parameter's own rank and alpha where the config has patterns."""
-        rank = self.header.tensors[self.factors[parameter]["A"]].shape[0]
-        alpha = _pattern(self.config.get("alpha_pattern"), parameter, self.config["lora_alpha"])
-        return float(alpha) / (sqrt(rank) if self.config.get("use_rslora") else rank)
+    def shape(self, stored: str) -> tuple[int, ...]:
+        """The shape of a stored tensor."""
+        return self.header.tensors[stored].shape
 
-    def transposed(self, parameter: str) -> bool:
-        """The parameter is stored as [I, O]: GPT-2's linear maps, and embeddings, which map from a one-hot."""
-        return bool(self.config.get("fan_in_fan_out")) or "embedding" in self.factors[parameter]["A"]
-
-    def memory_bytes(self, names: Collection[str]) -> int:
+    def memory_bytes(self, architecture: Architecture, names: Collection[str]) -> int:
         """Bytes that `load_edits` allocates for these parameters: factors and tensors as they are stored."""
-        parts = [(name, stored) for name, factors in self.factors.items() for stored in factors.values()]
-        parts += self.whole.items()
-        return sum(self.header.tensors[stored].nbytes for name, stored in parts if name in names)
+        edits = plan_edits(architecture, self).edits
+        stored = (name for parameter, edit in edits.items() if parameter in names for name in edit.stored.values())
+        return sum(self.header.tensors[name].nbytes for name in stored)
 
     def content(self, base: str) -> str:
         """The content hash of the fine-tune: tensors, settings and the content of the base."""
-        settings = {
-            parameter: (self.scale(parameter), self.transposed(parameter)) for parameter in sorted(self.factors)
+        settings: dict[str, Any] = {
+            f"{module}.weight": (
+                scale_of(self.config, module, self.shape(parts["A"])[0]),
+                bool(self.config.get("fan_in_fan_out")) or "embedding" in parts["A"],
+            )
+            for module, parts in sorted(self.factors.items(), key=lambda item: f"{item[0]}.weight")
+            if "A" in parts
         }
+        # Only where they are set, so that hashes of adapters without them are those of earlier releases.
+        rarer = {name: self.config.get(name) for name in ("trainable_token_indices", "target_parameters")}
+        if any(rarer.values()):
+            settings |= rarer | {"by_outputs": stores_experts_by_outputs(self.config)}
         return sha256(repr((base, hash_tensors(self.header), settings)).encode()).hexdigest()
 
 
@@ -148,54 +165,59 @@ def read_adapter(folder: Path, field: str) -> Adapter:
     """Read an adapter folder: its config and its header, no tensors.
 
     Raises:
-        InputError: A file is missing or damaged, or this kind of adapter is not supported.
+        InputError: A file is missing or damaged, or this kind of adapter can't be merged.
     """
     if not isdir(folder):
         raise InputError(folder, field, None, "no such folder")
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            pickled = (folder / "adapter_model.bin").is_file()
-            mend = "is pickled: save it as safetensors" if pickled and name == WEIGHTS else f"has no {name}"
-            raise InputError(folder, field, None, mend)
-    config = _check_config(folder, field)
-    header = Header(folder, field, read_file_header(folder / WEIGHTS, field), adapter=True)
-    return _sort(header, config)
+            pickled = name == WEIGHTS and (folder / PICKLED).is_file()
+            allow = f"is pickled: save it as safetensors, or write `{{path: {folder.name}, pickled: true}}`"
+            raise InputError(folder, field, None, allow if pickled else f"has no {name}")
+    config = read_json(folder / CONFIG, field)
+    if unmergeable := fault(config):
+        again = "; or remove the folder and train it again" if (folder / RECORD).is_file() else ""
+        raise InputError(folder / CONFIG, field, None, unmergeable[1] + again)
+    return sort_tensors(Header(folder, field, read_file_header(folder / WEIGHTS, field), adapter=True), config)
 
 
 def check_adapter(architecture: Architecture, base: Header, adapter: Adapter) -> None:
-    """Check that an adapter edits parameters that the base has, in their shapes.
+    """Check that an adapter edits parameters that the base has, in their shapes, and was trained on their values.
 
     Raises:
         InputError: One for all differences.
     """
-    differences = [part for parameter in adapter.factors for part in _misfit(architecture, adapter, parameter)]
-    for parameter, stored in {**adapter.whole, **adapter.repeated}.items():
-        shape = adapter.header.tensors[stored].shape
-        if parameter in architecture.aliases:
-            differences.append(f"{parameter} is tied to {architecture.aliases[parameter]} in the base")
-        elif architecture.parameters.get(parameter) != shape:
-            differences.append(f"{parameter} is {list(shape)}, {_its_shape(architecture, parameter)}")
-    if differences:
-        trained_on = adapter.config.get("base_model_name_or_path")
-        origin = f" (made for {trained_on})" if trained_on else ""
-        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
-        mend = f"does not fit the base {base.folder}{origin}: {'; '.join(differences[:3])}{more}"
-        raise InputError(adapter.header.folder, adapter.header.field, None, mend)
-    _check_repeated(architecture, base, adapter)
+    plan = plan_edits(architecture, adapter)
+    layout = architecture.layout(base)
+    for parameter in sorted(layout.fused & plan.edits.keys()):
+        if {*layout.plain_sources(parameter)} != architecture.stored_as(parameter):
+            plan.faults.append(f"{parameter} is fused from tensors of old names: save the base again")
+    if plan.faults:
+        raise InputError(adapter.header.folder, adapter.header.field, None, describe_faults(plan, base, adapter))
+    _check_copies(architecture, base, adapter, plan)
+    for one, other in plan.twins:
+        if not _same_edit(*(each.load(_read(adapter, each)) for each in (one, other))):
+            mend = f"trained {one.module} and {other.module} apart, {_UNTIED}"
+            raise InputError(adapter.header.folder, adapter.header.field, None, mend)
 
 
-def load_edits(adapter: Adapter, devices: Mapping[str, torch.device] | None = None) -> dict[str, Edit]:
+def describe_faults(plan: Plan, base: Header, adapter: Adapter) -> str:
+    """The first faults of a plan, for an error."""
+    trained_on = adapter.config.get("base_model_name_or_path")
+    origin = f" (made for {trained_on})" if trained_on else ""
+    more = f"; and {len(plan.faults) - 3} more" if len(plan.faults) > 3 else ""
+    return f"does not fit the base {base.folder}{origin}: {'; '.join(plan.faults[:3])}{more}"
+
+
+def load_edits(
+    architecture: Architecture, adapter: Adapter, devices: Mapping[str, torch.device] | None = None
+) -> dict[str, Edit]:
     """Load an adapter's edits by parameter, each on its parameter's device; on the CPU unless given."""
     stored = dict(read_tensors(adapter.header, adapter.header.tensors))
     edits: dict[str, Edit] = {}
-    for parameter, name in adapter.whole.items():
-        edits[parameter] = Replaced(stored[name].to(devices[parameter] if devices else "cpu"))
-    for parameter, names in adapter.factors.items():
-        parts = {part: stored[name].to(devices[parameter] if devices else "cpu") for part, name in names.items()}
-        magnitude = parts["magnitude_vector"].reshape(-1) if "magnitude_vector" in parts else None
-        edits[parameter] = LowRank(
-            parts["A"], parts["B"], adapter.scale(parameter), adapter.transposed(parameter), magnitude
-        )
+    for name, edit in plan_edits(architecture, adapter).edits.items():
+        device = devices[name] if devices else "cpu"
+        edits[name] = edit.load({part: stored[key].to(device) for part, key in edit.stored.items()})
     return edits
 
 
@@ -210,77 +232,240 @@ def content_of(model: StoredModel) -> str:
     return read_adapter(model.path, model.field).content(model.base)
 
 
-def _check_config(folder: Path, field: str) -> dict[str, Any]:
-    """The adapter's config; InputError for kinds of adapters whose formula is not here."""
-    config = read_json(folder / CONFIG, field)
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        mend = (
-            f"is of the kind {kind!r}: only LORA (plain, rsLoRA, DoRA) can be merged; merge it into a checkpoint first"
-        )
-        raise InputError(folder / CONFIG, field, None, mend)
-    for setting in _REFUSED:
-        if config.get(setting):
-            mend = f"has {setting}, which can't be merged here; make it a checkpoint first"
-            raise InputError(folder / CONFIG, field, None, mend)
-    if not isinstance(config.get("lora_alpha"), int | float):
-        raise InputError(folder / CONFIG, field, None, "has no lora_alpha: copy or save the adapter again")
-    return config
+def sort_tensors(header: Header, config: Mapping[str, Any]) -> Adapter:
+    """Sort stored tensors into factors, tokens, replaced parameters and copies of the base's.
 
-
-def _sort(header: Header, config: Mapping[str, Any]) -> Adapter:
-    """Sort stored tensors into factors, replaced parameters and copies of the base's."""
+    Raises:
+        InputError: A tensor has a dtype that can't be merged, or two are for the same place.
+    """
     factors: dict[str, dict[str, str]] = {}
+    tokens: dict[str, str] = {}
     whole: dict[str, str] = {}
+    copies: list[tuple[str, str]] = []
     for stored, tensor in header.tensors.items():
         if tensor.dtype not in DTYPES:
             mend = f"tensor {stored} is {tensor.dtype}: only {', '.join(DTYPES)} can be merged"
             raise InputError(tensor.file, header.field, None, mend)
-        name = stored.removeprefix(_PREFIX)
+        name = _WRAPPERS.sub("", stored).removeprefix(_PREFIX)
         if match := _FACTOR.match(name):
-            module, *parts = match.groups()
-            factors.setdefault(f"{module}.weight", {})[next(part for part in parts if part)] = stored
+            part = "bias" if match["what"] == "bias" else match["linear"] or match["embedding"] or match["magnitude"]
+            place, key = factors.setdefault(match["module"], {}), part
+        elif match := _TOKENS.match(name):
+            place, key = tokens, match["module"]
+        elif _ORIGINAL in name:
+            copies.append((name.replace(_ORIGINAL, "."), stored))
+            continue
         else:
-            whole[name.replace(".base_layer.", ".")] = stored
-    repeated = {name: whole.pop(name) for name in list(whole) if name in factors}
-    return Adapter(header, config, factors, whole, repeated)
+            place, key = whole, _SAVED.sub(".", name).replace(f"{_BASE}.", ".")
+        if key in place:
+            mend = f"{place[key]} and {stored} are for the same place: save one adapter alone"
+            raise InputError(tensor.file, header.field, None, mend)
+        place[key] = stored
+    adapted = {f"{module.replace(_BASE, '')}.weight" for module in factors}
+    copies += [(name, whole.pop(name)) for name in list(whole) if name in adapted]
+    return Adapter(header, config, factors, tokens, whole, copies)
 
 
-def _misfit(architecture: Architecture, adapter: Adapter, parameter: str) -> list[str]:
-    """Faults of the factors of one parameter, for an error."""
-    parts = {part: adapter.header.tensors[stored].shape for part, stored in adapter.factors[parameter].items()}
+_UNTIED = "but the base ties them: no model of the base's kind computes that; train with `ensure_weight_tying: true`"
+
+
+def plan_edits(architecture: Architecture, adapter: Adapter) -> Plan:
+    """Match an adapter's tensors with the parameters of a base."""
+    plan = Plan()
+    candidates: dict[str, list[tuple[str, PlannedEdit]]] = {}
+    for name, edit in _candidates(architecture, adapter, plan.faults):
+        candidates.setdefault(architecture.aliases.get(name, name), []).append((name, edit))
+    for parameter, edits in candidates.items():
+        _settle(architecture, adapter, parameter, edits, plan)
+    for name, stored in adapter.copies:
+        current = architecture.current_name(name)
+        parameter = architecture.aliases.get(current, current)
+        if architecture.parameters.get(parameter) != adapter.shape(stored):
+            plan.faults.append(f"{name} is {list(adapter.shape(stored))}, {_its_shape(architecture, parameter)}")
+        plan.copies.append((parameter, stored))
+    return plan
+
+
+def _candidates(architecture: Architecture, adapter: Adapter, faults: list[str]) -> Iterator[tuple[str, PlannedEdit]]:
+    """The edits of an adapter, by the name of the parameter, which may be one of several of a tied weight."""
+    for module, parts in adapter.factors.items():
+        try:
+            name, edit = _factored(architecture, adapter, module, parts)
+        except _FaultError as misfit:
+            faults.append(str(misfit))
+            continue
+        yield name, edit
+        if "bias" in parts:
+            bias = PlannedEdit(kind="shifted", module=module, stored={"values": parts["bias"]}, scale=edit.scale)
+            yield architecture.current_name(f"{module}.bias"), bias
+    for module, stored in adapter.tokens.items():
+        name = architecture.current_name(f"{module}.weight")
+        is_embedding = architecture.aliases.get(name, name) == architecture.embedding
+        indices = token_indices(adapter.config, module, is_embedding)
+        yield name, PlannedEdit(kind="rows", module=module, stored={"values": stored}, indices=indices)
+    for name, stored in adapter.whole.items():
+        module = name.rpartition(".")[0]
+        yield architecture.current_name(name), PlannedEdit(kind="replaced", module=module, stored={"values": stored})
+
+
+class _FaultError(ValueError):
+    """Why factors do not fit."""
+
+
+def _factored(
+    architecture: Architecture, adapter: Adapter, module: str, parts: Mapping[str, str]
+) -> tuple[str, PlannedEdit]:
+    """The parameter that a module's factors edit, and how.
+
+    Raises:
+        _FaultError: They do not fit.
+    """
     if not {"A", "B"} <= parts.keys():
-        return [f"{parameter} has only one of its two factors"]
-    down_RI, up_OR = parts["A"], parts["B"]
-    if len(down_RI) != 2 or len(up_OR) != 2 or down_RI[0] != up_OR[1]:
-        return [f"{parameter} has factors of {list(down_RI)} and {list(up_OR)}"]
-    if "embedding" in adapter.factors[parameter]["A"] and "magnitude_vector" in parts:
-        return [f"{parameter} is an embedding with DoRA, which can't be merged here"]
-    shape = (down_RI[1], up_OR[0]) if adapter.transposed(parameter) else (up_OR[0], down_RI[1])
-    if architecture.parameters.get(parameter) != shape:
-        return [f"{parameter} is for {list(shape)}, {_its_shape(architecture, parameter)}"]
-    return []
+        raise _FaultError(f"{module} has only one of its two factors")
+    down, up = adapter.shape(parts["A"]), adapter.shape(parts["B"])
+    if 0 in (*down, *up):
+        raise _FaultError(f"{module} has empty factors: they were saved before a sharded training had gathered them")
+    if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
+        raise _FaultError(f"{module} has factors of {list(down)} and {list(up)}")
+    if adapter.config.get("lora_bias") and "bias" not in parts:
+        raise _FaultError(f"{module} has no bias, and the config says lora_bias")
+    name, key = _target(architecture, adapter, module)
+    shape = architecture.parameters.get(architecture.aliases.get(name, name), ())
+    experts = shape[0] if len(shape) == 3 else 1
+    rank, remainder = divmod(down[0], experts)
+    stated = rank_of(adapter.config, key)
+    if remainder or not rank or stated not in (rank, None):
+        raise _FaultError(f"{module} has rank {down[0] / experts:g}, its config says {stated}")
+    transposed = _is_transposed(architecture, adapter, name, "embedding" in parts["A"], (up[0], down[1]))
+    fits = (down[1], up[0]) if transposed else (up[0], down[1])
+    if (shape[1:] if len(shape) == 3 else shape) != fits:
+        raise _FaultError(f"{name} is for {list(fits)}, {_its_shape(architecture, name)}")
+    scale = scale_of(adapter.config, key, rank)
+    if len(shape) == 3:
+        stored = {part: parts[part] for part in ("A", "B")}
+        return name, PlannedEdit(kind="experts", module=module, stored=stored, scale=scale, transposed=transposed)
+    stored = {part: name for part, name in parts.items() if part != "bias"}
+    return name, PlannedEdit(kind="low rank", module=module, stored=stored, scale=scale, transposed=transposed)
 
 
-def _check_repeated(architecture: Architecture, base: Header, adapter: Adapter) -> None:
+def _target(architecture: Architecture, adapter: Adapter, module: str) -> tuple[str, str]:
+    """The parameter that a module's factors edit, and the name that patterns of rank and alpha are matched with.
+
+    That is the module's weight, or one of `target_parameters`: PEFT wraps the parameters of a module one around the
+    other in their order, so the last has the module's own name and the first the most `base_layer` in its.
+    """
+    inner = module.replace(_BASE, "")
+    name = architecture.current_name(f"{inner}.weight")
+    if name in architecture.parameters or name in architecture.aliases:
+        return name, inner
+    own = [
+        parameter
+        for parameter in architecture.parameters
+        if parameter.rpartition(".")[0] == inner and is_target_parameter(adapter.config, parameter)
+    ]
+    depth = module.count(_BASE)
+    return (own[-1 - depth], own[-1 - depth]) if depth < len(own) else (name, inner)
+
+
+def _is_transposed(
+    architecture: Architecture, adapter: Adapter, name: str, embedding: bool, outputs_inputs: tuple[int, int]
+) -> bool:
+    """The parameter, or each of its experts, is stored as [inputs, outputs].
+
+    Of linear maps the module's class tells, as PEFT reads it.  Stacks of experts: their shape, and of square ones the
+    version of PEFT that the adapter was saved with.
+    """
+    shape = architecture.parameters.get(architecture.aliases.get(name, name), ())
+    if len(shape) != 3:
+        return embedding or architecture.stores_inputs_first(name)
+    if shape[1] != shape[2]:
+        return shape[1:] != outputs_inputs
+    by_outputs = stores_experts_by_outputs(adapter.config)
+    if by_outputs is None:
+        raise _FaultError(f"{name} has square experts, and the config no peft_version that tells the factors' layout")
+    return architecture.stores_inputs_first(name) if by_outputs else True
+
+
+def _settle(
+    architecture: Architecture,
+    adapter: Adapter,
+    parameter: str,
+    edits: Sequence[tuple[str, PlannedEdit]],
+    plan: Plan,
+) -> None:
+    """Decide on the edit of a parameter that may have several names, each of which PEFT edits on its own."""
+    (name, edit), *others = edits
+    plan.faults.extend(misfit for _, each in edits if (misfit := _misfit(architecture, adapter, parameter, each)))
+    plan.edits[parameter] = next((each for other, each in edits if other == parameter), edit)
+    if len({each.kind for _, each in edits}) > 1 or len({other for other, _ in edits}) < len(edits):
+        plan.faults.append(f"{parameter} is edited twice: by {', '.join(each.module for _, each in edits)}")
+        return
+    plan.twins.extend((edit, other) for _, other in others)
+    names = {parameter, *(alias for alias, target in architecture.aliases.items() if target == parameter)}
+    missing = sorted(names - {other for other, _ in edits})
+    if missing and any(_is_trained_apart(architecture, adapter, other, each) for other, each in edits):
+        modules = ", ".join(other.removesuffix(".weight") for other in missing)
+        plan.faults.append(f"it trained {name.removesuffix('.weight')} apart from {modules}, {_UNTIED}")
+
+
+def _is_trained_apart(architecture: Architecture, adapter: Adapter, name: str, edit: PlannedEdit) -> bool:
+    """PEFT's model has this edit under one name of a tied weight alone.
+
+    Factors and modules of `modules_to_save` wrap one module.  Rows of the input embedding are given to all modules
+    that are tied to it, and a tensor that is stored as it is replaces the shared one.
+    """
+    if edit.kind == "replaced":
+        return is_saved_whole(adapter.config, edit.module)
+    return edit.kind != "rows" or name != architecture.embedding
+
+
+def _misfit(architecture: Architecture, adapter: Adapter, parameter: str, edit: PlannedEdit) -> str | None:
+    """Why tensors that are no factors do not fit a parameter."""
+    if "values" not in edit.stored:
+        return None
+    stored, expected = adapter.shape(edit.stored["values"]), architecture.parameters.get(parameter)
+    if edit.kind != "rows":
+        if stored == expected:
+            return None
+        unbiased = edit.kind == "shifted" and expected is None
+        reason = "a bias (lora_bias), which PEFT can't merge either: " if unbiased else ""
+        return f"{parameter} is {reason}{list(stored)}, {_its_shape(architecture, parameter)}"
+    if expected is None or len(stored) != 2 or stored[1:] != expected[1:]:
+        return f"{parameter} has rows of {list(stored[1:])}, {_its_shape(architecture, parameter)}"
+    if len(set(edit.indices)) != stored[0] or not all(0 <= index < expected[0] for index in edit.indices):
+        return (
+            f"{parameter} has {stored[0]} rows, and trainable_token_indices no {stored[0]} tokens below {expected[0]}"
+        )
+    return None
+
+
+def _check_copies(architecture: Architecture, base: Header, adapter: Adapter, plan: Plan) -> None:
     """Raise InputError where the adapter's copy of a base's tensor differs from it."""
-    originals = read_parameters(architecture, base, adapter.repeated)
-    copies = read_tensors(adapter.header, adapter.repeated.values())
+    originals = read_parameters(architecture, base, [parameter for parameter, _ in plan.copies])
+    copies = read_tensors(adapter.header, [stored for _, stored in plan.copies])
     for (parameter, original), (_, copy) in zip(originals, copies, strict=True):
         if not torch.equal(copy.to(original.dtype), original):
             mend = f"was trained on another {parameter} than the base's"
             raise InputError(adapter.header.folder, adapter.header.field, None, mend)
 
 
+def _read(adapter: Adapter, edit: PlannedEdit) -> dict[str, Tensor]:
+    """The tensors of one edit by part."""
+    tensors = read_tensors(adapter.header, edit.stored.values())
+    return {part: tensor for part, (_, tensor) in zip(edit.stored, tensors, strict=True)}
+
+
+def _same_edit(one: Edit, other: Edit) -> bool:
+    """Two edits are the same: of one is an embedding, the factors of the other are its transposed ones, swapped."""
+    if isinstance(one, LowRank) and isinstance(other, LowRank):
+        if one.magnitude_O is not None or other.magnitude_O is not None or one.scale != other.scale:
+            return False
+        if one.transposed == other.transposed:
+            return torch.equal(one.down_RI, other.down_RI) and torch.equal(one.up_OR, other.up_OR)
+        return torch.equal(one.down_RI, other.up_OR.T) and torch.equal(one.up_OR, other.down_RI.T)
+    return isinstance(one, Replaced) and isinstance(other, Replaced) and torch.equal(one.values, other.values)
+
+
 def _its_shape(architecture: Architecture, parameter: str) -> str:
-    shape = architecture.parameters.get(parameter)
+    shape = architecture.parameters.get(architecture.aliases.get(parameter, parameter))
     return "which the base does not have" if shape is None else f"the base's is {list(shape)}"
-
-
-def _pattern(patterns: Any, parameter: str, default: Any) -> Any:
-    """The value of the first pattern that a module's name ends with, as PEFT matches them."""
-    module = parameter.removesuffix(".weight")
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(?:.*\.)?(?:{pattern})$", module):
-            return value
-    return default

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
@@ -24,13 +25,14 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from dem_opt.checkpoints.device_map import Split, split_layers
 from dem_opt.checkpoints.files import Header, read_header, read_tensors
 from dem_opt.checkpoints.hf_config import refuse_endless
 from dem_opt.checkpoints.layout import Layout, lay_out
-from dem_opt.checkpoints.transformers_internals import LoadingRules, loading_rules, without_initialization
+from dem_opt.checkpoints.transformers_internals import LoadingRules, loading_rules, unfused, without_initialization
 from dem_opt.errors import InputError, shorten
 
 CONFIG_ERRORS = (
@@ -89,6 +91,26 @@ class Architecture:
         if names not in self._layouts:
             self._layouts[names] = lay_out(self, names)
         return self._layouts[names]
+
+    def current_name(self, name: str) -> str:
+        """The name that a stored tensor of this name is loaded under."""
+        return self.rules.target(name)[0]
+
+    def as_stored(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors, by name, that parameters are saved as: fused ones are taken apart."""
+        return unfused(self._model, parameters)
+
+    def stored_as(self, parameter: str) -> set[str]:
+        """The names that a parameter is saved under."""
+        return {*self.as_stored({parameter: torch.empty(self.parameters[parameter], device="meta")})}
+
+    def stores_inputs_first(self, parameter: str) -> bool:
+        """The parameter's module, GPT-2's linear maps or some stacks of experts, stores [inputs, outputs]."""
+        try:
+            module = self._model.get_submodule(parameter.rpartition(".")[0])
+        except AttributeError:
+            return False
+        return isinstance(module, Conv1D) or bool(getattr(module, "is_transposed", False))
 
     @cached_property
     def _layouts(self) -> dict[tuple[str, ...], Layout]:

@@ -5,6 +5,7 @@ it says which one has changed.
 """
 
 import re
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -13,7 +14,12 @@ from transformers import PreTrainedModel
 
 # No public call tells which parameter a stored tensor becomes without loading it: from_pretrained decides it inside.
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
 
 # A model of a config on the CPU would draw random weights for minutes; the public `init_empty_weights` is for "meta".
 from transformers.initialization import no_init_weights
@@ -52,6 +58,12 @@ def loading_rules(model: PreTrainedModel) -> LoadingRules:
         state=dict(model.state_dict()),
         ignored=_ignored(model),
     )
+
+
+def unfused(model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The stored tensors that `save_pretrained` makes of some of a model's parameters; public only as whole files."""
+    stored = revert_weight_conversion(model, dict(parameters))
+    return {name: tensor.contiguous() for name, tensor in stored.items()}
 
 
 def without_initialization() -> AbstractContextManager[None]:

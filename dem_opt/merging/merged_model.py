@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dem_opt.checkpoints.adapters import Edit, load_edits, read_adapter
+from dem_opt.checkpoints.adapter_edits import Edit
+from dem_opt.checkpoints.adapters import load_edits, read_adapter
 from dem_opt.checkpoints.architecture import Architecture, describe, parameter_of, stored_dtypes
 from dem_opt.checkpoints.device_map import move_activations, split_layers
 from dem_opt.checkpoints.files import DTYPES, Header, read_header, read_tensors
@@ -102,7 +103,7 @@ class MergedModel:
         for checkpoint in quantized:
             self._quantize(architecture, checkpoint.content, headers[checkpoint.content])
         adapters = [checkpoint for checkpoint in distinct if checkpoint.base is not None]
-        self._adapters = {adapter.content: self._edits_of(adapter) for adapter in adapters}
+        self._adapters = {adapter.content: self._edits_of(architecture, adapter) for adapter in adapters}
         self._adopt(model)
         self._kernels = [MergeKernel(device) for device in self._devices]
 
@@ -139,7 +140,7 @@ class MergedModel:
             checkpoints=tuple(
                 flat[id(header)]
                 if id(header) in flat
-                else read_adapter(header.folder, header.field).memory_bytes(shapes)
+                else read_adapter(header.folder, header.field).memory_bytes(architecture, shapes)
                 if header.adapter
                 else Int8Vector.memory_bytes(elements, rows)
                 for header in headers
@@ -310,11 +311,11 @@ class MergedModel:
         for name, tensor in read_parameters(architecture, header, places):
             quantize(tensor, *places[name])
 
-    def _edits_of(self, adapter: StoredModel) -> tuple[str, dict[str, Edit]]:
+    def _edits_of(self, architecture: Architecture, adapter: StoredModel) -> tuple[str, dict[str, Edit]]:
         """Load an adapter's edits to the devices of their parameters; returned with the content of its base."""
         assert adapter.base is not None
         devices = {name: self._devices[number] for name, number in self._split.places.items()}
-        return adapter.base, load_edits(read_adapter(adapter.path, adapter.field), devices)
+        return adapter.base, load_edits(architecture, read_adapter(adapter.path, adapter.field), devices)
 
     def _adopt(self, model: PreTrainedModel) -> None:
         """Make the model's parameters views of the live segments, and move its buffers to their devices."""
@@ -394,21 +395,26 @@ def _merge_each(
 
 def _tensors(architecture: Architecture, base: Header, names: Sequence[str], model: StoredModel) -> NamedTensors:
     """Yield a checkpoint's or an adapter's tensors in place of the base's stored tensors."""
-    parameters = parameter_of(architecture, base)
     if model.base is not None:
-        return _edited(model, read_tensors(base, names), parameters)
-    header = read_header(model.path, model.field)
+        return _edited(architecture, base, names, model)
+    header, parameters = read_header(model.path, model.field), parameter_of(architecture, base)
     layout = architecture.layout(header)
     stored = [layout.stored_as(parameters[name], architecture.layout(base).renaming(name)) for name in names]
     return ((name, tensor) for name, (_, tensor) in zip(names, read_tensors(header, stored), strict=True))
 
 
-def _edited(model: StoredModel, values: NamedTensors, parameters: Mapping[str, str]) -> NamedTensors:
-    """Yield the base's tensors with an adapter's edits; `parameters` maps stored names to parameters."""
-    edits = load_edits(read_adapter(model.path, model.field))
-    for name, tensor in values:
-        edit = edits.get(parameters[name])
-        yield name, tensor if edit is None else edit.apply(tensor)
+def _edited(architecture: Architecture, base: Header, names: Sequence[str], model: StoredModel) -> NamedTensors:
+    """Yield the base's stored tensors with an adapter's edits; fused parameters are edited whole, then taken apart."""
+    edits = load_edits(architecture, read_adapter(model.path, model.field))
+    parameters = parameter_of(architecture, base)
+    layout = architecture.layout(base)
+    fused = layout.fused & edits.keys() & {parameters[name] for name in names}
+    apart: dict[str, Tensor] = {}
+    for parameter, tensor in read_parameters(architecture, base, sorted(fused)):
+        apart |= architecture.as_stored({parameter: edits[parameter].apply(tensor)})
+    for name, tensor in read_tensors(base, names):
+        edit, plain = edits.get(parameters[name]), layout.renaming(name)
+        yield name, tensor if edit is None else apart[plain] if plain in apart else edit.apply(tensor)
 
 
 @dataclass(frozen=True)
