@@ -197,7 +197,7 @@ def check_adapter(architecture: Architecture, base: Header, adapter: Adapter) ->
     _check_copies(architecture, base, adapter, plan)
     for one, other in plan.twins:
         if not _same_edit(*(each.load(_read(adapter, each)) for each in (one, other))):
-            mend = f"trained {one.module} and {other.module} apart, {_UNTIED}"
+            mend = f"{one.module} and {other.module} are trained apart, {_UNTIED}"
             raise InputError(adapter.header.folder, adapter.header.field, None, mend)
 
 
@@ -266,7 +266,10 @@ def sort_tensors(header: Header, config: Mapping[str, Any]) -> Adapter:
     return Adapter(header, config, factors, tokens, whole, copies)
 
 
-_UNTIED = "but the base ties them: no model of the base's kind computes that; train with `ensure_weight_tying: true`"
+_UNTIED = (
+    "but the base ties them, and no model of its kind computes that: "
+    "train them as modules_to_save with `ensure_weight_tying: true`"
+)
 
 
 def plan_edits(architecture: Architecture, adapter: Adapter) -> Plan:
@@ -405,7 +408,7 @@ def _settle(
     missing = sorted(names - {other for other, _ in edits})
     if missing and any(_is_trained_apart(architecture, adapter, other, each) for other, each in edits):
         modules = ", ".join(other.removesuffix(".weight") for other in missing)
-        plan.faults.append(f"it trained {name.removesuffix('.weight')} apart from {modules}, {_UNTIED}")
+        plan.faults.append(f"{name.removesuffix('.weight')} is trained apart from {modules}, {_UNTIED}")
 
 
 def _is_trained_apart(architecture: Architecture, adapter: Adapter, name: str, edit: PlannedEdit) -> bool:

@@ -128,8 +128,17 @@ def read_architecture(header: Header) -> Architecture:
     Raises:
         InputError: transformers can't make a language model of the config, or would not finish.
     """
+    return describe(read_meta_model(header))
+
+
+def read_meta_model(header: Header) -> PreTrainedModel:
+    """The model that the folder's config describes, without memory for its parameters.
+
+    Raises:
+        InputError: transformers can't make a language model of the config, or would not finish.
+    """
     refuse_endless(header.folder, header.field, len(header.tensors))
-    return describe(_construct(header.folder, header.field, torch.float32, "meta"))
+    return _construct(header.folder, header.field, torch.float32, "meta")
 
 
 def describe(model: PreTrainedModel) -> Architecture:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dem_opt.atomic import link_or_copy, publish_folder, staged_folder
@@ -33,7 +34,7 @@ from dem_opt.data.windows import pack
 from dem_opt.errors import InputError, located
 from dem_opt.evaluation.nll import document_layout, prepare, score
 from dem_opt.manifest import FILES, manifest_of, refuse_foreign
-from dem_opt.training.lora import add_lora, merged
+from dem_opt.training.lora import add_lora, initial_factors, merged, subtract_initial_factors
 from dem_opt.training.trainer import DivergedError, Recipe, parameters_of, train_model
 from dem_opt.types import Corpus, Windows
 
@@ -167,7 +168,8 @@ def _train(job: FineTuneJob, made_from: dict[str, Any]) -> FineTuned:
     windows, model = _windows(job, tokenizer), _load(job)
     parameters, trained = parameters_of(model)
     parameters -= 0 if job.lora is None else trained
-    keeper = None if job.validation is None else _Keeper(job, model, tokenizer, job.validation)
+    initial = {} if job.lora is None else initial_factors(model)
+    keeper = None if job.validation is None else _Keeper(job, model, tokenizer, job.validation, initial)
     points = train_model(model, windows, job.recipe, job.place, keeper)
     losses = [point.loss for point in points if point.loss is not None]
     result = FineTuned(
@@ -180,7 +182,8 @@ def _train(job: FineTuneJob, made_from: dict[str, Any]) -> FineTuned:
         parameters=parameters,
         trained=trained,
     )
-    _write(job, model, tokenizer, {"made_from": made_from, "result": asdict(result) | {"path": job.out.name}})
+    record = {"made_from": made_from, "result": asdict(result) | {"path": job.out.name}}
+    _write(job, model, tokenizer, record, initial)
     return result
 
 
@@ -215,14 +218,21 @@ def result_of(folder: Path) -> FineTuned | None:
 
 
 def save_checkpoint(
-    out: Path, model: Any, tokenizer: Any, records: dict[str, Any], working: Path | None = None
+    out: Path,
+    model: Any,
+    tokenizer: Any,
+    records: dict[str, Any],
+    working: Path | None = None,
+    initial: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write model (safetensors), tokenizer and JSON records by file name to a folder, whole or not at all.
 
-    The journal and the kept steps in `working` come along.  A record gets the manifest of all that.
+    The journal and the kept steps in `working` come along.  A record gets the manifest of all that.  The `initial`
+    factors of an adapter, which peft took off the base's weights, are subtracted from it.
     """
     with staged_folder(out) as partial:
         model.save_pretrained(partial)
+        subtract_initial_factors(partial, initial or {})
         tokenizer.save_pretrained(partial)
         if working is not None:
             shutil.copy(working / JOURNAL, partial)
@@ -253,8 +263,15 @@ def _file_digest(path: Path, *stamp: int) -> bytes:
 class _Keeper:
     """Keep the weights of each saved state, and measure their validation NLL."""
 
-    def __init__(self, job: FineTuneJob, model: Any, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> None:
-        self._job, self._model, self._tokenizer, self._corpus = job, model, tokenizer, corpus
+    def __init__(
+        self,
+        job: FineTuneJob,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        corpus: Corpus,
+        initial: Mapping[str, Tensor],
+    ) -> None:
+        self._job, self._model, self._tokenizer, self._corpus, self._initial = job, model, tokenizer, corpus, initial
         self._use_cache = model.config.use_cache
 
     def __call__(self, step: int) -> float:
@@ -262,7 +279,7 @@ class _Keeper:
         folder = self._job.place / STEPS / str(step)
         folder.parent.mkdir(exist_ok=True)
         kept, self._model.config.use_cache = self._model.config.use_cache, self._use_cache
-        save_checkpoint(folder, _in_base_dtype(self._model, self._job), self._tokenizer, {})
+        save_checkpoint(folder, _in_base_dtype(self._model, self._job), self._tokenizer, {}, initial=self._initial)
         self._model.config.use_cache = kept
         return _nll(getattr(self._model, "get_base_model", lambda: self._model)(), self._corpus.windows)
 
@@ -300,10 +317,17 @@ def _load(job: FineTuneJob) -> Any:
     return model if job.lora is None else add_lora(model, job.lora, job.seed)
 
 
-def _write(job: FineTuneJob, model: Any, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any]) -> None:
+def _write(
+    job: FineTuneJob,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    record: dict[str, Any],
+    initial: Mapping[str, Tensor],
+) -> None:
     """Write the finished checkpoint, and remove the job's place."""
-    stored = merged(model) if job.merged and job.lora is not None else model
-    save_checkpoint(job.out, _in_base_dtype(stored, job), tokenizer, {RECORD: record}, job.place)
+    is_merged = job.merged and job.lora is not None
+    stored = _in_base_dtype(merged(model) if is_merged else model, job)
+    save_checkpoint(job.out, stored, tokenizer, {RECORD: record}, job.place, {} if is_merged else initial)
     shutil.rmtree(job.place)
 
 

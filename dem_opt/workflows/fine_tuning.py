@@ -17,7 +17,7 @@ from dem_opt.planning.inputs import check_origin
 from dem_opt.progress import Phase, Progress
 from dem_opt.tracking import JobNote
 from dem_opt.training.fine_tune import FineTuned, FineTuneJob, fine_tune, is_wanted, job_identity
-from dem_opt.training.lora import check_lora
+from dem_opt.training.lora import check_lora, check_mergeable
 from dem_opt.training.trainer import check_trainer
 from dem_opt.workflows.context import StudyContext
 
@@ -39,18 +39,19 @@ def jobs(config: StudyConfig, path: Path) -> list[FineTuneJob]:
         path: The study file, which messages name.
 
     Raises:
-        InputError: The Trainer or peft does not know a setting, two trainings write one folder, or a distribution
-            has neither a checkpoint nor training data.
+        InputError: The Trainer or peft does not know a setting, no run could merge what would be trained, two
+            trainings write one folder, or a distribution has neither a checkpoint nor training data.
     """
     check_trainer(config.fine_tuning.trainer, path)
     base, by_folder = locate(config.base, "base"), dict[Path, FineTuneJob]()
+    if any(distribution.adapter and distribution.train for distribution in config.distributions.values()):
+        check_lora(config.fine_tuning.lora, path)
+        check_mergeable(config.fine_tuning.lora, base, path)
     for name, distribution in config.distributions.items():
         kind, source = distribution.fine_tune
         check_origin(name, distribution, path)
         if distribution.train is None or source.place is None:
             continue
-        if kind == "adapter":
-            check_lora(config.fine_tuning.lora, path)
         twin = by_folder.get(source.place)
         if twin is not None and twin.train != distribution.train:
             mend = f"{twin.name} is trained into this folder too, from other data; name another"

@@ -231,6 +231,32 @@ def test_an_adapter_is_trained_read_and_merged(job: FineTuneJob, tmp_path: Path)
     assert not is_finished(dataclasses.replace(apart, lora=None))
 
 
+UNMERGEABLE = {
+    "head of a tied base": ({"target_modules": ["lm_head", "q_proj"]}, "lora"),
+    "embedding of a tied base": ({"target_modules": ["embed_tokens", "q_proj"]}, "lora"),
+    "factors of tied weights": ({"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, "lora"),
+    "saved embedding of a tied base": ({"modules_to_save": ["embed_tokens"]}, "lora"),
+    "activated": ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens"),
+    "corda": ({"init_lora_weights": "corda"}, "init_lora_weights"),
+    "loftq": ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "init_lora_weights"),
+    "bias of B without a bias": ({"lora_bias": True}, "lora"),
+    "repeated layers": ({"layer_replication": [[0, 1], [0, 1]]}, "layer_replication"),
+    "block-diagonal": ({"use_bdlora": {"nblocks": 1, "match_strict": False}}, "use_bdlora"),
+    "no such module": ({"target_modules": ["strange"]}, "lora"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore:Target modules:UserWarning")
+@pytest.mark.parametrize("case", UNMERGEABLE)
+def test_an_adapter_that_no_run_could_merge_is_not_trained(tmp_path: Path, case: str) -> None:
+    lora, field = UNMERGEABLE[case]
+    path = training_study(tmp_path, kind="adapter", fine_tuning={"lora": lora})
+    with pytest.raises(InputError) as refused:
+        train(path)
+    assert refused.value.field == "fine_tuning.lora" + ("" if field == "lora" else f".{field}")
+    assert not (tmp_path / "trained").exists()
+
+
 def model_of(folder: Path):
     return AutoModelForCausalLM.from_pretrained(folder)
 
