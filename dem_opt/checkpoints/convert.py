@@ -18,10 +18,11 @@ from dem_opt.errors import InputError, shorten
 from dem_opt.permissions import make_private_folder
 
 _NAME = "pytorch_model*.bin"
+_ADAPTER = "adapter_model"
 
 
 def converted(folder: Path, field: str) -> Path:
-    """A copy of a checkpoint folder with its weights as safetensors, made once for the same files.
+    """A copy of a checkpoint's or an adapter's folder with its weights as safetensors, made once for the same files.
 
     Only tensors are unpickled.  A folder that has safetensors, or no pickled weights, is returned as it is.
 
@@ -29,8 +30,8 @@ def converted(folder: Path, field: str) -> Path:
         InputError: A pickle holds anything else, is damaged, or has tensors without dense values; or the cache can't
             be written.
     """
-    pickles = sorted(folder.glob(_NAME)) if folder.is_dir() else []
-    if not pickles or (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
+    pickles = _pickles(folder)
+    if not pickles:
         return folder
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in [*pickles, *_rest(folder)]]
     out = cache_folder() / "converted" / sha256(repr(stats).encode()).hexdigest()[:32]
@@ -44,6 +45,13 @@ def converted(folder: Path, field: str) -> Path:
     except OSError as error:
         raise InputError(out, field, None, f"pickled weights can't be converted there ({error.strerror})") from None
     return out
+
+
+def _pickles(folder: Path) -> list[Path]:
+    """The pickled weights of a folder that does not have them as safetensors too."""
+    whole = [] if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file() else sorted(folder.glob(_NAME))
+    adapter = folder / f"{_ADAPTER}.bin"
+    return whole + [adapter] * (adapter.is_file() and not adapter.with_suffix(".safetensors").is_file())
 
 
 def _write(folder: Path, pickles: list[Path], out: Path, field: str) -> None:
@@ -60,8 +68,10 @@ def _write(folder: Path, pickles: list[Path], out: Path, field: str) -> None:
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             reason = f"can't be written as safetensors ({shorten(_first_line(error), 200)})"
             raise InputError(file, field, None, reason) from None
-        weight_map |= dict.fromkeys(tensors, f"{file.stem}.safetensors")
-    (out / INDEX).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+        if file.stem != _ADAPTER:
+            weight_map |= dict.fromkeys(tensors, f"{file.stem}.safetensors")
+    if weight_map:
+        (out / INDEX).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
     for file in _rest(folder):
         shutil.copyfile(file, out / file.name)
 

@@ -179,7 +179,7 @@ class ModelSource(Section):
     """Branch, tag or commit of the hub id."""
 
     pickled: bool = False
-    """Allow pickled weights (`pytorch_model.bin`), from which only tensors are loaded."""
+    """Allow pickled weights (`pytorch_model.bin`, `adapter_model.bin`), from which only tensors are loaded."""
 
     run: StudyPath | None = None
     """Folder of a fine-tuning run that kept its steps (`fine_tuning.keep`), instead of a folder of weights."""

@@ -1,5 +1,6 @@
 """Pickled weights: refused, or converted to the same bits where the study allows it."""
 
+import json
 import shutil
 import warnings
 from contextlib import suppress
@@ -10,8 +11,12 @@ from zipfile import ZipFile
 import pytest
 import torch
 import worlds
+import zoo
 from safetensors.torch import load_file
+from test_adapters import make_adapter
 
+from dem_opt.checkpoints.adapters import CONFIG, read_adapter
+from dem_opt.checkpoints.adapters import WEIGHTS as ADAPTER
 from dem_opt.checkpoints.convert import converted
 from dem_opt.checkpoints.files import WEIGHTS, cache_folder, content_hash, read_header
 from dem_opt.checkpoints.fit import check_base
@@ -189,3 +194,20 @@ def test_changed_bytes_are_read_or_told(pickled):
         file.write_bytes(changed)
         with suppress(InputError):
             converted(folder, "base")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
+def test_a_pickled_adapter_is_read_and_follows_its_config(tmp_path):
+    """The cache's copy is of the weights and of the settings that they are read with."""
+    zoo.save(tmp_path / "base", "llama", 0)
+    folder = make_adapter(tmp_path / "base", tmp_path / "adapter", 1, target_modules=["q_proj"])
+    known = read_adapter(folder, "adapter").content("base")
+    torch.save(load_file(folder / ADAPTER), folder / "adapter_model.bin")
+    (folder / ADAPTER).unlink()
+    with pytest.raises(InputError, match="pickled: true"):
+        read_adapter(locate(ModelSource(path=folder), "adapter"), "adapter")
+    source = ModelSource(path=folder, pickled=True)
+    assert read_adapter(locate(source, "adapter"), "adapter").content("base") == known
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"lora_alpha": 77}))
+    assert read_adapter(locate(source, "adapter"), "adapter").config["lora_alpha"] == 77

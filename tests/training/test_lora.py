@@ -10,8 +10,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from dem_opt.checkpoints.adapters import WEIGHTS, check_adapter, read_adapter
-from dem_opt.checkpoints.architecture import check_base, empty_model
+from dem_opt.checkpoints.architecture import empty_model
 from dem_opt.checkpoints.files import content_hash, read_header
+from dem_opt.checkpoints.fit import check_base
 from dem_opt.config import DataFile
 from dem_opt.merging.merged_model import MergedModel
 from dem_opt.training.fine_tune import FineTuneJob, fine_tune
