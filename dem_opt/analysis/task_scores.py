@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy.stats import spearmanr
-
 from dem_opt.errors import InputError, nearest
 from dem_opt.types import HELD_OUT, SEARCH
 
@@ -92,4 +90,7 @@ def spearman(left: Sequence[float], right: Sequence[float]) -> float | None:
     """Spearman's rank correlation, ties having their mean rank; None where one of both is constant."""
     if len(set(left)) < 2 or len(set(right)) < 2:
         return None
+    # Half a second that a study without tasks does not pay.
+    from scipy.stats import spearmanr
+
     return float(spearmanr(left, right).statistic)

@@ -307,13 +307,13 @@ class Search:
             raise ValueError(f"the objective of trial {number} is {objective}")
         assert objective is not None or attributes.reason, f"trial {number} fails without a reason"
         trial_id = self._id_of(number)
-        if not self._storage.get_trial(trial_id).state.is_finished():
-            state = TrialState.FAIL if objective is None else TrialState.COMPLETE
-            # Another driver may finish an adopted trial between the look and the write: the first one counts.
-            with suppress(UpdateFinishedTrialError):
-                self._storage.set_trial_user_attr(trial_id, MEASUREMENTS, attributes.to_stored())
-                self._study.tell(number, objective, state=state, skip_if_finished=True)
-                self.finished += 1
+        state = TrialState.FAIL if objective is None else TrialState.COMPLETE
+        # Another driver may have finished an adopted trial, or finish it between the two writes: the first one counts.
+        with suppress(UpdateFinishedTrialError):
+            self._storage.set_trial_user_attr(trial_id, MEASUREMENTS, attributes.to_stored())
+            # By the storage: Study.tell reads the trial three times more, for pruners and samplers that are not asked.
+            self._storage.set_trial_state_values(trial_id, state, None if objective is None else [objective])
+            self.finished += 1
 
     def _id_of(self, number: int) -> int:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)

@@ -1,7 +1,6 @@
 """The search algorithms by the names that study files use."""
 
 from dem_opt.config import ALGORITHMS
-from dem_opt.search.samplers.cmaes import CMAES
 from dem_opt.search.samplers.grid import Grid
 from dem_opt.search.samplers.optuna_sampler import OptunaSampler, tpe
 from dem_opt.search.samplers.proposer import Proposer
@@ -42,6 +41,9 @@ def make_proposer(
         case "tpe":
             return OptunaSampler(space, tpe)
         case "cmaes":
+            # Its library loads scipy.stats: half a second that the start of other searches does not pay.
+            from dem_opt.search.samplers.cmaes import CMAES
+
             return CMAES(space)
         case "gradient":
             return SLSQP(space, seed)
