@@ -1,12 +1,15 @@
 """A study's three books (Optuna, ledger, MLflow) and its workers' notes: whether each trial stands in each once."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import optuna
@@ -18,6 +21,9 @@ from dem_opt.storage.engine import connect
 from dem_opt.storage.ledger import Ledger
 
 HERE = Path(__file__).parent
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["driver"])
 
 
 def environment() -> dict[str, str]:
@@ -33,11 +39,31 @@ def start(moment: str, *command: object, **how: Any) -> subprocess.Popen[str]:
     )
 
 
-def run(moment: str, *command: object, timeout: float = 300, **how: Any) -> tuple[int, str]:
-    """A driver's whole life: its exit status, negative where a signal ended it, and what it said."""
-    with start(moment, *command, **how) as process:
-        said, _ = process.communicate(timeout=timeout)
-    return process.returncode, said
+def run(moment: str, *command: object, timeout: float = 300) -> tuple[int, str]:
+    """A driver's whole life: its exit status, negative where a signal ended it, and what it said.
+
+    Its process is forked from one that has imported everything and done nothing: a life costs no imports.
+    """
+    words = [*map(str, command)]
+    with NamedTemporaryFile("r") as output:
+        process = FORKS.Process(target=live, args=(moment, words, environment(), output.name))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            raise TimeoutError(f"{words} after {timeout} s: {output.read()}")
+        return process.exitcode or 0, output.read()
+
+
+def live(moment: str, words: list[str], variables: Mapping[str, str], output: str) -> None:
+    """Be a driver, in a new process."""
+    os.environ.update(variables)
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    import driver
+
+    driver.drive(moment, words)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from counted import build
 from killed import after
 from mlflow.tracking import MlflowClient
 
+import dem_opt.study  # noqa: F401  imported here, before a driver is forked
 from dem_opt.cli import main
 from dem_opt.compute.ray_pool import RayPool
 from dem_opt.export import writer
@@ -52,7 +53,12 @@ def arm(moment: str) -> None:
             export.write_composite = writer.write_composite
 
 
-if __name__ == "__main__":
+def drive(moment: str, words: list[str]) -> None:
+    """Be `dem-opt` with these words, until the moment."""
     context.build = build
-    arm(sys.argv[1])
-    sys.exit(main.main(sys.argv[2:]))
+    arm(moment)
+    sys.exit(main.main(words))
+
+
+if __name__ == "__main__":
+    drive(sys.argv[1], sys.argv[2:])
