@@ -1,6 +1,6 @@
 """Live updates of Optuna Dashboard while a study runs: links of trials as they finish, figures from time to time."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -46,6 +46,10 @@ class LiveUpdates:
         self._executor.shutdown(wait=True, cancel_futures=True)
         if self._notes is not None:
             self._notes.close()
+
+    def search_continued(self, records: Sequence[TrialRecord], planned: int) -> None:
+        """Forward the event."""
+        self._progress.search_continued(records, planned)
 
     def trial_finished(self, record: TrialRecord, done: int, planned: int) -> None:
         """Forward the event; at the next share of the planned trials, draw, unless a drawing is in progress."""

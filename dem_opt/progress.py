@@ -5,7 +5,7 @@ to `current_progress()`: `reporting` sets it for a thread, so that these functio
 reports use.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Protocol, final
@@ -31,6 +31,9 @@ class Progress(Protocol):
             total: The amount of work, or None where it cannot be counted.
             unit: The unit of `total` and of `Phase.advance`, in the plural: "bytes", "tensors".
         """
+
+    def search_continued(self, records: Sequence[TrialRecord], planned: int) -> None:
+        """Report the trials that a search has from earlier, at least one; its other trials follow."""
 
     def trial_finished(self, record: TrialRecord, done: int, planned: int) -> None:
         """Report a finished trial; `done` of `planned` trials of its run are finished now."""
@@ -62,6 +65,9 @@ class NullProgress:
     def phase(self, name: str, total: int | None = None, unit: str = "") -> AbstractContextManager[Phase]:
         """Begin work that reports nothing."""
         return NullPhase()
+
+    def search_continued(self, records: Sequence[TrialRecord], planned: int) -> None:
+        """Report nothing."""
 
     def trial_finished(self, record: TrialRecord, done: int, planned: int) -> None:
         """Report nothing."""

@@ -1,6 +1,6 @@
 """Progress that keeps its events, for tests of what long work reports."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from dem_opt.progress import NullPhase
@@ -13,6 +13,7 @@ class RecordedProgress:
     def __init__(self) -> None:
         self.records: list[TrialRecord] = []
         self.done: list[int] = []
+        self.earlier: list[Sequence[TrialRecord]] = []
         self.phases: list[str] = []
         self.notes: list[str] = []
         self.warnings: list[str] = []
@@ -21,6 +22,9 @@ class RecordedProgress:
     def phase(self, name: str, total: int | None = None, unit: str = "") -> Iterator[NullPhase]:
         self.phases.append(name)
         yield NullPhase()
+
+    def search_continued(self, records: Sequence[TrialRecord], planned: int) -> None:
+        self.earlier.append(records)
 
     def trial_finished(self, record: TrialRecord, done: int, planned: int) -> None:
         self.records.append(record)

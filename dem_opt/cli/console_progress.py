@@ -1,7 +1,7 @@
 """Progress for people: bars on a terminal, plain lines elsewhere."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from threading import Lock
 from time import monotonic
@@ -24,9 +24,6 @@ from dem_opt.types import TrialRecord
 PACE = 30
 """Number of latest trials that the pace is averaged over: proposals and races change as a search goes on."""
 
-MOST_NAMED = 4
-"""Number of distributions whose coefficients a line of progress shows."""
-
 LINES = 10
 """Plain lines of progress for each run, besides those for a new best, and for each other phase."""
 
@@ -43,8 +40,12 @@ class _Run:
         self._finished_at: deque[float] = deque(maxlen=PACE + 1)
 
     def add(self, record: TrialRecord) -> None:
-        """Count a finished trial.  The objective of one that was stopped is an estimate: it is never the best."""
+        """Count a trial that has just finished."""
         self._finished_at.append(monotonic())
+        self.recall(record)
+
+    def recall(self, record: TrialRecord) -> None:
+        """Count a trial, whenever it finished.  The objective of a stopped one is an estimate: it is never the best."""
         self._stopped += record.is_partial
         is_whole = record.objective is not None and not record.is_partial
         if is_whole and (self._best is None or record.rank[:2] <= self._best.rank[:2]):
@@ -55,7 +56,7 @@ class _Run:
         """The best so far, to a ten-thousandth of a nat, and its coefficients."""
         if self._best is None:
             return "no whole trial yet"
-        words = f"best {self._best.objective:.4f} nats per token at {largest(self._best.coefficients)}"
+        words = f"best {self._best.objective:.4f} nats per token at {in_full(self._best.coefficients)}"
         return words + (", protect violated" if self._best.violation else "")
 
     def summary(self, done: int, planned: int) -> str:
@@ -69,8 +70,7 @@ class _Run:
         A search may end before all planned trials, so that time is an upper bound.  The first seconds say nothing.
         """
         times = self._finished_at
-        spent = times[-1] - times[0]
-        if len(times) < 4 or spent < 1:
+        if len(times) < 4 or (spent := times[-1] - times[0]) < 1:
             return ""
         pace = (len(times) - 1) / spent
         left = f", {duration((planned - done) / pace)} left at most" if done < planned else ""
@@ -168,6 +168,17 @@ class ConsoleProgress:
                 self.note(f"{name} ...")
             yield LinePhase(self.note, name, total, unit)
 
+    def search_continued(self, records: Sequence[TrialRecord], planned: int) -> None:
+        """Show the best of the earlier trials, as if this command had seen them."""
+        study, done = records[0].study, len(records)
+        run = self._runs.setdefault(study, _Run())
+        for record in records:
+            run.recall(record)
+        if self._draws:
+            self._move(study, done, planned, run.summary(done, planned))
+        else:
+            self.note(f"{study}: goes on after {done} of {planned} trials; {run.summary(done, planned)}")
+
     def trial_finished(self, record: TrialRecord, done: int, planned: int) -> None:
         """Move the run's bar, or print a line for a new best and for every tenth of the planned trials."""
         run = self._runs.setdefault(record.study, _Run())
@@ -217,12 +228,9 @@ def count_of(done: int, total: int | None, unit: str) -> str:
     return f"{decimal(done)} of {decimal(total)}" if unit == "bytes" else f"{done} of {total} {unit}"
 
 
-def largest(coefficients: Coefficients) -> str:
-    """The largest MOST_NAMED coefficients, in the order of names."""
-    units = coefficients.units
-    named = sorted(sorted(units, key=lambda name: -units[name])[:MOST_NAMED])
-    words = ", ".join(f"{shorten(name, 14)} {coefficients.weights[name]:.2f}" for name in named)
-    return words + (", ..." if len(units) > MOST_NAMED else "")
+def in_full(coefficients: Coefficients) -> str:
+    """Every coefficient, in the order of names."""
+    return ", ".join(f"{shorten(name, 14)} {weight:.2f}" for name, weight in coefficients.items())
 
 
 def duration(seconds: float) -> str:

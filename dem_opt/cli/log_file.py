@@ -1,6 +1,6 @@
 """Progress as timestamped lines of a file, for runs that nobody watches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from functools import partial
@@ -52,6 +52,10 @@ class LogFile:
         finally:
             self.write("end", f"{name}: {duration(monotonic() - began)}")
 
+    def search_continued(self, records: Sequence[TrialRecord], planned: int) -> None:
+        """Log how many trials there are from earlier."""
+        self.write("note", f"{records[0].study} goes on after {len(records)} of {planned} trials")
+
     def trial_finished(self, record: TrialRecord, done: int, planned: int) -> None:
         """Log the trial: its coefficients, its objective or why it failed."""
         if record.objective is None:
@@ -85,6 +89,11 @@ class Broadcast:
         with ExitStack() as contexts:
             phases = [contexts.enter_context(receiver.phase(name, total, unit)) for receiver in self._receivers]
             yield _Phases(phases)
+
+    def search_continued(self, records: Sequence[TrialRecord], planned: int) -> None:
+        """Pass it on."""
+        for receiver in self._receivers:
+            receiver.search_continued(records, planned)
 
     def trial_finished(self, record: TrialRecord, done: int, planned: int) -> None:
         """Pass it on."""

@@ -60,6 +60,7 @@ class StudyDescription:
         data: The corpora that composites are scored on.
         files: Contents of files by path.
         metrics: Metrics of the search as a whole.
+        trials: Number of finished trials that the metrics are of.
         baselines: Composites that are logged like trials.
     """
 
@@ -68,6 +69,7 @@ class StudyDescription:
     data: Sequence[DataSource] = ()
     files: Mapping[str, str | bytes] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    trials: int = 0
     baselines: Sequence[ResultRow] = ()
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from hashlib import file_digest, sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import time
 from typing import TYPE_CHECKING, Any
 
 from dem_opt.errors import shorten
@@ -91,8 +92,10 @@ class MlflowRuns:
         page = f"[This search in Optuna Dashboard]({self._search.page})" if self._search.page else ""
         note = "\n\n".join(part for part in (description.note, page) if part)
         tags = dict(description.tags) | ({_NOTE: note} if note else {})
-        now = self._parent.info.start_time
-        measured = [values.Metric(key, value, now, 0) for key, value in description.metrics.items()]
+        # MLflow shows of each metric the value of the largest step, then of the latest time, then the largest: all
+        # metrics of one description have the same, so those of two winners are never mixed.
+        now, step = int(time() * 1000), description.trials
+        measured = [values.Metric(key, value, now, step) for key, value in description.metrics.items()]
         self._client.log_batch(parent, measured, tags=[values.RunTag(key, value) for key, value in tags.items()])
         if description.data:
             self._client.log_inputs(parent, [_dataset(values, source) for source in description.data])
@@ -110,18 +113,26 @@ class MlflowRuns:
             self._client.log_artifact(self._parent.info.run_id, str(file), folder or None)
 
     def _log_baseline(self, result: ResultRow) -> None:
-        """Log a baseline as a run, found by its label or created, with the metrics that trials have."""
+        """Log a baseline as a run, found by its label or created, with the metrics that trials have.
+
+        Where another composite has the label now, as "winner without NAME" does after a new winner, its run replaces
+        the former one's: MLflow keeps the first value of a parameter, and the largest of metrics of one step.
+        """
         label, values = _baseline_label(result), self._mlflow.entities
         parent = self._parent.info.run_id
         tags = {_PARENT: parent, _ROLE: "baseline", _BASELINE: label, "dem_opt.kind": result.role}
-        known = [
-            run
-            for run in self._find_runs(f"tags.`{_PARENT}` = '{parent}' and tags.`{_ROLE}` = 'baseline'")
-            if run.data.tags.get(_BASELINE) == label
-        ]
+        weights = {f"w.{name}": str(weight) for name, weight in (result.coefficients or {}).items()}
+        known = []
+        for run in self._find_runs(f"tags.`{_PARENT}` = '{parent}' and tags.`{_ROLE}` = 'baseline'"):
+            if run.data.tags.get(_BASELINE) != label:
+                continue
+            if run.data.params.items() <= weights.items():
+                known.append(run)
+            else:
+                self._client.delete_run(run.info.run_id)
         run = known[0] if known else self._client.create_run(self._experiment, tags=tags, run_name=shorten(label, 200))
-        start, weights = run.info.start_time, result.coefficients.weights if result.coefficients else {}
-        params = [values.Param(f"w.{name}", str(weight)) for name, weight in weights.items()]
+        start = run.info.start_time
+        params = [values.Param(*weight) for weight in weights.items()]
         metrics = [values.Metric(key, value, start, 0) for key, value in result_metrics(result)]
         metrics += [
             values.Metric(key, nll, start, step) for key, nll, step in _window_metrics(result.scores.get(SEARCH, {}))

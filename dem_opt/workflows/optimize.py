@@ -8,7 +8,7 @@ from dem_opt.analysis.vector_geometry import measure_once
 from dem_opt.search.loop import Driver
 from dem_opt.search.optuna_study import Search
 from dem_opt.search.runs import check_algorithms, run_names
-from dem_opt.search.trials import missing
+from dem_opt.search.trials import finished, missing
 from dem_opt.search.warm_start import enter
 from dem_opt.simplex import Coefficients
 from dem_opt.storage.identity import StudyIdentity
@@ -90,6 +90,8 @@ def _search(context: StudyContext, driver: Driver, search: Search, lease: Lease)
     with closing(context.track(search, lease)) as tracker:
         tracker.describe(study_description(context.config, context.path, identity))
         tracker.reconcile(missing(ledger, identity, search))
+        if earlier := finished(ledger, identity, search):
+            context.progress.search_continued(earlier, search.planned)
         driver.optimize(search, context.config.search.lookahead, tracker, lease)
         tracker.reconcile(missing(ledger, identity, search))
     context.progress.note(f"{search.name} ended after {search.stopped}")

@@ -119,7 +119,8 @@ def study_descriptions(summary: Summary, note: str, files: Mapping[str, str | by
     for best in summary.results:
         if best.run:
             metrics = {f"best.{key}": value for key, value in result_metrics(best)}
-            descriptions[best.run] = StudyDescription(note=note, metrics=metrics)
+            trials = len(summary.trials.get(best.run, ()))
+            descriptions[best.run] = StudyDescription(note=note, metrics=metrics, trials=trials)
             if best is summary.winner:
                 descriptions[best.run] = replace(descriptions[best.run], files=files, baselines=baselines)
     return descriptions

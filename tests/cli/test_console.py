@@ -1,6 +1,7 @@
 """Laws of the console: progress as bars and lines, tables, answers for programs, questions."""
 
 import json
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -13,6 +14,7 @@ from dem_opt.cli.console_progress import ConsoleProgress
 from dem_opt.cli.reports import print_results
 from dem_opt.dashboards import tables
 from dem_opt.progress import current_progress, reporting
+from dem_opt.simplex import Space
 
 
 def watch(records, planned):
@@ -54,6 +56,29 @@ def test_before_the_first_whole_trial_there_is_no_best(capsys):
 def test_the_best_keeps_what_is_protected(capsys):
     watch([a_trial(0, 3.0), a_trial(1, 1.0, violation=0.1)], planned=100)
     assert capsys.readouterr().out.splitlines() == ["s: 1 of 100 trials; best 3.0000 nats per token at a 0.50, b 0.50"]
+
+
+FIVE = Space(("code", "german", "math", "perl", "prose"))
+
+
+def test_the_best_is_shown_with_all_its_coefficients(capsys):
+    watch([replace(a_trial(0, 3.0), coefficients=FIVE.centroid())], planned=10)
+    told = capsys.readouterr().out
+    assert all(f"{name} 0.20" in told for name in FIVE.names) and "..." not in told
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_search_that_goes_on_remembers_its_best(is_terminal):
+    """Three trials from earlier, of which the second was the best; the fourth, of this command, is worse."""
+    console = Console(file=StringIO(), force_terminal=is_terminal, width=100, color_system=None)
+    earlier = [a_trial(0, 3.0), a_trial(1, 2.0), a_trial(2, 1.0, forwards=0.25, error=0.1)]
+    with ConsoleProgress(console) as progress:
+        progress.search_continued(earlier, 10)
+        assert is_terminal or "3 of 10 trials; best 2.0000" in console.file.getvalue()
+        progress.trial_finished(a_trial(3, 2.5), 4, 10)
+    told = " ".join(console.file.getvalue().split())
+    assert "best 2.0000 nats per token" in told and "1 stopped early" in told
+    assert "best 2.5" not in told and "best 3" not in told
 
 
 def test_a_line_for_every_tenth_of_a_training(capsys):

@@ -493,6 +493,32 @@ def test_a_dossier_can_be_told_again_and_baselines_have_one_run_each(
     assert not found.children, "baselines are no trials"
 
 
+@pytest.mark.parametrize(("before", "after"), [(20, 40), (20, 20)], ids=["more trials", "as many"])
+def test_the_search_shows_the_latest_winner_alone(
+    make: Make, logged: Callable[[], Logged], client: Any, before: int, after: int
+) -> None:
+    """The later winner is better on one corpus and worse on the other: each metric is its own, none the largest."""
+    winners = [
+        (before, {"best.objective_nll": 0.6, "best.nll.code": 0.2, "best.nll.math": 1.0}, RESULTS[2]),
+        (
+            after,
+            {"best.objective_nll": 0.5, "best.nll.code": 0.4, "best.nll.math": 0.6},
+            replace(RESULTS[2], coefficients=SPACE.vertices()[1], objective={"search": 0.3}),
+        ),
+    ]
+    for trials, metrics, without in winners:
+        tracker = make()
+        tracker.describe(StudyDescription(metrics=metrics, trials=trials, baselines=[RESULTS[0], without]))
+        tracker.close()
+    (parent,) = logged().parents
+    assert parent.data.metrics == winners[-1][1]
+    runs = client.search_runs([logged().experiment.experiment_id], "tags.role = 'baseline'")
+    named = {run.data.tags["mlflow.runName"]: run.data for run in runs}
+    assert len(runs) == 2 and named.keys() == {"base", "winner without math"}
+    without = named["winner without math"]
+    assert without.params == {"w.code": "0.0", "w.math": "1.0"} and without.metrics["objective_nll"] == 0.3
+
+
 def test_every_logged_trials_page_is_reported(make: Make, logged: Callable[[], Logged]) -> None:
     told: list[tuple[str, dict[int, str], str]] = []
     run(make(), [trial(0)])
