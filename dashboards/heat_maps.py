@@ -11,10 +11,10 @@ from dem_opt.dashboards.style import (
     distribution_colors,
     finish,
     name_ticks,
-    objective_words,
     show_message,
     signed,
 )
+from dem_opt.dashboards.words import objective_name
 from dem_opt.types import HELD_OUT, ResultRow, Summary
 
 
@@ -87,7 +87,7 @@ def worth_heat_map(summary: Summary, split: str = HELD_OUT) -> go.Figure:
 
     The last column is the change of the objective.
     """
-    names, winner, objective = list(summary.weights), summary.winner, objective_words(summary)
+    names, winner, objective = list(summary.weights), summary.winner, objective_name(summary)
     return _heat_map(
         HeatMap(
             title=f"Leave one out, {_split_words(split)}",

@@ -15,7 +15,6 @@ from dem_opt.analysis.regret import Comparison, compare
 from dem_opt.atomic import write_text
 from dem_opt.dashboards.figures import all_figures
 from dem_opt.dashboards.regret_plots import comparison_figure
-from dem_opt.dashboards.style import objective_words
 from dem_opt.dashboards.tables import (
     SPLIT_NAMES,
     Table,
@@ -29,6 +28,7 @@ from dem_opt.dashboards.tables import (
     usage_table,
     vector_table,
 )
+from dem_opt.dashboards.words import objective_name
 from dem_opt.errors import InputError
 from dem_opt.types import HELD_OUT, SEARCH, ResultRow, Summary
 
@@ -58,7 +58,7 @@ def study_note(summary: Summary, links: Mapping[str, str]) -> str:
         *(f"| `{name}` | {weight:.3f} |" for name, weight in weights.items()),
     ]
     paragraphs = [
-        f"**Objective:** {objective_words(summary)} over distributions on the search split, in nats per token; lower "
+        f"**Objective:** {objective_name(summary)} over distributions on the search split, in nats per token; lower "
         "is better.",
         f"**State:** {runs or 'no trials'}.",
         f"**Best so far:** `{winner.label}`, {number(winner.objective.get(SEARCH))} nats per token"
@@ -126,7 +126,7 @@ def write(text: str, path: Path, what: str) -> None:
 def render(summary: Summary) -> str:
     """Render the report: the winner, how it compares, the search, distributions, cost, how to reproduce it."""
     figures = all_figures(summary)
-    objective = objective_words(summary)
+    objective = objective_name(summary)
     has_comparison = "comparison" in figures
     main = _template("report.html").substitute(
         answer=_answer(summary),
@@ -212,7 +212,7 @@ def _answer(summary: Summary) -> str:
     )
     if summary.is_mean:
         scores += _perplexities(winner, base)
-    objective = objective_words(summary)
+    objective = objective_name(summary)
     sentence = f"{objective[0].upper()}{objective[1:]} {escape(scores)}."
     return f"<strong>{escape(winner.label)}</strong>: {escape(coefficients)}.<br>{sentence}"
 

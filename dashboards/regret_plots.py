@@ -5,16 +5,8 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 
 from dem_opt.analysis.regret import Comparison, Regret, Row, Run, compare
-from dem_opt.dashboards.style import (
-    MAX_POINTS,
-    color,
-    evenly_spaced,
-    finish,
-    label,
-    objective_words,
-    rgba,
-    show_message,
-)
+from dem_opt.dashboards.style import MAX_POINTS, color, evenly_spaced, finish, label, rgba, show_message
+from dem_opt.dashboards.words import objective_name
 from dem_opt.types import Summary
 
 FLOOR = 1e-5
@@ -37,7 +29,7 @@ def best_so_far(summary: Summary) -> go.Figure:
         for index, run in enumerate(scored_runs):
             _add_run(figure, run, row.is_expected, is_first=index == 0)
             endpoints.append(f"{run.name} reached {run.best_S[-1]:.4f} after {run.forwards:.1f} forward-equivalents")
-    objective = objective_words(summary)
+    objective = objective_name(summary)
     _set_cost_axis(figure)
     figure.update_yaxes(title=f"best {objective} so far (nats per token)")
     if not endpoints:

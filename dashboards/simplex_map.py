@@ -14,18 +14,16 @@ from dem_opt.dashboards.style import (
     OUTLINE,
     SYMBOLS,
     WINNER,
-    coefficients_text,
     color,
     evenly_spaced,
     finish,
-    is_base,
     label,
     objective_axis,
-    objective_words,
     proportions,
     ternary_axes,
 )
 from dem_opt.dashboards.surrogate_map import draw_mean, optimum_marker
+from dem_opt.dashboards.words import coefficients_text, is_base, objective_name
 from dem_opt.simplex import Coefficients
 from dem_opt.types import SEARCH, ResultRow, Summary, TrialRecord
 
@@ -101,7 +99,7 @@ def _draw_line(figure: go.Figure, summary: Summary, shown: Shown) -> None:
     if winner.coefficients is not None and SEARCH in winner.objective:
         figure.add_scatter(x=[winner.coefficients.weights[first]], y=[winner.objective[SEARCH]], **_star(winner))
     figure.update_xaxes(title=f"coefficient of {label(first)}")
-    figure.update_yaxes(title=f"{objective_words(summary)} on the search split (nats per token)")
+    figure.update_yaxes(title=f"{objective_name(summary)} on the search split (nats per token)")
 
 
 def _draw_ternary(figure: go.Figure, summary: Summary, shown: Shown) -> None:

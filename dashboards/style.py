@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from dem_opt.analysis.regret import algorithm_of
+from dem_opt.dashboards.words import ABSENT, objective_name
 from dem_opt.errors import shorten
 from dem_opt.simplex import Coefficients
 from dem_opt.types import Summary
@@ -61,9 +62,6 @@ UTILIZATION = "#B0359E"
 MAX_POINTS = 1000
 """Points drawn for one algorithm, in any figure."""
 
-ABSENT = "-"
-"""Shown for a value that was not measured."""
-
 
 def color(run: str) -> str:
     """Return the colour of a run's algorithm."""
@@ -76,28 +74,9 @@ def rgba(hexadecimal: str, opacity: float) -> str:
     return f"rgba({red},{green},{blue},{opacity})"
 
 
-def objective_words(summary: Summary) -> str:
-    """Name the quantity that the study minimizes, which is in nats per token."""
-    if summary.function:
-        return f"objective {summary.function}"
-    return "largest regret" if summary.worst else "mean NLL"
-
-
 def label(name: str, length: int = 22) -> str:
     """Escape a user's name for plotly, which interprets tags and $TeX$ in every text, and shorten it in the middle."""
     return escape(shorten(name, length), quote=False).replace("$", "&#36;")
-
-
-def is_base(coefficients: Coefficients) -> bool:
-    """Return whether all coefficients are 0, so that the composite is the base."""
-    return not any(coefficients.units.values())
-
-
-def coefficients_text(coefficients: Coefficients | None) -> str:
-    """List the non-zero coefficients on one line of plain text."""
-    if coefficients is None or is_base(coefficients):
-        return "base only"
-    return ", ".join(f"{shorten(name, 16)} {weight:.3f}" for name, weight in coefficients.weights.items() if weight)
 
 
 def proportions(coefficients: Coefficients) -> dict[str, float]:
@@ -146,7 +125,7 @@ def show_message(figure: go.Figure, message: str) -> None:
 def objective_axis(summary: Summary, objectives: Sequence[float]) -> dict[str, Any]:
     """Return the colour axis of objectives, saturated above their third quartile to resolve the best region."""
     low, high = (min(objectives), float(np.quantile(objectives, 0.75))) if objectives else (0.0, 1.0)
-    title = {"text": f"{objective_words(summary)} (nats per token)", "side": "top"}
+    title = {"text": f"{objective_name(summary)} (nats per token)", "side": "top"}
     bar = {"title": title, "orientation": "h", "y": -0.2, "yanchor": "top", "thickness": 10}
     return {"colorscale": OBJECTIVE_COLORS, "cmin": low, "cmax": max(high, low + 1e-6), "colorbar": bar}
 

@@ -5,17 +5,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from dem_opt.dashboards.style import (
-    OPTIMUM,
-    coefficients_text,
-    finish,
-    label,
-    objective_axis,
-    objective_words,
-    proportions,
-    show_message,
-    ternary_axes,
-)
+from dem_opt.dashboards.style import OPTIMUM, finish, label, objective_axis, proportions, show_message, ternary_axes
+from dem_opt.dashboards.words import coefficients_text, objective_name
 from dem_opt.types import Summary, Surrogate
 
 TITLE = "Surrogate: slice through its optimum"
@@ -39,7 +30,7 @@ def surrogate_map(summary: Summary) -> go.Figure:
     total = sum(optimum[name] for name in surrogate.names)
     figure.update_layout(ternary=ternary_axes(corners, total), coloraxis=objective_axis(summary, list(surrogate.means)))
     reading = (
-        f"Predicted {objective_words(summary)} in nats per token: the mean of a Gaussian process fitted to "
+        f"Predicted {objective_name(summary)} in nats per token: the mean of a Gaussian process fitted to "
         f"{surrogate.trials} trials. These three distributions share {total:.3f}; the other coefficients stay at the "
         "optimum's. Open diamond: the predicted optimum. Predictions only, nothing here was scored."
     )

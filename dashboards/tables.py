@@ -7,7 +7,7 @@ from math import comb, exp
 
 from dem_opt.analysis.regret import Comparison, Regret, compare
 from dem_opt.analysis.utilization import usage_of
-from dem_opt.dashboards.style import ABSENT, coefficients_text
+from dem_opt.dashboards.words import ABSENT, coefficients_text
 from dem_opt.types import HELD_OUT, SEARCH, Margin, ResultRow, Summary
 
 SPLIT_NAMES = {SEARCH: "search split", HELD_OUT: "held-out split"}
@@ -26,12 +26,15 @@ class Table:
 
     lowest  cells (row, column) with the lowest NLL, objective or perplexity of their column
     words   number of leading columns that hold words; the others hold numbers
+    groups  the other columns by group, the most important first: a narrow screen shows the groups that fit;
+            none where they count in their order
     """
 
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     lowest: frozenset[tuple[int, int]] = frozenset()
     words: int = 1
+    groups: tuple[tuple[int, ...], ...] = ()
 
 
 def final_table(summary: Summary, split: str) -> Table:
@@ -41,15 +44,34 @@ def final_table(summary: Summary, split: str) -> Table:
     finding the composite is in evaluations, forward-equivalents (FE) and seconds.  A composite that violates a
     constraint on the search split is marked with its violation in nats per token.
     """
-    objective = ("mean", "perplexity") if summary.is_mean else ("largest regret" if summary.worst else "objective",)
-    headers = ("composite", *summary.weights, *objective, "evals", "FE", "seconds")
+    mean = "mean" if _weighs_equally(summary) else "weighted\nmean"
+    objective = (mean, "perplexity") if summary.is_mean else ("largest regret" if summary.worst else "objective",)
+    corpora = [_corpus_header(name, summary) for name in summary.weights]
+    headers = ("composite", *corpora, *objective, "evals", "FE", "seconds")
     values = [_measurements(result, split, summary) for result in summary.results]
     lowest = {(row, column) for column, cells in enumerate(zip(*values, strict=True), 1) for row in _lowest(cells)}
     rows = tuple(
         (result.label + _violation(result), *_format_measurements(measured, summary), *_costs(result))
         for result, measured in zip(summary.results, values, strict=True)
     )
-    return Table(headers, rows, frozenset(lowest))
+    first = 1 + len(corpora)
+    last = len(headers) - 1
+    perplexity = ((first + 1,),) if summary.is_mean else ()
+    groups = ((first,), tuple(range(1, first)), (last - 1,), *perplexity, (last - 2,), (last,))
+    return Table(headers, rows, frozenset(lowest), groups=groups)
+
+
+def _weighs_equally(summary: Summary) -> bool:
+    """Return whether all corpora of the objective have the same weight."""
+    return len({weight for weight in summary.weights.values() if weight}) == 1
+
+
+def _corpus_header(name: str, summary: Summary) -> str:
+    """Return a corpus's name, with its weight where a mean does not count all alike."""
+    weight = summary.weights[name]
+    if summary.function or (weight and (summary.worst or _weighs_equally(summary))):
+        return name
+    return f"{name}\nx {weight:.3g}"
 
 
 def top_table(summary: Summary) -> Table:
@@ -71,7 +93,7 @@ def margin_table(summary: Summary) -> Table:
     for rival in dict.fromkeys(margin.rival for margin in summary.margins):
         by_split = [margins.get((rival, split)) for split in SPLIT_NAMES]
         rows.append((rival, *map(_interval, by_split), _conclusion(by_split)))
-    return Table(headers, tuple(rows))
+    return Table(headers, tuple(rows), groups=((3,), (2,), (1,)))
 
 
 def trial_table(summary: Summary) -> Table:
@@ -232,7 +254,8 @@ def _conclusion(margins: Sequence[Margin | None]) -> str:
     words = {margin.split: _significance(margin) for margin in margins if margin is not None}
     if len(set(words.values())) == 1:
         return next(iter(words.values()))
-    return ";\n".join(f"{split.replace('_', '-')}: {word}" for split, word in words.items())
+    lines = (f"{split.replace('_', '-')}: {word}" for split, word in words.items())
+    return ";\n".join(line.replace(": not ", ":\nnot ") for line in lines)
 
 
 def _significance(margin: Margin) -> str:

@@ -1,8 +1,9 @@
 """Standard output and standard error of a command: lines, tables, JSON, progress, errors."""
 
 import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.box import SIMPLE_HEAD
@@ -15,7 +16,10 @@ from dem_opt.cli.log_file import Broadcast, LogFile
 from dem_opt.progress import Progress, reporting
 
 WIDTH = 100
-"""Columns of tables where standard output is not a terminal."""
+"""Columns of tables where standard output is not a terminal and COLUMNS is not set."""
+
+WORD_WIDTH = 16
+"""Characters to which a table's words may wrap at least."""
 
 
 class Terminal:
@@ -29,7 +33,7 @@ class Terminal:
 
     def __init__(self, *, quiet: bool = False, as_json: bool = False, log: LogFile | None = None) -> None:
         self.quiet, self.as_json, self._log = quiet, as_json, log
-        width = None if sys.stdout.isatty() else WIDTH
+        width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else WIDTH
         self._out = Console(highlight=False, width=width, quiet=quiet)
         self._err = Console(stderr=True, highlight=False)
 
@@ -73,21 +77,29 @@ class Terminal:
         rows: Sequence[Sequence[str]],
         strong: int | None = None,
         words: int = 1,
+        groups: Sequence[Sequence[int]] = (),
     ) -> None:
-        """Print a table.  One that is wider than the terminal comes in parts, each with the columns of words.
+        """Print a table.  Where it is wider than the terminal, some columns are left out and named below it.
 
         Args:
             title: The line above it.
             headers: A header for each column.
             rows: Cells by row and column.
             strong: The row that stands out.
-            words: The number of leading columns that are words; the others are numbers.
+            words: The number of leading columns that are words, which are always shown; the others are numbers.
+            groups: The other columns by group, the most important first; by default each is one, in their order.
         """
-        for number, part in enumerate(_parts(headers, rows, words, self._out.width)):
-            chosen = [[row[place] for place in part] for row in rows]
-            heading = f"{title} (continued)" if number else title
-            self._out.print(f"\n[bold]{escape(heading)}[/]")
-            self._out.print(_table([headers[place] for place in part], chosen, strong, words))
+        groups = groups or [(column,) for column in range(words, len(headers))]
+        if _width(headers, rows, range(len(headers)), words) > self._out.width:
+            # An interval may stand below its number: "+0.1381\n[+0.1290, +0.1470]".
+            rows = [[*row[:words], *(cell.replace(" [", "\n[") for cell in row[words:])] for row in rows]
+        shown = _fitting(headers, rows, words, groups, self._out.width)
+        chosen = [[row[column] for column in shown] for row in rows]
+        self._out.print(f"\n[bold]{escape(title)}[/]")
+        self._out.print(_table([headers[column] for column in shown], chosen, strong, words))
+        missing = [" ".join(header.split()) for column, header in enumerate(headers) if column not in shown]
+        if missing:
+            self.line(f"Left out, for want of room: {', '.join(missing)}. --json has all, as has a wider terminal.")
 
 
 def json_text(data: object) -> str:
@@ -95,21 +107,24 @@ def json_text(data: object) -> str:
     return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
 
-def _parts(headers: Sequence[str], rows: Sequence[Sequence[str]], words: int, width: int) -> list[list[int]]:
-    """The columns of each part of a table: words may wrap to a fifth of the width, numbers may not."""
-    widths = [
-        max(len(line) for row in (headers, *rows) for line in row[place].split("\n")) for place in range(len(headers))
-    ]
-    first = list(range(words))
-    taken = sum(min(widths[place], width // 5) + 1 for place in first) + 2
-    parts, used = [list(first)], taken
-    for place in range(words, len(headers)):
-        if used + widths[place] + 2 > width and len(parts[-1]) > words:
-            parts.append(list(first))
-            used = taken
-        parts[-1].append(place)
-        used += widths[place] + 2
-    return parts
+def _fitting(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], words: int, groups: Sequence[Sequence[int]], width: int
+) -> list[int]:
+    """The columns of words, the first group, and of the other groups those that fit into the width beside them."""
+    shown = list(range(words))
+    for number, group in enumerate(groups):
+        if number == 0 or _width(headers, rows, [*shown, *group], words) <= width:
+            shown += group
+    return sorted(shown)
+
+
+def _width(headers: Sequence[str], rows: Sequence[Sequence[str]], columns: Iterable[int], words: int) -> int:
+    """The width of a table of these columns: words may wrap to WORD_WIDTH characters, numbers may not."""
+    total = 1
+    for column in columns:
+        needed = max(len(line) for row in (headers, *rows) for line in row[column].split("\n"))
+        total += 2 + (min(needed, WORD_WIDTH) if column < words else needed)
+    return total
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], strong: int | None, words: int) -> Table:

@@ -126,22 +126,26 @@ def print_comparison(summary: "Summary", folder: Path, terminal: Terminal) -> No
 
 def print_results(summary: "Summary", terminal: Terminal) -> None:
     """Print the results table on both splits, the best five composites, the margins and the winner."""
-    from dem_opt.dashboards.style import objective_words
     from dem_opt.dashboards.tables import SPLIT_NAMES, final_table, margin_table, top_table
+    from dem_opt.dashboards.words import objective_name
 
+    objective = objective_name(summary)
     for split, words in SPLIT_NAMES.items():
         final = final_table(summary, split)
         terminal.table(
-            f"NLL in nats per token, {words}; FE: forward-equivalents",
+            f"NLL in nats per token, {words}; {objective}; FE: forward-equivalents",
             final.headers,
             final.rows,
             strong=len(final.rows) - 1,
+            groups=final.groups,
         )
-    top, objective = top_table(summary), objective_words(summary)
+    top = top_table(summary)
     title = f"Top five by the search split: {objective}, nats per token"
     terminal.table(title, top.headers, top.rows, words=top.words)
     margins = margin_table(summary)
-    terminal.table(f"Rival minus winner in {objective}, nats per token", margins.headers, margins.rows)
+    terminal.table(
+        f"Rival minus winner in {objective}, nats per token", margins.headers, margins.rows, groups=margins.groups
+    )
     terminal.line(f"The winner: {summary.winner.label}: {summary.winner.coefficients}")
 
 

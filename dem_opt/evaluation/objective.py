@@ -5,7 +5,11 @@ from dataclasses import dataclass
 from math import fsum
 
 from dem_opt.config.objective_function import ObjectiveFunction
+from dem_opt.errors import shorten
 from dem_opt.types import Score
+
+MOST_NAMED = 4
+"""Corpora that the words for an objective name one by one."""
 
 
 def mean_nll(scores: Mapping[str, Score], weights: Mapping[str, float]) -> float:
@@ -56,6 +60,25 @@ class Objective:
         if self.own is None:
             return mean_nll(scores, self.weights)
         return fsum(scores[name].nll - self.own[name].nll for name in self.shares(scores))
+
+
+def objective_words(weights: Mapping[str, float], worst: bool = False, function: str = "") -> str:
+    """Name the quantity that is minimized, in nats per token, and the corpora that it is of where these are not all.
+
+    "mean NLL", "mean NLL of code, math", "weighted mean NLL (german 4, perl 2)", "largest regret", "objective my:f".
+    """
+    if function:
+        return f"objective {function}"
+    counted = {name: weight for name, weight in weights.items() if weight}
+    is_equal = worst or len(set(counted.values())) == 1
+    kind = "largest regret" if worst else "mean NLL" if is_equal else "weighted mean NLL"
+    if is_equal and len(counted) == len(weights):
+        return kind
+    if len(counted) > MOST_NAMED:
+        return kind if len(counted) == len(weights) else f"{kind} of {len(counted)} of {len(weights)} corpora"
+    if is_equal:
+        return f"{kind} of {', '.join(shorten(name, 22) for name in counted)}"
+    return f"{kind} ({', '.join(f'{shorten(name, 22)} {weight:.3g}' for name, weight in counted.items())})"
 
 
 def violation(scores: Mapping[str, Score], base: Mapping[str, Score], protect: Mapping[str, float]) -> float:

@@ -11,6 +11,7 @@ import yaml
 
 from dem_opt.checkpoints.files import DTYPES, read_header
 from dem_opt.config import StudyConfig
+from dem_opt.evaluation.objective import objective_words
 from dem_opt.planning.inputs import Inputs
 from dem_opt.simplex import UNIT, Coefficients
 from dem_opt.storage.engine import masked
@@ -59,7 +60,9 @@ def texts(
     base = Ingredient("base", sources.base, coefficients.base_units)
     ingredients = [base, *(Ingredient(name, sources.fine_tunes[name], units) for name, units in coefficients.pairs)]
     study = resolved(sources.config, folder)
-    card = model_card(sources.config.name, ingredients, libraries, study, results, margins, dtype)
+    objective = sources.config.objective
+    words = objective_words(sources.config.weights, objective.worst, objective.function or "")
+    card = model_card(sources.config.name, ingredients, libraries, study, results, margins, dtype, words)
     return {CARD: card, RECIPE: recipe(ingredients, dtype)}
 
 
@@ -71,6 +74,7 @@ def model_card(
     results: Sequence[ResultRow] = (),
     margins: Sequence[Margin] = (),
     dtype: str | None = None,
+    objective: str = "mean NLL",
 ) -> str:
     """The README of an export: formula, coefficients, scores on both splits, provenance.
 
@@ -82,6 +86,7 @@ def model_card(
         results: Rows of the table of scores; none where nothing was scored.
         margins: Of the winner over the others.
         dtype: Dtype that all weights were rounded to, where one was chosen.
+        objective: The quantity that was minimized (see `objective_words`).
     """
     rows = [
         [ingredient.name, f"{ingredient.units / UNIT:.9f}", licence(ingredient.path), ingredient.model.content]
@@ -96,8 +101,8 @@ def model_card(
         *([f"All weights are {dtype}, rounded once from sums in float32."] if dtype else []),
         "## Coefficients",
         _table(["model", "coefficient", "licence", "content (SHA-256)"], rows),
-        *[_scores(split, results) for split in (results[0].objective if results else ())],
-        *([_margins(margins)] if margins else []),
+        *[_scores(split, results, objective) for split in (results[0].objective if results else ())],
+        *([_margins(margins, objective)] if margins else []),
         "## Made with",
         _table(["library", "version"], [list(item) for item in libraries.items()]),
         f"`{RECIPE}` is a recipe with which mergekit writes the same model, up to rounding in float32.",
@@ -195,30 +200,31 @@ def _from(folder: Path, value: Any) -> Any:
     return value.replace(f"{folder}/", "").replace(f"{Path.home()}/", "~/")
 
 
-def _scores(split: str, results: Sequence[ResultRow]) -> str:
-    """The table of one split: NLL for each distribution and their weighted mean, and the mean's perplexity.
+def _scores(split: str, results: Sequence[ResultRow], objective: str) -> str:
+    """The table of one split: NLL for each distribution, the objective and, of a mean, its perplexity.
 
     The best of a comparison that was interrupted is not scored on the held-out split, and is left out of its table.
     """
-    names = list(results[0].scores[split])
+    names, has_perplexity = list(results[0].scores[split]), "mean NLL" in objective
     rows = []
     for result in results:
         if split not in result.objective:
             continue
-        mean = result.objective[split]
+        value = result.objective[split]
         nlls = [f"{result.scores[split][name].nll:.4f}" for name in names]
-        rows.append([result.label, *nlls, f"{mean:.4f}", f"{exp(mean):.3f}"])
+        rows.append([result.label, *nlls, f"{value:.4f}", *([f"{exp(value):.3f}"] if has_perplexity else [])])
     title = f"## Scores on the {_words(split)} split\n\nNLL in nats per token."
-    return f"{title}\n\n{_table(['composite', *names, 'mean', 'perplexity of the mean'], rows)}"
+    heads = ["composite", *names, objective, *(["perplexity of the mean"] if has_perplexity else [])]
+    return f"{title}\n\n{_table(heads, rows)}"
 
 
-def _margins(margins: Sequence[Margin]) -> str:
+def _margins(margins: Sequence[Margin], objective: str) -> str:
     """The table of the winner's margins."""
     rows = [
         [margin.rival, _words(margin.split), f"{margin.mean:.4f}", f"{margin.low:.4f} to {margin.high:.4f}"]
         for margin in margins
     ]
-    title = "## Margins\n\nRival minus winner in mean NLL, nats per token; positive: the winner is better."
+    title = f"## Margins\n\nRival minus winner in {_plain(objective)}, nats per token; positive: the winner is better."
     return f"{title}\n\n{_table(['rival', 'split', 'margin', '95% paired interval'], rows)}"
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from dem_opt.dashboards.style import objective_words
+from dem_opt.dashboards.words import objective_name
 from dem_opt.types import HELD_OUT, SEARCH, Margin, ResultRow, Summary
 
 ABSENT = "-"
@@ -111,7 +111,7 @@ class StudyResult:
 
     def _legend(self) -> str:
         return (
-            f"search, held-out: {objective_words(self.summary)} in nats per token on each split, lower is better; "
+            f"search, held-out: {objective_name(self.summary)} in nats per token on each split, lower is better; "
             "FE: forward-equivalents, full passes over the search split; *: the winner, chosen on the search split."
         )
 

@@ -139,19 +139,48 @@ def test_on_a_terminal_nothing_of_the_progress_is_cut(monkeypatch, width):
     assert "…" not in console.file.getvalue()
 
 
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
 @pytest.mark.parametrize(
     "case", ["one", "two", "three", "four", "eight", "twelve", "worst", "failures only", "base wins", "no trials"]
 )
-def test_tables_fit_a_hundred_columns_and_no_number_breaks(capsys, case):
+def test_tables_fit_the_width_and_no_number_breaks_or_is_lost_without_a_word(capsys, monkeypatch, case, width):
+    monkeypatch.setenv("COLUMNS", str(width))
     summary = a_summary(**CASES[case])
     print_results(summary, Terminal())
     told = capsys.readouterr().out
-    tables_alone = [line.rstrip() for line in told.splitlines() if not line.startswith("The winner: ")]
-    assert max(map(len, tables_alone)) <= WIDTH
+    prose = ("The winner: ", "Left out", "NLL in", "Top five", "Rival minus")
+    tables_alone = [line.rstrip() for line in told.splitlines() if not line.startswith(prose)]
+    assert max(map(len, tables_alone)) <= width
     for split in tables.SPLIT_NAMES:
-        for row in tables.final_table(summary, split).rows:
-            assert all(f" {cell} " in told for cell in row[1:])
-    assert all(cell in told for row in tables.margin_table(summary).rows for cell in row[:3])
+        table = tables.final_table(summary, split)
+        part = told.partition(f"NLL in nats per token, {tables.SPLIT_NAMES[split]}")[2].partition("\n\n")[0]
+        missing = part.partition("Left out, for want of room: ")[2]
+        for column, header in enumerate(table.headers[1:], start=1):
+            is_left_out = " ".join(header.split()) in missing.partition(". --json")[0].split(", ")
+            assert is_left_out or all(f" {row[column]} " in part for row in table.rows), header
+        assert column_of_objective(table) not in missing.split(", ")
+    assert all(row[3].splitlines()[-1] in told for row in tables.margin_table(summary).rows)
+
+
+def column_of_objective(table):
+    return table.headers[table.groups[0][0]]
+
+
+def test_a_hundred_columns_have_every_column_of_four_distributions(capsys):
+    print_results(a_summary(**CASES["four"]), Terminal())
+    assert "Left out" not in capsys.readouterr().out
+    assert WIDTH == 100
+
+
+@pytest.mark.parametrize(("width", "shown"), [(20, "ab"), (30, "abc"), (40, "abcd")])
+def test_columns_that_do_not_fit_are_named(capsys, monkeypatch, width, shown):
+    """Words of 3 characters, then numbers of 8: 1 + 5 + 10 for each number."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    Terminal().table("title", ("w", *"bcd"), [("one", *["12345678"] * 3)], groups=((1,), (2,), (3,)))
+    told = capsys.readouterr().out
+    assert told.count("12345678") == len(shown) - 1
+    left_out = [name for name in "bcd" if name not in shown]
+    assert f"{', '.join(left_out)}." in told if left_out else "Left out" not in told
 
 
 def test_answers_for_programs_are_strict_json(capsys):

@@ -8,6 +8,8 @@ from summaries import CASES, SPLITS, a_summary, a_trial, of_trials
 
 from dem_opt.analysis.regret import compare
 from dem_opt.dashboards import tables
+from dem_opt.dashboards.words import objective_name
+from dem_opt.evaluation.objective import objective_words
 from dem_opt.simplex import Space
 from dem_opt.types import Margin, ResultRow, Score, Summary
 
@@ -155,7 +157,38 @@ def test_what_violates_protection_says_by_how_much() -> None:
 def test_general_corpora_have_columns() -> None:
     summary = a_summary(("a", "b"))
     general = replace(summary, weights={**summary.weights, "web": 0.0})
-    assert tables.final_table(general, "search").headers[:4] == ("composite", "a", "b", "web")
+    assert tables.final_table(general, "search").headers[:4] == ("composite", "a", "b", "web\nx 0")
+
+
+AVERAGES = {
+    "equal": ((1, 1, 1), ("a", "b", "c", "mean"), "mean NLL"),
+    "equal, but not 1": ((2, 2, 2), ("a", "b", "c", "mean"), "mean NLL"),
+    "some": ((1, 1, 0), ("a", "b", "c\nx 0", "mean"), "mean NLL of a, b"),
+    "one": ((0, 3, 0), ("a\nx 0", "b", "c\nx 0", "mean"), "mean NLL of b"),
+    "weighted": ((4, 2, 1), ("a\nx 4", "b\nx 2", "c\nx 1", "weighted\nmean"), "weighted mean NLL (a 4, b 2, c 1)"),
+    "weighted some": (
+        (4, 0.5, 0),
+        ("a\nx 4", "b\nx 0.5", "c\nx 0", "weighted\nmean"),
+        "weighted mean NLL (a 4, b 0.5)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", AVERAGES)
+def test_headings_say_what_is_averaged(case: str) -> None:
+    weights, headers, words = AVERAGES[case]
+    summary = replace(a_summary(tuple("abc")), weights=dict(zip("abc", map(float, weights), strict=True)))
+    assert tables.final_table(summary, "search").headers[1:5] == headers
+    assert objective_name(summary) == words
+
+
+def test_many_names_are_counted() -> None:
+    names = tuple("abcdefg")
+    weights = dict.fromkeys(names, 1.0) | {"g": 0.0}
+    assert objective_words(weights) == "mean NLL of 6 of 7 corpora"
+    assert objective_words(weights, worst=True) == "largest regret of 6 of 7 corpora"
+    assert objective_words(weights | {"a": 2.0, "g": 1.0}) == "weighted mean NLL"
+    assert objective_words(weights, function="my:f") == "objective my:f"
 
 
 def test_the_top_says_its_gap_and_what_is_not_known() -> None:
@@ -187,7 +220,7 @@ def test_the_top_says_its_gap_and_what_is_not_known() -> None:
         ((-0.3, -0.1), (-0.4, -0.2), "worse"),
         ((-0.1, 0.1), (-0.1, 0.1), "not significant"),
         ((0.1, 0.3), (-0.3, -0.1), "search: better;\nheld-out: worse"),
-        ((0.1, 0.3), (-0.3, 0.1), "search: better;\nheld-out: not significant"),
+        ((0.1, 0.3), (-0.3, 0.1), "search: better;\nheld-out:\nnot significant"),
     ],
 )
 def test_losses_are_said_as_plainly_as_wins(search: Ends, held_out: Ends, verdict: str) -> None:
