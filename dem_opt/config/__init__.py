@@ -237,6 +237,12 @@ class StudyConfig(Section):
             weights = dict.fromkeys(self.distributions, 1.0)
         return {name: weights.get(name, 0.0) for name in self.corpora}
 
+    @property
+    def unweighted(self) -> tuple[str, ...]:
+        """The distributions that `objective.weights` does not name, so that they weigh 0."""
+        weights = self.objective.weights
+        return () if weights is None else tuple(name for name in self.distributions if name not in weights)
+
 
 def load(path: Path) -> StudyConfig:
     """Read and check a study file.

@@ -314,7 +314,10 @@ class ObjectiveSection(Section):
     """The objective of the search, and constraints on corpora that must not get worse."""
 
     weights: Annotated[dict[Name, NotNegative] | None, default_note("1 for each distribution")] = None
-    """Weight of each NLL in the mean that is minimized, by distribution or general corpus; a name left out has 0."""
+    """Weight of each NLL in the mean that is minimized, by distribution or general corpus. A name left out weighs 0: it
+    is scored and shown, but the search does not care for it. `check` and `run` warn of distributions that are left out;
+    name them with a weight of 0 where that is meant.
+    """
 
     worst: bool = False
     """Minimize the largest regret instead of the mean: NLL minus that of the distribution's own fine-tune, in nats per

@@ -95,10 +95,10 @@ class Inputs:
         return evaluation_dtype(self.config.evaluation.dtype, self.stored, self.device)
 
     def warnings(self) -> list[str]:
-        """Warn of checkpoints with the same content, and of those that are read from their files at every merge."""
+        """Warn of distributions without a weight, and of checkpoints of the same content or read at every merge."""
         contents = {"base": self.base.content} | {name: model.content for name, model in self.fine_tunes.items()}
         streamed = [name for name, content in contents.items() if content in self.streamed]
-        warnings = identical_checkpoints(contents)
+        warnings = [*unweighted_distributions(self.config), *identical_checkpoints(contents)]
         if streamed:
             reason = "read from the files at every merge, because not all checkpoints fit into memory"
             warnings.append(f"{', '.join(streamed)}: {reason}")
@@ -257,6 +257,15 @@ def check_window(base: Path, window: int, where: Path) -> None:
     if positions is not None and window > positions:
         mend = f"the base has {positions} positions, as its config.json says; ask for shorter windows"
         raise InputError(where, "evaluation.window", window, mend)
+
+
+def unweighted_distributions(config: StudyConfig) -> list[str]:
+    """Warn of distributions that are left out of the objective's weights, and so of the mean."""
+    if not config.unweighted:
+        return []
+    left_out, weights = ", ".join(config.unweighted), ", ".join(config.objective.weights or ())
+    mend = f"{'it weighs' if len(config.unweighted) == 1 else 'they weigh'} 0 in the objective, which is of {weights}"
+    return [f"objective.weights leaves out {left_out}: {mend}; write 0 where that is meant"]
 
 
 def identical_checkpoints(identities: Mapping[str, str]) -> list[str]:

@@ -18,7 +18,12 @@ from dem_opt.errors import InputError
 from dem_opt.merging.kernel import expected_backend
 from dem_opt.planning.hardware import Speed
 from dem_opt.planning.hardware import probe as probe_speed
-from dem_opt.planning.inputs import CheckedHeaders, check_headers, identical_checkpoints
+from dem_opt.planning.inputs import (
+    CheckedHeaders,
+    check_headers,
+    identical_checkpoints,
+    unweighted_distributions,
+)
 from dem_opt.planning.plan import Plan, header_identity, refuse_too_large, sized
 from dem_opt.storage.engine import connect, is_there, masked, probe
 from dem_opt.storage.identity import StudyIdentity
@@ -131,6 +136,7 @@ def check(config: StudyConfig, where: Path) -> Findings:
         kernel=expected_backend(plan.machine.device).description,
         warnings=(
             *files.left_out(),
+            *unweighted_distributions(config),
             *identical_checkpoints(identities),
             *_other_tokenizers(files),
             *unreachable,

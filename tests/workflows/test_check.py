@@ -43,6 +43,25 @@ def test_a_check_uses_what_the_ledger_has_measured(world):
     assert found.speed.token_seconds == 0.5 and found.seconds == 0.5 * found.plan.work.tokens
 
 
+@pytest.mark.parametrize(
+    ("weights", "left_out"),
+    [
+        (None, ()),
+        ({"code": 4, "math": 2}, ("prose",)),
+        ({"math": 1}, ("code", "prose")),
+        ({"code": 4, "math": 2, "prose": 0}, ()),
+        ({"code": 4, "math": 2, "prose": 1}, ()),
+    ],
+)
+def test_a_distribution_that_the_weights_leave_out_is_told_by_check_and_run(tmp_path, weights, left_out):
+    path = worlds.study(tmp_path, **({"objective": {"weights": weights}} if weights else {}))
+    config = load(path)
+    told = [warning for warning in check(config, path).warnings if "objective.weights" in warning]
+    assert told == [warning for warning in load_inputs(config, path).warnings() if "objective.weights" in warning]
+    assert len(told) == bool(left_out) and all(name in told[0] for name in left_out)
+    assert not told or not any(name in told[0].partition(":")[0] for name in weights)
+
+
 @pytest.mark.parametrize("was_run", [False, True])
 def test_a_check_writes_nothing(world, capsys, was_run):
     if was_run:
