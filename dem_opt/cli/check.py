@@ -80,4 +80,9 @@ def _print_passes(plan: "Plan", terminal: Terminal) -> None:
         ("the whole study", work.composites + work.reported, work.tokens),
     ]
     rows = [(part, f"{composites:,}", f"{tokens:,}") for part, composites, tokens in passes]
-    terminal.table("Forward passes at most", ("part", "composites", "forward tokens"), rows, strong=len(rows) - 1)
+    terminal.table(
+        "Forward passes of the whole study at most",
+        ("part", "composites", "forward tokens"),
+        rows,
+        strong=len(rows) - 1,
+    )

@@ -8,9 +8,6 @@ from dem_opt.cli.coefficients import format_coefficients, parse_numbers
 from dem_opt.cli.console import Terminal
 from dem_opt.errors import InputError, OutageError
 
-ALGORITHMS = "grid,random,simplex-gp"
-"""Algorithms to compare unless others are named."""
-
 
 def run(arguments: Namespace, terminal: Terminal) -> None:
     """Optimize, then print the results."""
@@ -59,12 +56,18 @@ def compare(arguments: Namespace, terminal: Terminal) -> None:
 
 
 def _compare_algorithms(arguments: Namespace, terminal: Terminal) -> None:
-    algorithms = ALGORITHMS if arguments.algorithms is None else arguments.algorithms
+    from dem_opt.config import load
+    from dem_opt.workflows.check import COMPARED, comparison_plan
+
+    named = COMPARED if arguments.algorithms is None else arguments.algorithms.split(",")
+    algorithms = [name.strip() for name in named]
     seeds = 1 if arguments.seeds is None else arguments.seeds
     if seeds < 1:
         raise InputError(None, "--seeds", seeds, "must be 1 or more")
+    with terminal.progress() as progress:
+        progress.note(comparison_plan(load(arguments.study), arguments.study, algorithms, seeds))
     with reports.study_beside_dashboards(arguments.study, terminal) as (study, updates):
-        study.compare([name.strip() for name in algorithms.split(",")], seeds)
+        study.compare(algorithms, seeds)
     reports.print_comparison(reports.publish(study, updates.pages, terminal), study.config.output, terminal)
 
 

@@ -184,14 +184,18 @@ def _add_search(commands: Any) -> None:
         "compare",
         optimize.compare,
         summary="compare search algorithms, data mixing or other weights",
-        details="Algorithms share one ledger: a composite that one of them has measured costs the\nothers nothing.",
+        details=(
+            "Algorithms share one ledger: a composite that one of them has measured costs the\n"
+            "others nothing. Says first how many passes it takes; a grid of more points than\n"
+            "search.grid_limit is refused."
+        ),
         examples=(
             "dem-opt compare study.yaml --algorithms grid,simplex-gp --seeds 5\n"
             "dem-opt compare study.yaml --data-mixing 3\n"
             "dem-opt compare study.yaml --reweight code=2,math=1"
         ),
     )
-    compare.add_argument("--algorithms", metavar="NAMES", help=f"separated by commas ({optimize.ALGORITHMS})")
+    compare.add_argument("--algorithms", metavar="NAMES", help="separated by commas (grid,random,simplex-gp)")
     compare.add_argument("--seeds", type=int, metavar="N", help="runs of each algorithm, each with its own seed (1)")
     compare.add_argument(
         "--data-mixing",

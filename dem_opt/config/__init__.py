@@ -237,6 +237,12 @@ class StudyConfig(Section):
             weights = dict.fromkeys(self.distributions, 1.0)
         return {name: weights.get(name, 0.0) for name in self.corpora}
 
+    def planned_trials(self, algorithm: str) -> int:
+        """Number of trials that a search has at most: a grid's whole lattice, else `search.trials`; one for a point."""
+        if self.space.is_point:
+            return 1
+        return self.space.lattice_size(self.search.divisions) if algorithm == "grid" else self.search.trials
+
     @property
     def unweighted(self) -> tuple[str, ...]:
         """The distributions that `objective.weights` does not name, so that they weigh 0."""

@@ -400,7 +400,15 @@ class SearchSection(Section):
     """Seed of the proposals."""
 
     divisions: Positive = 10
-    """Steps of the grid along each edge of the simplex: 10 makes steps of a tenth of the total."""
+    """Steps of the grid along each edge of the simplex: 10 makes steps of a tenth of the total. It has
+    C(divisions + n - 1, n - 1) points for n distributions, whatever `trials` says: 286 for four, 1,001 for five, 3,003
+    for six.
+    """
+
+    grid_limit: Positive = 500
+    """Points that a grid of `dem-opt compare` may have, each a forward pass; a larger one is refused until this is
+    raised. A study whose own `algorithm` is `grid` has no limit: `check` tells its points.
+    """
 
     lookahead: Annotated[int, Field(ge=0)] = 1
     """Proposals computed ahead for each worker while it scores."""

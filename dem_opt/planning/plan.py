@@ -136,7 +136,12 @@ class Plan:
 
         Workers on GPUs divide the work, those on a CPU the CPU.  A worker's GPUs merge at once and score in turn.
         """
-        return self.work.seconds(speed) / (self.workers if self.machine.device == "cuda" else 1)
+        return self.work.seconds(speed) / self.parallel
+
+    @property
+    def parallel(self) -> int:
+        """Workers that divide the work: those on GPUs."""
+        return self.workers if self.machine.device == "cuda" else 1
 
 
 def make_plan(
@@ -330,9 +335,7 @@ def _work(study: StudyConfig, *, token_flops: float, merge_bytes: int) -> Work:
     """
     space, search, evaluation = study.space, study.search, study.evaluation
     is_point = space.dimension == 1
-    trials = 1 if is_point else search.trials
-    if search.algorithm == "grid":
-        trials = space.lattice_size(search.divisions)
+    trials = study.planned_trials(search.algorithm)
     singles, average = len(space.names), 0 if is_point else 1
     extra = {"grid": average, "simplex-gp": max(singles + average - trials, 0)}.get(search.algorithm, singles + average)
     without = singles if singles > 2 else 0

@@ -153,6 +153,12 @@ class Search:
         return self._search.trials
 
     @property
+    def unfinished(self) -> int:
+        """Number of trials that the search may still score: those under way, and new ones until a budget is spent."""
+        trials, running = self._history.trials, len(self._history.running)
+        return running if self._why_stop(trials) else self.planned - len(trials) + running
+
+    @property
     def is_sequential(self) -> bool:
         """True if a proposal has to wait for the trial before it."""
         return self._search.algorithm == "gradient"

@@ -76,6 +76,20 @@ def run_names(algorithms: Sequence[str], seeds: int) -> list[str]:
     ]
 
 
+def grid_excess(config: StudyConfig) -> str:
+    """Say why a comparison may not run the grid, which has too many points; empty where it may."""
+    search, points = config.search, config.planned_trials("grid")
+    if search.algorithm == "grid" or points <= search.grid_limit:
+        return ""
+    smaller = range(search.divisions - 1, 0, -1)
+    fewer = next((n for n in smaller if 0 < config.space.lattice_size(n) <= search.grid_limit), None)
+    reduced = f", or write search.divisions: {fewer} ({config.space.lattice_size(fewer):,} points)" if fewer else ""
+    return (
+        f"the grid of {search.divisions} divisions has {points:,} points, each a pass over the search split; raise the "
+        f"limit to {points}{reduced}, or leave the grid out: --algorithms random,simplex-gp"
+    )
+
+
 def check_algorithms(config: StudyConfig, where: Path | None, algorithms: Sequence[str]) -> None:
     """Raise InputError for an algorithm that does not exist, or that can't search this study's space."""
     for algorithm in algorithms:
@@ -88,5 +102,7 @@ def check_algorithms(config: StudyConfig, where: Path | None, algorithms: Sequen
             mend = "a largest regret has no gradient where two are largest"
         elif algorithm == "grid" and not config.space.lattice_size(config.search.divisions):
             mend = f"no point of the lattice of {config.search.divisions} divisions is within the bounds"
+        elif algorithm == "grid" and (excess := grid_excess(config)):
+            raise InputError(where, "search.grid_limit", config.search.grid_limit, excess)
         if mend:
             raise InputError(where, "algorithm", algorithm, mend)

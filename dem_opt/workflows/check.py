@@ -4,7 +4,8 @@ import json
 import shutil
 import socket
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from os.path import isfile
 from pathlib import Path
@@ -25,9 +26,15 @@ from dem_opt.planning.inputs import (
     unweighted_distributions,
 )
 from dem_opt.planning.plan import Plan, header_identity, refuse_too_large, sized
+from dem_opt.search.run_name import RunName
+from dem_opt.search.runs import check_algorithms, grid_excess, run_names
 from dem_opt.storage.engine import connect, is_there, masked, probe
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
+from dem_opt.workflows.remaining import Remaining, remaining_work
+
+COMPARED = ("grid", "random", "simplex-gp")
+"""Algorithms that `dem-opt compare` compares unless others are named."""
 
 KNOCK = 2.0
 """Seconds in which a tracking server must answer."""
@@ -62,6 +69,9 @@ class Findings:
         speed: Speed of this machine.
         seconds: Seconds of merging and scoring that the plan takes at that speed.
         kernel: The backend of merges on this machine, in words.
+        left: Work that is left of a study that was begun; None where it was not, or asks for something else now.
+        left_seconds: Seconds of that work at that speed.
+        comparison: What `dem-opt compare` would do, in words.
         warnings: Problems that do not stop a run.
     """
 
@@ -76,6 +86,9 @@ class Findings:
     speed: Speed
     seconds: float
     kernel: str
+    left: Remaining | None
+    left_seconds: float
+    comparison: str
     warnings: tuple[str, ...]
 
     @property
@@ -94,8 +107,8 @@ class Findings:
             tied,
             f"{memory}: {sized(machine.total)}, {sized(machine.available)} available. "
             f"Workers{each}: {plan.fitting:,} fit, {plan.workers} asked for.",
-            f"Merging and scoring: about {_duration(self.seconds)} ({self.speed.source}). "
-            "Loading, proposals and MLflow come on top.",
+            self._time(),
+            self.comparison,
             f"{self.kernel[0].upper()}{self.kernel[1:]}.",
             f"An export takes {sized(self.export)}, {sized(self.free)} are free on its disk.",
             hashed,
@@ -104,6 +117,21 @@ class Findings:
             *(f"warning: {warning}" for warning in self.warnings),
         ]
         return [line for line in lines if line]
+
+    def _time(self) -> str:
+        """The time that a run takes: of the whole study, or of what is left of it."""
+        if self.left is None:
+            about = f"about {duration(self.seconds)} ({self.speed.source})"
+            return f"Merging and scoring: {about}. Loading, proposals and MLflow come on top."
+        trials, work = self.left.trials, self.left.work
+        done = f"{self.left.planned - trials:,} of {self.left.planned:,} trials are done"
+        passes = work.composites + work.reported
+        if not passes:
+            return f"{done}. Nothing is left to score; `dem-opt show` prints the results."
+        return (
+            f"{done}. Left to do: {passes:,} composites at most, {work.tokens:,} forward tokens: about "
+            f"{duration(self.left_seconds)} ({self.speed.source})."
+        )
 
 
 def check(config: StudyConfig, where: Path) -> Findings:
@@ -117,7 +145,7 @@ def check(config: StudyConfig, where: Path) -> Findings:
     _refuse_missing_texts(config)
     _refuse_bad_function(config, where)
     plan, storage = files.plan(), f"{masked(config.storage)}: {probe(config.storage)}"
-    speed = _speed(config, plan)
+    speed, left = _speed(config, plan), remaining_work(config, files, plan)
     tracking, unreachable = _tracking(config.tracking.uri)
     export, free = _export_bytes(files), shutil.disk_usage(_result(config.output)).free
     full = [f"an export needs {sized(export)}, {sized(free)} are free at {config.output}"] if free < export else []
@@ -134,6 +162,9 @@ def check(config: StudyConfig, where: Path) -> Findings:
         speed=speed,
         seconds=plan.seconds(speed),
         kernel=expected_backend(plan.machine.device).description,
+        left=left,
+        left_seconds=left.work.seconds(speed) / plan.parallel if left else 0.0,
+        comparison=f"dem-opt compare: {_comparison(config, plan, speed, COMPARED)}",
         warnings=(
             *files.left_out(),
             *unweighted_distributions(config),
@@ -144,6 +175,24 @@ def check(config: StudyConfig, where: Path) -> Findings:
             *ray_warnings(config.compute),
         ),
     )
+
+
+def comparison_plan(config: StudyConfig, where: Path, algorithms: Sequence[str], seeds: int) -> str:
+    """Say what a comparison of algorithms would do, in trials, passes over the search split and minutes."""
+    check_algorithms(config, where, algorithms)
+    plan = check_headers(config, where).plan()
+    return _comparison(config, plan, _speed(config, plan), algorithms, seeds)
+
+
+def _comparison(config: StudyConfig, plan: Plan, speed: Speed, algorithms: Sequence[str], seeds: int = 1) -> str:
+    if "grid" in algorithms and (excess := grid_excess(config)):
+        return f"refused, search.grid_limit is {config.search.grid_limit}: {excess}"
+    counts = Counter(RunName.parse(run).algorithm for run in run_names(algorithms, seeds))
+    trials = {name: runs * config.planned_trials(name) for name, runs in counts.items()}
+    passes = sum(trials.values())
+    seconds = replace(plan.work, composites=passes, reported=0).seconds(speed) / plan.parallel
+    listed = ", ".join(f"{name} {count:,}" for name, count in trials.items())
+    return f"{passes:,} passes over the search split at most ({listed}), about {duration(seconds)}"
 
 
 def refuse(findings: Findings, config: StudyConfig, where: Path) -> None:
@@ -222,7 +271,7 @@ def _tracking(uri: str) -> tuple[str, list[str]]:
         return "cannot be reached", [f"MLflow cannot be reached; a study would run without it ({masked(str(error))})"]
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Seconds in words, in the largest unit of which there are at least two."""
     for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:

@@ -60,6 +60,7 @@ class _WithoutPhases:
     """Progress without phases: a grid has too many trainings to draw a bar for each."""
 
     def __init__(self, progress: Progress) -> None:
+        self.search_continued = progress.search_continued
         self.trial_finished = progress.trial_finished
         self.warning = progress.warning
         self.note = progress.note

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import worlds
+import yaml
+from in_process import open_study
 
 from dem_opt.checkpoints.files import content_hash, known_content, read_header
 from dem_opt.cli.main import main
@@ -16,7 +18,7 @@ from dem_opt.planning.inputs import identical_checkpoints, load_inputs
 from dem_opt.storage.engine import connect
 from dem_opt.storage.ledger import Ledger, StudyRow
 from dem_opt.types import SEARCH, Composite, Score
-from dem_opt.workflows.check import check
+from dem_opt.workflows.check import check, comparison_plan
 
 
 @pytest.fixture
@@ -60,6 +62,89 @@ def test_a_distribution_that_the_weights_leave_out_is_told_by_check_and_run(tmp_
     assert told == [warning for warning in load_inputs(config, path).warnings() if "objective.weights" in warning]
     assert len(told) == bool(left_out) and all(name in told[0] for name in left_out)
     assert not told or not any(name in told[0].partition(":")[0] for name in weights)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A study of three trials that was run to its end."""
+    path = worlds.study(tmp_path_factory.mktemp("finished"), search={"algorithm": "random", "trials": 3})
+    open_study(path).run()
+    return path
+
+
+def asked(finished: Path, **sections) -> Path:
+    """The same study with other sections in its study file."""
+    content = yaml.safe_load(finished.read_text())
+    path = finished.with_name("other.yaml")
+    path.write_text(yaml.safe_dump(content | sections, sort_keys=False))
+    return path
+
+
+def test_nothing_is_left_of_a_finished_study(finished, capsys):
+    found = check(load(finished), finished)
+    assert found.left is not None and found.left.trials == 0 and found.left.work.tokens == 0 == found.left_seconds
+    assert main(["check", str(finished)]) == 0
+    assert "3 of 3 trials are done. Nothing is left to score" in capsys.readouterr().out
+    assert main(["check", str(finished), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["left"]["trials"] == 0
+
+
+def test_what_more_trials_need_is_left(finished):
+    """Seven more trials; of the table the winner and it without each of three distributions may be new."""
+    path = asked(finished, search={"algorithm": "random", "trials": 10})
+    left = check(load(path), path).left
+    assert left is not None and (left.trials, left.planned) == (7, 10)
+    assert (left.work.composites, left.work.reported) == (7 + 3, 1 + 3)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"objective": {"weights": {"code": 2, "math": 1, "prose": 1}}},
+        {"simplex": {"bounds": {"code": [0, 0.5]}}},
+        {"objective": {"protect": {"code": 0.1}}},
+        {"objective": {"worst": True}},
+        {"name": "another"},
+    ],
+)
+def test_a_study_that_asks_for_something_else_is_planned_whole(finished, sections):
+    path = asked(finished, **sections)
+    assert check(load(path), path).left is None
+
+
+def test_an_algorithm_that_was_not_begun_has_its_trials_left(finished):
+    path = asked(finished, search={"algorithm": "tpe", "trials": 5})
+    left = check(load(path), path).left
+    assert left is not None and (left.trials, left.planned) == (5, 5)
+
+
+@pytest.mark.parametrize(
+    ("search", "refused"),
+    [
+        ({"divisions": 10, "grid_limit": 65}, True),
+        ({"divisions": 10, "grid_limit": 66}, False),
+        ({"divisions": 30}, False),
+        ({"divisions": 31}, True),
+        ({"divisions": 31, "grid_limit": 528}, False),
+        ({"divisions": 31, "algorithm": "grid"}, False),
+    ],
+)
+def test_a_comparison_is_told_before_and_a_large_grid_is_refused(tmp_path, search, refused):
+    """C(d + 2, 2) points of three distributions: 66 for 10 divisions, 496 for 30, 528 for 31."""
+    path = worlds.study(tmp_path, search={"trials": 40} | search)
+    points = (search["divisions"] + 2) * (search["divisions"] + 1) // 2
+    before = listing(tmp_path)
+    told = check(load(path), path).comparison
+    assert f"{points:,}" in told and ("refused" in told) == refused
+    if refused:
+        with pytest.raises(InputError, match=r"search\.grid_limit"):
+            comparison_plan(load(path), path, ["grid", "random"], 1)
+        with pytest.raises(InputError, match=r"search\.grid_limit"):
+            open_study(path).compare(["grid", "random"])
+    else:
+        told = comparison_plan(load(path), path, ["grid", "random"], 2)
+        assert f"{points + 80:,} passes" in told and f"grid {points:,}, random 80" in told
+    assert listing(tmp_path) == before
 
 
 @pytest.mark.parametrize("was_run", [False, True])

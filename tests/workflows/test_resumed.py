@@ -50,6 +50,13 @@ def test_with_the_same_libraries_nothing_is_scored_again(begun: Path, monkeypatc
     assert not [line for line in run(begun, monkeypatch).notes if "since the last run" in line]
 
 
+def test_a_search_that_goes_on_reports_its_earlier_trials(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun.write_text(begun.read_text().replace("trials: 3", "trials: 5"))
+    listener = run(begun, monkeypatch)
+    (earlier,) = listener.earlier
+    assert [record.number for record in earlier] == [0, 1, 2] and listener.done == [4, 5]
+
+
 @pytest.mark.parametrize("drift", [0.0, 1e-3])
 def test_where_libraries_changed_the_best_is_scored_again_and_a_difference_is_told(
     begun: Path, monkeypatch: pytest.MonkeyPatch, drift: float

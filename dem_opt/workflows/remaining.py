@@ -1,0 +1,104 @@
+"""The work that is left of a study which was begun: trials, and composites of the results table."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from dem_opt.analysis.results import Entry, entries, left_out_entries, top_entries
+from dem_opt.checkpoints.files import known_content
+from dem_opt.config import StudyConfig
+from dem_opt.planning.inputs import CheckedHeaders
+from dem_opt.planning.plan import Plan, Work
+from dem_opt.search.runs import Runs
+from dem_opt.search.trials import finished, is_known
+from dem_opt.storage.engine import connect, is_there
+from dem_opt.storage.identity import StudyIdentity
+from dem_opt.storage.ledger import Ledger
+from dem_opt.types import HELD_OUT, SEARCH, TrialRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remaining:
+    """Work that a run would still do.
+
+    Attributes:
+        trials: Trials of the search that are left, at most.
+        planned: Trials that it has in all, at most.
+        work: Merges and forward passes, at most.
+    """
+
+    trials: int
+    planned: int
+    work: Work
+
+
+def remaining_work(config: StudyConfig, files: CheckedHeaders, plan: Plan) -> Remaining | None:
+    """Count what is left of a study; None where it was not begun, or asks for something else than was run.
+
+    Contents are compared as far as their hashes are known; texts are not read.
+    """
+    if not is_there(config.storage):
+        return None
+    engine = connect(config.storage)
+    try:
+        ledger = Ledger(engine) if Ledger.is_in(engine) else None
+        row = ledger.study(config.name) if ledger else None
+        if ledger is None or row is None:
+            return None
+        identity = StudyIdentity.recall(row.identity, row.scoring)
+        if not _is_same(config, files, identity):
+            return None
+        algorithm = config.search.algorithm
+        planned = config.planned_trials(algorithm)
+        with Runs(config, row.generation).existing() as searches:
+            left = searches[algorithm].unfinished if algorithm in searches else planned
+            trials = {run: finished(ledger, identity, search) for run, search in searches.items()}
+        work = _work_left(ledger, identity, trials, left, plan.work)
+        return Remaining(trials=left, planned=planned, work=work)
+    finally:
+        engine.dispose()
+
+
+def _is_same(config: StudyConfig, files: CheckedHeaders, identity: StudyIdentity) -> bool:
+    """Whether a study asks for what was run, as far as can be told without reading weights and texts."""
+    objective, evaluation = config.objective, config.evaluation
+    function = identity.function.name if identity.function else None
+    contents = {name: known_content(header) for name, header in files.headers.items()}
+    stored = {"base": identity.base} | {
+        name: content
+        for name, content in identity.fine_tunes.items()
+        if name in config.distributions and config.distributions[name].checkpoint is not None
+    }
+    return (
+        config.space == identity.space
+        and config.weights == identity.weights
+        and (objective.protect, objective.worst, objective.function) == (identity.protect, identity.worst, function)
+        and all(
+            identity.settings.get(f"evaluation.{field}", str(getattr(evaluation, field)))
+            == str(getattr(evaluation, field))
+            for field in ("window", "windows", "held_out", "vectors", "seed")
+        )
+        and all(contents.get(name) in (None, content) for name, content in stored.items())
+    )
+
+
+def _work_left(
+    ledger: Ledger, identity: StudyIdentity, trials: Mapping[str, Sequence[TrialRecord]], left: int, whole: Work
+) -> Work:
+    """The trials that are left, and the composites of the results table without scores; with a new winner, its own."""
+    table = entries(identity, trials)
+    if left:
+        known = [entry for entry in table if entry.role != "best"]
+        own = whole.reported - len(known)  # the winner, and the winner without each of its distributions
+        search, held_out = left + own - 1, own
+    else:
+        known = [*table, *top_entries(identity, trials), *left_out_entries(identity, table[-1])]
+        search, held_out = 0, 0
+    search += _unknown(ledger, identity, known, SEARCH)
+    held_out += _unknown(ledger, identity, known, HELD_OUT)
+    return replace(whole, trials=left, composites=search, reported=held_out)
+
+
+def _unknown(ledger: Ledger, identity: StudyIdentity, listed: Sequence[Entry], split: str) -> int:
+    """Number of composites that the ledger has not scored on a split."""
+    composites = dict.fromkeys(entry.composite for entry in listed)
+    return sum(not is_known(ledger, identity, composite, split) for composite in composites)
