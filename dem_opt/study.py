@@ -15,7 +15,7 @@ from dem_opt.compute import Compute, RayCompute
 from dem_opt.config import StudyConfig
 from dem_opt.config.objective_function import import_from
 from dem_opt.dashboards.html_report import write_report
-from dem_opt.export.writer import Export, Scores
+from dem_opt.export.writer import Export
 from dem_opt.progress import NullProgress, Progress, reporting
 from dem_opt.simplex import Coefficients
 from dem_opt.tracking import MlflowTracker, PageListener, Tracker
@@ -27,6 +27,7 @@ from dem_opt.workflows.context import StudyContext
 from dem_opt.workflows.export import Champion
 from dem_opt.workflows.plots import StudyPlots
 from dem_opt.workflows.result import StudyResult
+from dem_opt.workflows.score import Scored
 
 
 class Study:
@@ -127,19 +128,20 @@ class Study:
         with self._workflow() as context:
             return downstream.evaluate(context)
 
-    def score(self, coefficients: Mapping[str, float]) -> Scores:
+    def score(self, coefficients: Mapping[str, float]) -> Scored:
         """Score a composite on both splits; what was measured before is not measured again.
 
         Args:
             coefficients: Coefficients by distribution; those left out are 0.
 
         Returns:
-            Scores by split ("search", "held_out"), then by distribution or general corpus.
+            Scores by split ("search", "held_out"), then by distribution or general corpus, with the `objective` by
+            split and the rows of base, uniform average and winner to compare with (`beside`).
         """
         with self._workflow() as context:
             return score.score_composite(context, self._checked(coefficients))
 
-    def score_model(self, folder: str | Path) -> Scores:
+    def score_model(self, folder: str | Path) -> Scored:
         """Score a model folder that has the base's tokenizer; the result is that of `score`."""
         with self._workflow() as context:
             return score.score_model(context, Path(folder))

@@ -173,13 +173,8 @@ def summarize(
         stopped: Why each run ended.
     """
     by_split = objectives(ledger, identity)
-
-    def rows(candidates: Iterable[Entry]) -> tuple[ResultRow, ...]:
-        known = (entry for entry in candidates if is_known(ledger, identity, entry.composite, SEARCH))
-        return tuple(_row(ledger, identity, by_split, entry) for entry in known)
-
     listed = [entry for entry in entries(identity, trials) if is_known(ledger, identity, entry.composite, SEARCH)]
-    results = rows(listed)
+    results = known_rows(ledger, identity, listed)
     *rivals, winner = results
     margins = tuple(
         _margin(by_split[split], rival, winner, split)
@@ -194,22 +189,28 @@ def summarize(
         margins=margins,
         trials={run: tuple(records) for run, records in trials.items()},
         facts=facts,
-        top=rows(top_entries(identity, trials)),
+        top=known_rows(ledger, identity, top_entries(identity, trials)),
         stopped=stopped,
         worst=identity.worst,
         function=identity.function.name if identity.function else "",
-        left_out=rows(left_out_entries(identity, listed[-1])),
+        left_out=known_rows(ledger, identity, left_out_entries(identity, listed[-1])),
     )
 
 
-def _finite_objectives(
-    by_split: Mapping[str, Objective], scores: Mapping[str, Mapping[str, Score]]
-) -> dict[str, float]:
-    """Return the objective by split, without the splits on which a custom objective is not finite."""
+def known_rows(ledger: Ledger, identity: StudyIdentity, listed: Iterable[Entry]) -> tuple[ResultRow, ...]:
+    """The rows of those composites that the ledger has scored on all of the search split."""
+    by_split = objectives(ledger, identity)
+    known = (entry for entry in listed if is_known(ledger, identity, entry.composite, SEARCH))
+    return tuple(_row(ledger, identity, by_split, entry) for entry in known)
+
+
+def finite_objectives(by_split: Mapping[str, Objective], scores: Mapping[str, Mapping[str, Score]]) -> dict[str, float]:
+    """Return the objective by split, without splits on which it is not known, or a custom one is not finite."""
     values = {}
     for split, by_name in scores.items():
         with suppress(EvaluationError):
-            values[split] = by_split[split](by_name)
+            if split in by_split:
+                values[split] = by_split[split](by_name)
     return values
 
 
@@ -226,7 +227,7 @@ def _row(ledger: Ledger, identity: StudyIdentity, by_split: Mapping[str, Objecti
         algorithm=entry.algorithm,
         coefficients=entry.coefficients,
         scores=scores,
-        objective=_finite_objectives(by_split, scores),
+        objective=finite_objectives(by_split, scores),
         evaluations=entry.evaluations,
         forwards=entry.forwards,
         forward_tokens=round(entry.forwards * pass_tokens),

@@ -2,10 +2,16 @@
 
 from argparse import Namespace
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from dem_opt.cli import json_output
 from dem_opt.cli.coefficients import parse_numbers
 from dem_opt.cli.console import Terminal
+from dem_opt.types import SPLITS
+
+if TYPE_CHECKING:
+    from dem_opt.config import StudyConfig
+    from dem_opt.workflows.score import Scored
 
 
 def train(arguments: Namespace, terminal: Terminal) -> None:
@@ -29,11 +35,14 @@ def score(arguments: Namespace, terminal: Terminal) -> None:
     with terminal.progress() as progress:
         study = Study.load(arguments.study, progress=progress)
         if arguments.model:
-            scores = study.score_model(arguments.model)
+            scores, label = study.score_model(arguments.model), str(arguments.model)
         else:
-            scores = study.score(parse_numbers(arguments.coefficients, "--coefficients"))
+            coefficients = parse_numbers(arguments.coefficients, "--coefficients")
+            scores = study.score(coefficients)
+            label = ", ".join(f"{name} {value:g}" for name, value in coefficients.items())
     if arguments.json:
-        terminal.json(json_output.of_scores(scores))
+        beside = [{"label": row.label, "objective": dict(row.objective)} for row in scores.beside]
+        terminal.json(json_output.of_scores(scores) | {"objective": dict(scores.objective), "beside": beside})
         return
     rows = [
         (name, split.replace("_", "-"), f"{score.nll:.4f}", f"{score.perplexity:.3f}", f"{score.tokens:,}")
@@ -42,6 +51,21 @@ def score(arguments: Namespace, terminal: Terminal) -> None:
     ]
     headers = ("corpus", "split", "NLL (nats per token)", "perplexity", "scored tokens")
     terminal.table("Scores", headers, rows, words=2)
+    _print_objective(label, scores, study.config, terminal)
+
+
+def _print_objective(label: str, scores: "Scored", config: "StudyConfig", terminal: Terminal) -> None:
+    """Print the objective of what was scored beside that of base, uniform average and winner, as far as known."""
+    from dem_opt.evaluation.objective import objective_words
+
+    listed = [(label, scores.objective), *((row.label, row.objective) for row in reversed(scores.beside))]
+    rows = [
+        (name, *(f"{objective[split]:.4f}" if split in objective else "-" for split in SPLITS))
+        for name, objective in listed
+    ]
+    words = objective_words(config.weights, config.objective.worst, config.objective.function or "")
+    headers = ("composite", *(split.replace("_", "-") for split in SPLITS))
+    terminal.table(f"{words[0].upper()}{words[1:]}, nats per token", headers, rows, strong=0)
 
 
 def merge(arguments: Namespace, terminal: Terminal) -> None:
@@ -76,6 +100,6 @@ def export(arguments: Namespace, terminal: Terminal) -> None:
     if exported != winner:
         for split, nll in exported.objective.items():
             change = f"{winner.objective[split]:.6f} -> {nll:.6f} nats per token"
-            terminal.line(f"Mean NLL on {split} {exported.label.removeprefix('exported ')}: {change}")
+            terminal.line(f"Objective on {split}, {exported.label.removeprefix('exported ')}: {change}")
     if champion.version is not None:
         terminal.line(f"Registered in MLflow: version {champion.version}, alias champion")

@@ -276,6 +276,14 @@ class _Renamed(Action):
 
 
 def _add_results(commands: Any) -> None:
+    _add(
+        commands,
+        "show",
+        studies.show,
+        summary="print the winner, its margins and the results",
+        details="From the study's database, in a second: no checkpoint is read, nothing is scored.",
+        examples="dem-opt show study.yaml\ndem-opt show study.yaml --json",
+    )
     report = _add(
         commands,
         "report",

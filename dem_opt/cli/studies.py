@@ -1,4 +1,4 @@
-"""`dem-opt list`, `trials` and `reset`: what a study's database holds."""
+"""`dem-opt show`, `list`, `trials` and `reset`: what a study's database holds."""
 
 import csv
 import io
@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dem_opt.cli import json_output, reports
 from dem_opt.cli.console import Terminal
 from dem_opt.config import StudyConfig, load
 from dem_opt.errors import InputError
@@ -25,6 +26,20 @@ KEPT = (
     "fine-tuned checkpoints, exported models, reports: no file is removed",
 )
 """Things that a reset keeps; the first follows the number of scores."""
+
+
+def show(arguments: Namespace, terminal: Terminal) -> None:
+    """Print what `run` prints at its end, from the database alone."""
+    from dem_opt.workflows.stored_results import stored_results
+
+    summary = stored_results(load(arguments.study), arguments.study)
+    if arguments.json:
+        terminal.json(json_output.of_summary(summary))
+        return
+    reports.print_results(summary, terminal)
+    for run, records in summary.trials.items():
+        reason = (summary.stopped or {}).get(run)
+        terminal.line(f"{run}: {len(records)} trials, {f'ended after {reason}' if reason else 'not ended'}")
 
 
 def list_studies(arguments: Namespace, terminal: Terminal) -> None:
@@ -69,7 +84,9 @@ def trials(arguments: Namespace, terminal: Terminal) -> None:
         names = list(config.distributions)
         title = "Trials: objective and its standard error in nats per token; FE: forward-equivalents"
         headers = ("run", "trial", "state", "objective", "error", *names, "FE", "tokens", "seconds")
-        terminal.table(title, headers, [_cells(row, names) for row in rows], words=2)
+        last = len(headers) - 1
+        groups = ((3,), tuple(range(5, last - 2)), (last - 2,), (4,), (last,), (last - 1,))
+        terminal.table(title, headers, [_cells(row, names) for row in rows], words=3, groups=groups)
 
 
 def _trials(config: StudyConfig, path: Path) -> dict[str, list["TrialRecord"]]:

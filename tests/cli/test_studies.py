@@ -2,13 +2,18 @@
 
 import csv
 import json
+import os
+import shutil
 import subprocess
+import sys
 from contextlib import closing
 from datetime import datetime
 from io import StringIO
+from pathlib import Path
 
 import pytest
 import worlds
+import yaml
 from in_process import replace_dependencies
 
 from dem_opt.cli.log_file import LogFile
@@ -51,6 +56,69 @@ def test_list_and_trials_agree_with_the_results(study, capsys):
     assert main(["trials", str(study), "--csv"]) == 0
     table = list(csv.DictReader(StringIO(capsys.readouterr().out)))
     assert [float(row["objective"]) for row in table] == [trial["objective"] for trial in trials]
+
+
+def test_show_prints_what_run_prints_at_its_end(study, capsys):
+    capsys.readouterr()
+    assert main(["run", str(study)]) == 0
+    ran = capsys.readouterr().out.splitlines()
+    assert main(["show", str(study)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    last = next(place for place, line in enumerate(shown) if line.startswith("The winner: "))
+    assert len(shown) == last + 2 and shown[: last + 1] == ran[-(last + 1) :]
+    assert answer(capsys, "show", study) == answer(capsys, "run", study)
+
+
+def test_show_loads_no_torch_and_reads_no_checkpoint(study):
+    for name in ("base", "code", "math", "prose"):
+        shutil.rmtree(study.parent / "models" / name)
+    program = (
+        "import sys; from dem_opt.cli.main import main; status = main(['show', sys.argv[1]]); "
+        "loaded = {'torch', 'transformers', 'ray', 'mlflow', 'plotly'} & sys.modules.keys(); "
+        "sys.exit(f'imported {loaded}' if loaded else status)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.run([sys.executable, "-c", program, study], env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "The winner: " in process.stdout
+
+
+def test_a_score_stands_beside_base_uniform_and_winner(study, capsys):
+    results = answer(capsys, "run", study)
+    known = {row["label"]: row["objective"] for row in results["results"]}
+    found = answer(capsys, "score", study, "--coefficients", "math=1")
+    assert found["objective"] == known["math"]
+    assert {row["label"]: row["objective"] for row in found["beside"]} == {
+        label: known[label] for label in ("base", "uniform", "best of random")
+    }
+    assert main(["score", str(study), "--coefficients", "code=.5,math=.5"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"{known[label]['held_out']:.4f}" in told for label in ("base", "uniform", "best of random"))
+
+
+def test_a_score_of_a_study_that_was_never_run_stands_alone(tmp_path, monkeypatch, capsys):
+    replace_dependencies(monkeypatch, tracker=NullTracker(), compute=InProcessCompute())
+    path = worlds.study(tmp_path)
+    assert answer(capsys, "score", path, "--coefficients", "math=1")["beside"] == []
+    assert [
+        row["label"] for row in answer(capsys, "score", path, "--model", path.parent / "models/base")["beside"]
+    ] == ["base"]
+
+
+@pytest.mark.parametrize("changed", ["never run", "a distribution gone", "other bounds"])
+def test_show_of_what_was_not_run_is_one_line(study, capsys, changed):
+    content = yaml.safe_load(study.read_text())
+    if changed == "never run":
+        content["name"] = "another"
+    elif changed == "a distribution gone":
+        del content["distributions"]["prose"]
+    else:
+        content["simplex"] = {"bounds": {"code": [0, 0.5]}}
+    study.write_text(yaml.safe_dump(content))
+    capsys.readouterr()
+    assert main(["show", str(study)]) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.count("\n") == 1 and "dem-opt run" in told.err
 
 
 def test_reset_removes_trials_and_keeps_what_was_measured(study, capsys, monkeypatch):

@@ -1,0 +1,46 @@
+"""The results of a study as its database holds them: no checkpoint is read, and no torch imported."""
+
+from pathlib import Path
+
+from dem_opt.analysis.results import summarize
+from dem_opt.config import StudyConfig
+from dem_opt.config.objective_function import import_from
+from dem_opt.errors import InputError
+from dem_opt.search.runs import Runs
+from dem_opt.search.trials import finished
+from dem_opt.storage.engine import connect, is_there
+from dem_opt.storage.identity import StudyIdentity
+from dem_opt.storage.ledger import Ledger
+from dem_opt.types import Summary
+
+
+def stored_results(config: StudyConfig, path: Path) -> Summary:
+    """Summarize a study, without vectors, surrogate and the facts that reproduce it.
+
+    Raises:
+        InputError: The study has no finished trial, or its distributions or bounds have changed since.
+    """
+    not_run = InputError(path, None, None, f"nothing is measured yet; first: dem-opt run {path}")
+    if not is_there(config.storage):
+        raise not_run
+    if config.objective.function is not None:
+        import_from(path.resolve().parent)
+    engine = connect(config.storage)
+    try:
+        ledger = Ledger(engine) if Ledger.is_in(engine) else None
+        row = ledger.study(config.name) if ledger else None
+        if ledger is None or row is None:
+            raise not_run
+        identity = StudyIdentity.recall(row.identity, row.scoring)
+        if config.space != identity.space:
+            mend = f"distributions or simplex have changed since the study was run; first: dem-opt run {path}"
+            raise InputError(path, None, None, mend)
+        with Runs(config, row.generation).existing() as searches:
+            trials = {run: finished(ledger, identity, search) for run, search in searches.items()}
+            stopped = {run: search.stopped for run, search in searches.items()}
+        summary = summarize(config.name, ledger, identity, trials, {"study file": str(path)}, stopped)
+    finally:
+        engine.dispose()
+    if summary.winner.role != "best":
+        raise not_run
+    return summary
