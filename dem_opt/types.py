@@ -414,6 +414,29 @@ class Surrogate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Precision:
+    """How well a study's windows determine its coefficients.
+
+    Attributes:
+        windows: Windows of each corpus of the search split.
+        composites: Composites scored on all of them that the estimate rests on.
+        regret: Nats per token by which coefficients chosen on other windows would miss the optimum, on average.
+        high: 95% quantile of that regret.
+        intervals: 95% interval of each coefficient, by distribution.
+    """
+
+    windows: int
+    composites: int
+    regret: float
+    high: float
+    intervals: Mapping[str, tuple[float, float]]
+
+    def regret_with(self, factor: float) -> float:
+        """The expected regret with so many times the windows, in nats per token: it falls with their number."""
+        return self.regret / factor
+
+
+@dataclass(frozen=True, kw_only=True)
 class Summary:
     """Results of a study: everything that figures, tables and the report are made from.
 
@@ -444,6 +467,7 @@ class Summary:
     left_out: tuple[ResultRow, ...] = ()
     vectors: VectorGeometry | None = None
     surrogate: Surrogate | None = None
+    precision: Precision | None = None
 
     @property
     def is_mean(self) -> bool:

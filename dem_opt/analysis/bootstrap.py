@@ -40,21 +40,32 @@ def difference(
 
     The interval covers the choice of windows, and nothing else.
     """
-    rng = np.random.default_rng(seed)
-    is_custom = objective.function is not None
-    names = sorted(name for name, weight in objective.weights.items() if weight or is_custom)
-    left_KR, right_KR = np.empty((2, len(names), RESAMPLES))
-    for k, name in enumerate(names):
-        assert left[name].tokens_W == right[name].tokens_W, f"{name}: scored on different windows"
-        tokens_W = np.array(left[name].tokens_W)
-        draws_RW = rng.integers(len(tokens_W), size=(RESAMPLES, len(tokens_W)))
-        tokens_R = tokens_W[draws_RW].sum(axis=1)
-        left_KR[k] = _nats(left[name], objective, name)[draws_RW].sum(axis=1) / tokens_R
-        right_KR[k] = _nats(right[name], objective, name)[draws_RW].sum(axis=1) / tokens_R
-    difference_R = _combine(left_KR, objective, names) - _combine(right_KR, objective, names)
+    left_R, right_R = resampled_objectives([left, right], objective, RESAMPLES, seed)
+    difference_R = left_R - right_R
     finite_R = difference_R[np.isfinite(difference_R)]  # all of them, unless a custom objective has gaps
     low, high = np.quantile(finite_R, [0.025, 0.975]) if len(finite_R) else (nan, nan)
     return Difference(objective(left) - objective(right), float(low), float(high))
+
+
+def resampled_objectives(
+    composites: Sequence[Mapping[str, Score]], objective: Objective, resamples: int, seed: int = 0
+) -> NDArray[np.float64]:
+    """The objective of each composite in each resample of the windows, [N, R] for N composites.
+
+    All composites are scored on the same windows, and have the same draws.
+    """
+    rng = np.random.default_rng(seed)
+    is_custom = objective.function is not None
+    names = sorted(name for name, weight in objective.weights.items() if weight or is_custom)
+    nll_NKR = np.empty((len(composites), len(names), resamples))
+    for k, name in enumerate(names):
+        tokens_W = np.array(composites[0][name].tokens_W)
+        draws_RW = rng.integers(len(tokens_W), size=(resamples, len(tokens_W)))
+        tokens_R = tokens_W[draws_RW].sum(axis=1)
+        for n, scores in enumerate(composites):
+            assert scores[name].tokens_W == composites[0][name].tokens_W, f"{name}: scored on different windows"
+            nll_NKR[n, k] = _nats(scores[name], objective, name)[draws_RW].sum(axis=1) / tokens_R
+    return np.array([_combine(nll_KR, objective, names) for nll_KR in nll_NKR])
 
 
 def _nats(score: Score, objective: Objective, name: str) -> NDArray[np.float64]:

@@ -49,12 +49,12 @@ def surrogate_of(space: Space, trials: Sequence[TrialRecord]) -> Surrogate | Non
         return None
     with threadpool_limits(1, "blas"):
         process = _fit(space, fitted)
-        optimum = _optimum(space, process, fitted)
-        posterior = process.posterior(space.shares(optimum)[None, :])
-        names, points = _slice(space, optimum)
+        lowest = optimum(space, process, fitted)
+        posterior = process.posterior(space.shares(lowest)[None, :])
+        names, points = _slice(space, lowest)
         means = process.mean(np.array([space.shares(point) for point in points]).reshape(-1, len(space.caps_F)))
     return Surrogate(
-        optimum=optimum,
+        optimum=lowest,
         mean=float(posterior.mean_M[0]),
         deviation=float(posterior.variance_M[0] ** 0.5),
         names=names,
@@ -88,7 +88,7 @@ def _fit(space: Space, trials: Sequence[TrialRecord]) -> gp.GaussianProcess:
     return gp.fit(gp.observe(points_NF, values_N, np.array([trial.error for trial in trials]) ** 2))
 
 
-def _optimum(space: Space, process: gp.GaussianProcess, trials: Sequence[TrialRecord]) -> Coefficients:
+def optimum(space: Space, process: gp.GaussianProcess, trials: Sequence[TrialRecord]) -> Coefficients:
     """The minimum of the posterior mean, searched from the best trials and from random points between."""
 
     def descent(shares_MF: Array) -> tuple[Array, Array]:
@@ -104,12 +104,12 @@ def _optimum(space: Space, process: gp.GaussianProcess, trials: Sequence[TrialRe
     return space.at(optima_MF[0])
 
 
-def _slice(space: Space, optimum: Coefficients) -> tuple[tuple[str, ...], tuple[Coefficients, ...]]:
+def _slice(space: Space, lowest: Coefficients) -> tuple[tuple[str, ...], tuple[Coefficients, ...]]:
     """The three distributions of which the optimum has most, and a lattice over their part of the total.
 
     Names come in the space's order; all other coefficients stay at the optimum's.
     """
-    units = optimum.units
+    units = lowest.units
     largest = sorted(space.names, key=lambda name: -units[name])[:3]
     names = tuple(name for name in space.names if name in largest)
     rest = sum(units[name] for name in names)

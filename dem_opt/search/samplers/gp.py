@@ -171,6 +171,15 @@ class GaussianProcess:
         mean_M: Array = self.observations.offset + self.observations.scale * standard_M
         return mean_M
 
+    def mean_weights(self, points_MF: Array) -> Array:
+        """The weight of each observed value in the posterior mean, k' inv(C), [M, N], without gradients' weights.
+
+        The mean is linear in the values, so this gives it for other values at the same points.
+        """
+        covariance_MR = self.observations.covariance(self.kernel, points_MF)
+        weights_MR: Array = covariance_MR @ self._inverse_factor_RR.T @ self._inverse_factor_RR
+        return weights_MR[:, : len(self.observations.values_N)]
+
     def posterior(self, points_MF: Array) -> Posterior:
         """Mean  k' inv(C) y  and variance  k(x, x) - k' inv(C) k,  with their gradients."""
         covariance_MR = self.observations.covariance(self.kernel, points_MF)
