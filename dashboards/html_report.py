@@ -28,7 +28,7 @@ from dem_opt.dashboards.tables import (
     usage_table,
     vector_table,
 )
-from dem_opt.dashboards.words import objective_name
+from dem_opt.dashboards.words import objective_name, precision_lines
 from dem_opt.errors import InputError
 from dem_opt.types import HELD_OUT, SEARCH, ResultRow, Summary
 
@@ -214,7 +214,8 @@ def _answer(summary: Summary) -> str:
         scores += _perplexities(winner, base)
     objective = objective_name(summary)
     sentence = f"{objective[0].upper()}{objective[1:]} {escape(scores)}."
-    return f"<strong>{escape(winner.label)}</strong>: {escape(coefficients)}.<br>{sentence}"
+    lines = [sentence, *map(escape, precision_lines(summary))]
+    return f"<strong>{escape(winner.label)}</strong>: {escape(coefficients)}.<br>{'<br>'.join(lines)}"
 
 
 def _perplexities(winner: ResultRow, base: ResultRow) -> str:

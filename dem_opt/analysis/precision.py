@@ -13,7 +13,7 @@ number itself: four times the windows leave a quarter of it.
 Shape suffixes beside the project's: N composites, R resamples, M candidate points, F shares.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil
 
 import numpy as np
@@ -24,8 +24,11 @@ from dem_opt.analysis.bootstrap import resampled_objectives
 from dem_opt.analysis.surrogate import optimum
 from dem_opt.evaluation.objective import Objective
 from dem_opt.search.samplers import gp
+from dem_opt.search.trials import objectives
 from dem_opt.simplex import Space, project
-from dem_opt.types import PENALTY, Precision, TrialRecord
+from dem_opt.storage.identity import StudyIdentity
+from dem_opt.storage.ledger import Ledger
+from dem_opt.types import PENALTY, SEARCH, Precision, TrialRecord
 
 RESAMPLES = 400
 """Resamples of the windows: a 95% quantile rests on 20 of them."""
@@ -41,6 +44,16 @@ SCALES = np.geomspace(1.0, 0.005, 10)
 
 CANDIDATES = 300
 """Candidates at each distance."""
+
+
+def study_precision(
+    ledger: Ledger, identity: StudyIdentity, trials: Mapping[str, Sequence[TrialRecord]]
+) -> Precision | None:
+    """Estimate how well a study's coefficients are known, from the trials of all its runs."""
+    objective = objectives(ledger, identity).get(SEARCH)
+    if objective is None:
+        return None
+    return precision_of(identity.space, [record for records in trials.values() for record in records], objective)
 
 
 def precision_of(space: Space, trials: Sequence[TrialRecord], objective: Objective) -> Precision | None:

@@ -75,6 +75,7 @@ def of_summary(summary: "Summary") -> dict[str, Any]:
         "top": [_of_row(row) for row in summary.top],
         "trials": {run: len(records) for run, records in summary.trials.items()},
         "stopped_early": {run: sum(record.is_partial for record in records) for run, records in summary.trials.items()},
+        "precision": summary.precision and asdict(summary.precision),
         "stop_reasons": dict(summary.stopped or {}),
         "usage": {run: asdict(usage_of(records)) for run, records in summary.trials.items()},
     }

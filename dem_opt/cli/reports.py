@@ -127,7 +127,7 @@ def print_comparison(summary: "Summary", folder: Path, terminal: Terminal) -> No
 def print_results(summary: "Summary", terminal: Terminal) -> None:
     """Print the results table on both splits, the best five composites, the margins and the winner."""
     from dem_opt.dashboards.tables import SPLIT_NAMES, final_table, margin_table, top_table
-    from dem_opt.dashboards.words import objective_name
+    from dem_opt.dashboards.words import objective_name, precision_lines
 
     objective = objective_name(summary)
     for split, words in SPLIT_NAMES.items():
@@ -147,6 +147,8 @@ def print_results(summary: "Summary", terminal: Terminal) -> None:
         f"Rival minus winner in {objective}, nats per token", margins.headers, margins.rows, groups=margins.groups
     )
     terminal.line(f"The winner: {summary.winner.label}: {summary.winner.coefficients}")
+    for line in precision_lines(summary):
+        terminal.line(line)
 
 
 def _print_regrets(comparison: "Comparison", terminal: Terminal) -> None:

@@ -6,14 +6,15 @@ import socket
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import ceil, prod
 from os.path import isfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from dem_opt.analysis.precision import windows_for
 from dem_opt.checkpoints.files import Header, known_content
 from dem_opt.compute import ray_warnings
-from dem_opt.config import StudyConfig
+from dem_opt.config import EvaluationSection, StudyConfig
 from dem_opt.config.objective_function import ObjectiveFunction, import_from
 from dem_opt.errors import InputError
 from dem_opt.merging.kernel import expected_backend
@@ -31,10 +32,17 @@ from dem_opt.search.runs import check_algorithms, grid_excess, run_names
 from dem_opt.storage.engine import connect, is_there, masked, probe
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
+from dem_opt.types import Precision
 from dem_opt.workflows.remaining import Remaining, remaining_work
 
 COMPARED = ("grid", "random", "simplex-gp")
 """Algorithms that `dem-opt compare` compares unless others are named."""
+
+PROPOSED_TOKENS = 16_384
+"""Tokens of each corpus that are proposed for the search split: benchmarks/windows.py and docs/evaluation.md."""
+
+PROPOSED_REGRET = 5e-4
+"""Expected regret in nats per token down to which more windows are proposed."""
 
 KNOCK = 2.0
 """Seconds in which a tracking server must answer."""
@@ -72,6 +80,7 @@ class Findings:
         left: Work that is left of a study that was begun; None where it was not, or asks for something else now.
         left_seconds: Seconds of that work at that speed.
         comparison: What `dem-opt compare` would do, in words.
+        windows: The number of windows of the search split that is proposed, in words.
         warnings: Problems that do not stop a run.
     """
 
@@ -89,6 +98,7 @@ class Findings:
     left: Remaining | None
     left_seconds: float
     comparison: str
+    windows: str
     warnings: tuple[str, ...]
 
     @property
@@ -109,6 +119,7 @@ class Findings:
             f"Workers{each}: {plan.fitting:,} fit, {plan.workers} asked for.",
             self._time(),
             self.comparison,
+            self.windows,
             f"{self.kernel[0].upper()}{self.kernel[1:]}.",
             f"An export takes {sized(self.export)}, {sized(self.free)} are free on its disk.",
             hashed,
@@ -164,6 +175,7 @@ def check(config: StudyConfig, where: Path) -> Findings:
         kernel=expected_backend(plan.machine.device).description,
         left=left,
         left_seconds=left.work.seconds(speed) / plan.parallel if left else 0.0,
+        windows=proposed_windows(config.evaluation, left.precision if left else None),
         comparison=f"dem-opt compare: {_comparison(config, plan, speed, COMPARED)}",
         warnings=(
             *files.left_out(),
@@ -182,6 +194,22 @@ def comparison_plan(config: StudyConfig, where: Path, algorithms: Sequence[str],
     check_algorithms(config, where, algorithms)
     plan = check_headers(config, where).plan()
     return _comparison(config, plan, _speed(config, plan), algorithms, seeds)
+
+
+def proposed_windows(evaluation: EvaluationSection, precision: Precision | None) -> str:
+    """Propose a number of windows of the search split: by a study's own trials, else by their tokens."""
+    windows = f"evaluation.windows is {evaluation.windows}"
+    if precision is not None:
+        return (
+            f"{windows}: by the trials so far, coefficients chosen on other windows would cost {precision.regret:.5f} "
+            f"nats per token on average; {windows_for(precision, PROPOSED_REGRET)} windows would leave "
+            f"{PROPOSED_REGRET:g}."
+        )
+    enough = ceil(PROPOSED_TOKENS / evaluation.window)
+    tokens = f"{evaluation.windows * evaluation.window:,} tokens of each corpus"
+    if evaluation.windows >= enough:
+        return f"{windows}: {tokens}, enough to tell coefficients apart ({enough} windows are proposed at least)."
+    return f"{windows}: {tokens} are few to tell coefficients apart; {enough} windows or more are proposed."
 
 
 def _comparison(config: StudyConfig, plan: Plan, speed: Speed, algorithms: Sequence[str], seeds: int = 1) -> str:

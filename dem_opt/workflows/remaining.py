@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from dem_opt.analysis.precision import study_precision
 from dem_opt.analysis.results import Entry, entries, left_out_entries, top_entries
 from dem_opt.checkpoints.files import known_content
 from dem_opt.config import StudyConfig
@@ -13,7 +14,7 @@ from dem_opt.search.trials import finished, is_known
 from dem_opt.storage.engine import connect, is_there
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
-from dem_opt.types import HELD_OUT, SEARCH, TrialRecord
+from dem_opt.types import HELD_OUT, SEARCH, Precision, TrialRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +25,13 @@ class Remaining:
         trials: Trials of the search that are left, at most.
         planned: Trials that it has in all, at most.
         work: Merges and forward passes, at most.
+        precision: How well the windows determine the coefficients; None where too few trials tell.
     """
 
     trials: int
     planned: int
     work: Work
+    precision: Precision | None
 
 
 def remaining_work(config: StudyConfig, files: CheckedHeaders, plan: Plan) -> Remaining | None:
@@ -53,7 +56,8 @@ def remaining_work(config: StudyConfig, files: CheckedHeaders, plan: Plan) -> Re
             left = searches[algorithm].unfinished if algorithm in searches else planned
             trials = {run: finished(ledger, identity, search) for run, search in searches.items()}
         work = _work_left(ledger, identity, trials, left, plan.work)
-        return Remaining(trials=left, planned=planned, work=work)
+        precision = study_precision(ledger, identity, trials)
+        return Remaining(trials=left, planned=planned, work=work, precision=precision)
     finally:
         engine.dispose()
 

@@ -1,7 +1,9 @@
 """The results of a study as its database holds them: no checkpoint is read, and no torch imported."""
 
+from dataclasses import replace
 from pathlib import Path
 
+from dem_opt.analysis.precision import study_precision
 from dem_opt.analysis.results import summarize
 from dem_opt.config import StudyConfig
 from dem_opt.config.objective_function import import_from
@@ -39,6 +41,7 @@ def stored_results(config: StudyConfig, path: Path) -> Summary:
             trials = {run: finished(ledger, identity, search) for run, search in searches.items()}
             stopped = {run: search.stopped for run, search in searches.items()}
         summary = summarize(config.name, ledger, identity, trials, {"study file": str(path)}, stopped)
+        summary = replace(summary, precision=study_precision(ledger, identity, trials))
     finally:
         engine.dispose()
     if summary.winner.role != "best":

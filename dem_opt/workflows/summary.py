@@ -5,6 +5,7 @@ from contextlib import closing
 from dataclasses import replace
 
 from dem_opt.analysis import surrogate
+from dem_opt.analysis.precision import study_precision
 from dem_opt.analysis.results import summarize
 from dem_opt.analysis.reweighting import checked, reweighted
 from dem_opt.analysis.surrogate import Prediction
@@ -46,7 +47,7 @@ def summarize_generation(context: StudyContext, ledger: Ledger, identity: StudyI
     summary = summarize(context.config.name, ledger, identity, trials, settings, stopped)
     vectors = recall_vectors(identity.base, identity.fine_tunes, context.config.output)
     fitted = surrogate.surrogate_of(identity.space, [record for records in trials.values() for record in records])
-    return replace(summary, vectors=vectors, surrogate=fitted)
+    return replace(summary, vectors=vectors, surrogate=fitted, precision=study_precision(ledger, identity, trials))
 
 
 def trials_by_run(
