@@ -17,13 +17,13 @@ from collections.abc import Mapping, Sequence
 from math import ceil
 
 import numpy as np
-from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from dem_opt.analysis.bootstrap import resampled_objectives
 from dem_opt.analysis.surrogate import optimum
 from dem_opt.evaluation.objective import Objective
 from dem_opt.search.samplers import gp
+from dem_opt.search.samplers.covariance import Array
 from dem_opt.search.trials import objectives
 from dem_opt.simplex import Space, project
 from dem_opt.storage.identity import StudyIdentity
@@ -88,12 +88,12 @@ def precision_of(space: Space, trials: Sequence[TrialRecord], objective: Objecti
     )
 
 
-def _candidates(best_F: NDArray[np.float64], process: gp.GaussianProcess, caps_F: NDArray[np.float64]) -> gp.Array:
+def _candidates(best_F: Array, process: gp.GaussianProcess, caps_F: Array) -> Array:
     """The composites themselves, and points around the optimum at all scales, projected: faces are among them."""
     rng = np.random.default_rng(0)
     steps_MF = np.concatenate([scale * rng.normal(size=(CANDIDATES, len(best_F))) for scale in SCALES])
     around_MF = project(best_F + steps_MF, caps_F)
-    points_MF: gp.Array = np.concatenate([best_F[None, :], process.observations.points_NF, around_MF])
+    points_MF: Array = np.concatenate([best_F[None, :], process.observations.points_NF, around_MF])
     return points_MF
 
 
