@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import shtab
 
 from dem_opt import __version__
-from dem_opt.cli import baselines, check, models, optimize, quickstart, reports, studies
+from dem_opt.cli import baselines, check, models, new_study, optimize, quickstart, reports, studies
 from dem_opt.cli.console import Terminal
 from dem_opt.errors import InputError, nearest
 
@@ -30,6 +30,7 @@ the loss of the merged model on validation data. The search trains nothing."""
 EPILOG = """\
 start here:
   dem-opt quickstart          a complete example on this machine, in minutes
+  dem-opt init models data    write a study file from your folders
   dem-opt check study.yaml    what a study needs, before it runs
   dem-opt run study.yaml      find the coefficients
 
@@ -150,6 +151,27 @@ def _add_preparation(commands: Any) -> None:
     _complete(folder, shtab.DIRECTORY)
     added.add_argument("--files", action="store_true", help="stop after data, tokenizer, base and study file")
     added.add_argument("--seed", type=int, default=0, help="seed of data, base, fine-tunes and search (0)")
+    added = _add(
+        commands,
+        "init",
+        new_study.init,
+        summary="write a study file from folders of models and data",
+        details=(
+            "Finds the base, checkpoints, adapters and data files, and matches them by name:\n"
+            "models/code or adapters/code with data/code.val.jsonl, for example. Overwrites\n"
+            "nothing, and names what it did not use."
+        ),
+        examples="dem-opt init models data\ndem-opt init models adapters data --base models/llama --out study.yaml",
+        study=False,
+    )
+    folders = added.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="folder to look into")
+    _complete(folders, shtab.DIRECTORY)
+    out = added.add_argument(
+        "--out", type=Path, metavar="FILE", default=Path("study.yaml"), help="study file to write (study.yaml)"
+    )
+    _complete(out, shtab.FILE)
+    _complete(added.add_argument("--base", type=Path, metavar="DIR", help="folder of the base"), shtab.DIRECTORY)
+    added.add_argument("--name", metavar="NAME", help="name of the study (that of the file's folder)")
     _add(
         commands,
         "check",

@@ -73,6 +73,20 @@ def read_documents(data: DataFile, field: str | None = None) -> list[Document]:
     return documents
 
 
+def first_document(data: DataFile, field: str | None = None) -> Document | None:
+    """The first document with text to score; None where there is none.
+
+    Raises:
+        InputError: A file is missing, or what stands before the first document can't be read in this format.
+    """
+    for file in find_files(data, field):
+        with closing(_documents(file, data)) as documents:
+            for document in documents:
+                if document is not None and _has_text(document):
+                    return document
+    return None
+
+
 def holds_chats(data: DataFile, field: str | None = None) -> bool:
     """Whether the documents are conversations.  Of pairs the first one tells; where it can't be read, they are not.
 

@@ -189,6 +189,11 @@ def _kind(path: Path) -> Kind | None:
     return None if kind == "parquet" else kind
 
 
+def is_data_file(path: Path) -> bool:
+    """Whether a file's name ends as those of data files do."""
+    return _kind(path) is not None
+
+
 def _source(path: Path, field: str | None) -> SourceFile:
     kind = _kind(path)
     if kind is None:

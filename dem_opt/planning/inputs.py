@@ -28,8 +28,8 @@ from dem_opt.progress import current_progress
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.types import SPLITS, Corpus, StoredModel, WorkerSpec
 
-# Names of the number of positions in config.json; GPT-2 and its like have the second.
-_POSITIONS = ("max_position_embeddings", "n_positions")
+POSITIONS = ("max_position_embeddings", "n_positions")
+"""Names of the number of positions in config.json; GPT-2 and its like have the second."""
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ def _check_gpus(config: StudyConfig, where: Path) -> None:
 def check_window(base: Path, window: int, where: Path) -> None:
     """Raise InputError where a window has more tokens than the base has positions; a config may name no limit."""
     model = read_config(base, "base")
-    names = _POSITIONS[:1] if model.get("is_encoder_decoder") else _POSITIONS  # T5's n_positions limits nothing
+    names = POSITIONS[:1] if model.get("is_encoder_decoder") else POSITIONS  # T5's n_positions limits nothing
     positions = next((model[name] for name in names if isinstance(model.get(name), int)), None)
     if positions is not None and window > positions:
         mend = f"the base has {positions} positions, as its config.json says; ask for shorter windows"
