@@ -1,138 +1,123 @@
-"""Convert pickled weights to safetensors in the user's cache, where the study file allows pickles."""
+"""Convert weights in other forms to safetensors in the user's cache: pickled, GGUF, FP8 with scales, float64.
+
+A conversion is made once for the same files.  Everything that reads checkpoints sees the converted folder.
+"""
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from zipfile import ZipFile, is_zipfile
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from dem_opt.atomic import publish_folder, staged_folder
+from dem_opt.checkpoints import gguf_file, pickled, rounding
 from dem_opt.checkpoints.files import INDEX, PICKLED, WEIGHTS, cache_folder
-from dem_opt.errors import InputError, shorten
+from dem_opt.errors import InputError
 from dem_opt.permissions import make_private_folder
 
-_NAME = "pytorch_model*.bin"
-_ADAPTER = "adapter_model"
+RECORD = "converted.json"
+"""File of a converted folder that says what was converted."""
+
+_PICKLES = (*PICKLED, "*.bin.index.json")
+_WEIGHTS = (*_PICKLES, "*.safetensors", "*.safetensors.index.json")
 
 
-def converted(folder: Path, field: str) -> Path:
-    """A copy of a checkpoint's or an adapter's folder with its weights as safetensors, made once for the same files.
+@dataclass(frozen=True)
+class _Conversion:
+    """A form of weights that is converted.
 
-    Only tensors are unpickled.  A folder that has safetensors, or no pickled weights, is returned as it is.
+    Attributes:
+        form: The form, in words.
+        sources: The files to convert.
+        copied: The files to copy.
+        write: Writes the safetensors files into a folder; returns the file's name by tensor.
+        size: Bytes that it writes, at most; 0 where they are not known.
+    """
+
+    form: str
+    sources: Sequence[Path]
+    copied: Sequence[Path]
+    write: Callable[[Path], dict[str, str]]
+    size: int = 0
+
+
+def converted(place: Path, field: str, allow_pickled: bool = False) -> Path:
+    """The folder itself, or where its weights have another form, a copy with safetensors in the cache.
+
+    Args:
+        place: A checkpoint's or an adapter's folder, or a GGUF file.
+        field: Field of the study file that named it, for messages.
+        allow_pickled: Pickled weights may be read, of which only tensors are unpickled.
 
     Raises:
-        InputError: A pickle holds anything else, is damaged, or has tensors without dense values; or the cache can't
-            be written.
+        InputError: The weights are damaged or can't be converted, or the cache can't be written or is full.
     """
-    pickles = _pickles(folder)
-    if not pickles:
-        return folder
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in [*pickles, *_rest(folder)]]
-    out = cache_folder() / "converted" / sha256(repr(stats).encode()).hexdigest()[:32]
+    conversion = _conversion(place, field, allow_pickled)
+    if conversion is None:
+        return place
+    stats = [(str(file.resolve()), file.stat()) for file in (*conversion.sources, *conversion.copied)]
+    key = repr([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
+    out = cache_folder() / "converted" / sha256(key.encode()).hexdigest()[:32]
     try:
         make_private_folder(cache_folder())
         if not out.is_dir():
             with staged_folder(out, wait=True) as partial:
                 if not out.is_dir():  # another process may have made it meanwhile
-                    _write(folder, pickles, partial, field)
+                    _refuse_full(out, partial, field, conversion)
+                    _write(conversion, place, partial)
                     publish_folder(partial, out)
     except OSError as error:
-        raise InputError(out, field, None, f"pickled weights can't be converted there ({error.strerror})") from None
+        raise InputError(out, field, None, f"{conversion.form} can't be converted there ({error.strerror})") from None
     return out
 
 
-def _pickles(folder: Path) -> list[Path]:
-    """The pickled weights of a folder that does not have them as safetensors too."""
-    whole = [] if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file() else sorted(folder.glob(_NAME))
-    adapter = folder / f"{_ADAPTER}.bin"
-    return whole + [adapter] * (adapter.is_file() and not adapter.with_suffix(".safetensors").is_file())
+def conversion_of(folder: Path) -> str | None:
+    """Say how the weights of a folder in the cache were converted; None for other folders."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return f"{record['form']} of {record['place']} converted to {folder}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
-def _write(folder: Path, pickles: list[Path], out: Path, field: str) -> None:
-    """Write a safetensors file for each pickle, an index, and copies of the folder's other files."""
-    weight_map: dict[str, str] = {}
-    for file in pickles:
-        stored = _load(file, field)
-        for name, tensor in stored.items():
-            if fault := _fault(tensor):
-                raise InputError(file, field, name, fault)
-        tensors = {name: tensor.contiguous().clone() for name, tensor in stored.items()}
-        try:
-            save_file(tensors, out / f"{file.stem}.safetensors", metadata={"format": "pt"})
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            reason = f"can't be written as safetensors ({shorten(_first_line(error), 200)})"
-            raise InputError(file, field, None, reason) from None
-        if file.stem != _ADAPTER:
-            weight_map |= dict.fromkeys(tensors, f"{file.stem}.safetensors")
+def _conversion(place: Path, field: str, allow_pickled: bool) -> _Conversion | None:
+    """The conversion that a folder or file needs, if any."""
+    if files := gguf_file.files_of(place, field):
+        config = gguf_file.read(files, field)
+        return _Conversion("quantized weights (GGUF)", files, (), config)
+    if not place.is_dir():
+        return None
+    if pickles := pickled.files_of(place) if allow_pickled else []:
+        others = _others(place, _PICKLES)
+        return _Conversion("pickled weights", pickles, others, lambda out: pickled.write_tensors(pickles, out, field))
+    if not (place / WEIGHTS).is_file() and not (place / INDEX).is_file():
+        return None
+    rounded = rounding.plan(place, field)
+    if rounded is None:
+        return None
+    return _Conversion(rounded.form, rounded.files, _others(place, _WEIGHTS), rounded.write, rounded.size)
+
+
+def _write(conversion: _Conversion, place: Path, out: Path) -> None:
+    """Write the weights, their index, a record, and copies of the folder's other files."""
+    for file in conversion.copied:
+        shutil.copyfile(file, out / file.name)
+    weight_map = conversion.write(out)
     if weight_map:
         (out / INDEX).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
-    for file in _rest(folder):
-        shutil.copyfile(file, out / file.name)
+    record = {"form": conversion.form, "place": str(place)}
+    (out / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def _rest(folder: Path) -> Iterator[Path]:
-    """The files of a folder that are copied: all but pickles and their index."""
-    patterns = (*PICKLED, "*.bin.index.json")
-    return (file for file in sorted(folder.iterdir()) if file.is_file() and not any(map(file.match, patterns)))
+def _others(folder: Path, weights: Sequence[str]) -> list[Path]:
+    """The files of a folder but for these weights."""
+    return [file for file in sorted(folder.iterdir()) if file.is_file() and not any(map(file.match, weights))]
 
 
-def _load(file: Path, field: str) -> dict[str, Tensor]:
-    """The tensors of one file."""
-    try:
-        # Files of PyTorch before 1.6 are no zip archives, which alone can be mapped.
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
-    except OSError:
-        raise
-    except Exception as error:  # a damaged pickle may stumble over anything
-        reason = shorten(_first_line(error), 200)
-        raise InputError(file, field, None, f"holds more than tensors, or is damaged ({reason})") from None
-    if not (isinstance(tensors, dict) and all(isinstance(value, Tensor) for value in tensors.values())):
-        raise InputError(file, field, None, "is no mapping of names to tensors")
-    for name in tensors:
-        if not isinstance(name, str) or not name.isprintable() or name == "__metadata__":
-            raise InputError(file, field, name, "is no name of a tensor: save a state dict, whose keys are names")
-    if is_zipfile(file) and _stored_bytes(file) < _used_bytes(tensors.values()):
-        raise InputError(file, field, None, "is truncated: it has fewer bytes than its tensors; copy it again")
-    return tensors
-
-
-def _stored_bytes(file: Path) -> int:
-    """Bytes of the tensors of a zip archive.
-
-    Torch maps as many bytes as a tensor needs from where its record begins, also beyond the record's end.
-    """
-    with ZipFile(file) as archive:
-        return sum(entry.file_size for entry in archive.infolist() if "/data/" in entry.filename)
-
-
-def _used_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the memory that dense tensors lie in, each part counted once."""
-    dense = (x for x in tensors if x.layout == torch.strided and not (x.is_meta or x.is_nested))
-    storages = (tensor.untyped_storage() for tensor in dense)
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def _fault(tensor: Tensor) -> str | None:
-    """Say why a tensor has no dense values of its own, and what to do; None for an ordinary one."""
-    save = "then save the checkpoint again"
-    if tensor.is_meta:
-        return f"a tensor on the meta device, without values: load the weights first, {save}"
-    if tensor.is_nested:
-        return f"a nested tensor: pad it, {save}"
-    if tensor.is_quantized:
-        return f"a quantized tensor: call `dequantize()`, {save}"
-    if tensor.layout != torch.strided:
-        return f"a tensor of layout {tensor.layout}: call `to_dense()`, {save}"
-    if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
-        return f"a tensor with fewer bytes than its shape needs, expanded or truncated: call `contiguous()`, {save}"
-    return None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def _refuse_full(out: Path, partial: Path, field: str, conversion: _Conversion) -> None:
+    """Raise InputError where the cache's disk has no room for the converted weights."""
+    free = shutil.disk_usage(partial).free
+    if free < conversion.size:
+        mend = f"{conversion.form} need {conversion.size / 1e9:.1f} GB when converted, {free / 1e9:.1f} GB are free"
+        raise InputError(out, field, None, f"{mend}: set XDG_CACHE_HOME to a folder on another disk")

@@ -40,7 +40,8 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """The dtypes a merge can combine, by safetensors' names."""
 
 ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1} | {
-    name: dtype.itemsize for name, dtype in DTYPES.items()
+    **{"F8_E4M3": 1, "F8_E5M2": 1},
+    **{name: dtype.itemsize for name, dtype in DTYPES.items()},
 }
 """Bytes of an element, of the dtypes that a stored tensor may have."""
 
@@ -97,7 +98,7 @@ def read_header(folder: Path, field: str) -> Header:
             lies outside the folder.
     """
     tensors: dict[str, StoredTensor] = {}
-    files = _weight_files(folder, field)
+    files = weight_files(folder, field)
     refuse_quantized(folder, field)
     for file in files:
         for name, tensor in read_file_header(file, field).items():
@@ -247,8 +248,12 @@ def read_json(file: Path, field: str) -> dict[str, Any]:
     return data
 
 
-def _weight_files(folder: Path, field: str) -> list[Path]:
-    """The safetensors files of a checkpoint folder."""
+def weight_files(folder: Path, field: str) -> list[Path]:
+    """The safetensors files of a checkpoint folder.
+
+    Raises:
+        InputError: There are none, or an index names others than those there.
+    """
     if not os.path.isdir(folder):
         raise InputError(folder, field, None, "no such folder")
     if not (folder / "config.json").is_file():

@@ -78,17 +78,18 @@ def check_fit(architecture: Architecture, base: Header, other: Header) -> None:
     _check_buffers(base, ours, other, theirs)
 
 
-def left_out(architecture: Architecture, header: Header, is_base: bool) -> list[str]:
+def left_out(architecture: Architecture, header: Header) -> list[str]:
     """Say which tensors of a checkpoint that fits are passed over, and which names were understood otherwise."""
     layout = architecture.layout(header)
-    export = "exports keep them as they are" if is_base else "exports have the base's, if any"
     lines = []
     for part, count in stripped(layout.renaming, header.tensors).items():
         lines.append(f"{_tensors(count)} named with {part!r}, which is left out of the name")
     if layout.borrowed:
         lines.append(f"{layout.borrowed} is not stored and tied: it is the other embedding's tensor")
     parts = (("outside the language model", layout.outside), (f"that {architecture.name} does not load", layout.unused))
-    lines += [f"{_tensors(len(names))} {place}: {grouped(names)}; {export}" for place, names in parts if names]
+    lines += [
+        f"{_tensors(len(names))} {place}: {grouped(names)}; exports have the base's" for place, names in parts if names
+    ]
     return lines
 
 

@@ -27,7 +27,7 @@ def locate(source: ModelSource, field: str) -> Path:
         return step_folder(source.run, source.step, field)
     folder = source.path if source.hub is None else _cached(source, source.hub, field)
     assert folder is not None
-    return converted(folder, field) if source.pickled else folder
+    return converted(folder, field, source.pickled)
 
 
 def _cached(source: ModelSource, hub: str, field: str) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dem_opt.checkpoints.adapters import check_adapter, read_adapter
 from dem_opt.checkpoints.architecture import Architecture
+from dem_opt.checkpoints.convert import conversion_of
 from dem_opt.checkpoints.files import Header, content_hash, read_header
 from dem_opt.checkpoints.fit import check_base, check_fit, left_out
 from dem_opt.checkpoints.hf_config import read_config
@@ -41,13 +42,13 @@ class CheckedHeaders:
     headers: Mapping[str, Header]
 
     def left_out(self) -> list[str]:
-        """Say by checkpoint which tensors are passed over, and which names were understood otherwise."""
-        return [
-            f"{name}: {line}"
-            for name, header in self.headers.items()
-            if not header.adapter
-            for line in left_out(self.architecture, header, is_base=name == "base")
-        ]
+        """Say which tensors are passed over, which names were understood otherwise, and which weights converted."""
+        names: dict[str, list[str]] = {}
+        for name, header in self.headers.items():
+            lines = [] if header.adapter else left_out(self.architecture, header)
+            for line in (*lines, *([conversion] if (conversion := conversion_of(header.folder)) else [])):
+                names.setdefault(line, []).append(name)
+        return [f"{', '.join(checkpoints)}: {line}" for line, checkpoints in names.items()]
 
     def plan(self) -> Plan:
         """Plan the study on this machine."""

@@ -175,7 +175,7 @@ def test_transformers_loads_the_same(world):
 
 def test_what_is_left_out_is_said(world, form):
     for header, words in zip(world.headers, (form.said_of_base, form.said_of_fine_tune), strict=True):
-        lines = left_out(world.architecture, header, is_base=header.field == "base")
+        lines = left_out(world.architecture, header)
         assert bool(lines) == bool(words)
         assert all(re.search(expected, "; ".join(lines)) for expected in words)
 
