@@ -5,7 +5,7 @@ A conversion is made once for the same files.  Everything that reads checkpoints
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
