@@ -4,12 +4,12 @@ A folder is replaced only where everything in it is in its manifest, unchanged.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from dem_opt.errors import InputError
+from dem_opt.json_files import find_json
 
 FILES = "files"
 """Key of the manifest in the JSON file that describes a folder: SHA-256 by path within the folder."""
@@ -23,11 +23,7 @@ def manifest_of(folder: Path, parts: Sequence[Path] = ()) -> dict[str, str]:
 
 def read_description(file: Path) -> dict[str, Any]:
     """The JSON object in a file; empty where there is none, or where the file holds anything else."""
-    try:
-        description = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return description if isinstance(description, dict) else {}
+    return find_json(file, dict[str, Any]) or {}
 
 
 def refuse_foreign(folder: Path, description: str, field: str | None = None) -> None:

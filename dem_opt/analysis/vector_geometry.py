@@ -6,14 +6,17 @@ Shape suffixes: N fine-tunes, P parameters of a tensor, B parameters of a block.
 import json
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import FiniteFloat
 from torch import Tensor
 
 from dem_opt.atomic import write_text
 from dem_opt.checkpoints.architecture import read_architecture, stored_names
 from dem_opt.checkpoints.files import read_header
+from dem_opt.json_files import find_json
 from dem_opt.merging.merged_model import merged_tensors
 from dem_opt.progress import Progress
 from dem_opt.types import Composite, StoredModel, VectorGeometry
@@ -77,13 +80,20 @@ def recall_vectors(base: str, fine_tunes: Mapping[str, str], folder: Path) -> Ve
 
     Names and order may have changed since, so rows are found by content.
     """
-    try:
-        stored = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        row = {content: index for index, content in enumerate(stored["contents"])}
-        if stored["base"] != base or not row.keys() >= set(fine_tunes.values()):
-            return None
-        order = [row[content] for content in fine_tunes.values()]
-        inner = tuple(tuple(float(stored["inner"][i][j]) for j in order) for i in order)
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    stored = find_json(folder / FILE, _Stored)
+    if stored is None or {len(stored.contents)} != {len(stored.inner), *map(len, stored.inner)}:
         return None
-    return VectorGeometry(tuple(fine_tunes), inner)
+    row = {content: index for index, content in enumerate(stored.contents)}
+    if stored.base != base or not row.keys() >= set(fine_tunes.values()):
+        return None
+    order = [row[content] for content in fine_tunes.values()]
+    return VectorGeometry(tuple(fine_tunes), tuple(tuple(stored.inner[i][j] for j in order) for i in order))
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """The file: hashes of the base's and the fine-tunes' contents, and the inner products in their order."""
+
+    base: str
+    contents: list[str]
+    inner: list[list[FiniteFloat]]

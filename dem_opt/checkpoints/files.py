@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from io import FileIO
 from math import prod
 from pathlib import Path
@@ -21,9 +21,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dem_opt import json_files
 from dem_opt.atomic import write_text
 from dem_opt.checkpoints.hf_config import refuse_quantized
 from dem_opt.errors import InputError
+from dem_opt.permissions import make_private_folder
 from dem_opt.progress import current_progress
 
 WEIGHTS = "model.safetensors"
@@ -123,14 +125,14 @@ def content_hash(folder: Path, field: str = "checkpoint") -> str:
     content = known_content(header)
     if content is None:
         content = hash_tensors(header)
-        _write_cache(_read_cache() | {str(folder.resolve()): {"files": _stamp(header), "content": content}})
+        _write_cache(_read_cache() | {str(folder.resolve()): _Known(_stamp(header), content)})
     return content
 
 
 def known_content(header: Header) -> str | None:
     """The content hash in the cache for these very files; None where they have to be read."""
     known = _read_cache().get(str(header.folder.resolve()))
-    return known.get("content") if isinstance(known, dict) and known.get("files") == _stamp(header) else None
+    return known.content if known is not None and known.files == _stamp(header) else None
 
 
 def hash_tensors(header: Header) -> str:
@@ -234,18 +236,8 @@ def _fill(stream: FileIO, buffer: memoryview) -> bool:
 
 
 def read_json(file: Path, field: str) -> dict[str, Any]:
-    """Read a JSON object from a file of a checkpoint.
-
-    Raises:
-        InputError: The file can't be read or holds anything else.
-    """
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        data = None
-    if not isinstance(data, dict):
-        raise InputError(file, field, None, "not a JSON object: copy or save it again")
-    return data
+    """Read a JSON object from a file of a checkpoint; InputError where it can't be read or holds anything else."""
+    return json_files.read_json(file, dict[str, Any], field)
 
 
 def weight_files(folder: Path, field: str) -> list[Path]:
@@ -271,14 +263,19 @@ def weight_files(folder: Path, field: str) -> list[Path]:
     raise InputError(folder, field, None, f"has no weights: neither {WEIGHTS} nor {INDEX}")
 
 
+@dataclass(frozen=True)
+class _Index:
+    """The index of a checkpoint in several files: the file of each tensor."""
+
+    weight_map: dict[str, str]
+
+
 def _shards(index: Path, field: str) -> list[Path]:
     """The shards that an index names, which must lie in its folder."""
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise InputError(index, field, None, "unreadable: an index is JSON with a `weight_map`") from None
-    for name in sorted(names, key=str):
-        if not isinstance(name, str) or Path(name).name != name:
+    mend = "an index is JSON with a `weight_map`; copy or save it again"
+    names = set(json_files.read_json(index, _Index, field, mend).weight_map.values())
+    for name in sorted(names):
+        if Path(name).name != name:
             raise InputError(index, field, name, "names a shard outside its own folder")
         if not os.path.isfile(index.parent / name):
             raise InputError(index, field, name, "names a shard that is not there: copy the checkpoint again")
@@ -330,10 +327,18 @@ def _digest(header: Header, name: str, tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _stamp(header: Header) -> list[list[Any]]:
+@dataclass(frozen=True)
+class _Known:
+    """An entry of the cache: a content hash, and the stamp of the files that it was computed from."""
+
+    files: list[tuple[str, int, int, int]]
+    content: str
+
+
+def _stamp(header: Header) -> list[tuple[str, int, int, int]]:
     """Path, size, time of change in nanoseconds and inode of each weight file: one changes when the file does."""
     stats = [(file.resolve(), file.stat()) for file in header.files]
-    return [[str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino] for path, stat in stats]
+    return [(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in stats]
 
 
 def cache_folder() -> Path:
@@ -347,16 +352,13 @@ def _cache_file() -> Path:
     return cache_folder() / "contents.json"
 
 
-def _read_cache() -> dict[str, Any]:
+def _read_cache() -> dict[str, _Known]:
     """Known hashes by folder; none where the file is missing or unreadable."""
-    try:
-        known = json.loads(_cache_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
+    return json_files.find_json(_cache_file(), dict[str, _Known]) or {}
 
 
-def _write_cache(known: Mapping[str, Any]) -> None:
+def _write_cache(known: Mapping[str, _Known]) -> None:
     """Replace the cache; without write permission hashes are computed anew every time."""
     with suppress(OSError):
-        write_text(_cache_file(), json.dumps(known))
+        make_private_folder(cache_folder())
+        write_text(_cache_file(), json.dumps({folder: asdict(entry) for folder, entry in known.items()}))

@@ -1,10 +1,10 @@
 """Facts of a checkpoint's config.json that decide whether the checkpoint can be merged."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from dem_opt.errors import InputError
+from dem_opt.json_files import read_json
 
 LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers")
 """Names of the number of layers in configs of various models."""
@@ -13,11 +13,11 @@ LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n
 def read_config(folder: Path, field: str) -> dict[str, Any]:
     """config.json, with the keys of its `text_config` (of multimodal models) that it does not have itself."""
     file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        return {**(config.get("text_config") or {}), **config}
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        raise InputError(file, field, None, "not valid JSON, or no config: copy or save it again") from None
+    config = read_json(file, dict[str, Any], field)
+    text_config = config.get("text_config") or {}
+    if not isinstance(text_config, dict):
+        raise InputError(file, f"{field}: text_config", text_config, "must be a mapping: copy or save it again")
+    return {**text_config, **config}
 
 
 def refuse_quantized(folder: Path, field: str) -> None:

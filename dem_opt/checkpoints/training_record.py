@@ -1,11 +1,11 @@
 """Files that a fine-tuning leaves beside its checkpoint: a record, a journal, and kept steps."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dem_opt.errors import InputError
+from dem_opt.json_files import parse_json, regular_bytes
 from dem_opt.manifest import read_description
 
 RECORD = "fine_tuning.json"
@@ -43,13 +43,13 @@ def read_journal(path: Path) -> list[Point]:
     """The lines of a journal up to the first unfinished one; none where there is no journal."""
     points = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = regular_bytes(path).splitlines()
     except OSError:
         return []
     for line in lines:
         try:
-            points.append(Point(**json.loads(line)))
-        except (ValueError, TypeError):
+            points.append(parse_json(line, Point))
+        except ValueError:
             break
     return points
 

@@ -54,7 +54,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def _is_unreadable(error: Exception) -> bool:
     """An error of loading means bad files, for which the tokenizers library raises plain `Exception`."""
     return type(error) is Exception or isinstance(
-        error, OSError | ValueError | KeyError | TypeError | ImportError | AttributeError
+        error, OSError | ValueError | KeyError | TypeError | ImportError | AttributeError | RecursionError
     )
 
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -36,6 +36,7 @@ from dem_opt.checkpoints.files import (
 )
 from dem_opt.checkpoints.layout import Layout
 from dem_opt.errors import InputError, nearest
+from dem_opt.json_files import read_json
 from dem_opt.manifest import FILES, manifest_of, refuse_foreign
 from dem_opt.merging.merged_model import merged_tensors
 from dem_opt.progress import current_progress
@@ -378,7 +379,7 @@ def _copy(base: Path, folder: Path) -> None:
 
 def _set_dtype(config: Path, dtype: torch.dtype) -> None:
     """Write a dtype into a config, under the key that it has (`torch_dtype` until transformers 5)."""
-    data = json.loads(config.read_text(encoding="utf-8"))
+    data = read_json(config, dict[str, Any], "base")
     keys = [key for key in ("dtype", "torch_dtype") if key in data] or ["dtype"]
     _write_json(config, data | dict.fromkeys(keys, str(dtype).removeprefix("torch.")))
 

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from functools import lru_cache
 from pathlib import Path
@@ -33,6 +33,7 @@ from dem_opt.data.tokenize import load_tokenizer
 from dem_opt.data.windows import pack
 from dem_opt.errors import InputError, located
 from dem_opt.evaluation.nll import document_layout, prepare, score
+from dem_opt.json_files import parse_json
 from dem_opt.manifest import FILES, manifest_of, refuse_foreign
 from dem_opt.training.lora import add_lora, initial_factors, merged, subtract_initial_factors
 from dem_opt.training.trainer import DivergedError, Recipe, parameters_of, train_model
@@ -214,7 +215,10 @@ def is_wanted(job: FineTuneJob) -> bool:
 def result_of(folder: Path) -> FineTuned | None:
     """The result of the fine-tuning that made a folder, or kept it as a step; None for folders of other origin."""
     result = (read_record(folder) or read_record(folder.parent.parent) or {}).get("result")
-    return FineTuned(**(result | {"path": folder})) if isinstance(result, dict) else None
+    try:
+        return replace(parse_json(json.dumps(result), FineTuned), path=folder)
+    except ValueError:
+        return None
 
 
 def save_checkpoint(
@@ -394,10 +398,10 @@ def _alone(place: Path) -> Iterator[None]:
 def _claim(place: Path, made_from: dict[str, Any]) -> None:
     """Empty the folder unless its state is of the same job."""
     record, written = place / RECORD, json.dumps(made_from)
-    if record.exists() and record.read_text(encoding="utf-8") == written:
+    if record.is_file() and record.read_bytes() == written.encode():
         return
     for path in place.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     record.write_text(written, encoding="utf-8")
 
 

@@ -1,6 +1,5 @@
 """Check a study before it loads anything: its checkpoints, its databases, its plan, and what looks wrong."""
 
-import json
 import shutil
 import socket
 from collections import Counter
@@ -9,6 +8,7 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 from os.path import isfile
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from dem_opt.analysis.precision import windows_for
@@ -17,6 +17,7 @@ from dem_opt.compute import ray_warnings
 from dem_opt.config import EvaluationSection, StudyConfig
 from dem_opt.config.objective_function import ObjectiveFunction, import_from
 from dem_opt.errors import InputError
+from dem_opt.json_files import parse_json
 from dem_opt.merging.kernel import expected_backend
 from dem_opt.planning.hardware import Speed
 from dem_opt.planning.hardware import probe as probe_speed
@@ -331,7 +332,7 @@ def _alike(tokenizer: Path, other: Path) -> bool:
     if texts[0] == texts[1]:
         return True
     try:
-        states = [json.loads(text) | {"truncation": None, "padding": None} for text in texts]
-    except (ValueError, TypeError):
+        states = [parse_json(text, dict[str, Any]) | {"truncation": None, "padding": None} for text in texts]
+    except ValueError:
         return False
     return bool(states[0] == states[1])

@@ -13,6 +13,7 @@ from dem_opt.atomic import write_text
 from dem_opt.config import EvaluateSection
 from dem_opt.errors import InputError
 from dem_opt.export.writer import write_composite
+from dem_opt.json_files import find_json
 from dem_opt.planning.inputs import Inputs
 from dem_opt.simplex import UNIT
 from dem_opt.tracking import JobNote
@@ -161,10 +162,9 @@ class _ScoreCache:
         """Return the known scores of a composite, by task."""
         scores = {}
         for task in self._settings.tasks:
-            try:
-                scores[task] = TaskScore(**json.loads(self._path(composite, task).read_text(encoding="utf-8")))
-            except (OSError, ValueError, TypeError):
-                continue
+            score = find_json(self._path(composite, task), TaskScore)
+            if score is not None:
+                scores[task] = score
         return scores
 
     def write(self, composite: Composite, scores: Mapping[str, TaskScore]) -> None:
