@@ -10,8 +10,8 @@ import worlds
 
 from dem_opt.analysis import vector_geometry
 from dem_opt.analysis.task_scores import TaskScore
-from dem_opt.checkpoints.architecture import check_base
 from dem_opt.checkpoints.files import INDEX, cache_folder, content_hash, known_content, read_header
+from dem_opt.checkpoints.fit import check_base
 from dem_opt.checkpoints.training_record import JOURNAL, RECORD, read_journal, read_record
 from dem_opt.data.tokenize import load_tokenizer
 from dem_opt.errors import InputError
