@@ -221,7 +221,7 @@ def load_model(folder: Path, dtype: torch.dtype | str, **settings: Any) -> PreTr
     empty = _construct(folder, "checkpoint", torch.float32, "meta")
     renaming = describe(empty).layout(header).renaming
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    settings |= {"config": config, "dtype": dtype, "local_files_only": True}
+    settings |= {"config": config, "dtype": dtype, "local_files_only": True, "trust_remote_code": False}
     if not renaming.changes(header.tensors):
         return cast(PreTrainedModel, _auto(config).from_pretrained(folder, **settings))
     tensors = {renaming(name): tensor for name, tensor in read_tensors(header, header.tensors)}
@@ -257,7 +257,7 @@ def _construct(folder: Path, field: str, dtype: torch.dtype, device: str) -> Pre
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with without_initialization(), torch.device(device):
-            model: PreTrainedModel = _auto(config).from_config(config, dtype=dtype)
+            model: PreTrainedModel = _auto(config).from_config(config, dtype=dtype, trust_remote_code=False)
     except CONFIG_ERRORS as error:
         reason = shorten(_ENUMERATION.split(" ".join(str(error).split()))[0], 200)
         mend = f"no language model can be made of it: {reason}"

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dem_opt import json_files
 from dem_opt.atomic import write_text
-from dem_opt.checkpoints.hf_config import refuse_quantized
+from dem_opt.checkpoints.hf_config import refuse_hub_code, refuse_quantized
 from dem_opt.errors import InputError
 from dem_opt.permissions import make_private_folder
 from dem_opt.progress import current_progress
@@ -102,6 +102,7 @@ def read_header(folder: Path, field: str) -> Header:
     tensors: dict[str, StoredTensor] = {}
     files = weight_files(folder, field)
     refuse_quantized(folder, field)
+    refuse_hub_code(folder, field)
     for file in files:
         for name, tensor in read_file_header(file, field).items():
             if name in tensors:

@@ -28,6 +28,14 @@ def refuse_quantized(folder: Path, field: str) -> None:
         raise InputError(folder / "config.json", f"{field}: quantization_config.quant_method", method, mend)
 
 
+def refuse_hub_code(folder: Path, field: str) -> None:
+    """Raise InputError for a config that names a kernel of the hub: transformers would download and run it."""
+    for key, value in read_config(folder, field).items():
+        if key.endswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
+            mend = "names code on the hub, which is not run: remove the key"
+            raise InputError(folder / "config.json", f"{field}: {key}", value, mend)
+
+
 def refuse_endless(folder: Path, field: str, tensors: int) -> None:
     """Raise InputError for a config with more layers than tensors: constructing that model might never end."""
     config = read_config(folder, field)

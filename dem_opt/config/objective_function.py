@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from dem_opt.errors import EvaluationError, InputError, shorten
+from dem_opt.permissions import world_writable
 from dem_opt.types import Score
 
 FIELD = "objective.function"
@@ -72,7 +73,15 @@ class ObjectiveFunction:
 
 
 def import_from(folder: Path) -> None:
-    """Let modules of a folder be imported, after those of all other places."""
+    """Let modules of a folder be imported, after those of all other places.
+
+    Raises:
+        InputError: Every user of this machine can change the folder or a module in it.
+    """
+    for place in (folder, *sorted(folder.glob("*.py"))):
+        if culprit := world_writable(place):
+            mend = f"every user of this machine can change it, and its code runs as you: chmod o-w {culprit}"
+            raise InputError(culprit, FIELD, None, mend)
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
 

@@ -164,7 +164,7 @@ def fine_tune(job: FineTuneJob) -> FineTuned:
 def _train(job: FineTuneJob, made_from: dict[str, Any]) -> FineTuned:
     """Train from the state in the job's place, and write the checkpoint."""
     tokenizer = load_tokenizer(job.base)
-    if AutoConfig.from_pretrained(job.base, local_files_only=True).is_encoder_decoder:
+    if AutoConfig.from_pretrained(job.base, local_files_only=True, trust_remote_code=False).is_encoder_decoder:
         raise InputError(job.base, "base", None, "is an encoder-decoder, which can't be trained here: name checkpoints")
     windows, model = _windows(job, tokenizer), _load(job)
     parameters, trained = parameters_of(model)
@@ -339,7 +339,7 @@ def _in_base_dtype(model: Any, job: FineTuneJob) -> Any:
     """The model in the base's dtype: a copy where it was trained in another.  Adapters are saved as they are."""
     if job.dtype == "auto" or (job.lora is not None and not job.merged):
         return model
-    base = AutoConfig.from_pretrained(job.base, local_files_only=True).dtype or torch.float32
+    base = AutoConfig.from_pretrained(job.base, local_files_only=True, trust_remote_code=False).dtype or torch.float32
     return model if base == model.dtype else copy.deepcopy(model).to(base)
 
 

@@ -73,7 +73,10 @@ def run_tasks(job: TaskJob) -> dict[str, TaskScore]:
         try:
             evaluation = harness.simple_evaluate(
                 model="hf",
-                model_args={"pretrained": str(job.model), "tokenizer": str(job.tokenizer)},
+                model_args={
+                    **{"pretrained": str(job.model), "tokenizer": str(job.tokenizer)},
+                    "trust_remote_code": False,
+                },
                 tasks=list(job.tasks),
                 num_fewshot=job.shots,
                 batch_size=job.batch,

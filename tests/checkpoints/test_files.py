@@ -401,3 +401,14 @@ def test_a_file_that_became_shorter_is_told(base, other):
         file.truncate((other / WEIGHTS).stat().st_size - 1)
     with pytest.raises(InputError, match="has become shorter"):
         read_into(header, places.items())
+
+
+@pytest.mark.parametrize("value", ["somebody/kernel", {"text_config": "somebody/kernel"}])
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_a_config_that_names_code_on_the_hub_is_refused(tmp_path, key, value):
+    worlds.save_model(tmp_path / "model", seed=0)
+    file = tmp_path / "model/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(InputError, match="remove the key") as refusal:
+        read_header(tmp_path / "model", "base")
+    assert refusal.value.where == file and refusal.value.field == f"base: {key}"

@@ -127,3 +127,12 @@ def test_what_makes_no_sense_beside_a_function_is_refused(tmp_path: Path, sectio
     with pytest.raises(InputError) as refusal:
         load(worlds.study(tmp_path, **(sections | {"objective": objective})))
     assert "objective.function" in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", [".", "open_to_all.py"])
+def test_code_that_every_user_can_change_is_not_imported(tmp_path: Path, name: str, capsys) -> None:
+    path = custom_study(tmp_path / "study", "open_to_all", HARDEST.format(name="hardest"), "hardest")
+    place = path.parent / name
+    place.chmod(place.stat().st_mode | 0o002)
+    assert main(["check", str(path)]) == 2
+    assert "objective.function" in (message := capsys.readouterr().err) and "chmod o-w" in message
