@@ -177,7 +177,7 @@ class ConsoleProgress:
         if self._draws:
             self._move(study, done, planned, run.summary(done, planned))
         else:
-            self.note(f"{study}: goes on after {done} of {planned} trials; {run.summary(done, planned)}")
+            self.note(f"{study}: {done} of {planned} trials from earlier; {run.summary(done, planned)}")
 
     def trial_finished(self, record: TrialRecord, done: int, planned: int) -> None:
         """Move the run's bar, or print a line for a new best and for every tenth of the planned trials."""

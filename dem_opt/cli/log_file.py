@@ -54,7 +54,7 @@ class LogFile:
 
     def search_continued(self, records: Sequence[TrialRecord], planned: int) -> None:
         """Log how many trials there are from earlier."""
-        self.write("note", f"{records[0].study} goes on after {len(records)} of {planned} trials")
+        self.write("note", f"{records[0].study} has {len(records)} of {planned} trials from earlier")
 
     def trial_finished(self, record: TrialRecord, done: int, planned: int) -> None:
         """Log the trial: its coefficients, its objective or why it failed."""

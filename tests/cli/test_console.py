@@ -74,7 +74,7 @@ def test_a_search_that_goes_on_remembers_its_best(is_terminal):
     earlier = [a_trial(0, 3.0), a_trial(1, 2.0), a_trial(2, 1.0, forwards=0.25, error=0.1)]
     with ConsoleProgress(console) as progress:
         progress.search_continued(earlier, 10)
-        assert is_terminal or "3 of 10 trials; best 2.0000" in console.file.getvalue()
+        assert is_terminal or "3 of 10 trials from earlier; best 2.0000" in console.file.getvalue()
         progress.trial_finished(a_trial(3, 2.5), 4, 10)
     told = " ".join(console.file.getvalue().split())
     assert "best 2.0000 nats per token" in told and "1 stopped early" in told

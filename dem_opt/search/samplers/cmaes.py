@@ -5,17 +5,14 @@ Shape suffixes beside the project's: N trials, F shares, D = F - 1 coordinates i
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+from cmaes import CMA
 from numpy.typing import NDArray
 
 from dem_opt.search.samplers.history import Trial, values_of
 from dem_opt.search.samplers.proposer import Proposal, first_new, first_points
 from dem_opt.simplex import Coefficients, Space, plane, project
-
-if TYPE_CHECKING:
-    from cmaes import CMA
 
 Array = NDArray[np.float64]
 
@@ -71,7 +68,7 @@ class CMAES:
         # The library refuses a single dimension: with two shares a second coordinate is added that moves nothing.
         return basis_FD if len(basis_FD) > 2 else np.append(basis_FD, np.zeros((2, 1)), axis=1)
 
-    def _strategy(self, trials: Sequence[Trial], basis_FD: Array, centre_F: Array) -> "CMA":
+    def _strategy(self, trials: Sequence[Trial], basis_FD: Array, centre_F: Array) -> CMA:
         """The strategy after all finished generations."""
         strategy = _fresh(basis_FD)
         for generation in _finished_generations(trials, strategy.population_size):
@@ -91,9 +88,7 @@ class CMAES:
         return beyond_F
 
 
-def _fresh(basis_FD: Array) -> "CMA":
-    from cmaes import CMA  # imports scipy.stats, which takes half a second
-
+def _fresh(basis_FD: Array) -> CMA:
     return CMA(mean=np.zeros(basis_FD.shape[1]), sigma=SIGMA, seed=0)
 
 
