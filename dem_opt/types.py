@@ -231,16 +231,20 @@ class Failure:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A checkpoint or adapter folder and the hash of its content; for an adapter, also the content of its base.
+    """A checkpoint or adapter folder and the hash of its content.
 
     Attributes:
+        content: Hash of its tensors.
+        base: For an adapter, the content of its base.
         field: Field of the study file that named the folder, for messages.
+        configuration: Fields of its config.json that compute, as JSON, where composites take theirs from it.
     """
 
     path: Path
     content: str
     base: str | None = None
     field: str = dataclass_field(default="checkpoint", compare=False)
+    configuration: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

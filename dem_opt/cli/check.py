@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def check(arguments: Namespace, terminal: Terminal) -> None:
-    """Print the findings, then refuse a study that cannot run."""
+    """Print the findings, refuse a study that cannot run, then compare vertices with their models' own passes."""
     from dem_opt.config import load
     from dem_opt.workflows import check as workflow
 
@@ -23,6 +23,9 @@ def check(arguments: Namespace, terminal: Terminal) -> None:
     else:
         _print_findings(findings, terminal)
     workflow.refuse(findings, config, arguments.study)
+    with terminal.progress() as progress:
+        for warning in workflow.check_vertices(config, arguments.study):
+            progress.warning(warning)
 
 
 def _print_findings(findings: "Findings", terminal: Terminal) -> None:

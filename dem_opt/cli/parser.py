@@ -177,7 +177,10 @@ def _add_preparation(commands: Any) -> None:
         "check",
         check.check,
         summary="check a study's inputs, memory and time before it runs",
-        details="Reads the headers of checkpoints, not their weights. Writes nothing.",
+        details=(
+            "Plans from the headers of checkpoints. Then reads each model once, to compare its forward\n"
+            "pass with that of its vertex. Writes nothing but the cache."
+        ),
         examples="dem-opt check study.yaml",
     )
     _add(

@@ -11,7 +11,9 @@ import torch
 
 from dem_opt.checkpoints.adapters import content_of
 from dem_opt.checkpoints.architecture import empty_model
+from dem_opt.checkpoints.configuration import read_configuration
 from dem_opt.errors import EvaluationError, InputError
+from dem_opt.evaluation.forward_check import refuse_acausal
 from dem_opt.evaluation.interim_analyses import (
     INTERIM_ANALYSES,
     analysis_count,
@@ -37,16 +39,18 @@ class Worker:
         """Load checkpoints and windows onto this process's devices.
 
         Raises:
-            InputError: A checkpoint's content is not the one that the spec names.
+            InputError: A checkpoint's content is not the one that the spec names, or the base is no causal model.
         """
         devices = _devices(spec.devices)
         stored = list({model.content: model for model in (spec.base, *spec.fine_tunes)}.values())
         for model in stored:
             _check_content(model)
+        _check_configuration(spec.base)
         self.model = empty_model(spec.base.path, getattr(torch, spec.dtype))
         self.merged_model = MergedModel(self.model, stored, devices, spec.vectors, spec.streamed)
-        # Layout and head are found by running the model, so it needs real weights first.
+        # Causality, layout and head are found by running the model, so it needs real weights first.
         self.merged_model.merge(Composite.single(spec.base.content))
+        refuse_acausal(self.model, spec.base.path, spec.base.field)
         self._layout, self._head = document_layout(self.model), find_head(self.model)
         self._windows = {corpus.key: prepare(corpus.windows, devices[0]) for corpus in spec.corpora}
         self._base, self._fine_tunes = spec.base.content, [model.content for model in spec.fine_tunes]
@@ -172,6 +176,12 @@ def _check_content(model: StoredModel) -> None:
         raise InputError(
             model.path, model.field, None, "its weights have changed since the study began to load; run again"
         )
+
+
+def _check_configuration(base: StoredModel) -> None:
+    if base.configuration and read_configuration(base.path, base.field).text != base.configuration:
+        where = base.path / "config.json"
+        raise InputError(where, base.field, None, "has changed since the study began to load; run again")
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

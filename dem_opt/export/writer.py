@@ -24,6 +24,7 @@ from dem_opt.checkpoints.architecture import (
     stored_dtypes,
     stored_names,
 )
+from dem_opt.checkpoints.configuration import read_configuration
 from dem_opt.checkpoints.files import (
     DTYPES,
     INDEX,
@@ -143,6 +144,8 @@ def write_composite(
             raise InputError(
                 model.path, model.field, None, "its weights have changed since they were scored; run again"
             )
+    if base.configuration and read_configuration(base.path, base.field).text != base.configuration:
+        raise InputError(base.path / "config.json", base.field, None, "has changed since it was scored; run again")
     header = read_header(base.path, "base")
     architecture = read_architecture(header)
     declared = dtype or _own_dtype(architecture, base, used, composite)

@@ -73,6 +73,11 @@ def this_machine() -> Machine:
     return Machine("cpu", 1, *_ram())
 
 
+def available_memory() -> int:
+    """Bytes of RAM that are free now on this machine."""
+    return _ram()[1]
+
+
 def probe(device: str, dtype: str, inner: int, outer: int) -> Speed:
     """Time a matrix product of the model's shapes and a copy on this machine, for 0.1 s each.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dem_opt.checkpoints.adapters import check_adapter, read_adapter
 from dem_opt.checkpoints.architecture import Architecture
+from dem_opt.checkpoints.configuration import check_configuration, read_configuration
 from dem_opt.checkpoints.convert import conversion_of
 from dem_opt.checkpoints.files import Header, content_hash, read_header
 from dem_opt.checkpoints.fit import check_base, check_fit, left_out
@@ -25,6 +26,8 @@ from dem_opt.errors import InputError
 from dem_opt.evaluation.interim_analyses import INTERIM_ANALYSES
 from dem_opt.planning.hardware import this_machine
 from dem_opt.planning.plan import BATCH_TOKENS, Plan, evaluation_dtype, make_plan, refuse_too_large, stored_dtype
+from dem_opt.planning.tokenizers import other_tokenizers
+from dem_opt.planning.vertices import check_vertices, shortage
 from dem_opt.progress import current_progress
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.types import SPLITS, Corpus, StoredModel, WorkerSpec
@@ -35,11 +38,42 @@ POSITIONS = ("max_position_embeddings", "n_positions")
 
 @dataclass(frozen=True)
 class CheckedHeaders:
-    """Headers of a study's checkpoints and adapters that fit together: of the base as "base", of the others by name."""
+    """Headers of a study's checkpoints and adapters that fit together: of the base as "base", of the others by name.
+
+    Attributes:
+        other_fields: Warnings of config.json files with fields that differ from the base's and compute nothing.
+    """
 
     config: StudyConfig
     architecture: Architecture
     headers: Mapping[str, Header]
+    other_fields: tuple[str, ...] = ()
+
+    def stored_models(self) -> tuple[StoredModel, dict[str, StoredModel]]:
+        """Hash the base, and the fine-tunes by distribution."""
+        base = _stored_checkpoint(self.headers["base"])
+        fine_tunes = {
+            name: _stored_model(distribution, self.headers[name], base)
+            for name, distribution in self.config.distributions.items()
+        }
+        return base, fine_tunes
+
+    def check_vertices(self) -> list[str]:
+        """Check that vertices compute what their fine-tunes compute (`vertices.check_vertices`), and hash them."""
+        if reason := shortage(self.architecture, self.headers):
+            return [f"no model is compared with its own forward pass: {reason}"]
+        return check_vertices(*self.stored_models(), self.headers)
+
+    def warnings(self) -> list[str]:
+        """Warn of fine-tunes whose tokenizer, chat template or config.json is not the base's, which composites have."""
+        base, *fine_tunes = self.headers.items()
+        folders = {name: header.folder for name, header in fine_tunes}
+        chats = any(
+            file is not None and file.format == "messages"
+            for data in self.config.corpora.values()
+            for file in (data.validation, data.held_out)
+        )
+        return [*self.other_fields, *other_tokenizers(base[1].folder, folders, chats)]
 
     def left_out(self) -> list[str]:
         """Say which tensors are passed over, which names were understood otherwise, and which weights converted."""
@@ -72,6 +106,8 @@ class Inputs:
         device: The kind of device that workers get, "cpu" or "cuda".
         streamed: Contents of checkpoints that stay in their files.
         left_out: Tensors of the checkpoints that are passed over, in words.
+        unlike_base: Warnings of what fine-tunes have otherwise than the base, or may compute otherwise than vertices.
+        configuration: That of the study's identity.
     """
 
     config: StudyConfig
@@ -85,6 +121,8 @@ class Inputs:
     device: str = "cpu"
     streamed: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    unlike_base: tuple[str, ...] = ()
+    configuration: str = ""
 
     def on(self, device: str) -> "Inputs":
         """The same inputs for workers on another kind of device."""
@@ -96,10 +134,10 @@ class Inputs:
         return evaluation_dtype(self.config.evaluation.dtype, self.stored, self.device)
 
     def warnings(self) -> list[str]:
-        """Warn of distributions without a weight, and of checkpoints of the same content or read at every merge."""
+        """Warn of distributions without a weight, of checkpoints that are alike or streamed, and of `unlike_base`."""
         contents = {"base": self.base.content} | {name: model.content for name, model in self.fine_tunes.items()}
         streamed = [name for name, content in contents.items() if content in self.streamed]
-        warnings = [*unweighted_distributions(self.config), *identical_checkpoints(contents)]
+        warnings = [*unweighted_distributions(self.config), *identical_checkpoints(contents), *self.unlike_base]
         if streamed:
             reason = "read from the files at every merge, because not all checkpoints fit into memory"
             warnings.append(f"{', '.join(streamed)}: {reason}")
@@ -127,6 +165,7 @@ class Inputs:
             protect=self.config.objective.protect,
             worst=self.config.objective.worst,
             function=ObjectiveFunction.load(self.config.objective.function) if self.config.objective.function else None,
+            configuration=self.configuration,
         )
 
     def spec(self) -> WorkerSpec:
@@ -162,7 +201,7 @@ class Inputs:
             refuse_too_large(headers.plan(), folder)
         if tokenizer_digest(load_tokenizer(folder)) != self.tokenizer:
             raise InputError(folder, field, None, "its tokenizer is not the base's, so perplexities would not compare")
-        return StoredModel(folder, content_hash(folder, field), field=field)
+        return _stored_checkpoint(header)
 
     def spec_of(self, model: StoredModel) -> WorkerSpec:
         """Specify a worker that scores one other model."""
@@ -206,7 +245,7 @@ def check_headers(config: StudyConfig, where: Path) -> CheckedHeaders:
     architecture.split(config.compute.gpus_per_worker, where)
     _check_gpus(config, where)
     check_window(base.folder, config.evaluation.window, where)
-    headers = {"base": base}
+    headers, other_fields = {"base": base}, list[str]()
     for name, distribution in config.distributions.items():
         kind, source = distribution.fine_tune
         field = f"distributions.{name}.{kind}"
@@ -219,7 +258,24 @@ def check_headers(config: StudyConfig, where: Path) -> CheckedHeaders:
         else:
             headers[name] = read_header(folder, field)
             check_fit(architecture, base, headers[name])
-    return CheckedHeaders(config, architecture, headers)
+            other_fields += check_configuration(base.folder, folder, field)
+    return CheckedHeaders(config, architecture, headers, tuple(other_fields))
+
+
+def check_base_alone(folder: Path) -> list[str]:
+    """Check a base as a study does, before it is trained.
+
+    Returns:
+        A warning, where its forward pass can't be compared.
+
+    Raises:
+        InputError: A study would refuse it.
+    """
+    base = read_header(folder, "base")
+    headers = {"base": base}
+    if reason := shortage(check_base(base), headers):
+        return [f"the base is not compared with its own forward pass: {reason}"]
+    return check_vertices(_stored_checkpoint(base), {}, headers)
 
 
 def _check_adapter(
@@ -310,11 +366,7 @@ def load_inputs(config: StudyConfig, where: Path, worker: bool = True) -> Inputs
     )
     if writes_date(tokenizer) and any(data.validation.format == "messages" for data in config.corpora.values()):
         current_progress().note(f"the chat template writes today's date: {config.evaluation.date} (evaluation.date)")
-    base = StoredModel(folder, content_hash(folder, "base"), field="base")
-    fine_tunes = {
-        name: _stored_model(distribution, checked.headers[name], base)
-        for name, distribution in config.distributions.items()
-    }
+    base, fine_tunes = checked.stored_models()
     streamed = {
         model.content for model in (base, *fine_tunes.values()) if is_local and model.path in plan.memory.streamed
     }
@@ -329,6 +381,17 @@ def load_inputs(config: StudyConfig, where: Path, worker: bool = True) -> Inputs
         gradients_fit=plan.gradients_fit or not is_local,
         streamed=tuple(streamed),
         left_out=tuple(checked.left_out()),
+        unlike_base=(*checked.warnings(), *checked.check_vertices()),
+    )
+
+
+def _stored_checkpoint(header: Header) -> StoredModel:
+    """A checkpoint with its content hash and its configuration."""
+    return StoredModel(
+        header.folder,
+        content_hash(header.folder, header.field),
+        field=header.field,
+        configuration=read_configuration(header.folder, header.field).text,
     )
 
 

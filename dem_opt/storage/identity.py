@@ -37,6 +37,8 @@ class StudyIdentity:
             the number of interim analyses, at which a corpus is scored in parts.
         protect: Allowance above the base in nats per token, by distribution or general corpus.
         worst: The largest regret is minimized, not the mean.
+        configuration: Fingerprint of the config.json that computes, where the ledger has scores of these models that
+            were measured with another; "" for the configuration that the ledger met first.
     """
 
     base: str
@@ -48,6 +50,7 @@ class StudyIdentity:
     protect: Mapping[str, float] = field(default_factory=dict)
     worst: bool = False
     function: ObjectiveFunction | None = None
+    configuration: str = ""
 
     def composite(self, coefficients: Coefficients) -> Composite:
         """The composite of coefficients, by content."""
@@ -57,12 +60,15 @@ class StudyIdentity:
     def scoring(self) -> str:
         """The ledger's scoring key: a hash of the settings that change a window's nats; windows are hashed apart.
 
+        The configuration is no part of it for the models' first one, which databases of early releases do not name.
         Vectors in int8 are differences to the base, which is one of the settings then.
         """
         fields = ("evaluation.dtype", "evaluation.batch", "looks", "device")
         settings = [(field, self.settings.get(field)) for field in fields]
         if self.vectors != "exact":
             settings += [("evaluation.vectors", self.vectors), ("base", self.base)]
+        if self.configuration:
+            settings += [("configuration", self.configuration)]
         return sha256(repr(settings).encode()).hexdigest()
 
     @property
@@ -95,6 +101,7 @@ class StudyIdentity:
         """The fields whose change begins a new generation."""
         return {
             "base": self.base,
+            **({"configuration": self.configuration} if self.configuration else {}),
             **{f"distributions.{name}": content for name, content in self.fine_tunes.items()},
             **_written(self.space),
             **{f"objective.weights.{name}": repr(weight) for name, weight in self.weights.items()},
@@ -140,6 +147,7 @@ class StudyIdentity:
             function=ObjectiveFunction.parse(identity["objective.function"])
             if "objective.function" in identity
             else None,
+            configuration=identity.get("configuration", ""),
         )
 
 

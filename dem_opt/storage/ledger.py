@@ -30,8 +30,8 @@ from dem_opt.storage.engine import create_missing, insert_into, masked
 from dem_opt.storage.retry import NO_RETRY, RetryPolicy, patient
 from dem_opt.types import Composite, Gradient, Score
 
-SCHEMA = 3
-"""Version of the tables that this module reads and writes: 2 added gradients, 3 libraries."""
+SCHEMA = 4
+"""Version of the tables that this module reads and writes: 2 added gradients, 3 libraries, 4 configurations."""
 
 
 class _Tables(DeclarativeBase):
@@ -109,6 +109,18 @@ class _Libraries(_Tables):
 
     study: Mapped[str] = mapped_column(primary_key=True)
     versions: Mapped[str]
+
+
+class _Configuration(_Tables):
+    """The configuration that a checkpoint's scores under the plain scoring key were measured with, as JSON.
+
+    It is the first that the ledger met; scores of early releases, which knew none, are taken to be of that one.
+    """
+
+    __tablename__ = "dem_configuration"
+
+    content: Mapped[str] = mapped_column(String(64), primary_key=True)
+    fields: Mapped[str]
 
 
 @dataclass(frozen=True)
@@ -337,6 +349,16 @@ class Ledger:
         entry = insert_into(self.engine, _Libraries).values(study=study, **columns)
         with self.engine.begin() as connection:
             connection.execute(entry.on_conflict_do_update(index_elements=["study"], set_=columns))
+
+    @patient
+    def first_configurations(self, contents: Collection[str], configuration: str) -> set[str]:
+        """The configurations that checkpoints were first scored with; the given one for those that are new."""
+        rows = [{"content": content, "fields": configuration} for content in sorted(contents)]
+        with self.engine.begin() as connection:
+            connection.execute(insert_into(self.engine, _Configuration).on_conflict_do_nothing(), rows)
+        query = select(_Configuration.fields).where(_Configuration.content.in_(contents))
+        with Session(self.engine) as session:
+            return set(session.scalars(query))
 
     def _refuse_newer(self) -> None:
         if not inspect(self.engine).has_table(_Schema.__tablename__):

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 from os.path import isfile
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from dem_opt.analysis.precision import windows_for
@@ -17,7 +16,6 @@ from dem_opt.compute import ray_warnings
 from dem_opt.config import EvaluationSection, StudyConfig
 from dem_opt.config.objective_function import ObjectiveFunction, import_from
 from dem_opt.errors import InputError
-from dem_opt.json_files import parse_json
 from dem_opt.merging.kernel import expected_backend
 from dem_opt.planning.hardware import Speed
 from dem_opt.planning.hardware import probe as probe_speed
@@ -182,7 +180,7 @@ def check(config: StudyConfig, where: Path) -> Findings:
             *files.left_out(),
             *unweighted_distributions(config),
             *identical_checkpoints(identities),
-            *_other_tokenizers(files),
+            *files.warnings(),
             *unreachable,
             *full,
             *ray_warnings(config.compute),
@@ -222,6 +220,18 @@ def _comparison(config: StudyConfig, plan: Plan, speed: Speed, algorithms: Seque
     seconds = replace(plan.work, composites=passes, reported=0).seconds(speed) / plan.parallel
     listed = ", ".join(f"{name} {count:,}" for name, count in trials.items())
     return f"{passes:,} passes over the search split at most ({listed}), about {duration(seconds)}"
+
+
+def check_vertices(config: StudyConfig, where: Path) -> list[str]:
+    """Compare each model's vertex with its own forward pass, as a run does before it begins; hashes all weights.
+
+    Returns:
+        Warnings of models that can't be compared.
+
+    Raises:
+        InputError: A vertex computes otherwise, or the base is no causal model.
+    """
+    return check_headers(config, where).check_vertices()
 
 
 def refuse(findings: Findings, config: StudyConfig, where: Path) -> None:
@@ -316,23 +326,3 @@ def _export_bytes(files: CheckedHeaders) -> int:
 def _result(path: Path) -> Path:
     """The path, or the nearest folder above it that exists."""
     return next(place for place in (path, *path.absolute().parents) if place.exists())
-
-
-def _other_tokenizers(files: CheckedHeaders) -> list[str]:
-    """A warning for each checkpoint whose tokenizer.json differs from the base's, which is the one used."""
-    base = files.headers["base"].folder / "tokenizer.json"
-    others = {name: header.folder / "tokenizer.json" for name, header in files.headers.items()}
-    unlike = [name for name, file in others.items() if file.is_file() and base.is_file() and not _alike(base, file)]
-    return [f"{name} has another tokenizer than the base; the base's encodes all texts" for name in unlike]
-
-
-def _alike(tokenizer: Path, other: Path) -> bool:
-    """True if two tokenizer files agree but for truncation and padding, which each call sets anew."""
-    texts = tokenizer.read_bytes(), other.read_bytes()
-    if texts[0] == texts[1]:
-        return True
-    try:
-        states = [parse_json(text, dict[str, Any]) | {"truncation": None, "padding": None} for text in texts]
-    except ValueError:
-        return False
-    return bool(states[0] == states[1])

@@ -16,7 +16,7 @@ from dem_opt.search.loop import Driver
 from dem_opt.search.optuna_study import Search
 from dem_opt.search.runs import Runs
 from dem_opt.storage.engine import Engine, connect, is_there, masked
-from dem_opt.storage.identity import StudyIdentity
+from dem_opt.storage.identity import StudyIdentity, changes, refuse_other_scoring
 from dem_opt.storage.leases import Lease, holding, visiting
 from dem_opt.storage.ledger import Ledger
 from dem_opt.storage.retry import NO_RETRY, RetryPolicy
@@ -82,14 +82,14 @@ class StudyContext:
         return RetryPolicy(database, self.config.outages.storage, self.progress)
 
     def load_inputs(self, *, for_workers: bool) -> Inputs:
-        """Check, tokenize and hash everything that the study names.
+        """Check, tokenize and hash everything that the study names, and report what looks wrong.
 
         Args:
             for_workers: Whether workers on this machine will hold all of it, so that it has to fit into memory.
         """
         inputs = load_inputs(self.config, self.path, worker=for_workers)
-        for line in inputs.left_out:
-            self.progress.warning(line)
+        for warning in (*inputs.left_out, *inputs.warnings()):
+            self.progress.warning(warning)
         return inputs
 
     @contextmanager
@@ -129,6 +129,13 @@ class StudyContext:
             )
         finally:
             engine.dispose()
+
+    def refuse_changed(self, stored: StoredStudy, identity: StudyIdentity) -> None:
+        """Raise InputError where a study that has been run is another one now."""
+        refuse_other_scoring(self.path, stored.identity.scoring_fields(), identity.scoring_fields())
+        if change := changes(stored.identity_fields, identity.identity_fields()):
+            mend = f"has changed since it was run ({change}); first: dem-opt run {self.path}"
+            raise InputError(self.path, None, None, mend)
 
     def not_run(self) -> InputError:
         """Return the error for a study without results."""

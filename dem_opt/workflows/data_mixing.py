@@ -30,6 +30,7 @@ from dem_opt.storage.ledger import Ledger
 from dem_opt.tracking import JobNote
 from dem_opt.training.fine_tune import FineTuned, FineTuneJob, job_identity, result_of
 from dem_opt.types import SEARCH, SPLITS, Composite, ResultRow, StoredModel, Summary, WorkerSpec
+from dem_opt.workflows.configurations import distinguish
 from dem_opt.workflows.context import StudyContext
 from dem_opt.workflows.fine_tuning import shared_settings, train
 from dem_opt.workflows.summary import summarize_stored
@@ -85,7 +86,10 @@ def mix(context: StudyContext, grid: str) -> MixingComparison:
     jobs = mixture_jobs(config, shares, single_fine_tunes(config, path))
     with context.stored() as stored:
         summary = summarize_stored(context, stored)
-        inputs = context.load_inputs(for_workers=False).exact()
+        inputs = context.load_inputs(for_workers=False)
+        inputs = distinguish(inputs.on(stored.identity.settings["device"]), stored.ledger, context.progress)
+        context.refuse_changed(stored, inputs.identity())
+        inputs = inputs.exact()
         train(context, [mixture.job for mixture in jobs], _WithoutPhases(context.progress))
         with context.compute:
             inputs = inputs.on(context.compute.device)

@@ -18,9 +18,10 @@ from dem_opt.planning.inputs import Inputs
 from dem_opt.simplex import UNIT
 from dem_opt.tracking import JobNote
 from dem_opt.types import Composite, ResultRow, Summary
+from dem_opt.workflows.configurations import distinguish
 from dem_opt.workflows.context import StudyContext
 from dem_opt.workflows.lm_eval import TaskJob, check_tasks, harness_version, run_tasks
-from dem_opt.workflows.summary import read_summary
+from dem_opt.workflows.summary import summarize_stored
 
 FOLDER = "downstream"
 """Folder in the study's output for scores on tasks."""
@@ -42,8 +43,11 @@ def evaluate(context: StudyContext) -> TaskTable:
             has not been run.
     """
     settings = check_settings(context)
-    summary = read_summary(context)
-    inputs = context.load_inputs(for_workers=False)
+    with context.stored() as stored:
+        summary = summarize_stored(context, stored)
+        inputs = context.load_inputs(for_workers=False)
+        inputs = distinguish(inputs.on(stored.identity.settings["device"]), stored.ledger, context.progress)
+        context.refuse_changed(stored, inputs.identity())
     candidates = select_candidates(summary, inputs, settings.top)
     with context.compute:
         table = score_candidates(context, settings, inputs, candidates)
@@ -84,7 +88,7 @@ def score_candidates(
 
     One model at a time: a composite is written to disk, and deleted when it is scored.  Raises the first failure.
     """
-    cache = _ScoreCache(context.config.output / FOLDER, settings)
+    cache = _ScoreCache(context.config.output / FOLDER, settings, inputs.configuration)
     models = []
     for number, candidate in enumerate(candidates, start=1):
         scores = cache.read(candidate.composite)
@@ -152,8 +156,8 @@ def _model_folder(context: StudyContext, inputs: Inputs, composite: Composite) -
 class _ScoreCache:
     """Scores on tasks in files, named by everything that decides a score: model, task files, settings, harness."""
 
-    def __init__(self, folder: Path, settings: EvaluateSection) -> None:
-        self._folder, self._settings = folder, settings
+    def __init__(self, folder: Path, settings: EvaluateSection, configuration: str) -> None:
+        self._folder, self._settings, self._configuration = folder, settings, configuration
         include = settings.include
         files = sorted(path for path in include.rglob("*") if path.is_file()) if include else []
         self._files = [(path.name, sha256(path.read_bytes()).hexdigest()) for path in files]
@@ -175,6 +179,7 @@ class _ScoreCache:
     def _path(self, composite: Composite, task: str) -> Path:
         settings = self._settings
         decisive = [task, settings.limit, settings.shots, settings.batch, harness_version(), *self._files]
+        decisive += [self._configuration] if self._configuration else []
         name = sha256(repr((composite.key, decisive)).encode()).hexdigest()[:32]
         return self._folder / f"{name}.json"
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dem_opt.analysis.results import rescored
-from dem_opt.errors import InputError
 from dem_opt.export.model_card import texts
 from dem_opt.export.writer import Export, Scores, output_dtype, prove, prove_scores, refuse_place, write_composite
 from dem_opt.planning.inputs import Inputs
 from dem_opt.search.trials import objectives
 from dem_opt.simplex import Coefficients
 from dem_opt.types import SPLITS, Composite, ResultRow, Summary
+from dem_opt.workflows.configurations import distinguish
 from dem_opt.workflows.context import StoredStudy, StudyContext
 from dem_opt.workflows.int8_error import report_error
 from dem_opt.workflows.provenance import libraries, winner_metrics
@@ -76,8 +76,8 @@ def export(context: StudyContext, out: Path, dtype: str | None) -> Champion:
     refuse_place(out, _model_folders(context), overwrite=True)
     inputs = context.load_inputs(for_workers=False)
     with context.stored() as stored, context.compute:
-        inputs = inputs.on(context.compute.device)
-        _refuse_changed(context, inputs, stored)
+        inputs = distinguish(inputs.on(context.compute.device), stored.ledger, context.progress)
+        context.refuse_changed(stored, inputs.identity())
         summary = summarize_stored(context, stored)
         proof = _ExportProof(context, inputs, stored, summary, dtype)
         written = _write(inputs, proof.coefficients, out, dtype, proof)
@@ -133,12 +133,6 @@ class _ExportProof:
         if self.exported is not summary.winner:
             summary = replace(summary, results=(*summary.results, self.exported))
         return _texts(self._context, self._inputs, self.coefficients, self._dtype, summary)
-
-
-def _refuse_changed(context: StudyContext, inputs: Inputs, stored: StoredStudy) -> None:
-    """Raise InputError where the study file asks for something else than was run."""
-    if stored.identity_fields != inputs.identity().identity_fields():
-        raise InputError(context.path, None, None, f"has changed since it was run; first: dem-opt run {context.path}")
 
 
 def _write(

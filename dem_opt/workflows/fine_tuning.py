@@ -13,7 +13,7 @@ from dem_opt.config import StudyConfig
 from dem_opt.data.tokenize import load_tokenizer
 from dem_opt.data.windows import build_corpora
 from dem_opt.errors import InputError, TrainingError
-from dem_opt.planning.inputs import check_origin
+from dem_opt.planning.inputs import check_base_alone, check_origin
 from dem_opt.progress import Phase, Progress
 from dem_opt.tracking import JobNote
 from dem_opt.training.fine_tune import FineTuned, FineTuneJob, fine_tune, is_wanted, job_identity
@@ -101,12 +101,14 @@ def train(context: StudyContext, jobs: Sequence[FineTuneJob], progress: Progress
 
     Raises:
         TrainingError: The first training that failed, after the others ended.
-        InputError: The same, where the failure is the user's mistake.
+        InputError: The same, where the failure is the user's mistake, or a study would refuse the base.
     """
     progress = progress or context.progress
     wanted = [job for job in jobs if is_wanted(job)]
     if not wanted:
         return {}
+    for warning in check_base_alone(wanted[0].base):
+        progress.warning(warning)
     results: dict[str, FineTuned] = {}
     failures: list[tuple[FineTuneJob, Exception]] = []
     gpus = None if context.config.fine_tuning.gpus == "auto" else context.config.fine_tuning.gpus

@@ -15,6 +15,7 @@ from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.leases import Lease
 from dem_opt.storage.ledger import Ledger
 from dem_opt.types import SEARCH, SPLITS, Composite, Summary
+from dem_opt.workflows.configurations import distinguish
 from dem_opt.workflows.context import StudyContext
 from dem_opt.workflows.int8_error import measure_error
 from dem_opt.workflows.provenance import compare_libraries, study_description
@@ -28,10 +29,8 @@ def optimize(context: StudyContext, algorithms: Sequence[str], seeds: int = 1) -
     """
     check_algorithms(context.config, context.path, algorithms)
     inputs = context.load_inputs(for_workers=True)
-    for warning in inputs.warnings():
-        context.progress.warning(warning)
     with context.driving() as (ledger, lease), context.compute:
-        inputs = inputs.on(context.compute.device)
+        inputs = distinguish(inputs.on(context.compute.device), ledger, context.progress)
         identity = inputs.identity()
         generation, start = _enter(context, identity, ledger, lease)
         with context.driver(inputs.spec(), identity, ledger) as driver:

@@ -9,9 +9,10 @@ from dem_opt.export.writer import Scores
 from dem_opt.planning.inputs import Inputs
 from dem_opt.search.trials import is_known, objectives, recall
 from dem_opt.simplex import Coefficients
-from dem_opt.storage.identity import StudyIdentity
+from dem_opt.storage.identity import StudyIdentity, refuse_other_scoring
 from dem_opt.storage.ledger import Ledger
 from dem_opt.types import SPLITS, Composite, ResultRow, Score, StoredModel
+from dem_opt.workflows.configurations import distinguish, distinguish_model
 from dem_opt.workflows.context import StudyContext
 from dem_opt.workflows.summary import trials_by_run
 
@@ -53,14 +54,22 @@ def score_model(context: StudyContext, folder: Path) -> Scored:
     """Score a model folder; InputError where its tokenizer is not the base's."""
     inputs = context.load_inputs(for_workers=False)
     model = inputs.other(folder, "--model")
-    return _score(context, inputs.exact(), Composite.single(model.content), model)
+    return _score(context, inputs, Composite.single(model.content), model)
 
 
 def _score(context: StudyContext, inputs: Inputs, composite: Composite, model: StoredModel | None = None) -> Scored:
-    """Return scores by split and corpus; those that the ledger lacks are measured."""
+    """Return scores by split and corpus; those that the ledger lacks are measured.
+
+    Raises:
+        InputError: The study has been run, and would not score as it did then.
+    """
     with context.database() as (_, ledger), context.compute:
         inputs = inputs.on(context.compute.device)
-        identity = inputs.identity()
+        if row := ledger.study(context.config.name):
+            refuse_other_scoring(context.path, row.scoring, inputs.identity().scoring_fields())
+        inputs = distinguish(inputs if model is None else inputs.exact(), ledger, context.progress)
+        study = inputs.identity()
+        identity = study if model is None else distinguish_model(inputs, model, ledger).identity()
         if not all(is_known(ledger, identity, composite, split) for split in SPLITS):
             spec = inputs.spec() if model is None else inputs.spec_of(model)
             with context.driver(spec, identity, ledger) as driver:
@@ -68,7 +77,7 @@ def _score(context: StudyContext, inputs: Inputs, composite: Composite, model: S
                     driver.measure([composite], split)
         scores = {split: recall(ledger, identity, composite, split) for split in SPLITS}
         objective = finite_objectives(objectives(ledger, identity), scores)
-        return Scored(scores=scores, objective=objective, beside=_beside(context, ledger, identity))
+        return Scored(scores=scores, objective=objective, beside=_beside(context, ledger, study))
 
 
 def _beside(context: StudyContext, ledger: Ledger, identity: StudyIdentity) -> tuple[ResultRow, ...]:
