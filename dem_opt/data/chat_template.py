@@ -151,7 +151,10 @@ class ChatTemplate:
         return InputError(self.tokenizer.name_or_path, "chat_template", None, mend)
 
     def _check_calls(self, chat: Chat) -> None:
-        """Raise InputError where the template leaves out tool calls: then anything could stand in their place."""
+        """Raise InputError where the template leaves out the arguments of tool calls, or the name of one without.
+
+        Anything could stand in their place.
+        """
         if not chat.has_calls:
             return
         turns: list[Turn] = []
@@ -159,7 +162,8 @@ class ChatTemplate:
         for place, turn in enumerate(chat.turns):
             message = turn.message
             for function in _calls(message):
-                function["name"] = f"{_PROBE}{len(places)}{_PROBE}"
+                probe = f"{_PROBE}{len(places)}{_PROBE}"
+                function |= {"arguments": {probe: probe}} if function.get("arguments") else {"name": probe}
                 places.append(place)
             more = {key: value for key, value in message.items() if key not in ("role", "content")}
             turns.append(replace(turn, more=json.dumps(more)))

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil, prod
-from os.path import isfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -15,6 +14,7 @@ from dem_opt.checkpoints.files import Header, known_content
 from dem_opt.compute import ray_warnings
 from dem_opt.config import EvaluationSection, StudyConfig
 from dem_opt.config.objective_function import ObjectiveFunction, import_from
+from dem_opt.data.files import find_files
 from dem_opt.errors import InputError
 from dem_opt.merging.kernel import expected_backend
 from dem_opt.planning.hardware import Speed
@@ -266,10 +266,9 @@ def _refuse_missing_texts(config: StudyConfig) -> None:
         section = "distributions" if name in config.distributions else "general"
         for part in ("validation", "held_out"):
             file, field = getattr(data, part), f"{section}.{name}.{part}"
-            if file is not None and not isfile(file.path):
-                raise InputError(file.path, field, None, "no such file")
-            if file is not None and file.path.stat().st_size == 0:
-                raise InputError(file.path, field, None, "has no text; give at least one document that is not empty")
+            sources = [] if file is None else find_files(file, field)
+            if sources and not any(path.stat().st_size for source in sources for path in source.contents()):
+                raise InputError(str(file), field, None, "has no text; give at least one document that is not empty")
 
 
 def _speed(config: StudyConfig, plan: Plan) -> Speed:

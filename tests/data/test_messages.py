@@ -96,6 +96,20 @@ def test_a_template_that_leaves_out_a_call_is_refused(tmp_path: Path) -> None:
             said(document, template)
 
 
+@pytest.mark.parametrize("arguments", [ARGUMENTS, "{}", "no JSON"])
+def test_a_template_may_write_of_a_call_the_arguments_alone(tmp_path: Path, arguments: Any) -> None:
+    (chat,) = read(tmp_path, {"messages": calling(arguments, content="")})
+    template = (
+        HEAD
+        + "{{ m.content }}{% for t in m.tool_calls or [] %}{{ '(' + t.function.arguments + ')' }}{% endfor %}"
+        + TAIL
+    )
+    written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    assert said(chat, template) == f"({written})</s>It is 42.</s>"
+    with pytest.raises(InputError, match="leaves out the tool calls"):
+        said(chat, HEAD + "{{ m.content }}{% for t in m.tool_calls or [] %}{{ t.function.name }}{% endfor %}" + TAIL)
+
+
 def test_every_key_of_a_message_and_the_tools_reach_the_template(tmp_path: Path) -> None:
     tools = [{"type": "function", "function": {"name": "weather"}}]
     messages = [

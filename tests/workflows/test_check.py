@@ -15,6 +15,7 @@ from dem_opt.config import load
 from dem_opt.errors import InputError
 from dem_opt.planning.hardware import Machine
 from dem_opt.planning.inputs import identical_checkpoints, load_inputs
+from dem_opt.progress import NullProgress, reporting
 from dem_opt.storage.engine import connect
 from dem_opt.storage.ledger import Ledger, StudyRow
 from dem_opt.types import SEARCH, Composite, Score
@@ -25,6 +26,17 @@ from dem_opt.workflows.check import check, comparison_plan
 def world(tmp_path):
     """A tiny study to spoil."""
     return worlds.study(tmp_path / "world").parent
+
+
+class Notes(NullProgress):
+    """Keeps notes."""
+
+    def __init__(self):
+        self.notes = []
+
+    def note(self, message):
+        """Keep a note."""
+        self.notes.append(message)
 
 
 def listing(folder: Path) -> dict[Path, bytes]:
@@ -224,3 +236,57 @@ def test_a_file_that_is_no_database_is_refused(world):
     (world / "runs/tiny/study.db").write_text("not a database, but a text")
     with pytest.raises(InputError, match="can't be used as a database"):
         check(load(world / "study.yaml"), "study.yaml")
+
+
+@pytest.mark.parametrize(
+    ("names", "refused"),
+    [
+        (["math.jsonl"], None),
+        (["math.jsonl", "more"], None),
+        (["m*.jsonl"], None),
+        (["more"], None),
+        (["none*.jsonl"], "no file matches"),
+        (["math.jsonl", "m*.jsonl"], "named twice"),
+        (["empty.jsonl"], "has no text"),
+        (["math.jsonl", "empty.jsonl"], None),
+    ],
+)
+def test_data_may_be_files_folders_and_patterns(world, names, refused):
+    data = world / "data"
+    (data / "more").mkdir()
+    (data / "empty.jsonl").touch()
+    shutil.copy(data / "code.jsonl", data / "more/code.jsonl")
+    content = yaml.safe_load((world / "study.yaml").read_text())
+    content["distributions"]["math"]["validation"] = [f"data/{name}" for name in names]
+    (world / "study.yaml").write_text(yaml.safe_dump(content))
+    config = load(world / "study.yaml")
+    if refused is None:
+        check(config, world / "study.yaml")
+        load_inputs(config, world / "study.yaml")
+    else:
+        with pytest.raises(InputError, match=refused) as caught:
+            check(config, world / "study.yaml")
+        assert caught.value.field == "distributions.math.validation"
+
+
+def test_the_date_of_a_chat_template_is_told_and_lets_a_study_go_on(world):
+    """The same identity whatever the clock says, another one for another `evaluation.date`."""
+    (world / "models/base/chat_template.jinja").write_text(
+        "{{ strftime_now('%d %b %Y %S') }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    rows = [json.loads(line)["text"] for line in (world / "data/math.jsonl").read_text().splitlines()]
+    turns = [[{"role": "user", "content": row[:9]}, {"role": "assistant", "content": row[9:]}] for row in rows]
+    (world / "data/math.jsonl").write_text("".join(json.dumps({"messages": each}) + "\n" for each in turns))
+    content = yaml.safe_load((world / "study.yaml").read_text())
+    content["distributions"]["math"]["validation"] = {"path": "data/math.jsonl", "format": "messages"}
+    content.setdefault("evaluation", {})["window"] = 64
+    fields = []
+    for date in (None, "2025-01-01", "2024-12-31"):
+        content["evaluation"] |= {"date": date} if date else {}
+        (world / "study.yaml").write_text(yaml.safe_dump(content))
+        progress = Notes()
+        with reporting(progress):
+            fields.append(load_inputs(load(world / "study.yaml"), world / "study.yaml").identity().scoring_fields())
+        assert any((date or "2025-01-01") in note for note in progress.notes)
+    assert fields[0] == fields[1] != fields[2]
