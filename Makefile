@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart headline test docs chaos browser check bench clean
+.PHONY: quickstart headline test docs chaos browser check bench image clean
 
 ## quickstart: the whole method on this machine, into ./quickstart
 quickstart: .venv/ready
@@ -31,14 +31,19 @@ browser: .venv/ready
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[browser]'
 	$(BIN)/python -m pytest -m browser tests/dashboards/test_browser.py
 
-## check: lint, format, layers and types
+## check: lint, format, layers, types, and known vulnerabilities of the pinned dependencies
 check: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports && $(BIN)/mypy
+	sh dev/audit.sh
 
 ## bench: what merges and trials cost beside the machine's limits, under 15 minutes; benchmarks/gpu.py is for a GPU
 bench: .venv/ready
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/trial.py
+
+## image: the image of docker/Dockerfile without an engine, by buildah on a base of debootstrap; skipped where these are missing
+image:
+	$(PYTHON) docker/image.py
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

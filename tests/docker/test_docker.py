@@ -4,7 +4,9 @@ import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -106,15 +108,45 @@ def instructions() -> list[tuple[str, str]]:
 
 def test_the_image_is_pinned_and_runs_as_nobody_in_particular() -> None:
     told = instructions()
-    assert [rest for word, rest in told if word == "FROM"] == [
-        next(rest for word, rest in told if re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", rest))
-    ]
+    assert [rest for word, rest in told if word == "FROM"] == ["${BASE}"]
+    (base,) = (rest for word, rest in told if word == "ARG" and rest.startswith("BASE="))
+    assert re.fullmatch(r"BASE=python:3\.\d+\.\d+-slim-\w+", base)
     assert [rest for word, rest in told if word == "USER"] == ["dem"]
     last = max(number for number, (word, _) in enumerate(told) if word in ("RUN", "COPY"))
     assert told.index(("USER", "dem")) > last, "what is installed belongs to root"
     assert ("ENTRYPOINT", '["dem-opt"]') in told
     assert ("COPY", "--chmod=755 docker/driver.sh /usr/local/bin/dem-opt-driver") in told
     assert not [rest for word, rest in told if word in ("ARG", "ENV") and re.search(r"PASSWORD|TOKEN", rest)]
+
+
+def test_packages_come_from_where_pip_is_configured_to_take_them() -> None:
+    """The one address is that of torch's builds for CPUs, which a build argument replaces."""
+    addresses = re.findall(r"[\w+]+://[^\s\"}]+", "\n".join(rest for _, rest in instructions()))
+    (index,) = (rest for word, rest in instructions() if word == "ARG" and rest.startswith("TORCH_INDEX="))
+    assert addresses == [index.partition("=")[2]]
+    assert "--index-url" not in (DOCKER / "Dockerfile").read_text().replace("--extra-index-url", "")
+
+
+def test_an_image_that_cannot_be_built_here_is_skipped_with_the_reason(tmp_path: Path) -> None:
+    script = [sys.executable, str(DOCKER / "image.py")]
+    done = subprocess.run(script, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.startswith("image: skipped, buildah and debootstrap missing")
+
+
+def test_the_build_sees_the_local_folders_of_pips_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(DOCKER))
+    mounts = import_module("image").mounts
+    for name in ("index/simple", "wheels"):
+        (tmp_path / name).mkdir(parents=True)
+    settings = tmp_path / "pip.conf"
+    settings.write_text(
+        f"[global]\nindex-url = https://somewhere.example/simple\nextra-index-url = file://{tmp_path}/index/simple\n"
+        f"find-links = {tmp_path}/wheels {tmp_path}/gone\n"
+    )
+    assert list(mounts(settings)) == [
+        f"{settings}:/etc/pip.conf:ro",
+        *(f"{tmp_path / name}:{tmp_path / name}:ro" for name in ("index", "wheels")),
+    ]
 
 
 def test_the_image_takes_its_versions_from_the_constraints() -> None:
