@@ -238,6 +238,7 @@ class StoredModel:
         base: For an adapter, the content of its base.
         field: Field of the study file that named the folder, for messages.
         configuration: Fields of its config.json that compute, as JSON, where composites take theirs from it.
+        vocabulary: For a checkpoint with another number of tokens, the content of the base whose rows it gets.
     """
 
     path: Path
@@ -245,6 +246,7 @@ class StoredModel:
     base: str | None = None
     field: str = dataclass_field(default="checkpoint", compare=False)
     configuration: str = ""
+    vocabulary: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -39,6 +39,7 @@ from dem_opt.checkpoints.files import (
 )
 from dem_opt.checkpoints.loading import read_parameters
 from dem_opt.checkpoints.training_record import RECORD
+from dem_opt.checkpoints.vocabulary import fitted_content
 from dem_opt.errors import InputError
 from dem_opt.types import StoredModel
 
@@ -228,7 +229,8 @@ def content_of(model: StoredModel) -> str:
         InputError: Weights are NaN or infinite.
     """
     if model.base is None:
-        return content_hash(model.path, model.field)
+        content = content_hash(model.path, model.field)
+        return content if model.vocabulary is None else fitted_content(model.vocabulary, content)
     return read_adapter(model.path, model.field).content(model.base)
 
 

@@ -58,6 +58,7 @@ class Architecture:
         outside: Names of parameters that are no part of the language model, such as a vision tower's.
         embedding: Name of the input embedding, whose first dimension is the vocabulary.
         head: Name of the output embedding, where it is a parameter of its own.
+        vocabulary: Names of the parameters with a row for each token: input and output embedding, and its bias.
         paired: The model is an encoder-decoder, whose documents are pairs of source and target.
     """
 
@@ -68,6 +69,7 @@ class Architecture:
     outside: frozenset[str]
     embedding: str
     head: str | None
+    vocabulary: tuple[str, ...]
     paired: bool
     _model: PreTrainedModel = field(repr=False)
 
@@ -147,7 +149,8 @@ def describe(model: PreTrainedModel) -> Architecture:
     names = {id(parameter): name for name, parameter in parameters.items()}
     every_name = model.named_parameters(remove_duplicate=False)
     state = model.state_dict()
-    embedding, head = model.get_input_embeddings().weight, getattr(_output_embedding(model), "weight", None)
+    embedding, output = model.get_input_embeddings().weight, _output_embedding(model)
+    head, tokens = getattr(output, "weight", None), [embedding, *(output.parameters() if output is not None else ())]
     outside = frozenset(parameters.keys() - {names[id(parameter)] for parameter in _language_parameters(model)})
     return Architecture(
         name=type(model).__name__,
@@ -161,6 +164,7 @@ def describe(model: PreTrainedModel) -> Architecture:
         outside=outside,
         embedding=names[id(embedding)],
         head=names[id(head)] if head is not None and head is not embedding else None,
+        vocabulary=tuple(dict.fromkeys(names[id(parameter)] for parameter in tokens)),
         paired=bool(model.config.is_encoder_decoder),
         _model=model,
     )

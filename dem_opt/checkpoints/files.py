@@ -60,11 +60,27 @@ class StoredTensor:
     file: Path
     start: int
     end: int
+    below: "LowerRows | None" = None
 
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return self.end - self.start
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class LowerRows:
+    """Rows that a tensor has not stored itself, but takes from another one, from row `first` on."""
+
+    name: str
+    file: Path
+    first: int
+
+    def read(self) -> Tensor:
+        """The rows in the dtype that they are stored in."""
+        with safe_open(self.file, framework="pt") as stored:
+            rows: Tensor = stored.get_slice(self.name)[self.first :]
+            return rows
 
 
 @dataclass(frozen=True)
@@ -74,12 +90,14 @@ class Header:
     Attributes:
         field: Field of the study file that named the folder, for messages.
         adapter: The folder is an adapter.
+        rows: Rows of its vocabulary, where they are not the base's, to which its embeddings are cut or completed.
     """
 
     folder: Path
     field: str
     tensors: Mapping[str, StoredTensor]
     adapter: bool = False
+    rows: int | None = None
 
     @property
     def files(self) -> list[Path]:
@@ -160,7 +178,11 @@ def read_tensors(header: Header, names: Iterable[str]) -> Iterator[tuple[str, Te
     """Yield stored tensors by name over the mapped bytes of the files, each of which is opened once."""
     files: dict[Path, Any] = {file: safe_open(file, framework="pt") for file in header.files}
     for name in names:
-        yield name, files[header.tensors[name].file].get_tensor(name)
+        stored = header.tensors[name]
+        tensor = files[stored.file].get_tensor(name)
+        if stored.below is not None:
+            tensor = torch.cat([tensor, stored.below.read().to(tensor.dtype)])
+        yield name, tensor if tensor.shape == stored.shape else tensor[: stored.shape[0]]
 
 
 def read_into(header: Header, places: Iterable[tuple[str, Tensor]]) -> None:
@@ -212,7 +234,9 @@ class _Reader:
         assert place.is_contiguous() and place.nbytes == stored.nbytes
         stream = self.streams[stored.file]
         stream.seek(self.starts[stored.file] + stored.start)
-        if not _fill(stream, place.view(-1).view(torch.uint8).numpy().data):
+        if stored.below is not None:
+            place[stored.below.first :].copy_(stored.below.read())
+        if not _fill(stream, place.view(-1).view(torch.uint8)[: stored.end - stored.start].numpy().data):
             raise InputError(stored.file, self.header.field, None, "has become shorter: copy or save it again")
 
 

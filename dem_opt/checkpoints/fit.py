@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from dem_opt.checkpoints.architecture import Architecture, read_architecture
-from dem_opt.checkpoints.files import Header, read_json, read_tensors
+from dem_opt.checkpoints.files import Header, read_tensors
 from dem_opt.checkpoints.hf_config import read_config
 from dem_opt.checkpoints.layout import Form, Layout, grouped, missing, stripped
+from dem_opt.checkpoints.vocabulary import check_tokens, differ_in_rows, read_tokens
 from dem_opt.errors import InputError
 
 _SHOWN = 3
@@ -51,7 +52,8 @@ def check_fit(architecture: Architecture, base: Header, other: Header) -> None:
     """
     ours, theirs = architecture.layout(base), architecture.layout(other)
     _refuse_parts(other, theirs, architecture)
-    differences = _form_differences(architecture, ours, base, theirs, other)
+    rows = differ_in_rows(architecture, base, other)
+    differences = [line for name, line in _form_differences(architecture, base, other).items() if name not in rows]
     own = _own_architecture(architecture, theirs, other, ours)
     absent = missing(architecture, theirs)
     if theirs.borrowed and own is not None and own.head is not None:
@@ -66,13 +68,15 @@ def check_fit(architecture: Architecture, base: Header, other: Header) -> None:
         if ours.plain_sources(name) != theirs.plain_sources(name) and name in theirs.sources
     ]
     vocabulary, others = (read_config(header.folder, header.field).get("vocab_size") for header in (base, other))
-    if others != vocabulary:
+    if others != vocabulary and not rows:
         differences.append(f"its config.json has a vocabulary (vocab_size) of {others}, the base's of {vocabulary}")
     if differences:
         mend = f"does not fit the base {base.folder}: {_list(differences)}"
         raise InputError(other.folder, other.field, None, mend)
     for parameter in architecture.parameters:
         theirs.dtype(other, parameter)
+    if rows:
+        check_tokens(base, other)
     reason = f"the config.json of the base {base.folder} ties them: name a base that stores its head, too"
     _check_ties(other, theirs, reason)
     _check_buffers(base, ours, other, theirs)
@@ -86,6 +90,10 @@ def left_out(architecture: Architecture, header: Header) -> list[str]:
         lines.append(f"{_tensors(count)} named with {part!r}, which is left out of the name")
     if layout.borrowed:
         lines.append(f"{layout.borrowed} is not stored and tied: it is the other embedding's tensor")
+    if header.rows is not None:
+        rows = architecture.parameters[architecture.embedding][0]
+        others = "those beyond are left out" if header.rows > rows else "the others are the base's"
+        lines.append(f"its vocabulary has {header.rows:,} rows, the base's {rows:,}: {others}")
     parts = (("outside the language model", layout.outside), (f"that {architecture.name} does not load", layout.unused))
     lines += [
         f"{_tensors(len(names))} {place}: {grouped(names)}; exports have the base's" for place, names in parts if names
@@ -139,16 +147,15 @@ def _shape_differences(architecture: Architecture, layout: Layout, base: Header)
     return differences
 
 
-def _form_differences(
-    architecture: Architecture, ours: Layout, base: Header, theirs: Layout, other: Header
-) -> list[str]:
+def _form_differences(architecture: Architecture, base: Header, other: Header) -> dict[str, str]:
     """For an error, each parameter of a checkpoint that is stored in other shapes than the base's."""
+    ours, theirs = architecture.layout(base), architecture.layout(other)
     forms = {name: (theirs.form(other, name), ours.form(base, name)) for name in theirs.sources}
-    return [_difference(name, *pair, architecture) for name, pair in forms.items() if pair[0] != pair[1]]
+    return {name: _difference(name, *pair, architecture) for name, pair in forms.items() if pair[0] != pair[1]}
 
 
 def _difference(name: str, form: Form, expected: Form, architecture: Architecture) -> str:
-    hint = " (another vocabulary)" if name == architecture.embedding else ""
+    hint = " (another vocabulary)" if name == architecture.embedding and form[0][1:] == expected[0][1:] else ""
     return f"{name} is {_show(form)}, not {_show(expected)}{hint}"
 
 
@@ -176,15 +183,7 @@ def _list(differences: list[str]) -> str:
 def _check_tokenizer(base: Header, architecture: Architecture) -> None:
     """Raise InputError where tokenizer.json has an id that the embedding has no row for."""
     file = base.folder / "tokenizer.json"
-    if not file.is_file():
-        return
-    tokenizer = read_json(file, base.field)
-    try:
-        vocabulary, added = tokenizer["model"].get("vocab", {}), tokenizer.get("added_tokens") or []
-        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-        highest = max([-1, *ids, *(token["id"] for token in added)])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(file, base.field, None, "unreadable tokenizer: copy or save it again") from None
+    highest = max(read_tokens(base), default=-1) if file.is_file() else -1
     rows = architecture.parameters[architecture.embedding][0]
     if highest >= rows:
         mend = f"its vocabulary has id {highest}, the embedding {architecture.embedding} only {rows} rows"
@@ -211,5 +210,6 @@ def _check_buffers(base: Header, ours: Layout, other: Header, theirs: Layout) ->
     originals = read_tensors(base, [ours.buffers[name] for name in shared])
     others = read_tensors(other, [theirs.buffers[name] for name in shared])
     for name, (_, original), (_, buffer) in zip(shared, originals, others, strict=True):
-        if not torch.equal(original, buffer):
+        shared_part = tuple(slice(min(sizes)) for sizes in zip(original.shape, buffer.shape, strict=False))
+        if original.ndim != buffer.ndim or not torch.equal(original[shared_part], buffer[shared_part]):
             raise InputError(other.folder, other.field, None, f"its buffer {name} is not the base's")

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from dem_opt.checkpoints.architecture import CONFIG_ERRORS, empty_model, load_model
+from dem_opt.checkpoints.hf_config import read_config
 from dem_opt.errors import InputError
 from dem_opt.merging.merged_model import MergedModel
 from dem_opt.types import Composite, StoredModel
@@ -62,17 +63,20 @@ class Comparison:
 def compare_forward(base: StoredModel, model: StoredModel) -> Comparison:
     """Compare the vertex of a base, checkpoint or adapter with the library's own forward pass.
 
-    One model is in memory at a time.  Where a fine-tune has more rows of the vocabulary, both are compared on the
-    base's.
+    One model is in memory at a time.  Where a fine-tune has another number of tokens, both are compared on those that
+    they share.
 
     Raises:
         NotComparableError: The library does not load the model.
     """
     vertex = empty_model(base.path, torch.float32)
     ids_T = random_tokens(vertex)
+    if model.vocabulary is not None:
+        ids_T %= read_config(model.path, model.field).get("vocab_size", len(ids_T))
     with torch.inference_mode(), _silent():
         expected_TV = _library_logits(base, model, ids_T)
-    MergedModel(vertex, [model] if model.base is None else [base, model]).merge(Composite.single(model.content))
+    is_whole = model.base is None and model.vocabulary is None
+    MergedModel(vertex, [model] if is_whole else [base, model]).merge(Composite.single(model.content))
     with torch.inference_mode(), _silent():
         logits_TV = _logits(vertex, ids_T, ids_T)
     vocabulary = min(expected_TV.shape[1], logits_TV.shape[1])

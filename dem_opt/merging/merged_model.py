@@ -26,6 +26,7 @@ from dem_opt.checkpoints.architecture import Architecture, describe, parameter_o
 from dem_opt.checkpoints.device_map import move_activations, split_layers
 from dem_opt.checkpoints.files import DTYPES, Header, read_header, read_tensors
 from dem_opt.checkpoints.loading import load_parameters, map_parameters, read_parameters
+from dem_opt.checkpoints.vocabulary import with_base_rows
 from dem_opt.merging.int8 import Int8Vector, quantize, row_count, row_length, row_starts_bytes
 from dem_opt.merging.kernel import CPU_BLOCK, DEVICE_BLOCK, MergeKernel, Values
 from dem_opt.merging.streaming import BLOCK, Block, StreamedCheckpoints
@@ -88,7 +89,10 @@ class MergedModel:
         quantized = distinct[1:] if vectors == "int8" else []
         whole = [checkpoint for checkpoint in distinct if checkpoint.base is None and checkpoint not in quantized]
         self._quantized_base = distinct[0].content if quantized else None
-        headers = {x.content: read_header(x.path, x.field) for x in (*whole, *quantized)}
+        base = read_header(distinct[0].path, distinct[0].field)
+        headers = {
+            x.content: with_base_rows(architecture, base, read_header(x.path, x.field)) for x in (*whole, *quantized)
+        }
         self._segments = self._allocate(model, architecture, {x.content: headers[x.content] for x in whole})
         self._streamed = StreamedCheckpoints(
             {
@@ -397,7 +401,8 @@ def _tensors(architecture: Architecture, base: Header, names: Sequence[str], mod
     """Yield a checkpoint's or an adapter's tensors in place of the base's stored tensors."""
     if model.base is not None:
         return _edited(architecture, base, names, model)
-    header, parameters = read_header(model.path, model.field), parameter_of(architecture, base)
+    header = with_base_rows(architecture, base, read_header(model.path, model.field))
+    parameters = parameter_of(architecture, base)
     layout = architecture.layout(header)
     stored = [layout.stored_as(parameters[name], architecture.layout(base).renaming(name)) for name in names]
     return ((name, tensor) for name, (_, tensor) in zip(names, read_tensors(header, stored), strict=True))

@@ -17,6 +17,7 @@ from dem_opt.checkpoints.files import Header, content_hash, read_header
 from dem_opt.checkpoints.fit import check_base, check_fit, left_out
 from dem_opt.checkpoints.hf_config import read_config
 from dem_opt.checkpoints.locate import locate
+from dem_opt.checkpoints.vocabulary import fitted_content, with_base_rows
 from dem_opt.config import DistributionSection, StudyConfig
 from dem_opt.config.objective_function import ObjectiveFunction
 from dem_opt.data.chat_template import writes_date
@@ -256,8 +257,9 @@ def check_headers(config: StudyConfig, where: Path) -> CheckedHeaders:
         if kind == "adapter":
             headers[name] = _check_adapter(architecture, base, name, folder, config, where)
         else:
-            headers[name] = read_header(folder, field)
-            check_fit(architecture, base, headers[name])
+            header = read_header(folder, field)
+            check_fit(architecture, base, header)
+            headers[name] = with_base_rows(architecture, base, header)
             other_fields += check_configuration(base.folder, folder, field)
     return CheckedHeaders(config, architecture, headers, tuple(other_fields))
 
@@ -401,4 +403,7 @@ def _stored_model(distribution: DistributionSection, header: Header, base: Store
     if kind == "adapter":
         content = read_adapter(header.folder, header.field).content(base.content)
         return StoredModel(header.folder, content, base.content, header.field)
-    return StoredModel(header.folder, content_hash(header.folder, header.field), field=header.field)
+    model = _stored_checkpoint(header)
+    if header.rows is None:
+        return model
+    return replace(model, content=fitted_content(base.content, model.content), vocabulary=base.content)

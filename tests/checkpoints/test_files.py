@@ -222,8 +222,8 @@ def halve(tensors):
     tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16()
 
 
-def add_rows(tensors):
-    tensors[EMBEDDING] = torch.cat([tensors[EMBEDDING], tensors[EMBEDDING][:2]])
+def cut_columns(tensors):
+    tensors[EMBEDDING] = tensors[EMBEDDING][:, :-1].clone()
 
 
 def untie(tensors):
@@ -237,7 +237,7 @@ def rename_layers(tensors):
 
 MISFITS = {
     r"norm.weight is \[15\], not \[16\]": narrow,
-    r"embed_tokens.weight is \[322, 16\], not \[320, 16\] \(another vocabulary\)": add_rows,
+    r"embed_tokens.weight is \[320, 15\], not \[320, 16\]": cut_columns,
     "embed_tokens.weight is missing": lambda tensors: tensors.pop(EMBEDDING),
     "differ, but the config.json of the base .* ties them": untie,
     r"layers\.0\..* are missing; it has model\.layers\.7\..* instead": rename_layers,

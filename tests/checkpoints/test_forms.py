@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from dem_opt.checkpoints.architecture import empty_model, load_model
 from dem_opt.checkpoints.files import WEIGHTS, content_hash, read_header
 from dem_opt.checkpoints.fit import check_base, check_fit, left_out
+from dem_opt.checkpoints.vocabulary import with_base_rows
 from dem_opt.errors import InputError
 from dem_opt.export.writer import prove, write_composite
 from dem_opt.merging.merged_model import MergedModel
@@ -275,3 +276,73 @@ def test_a_tied_fine_tune_of_an_untied_base_has_its_embedding_as_head(tmp_path, 
     by_content = {one.content: one for one in stored}
     prove(write_composite(stored[0], by_content, composite, tmp_path / "out", lambda written: {}))
     assert read_header(tmp_path / "out", "out").tensors.keys() == headers[0].tensors.keys()
+
+
+def resized(path, rows):
+    """Give a saved model another number of tokens, with rows of its own."""
+    model = load_model(path, torch.float32)
+    torch.manual_seed(rows)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+            embedding.weight.add_(torch.randn_like(embedding.weight), alpha=0.1)
+    model.save_pretrained(path)
+
+
+ROWS = {
+    "added": ("llama", {"a": 2}),
+    "added, tied": ("llama tied", {"a": 2}),
+    "added, with a bias": ("phi", {"a": 5}),
+    "fewer": ("llama", {"a": -3}),
+    "fewer, tied": ("llama tied", {"a": -3}),
+    "padded and fewer": ("gpt2", {"a": 13, "b": -3}),
+    "encoder-decoder": ("bart", {"a": 4}),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+@pytest.mark.parametrize("streamed", [False, True], ids=["in memory", "streamed"])
+def test_a_composite_has_the_bases_rows(tmp_path, case, streamed):
+    """Rows beyond are left out; those that a fine-tune lacks are the base's."""
+    name, changes = ROWS[case]
+    folders = {part: zoo.save(tmp_path / part, name, seed) for seed, part in enumerate(("base", "a", "b"))}
+    for part, change in changes.items():
+        resized(folders[part], zoo.VOCABULARY + change)
+    base = read_header(folders["base"], "base")
+    architecture = check_base(base)
+    headers = {}
+    for part in ("a", "b"):
+        header = read_header(folders[part], FIELD)
+        check_fit(architecture, base, header)
+        headers[part] = with_base_rows(architecture, base, header)
+        said = [line for line in left_out(architecture, headers[part]) if "rows" in line]
+        assert bool(said) == (part in changes) and f"{zoo.VOCABULARY}" in "".join([*said, str(zoo.VOCABULARY)])
+    stored = [StoredModel(folder, content_hash(folder)) for folder in folders.values()]
+    model = empty_model(folders["base"], torch.float32)
+    contents = {one.content for one in stored} if streamed else ()
+    merged_model = MergedModel(model, stored, streamed=contents)
+    base_parameters = dict(load_model(folders["base"], torch.float32).named_parameters())
+    for one in stored:
+        merged_model.merge(Composite.single(one.content))
+        for parameter, theirs in load_model(one.path, torch.float32).named_parameters():
+            rows = slice(min(len(theirs), len(base_parameters[parameter])))
+            expected = base_parameters[parameter].clone()
+            expected.data[rows] = theirs[rows]
+            assert torch.equal(model.get_parameter(parameter), expected)
+    composite = Composite.of({stored[0].content: UNIT // 2, stored[1].content: UNIT // 2})
+    by_content = {one.content: one for one in stored}
+    prove(write_composite(stored[0], by_content, composite, tmp_path / "out", lambda written: {}))
+    written, original = (read_header(folder, "out").tensors for folder in (tmp_path / "out", folders["base"]))
+    assert {name: x.shape for name, x in written.items()} == {name: x.shape for name, x in original.items()}
+
+
+def test_other_tokens_by_the_same_ids_are_refused(tmp_path):
+    folders = [zoo.save(tmp_path / part, "llama", seed) for seed, part in enumerate(("base", "a"))]
+    resized(folders[1], zoo.VOCABULARY + 1)
+    for folder, word in zip(folders, ("left", "right"), strict=True):
+        tokens = {"vocab": {"first": 0, word: 1}, "type": "WordLevel"}
+        (folder / "tokenizer.json").write_text(json.dumps({"model": tokens, "added_tokens": []}))
+    base = read_header(folders[0], "base")
+    with pytest.raises(InputError, match=r"1 ids .*id 1: 'right', the base's 'left'") as refused:
+        check_fit(check_base(base), base, read_header(folders[1], FIELD))
+    assert refused.value.where == folders[1] / "tokenizer.json"
