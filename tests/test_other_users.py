@@ -1,5 +1,6 @@
 """Another user of the machine reads, writes and runs nothing of a running study."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -91,7 +92,7 @@ def running() -> Iterator[Running]:
 
 def as_nobody(*command: str | Path) -> subprocess.CompletedProcess[str]:
     privileges = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--inh-caps=-all"]
-    return subprocess.run([*privileges, *map(str, command)], capture_output=True, text=True, timeout=60)
+    return subprocess.run([*privileges, *map(str, command)], capture_output=True, text=True, timeout=280)
 
 
 @pytest.mark.parametrize("place", ["session", "cache"])
@@ -136,3 +137,49 @@ def test_no_command_line_tells_the_token_and_no_environment_can_be_read(running)
     for process in running.processes:
         assert token not in " ".join(process.cmdline())
         assert as_nobody("cat", f"/proc/{process.pid}/environ").returncode != 0
+
+
+CHECK = """
+import contextlib, io, json, os, sys
+from dem_opt.cli.main import main
+
+def check(study):
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+        return main(["check", study]), errors.getvalue()
+
+whole, *studies = sys.argv[1:]
+assert check(whole)[0] == 0  # everything is imported while this is root: Python may lie where nobody can read it
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+print(json.dumps({study: check(study) for study in studies}))
+"""
+
+UNREADABLE = [
+    *("study.yaml", "models/base/config.json", "models/base/model.safetensors", "models/base/tokenizer.json"),
+    *("models/code/config.json", "models/code/model.safetensors", "models/code", "data"),
+]
+
+
+def test_a_file_of_another_user_that_cannot_be_read_is_one_line() -> None:
+    with TemporaryDirectory(prefix="u", dir="/tmp") as name:
+        Path(name).chmod(0o777)
+        whole, studies = worlds.study(Path(name, "whole")), {}
+        for file in whole.parent.rglob("*.safetensors"):
+            file.chmod(0o644)
+        for number, place in enumerate(UNREADABLE):
+            folder = Path(name, str(number))
+            shutil.copytree(whole.parent, folder)
+            (folder / place).chmod(0o700 if (folder / place).is_dir() else 0o600)
+            studies[str(folder / "study.yaml")] = folder / place
+        done = subprocess.run(
+            [sys.executable, "-c", CHECK, str(whole), *studies],
+            env=os.environ | {"HOME": name, "XDG_CACHE_HOME": f"{name}/cache"},
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        assert done.returncode == 0, done.stderr
+        for study, (status, message) in json.loads(done.stdout).items():
+            assert status == 2 and len(message.splitlines()) == 1 and str(studies[study]) in message, message

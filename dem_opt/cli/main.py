@@ -55,6 +55,9 @@ def _run(parsed: Namespace, terminal: Terminal, command: str) -> int:
     except InputError as error:
         terminal.error(f"dem-opt: {error}")
         return MISTAKE
+    except PermissionError as error:
+        terminal.error(f"dem-opt: {InputError(error.filename, None, None, f'not allowed ({error.strerror})')}")
+        return MISTAKE
     except (EvaluationError, TrainingError) as error:
         terminal.error(f"dem-opt: {error}")
         return FAILED
