@@ -22,9 +22,20 @@ from dem_opt.tracking import MlflowTracker, PageListener, Tracker
 from dem_opt.tracking.mlflow_client import MlflowStore
 from dem_opt.training.fine_tune import FineTuned
 from dem_opt.types import Summary
-from dem_opt.workflows import data_mixing, downstream, export, fine_tuning, frames, optimize, score, summary
+from dem_opt.workflows import (
+    data_mixing,
+    downstream,
+    export,
+    fine_tuning,
+    frames,
+    lora_export,
+    optimize,
+    score,
+    summary,
+)
 from dem_opt.workflows.context import StudyContext
 from dem_opt.workflows.export import Champion
+from dem_opt.workflows.lora_export import LoraForm
 from dem_opt.workflows.plots import StudyPlots
 from dem_opt.workflows.result import StudyResult
 from dem_opt.workflows.score import Scored
@@ -153,26 +164,40 @@ class Study:
         dtype: str | None = None,
         *,
         overwrite: bool = False,
+        as_lora: bool = False,
+        rank: int | None = None,
     ) -> Export:
-        """Write a composite as a checkpoint folder, and compare its bits from disk.
+        """Write a composite as a checkpoint folder, or as one LoRA of the base, and compare it from disk.
 
         Args:
             coefficients: Coefficients by distribution; those left out are 0.
             out: Folder to write.
             dtype: "float32", "bfloat16" or "float16"; the base's unless given.
             overwrite: Replace an earlier export.  A folder with any file that was not exported is always refused.
+            as_lora: Write a PEFT adapter.  The ranks of the composite's adapters add up, and it is exact.
+            rank: Largest rank of the LoRA, the nearest of which is written.
         """
+        form = LoraForm.of(as_lora, rank, dtype)
         with self._workflow() as context:
+            if form is not None:
+                return lora_export.merge_lora(context, self._checked(coefficients), Path(out), form, overwrite)
             return export.merge(context, self._checked(coefficients), Path(out), dtype, overwrite)
 
-    def export(self, out: str | Path, dtype: str | None = None) -> Champion:
+    def export(
+        self, out: str | Path, dtype: str | None = None, *, as_lora: bool = False, rank: int | None = None
+    ) -> Champion:
         """Write the winner as a checkpoint folder, prove it from disk, and register it with the tracker.
 
         Args:
             out: Folder to write; an earlier export there is replaced, unless a file was added to it or changed.
             dtype: "float32", "bfloat16" or "float16"; the base's unless given.
+            as_lora: Write a PEFT adapter of the base instead, which is not registered.
+            rank: Largest rank of the LoRA, the nearest of which is written; by default the adapters' ranks add up.
         """
+        form = LoraForm.of(as_lora, rank, dtype)
         with self._workflow() as context:
+            if form is not None:
+                return lora_export.export_lora(context, Path(out), form)
             return export.export(context, Path(out), dtype)
 
     def summary(self) -> Summary:

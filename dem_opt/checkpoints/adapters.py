@@ -406,8 +406,7 @@ def _settle(
         plan.faults.append(f"{parameter} is edited twice: by {', '.join(each.module for _, each in edits)}")
         return
     plan.twins.extend((edit, other) for _, other in others)
-    names = {parameter, *(alias for alias, target in architecture.aliases.items() if target == parameter)}
-    missing = sorted(names - {other for other, _ in edits})
+    missing = sorted({*architecture.names_of(parameter)} - {other for other, _ in edits})
     if missing and any(_is_trained_apart(architecture, adapter, other, each) for other, each in edits):
         modules = ", ".join(other.removesuffix(".weight") for other in missing)
         plan.faults.append(f"{name.removesuffix('.weight')} is trained apart from {modules}, {_UNTIED}")

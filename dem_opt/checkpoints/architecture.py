@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
@@ -106,12 +106,20 @@ class Architecture:
         """The names that a parameter is saved under."""
         return {*self.as_stored({parameter: torch.empty(self.parameters[parameter], device="meta")})}
 
+    def module_of(self, parameter: str) -> nn.Module | None:
+        """The module that a parameter belongs to, without weights; None for names that the model does not have."""
+        try:
+            return self._model.get_submodule(parameter.rpartition(".")[0])
+        except AttributeError:
+            return None
+
+    def names_of(self, parameter: str) -> list[str]:
+        """All names of a parameter, its own first; several for a tied weight."""
+        return [parameter, *(alias for alias, target in self.aliases.items() if target == parameter)]
+
     def stores_inputs_first(self, parameter: str) -> bool:
         """The parameter's module, GPT-2's linear maps or some stacks of experts, stores [inputs, outputs]."""
-        try:
-            module = self._model.get_submodule(parameter.rpartition(".")[0])
-        except AttributeError:
-            return False
+        module = self.module_of(parameter)
         return isinstance(module, Conv1D) or bool(getattr(module, "is_transposed", False))
 
     @cached_property

@@ -52,6 +52,7 @@ def of_export(out: Path, dtype: str | None, export: "Export", coefficients: Coef
         "path": str(out),
         "content": export.content,
         "dtype": dtype,
+        "rank": export.rank,
         "coefficients": coefficients.weights,
         "objective": {},
         "scores": {},

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from dem_opt.config import StudyConfig
     from dem_opt.workflows.score import Scored
 
+if TYPE_CHECKING:
+    from dem_opt.export.writer import Export
+
 
 def train(arguments: Namespace, terminal: Terminal) -> None:
     """Fine-tune what is missing."""
@@ -75,12 +78,22 @@ def merge(arguments: Namespace, terminal: Terminal) -> None:
     numbers = parse_numbers(arguments.coefficients, "--coefficients")
     with terminal.progress() as progress:
         study = Study.load(arguments.study, progress=progress)
-        written = study.merge(numbers, arguments.out, arguments.dtype, overwrite=arguments.overwrite)
+        written = study.merge(
+            numbers,
+            arguments.out,
+            arguments.dtype,
+            overwrite=arguments.overwrite,
+            as_lora=arguments.as_lora,
+            rank=arguments.rank,
+        )
     if arguments.json:
         coefficients = study.config.space.check(numbers, arguments.study, "--coefficients")
         terminal.json(json_output.of_export(arguments.out, arguments.dtype, written, coefficients))
         return
-    terminal.line(f"Written and compared from disk: {arguments.out}")
+    if written.rank is None:
+        terminal.line(f"Written and compared from disk: {arguments.out}")
+    else:
+        terminal.line(f"Written as {_lora(written)}, read from disk: {arguments.out}")
 
 
 def export(arguments: Namespace, terminal: Terminal) -> None:
@@ -88,7 +101,8 @@ def export(arguments: Namespace, terminal: Terminal) -> None:
     from dem_opt.study import Study
 
     with terminal.progress() as progress:
-        champion = Study.load(arguments.study, progress=progress).export(arguments.out, arguments.dtype)
+        study = Study.load(arguments.study, progress=progress)
+        champion = study.export(arguments.out, arguments.dtype, as_lora=arguments.as_lora, rank=arguments.rank)
     winner, exported = champion.result, champion.exported
     if arguments.json:
         assert winner.coefficients is not None
@@ -96,10 +110,18 @@ def export(arguments: Namespace, terminal: Terminal) -> None:
         terminal.json(written | json_output.of_objective(exported) | {"version": champion.version})
         return
     terminal.line(f"{winner.label}: {winner.coefficients}")
-    terminal.line(f"Written, compared from disk bit by bit, scored again: {arguments.out}")
+    if champion.export.rank is None:
+        terminal.line(f"Written, compared from disk bit by bit, scored again: {arguments.out}")
+    else:
+        terminal.line(f"Written as {_lora(champion.export)}, read from disk, scored again: {arguments.out}")
     if exported != winner:
         for split, nll in exported.objective.items():
             change = f"{winner.objective[split]:.6f} -> {nll:.6f} nats per token"
             terminal.line(f"Objective on {split}, {exported.label.removeprefix('exported ')}: {change}")
     if champion.version is not None:
         terminal.line(f"Registered in MLflow: version {champion.version}, alias champion")
+
+
+def _lora(written: "Export") -> str:
+    """Name the LoRA that was written."""
+    return f"{'the nearest' if written.is_truncated else 'an exact'} LoRA of rank {written.rank}"

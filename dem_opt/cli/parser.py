@@ -273,12 +273,17 @@ def _add_models(commands: Any) -> None:
         "export",
         models.export,
         summary="write the winner, verify it from disk, register it",
-        examples="dem-opt export study.yaml --out best\ndem-opt export study.yaml --out best-16 --dtype bfloat16",
+        examples=(
+            "dem-opt export study.yaml --out best\ndem-opt export study.yaml --out best-16 --dtype bfloat16\n"
+            "dem-opt export study.yaml --out best-lora --as-lora --rank 16"
+        ),
     )
     for added in (merge, export):
         out = added.add_argument("--out", type=Path, metavar="DIR", required=True, help="folder to write")
         _complete(out, shtab.DIRECTORY)
         added.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype to write (the base's)")
+        added.add_argument("--as-lora", action="store_true", help="write one PEFT LoRA of the base; ranks add up")
+        added.add_argument("--rank", type=int, metavar="R", help="with --as-lora: largest rank, told with its cost")
     merge.add_argument("--overwrite", action="store_true", help="replace an earlier export that nobody has changed")
 
 

@@ -12,6 +12,7 @@ import yaml
 from dem_opt.checkpoints.files import DTYPES, read_header
 from dem_opt.config import StudyConfig
 from dem_opt.evaluation.objective import objective_words
+from dem_opt.export.writer import Export
 from dem_opt.planning.inputs import Inputs
 from dem_opt.simplex import UNIT, Coefficients
 from dem_opt.storage.engine import masked
@@ -55,6 +56,7 @@ def texts(
     dtype: str | None = None,
     results: Sequence[ResultRow] = (),
     margins: Sequence[Margin] = (),
+    lora: Export | None = None,
 ) -> dict[str, str]:
     """Card and recipe of a study's composite by file name; `folder` is that of the study file."""
     base = Ingredient("base", sources.base, coefficients.base_units)
@@ -62,7 +64,7 @@ def texts(
     study = resolved(sources.config, folder)
     objective = sources.config.objective
     words = objective_words(sources.config.weights, objective.worst, objective.function or "")
-    card = model_card(sources.config.name, ingredients, libraries, study, results, margins, dtype, words)
+    card = model_card(sources.config.name, ingredients, libraries, study, results, margins, dtype, words, lora)
     return {CARD: card, RECIPE: recipe(ingredients, dtype)}
 
 
@@ -75,6 +77,7 @@ def model_card(
     margins: Sequence[Margin] = (),
     dtype: str | None = None,
     objective: str = "mean NLL",
+    lora: Export | None = None,
 ) -> str:
     """The README of an export: formula, coefficients, scores on both splits, provenance.
 
@@ -87,18 +90,20 @@ def model_card(
         margins: Of the winner over the others.
         dtype: Dtype that all weights were rounded to, where one was chosen.
         objective: The quantity that was minimized (see `objective_words`).
+        lora: The export, where it is a LoRA of the base.
     """
     rows = [
         [ingredient.name, f"{ingredient.units / UNIT:.9f}", licence(ingredient.path), ingredient.model.content]
         for ingredient in ingredients
     ]
     parts = [
-        f"---\n{_front_matter(ingredients)}---",
+        f"---\n{_front_matter(ingredients, lora is not None)}---",
         f"# {_plain(name)}",
         "A distribution-edited model: the weighted sum of models fine-tuned from one base, each on one data\n"
         "distribution, with coefficients chosen by the perplexity of the sum.",
         "    Theta_D = Theta + sum_i w_i (Theta_i - Theta)",
         *([f"All weights are {dtype}, rounded once from sums in float32."] if dtype else []),
+        *([_lora(lora)] if lora else []),
         "## Coefficients",
         _table(["model", "coefficient", "licence", "content (SHA-256)"], rows),
         *[_scores(split, results, objective) for split in (results[0].objective if results else ())],
@@ -166,23 +171,37 @@ def _stated_licence(folder: Path) -> str:
     return ", ".join(map(str, stated)) if isinstance(stated, list) else str(stated)
 
 
-def _front_matter(ingredients: Sequence[Ingredient]) -> str:
+def _lora(lora: Export) -> str:
+    """What a LoRA holds, and how it is loaded."""
+    kind = "the nearest LoRA of rank" if lora.is_truncated else "an exact LoRA of rank"
+    return (
+        f"Written as {kind} {lora.rank}: Theta_D - Theta = B A, with alpha equal to the rank. Load it on the base:\n\n"
+        "    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER)"
+    )
+
+
+def _front_matter(ingredients: Sequence[Ingredient], is_lora: bool) -> str:
     """Metadata for model hubs: the models that went in, and their licence where all state the same."""
     base, *others = ingredients
     used = [base, *(ingredient for ingredient in others if ingredient.units)]
     front: dict[str, object] = {**FRONT_MATTER, "base_model": [_hub_name(ingredient.path) for ingredient in used]}
+    if is_lora:
+        front |= {"library_name": "peft", "base_model": _hub_name(base.path), "tags": [*FRONT_MATTER["tags"], "lora"]}
     licences = {_stated_licence(ingredient.path) for ingredient in used}
     if len(licences) == 1 and "" not in licences:
         front["license"] = licences.pop()
     return yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
 
 
+def hub_id(folder: Path) -> str | None:
+    """`org/name` of a folder in a hub's cache (models--org--name/snapshots/...); None for other folders."""
+    matches = (_HUB_CACHE.match(part) for part in folder.parts)
+    return next((match[1].replace("--", "/", 1) for match in matches if match), None)
+
+
 def _hub_name(folder: Path) -> str:
-    """`org/name` for a folder in a hub's cache (models--org--name/snapshots/...), else the folder's own name."""
-    for part in folder.parts:
-        if match := _HUB_CACHE.match(part):
-            return match[1].replace("--", "/", 1)
-    return folder.resolve().name
+    """The hub's id of a folder in its cache, else the folder's own name."""
+    return hub_id(folder) or folder.resolve().name
 
 
 def _base_dtype(base: Ingredient) -> str:

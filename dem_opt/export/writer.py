@@ -93,6 +93,8 @@ class Export:
         composite: The composite.
         content: Content hash of the written weights.
         dtype: Dtype that all sums were rounded to; None where each was rounded to its base tensor's dtype.
+        rank: Of a composite that was written as a LoRA: its largest rank.
+        is_truncated: The LoRA is the nearest of its rank, and not exact.
     """
 
     path: Path
@@ -101,6 +103,8 @@ class Export:
     composite: Composite
     content: str
     dtype: torch.dtype | None = None
+    rank: int | None = None
+    is_truncated: bool = False
 
 
 def output_dtype(name: str | None) -> torch.dtype | None:
@@ -139,32 +143,26 @@ def write_composite(
     out = out.absolute()
     used = {content: stored[content] for content, _ in composite.terms}
     refuse_place(out, [base.path, *(model.path for model in stored.values())], overwrite)
-    for model in (base, *used.values()):
-        if content_of(model) != model.content:
-            raise InputError(
-                model.path, model.field, None, "its weights have changed since they were scored; run again"
-            )
-    if base.configuration and read_configuration(base.path, base.field).text != base.configuration:
-        raise InputError(base.path / "config.json", base.field, None, "has changed since it was scored; run again")
+    refuse_changed(base, used.values())
     header = read_header(base.path, "base")
     architecture = read_architecture(header)
     declared = dtype or _own_dtype(architecture, base, used, composite)
     written = Export(path=out, base=base, stored=used, composite=composite, content="", dtype=dtype)
-    with _staged(out) as partial:
-        with _as_input_error(out):
+    with staged(out) as partial:
+        with as_input_error(out):
             contents = _Contents.of(architecture, header, declared)
             _refuse_full(out, partial, sum(contents.sizes.values()))
             _write_weights(partial, architecture, contents, written)
-            _copy(base.path, partial)
+            copy_files(base.path, partial, COPIED)
             if declared is not None:
                 _set_dtype(partial / "config.json", declared)
         content = hash_tensors(read_header(partial, "export"))
         texts = approve(replace(written, path=partial, content=content))
-        with _as_input_error(out):
+        with as_input_error(out):
             for name, text in texts.items():
                 (partial / name).write_text(text, encoding="utf-8")
-            _write_json(partial / MARKER, _provenance(composite, content) | {FILES: manifest_of(partial)})
-            _refuse_occupied(out, overwrite)
+            write_json(partial / MARKER, provenance(composite, content) | {FILES: manifest_of(partial)})
+            refuse_occupied(out, overwrite)
             publish_folder(partial, out)
     return replace(written, content=content)
 
@@ -224,8 +222,8 @@ def _loaded(architecture: Architecture, folder: Path, header: Header) -> dict[st
     return loaded
 
 
-def prove_scores(again: Scores, scores: Scores, vectors: str) -> None:
-    """Raise ExportError where a written folder scores otherwise than its composite did.
+def prove_scores(again: Scores, scores: Scores, tolerance: float) -> None:
+    """Raise ExportError where a written folder scores otherwise than its composite did, by a relative difference.
 
     With exact vectors the bits are the same, and so are the scores, but for float32 sums in another order on another
     number of threads.  Vectors in int8 have a quantization error, which the export has not.
@@ -233,19 +231,30 @@ def prove_scores(again: Scores, scores: Scores, vectors: str) -> None:
     pairs = [(split, name, score) for split, by_name in scores.items() for name, score in by_name.items()]
     for split, name, score in pairs:
         other = again[split][name]
-        if abs(other.nll - score.nll) > SAME_SCORE[vectors] * score.nll:
+        if abs(other.nll - score.nll) > tolerance * score.nll:
             raise ExportError(
                 f"the exported model scores {other.nll!r} nats per token on {name}, {split}, the winner {score.nll!r}"
             )
 
 
 @contextmanager
-def _staged(out: Path) -> Iterator[Path]:
+def staged(out: Path) -> Iterator[Path]:
     """The folder in which an export is made; InputError where it can't be."""
     with ExitStack() as stack:
-        with _as_input_error(out):
+        with as_input_error(out):
             partial = stack.enter_context(staged_folder(out))
         yield partial
+
+
+def refuse_changed(base: StoredModel, others: Iterable[StoredModel]) -> None:
+    """Raise InputError where the weights of a model, or the base's configuration, are no longer what was scored."""
+    for model in (base, *others):
+        if content_of(model) != model.content:
+            raise InputError(
+                model.path, model.field, None, "its weights have changed since they were scored; run again"
+            )
+    if base.configuration and read_configuration(base.path, base.field).text != base.configuration:
+        raise InputError(base.path / "config.json", base.field, None, "has changed since it was scored; run again")
 
 
 def refuse_place(out: Path, inputs: Iterable[Path], overwrite: bool) -> None:
@@ -262,10 +271,10 @@ def refuse_place(out: Path, inputs: Iterable[Path], overwrite: bool) -> None:
         if place == model or model in place.parents or place in model.parents:
             relation = "is" if place == model else "is inside of" if model in place.parents else "holds"
             raise InputError(out, None, None, f"{relation} {folder}, a model of the study: name another folder")
-    _refuse_occupied(out, overwrite)
+    refuse_occupied(out, overwrite)
 
 
-def _refuse_occupied(out: Path, overwrite: bool) -> None:
+def refuse_occupied(out: Path, overwrite: bool) -> None:
     """Raise InputError where `out` holds anything but an unchanged earlier export, or one that is to stay."""
     if out.exists() and not out.is_dir():
         raise InputError(out, None, None, "is a file: name a folder")
@@ -285,7 +294,7 @@ def _refuse_full(out: Path, partial: Path, size: int) -> None:
 
 
 @contextmanager
-def _as_input_error(out: Path) -> Iterator[None]:
+def as_input_error(out: Path) -> Iterator[None]:
     """Turn the system's errors of writing into an InputError."""
     try:
         yield
@@ -361,7 +370,7 @@ def _write_weights(folder: Path, architecture: Architecture, contents: _Contents
             written |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
         total = sum(contents.sizes.values())
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": written})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": written})
 
 
 def _refuse_infinite(name: str, tensor: Tensor) -> None:
@@ -371,9 +380,9 @@ def _refuse_infinite(name: str, tensor: Tensor) -> None:
         raise InputError(None, "--dtype", dtype, f"{name} is beyond its range: choose bfloat16 or float32")
 
 
-def _copy(base: Path, folder: Path) -> None:
-    """Config, generation config and tokenizer of the base."""
-    for path in sorted({path for pattern in COPIED for path in base.glob(pattern)}):
+def copy_files(base: Path, folder: Path, patterns: Sequence[str]) -> None:
+    """Copy files and folders of the base whose names match a pattern."""
+    for path in sorted({path for pattern in patterns for path in base.glob(pattern)}):
         if path.is_dir():
             shutil.copytree(path, folder / path.name)
         else:
@@ -384,16 +393,16 @@ def _set_dtype(config: Path, dtype: torch.dtype) -> None:
     """Write a dtype into a config, under the key that it has (`torch_dtype` until transformers 5)."""
     data = read_json(config, dict[str, Any], "base")
     keys = [key for key in ("dtype", "torch_dtype") if key in data] or ["dtype"]
-    _write_json(config, data | dict.fromkeys(keys, str(dtype).removeprefix("torch.")))
+    write_json(config, data | dict.fromkeys(keys, str(dtype).removeprefix("torch.")))
 
 
-def _provenance(composite: Composite, content: str) -> dict[str, object]:
+def provenance(composite: Composite, content: str) -> dict[str, object]:
     """Content of the marker: coefficients by content hash, the composite's key, the hash of the written weights."""
     coefficients = {term: units / UNIT for term, units in composite.terms}
     return {"composite": composite.key, "coefficients": coefficients, "content": content}
 
 
-def _write_json(file: Path, data: object) -> None:
+def write_json(file: Path, data: object) -> None:
     """Write indented JSON."""
     file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 

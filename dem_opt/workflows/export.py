@@ -7,7 +7,16 @@ from pathlib import Path
 
 from dem_opt.analysis.results import rescored
 from dem_opt.export.model_card import texts
-from dem_opt.export.writer import Export, Scores, output_dtype, prove, prove_scores, refuse_place, write_composite
+from dem_opt.export.writer import (
+    SAME_SCORE,
+    Export,
+    Scores,
+    output_dtype,
+    prove,
+    prove_scores,
+    refuse_place,
+    write_composite,
+)
 from dem_opt.planning.inputs import Inputs
 from dem_opt.search.trials import objectives
 from dem_opt.simplex import Coefficients
@@ -49,12 +58,12 @@ def merge(
         dtype: Name of a torch dtype, "bfloat16" for example; None writes the base's.
         overwrite: Whether an earlier export may be replaced.  A folder with any other file is always refused.
     """
-    refuse_place(out, _model_folders(context), overwrite)
+    refuse_place(out, model_folders(context), overwrite)
     inputs = context.load_inputs(for_workers=False)
 
     def approve(written: Export) -> Mapping[str, str]:
         prove(written)
-        return _texts(context, inputs, coefficients, dtype)
+        return describe(context, inputs, coefficients, dtype)
 
     return _write(inputs, coefficients, out, dtype, approve, overwrite)
 
@@ -73,7 +82,7 @@ def export(context: StudyContext, out: Path, dtype: str | None) -> Champion:
         InputError: The study has not been run, or has changed since, or `out` holds anything but an unchanged export.
         ExportError: The folder is not the winner.
     """
-    refuse_place(out, _model_folders(context), overwrite=True)
+    refuse_place(out, model_folders(context), overwrite=True)
     inputs = context.load_inputs(for_workers=False)
     with context.stored() as stored, context.compute:
         inputs = distinguish(inputs.on(context.compute.device), stored.ledger, context.progress)
@@ -111,7 +120,7 @@ class _ExportProof:
         prove(written)
         scores = self._measure(written.path)
         if self._dtype is None:
-            prove_scores(scores, self._summary.winner.scores, self.identity.vectors)
+            prove_scores(scores, self._summary.winner.scores, SAME_SCORE[self.identity.vectors])
         if self._dtype is not None or self.identity.vectors != "exact":
             self.exported = self._rescored(scores)
         return self._describe()
@@ -132,7 +141,7 @@ class _ExportProof:
         summary = self._summary
         if self.exported is not summary.winner:
             summary = replace(summary, results=(*summary.results, self.exported))
-        return _texts(self._context, self._inputs, self.coefficients, self._dtype, summary)
+        return describe(self._context, self._inputs, self.coefficients, self._dtype, summary)
 
 
 def _write(
@@ -147,23 +156,33 @@ def _write(
     return write_composite(inputs.base, inputs.models(), composite, out, approve, output_dtype(dtype), overwrite)
 
 
-def _model_folders(context: StudyContext) -> list[Path]:
+def model_folders(context: StudyContext) -> list[Path]:
     """Return the folders that the study file names: weights that were converted lie elsewhere."""
     config = context.config
     sources = [config.base, *(distribution.fine_tune[1] for distribution in config.distributions.values())]
     return [source.place for source in sources if source.place is not None]
 
 
-def _texts(
+def describe(
     context: StudyContext,
     inputs: Inputs,
     coefficients: Coefficients,
     dtype: str | None,
     summary: Summary | None = None,
+    lora: Export | None = None,
 ) -> dict[str, str]:
-    """Return the files that stand beside an export's weights, by name: model card and recipe."""
+    """Return the files that stand beside an export's weights, by name: model card and recipe.
+
+    Args:
+        context: The study.
+        inputs: Its models.
+        coefficients: The composite.
+        dtype: Dtype that was chosen.
+        summary: Results and margins, where the study has been run.
+        lora: The export, where it is a LoRA.
+    """
     results, margins = (summary.results, summary.margins) if summary else ((), ())
-    return texts(inputs, coefficients, context.path.resolve().parent, libraries(), dtype, results, margins)
+    return texts(inputs, coefficients, context.path.resolve().parent, libraries(), dtype, results, margins, lora)
 
 
 def _register(context: StudyContext, stored: StoredStudy, row: ResultRow, written: Export) -> str | None:
