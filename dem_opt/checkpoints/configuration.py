@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from hashlib import sha256
+from math import isclose
 from pathlib import Path
 from typing import Any, Self
 
@@ -65,6 +66,8 @@ _OLD_ROTARY = {"partial_rotary_factor", "rope_scaling", "rope_theta", "rotary_em
 _ROPE_TYPE = re.compile(r"rope_parameters\.(?:.+\.)?type$")
 """The earlier name of `rope_type`, which stays beside it."""
 
+_FLOAT32_EPS = 2.0**-23
+
 _SHOWN = 3
 """Differences listed in a message; the rest are counted."""
 
@@ -105,7 +108,7 @@ class Configuration:
         ours, theirs = self.written, other.written
         if texts[0] is not None and texts[1] is not None:
             ours, theirs = _completed(texts[0]), _completed(texts[1])
-        names = (name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name))
+        names = (name for name in sorted(ours.keys() | theirs.keys()) if not _is_same(ours.get(name), theirs.get(name)))
         return {name: (ours.get(name), theirs.get(name)) for name in names}
 
 
@@ -154,6 +157,15 @@ def describe(differences: Mapping[str, tuple[Any, Any]], other: str) -> str:
 
 def _shown(value: Any) -> str:
     return "absent" if value is None else shorten(json.dumps(value))
+
+
+def _is_same(ours: Any, theirs: Any) -> bool:
+    """Two values are equal; numbers up to float32, in which GGUF files store them and models compute."""
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        return all(map(_is_same, ours, theirs))
+    if isinstance(ours, float) and isinstance(theirs, int | float):
+        return isclose(ours, theirs, rel_tol=_FLOAT32_EPS)
+    return bool(ours == theirs)
 
 
 def _is_label(name: str) -> bool:

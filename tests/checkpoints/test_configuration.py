@@ -68,6 +68,7 @@ SAME = [
     ("llama", {"rope_theta": 1e4, "rope_parameters": None}),
     ("llama", {"rope_theta": 1e4, "rope_scaling": None, "rope_parameters": None, "head_dim": None}),
     ("llama", {"quantization_config": {"quant_method": "fp8"}, "vocab_size": 90}),
+    ("llama", {"rms_norm_eps": 9.999999974752427e-07, "rope_theta": 10000, "rope_parameters": None}),
     ("gpt2", {"resid_pdrop": 0.5, "summary_type": "mean", "task_specific_params": {"a": 1}}),
     ("mixtral", {"router_aux_loss_coef": 0.5, "router_jitter_noise": 0.1, "output_router_logits": True}),
     ("bart", {"forced_eos_token_id": 1, "decoder_layerdrop": 0.5, "classifier_dropout": 0.5, "num_beams": 4}),

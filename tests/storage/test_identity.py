@@ -107,3 +107,15 @@ def test_changes_are_told_by_name():
 def test_gradients_are_kept_apart_by_base_and_scoring():
     other = identity(settings=identity().settings | {"device": "cuda"})
     assert len({one.differentiation for one in (identity(), identity(base="hash-9"), other)}) == 3
+
+
+def test_another_configuration_is_another_study_with_scores_of_its_own():
+    first, second = identity(), identity(configuration="hash-7")
+    assert StudyIdentity.recall(second.identity_fields(), second.scoring_fields()) == second
+    assert changes(first.identity_fields(), second.identity_fields()) == "configuration is new"
+    assert len({one.scoring for one in (first, second, identity(configuration="hash-8"))}) == 3
+    assert first.scoring_fields() == second.scoring_fields(), "it begins a generation, and is not refused"
+
+
+def test_the_first_configuration_is_written_nowhere():
+    assert "configuration" not in identity().identity_fields() | identity().scoring_fields()

@@ -110,6 +110,22 @@ def test_gradients_come_back_bit_for_bit_beside_those_along_other_experts(engine
     assert Ledger(again).gradients(composite(0), ["one"], "another base") == {}
 
 
+def test_the_first_configuration_of_a_checkpoint_stays(engine: Engine, again: Engine) -> None:
+    assert Ledger(engine).first_configurations(["a", "b"], '{"eps": 1}') == {'{"eps": 1}'}
+    assert Ledger(again).first_configurations(["b"], '{"eps": 2}') == {'{"eps": 1}'}
+    assert Ledger(again).first_configurations(["b", "c"], '{"eps": 2}') == {'{"eps": 1}', '{"eps": 2}'}
+    assert rows(engine, "dem_configuration") == 3
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_a_ledger_without_configurations_takes_those_that_it_meets(engine: Engine, again: Engine, version: int) -> None:
+    Ledger(engine)
+    with engine.begin() as connection:
+        connection.execute(text("DROP TABLE dem_configuration"))
+        connection.execute(text(f"UPDATE dem_schema SET version = {version}"))
+    assert Ledger(again).first_configurations(["a"], "{}") == {"{}"}
+
+
 def test_a_ledger_of_the_first_version_is_brought_up_to_date(engine: Engine, again: Engine) -> None:
     """Version 1 had no gradients, and was otherwise the same."""
     score = Score((1.0, 2.0), (3, 4))
