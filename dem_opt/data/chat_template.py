@@ -19,7 +19,11 @@ from dem_opt.data.messages import Chat, Turn
 from dem_opt.data.tokenize import Tokens
 from dem_opt.errors import InputError
 
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_GENERATION = re.compile(r"(\{%-?\s*)generation(\s*-?%\})")
+_END_GENERATION = re.compile(r"(\{%-?\s*)endgeneration(\s*-?%\})")
+_MARKS = "\ufdd0\ufdd1"
+"""Characters that stand in no text: Unicode keeps them for uses such as this one."""
+
 _DIRECTIVES = "aAbBcdDeFgGhHIjklmMnpPrRsSTuUVwWxXyYzZ"
 _PROBE = "\ue000"
 """A character of private use, which stands for the words of a message or the name of a tool."""
@@ -76,7 +80,8 @@ class ChatTemplate:
 
     def text(self, chat: Chat, prompted: bool = False) -> str:
         """A conversation as text, with the generation prompt where `prompted`."""
-        return str(self._apply(chat, self._messages(chat), add_generation_prompt=prompted, tokenize=False))
+        messages, source = self._messages(chat), self._source(chat)
+        return str(self._apply(chat, messages, source, add_generation_prompt=prompted, tokenize=False))
 
     def texts(self, chat: Chat) -> tuple[str, ...]:
         """The texts that `encode` may make tokens of: the conversation, and those that end with a scored turn."""
@@ -86,8 +91,10 @@ class ChatTemplate:
         """A conversation as token ids, or as several where turns have to be scored apart."""
         self._check_calls(chat)
         if self.tokenizer.is_fast and not chat.scored_from and _GENERATION.search(self._source(chat)):
-            yield self._by_marks(chat)
-            return
+            tokens = self._by_marks(chat)
+            if tokens.scored_L.any():
+                yield tokens
+                return
         whole = self._ids(chat)
         spans = [self._span(chat, place, whole) for place in chat.scored_places]
         if None not in spans:
@@ -97,10 +104,29 @@ class ChatTemplate:
             yield self._last_turn(_first(chat, place + 1))
 
     def _by_marks(self, chat: Chat) -> Tokens:
-        made = self._apply(chat, self._messages(chat), return_dict=True, return_assistant_tokens_mask=True)
-        scored_L = np.array(made["assistant_masks"], dtype=np.bool_)
-        scored_L[:1] = False
-        return Tokens(np.array(made["input_ids"], dtype=np.int64), scored_L)
+        """A conversation of which the tokens within the marks are scored, each that has a character there."""
+        source = _with_marks(self._source(chat))
+        pieces = re.split(f"[{_MARKS}]", str(self._apply(chat, self._messages(chat), source, tokenize=False)))
+        text = "".join(pieces)
+        encoding = self.tokenizer(text, add_special_tokens=False, verbose=False)
+        ids, places = list(encoding["input_ids"]), np.cumsum([len(piece) for piece in pieces]).tolist()
+        spans = []
+        for start, end in zip(places[:-1:2], places[1::2], strict=True):
+            if start < end:
+                first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
+                begin = self._tokens_before(text, start, ids) if first is None else first
+                spans.append((begin, self._tokens_before(text, end, ids) if last is None else last + 1))
+        return _tokens(ids, spans)
+
+    def _tokens_before(self, text: str, place: int, ids: list[int]) -> int:
+        """How many of a text's tokens stand before a character to which no token has been assigned.
+
+        Tokenizers that trim offsets, as those of GPT-2 and Llama 3 do, assign none to white space.
+        """
+        before = list(self.tokenizer(text[:place], add_special_tokens=False, verbose=False)["input_ids"])
+        if ids[: len(before)] == before:
+            return len(before)
+        return int(np.searchsorted(self._character_ends(text), place, side="right"))
 
     def _span(self, chat: Chat, place: int, whole: list[int]) -> tuple[int, int] | None:
         """Where a turn begins and ends within the ids of all; None where the template rewrites what stands before."""
@@ -174,7 +200,8 @@ class ChatTemplate:
                 raise InputError(None, "messages", chat.turns[place].message, mend)
 
     def _ids(self, chat: Chat, prompted: bool = False) -> list[int]:
-        return list(self._apply(chat, self._messages(chat), add_generation_prompt=prompted)["input_ids"])
+        messages, source = self._messages(chat), self._source(chat)
+        return list(self._apply(chat, messages, source, add_generation_prompt=prompted)["input_ids"])
 
     def _messages(self, chat: Chat) -> list[dict[str, Any]]:
         """The messages in the first spelling that the template takes.
@@ -194,19 +221,19 @@ class ChatTemplate:
         ]
         for messages in spellings:
             try:
-                text = str(self._apply(chat, messages, tokenize=False))
+                text = str(self._apply(chat, messages, self._source(chat), tokenize=False))
             except InputError:
                 continue
             if not _shows_python(text, messages):
                 return messages
         return spellings[0]
 
-    def _apply(self, chat: Chat, messages: list[dict[str, Any]], **options: Any) -> Any:
+    def _apply(self, chat: Chat, messages: list[dict[str, Any]], source: str, **options: Any) -> Any:
         roles = [turn.role for turn in chat.turns]
         if not roles:
             mend = "a conversation begins with the assistant, which needs a chat template with {% generation %}"
             raise InputError(None, "messages", None, mend)
-        source = _on_date(self._source(chat), self.today)
+        source = _on_date(source, self.today)
         tools = json.loads(chat.tools) if chat.tools else None
         try:
             return self.tokenizer.apply_chat_template(messages, tools=tools, chat_template=source, **options)
@@ -268,6 +295,14 @@ def _shows_python(text: str, messages: list[dict[str, Any]]) -> bool:
     """Whether an object of arguments was printed as Python does, by a template that expects JSON text."""
     arguments = [function.get("arguments") for message in messages for function in _calls(message)]
     return any(isinstance(each, dict) and each and str(each) in text for each in arguments)
+
+
+@lru_cache(maxsize=32)
+def _with_marks(template: str) -> str:
+    """A template that writes a character at the beginning and one at the end of what it marks."""
+    begin, end = _MARKS[0], _MARKS[1]
+    marked = _END_GENERATION.sub(r"\1endcall\2", _GENERATION.sub(r"\1call marked()\2", template))
+    return f"{{%- macro marked() -%}}{begin}{{{{ caller() }}}}{end}{{%- endmacro -%}}{marked}"
 
 
 @lru_cache(maxsize=32)

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from dem_opt.analysis.results import best_of
-from dem_opt.config import StudyConfig
+from dem_opt.config import CHAT_DATE, StudyConfig
 from dem_opt.export.model_card import resolved
 from dem_opt.merging.kernel import expected_backend
 from dem_opt.planning.hardware import this_machine
@@ -74,12 +74,13 @@ def facts(config: StudyConfig, path: Path, identity: StudyIdentity) -> dict[str,
 
 def search_info(config: StudyConfig, search: Search) -> SearchInfo:
     """Return a search as its tracker shows it."""
+    unsaid = {"date"} if config.evaluation.date == CHAT_DATE else set()  # runs of earlier releases have no such entry
     parameters = {
         "base": str(config.base),
         "distributions": ", ".join(config.distributions),
         "total": str(config.simplex.total),
         "worst": str(config.objective.worst),
-        **{f"evaluation.{name}": str(value) for name, value in config.evaluation.model_dump().items()},
+        **{f"evaluation.{name}": str(value) for name, value in config.evaluation.model_dump(exclude=unsaid).items()},
         **libraries(),
     }
     return SearchInfo(

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import worlds
 from test_windows import make_tokenizer
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from dem_opt.config import CHAT_DATE
@@ -314,6 +315,28 @@ def test_of_a_prompt_and_a_completion_of_messages_the_completion_is_scored(name:
         assert tokens.ids_L.tolist() == whole.ids_L.tolist()
     *_, last = TEMPLATES[name].said(messages)
     assert tokenizer.decode(tokens.ids_L[tokens.scored_L].tolist()).strip() == last[-1].strip()
+
+
+@pytest.mark.parametrize("content", ["count value", " count", "\n\ncount  ", "a \n", " "])
+@pytest.mark.parametrize("end", ["<eos>", "<eos>\n", " ", ""])
+@pytest.mark.parametrize("trims", [False, True], ids=["offsets", "trimmed offsets"])
+def test_marks_lose_no_white_space(content: str, end: str, trims: bool) -> None:
+    """Also with tokenizers that assign no token to it, as those of GPT-2 and Llama 3."""
+    tokenizer = worlds.tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trims)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}"
+        f"{{% generation %}}{{{{ m.content + {end!r} }}}}{{% endgeneration %}}"
+        "{% else %}{{ m.content }}{% endif %}</s>{% endfor %}"
+    )
+    messages = [*CONVERSATIONS["one turn"][:1], {"role": "assistant", "content": content}] * 2
+    (tokens,) = encode_chats([chat_of(messages)], tokenizer)
+    marked = zip(tokens.ids_L.tolist(), tokens.scored_L.tolist(), strict=True)
+    runs = [tokenizer.decode([token for token, _ in run]) for scored, run in groupby(marked, lambda p: p[1]) if scored]
+    assert runs == [content + end] * 2
+    if not trims:
+        made = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        assert tokens.scored_L.tolist() == [bool(marked) for marked in made["assistant_masks"]]
 
 
 def test_reasoning_in_a_key_of_its_own_is_scored_where_its_turn_is_last() -> None:
