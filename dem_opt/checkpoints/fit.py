@@ -181,9 +181,12 @@ def _list(differences: list[str]) -> str:
 
 
 def _check_tokenizer(base: Header, architecture: Architecture) -> None:
-    """Raise InputError where tokenizer.json has an id that the embedding has no row for."""
+    """Raise InputError where the vocabulary of tokenizer.json has an id that the embedding has no row for.
+
+    Added tokens may be beyond it, as in many published models, where no text has them (`refuse_ids_beyond`).
+    """
     file = base.folder / "tokenizer.json"
-    highest = max(read_tokens(base), default=-1) if file.is_file() else -1
+    highest = max(read_tokens(base, added=False), default=-1) if file.is_file() else -1
     rows = architecture.parameters[architecture.embedding][0]
     if highest >= rows:
         mend = f"its vocabulary has id {highest}, the embedding {architecture.embedding} only {rows} rows"

@@ -67,8 +67,8 @@ def check_tokens(base: Header, other: Header) -> None:
         raise InputError(files[1], other.field, None, mend)
 
 
-def read_tokens(header: Header) -> dict[int, str]:
-    """Tokens by id of a folder's tokenizer.json.
+def read_tokens(header: Header, added: bool = True) -> dict[int, str]:
+    """Tokens by id of a folder's tokenizer.json, those that were added to its vocabulary among them.
 
     Raises:
         InputError: The file is no tokenizer.
@@ -76,10 +76,11 @@ def read_tokens(header: Header) -> dict[int, str]:
     file = header.folder / "tokenizer.json"
     tokenizer = read_json(file, header.field)
     try:
-        vocabulary, added = tokenizer["model"].get("vocab") or {}, tokenizer.get("added_tokens") or []
+        vocabulary, others = tokenizer["model"].get("vocab") or {}, tokenizer.get("added_tokens") or []
         named = vocabulary.items() if isinstance(vocabulary, dict) else ((x[0], i) for i, x in enumerate(vocabulary))
         tokens = {int(number): str(token) for token, number in named}
-        return tokens | {int(token["id"]): str(token["content"]) for token in added}
+        more = {int(token["id"]): str(token["content"]) for token in others}
+        return tokens | more if added else tokens
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise InputError(file, header.field, None, "unreadable tokenizer: copy or save it again") from None
 

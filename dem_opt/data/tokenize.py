@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,6 +48,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         if not _is_unreadable(error):
             raise
         reason = str(error).strip().partition("\n")[0]
+        if any(folder.glob("*.model")) and find_spec("sentencepiece") is None:
+            reason = "a SentencePiece model needs sentencepiece: pip install 'dem-opt[sentencepiece]'"
         raise InputError(folder, None, None, f"its tokenizer can't be read ({reason})") from error
     return tokenizer
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import date
 from hashlib import sha256
 from itertools import chain
+from pathlib import Path
 from typing import Literal, TypeGuard
 
 import numpy as np
@@ -282,3 +283,21 @@ def _full_windows(texts: Iterable[list[int]], window: int, most: int) -> Windows
     ids_S, starts_S = _stream(encoded)
     whole = min(len(ids_S) // window, most) * window
     return _windows(ids_S[:whole], starts_S[:whole], window)
+
+
+def refuse_ids_beyond(windows: Windows, rows: int, folder: Path, texts: str) -> None:
+    """Raise InputError where a text has a token for which the model has no row.
+
+    Args:
+        windows: The tokens.
+        rows: Rows of the model's embedding.
+        folder: The model's folder.
+        texts: The data, for the message.
+    """
+    highest = int(windows.ids_WT.max(initial=-1))
+    if highest >= rows:
+        mend = (
+            f"its tokenizer gives a text of {texts} the added token {highest}, but its embedding has {rows:,} rows: "
+            "resize the embedding, or leave out the token"
+        )
+        raise InputError(folder, None, None, mend)

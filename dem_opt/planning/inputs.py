@@ -22,7 +22,7 @@ from dem_opt.config import DistributionSection, StudyConfig
 from dem_opt.config.objective_function import ObjectiveFunction
 from dem_opt.data.chat_template import writes_date
 from dem_opt.data.tokenize import load_tokenizer, tokenizer_digest
-from dem_opt.data.windows import build_corpora
+from dem_opt.data.windows import build_corpora, refuse_ids_beyond
 from dem_opt.errors import InputError
 from dem_opt.evaluation.interim_analyses import INTERIM_ANALYSES
 from dem_opt.planning.hardware import this_machine
@@ -361,11 +361,16 @@ def load_inputs(config: StudyConfig, where: Path, worker: bool = True) -> Inputs
         refuse_too_large(plan, where)
     folder = checked.headers["base"].folder
     tokenizer = load_tokenizer(folder)
+    rows = checked.architecture.parameters[checked.architecture.embedding][0]
+    if (tokenizer.pad_token_id or 0) >= rows:  # added, and never read: any id can stand for it
+        tokenizer.pad_token = None
     corpora = tuple(
         corpus
         for name, data in config.corpora.items()
         for corpus in build_corpora(name, data, config.evaluation, tokenizer, checked.architecture.paired)
     )
+    for corpus in corpora:
+        refuse_ids_beyond(corpus.windows, rows, folder, f"{corpus.distribution}, {corpus.split}")
     if writes_date(tokenizer) and any(data.validation.format == "messages" for data in config.corpora.values()):
         current_progress().note(f"the chat template writes today's date: {config.evaluation.date} (evaluation.date)")
     base, fine_tunes = checked.stored_models()

@@ -30,7 +30,7 @@ from dem_opt.data.documents import holds_chats, read_documents
 from dem_opt.data.files import find_files
 from dem_opt.data.mixtures import Mixture, Part, blend
 from dem_opt.data.tokenize import load_tokenizer
-from dem_opt.data.windows import pack
+from dem_opt.data.windows import pack, refuse_ids_beyond
 from dem_opt.errors import InputError, located
 from dem_opt.evaluation.nll import document_layout, prepare, score
 from dem_opt.json_files import parse_json
@@ -167,6 +167,7 @@ def _train(job: FineTuneJob, made_from: dict[str, Any]) -> FineTuned:
     if AutoConfig.from_pretrained(job.base, local_files_only=True, trust_remote_code=False).is_encoder_decoder:
         raise InputError(job.base, "base", None, "is an encoder-decoder, which can't be trained here: name checkpoints")
     windows, model = _windows(job, tokenizer), _load(job)
+    refuse_ids_beyond(windows, model.get_input_embeddings().num_embeddings, job.base, job.name)
     parameters, trained = parameters_of(model)
     parameters -= 0 if job.lora is None else trained
     initial = {} if job.lora is None else initial_factors(model)

@@ -190,10 +190,18 @@ def test_a_dtype_of_its_own_is_no_misfit(base, other):
     assert read["model.norm.weight"].dtype == torch.bfloat16 and read[EMBEDDING].dtype == torch.float32
 
 
-def test_a_tokenizer_with_ids_beyond_the_embedding_is_refused(other):
+def test_an_added_token_may_be_beyond_the_embedding(other):
     file = other / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
     tokenizer["added_tokens"].append(dict(tokenizer["added_tokens"][0], id=worlds.VOCABULARY, content="<new>"))
+    file.write_text(json.dumps(tokenizer))
+    check_base(read_header(other, "base"))
+
+
+def test_a_tokenizer_with_a_vocabulary_beyond_the_embedding_is_refused(other):
+    file = other / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["model"]["vocab"]["<new>"] = worlds.VOCABULARY
     file.write_text(json.dumps(tokenizer))
     with pytest.raises(InputError, match=f"vocabulary has id {worlds.VOCABULARY}, .* only {worlds.VOCABULARY} rows"):
         check_base(read_header(other, "base"))

@@ -215,3 +215,39 @@ def test_other_errors_of_loading_are_not_hidden(tmp_path: Path, monkeypatch: pyt
 def test_a_missing_folder_is_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
         load_tokenizer(tmp_path / "nowhere")
+
+
+def sentencepiece_folder(folder):
+    """A folder whose tokenizer is a SentencePiece model alone; and that model."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    texts = folder / "texts.txt"
+    folder.mkdir()
+    texts.write_text("\n".join(worlds.documents(0)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(texts), model_prefix=str(folder / "tokenizer"), vocab_size=120, model_type="bpe", minloglevel=2
+    )
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    return folder, sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+
+
+def test_a_sentencepiece_model_alone_is_a_tokenizer(tmp_path):
+    folder, model = sentencepiece_folder(tmp_path / "old")
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer("alpha beta count")["input_ids"] == model.encode("alpha beta count")
+    assert tokenizer_digest(tokenizer) == tokenizer_digest(load_tokenizer(folder))
+
+
+def test_a_sentencepiece_model_without_its_library_says_what_to_install(tmp_path, monkeypatch):
+    folder, _ = sentencepiece_folder(tmp_path / "old")
+    (folder / "tokenizer.model").write_bytes(b"damaged")
+    monkeypatch.setattr("dem_opt.data.tokenize.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'dem-opt\[sentencepiece\]'"):
+        load_tokenizer(folder)
+
+
+def test_a_damaged_sentencepiece_model_is_refused(tmp_path):
+    folder, _ = sentencepiece_folder(tmp_path / "old")
+    (folder / "tokenizer.model").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="tokenizer can't be read"):
+        load_tokenizer(folder)

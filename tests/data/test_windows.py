@@ -17,7 +17,7 @@ from dem_opt.data.chat_template import encode_chats
 from dem_opt.data.documents import Document, Pair
 from dem_opt.data.messages import Chat, Turn
 from dem_opt.data.tokenize import encode_pairs
-from dem_opt.data.windows import build_corpora, pack
+from dem_opt.data.windows import build_corpora, pack, refuse_ids_beyond
 from dem_opt.errors import InputError
 from dem_opt.evaluation.nll import prepare, score
 from dem_opt.types import HELD_OUT, SEARCH, Corpus, Windows
@@ -466,3 +466,10 @@ def test_splits_that_cannot_be_made_are_told(
 ) -> None:
     with pytest.raises(InputError, match=mend):
         build(tmp_path, documents, held_out)
+
+
+def test_a_token_beyond_the_models_rows_is_refused(tmp_path):
+    windows = Windows(np.array([[1, 7, 3]]), np.array([[0, 1, 2]]), np.ones((1, 3), dtype=bool))
+    refuse_ids_beyond(windows, 8, tmp_path, "math, search")
+    with pytest.raises(InputError, match=r"math, search .* token 7, but its embedding has 7 rows"):
+        refuse_ids_beyond(windows, 7, tmp_path, "math, search")
