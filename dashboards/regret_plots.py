@@ -139,4 +139,4 @@ def _floored(regret: float | None) -> float:
 
 def _set_cost_axis(figure: go.Figure) -> None:
     ticks = [digit * 10**power for power in range(7) for digit in (1, 2, 5)]
-    figure.update_xaxes(title="forward-equivalents spent (log scale)", type="log", tickvals=ticks)
+    figure.update_xaxes(title="forward-equivalents (log scale)", type="log", tickvals=ticks)

@@ -27,6 +27,8 @@ def copy_quickstart(folder: Path) -> None:
         pytest.fail(f"no finished quickstart at {FOLDER}: make quickstart, or set DEM_OPT_QUICKSTART")
     shutil.copytree(FOLDER, folder)
     with closing(sqlite3.connect(folder / "runs/quickstart/mlflow.db")) as database, database:
+        locations = database.execute("SELECT artifact_location FROM experiments WHERE name <> 'Default'")
+        made_in = {location.removesuffix("/runs/quickstart/artifacts") for (location,) in locations}
         for table, column in ABSOLUTE_PATHS:
             moved = f"UPDATE {table} SET {column} = replace({column}, ?, ?)"
-            database.execute(moved, (FOLDER.as_uri(), folder.as_uri()))
+            database.executemany(moved, [(before, folder.as_uri()) for before in made_in])

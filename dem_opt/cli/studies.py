@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 KEPT = (
     "measured scores, and the gradients: the next run takes them from the ledger",
-    "MLflow runs and registered models: the next run logs its trials as new runs beside them",
+    "MLflow runs, which get the tag `dem_opt.reset`, and registered models: the next run logs new runs beside them",
     "fine-tuned checkpoints, exported models, reports: no file is removed",
 )
 """Things that a reset keeps; the first follows the number of scores."""
@@ -146,6 +146,7 @@ def _cells(row: Mapping[str, Any], names: list[str]) -> tuple[str, ...]:
 
 def reset(arguments: Namespace, terminal: Terminal) -> None:
     """Remove the study's trials, after asking."""
+    from dem_opt.study import mlflow_tracker
     from dem_opt.workflows import reset as workflow
 
     config = load(arguments.study)
@@ -159,7 +160,7 @@ def reset(arguments: Namespace, terminal: Terminal) -> None:
         if not answer:
             terminal.line("Nothing was removed.")
             return
-    removed = workflow.reset(config, arguments.study)
+    removed = workflow.reset(config, arguments.study, mlflow_tracker(config), terminal.error)
     if arguments.json:
         terminal.json({"study": removed.study, "removed_trials": removed.trials, "kept_scores": removed.scores})
         return

@@ -8,6 +8,7 @@ from dem_opt.storage.engine import masked
 from dem_opt.tracking.background_writer import BackgroundWriter, reason_of
 from dem_opt.tracking.mlflow_client import MlflowStore, connect
 from dem_opt.tracking.protocols import JobNote
+from dem_opt.tracking.study_runs import mark_reset
 
 _KIND, _KEY = "dem_opt.kind", "dem_opt.key"
 _BATCH = 500
@@ -27,6 +28,10 @@ class MlflowJobTracker:
     def write(self, note: JobNote) -> None:
         """Queue a run, or what is new of it."""
         self._writer.submit(lambda: self._write(note))
+
+    def mark_reset(self, is_removed: Callable[[str], bool]) -> None:
+        """Queue the tags of searches whose trials were removed."""
+        self._writer.submit(lambda: mark_reset(self._store, is_removed))
 
     def close(self) -> bool:
         """Wait for the queue."""

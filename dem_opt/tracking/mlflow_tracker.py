@@ -1,18 +1,20 @@
 """Log studies in MLflow: a run for every trial, the winner as a registered model."""
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from math import inf
 from pathlib import Path
 from threading import Semaphore
 from time import monotonic
 from typing import final
 
-from dem_opt.storage.engine import masked
+from dem_opt.storage.engine import is_there, masked
 from dem_opt.tracking.background_writer import BackgroundWriter, reason_of
 from dem_opt.tracking.job_runs import MlflowJobTracker
 from dem_opt.tracking.mlflow_client import MlflowStore
 from dem_opt.tracking.protocols import PageListener, Peers, Records, SearchInfo, StudyDescription
 from dem_opt.tracking.study_runs import MlflowRuns
+from dem_opt.tracking.urls import is_server
 from dem_opt.types import TrialRecord
 
 QUEUE = 1000
@@ -48,6 +50,12 @@ class MlflowTracker:
     def open_jobs(self, warn: Callable[[str], None]) -> MlflowJobTracker:
         """Begin a log of fine-tunings, mixtures and task scores, each a run."""
         return MlflowJobTracker(self._store, warn)
+
+    def mark_reset(self, is_removed: Callable[[str], bool], warn: Callable[[str], None]) -> None:
+        """Tag the parent runs of searches whose trials were removed with `dem_opt.reset`; a failure costs a warning."""
+        if is_server(self._store.uri) or is_there(self._store.uri):
+            with closing(MlflowJobTracker(self._store, warn)) as jobs:
+                jobs.mark_reset(is_removed)
 
 
 @final

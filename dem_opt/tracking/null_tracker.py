@@ -23,6 +23,9 @@ class NullTracker:
         """Return this tracker."""
         return self
 
+    def mark_reset(self, is_removed: Callable[[str], bool], warn: Callable[[str], None]) -> None:
+        """Mark nothing."""
+
     def trial_ended(self, record: TrialRecord) -> None:
         """Log nothing."""
 

@@ -169,3 +169,11 @@ class Tracker(Protocol):
 
     def open_jobs(self, warn: Callable[[str], None]) -> JobTracker:
         """Begin a log of work that is no trial; `warn` is as for `open_search`."""
+
+    def mark_reset(self, is_removed: Callable[[str], bool], warn: Callable[[str], None]) -> None:
+        """Mark the logs of searches whose trials were removed, and wait for it; nothing is created.
+
+        Args:
+            is_removed: Whether a search's `SearchInfo.study` is that of a removed one.
+            warn: Receives one line where the place cannot be reached.
+        """

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import file_digest, sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,6 +31,8 @@ _STUDY, _UID, _CONTENT = "dem_opt.study", "dem_opt.uid", "dem_opt.content"
 _TRIAL, _REASON, _BASELINE = "dem_opt.trial", "dem_opt.reason", "dem_opt.baseline"
 _PARENT, _NOTE, _CONTEXT = "mlflow.parentRunId", "mlflow.note.content", "mlflow.data.context"
 _ROLE = "role"
+_RESET = "dem_opt.reset"
+"""Tag of a search whose trials were removed from the study's database."""
 
 _LONGEST_DIGEST = 36
 """Characters of a data set's digest that MLflow takes."""
@@ -217,14 +219,26 @@ class MlflowRuns:
         return run.info
 
     def _find_runs(self, query: str) -> "list[Run]":
-        """Return all runs of a query, newest first."""
-        runs: list[Run] = []
-        token = None
-        while True:
-            page = self._client.search_runs([self._experiment], query, max_results=PAGE, page_token=token)
-            runs.extend(page)
-            if not (token := page.token):
-                return runs
+        return _find_runs(self._client, self._experiment, query)
+
+
+def mark_reset(store: MlflowStore, is_removed: Callable[[str], bool]) -> None:
+    """Tag the parent runs of removed searches; `is_removed` tells one by its name."""
+    _, client, experiment = connect(store)
+    for run in _find_runs(client, experiment, f"tags.`{_STUDY}` LIKE '%'"):
+        if is_removed(run.data.tags[_STUDY]):
+            client.set_tag(run.info.run_id, _RESET, "true")
+
+
+def _find_runs(client: Any, experiment: str, query: str) -> "list[Run]":
+    """Return all runs of a query, newest first."""
+    runs: list[Run] = []
+    token = None
+    while True:
+        page = client.search_runs([experiment], query, max_results=PAGE, page_token=token)
+        runs.extend(page)
+        if not (token := page.token):
+            return runs
 
 
 def _metrics(record: TrialRecord) -> list[tuple[str, float]]:

@@ -1,6 +1,6 @@
 """Reset a study: remove its trials, keep everything that was measured."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +8,11 @@ from pathlib import Path
 from dem_opt.config import StudyConfig
 from dem_opt.errors import InputError
 from dem_opt.search.catalog import delete_optuna_studies, optuna_studies_of
+from dem_opt.search.run_name import RunName
 from dem_opt.storage.engine import connect, is_there, masked
 from dem_opt.storage.leases import holding
 from dem_opt.storage.ledger import Ledger
+from dem_opt.tracking import Tracker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +42,16 @@ def plan_reset(config: StudyConfig, path: Path) -> ResetPlan:
         return _plan(config, ledger)
 
 
-def reset(config: StudyConfig, path: Path) -> ResetPlan:
+def reset(config: StudyConfig, path: Path, tracker: Tracker, warn: Callable[[str], None]) -> ResetPlan:
     """Remove the trials of a study, of all its runs and generations; return what was removed.
 
     The study's row goes last, so that another reset finishes one that was killed.
+
+    Args:
+        config: The study.
+        path: The study file, which messages name.
+        tracker: Marks the logs of the removed searches.
+        warn: Receives one line where the tracker cannot be reached.
 
     Raises:
         InputError: The study has not been run, or a driver is at work on it.
@@ -51,6 +59,7 @@ def reset(config: StudyConfig, path: Path) -> ResetPlan:
     with _exclusive(config, path) as ledger:
         plan = _plan(config, ledger)
         delete_optuna_studies(list(plan.trials), config.storage)
+        tracker.mark_reset(lambda name: RunName.from_optuna(name, config.name) is not None, warn)
         ledger.forget_study(config.name)
         return plan
 

@@ -549,3 +549,32 @@ def test_a_trial_links_to_optuna_dashboard(make: Make, logged: Callable[[], Logg
     run(make(trial_page=lambda number: f"http://127.0.0.1:1/trials?numbers={number}"), [], [trial(3)])
     (child,) = logged().children
     assert "http://127.0.0.1:1/trials?numbers=3" in child.data.tags["mlflow.note.content"]
+
+
+def test_only_searches_that_were_reset_are_marked(
+    make: Make,
+    logged: Callable[[], Logged],
+    uri: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    warnings: list[str],
+) -> None:
+    for study in ("mine/random", "other/random"):
+        run(make(study=study, uid=study), [trial(0)])
+    store = MlflowStore(uri=uri, experiment=request.node.name, artifacts=tmp_path / "artifacts")
+    for _ in range(2):
+        MlflowTracker(store).mark_reset(lambda name: name.startswith("mine/"), warnings.append)
+    marks = {run.data.tags["dem_opt.study"]: run.data.tags.get("dem_opt.reset") for run in logged().parents}
+    assert marks == {"mine/random": "true", "other/random": None} and not warnings
+
+
+@pytest.mark.parametrize(("uri", "warned"), [("sqlite:///none.db", 0), (CLOSED, 1)])
+def test_marking_a_reset_creates_nothing_and_raises_nothing(
+    uri: str, warned: int, tmp_path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.chdir(tmp_path)
+    store = MlflowStore(uri=uri, experiment="mine", artifacts=tmp_path / "artifacts")
+    MlflowTracker(store).mark_reset(lambda name: True, warnings.append)
+    assert len(warnings) == warned and not list(tmp_path.iterdir())
+    assert not any(SECRET in warning for warning in warnings)
