@@ -212,7 +212,7 @@ class ChatTemplate:
         """
         developer = "developer" if "developer" in self._source(chat) else "system"
         turns = [replace(turn, role=developer) if turn.role == "developer" else turn for turn in chat.turns]
-        if not any(turn.more for turn in turns):
+        if not chat.has_calls and all(turn.content is not None for turn in turns):
             return [turn.message for turn in turns]
         spellings = [
             [_spelled(turn, as_object, content) for turn in turns]
