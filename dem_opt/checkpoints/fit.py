@@ -9,7 +9,7 @@ from torch import Tensor
 from dem_opt.checkpoints.architecture import Architecture, read_architecture
 from dem_opt.checkpoints.files import Header, read_tensors
 from dem_opt.checkpoints.hf_config import read_config
-from dem_opt.checkpoints.layout import Form, Layout, grouped, missing, stripped
+from dem_opt.checkpoints.layout import Form, Layout, grouped, missing, renamed
 from dem_opt.checkpoints.vocabulary import check_tokens, differ_in_rows, read_tokens
 from dem_opt.errors import InputError
 
@@ -86,8 +86,8 @@ def left_out(architecture: Architecture, header: Header) -> list[str]:
     """Say which tensors of a checkpoint that fits are passed over, and which names were understood otherwise."""
     layout = architecture.layout(header)
     lines = []
-    for part, count in stripped(layout.renaming, header.tensors).items():
-        lines.append(f"{_tensors(count)} named with {part!r}, which is left out of the name")
+    for count, change in renamed(layout.renaming, header.tensors):
+        lines.append(f"{_tensors(count)} {change}")
     if layout.borrowed:
         lines.append(f"{layout.borrowed} is not stored and tied: it is the other embedding's tensor")
     if header.rows is not None:

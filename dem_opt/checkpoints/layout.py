@@ -5,7 +5,7 @@ Names that a wrapper changed are understood where one change of their beginning 
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Form = tuple[tuple[int, ...], ...]
 """The shapes of the stored tensors that a parameter is made of."""
 
-_WRAPPER = r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+_WRAPPER = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 """Modules that torch.compile, FSDP, activation checkpointing and DeepSpeed put around others, anywhere in a name."""
 
 _GROUPS = 4
@@ -35,7 +35,7 @@ class Renaming(NamedTuple):
 
     def __call__(self, stored: str) -> str:
         """The plain name."""
-        name = re.sub(_WRAPPER, r"\1", stored)
+        name = _WRAPPER.sub("", stored)
         return self.new + name[len(self.old) :] if name.startswith(self.old) else name
 
     def changes(self, names: Iterable[str]) -> bool:
@@ -186,7 +186,7 @@ def _renamings(architecture: "Architecture", names: Sequence[str]) -> Iterator[R
     tried = set()
     for target in (architecture.embedding, *tied):
         for stored in names:
-            renaming = _common_end(re.sub(_WRAPPER, r"\1", stored), target)
+            renaming = _common_end(_WRAPPER.sub("", stored), target)
             if renaming is not None and renaming not in tried:
                 tried.add(renaming)
                 yield renaming
@@ -204,8 +204,13 @@ def _common_end(stored: str, target: str) -> Renaming | None:
     return Renaming(*("".join(f"{part}." for part in parts) for parts in (start, wanted)))
 
 
-def stripped(renaming: Renaming, names: Iterable[str]) -> Mapping[str, int]:
-    """The parts that a renaming takes from names, with the number of names that have each."""
-    parts = Counter(match.group().lstrip(".") for name in names for match in re.finditer(_WRAPPER, name))
-    starts = sum(re.sub(_WRAPPER, r"\1", name).startswith(renaming.old) for name in names) if renaming.old else 0
-    return {**parts, **({renaming.old: starts} if starts else {})}
+def renamed(renaming: Renaming, names: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """Numbers of names that a renaming changes, and what is done to them in words."""
+    names = list(names)
+    parts = Counter(part for name in names for part in _WRAPPER.findall(name))
+    yield from ((count, f"named with {part!r}, which is left out of the name") for part, count in parts.items())
+    count = sum(_WRAPPER.sub("", name).startswith(renaming.old) for name in names)
+    if renaming.new:
+        yield count, f"named with {renaming.old!r} in the place of {renaming.new!r}"
+    elif renaming.old:
+        yield count, f"named with {renaming.old!r}, which is left out of the name"

@@ -57,6 +57,11 @@ def adding(**shapes):
     )
 
 
+def language_model(tensors):
+    start = "language_model."
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
 def another_layer(tensors):
     return tensors | {
         name.replace("layers.1.", "layers.2."): tensor.clone()
@@ -116,6 +121,11 @@ FORMS = {
         ),
         said_of_fine_tune=("_fsdp_wrapped_module",),
     ),
+    "sharded, with checkpoints": Form(
+        "llama",
+        fine_tune=within("layers.0.", "_fsdp_wrapped_module._checkpoint_wrapped_module."),
+        said_of_fine_tune=("9 tensors .*_fsdp_wrapped_module.*9 tensors .*_checkpoint_wrapped_module",),
+    ),
     "within an adapter's model": Form(
         "llama", fine_tune=prefixed("base_model.model."), said_of_fine_tune=("'base_model.model.'",)
     ),
@@ -125,6 +135,16 @@ FORMS = {
     "not named after the base model, tied": Form("gpt2", without("transformer.")),
     "fused experts, compiled": Form("mixtral", fine_tune=prefixed("_orig_mod."), said_of_fine_tune=("_orig_mod",)),
     "encoder-decoder, compiled": Form("t5", prefixed("module."), said_of_base=("module",)),
+    "reads images": Form("mistral3", said_of_base=("vision_tower",), said_of_fine_tune=("vision_tower",)),
+    "reads images, compiled": Form(
+        "llava", prefixed("_orig_mod."), said_of_base=("_orig_mod", "vision_tower"), said_of_fine_tune=("vision_tower",)
+    ),
+    "the language model alone of one that reads images": Form(
+        "llava",
+        fine_tune=language_model,
+        said_of_base=("vision_tower",),
+        said_of_fine_tune=("'model.' in the place of 'model.language_model.'",),
+    ),
     "tied head stored": Form("llama tied", head_twice(torch.float32)),
     "tied head of a fine-tune": Form("llama tied", fine_tune=head_twice(torch.float32)),
     "tied head in another dtype": Form("llama tied", fine_tune=head_twice(torch.float32), dtype=torch.bfloat16),
@@ -165,13 +185,15 @@ def test_vertices_are_the_models_to_the_bit(world):
     for stored, plain in zip(world.stored, world.plain, strict=True):
         merged_model.merge(Composite.single(stored.content))
         expected = dict(load_model(plain, torch.float32).named_parameters())
-        assert all(torch.equal(mine, expected[name]) for name, mine in model.named_parameters())
+        mine = dict(model.named_parameters())
+        assert all(torch.equal(mine[name], expected[name]) for name in world.architecture.parameters)
 
 
 def test_transformers_loads_the_same(world):
     for stored, plain in zip(world.stored, world.plain, strict=True):
         mine, expected = (dict(load_model(path, torch.float32).named_parameters()) for path in (stored.path, plain))
-        assert mine.keys() == expected.keys() and all(torch.equal(mine[name], expected[name]) for name in expected)
+        assert mine.keys() == expected.keys()
+        assert all(torch.equal(mine[name], expected[name]) for name in world.architecture.parameters)
 
 
 def test_what_is_left_out_is_said(world, form):

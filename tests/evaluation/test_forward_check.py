@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,15 @@ def test_a_vertex_computes_what_transformers_computes(tmp_path, name):
     for model in (base, other):
         comparison = compare_forward(base, model)
         assert comparison.difference <= 1e-6 and comparison.library == pytest.approx(comparison.vertex)
+
+
+@pytest.mark.parametrize("rows", [zoo.VOCABULARY + 5, zoo.VOCABULARY - 5])
+def test_a_fine_tune_with_other_tokens_is_compared_on_those_shared(tmp_path, rows):
+    base, other = (stored(zoo.save(tmp_path / str(seed), "llama", seed)) for seed in (0, 1))
+    model = AutoModelForCausalLM.from_pretrained(other.path)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    model.save_pretrained(other.path)
+    assert compare_forward(base, replace(other, vocabulary=base.content)).difference <= 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
