@@ -15,9 +15,9 @@ def identity(names: tuple[str, ...], total: float = 1.0) -> StudyIdentity:
     return StudyIdentity("base", {name: f"hash {name}" for name in names}, Space(names, total), {}, {}, {})
 
 
-def winner(asked: StudyIdentity, point: Coefficients) -> Entry:
+def winner(study: StudyIdentity, point: Coefficients) -> Entry:
     return Entry(
-        label="best of grid", role="best", algorithm="grid", coefficients=point, composite=asked.composite(point)
+        label="best of grid", role="best", algorithm="grid", coefficients=point, composite=study.composite(point)
     )
 
 
@@ -25,9 +25,9 @@ def winner(asked: StudyIdentity, point: Coefficients) -> Entry:
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_the_others_grow_in_proportion_to_the_winners_total(total: float, count: int) -> None:
     rng = np.random.default_rng(0)
-    asked = identity(NAMES[:count], total)
-    point = asked.space.sample(rng)
-    made = left_out_entries(asked, winner(asked, point))
+    study = identity(NAMES[:count], total)
+    point = study.space.sample(rng)
+    made = left_out_entries(study, winner(study, point))
     assert [entry.label for entry in made] == list(NAMES[:count])
     for entry in made:
         assert entry.role == "without" and entry.coefficients is not None and entry.forwards == 1
@@ -36,27 +36,27 @@ def test_the_others_grow_in_proportion_to_the_winners_total(total: float, count:
         rest = sum(before.values()) - before[entry.label]
         for name in units.keys() - {entry.label}:
             assert units[name] == pytest.approx(before[name] * sum(before.values()) / rest, abs=2)
-        assert entry.composite == asked.composite(entry.coefficients)
+        assert entry.composite == study.composite(entry.coefficients)
 
 
 def test_what_the_winner_has_nothing_of_is_not_left_out() -> None:
-    asked = identity(NAMES)
+    study = identity(NAMES)
     point = Coefficients((("a", UNIT // 2), ("b", 0), ("c", UNIT // 2), ("d", 0)))
-    made = left_out_entries(asked, winner(asked, point))
+    made = left_out_entries(study, winner(study, point))
     assert [entry.composite for entry in made] == [Composite.single("hash c"), Composite.single("hash a")]
 
 
 def test_a_winner_of_one_distribution_and_a_baseline_have_none() -> None:
-    asked = identity(NAMES)
+    study = identity(NAMES)
     alone = Coefficients(tuple((name, UNIT * (name == "a")) for name in NAMES))
-    assert left_out_entries(asked, winner(asked, alone)) == []
+    assert left_out_entries(study, winner(study, alone)) == []
     base = Entry(label="base", role="base", coefficients=None, composite=Composite.single("base"))
-    assert left_out_entries(asked, base) == []
+    assert left_out_entries(study, base) == []
 
 
 def test_bounds_that_forbid_a_winner_forbid_no_comparison() -> None:
     space = Space(("a", "b"), bounds=(("a", 0.2, 0.6),))
-    asked = StudyIdentity("base", {"a": "hash a", "b": "hash b"}, space, {}, {}, {})
+    study = StudyIdentity("base", {"a": "hash a", "b": "hash b"}, space, {}, {}, {})
     point = space.nearest(np.array([0.5, 0.5]))
-    made = left_out_entries(asked, winner(asked, point))
+    made = left_out_entries(study, winner(study, point))
     assert [entry.composite for entry in made] == [Composite.single("hash b"), Composite.single("hash a")]

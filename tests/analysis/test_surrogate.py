@@ -35,19 +35,19 @@ cases = pytest.mark.parametrize(("space", "lowest"), CASES.values(), ids=CASES)
 
 @cases
 def test_the_optimum_is_where_the_loss_is_lowest(space: Space, lowest: Sequence[float]) -> None:
-    found = surrogate_of(space, trials_of(space, lowest))
-    assert found is not None
-    assert space.point(found.optimum) == pytest.approx(lowest, abs=0.02)
-    assert found.mean == pytest.approx(3.0, abs=2e-3) and 0 <= found.deviation < 0.02
+    result = surrogate_of(space, trials_of(space, lowest))
+    assert result is not None
+    assert space.point(result.optimum) == pytest.approx(lowest, abs=0.02)
+    assert result.mean == pytest.approx(3.0, abs=2e-3) and 0 <= result.deviation < 0.02
 
 
 @cases
 def test_the_slice_lies_in_the_space_and_keeps_the_other_coefficients(space: Space, lowest: Sequence[float]) -> None:
-    found = surrogate_of(space, trials_of(space, lowest))
-    assert found is not None and len(found.names) == min(space.dimension, 3)
-    assert len(found.points) == len(found.means) >= 50
-    others = {name: units for name, units in found.optimum.units.items() if name not in found.names}
-    for point, mean in zip(found.points, found.means, strict=True):
+    result = surrogate_of(space, trials_of(space, lowest))
+    assert result is not None and len(result.names) == min(space.dimension, 3)
+    assert len(result.points) == len(result.means) >= 50
+    others = {name: units for name, units in result.optimum.units.items() if name not in result.names}
+    for point, mean in zip(result.points, result.means, strict=True):
         assert space.contains(point) and others.items() <= point.units.items()
         exact = 3 + float(((space.point(point) - np.array(lowest)) ** 2).sum())
         assert mean == pytest.approx(exact, abs=0.03)
@@ -55,8 +55,8 @@ def test_the_slice_lies_in_the_space_and_keeps_the_other_coefficients(space: Spa
 
 def test_four_distributions_leave_out_the_one_of_which_the_optimum_has_least() -> None:
     space, lowest = CASES["four"]
-    found = surrogate_of(space, trials_of(space, lowest))
-    assert found is not None and found.names == ("a", "c", "d")
+    result = surrogate_of(space, trials_of(space, lowest))
+    assert result is not None and result.names == ("a", "c", "d")
 
 
 def test_the_same_trials_give_the_same_belief() -> None:
@@ -87,7 +87,7 @@ def test_nothing_is_believed_of_few_trials_failed_ones_and_a_point() -> None:
 
 def test_many_trials_are_thinned_and_keep_the_best() -> None:
     space, lowest = CASES["three"]
-    found = surrogate_of(space, trials_of(space, lowest, 3 * MOST))
-    assert found is not None and found.trials == MOST
-    assert space.point(found.optimum) == pytest.approx(lowest, abs=0.02)
-    assert sum(found.optimum.units.values()) == UNIT
+    result = surrogate_of(space, trials_of(space, lowest, 3 * MOST))
+    assert result is not None and result.trials == MOST
+    assert space.point(result.optimum) == pytest.approx(lowest, abs=0.02)
+    assert sum(result.optimum.units.values()) == UNIT

@@ -34,22 +34,22 @@ def test_inner_products_over_several_blocks() -> None:
     generator = torch.Generator().manual_seed(0)
     base, *others = torch.randn(4, 2 * BLOCK + 7, generator=generator, dtype=torch.float64)
     wanted = torch.stack(others) - base
-    found = inner_products(base.float(), [one.float() for one in others])
-    assert torch.allclose(found, wanted @ wanted.T, rtol=1e-5)
+    result = inner_products(base.float(), [one.float() for one in others])
+    assert torch.allclose(result, wanted @ wanted.T, rtol=1e-5)
 
 
 def test_vectors_of_checkpoints_are_those_of_their_files(tmp_path: Path) -> None:
     worlds.study(tmp_path, ("code", "math"))
     folders = {name: tmp_path / "models" / name for name in ("base", "code", "math")}
     stored = {name: StoredModel(folder, content_hash(folder)) for name, folder in folders.items()}
-    found = vectors_of(stored["base"], {name: stored[name] for name in ("code", "math")})
+    result = vectors_of(stored["base"], {name: stored[name] for name in ("code", "math")})
     flat = {
         name: torch.cat([tensor.reshape(-1) for _, tensor in sorted(load_file(folder / "model.safetensors").items())])
         for name, folder in folders.items()
     }
-    for (i, one), (j, other) in product(enumerate(found.names), repeat=2):
+    for (i, one), (j, other) in product(enumerate(result.names), repeat=2):
         wanted = torch.dot((flat[one] - flat["base"]).double(), (flat[other] - flat["base"]).double())
-        assert found.inner[i][j] == pytest.approx(float(wanted), rel=1e-5)
+        assert result.inner[i][j] == pytest.approx(float(wanted), rel=1e-5)
 
 
 def test_vectors_are_measured_once_for_their_contents(tmp_path: Path) -> None:
@@ -61,9 +61,9 @@ def test_vectors_are_measured_once_for_their_contents(tmp_path: Path) -> None:
         measure_once(base, stored, tmp_path / "out", progress)
     assert len(progress.phases) == 1 and [path.name for path in (tmp_path / "out").iterdir()] == [FILE]
     swapped = {"math": stored["code"].content, "new": stored["math"].content}
-    found = recall_vectors(base.content, swapped, tmp_path / "out")
-    assert found is not None and found.names == ("math", "new")
-    assert found.inner == vectors_of(base, stored).inner, "found by content, whatever the names"
+    result = recall_vectors(base.content, swapped, tmp_path / "out")
+    assert result is not None and result.names == ("math", "new")
+    assert result.inner == vectors_of(base, stored).inner, "found by content, whatever the names"
     assert recall_vectors(base.content, swapped | {"third": "unknown"}, tmp_path / "out") is None
     assert recall_vectors("another base", swapped, tmp_path / "out") is None
 
