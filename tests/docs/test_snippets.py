@@ -35,7 +35,7 @@ PAGES = [
     *(ROOT / name for name in ("dashboards/README.md", "studies/README.md", "CONTRIBUTING.md")),
 ]
 BLOCK = re.compile(r"(?:^<!-- (?P<mark>.*?) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
-SECONDS = 300
+SECONDS = 900
 """Time limit of a snippet."""
 
 
