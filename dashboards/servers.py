@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 from dem_opt.errors import InputError, shorten
+from dem_opt.storage.engine import is_there, sqlite_file
 from dem_opt.tracking.mlflow_client import make_database
 from dem_opt.tracking.urls import LOOPBACK, address_of, is_server, preferred_port, without_login
 
@@ -263,9 +264,8 @@ def _free_ports(uris: Sequence[str]) -> list[int]:
 
 def _must_exist(storage_url: str) -> None:
     """Refuse a missing SQLite file, which Optuna Dashboard would create."""
-    path = storage_url.removeprefix("sqlite:///")
-    if path != storage_url and not Path(path).exists():
-        raise InputError(path, "storage", None, "there is no study yet; `dem-opt run` makes it")
+    if not is_there(storage_url):
+        raise InputError(sqlite_file(storage_url), "storage", None, "there is no study yet; `dem-opt run` makes it")
 
 
 def _interrupt(signal_number: int, frame: FrameType | None) -> None:

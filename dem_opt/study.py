@@ -313,9 +313,13 @@ class Study:
         return self.config.space.check(coefficients, self._context.path, "coefficients")
 
 
-def mlflow_tracker(config: StudyConfig, *, on_pages: PageListener | None = None) -> MlflowTracker:
-    """Return the MLflow tracker that a study file asks for; `on_pages` receives the URLs of logged trials."""
-    store = MlflowStore(
+def mlflow_store(config: StudyConfig) -> MlflowStore:
+    """Return the place in MLflow that a study file names."""
+    return MlflowStore(
         uri=config.tracking.uri, experiment=config.tracking.experiment, artifacts=config.output / "artifacts"
     )
-    return MlflowTracker(store, close_seconds=config.outages.tracking, on_pages=on_pages)
+
+
+def mlflow_tracker(config: StudyConfig, *, on_pages: PageListener | None = None) -> MlflowTracker:
+    """Return the MLflow tracker that a study file asks for; `on_pages` receives the URLs of logged trials."""
+    return MlflowTracker(mlflow_store(config), close_seconds=config.outages.tracking, on_pages=on_pages)

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import sqlite3
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import pyarrow
@@ -113,6 +115,66 @@ def test_another_weighting_needs_no_forward_pass_for_what_is_measured(tmp_path, 
     summary = weighted.compare(["grid"]).summary
     assert not {key for _, key in evaluated} & set(search_keys(path)), "held-out reports on another winner"
     assert summary.winner.objective["search"] == summary.winner.scores["search"]["code"].nll
+
+
+def renamed(study: dict) -> None:
+    study["name"] = "another"
+
+
+def bounded(study: dict) -> None:
+    study["simplex"] = {"bounds": {"code": [0, 0.5]}}
+
+
+def test_a_study_file_that_goes_back_goes_on_with_the_generation_that_it_had(tmp_path, evaluated):
+    path = worlds.study(tmp_path, ("code", "math"), search=GRID)
+    original = path.read_text()
+    first = open_study(path).run().summary
+    second = open_study(edit(path, bounded)).run().summary
+    path.write_text(original)
+    exported = open_study(path).export(tmp_path / "before running again")
+    evaluated.clear()
+    watching = RecordedProgress()
+    study = open_study(path, watching)
+    again = study.run().summary
+    assert not evaluated and not watching.records
+    assert again.trials == first.trials and again.winner == first.winner == exported.result
+    assert any("generation 1 goes on" in line for line in watching.notes)
+    assert open_study(edit(path, bounded)).run().summary.trials == second.trials
+    watching = RecordedProgress()
+    open_study(edit(path, lambda study: study.update(simplex={"total": [0, 1]})), watching).run()
+    assert any("generation 3 begins" in line for line in watching.notes)
+    generations = {name.partition("#")[2] for name in study_names(study.config.storage)}
+    assert generations == {"", "2", "3"}
+
+
+def test_a_renamed_study_takes_over_what_was_measured(tmp_path, evaluated):
+    path = worlds.study(tmp_path, ("code", "math"), search=GRID)
+    first = open_study(path).run()
+    before = (tmp_path / "runs/tiny/study.db").read_bytes()
+    evaluated.clear()
+    watching = RecordedProgress()
+    study = open_study(edit(path, renamed), watching)
+    assert study.run().winner.objective == first.winner.objective
+    assert not evaluated and len(watching.records) == GRID["trials"]
+    assert [line for line in watching.notes if "runs/tiny/study.db" in line]
+    assert (tmp_path / "runs/tiny/study.db").read_bytes() == before
+    watching = RecordedProgress()
+    open_study(path, watching).run()
+    assert not [line for line in watching.notes if "taken over" in line]
+
+
+@pytest.mark.parametrize("neighbour", ["no database", "another database", "an empty file"])
+def test_a_neighbour_that_is_no_ledger_is_passed_over(tmp_path, neighbour):
+    file = tmp_path / "runs/neighbour/study.db"
+    file.parent.mkdir(parents=True)
+    if neighbour == "another database":
+        with closing(sqlite3.connect(file)) as other, other:
+            other.execute("CREATE TABLE dem_score (something)")
+    else:
+        file.write_bytes(b"" if neighbour == "an empty file" else b"words" * 1000)
+    before = file.read_bytes()
+    open_study(worlds.study(tmp_path, ("code", "math"), search=GRID)).run()
+    assert file.read_bytes() == before
 
 
 def add_general(path: Path, **objective) -> Path:

@@ -101,8 +101,11 @@ def dashboard(arguments: Namespace, terminal: Terminal) -> None:
     """Serve both dashboards until interrupted."""
     from dem_opt.config import load
     from dem_opt.dashboards.servers import serve
+    from dem_opt.study import mlflow_store
+    from dem_opt.tracking.mlflow_client import follow_artifacts
 
     config = load(arguments.study)
+    follow_artifacts(mlflow_store(config))
     serve(config.storage, config.tracking.uri, config.output / "artifacts", terminal.line, arguments.open)
 
 

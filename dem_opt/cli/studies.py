@@ -180,18 +180,16 @@ def _removal(plan: "ResetPlan") -> list[str]:
 @contextmanager
 def _ledger(config: StudyConfig, path: Path) -> Iterator["Ledger"]:
     """The ledger of a database that has one; nothing is created."""
-    from dem_opt.storage.engine import connect, is_there
+    from dem_opt.storage.engine import is_there
     from dem_opt.storage.ledger import Ledger
+    from dem_opt.storage.retry import opened
 
     if not is_there(config.storage):
         raise _not_run(path)
-    engine = connect(config.storage)
-    try:
+    with opened(config.storage) as engine:
         if not Ledger.is_in(engine):
             raise _not_run(path)
         yield Ledger(engine)
-    finally:
-        engine.dispose()
 
 
 def _not_run(path: Path) -> InputError:

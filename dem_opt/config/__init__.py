@@ -55,9 +55,13 @@ __all__ = [
     "SearchSection",
     "StudyConfig",
     "load",
+    "sqlite_url",
 ]
 
 _LOCAL_SQLITE = "sqlite:///"
+
+_QUOTED = str.maketrans({character: f"%{ord(character):02X}" for character in "%?#{}"})
+"""Characters of a path that mean something else in a database's URL."""
 
 
 class StudyConfig(Section):
@@ -125,10 +129,11 @@ class StudyConfig(Section):
         data = dict(data)
         name = data.get("name")
         output = data.setdefault("output", f"runs/{name if isinstance(name, str) else ''}")
-        data["storage"] = _database(data.get("storage", f"{_LOCAL_SQLITE}{output}/study.db"), folder)
+        place = sqlite_url(str(output))
+        data["storage"] = _database(data.get("storage", f"{place}/study.db"), folder)
         tracking = data.get("tracking") or {}
         if isinstance(tracking, dict):
-            uri = _database(tracking.get("uri", f"{_LOCAL_SQLITE}{output}/mlflow.db"), folder)
+            uri = _database(tracking.get("uri", f"{place}/mlflow.db"), folder)
             data["tracking"] = {"experiment": name, **tracking, "uri": uri}
         return data
 
@@ -263,10 +268,20 @@ def load(path: Path) -> StudyConfig:
         raise _input_error(path, data, error) from None
 
 
+def sqlite_url(path: Path | str, rest: str = "") -> str:
+    """The URL of an SQLite file.
+
+    Args:
+        path: The file, or a folder that `rest` starts at.
+        rest: A relative path in a URL, where `path` is a folder.
+    """
+    return f"{_LOCAL_SQLITE}{Path(str(path).translate(_QUOTED)) / rest}"
+
+
 def _database(url: Any, folder: Path) -> Any:
     """A database URL; a relative SQLite file starts at `folder`."""
     if isinstance(url, str) and url.startswith(_LOCAL_SQLITE) and not url.startswith(_LOCAL_SQLITE + "/"):
-        return f"{_LOCAL_SQLITE}{folder / url.removeprefix(_LOCAL_SQLITE)}"
+        return sqlite_url(folder, url.removeprefix(_LOCAL_SQLITE))
     return url
 
 

@@ -213,10 +213,10 @@ class Driver:
     def _finish(
         self, assignment: Assignment, answer: Evaluation | Failure, search: Search, tracker: SearchTracker
     ) -> None:
-        """Tell Optuna, the tracker and whoever watches, in this order."""
+        """Tell Optuna, the tracker and whoever watches, in this order, unless another driver took the trial over."""
         record = trial_record(
             self.ledger, self.identity, search.name, assignment.trial, answer, assignment.race, assignment.gradient
         )
-        search.tell(record.number, record.penalized, attributes(record))
-        tracker.trial_ended(record)
-        self.progress.trial_finished(record, search.finished, search.planned)
+        if search.tell(record.number, record.penalized, attributes(record)):
+            tracker.trial_ended(record)
+            self.progress.trial_finished(record, search.finished, search.planned)

@@ -21,7 +21,7 @@ from dem_opt.search.trial_attributes import DRIVER, EXPECTED_IMPROVEMENT, MEASUR
 from dem_opt.simplex import Coefficients, Space
 from dem_opt.storage import engine
 from dem_opt.storage.leases import Lease
-from dem_opt.storage.retry import NO_RETRY, RetryPolicy, patient
+from dem_opt.storage.retry import BRIEF, RetryPolicy, patient
 from dem_opt.types import GRADIENT_FORWARDS
 
 __all__ = ["METRIC", "PendingTrial", "Search", "Trial"]
@@ -84,7 +84,7 @@ class Search:
         start: Sequence[Coefficients] = (),
         gradients: bool = False,
         lease: Lease | None = None,
-        patience: RetryPolicy = NO_RETRY,
+        patience: RetryPolicy = BRIEF,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.name, self._space, self._search = name, space, search
@@ -300,13 +300,26 @@ class Search:
         return self._history.whole(before)
 
     @patient
-    def tell(self, number: int, objective: float | None, attributes: TrialAttributes) -> None:
+    def tell(self, number: int, objective: float | None, attributes: TrialAttributes) -> bool:
         """Finish a trial with its objective in nats per token, or as failed: None, with `attributes.reason`.
 
-        A finished trial stays as it is.  Raises ValueError for an objective that is not finite.
+        A finished trial stays as it is, and so does one that another driver has taken over from this one, which was
+        silent for too long.  Raises ValueError for an objective that is not finite.
+
+        Returns:
+            Whether the trial was this driver's to finish.
         """
-        self._tell(number, objective, attributes)
+        is_mine = self._is_mine(number)
+        if is_mine:
+            self._tell(number, objective, attributes)
         self._mine.discard(number)
+        return is_mine
+
+    def _is_mine(self, number: int) -> bool:
+        if self._lease is None:
+            return True
+        trial = self._storage.get_trial(self._id_of(number))
+        return bool(trial.user_attrs.get(DRIVER, self._lease.token) == self._lease.token)
 
     def _tell(self, number: int, objective: float | None, attributes: TrialAttributes) -> None:
         if objective is not None and not isfinite(objective):
@@ -381,7 +394,7 @@ def study_names(url: str) -> set[str]:
 @contextmanager
 def opened_storage(url: str) -> Iterator[RDBStorage]:
     """Open Optuna's tables in a database, and close its connections afterwards."""
-    storage = _open(url)
+    storage = BRIEF(lambda: _open(url))
     try:
         yield storage
     finally:

@@ -11,7 +11,7 @@ from dem_opt.search.optuna_study import Search, study_names
 from dem_opt.search.run_name import RunName
 from dem_opt.simplex import Coefficients
 from dem_opt.storage.leases import Lease
-from dem_opt.storage.retry import NO_RETRY, RetryPolicy
+from dem_opt.storage.retry import BRIEF, RetryPolicy
 
 GRADIENTS_FROM = 7
 """Free shares from which on gradients are worth their cost: with fewer, racing gets further for it (dev/LOG.md)."""
@@ -32,7 +32,7 @@ class Runs:
     generation: int
     _: KW_ONLY
     lease: Lease | None = None
-    patience: RetryPolicy = NO_RETRY
+    patience: RetryPolicy = BRIEF
 
     def open(self, label: str, start: Sequence[Coefficients] = (), gradients_fit: bool | None = None) -> Search:
         """Open the search of a run, or create it where there is none.

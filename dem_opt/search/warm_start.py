@@ -1,6 +1,9 @@
-"""Generations of a study: a changed identity begins a new one, which starts from the ledger's composites."""
+"""Generations of a study: a changed identity begins a new one, which starts from the ledger's composites.
 
-from collections.abc import Mapping, Sequence
+An identity that the study had before goes on with the trials that it has.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
@@ -25,9 +28,15 @@ SCORED_ANEW = 6
 
 
 def enter(
-    name: str, identity: StudyIdentity, ledger: Ledger, lease: Lease, where: Path | None, progress: Progress
+    name: str,
+    identity: StudyIdentity,
+    ledger: Ledger,
+    lease: Lease,
+    confirm: Callable[[], None],
+    where: Path | None,
+    progress: Progress,
 ) -> tuple[int, list[Coefficients]]:
-    """Write down a study's first run, or a change of its identity.
+    """Write down a study's first run, or a change of its identity; `confirm` raises where the turn to do so was lost.
 
     Returns:
         The study's generation, and the points that it begins with.
@@ -39,6 +48,7 @@ def enter(
     identity_fields, scoring_fields = identity.identity_fields(), identity.scoring_fields()
     row = ledger.study(name)
     if row is None:
+        confirm()
         ledger.enter_study(StudyRow(name, 1, scoring_fields, identity_fields))
         return 1, []
     refuse_other_scoring(where, row.scoring, scoring_fields)
@@ -46,13 +56,21 @@ def enter(
     if change and (others := lease.others()):
         mend = f"{change}, while it is driven by {' and '.join(others.values())}; stop them first"
         raise InputError(where, "name", name, mend)
-    generation = row.generation + bool(change)
+    known = find_generation(ledger, name, identity_fields)
+    generation = known or max(ledger.generations(name)) + 1
+    confirm()
     ledger.enter_study(StudyRow(name, generation, row.scoring | scoring_fields, identity_fields))
     start = carried_over(ledger, identity) if generation > 1 else []
     if change:
-        reuse = describe_reuse(ledger, identity, start)
-        progress.note(f"{name} has changed ({change}): generation {generation} begins {reuse}")
+        course = "goes on" if known else f"begins {describe_reuse(ledger, identity, start)}"
+        progress.note(f"{name} has changed ({change}): generation {generation} {course}")
     return generation, start
+
+
+def find_generation(ledger: Ledger, name: str, identity_fields: Mapping[str, str]) -> int | None:
+    """Number of a study's generation with these identity fields, the present one or an earlier one, or None."""
+    generations = ledger.generations(name)
+    return next((number for number in sorted(generations) if generations[number] == identity_fields), None)
 
 
 @dataclass(frozen=True, kw_only=True, order=True)

@@ -3,12 +3,29 @@
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import URL, MetaData, create_engine, event, func, make_url, select, text
+from sqlalchemy import (
+    URL,
+    MetaData,
+    Select,
+    String,
+    create_engine,
+    event,
+    func,
+    inspect,
+    literal,
+    make_url,
+    select,
+    table,
+    text,
+    update,
+)
 from sqlalchemy import Engine as Engine
+from sqlalchemy import column as table_column
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.orm import DeclarativeBase
@@ -19,8 +36,14 @@ from dem_opt.errors import InputError
 T = TypeVar("T")
 
 _DRIVERS = ("sqlite", "sqlite+pysqlite", "postgresql", "postgresql+psycopg")
-_SQLITE = """
-    PRAGMA busy_timeout = 30000
+IDLE_SECONDS = 60
+"""Seconds after which PostgreSQL ends a transaction whose driver is silent: it was suspended, or is cut off."""
+
+BUSY_SECONDS = 2.0
+"""Seconds that SQLite waits by itself for another program's lock; then `retry` waits, and says so."""
+
+_SQLITE = f"""
+    PRAGMA busy_timeout = {BUSY_SECONDS * 1000:.0f}
     PRAGMA journal_mode = WAL
     PRAGMA synchronous = NORMAL
     PRAGMA foreign_keys = ON
@@ -29,6 +52,9 @@ _PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 """Seconds between two attempts at what another process may be in the middle of."""
 
 _CONNECT_SECONDS = 5
+_KEEPALIVE = {"keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 4, "tcp_user_timeout": 60_000}
+"""libpq's settings by which a server that has vanished is noticed within a minute, not in two hours."""
+
 _CREATING = 0x64656D
 """Key of PostgreSQL's advisory lock under which tables are created, shared with drivers of earlier releases."""
 
@@ -45,6 +71,7 @@ def connect(url: str, field: str = "storage") -> Engine:
     Raises:
         InputError: The URL is malformed or of an unknown kind, a folder or file can't be written, the file is not a
             database, or the server does not answer within 5 seconds.  Names `field` and the masked URL.
+        OperationalError: Another program has locked the SQLite file; `retry.connect_patiently` waits for it.
     """
     parsed = _parse(url, field)
     local = parsed.get_backend_name() == "sqlite"
@@ -59,22 +86,81 @@ def connect(url: str, field: str = "storage") -> Engine:
         _probe(engine)
     except DBAPIError as error:
         engine.dispose()
+        if _is_locked(error):
+            raise
         kind = "file can't be used as a database" if local else "server does not answer"
         raise InputError(None, field, masked(url), f"the {kind} ({_reason(error, parsed)})") from None
     return engine
 
 
 def engine_settings(url: str) -> Mapping[str, Any]:
-    """Arguments of `create_engine`: a server's pooled connections are checked before use, with a timeout."""
+    """Arguments of `create_engine`: how long to wait; a server's pooled connections are checked before use."""
     if url.startswith("sqlite"):
-        return {}
-    return {"pool_pre_ping": True, "connect_args": {"connect_timeout": _CONNECT_SECONDS}}
+        return {"connect_args": {"timeout": BUSY_SECONDS}}
+    return {"pool_pre_ping": True, "connect_args": {"connect_timeout": _CONNECT_SECONDS, **_KEEPALIVE}}
 
 
 def is_there(url: str) -> bool:
     """There is a database to connect to: for SQLite the file exists; for a server always true."""
-    parsed = _parse(url, "storage")
-    return parsed.get_backend_name() != "sqlite" or Path(str(parsed.database)).is_file()
+    file = sqlite_file(url)
+    return file is None or file.is_file()
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file of an SQLite database, None for the URL of a server."""
+    if not url.startswith("sqlite"):
+        return None
+    return Path(str(_parse(url, "storage").database))
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[Engine | None]:
+    """Open an SQLite file to read it; None where that can't be done now."""
+    engine = create_engine(URL.create("sqlite", database=file.absolute().as_uri(), query={"mode": "ro", "uri": "true"}))
+    try:
+        with engine.connect() as connection:
+            connection.execute(text("SELECT name FROM sqlite_master")).close()
+    except DBAPIError:
+        engine.dispose()
+        yield None
+        return
+    try:
+        yield engine
+    finally:
+        engine.dispose()
+
+
+def look_up(engine: Engine, name: str, wanted: str, where: str, value: str) -> Any:
+    """The value of the column `wanted` in the row of a table where another column has a value; None without one."""
+    if not inspect(engine).has_table(name):
+        return None
+    query: Select[Any] = select(table_column(wanted)).select_from(table(name)).where(table_column(where) == value)
+    with engine.connect() as connection:
+        return connection.scalar(query)
+
+
+def replace_beginnings(engine: Engine, columns: Mapping[str, Sequence[str]], old: str, new: str) -> int:
+    """Replace a folder at the beginning of the paths or URIs in a database, all or none.
+
+    Args:
+        engine: The database.
+        columns: Names of columns by table; tables and columns that are not there are passed over.
+        old: The folder, without a slash at its end.
+        new: What stands in its place.
+
+    Returns:
+        The number of values changed.
+    """
+    inspector, changed = inspect(engine), 0
+    with engine.begin() as connection:
+        for name, wanted in columns.items():
+            present = inspector.has_table(name) and {column["name"] for column in inspector.get_columns(name)}
+            for column in (table_column(known, String) for known in wanted if present and known in present):
+                beginning = func.substr(column, 1, len(old) + 1)
+                moved = literal(new) + func.substr(column, len(old) + 1)
+                change = update(table(name, column)).where(beginning.in_([old, f"{old}/"])).values({column: moved})
+                changed += connection.execute(change).rowcount
+    return changed
 
 
 def probe(url: str, field: str = "storage") -> str:
@@ -112,10 +198,13 @@ def _is_sqlite(file: Path) -> bool:
 
 
 def tune(engine: Engine) -> None:
-    """Give every SQLite connection of `engine` WAL, synchronous=NORMAL, foreign keys and a 30 s busy timeout."""
-    if engine.dialect.name == "sqlite":
-        event.listen(engine, "connect", _set_pragmas)
-        engine.dispose()
+    """Set up every connection of `engine`, those that it has included.
+
+    SQLite gets WAL, synchronous=NORMAL, foreign keys and a busy timeout.  PostgreSQL is to end transactions in which it
+    hears nothing: those of a suspended driver would keep all others waiting.
+    """
+    event.listen(engine, "connect", _set_pragmas if engine.dialect.name == "sqlite" else _limit_silence)
+    engine.dispose()
 
 
 def masked(url: str) -> str:
@@ -135,9 +224,12 @@ def create_missing(engine: Engine, metadata: MetaData) -> None:
 def making_tables(make: Callable[[], T]) -> T:
     """Call `make`, which creates missing tables, again while another process creates the same ones."""
     for pause in _PAUSES:
+        began = time.monotonic()
         try:
             return make()
-        except DBAPIError:
+        except DBAPIError as error:
+            if _is_locked(error) and time.monotonic() - began > BUSY_SECONDS:
+                raise  # by a program that does something else
             time.sleep(pause)
     return make()
 
@@ -183,12 +275,24 @@ def _set_pragmas(connection: Any, _record: object) -> None:
         connection.execute(pragma).close()
 
 
+def _limit_silence(connection: Any, _record: object) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(f"SET idle_in_transaction_session_timeout = '{IDLE_SECONDS}s'")
+    connection.commit()
+
+
+def _is_locked(error: DBAPIError) -> bool:
+    """Another program holds a lock on an SQLite file."""
+    return isinstance(error, OperationalError) and "locked" in str(error.orig)
+
+
 def _probe(engine: Engine) -> None:
     """Connect once, and take SQLite's write lock.
 
     SQLite's busy timeout does not cover the switch to WAL when several processes open a new file at once, so
-    "database is locked" is answered by growing pauses here.
+    "database is locked" is answered by growing pauses here, for as long as SQLite would wait itself.
     """
+    began = time.monotonic()
     for pause in (*_PAUSES, None):
         try:
             with engine.connect() as connection:
@@ -196,7 +300,7 @@ def _probe(engine: Engine) -> None:
                 connection.rollback()
             return
         except OperationalError as error:
-            if pause is None or "locked" not in str(error.orig):
+            if pause is None or not _is_locked(error) or time.monotonic() - began > BUSY_SECONDS:
                 raise
             time.sleep(pause)
 

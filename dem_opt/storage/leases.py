@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 from socket import gethostname
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from time import monotonic, sleep
 from typing import Any
 from uuid import uuid4
@@ -21,10 +21,10 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from dem_opt.errors import InputError
 from dem_opt.storage.engine import create_missing, insert_into
-from dem_opt.storage.retry import NO_RETRY, RetryPolicy, patient
+from dem_opt.storage.retry import BRIEF, RetryPolicy, patient
 
 LEASE_SECONDS = 60.0
-"""Seconds after which a driver on another host that has not renewed its lease counts as gone."""
+"""Seconds after which a driver beside others, or on another host, that has not renewed its lease counts as gone."""
 
 TURN_PAUSE = 0.02
 """Seconds between two attempts to get a turn."""
@@ -77,8 +77,8 @@ class Lease:
     def renew(self) -> None:
         """Record that this driver is alive.
 
-        Beside others, a lease that was given up is taken again: this driver may finish its trials, since every trial is
-        written once.
+        Beside others, a lease that was given up is taken again: this driver goes on with the trials that nobody has
+        taken over.
 
         Raises:
             InputError: Another driver has taken the study over.
@@ -99,8 +99,9 @@ class Lease:
     def others(self) -> dict[str, str]:
         """Names of the other living drivers of the study by token; the rows of dead ones are removed.
 
-        A driver on another host is dead after 60 seconds without a renewal in which this one could have seen it:
-        after an outage of the database every driver gets that time again.
+        A driver is dead when its process is gone, or when it was suspended or is cut off: after 60 seconds without a
+        renewal in which this one could have seen it.  After an outage of the database every driver gets that time
+        again.
         """
         if not self.shared:
             return {}
@@ -118,7 +119,8 @@ class Lease:
     def turn(self, work: str = "proposing") -> Iterator[Callable[[], None]]:
         """Do work that only one of a study's drivers may do at a time; the others wait.
 
-        The turn belongs to a database connection, so it also ends with the driver's life.
+        The turn is a lock of a transaction.  It ends with the driver's life, and after 60 seconds in which the server
+        hears nothing of a driver that was suspended or is cut off.
 
         Args:
             work: Name of the work, hashed into the lock's key: drivers of earlier releases use the same names.
@@ -129,19 +131,28 @@ class Lease:
         if not self.shared:
             yield _check_nothing
             return
+        turn = self.patience(lambda: self._begin_turn(work))
+        try:
+            yield turn.confirm
+        finally:
+            turn.end()
+
+    def _begin_turn(self, work: str) -> "_Turn":
         digest = sha256(f"{self._study}\0{work}".encode()).digest()
         key = {"key": int.from_bytes(digest[:8], signed=True)}
-        with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection = self._engine.connect()
+        try:
+            limit = {"limit": f"{LEASE_SECONDS * 1000:.0f}ms"}
+            connection.execute(text("SELECT set_config('idle_in_transaction_session_timeout', :limit, true)"), limit)
             self._wait(connection, key, work)
-            try:
-                yield lambda: connection.execute(text("SELECT 1")).close()
-            finally:
-                with suppress(SQLAlchemyError):
-                    connection.execute(text("SELECT pg_advisory_unlock(:key)"), key)
+        except BaseException:
+            connection.close()
+            raise
+        return _Turn(connection)
 
     def _wait(self, connection: Connection, key: dict[str, int], work: str) -> None:
         began, is_reported = monotonic(), False
-        while not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), key):
+        while not connection.scalar(text("SELECT pg_try_advisory_xact_lock(:key)"), key):
             if not is_reported and monotonic() - began > WAITING_NOTICE:
                 is_reported = True
                 self.patience.progress.note(f"waiting for another driver of {self._study}, which is {work}")
@@ -196,12 +207,40 @@ class Lease:
             connection.execute(delete(_Driver).where(*self._mine))
 
 
+class _Turn:
+    """A lock that lives as long as the transaction of its connection, which a thread keeps from being idle."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self._using, self._ended = connection, Lock(), Event()
+        self._thread = Thread(target=self._keep, daemon=True)
+        self._thread.start()
+
+    def confirm(self) -> None:
+        """Raise SQLAlchemy's error if the lock was lost."""
+        with self._using:
+            self._connection.execute(text("SELECT 1")).close()
+
+    def end(self) -> None:
+        """Give the lock back; where the connection is lost, it has ended."""
+        self._ended.set()
+        self._thread.join()
+        with suppress(SQLAlchemyError):
+            self._connection.close()
+
+    def _keep(self) -> None:
+        while not self._ended.wait(LEASE_SECONDS / 4):
+            try:
+                self.confirm()
+            except SQLAlchemyError:
+                return
+
+
 def _check_nothing() -> None:
     """The check of a turn that can't be lost."""
 
 
 @contextmanager
-def holding(engine: Engine, study: str, several: bool = False, patience: RetryPolicy = NO_RETRY) -> Iterator[Lease]:
+def holding(engine: Engine, study: str, several: bool = False, patience: RetryPolicy = BRIEF) -> Iterator[Lease]:
     """Hold a lease of `study`: alone, or with `several` beside others where the database is a server.
 
     A thread renews it meanwhile.  A holder on this host whose process is gone is succeeded at once, one on another
@@ -210,9 +249,9 @@ def holding(engine: Engine, study: str, several: bool = False, patience: RetryPo
     Raises:
         InputError: The holder is alive; names it, and since when.
     """
-    create_missing(engine, _Tables.metadata)
+    patience(lambda: create_missing(engine, _Tables.metadata))
     lease = Lease(engine, study, several and _has_several(engine), patience)
-    lease._take()
+    patience(lease._take)
     ended = Event()
     beating = Thread(target=lease._beat, args=[ended], daemon=True)
     beating.start()
@@ -224,9 +263,9 @@ def holding(engine: Engine, study: str, several: bool = False, patience: RetryPo
         lease._release()
 
 
-def visiting(engine: Engine, study: str, patience: RetryPolicy = NO_RETRY) -> Lease:
+def visiting(engine: Engine, study: str, patience: RetryPolicy = BRIEF) -> Lease:
     """A lease that is not taken: shows a study's drivers, and gives turns beside them."""
-    create_missing(engine, _Tables.metadata)
+    patience(lambda: create_missing(engine, _Tables.metadata))
     return Lease(engine, study, _has_several(engine), patience)
 
 
@@ -242,10 +281,14 @@ def _now(connection: Connection) -> float:
 
 
 def _is_alive(holder: Any, heard: float, now: float) -> bool:
-    """The holder's process runs, or, on another host, has renewed its lease lately."""
-    if holder.host == gethostname():
-        return bool(_started(holder.pid) == holder.started)
-    return bool(now - heard < LEASE_SECONDS)
+    """The holder's process runs, as far as that can be seen from here, and has renewed its lease lately.
+
+    A process of this host that drives alone is not succeeded while it lives, however long it was suspended.
+    """
+    is_recent = bool(now - heard < LEASE_SECONDS)
+    if holder.host != gethostname():
+        return is_recent
+    return bool(_started(holder.pid) == holder.started) and (is_recent or not holder.slot)
 
 
 def _started(pid: int) -> str | None:

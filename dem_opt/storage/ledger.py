@@ -23,15 +23,18 @@ from sqlalchemy import (
     inspect,
     select,
 )
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from dem_opt.errors import InputError
 from dem_opt.storage.engine import create_missing, insert_into, masked
-from dem_opt.storage.retry import NO_RETRY, RetryPolicy, patient
+from dem_opt.storage.retry import BRIEF, RetryPolicy, patient
 from dem_opt.types import Composite, Gradient, Score
 
 SCHEMA = 4
-"""Version of the tables that this module reads and writes: 2 added gradients, 3 libraries, 4 configurations."""
+"""Version of the tables that this module reads and writes: 2 added gradients, 3 libraries, 4 configurations and
+earlier generations.
+"""
 
 
 class _Tables(DeclarativeBase):
@@ -102,6 +105,16 @@ class _Study(_Tables):
     identity: Mapped[str] = mapped_column("question")
 
 
+class _Generation(_Tables):
+    """The identity fields of a generation of a study, as JSON; databases of earlier releases lack the earlier ones."""
+
+    __tablename__ = "dem_generation"
+
+    study: Mapped[str] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    identity: Mapped[str]
+
+
 class _Libraries(_Tables):
     """Versions of the libraries of a study's last run by name, as JSON."""
 
@@ -145,7 +158,7 @@ class Ledger:
     While the database is away, methods wait and try again, as long as `patience` says.
     """
 
-    def __init__(self, engine: Engine, patience: RetryPolicy = NO_RETRY) -> None:
+    def __init__(self, engine: Engine, patience: RetryPolicy = BRIEF) -> None:
         """Create the tables that are missing.
 
         Raises:
@@ -153,9 +166,13 @@ class Ledger:
         """
         self.engine, self.patience = engine, patience
         self._refuse_newer()
-        create_missing(engine, _Tables.metadata)
-        with engine.begin() as connection:
-            connection.execute(insert_into(engine, _Schema).values(version=SCHEMA).on_conflict_do_nothing())
+        self._make_tables()
+
+    @patient
+    def _make_tables(self) -> None:
+        create_missing(self.engine, _Tables.metadata)
+        with self.engine.begin() as connection:
+            connection.execute(insert_into(self.engine, _Schema).values(version=SCHEMA).on_conflict_do_nothing())
 
     @staticmethod
     def is_in(engine: Engine) -> bool:
@@ -311,11 +328,53 @@ class Ledger:
             ]
 
     @patient
+    def generations(self, name: str) -> dict[int, dict[str, str]]:
+        """The identity fields of a study's generations by number, as far as they are known."""
+        query = select(_Generation.number, _Generation.identity).where(_Generation.study == name)
+        with Session(self.engine) as session:
+            present = session.get(_Study, name)
+            known = {number: json.loads(identity) for number, identity in session.execute(query)}
+        return known | ({} if present is None else {present.generation: json.loads(present.identity)})
+
+    @patient
     def forget_study(self, name: str) -> None:
-        """Remove the row and the library versions of a study; its scores and gradients stay."""
+        """Remove the rows and the library versions of a study; its scores and gradients stay."""
         with self.engine.begin() as connection:
+            connection.execute(delete(_Generation).where(_Generation.study == name))
             connection.execute(delete(_Libraries).where(_Libraries.study == name))
             connection.execute(delete(_Study).where(_Study.name == name))
+
+    @patient
+    def copy_scores(self, source: Engine, scoring: str, corpora: Collection[str], differentiation: str) -> int:
+        """Copy the scores and gradients on some corpora out of another ledger; return the number of scores.
+
+        They are by content, so they hold here as there, unless a checkpoint was scored with another configuration
+        there.  A source that can't be read now gives none.
+        """
+        scores = _Score.scoring == scoring, _Score.corpus.in_(corpora)
+        gradients = _Gradient.scoring == differentiation, _Gradient.corpus.in_(corpora)
+        measured = select(_Score.composite).where(*scores).union(select(_Gradient.composite).where(*gradients))
+        queries = {
+            _Composite: select(_Composite.__table__).where(_Composite.key.in_(measured)),
+            _Score: select(*(column for column in _Score.__table__.c if column.name != "id"))
+            .where(*scores)
+            .order_by(_Score.id),
+            _Gradient: select(_Gradient.__table__).where(*gradients),
+        }
+        try:
+            with source.connect() as connection:
+                rows = {table: connection.execute(query).mappings().all() for table, query in queries.items()}
+        except DBAPIError:
+            return 0
+        own = self._configurations(self.engine)
+        if any(own.get(content, fields) != fields for content, fields in self._configurations(source).items()):
+            return 0
+        with self.engine.begin() as connection:
+            for table, found in rows.items():
+                if found:
+                    insert = insert_into(self.engine, table).on_conflict_do_nothing()
+                    connection.execute(insert, [dict(row) for row in found])
+        return len(rows[_Score])
 
     @patient
     def count_scores(self) -> int:
@@ -325,14 +384,19 @@ class Ledger:
 
     @patient
     def enter_study(self, row: StudyRow) -> None:
-        """Write the row of a study, or replace it."""
+        """Write the row of a study, or replace it; the identity of the generation that it replaces is kept."""
         columns = {
             "generation": row.generation,
             "scoring": json.dumps(row.scoring),
             "question": json.dumps(row.identity),
         }
         entry = insert_into(self.engine, _Study).values({"name": row.name, **columns})
+        generation = insert_into(self.engine, _Generation).on_conflict_do_nothing()
         with self.engine.begin() as connection:
+            for study, number, identity in connection.execute(
+                select(_Study.name, _Study.generation, _Study.identity).where(_Study.name == row.name)
+            ).all():
+                connection.execute(generation.values(study=study, number=number, identity=identity))
             connection.execute(entry.on_conflict_do_update(index_elements=["name"], set_=columns))
 
     @patient
@@ -360,6 +424,14 @@ class Ledger:
         with Session(self.engine) as session:
             return set(session.scalars(query))
 
+    def _configurations(self, engine: Engine) -> dict[str, str]:
+        """The configurations that checkpoints were first scored with in a ledger, by content."""
+        if not inspect(engine).has_table(_Configuration.__tablename__):
+            return {}
+        with Session(engine) as session:
+            return {row.content: row.fields for row in session.scalars(select(_Configuration))}
+
+    @patient
     def _refuse_newer(self) -> None:
         if not inspect(self.engine).has_table(_Schema.__tablename__):
             return

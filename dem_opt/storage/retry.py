@@ -1,7 +1,8 @@
 """Waiting for a database that is away: which errors count as an outage, how long to retry, what to report."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from time import monotonic, sleep
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
@@ -11,7 +12,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from dem_opt.errors import OutageError, shorten
 from dem_opt.progress import NullProgress, Progress
-from dem_opt.storage.engine import masked
+from dem_opt.storage.engine import Engine, connect, masked
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
 """Seconds between two attempts: each pause is twice the one before."""
@@ -66,6 +67,39 @@ class RetryPolicy:
 
 NO_RETRY = RetryPolicy()
 """Give up at the first outage."""
+
+BRIEF = RetryPolicy(seconds=30.0)
+"""Wait without a word for what another program does to the database in passing; the default of readers."""
+
+
+@contextmanager
+def outages_in_words(what: str) -> Iterator[None]:
+    """Turn any error that means that the database can't be used now into an OutageError, which is one line."""
+    try:
+        yield
+    except Exception as error:
+        if (reason := outage(error)) is None:
+            raise
+        raise OutageError(f"{what} can't be used ({reason})") from error
+
+
+@contextmanager
+def opened(url: str, patience: RetryPolicy | None = None) -> Iterator[Engine]:
+    """Connect to a database, and dispose of the connections at the end.
+
+    Where another program has locked it, the first connection waits as `patience` says, `BRIEF` unless given.
+
+    Raises:
+        InputError: As `engine.connect`.
+        OutageError: The database can't be used now, for the first connection or in the block.
+    """
+    patience = patience or replace(BRIEF, what=f"the database {masked(url)}")
+    engine = patience(lambda: connect(url))
+    try:
+        with outages_in_words(patience.what):
+            yield engine
+    finally:
+        engine.dispose()
 
 
 def outage(error: BaseException) -> str | None:

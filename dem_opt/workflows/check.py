@@ -28,9 +28,10 @@ from dem_opt.planning.inputs import (
 from dem_opt.planning.plan import Plan, header_identity, refuse_too_large, sized
 from dem_opt.search.run_name import RunName
 from dem_opt.search.runs import check_algorithms, grid_excess, run_names
-from dem_opt.storage.engine import connect, is_there, masked, probe
+from dem_opt.storage.engine import is_there, masked, probe
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
+from dem_opt.storage.retry import opened
 from dem_opt.types import Precision
 from dem_opt.workflows.remaining import Remaining, remaining_work
 
@@ -283,8 +284,7 @@ def _measured(config: StudyConfig) -> float | None:
     """Seconds per forward token in the study's evaluations so far; None without any."""
     if not is_there(config.storage):
         return None
-    engine = connect(config.storage)
-    try:
+    with opened(config.storage) as engine:
         if not Ledger.is_in(engine):
             return None
         ledger = Ledger(engine)
@@ -292,8 +292,6 @@ def _measured(config: StudyConfig) -> float | None:
         if row is None:
             return None
         return ledger.seconds_per_token(StudyIdentity.recall(row.identity, row.scoring).scoring)
-    finally:
-        engine.dispose()
 
 
 def _tracking(uri: str) -> tuple[str, list[str]]:

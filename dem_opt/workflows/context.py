@@ -15,11 +15,11 @@ from dem_opt.progress import Progress
 from dem_opt.search.loop import Driver
 from dem_opt.search.optuna_study import Search
 from dem_opt.search.runs import Runs
-from dem_opt.storage.engine import Engine, connect, is_there, masked
+from dem_opt.storage.engine import Engine, is_there, masked
 from dem_opt.storage.identity import StudyIdentity, changes, refuse_other_scoring
 from dem_opt.storage.leases import Lease, holding, visiting
 from dem_opt.storage.ledger import Ledger
-from dem_opt.storage.retry import NO_RETRY, RetryPolicy
+from dem_opt.storage.retry import BRIEF, RetryPolicy, opened
 from dem_opt.tracking import JobTracker, SearchTracker, Tracker
 from dem_opt.types import WorkerSpec
 from dem_opt.workflows.provenance import search_info
@@ -95,11 +95,8 @@ class StudyContext:
     @contextmanager
     def database(self) -> Iterator[tuple[Engine, Ledger]]:
         """Open the study's database, which is created where it is missing."""
-        engine = connect(self.config.storage)
-        try:
+        with opened(self.config.storage, self.retry) as engine:
             yield engine, Ledger(engine, self.retry)
-        finally:
-            engine.dispose()
 
     @contextmanager
     def driving(self) -> Iterator[tuple[Ledger, Lease]]:
@@ -116,8 +113,7 @@ class StudyContext:
         """
         if not is_there(self.config.storage):
             raise self.not_run()
-        engine = connect(self.config.storage)
-        try:
+        with opened(self.config.storage) as engine:
             row = Ledger(engine).study(self.config.name) if Ledger.is_in(engine) else None
             if row is None:
                 raise self.not_run()
@@ -127,8 +123,6 @@ class StudyContext:
                 identity=StudyIdentity.recall(row.identity, row.scoring),
                 generation=row.generation,
             )
-        finally:
-            engine.dispose()
 
     def refuse_changed(self, stored: StoredStudy, identity: StudyIdentity) -> None:
         """Raise InputError where a study that has been run is another one now."""
@@ -151,7 +145,7 @@ class StudyContext:
         with self.progress.phase(f"loading {1 + len(spec.fine_tunes)} checkpoints"):
             return self.compute.workers(build, spec, self.progress)
 
-    def runs(self, generation: int, lease: Lease | None = None, retry: RetryPolicy = NO_RETRY) -> Runs:
+    def runs(self, generation: int, lease: Lease | None = None, retry: RetryPolicy = BRIEF) -> Runs:
         """Return the searches of a generation.
 
         Args:

@@ -19,7 +19,9 @@ from dem_opt.export.writer import (
 )
 from dem_opt.planning.inputs import Inputs
 from dem_opt.search.trials import objectives
+from dem_opt.search.warm_start import find_generation
 from dem_opt.simplex import Coefficients
+from dem_opt.storage.identity import StudyIdentity
 from dem_opt.types import SPLITS, Composite, ResultRow, Summary
 from dem_opt.workflows.configurations import distinguish
 from dem_opt.workflows.context import StoredStudy, StudyContext
@@ -86,7 +88,7 @@ def export(context: StudyContext, out: Path, dtype: str | None) -> Champion:
     inputs = context.load_inputs(for_workers=False)
     with context.stored() as stored, context.compute:
         inputs = distinguish(inputs.on(context.compute.device), stored.ledger, context.progress)
-        context.refuse_changed(stored, inputs.identity())
+        stored = _generation_of(context, inputs.identity(), stored)
         summary = summarize_stored(context, stored)
         proof = _ExportProof(context, inputs, stored, summary, dtype)
         written = _write(inputs, proof.coefficients, out, dtype, proof)
@@ -142,6 +144,21 @@ class _ExportProof:
         if self.exported is not summary.winner:
             summary = replace(summary, results=(*summary.results, self.exported))
         return describe(self._context, self._inputs, self.coefficients, self._dtype, summary)
+
+
+def _generation_of(context: StudyContext, identity: StudyIdentity, stored: StoredStudy) -> StoredStudy:
+    """Return the generation that the study file asks for: the present one, or an earlier one that has been run.
+
+    Raises:
+        InputError: The study file asks for something else than was run.
+    """
+    fields, row = identity.identity_fields(), stored.ledger.study(context.config.name)
+    generation = find_generation(stored.ledger, context.config.name, fields)
+    if generation is not None and row is not None:
+        earlier = StudyIdentity.recall(fields, row.scoring)
+        stored = replace(stored, identity_fields=fields, identity=earlier, generation=generation)
+    context.refuse_changed(stored, identity)
+    return stored
 
 
 def _write(

@@ -5,12 +5,14 @@ from contextlib import closing
 
 from dem_opt.analysis.results import entries, left_out_entries, top_entries
 from dem_opt.analysis.vector_geometry import measure_once
+from dem_opt.config import sqlite_url
 from dem_opt.search.loop import Driver
 from dem_opt.search.optuna_study import Search
 from dem_opt.search.runs import check_algorithms, run_names
 from dem_opt.search.trials import finished, missing
 from dem_opt.search.warm_start import enter
 from dem_opt.simplex import Coefficients
+from dem_opt.storage.engine import reading
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.leases import Lease
 from dem_opt.storage.ledger import Ledger
@@ -69,8 +71,31 @@ def _enter(
     context: StudyContext, identity: StudyIdentity, ledger: Ledger, lease: Lease
 ) -> tuple[int, list[Coefficients]]:
     """Return the study's generation and the points that it begins with."""
-    with lease.turn("beginning"):
-        return enter(context.config.name, identity, ledger, lease, context.path, context.progress)
+
+    def attempt() -> tuple[int, list[Coefficients]]:
+        with lease.turn("beginning") as confirm:
+            _take_over_scores(context, identity, ledger)
+            return enter(context.config.name, identity, ledger, lease, confirm, context.path, context.progress)
+
+    return context.retry(attempt)
+
+
+def _take_over_scores(context: StudyContext, identity: StudyIdentity, ledger: Ledger) -> None:
+    """Copy scores of the same content out of the databases beside a new one: the study has been given another name.
+
+    Only a database at its default place has such neighbours, `runs/NAME/study.db` of other names.
+    """
+    config, own = context.config, context.config.output / "study.db"
+    if config.storage != sqlite_url(own) or ledger.count_scores():
+        return
+    corpora = [key for split in SPLITS for key in identity.keys(split)]
+    for file in sorted(config.output.parent.glob(f"*/{own.name}")):
+        if file.samefile(own):
+            continue
+        with reading(file) as source:
+            copied = source and ledger.copy_scores(source, identity.scoring, corpora, identity.differentiation)
+        if copied:
+            context.progress.note(f"{copied} scores of the same models and windows taken over from {file}")
 
 
 def _measure_references(context: StudyContext, driver: Driver, generation: int, lease: Lease) -> None:

@@ -9,9 +9,10 @@ from dem_opt.config import StudyConfig
 from dem_opt.errors import InputError
 from dem_opt.search.catalog import delete_optuna_studies, optuna_studies_of
 from dem_opt.search.run_name import RunName
-from dem_opt.storage.engine import connect, is_there, masked
+from dem_opt.storage.engine import is_there, masked
 from dem_opt.storage.leases import holding
 from dem_opt.storage.ledger import Ledger
+from dem_opt.storage.retry import opened
 from dem_opt.tracking import Tracker
 
 
@@ -74,8 +75,7 @@ def _exclusive(config: StudyConfig, path: Path) -> Iterator[Ledger]:
     """Open the ledger of a study that nobody drives, and keep others from beginning to."""
     if not is_there(config.storage):
         raise _not_run(path)
-    engine = connect(config.storage)
-    try:
+    with opened(config.storage) as engine:
         if not Ledger.is_in(engine) or (ledger := Ledger(engine)).study(config.name) is None:
             raise _not_run(path)
         with holding(engine, config.name, several=True) as lease, lease.turn("beginning"):
@@ -83,8 +83,6 @@ def _exclusive(config: StudyConfig, path: Path) -> Iterator[Ledger]:
                 drivers = " and ".join(others.values())
                 raise InputError(path, "name", config.name, f"{drivers} is at work on it; wait for it, or stop it")
             yield ledger
-    finally:
-        engine.dispose()
 
 
 def _not_run(path: Path) -> InputError:

@@ -9,11 +9,14 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
+from sqlalchemy import text
 
 from dem_opt import config
 from dem_opt.search.optuna_study import METRIC, Search
 from dem_opt.search.trial_attributes import TrialAttributes
 from dem_opt.simplex import Coefficients, Space
+from dem_opt.storage.engine import connect
+from dem_opt.storage.leases import holding
 
 ALGORITHMS = ["simplex-gp", "grid", "random"]
 SPACE = Space(("code", "math", "prose"))
@@ -152,6 +155,27 @@ def test_a_finished_trial_stays_as_it_is(url: str, name: str) -> None:
     search.tell(0, 5.0, TrialAttributes(forward_tokens=2))
     (trial,) = search.trials()
     assert (trial.state, trial.objective, trial.attributes.forward_tokens) == ("complete", 1.0, 1)
+
+
+def test_what_was_taken_over_from_a_silent_driver_is_not_its_to_finish(postgres_url: str) -> None:
+    """The process runs, as one that was suspended does after it wakes."""
+    engine = connect(postgres_url)
+    with holding(engine, "study", several=True) as silent, holding(engine, "study", several=True) as lease:
+        first, second = (
+            Search(postgres_url, "study", SPACE, config.SearchSection(), lease=one) for one in (silent, lease)
+        )
+        (trial, other) = first.ask(), second.ask()
+        assert (trial and trial.number, other and other.number, second.elsewhere) == (0, 1, 1)
+        with engine.begin() as connection:
+            connection.execute(text("UPDATE dem_driver SET renewed = 0 WHERE token = :token"), {"token": silent.token})
+        lease._reached = 0.0
+        adopted = second.ask()
+        assert adopted and trial and (adopted.number, adopted.coefficients) == (0, trial.coefficients)
+        assert not first.tell(0, 1.0, TrialAttributes())
+        assert second.trials()[0].state == "running"
+        assert second.tell(0, 2.0, TrialAttributes())
+        assert second.trials()[0].objective == 2.0
+    engine.dispose()
 
 
 @pytest.mark.parametrize("objective", [float("nan"), float("inf")])

@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +15,13 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, event, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from dem_opt.errors import InputError
 from dem_opt.storage import leases
 from dem_opt.storage.engine import connect
 from dem_opt.storage.leases import holding, visiting
+from dem_opt.storage.retry import outage
 
 SPAWN = multiprocessing.get_context("spawn")
 NOBODY = 2**22 + 1
@@ -79,7 +82,7 @@ def _holders(engine: Engine) -> list[Any]:
         return list(connection.execute(text("SELECT study, pid FROM dem_driver")))
 
 
-LIVE: list[dict[str, object]] = [{}, {"host": "elsewhere"}, {"host": "elsewhere", "pid": NOBODY}]
+LIVE: list[dict[str, object]] = [{}, {"renewed": 0.0}, {"host": "elsewhere"}, {"host": "elsewhere", "pid": NOBODY}]
 GONE: list[dict[str, object]] = [
     {"pid": NOBODY},
     {"host": "elsewhere", "renewed": 0.0},
@@ -176,7 +179,7 @@ def test_who_does_not_drive_sees_the_drivers_of_a_server_and_is_seen_by_none(eng
     assert visitor.others() == {}
 
 
-@pytest.mark.parametrize("holder", GONE)
+@pytest.mark.parametrize("holder", [*GONE, {"renewed": 0.0}])
 def test_a_driver_that_is_gone_is_forgotten_by_the_others(server: Engine, holder: dict[str, object]) -> None:
     with holding(server, "study", several=True) as lease:
         lease._reached = 1.0
@@ -220,6 +223,62 @@ def test_turns_do_not_overlap(postgres_url: str, tmp_path: Path) -> None:
     for process in processes:
         process.join()
     assert file.read_text() == str(drivers * rounds)
+
+
+def _be_frozen(url: str, ready: Any, thawed: Any, answers: Any) -> None:
+    """Take a turn, be frozen in the middle of it, and tell whether the turn was still there afterwards."""
+    leases.LEASE_SECONDS = 1.0
+    engine = connect(url)
+    with holding(engine, "study", several=True) as lease:
+        with lease.turn() as confirm:
+            ready.set()
+            thawed.wait()
+            try:
+                confirm()
+                answers.put("kept")
+            except SQLAlchemyError as error:
+                answers.put(outage(error))
+        with lease.turn():
+            answers.put("another turn")
+    engine.dispose()
+
+
+def test_a_frozen_driver_loses_its_turn_and_its_lease_and_learns_it(
+    postgres_url: str, server: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 1.0)
+    ready, thawed, answers = SPAWN.Event(), SPAWN.Event(), SPAWN.Queue()
+    process = SPAWN.Process(target=_be_frozen, args=(postgres_url, ready, thawed, answers))
+    process.start()
+    assert ready.wait(60) and process.pid
+    with holding(server, "study", several=True) as lease:
+        assert len(lease.others()) == 1
+        os.kill(process.pid, signal.SIGSTOP)
+        try:
+            with lease.turn():
+                deadline = time.monotonic() + 30
+                while lease.others() and time.monotonic() < deadline:
+                    time.sleep(0.1)
+                assert lease.others() == {}
+        finally:
+            os.kill(process.pid, signal.SIGCONT)
+        thawed.set()
+        assert "idle-in-transaction" in answers.get(timeout=60)
+        assert answers.get(timeout=60) == "another turn"
+    process.join()
+
+
+def test_a_turn_that_lasts_is_kept(server: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.4)
+    with holding(server, "study", several=True) as lease, lease.turn() as confirm:
+        time.sleep(1.2)
+        confirm()
+
+
+def test_no_transaction_of_a_silent_program_lasts(server: Engine) -> None:
+    with server.connect() as connection:
+        limit = connection.scalar(text("SHOW idle_in_transaction_session_timeout"))
+    assert limit == "1min"
 
 
 def test_a_turn_ends_with_its_connection_and_the_loss_is_told(server: Engine) -> None:

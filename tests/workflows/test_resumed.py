@@ -1,6 +1,10 @@
 """Laws of a study that is run again: elsewhere, with other libraries, beside other drivers, without MLflow."""
 
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from threading import Event, Thread
 
 import in_process
 import pytest
@@ -10,10 +14,14 @@ from recorded import RecordedProgress
 from sqlalchemy import text
 
 from dem_opt import Study
-from dem_opt.errors import InputError
+from dem_opt.cli.main import main
+from dem_opt.errors import InputError, OutageError
+from dem_opt.storage import engine as engine_module
+from dem_opt.storage import retry
 from dem_opt.storage.engine import connect
 from dem_opt.storage.leases import holding
 from dem_opt.storage.ledger import Ledger
+from dem_opt.storage.retry import RetryPolicy
 from dem_opt.workflows.provenance import libraries
 
 
@@ -119,3 +127,50 @@ def test_there_is_nothing_to_sync_before_a_run(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing is measured yet"):
         Study.load(path).sync()
     assert not (tmp_path / "runs").exists()
+
+
+def _hold(file: Path, held: Event, over: Event) -> None:
+    with closing(sqlite3.connect(file, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        held.set()
+        over.wait()
+
+
+@pytest.fixture
+def locked(begun: Path) -> Iterator[Path]:
+    """The study, whose database another program has locked."""
+    held, over = Event(), Event()
+    program = Thread(target=_hold, args=(begun.parent / "runs/tiny/study.db", held, over))
+    program.start()
+    held.wait()
+    yield begun
+    over.set()
+    program.join()
+
+
+@pytest.mark.parametrize("mode", ["wal", "delete"])
+def test_a_locked_database_is_waited_for_with_a_word_and_not_for_ever(
+    begun: Path, request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str], mode: str
+) -> None:
+    """In another journal mode than the usual one, readers are locked out too."""
+    with closing(sqlite3.connect(begun.parent / "runs/tiny/study.db")) as database:
+        database.execute(f"PRAGMA journal_mode = {mode}")
+    path = worlds.study(begun.parent, search={"algorithm": "random", "trials": 4}, outages={"storage": 3})
+    request.getfixturevalue("locked")
+    progress = RecordedProgress()
+    with pytest.raises(OutageError, match="locked"):
+        in_process.open_study(path, progress).run()
+    (told,) = progress.notes
+    assert "waiting for the database" in told and "study.db (database is locked)" in told
+
+
+@pytest.mark.parametrize("command", [["list"], ["trials"], ["report"], ["check"], ["reset", "--yes"]])
+def test_every_command_tells_a_locked_database_in_one_line(
+    locked: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.setattr(engine_module, "BUSY_SECONDS", 0.1)
+    monkeypatch.setattr(retry, "BRIEF", RetryPolicy(seconds=0.2))
+    status = main([*command, str(locked)])
+    said = capfd.readouterr().err
+    assert status in (0, 1) and "Traceback" not in said
+    assert status == 0 or ("locked" in said and len(said.splitlines()) == 1)
