@@ -4,7 +4,7 @@ A folder is replaced only where everything in it is in its manifest, unchanged.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,18 @@ def read_description(file: Path) -> dict[str, Any]:
     return find_json(file, dict[str, Any]) or {}
 
 
-def refuse_foreign(folder: Path, description: str, field: str | None = None) -> None:
+def refuse_foreign(
+    folder: Path, description: str, field: str | None = None, unlisted: Mapping[str, str] | None = None
+) -> None:
     """Raise InputError where a folder holds anything that its manifest does not list, or that has changed since.
 
     Args:
         folder: An existing folder; one that is empty is accepted.
         description: Name of the file in it that has the manifest.
         field: Field of the study file, or option, that names the folder.
+        unlisted: The manifest of a folder whose description has none.
     """
-    foreign = next(_foreign(folder, description), None)
+    foreign = next(_foreign(folder, description, _listed(folder, description) or dict(unlisted or {})), None)
     if foreign is not None:
         mend = f"holds {foreign}, which dem-opt did not write: move it away, or name another folder"
         raise InputError(folder, field, None, mend)
@@ -54,9 +57,8 @@ def _listed(folder: Path, description: str) -> dict[str, Any]:
     return manifest if isinstance(manifest, dict) else {}
 
 
-def _foreign(folder: Path, description: str) -> Iterator[str]:
+def _foreign(folder: Path, description: str, files: Mapping[str, Any]) -> Iterator[str]:
     """What is in a folder and not as its manifest says, in the order of paths."""
-    files = _listed(folder, description)
     parents = {str(parent) for name in files for parent in Path(name).parents}
     for path in _paths(folder):
         name = str(path.relative_to(folder))

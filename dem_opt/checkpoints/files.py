@@ -367,9 +367,14 @@ def _stamp(header: Header) -> list[tuple[str, int, int, int]]:
 
 
 def cache_folder() -> Path:
-    """This user's cache: content hashes, converted checkpoints, the compiled merge kernel."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "dem_opt"
+    """This user's cache: content hashes, converted checkpoints, the compiled merge kernel.
+
+    For a user without a home (a container's, say) a folder that can't be made: nothing is cached.
+    """
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "dem_opt"
+    home = os.path.expanduser("~")
+    return Path(home if home != "~" else os.devnull) / ".cache" / "dem_opt"
 
 
 def _cache_file() -> Path:

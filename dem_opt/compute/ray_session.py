@@ -82,7 +82,7 @@ def token_warning() -> str | None:
     """Return the warning that other users of this machine can read the user's token of Ray clusters."""
     if "RAY_AUTH_TOKEN" in os.environ:
         return None
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token"))
     if not readable_by_others(path):
         return None
     return f"{path} can be read by other users of this machine, who could run code as you: chmod 600 {path}"

@@ -275,14 +275,16 @@ def sqlite_url(path: Path | str, rest: str = "") -> str:
         path: The file, or a folder that `rest` starts at.
         rest: A relative path in a URL, where `path` is a folder.
     """
-    return f"{_LOCAL_SQLITE}{Path(str(path).translate(_QUOTED)) / rest}"
+    quoted = str(Path(str(path).translate(_QUOTED)) / rest)
+    # Given `sqlite:///`, MLflow would make the folder of the path as it stands in the URL, quoted.
+    return f"{'sqlite+pysqlite:///' if '%' in quoted else _LOCAL_SQLITE}{quoted}"
 
 
 def _database(url: Any, folder: Path) -> Any:
     """A database URL; a relative SQLite file starts at `folder`."""
-    if isinstance(url, str) and url.startswith(_LOCAL_SQLITE) and not url.startswith(_LOCAL_SQLITE + "/"):
-        return sqlite_url(folder, url.removeprefix(_LOCAL_SQLITE))
-    return url
+    scheme, _, path = url.partition("///") if isinstance(url, str) else ("", "", "")
+    relative = scheme in ("sqlite:", "sqlite+pysqlite:") and not path.startswith("/")
+    return sqlite_url(folder, path) if relative else url
 
 
 def _input_error(path: Path, data: object, error: ValidationError) -> InputError:

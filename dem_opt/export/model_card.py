@@ -1,5 +1,6 @@
 """Model card and mergekit recipe of an export."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -216,7 +217,7 @@ def _from(folder: Path, value: Any) -> Any:
         return {key: _from(folder, item) for key, item in value.items()}
     if not isinstance(value, str):
         return value
-    return value.replace(f"{folder}/", "").replace(f"{Path.home()}/", "~/")
+    return value.replace(f"{folder}/", "").replace(f"{os.path.expanduser('~')}/", "~/")
 
 
 def _scores(split: str, results: Sequence[ResultRow], objective: str) -> str:

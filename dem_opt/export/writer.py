@@ -38,7 +38,7 @@ from dem_opt.checkpoints.files import (
 from dem_opt.checkpoints.layout import Layout
 from dem_opt.errors import InputError, nearest
 from dem_opt.json_files import read_json
-from dem_opt.manifest import FILES, manifest_of, refuse_foreign
+from dem_opt.manifest import FILES, manifest_of, read_description, refuse_foreign
 from dem_opt.merging.merged_model import merged_tensors
 from dem_opt.progress import current_progress
 from dem_opt.simplex import UNIT
@@ -280,9 +280,26 @@ def refuse_occupied(out: Path, overwrite: bool) -> None:
         raise InputError(out, None, None, "is a file: name a folder")
     if not out.is_dir() or not any(out.iterdir()):
         return
-    refuse_foreign(out, MARKER)
+    refuse_foreign(out, MARKER, unlisted=_unlisted(out))
     if not overwrite:
         raise InputError(out, None, None, "holds an earlier export: name another folder, or add --overwrite")
+
+
+def _unlisted(out: Path) -> dict[str, str]:
+    """The manifest of an export of a release that wrote none: files of the names that it wrote, whole with its weights.
+
+    Empty where the weights are not those that the marker tells.
+    """
+    marker = read_description(out / MARKER)
+    if FILES in marker or "content" not in marker:
+        return {}
+    try:
+        content = hash_tensors(read_header(out, "export"))
+    except InputError:
+        return {}
+    names = (*COPIED, WEIGHTS, INDEX, "model-*-of-*.safetensors", "README.md", "mergekit.yaml", MARKER)
+    known = [path for name in names for path in out.glob(name)]
+    return manifest_of(out, known) if content == marker["content"] else {}
 
 
 def _refuse_full(out: Path, partial: Path, size: int) -> None:

@@ -65,9 +65,6 @@ class RetryPolicy:
                 return result
 
 
-NO_RETRY = RetryPolicy()
-"""Give up at the first outage."""
-
 BRIEF = RetryPolicy(seconds=30.0)
 """Wait without a word for what another program does to the database in passing; the default of readers."""
 

@@ -11,9 +11,10 @@ from dem_opt.planning.inputs import CheckedHeaders
 from dem_opt.planning.plan import Plan, Work
 from dem_opt.search.runs import Runs
 from dem_opt.search.trials import finished, is_known
-from dem_opt.storage.engine import connect, is_there
+from dem_opt.storage.engine import is_there
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
+from dem_opt.storage.retry import opened
 from dem_opt.types import HELD_OUT, SEARCH, Precision, TrialRecord
 
 
@@ -41,8 +42,7 @@ def remaining_work(config: StudyConfig, files: CheckedHeaders, plan: Plan) -> Re
     """
     if not is_there(config.storage):
         return None
-    engine = connect(config.storage)
-    try:
+    with opened(config.storage) as engine:
         ledger = Ledger(engine) if Ledger.is_in(engine) else None
         row = ledger.study(config.name) if ledger else None
         if ledger is None or row is None:
@@ -58,8 +58,6 @@ def remaining_work(config: StudyConfig, files: CheckedHeaders, plan: Plan) -> Re
         work = _work_left(ledger, identity, trials, left, plan.work)
         precision = study_precision(ledger, identity, trials)
         return Remaining(trials=left, planned=planned, work=work, precision=precision)
-    finally:
-        engine.dispose()
 
 
 def _is_same(config: StudyConfig, files: CheckedHeaders, identity: StudyIdentity) -> bool:

@@ -10,9 +10,10 @@ from dem_opt.config.objective_function import import_from
 from dem_opt.errors import InputError
 from dem_opt.search.runs import Runs
 from dem_opt.search.trials import finished
-from dem_opt.storage.engine import connect, is_there
+from dem_opt.storage.engine import is_there
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
+from dem_opt.storage.retry import opened
 from dem_opt.types import Summary
 
 
@@ -27,8 +28,7 @@ def stored_results(config: StudyConfig, path: Path) -> Summary:
         raise not_run
     if config.objective.function is not None:
         import_from(path.resolve().parent)
-    engine = connect(config.storage)
-    try:
+    with opened(config.storage) as engine:
         ledger = Ledger(engine) if Ledger.is_in(engine) else None
         row = ledger.study(config.name) if ledger else None
         if ledger is None or row is None:
@@ -42,8 +42,6 @@ def stored_results(config: StudyConfig, path: Path) -> Summary:
             stopped = {run: search.stopped for run, search in searches.items()}
         summary = summarize(config.name, ledger, identity, trials, {"study file": str(path)}, stopped)
         summary = replace(summary, precision=study_precision(ledger, identity, trials))
-    finally:
-        engine.dispose()
     if summary.winner.role != "best":
         raise not_run
     return summary

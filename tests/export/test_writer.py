@@ -269,6 +269,12 @@ def test_an_earlier_export_and_an_empty_folder_are_replaced(fresh, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"models", "out"}
 
 
+def test_an_export_of_a_release_that_listed_no_files_is_replaced(fresh, tmp_path):
+    write(fresh, tmp_path / "out")
+    forget_manifest(tmp_path / "out")
+    prove(write(fresh, tmp_path / "out", Composite.single(fresh[2].content)))
+
+
 def test_an_earlier_export_stays_unless_it_may_be_overwritten(fresh, tmp_path):
     write(fresh, tmp_path / "out")
     before = files(tmp_path)
@@ -283,7 +289,7 @@ def edit(file):
 
 
 def forget_manifest(out):
-    """As an export of an earlier release, or any JSON file of that name."""
+    """As an export of an earlier release."""
     marker = json.loads((out / MARKER).read_text())
     del marker["files"]
     (out / MARKER).write_text(json.dumps(marker))
@@ -298,7 +304,8 @@ FOREIGN = {
     "an edited config": ("config.json", lambda out: edit(out / "config.json")),
     "weights trained further": (WEIGHTS, lambda out: flip_last_bit(out)),
     "a link": ("data", lambda out: (out / "data").symlink_to(out.parent / "models")),
-    "a manifest that is gone": ("README.md", forget_manifest),
+    "a note without a manifest": ("note.txt", lambda out: (forget_manifest(out), (out / "note.txt").touch())),
+    "weights trained further without a manifest": ("README.md", lambda out: (forget_manifest(out), flip_last_bit(out))),
     "a marker that is no JSON": ("README.md", lambda out: (out / MARKER).write_text("[" * 10**5)),
     "a manifest of another form": ("README.md", lambda out: (out / MARKER).write_text('{"files": [1]}')),
 }

@@ -175,6 +175,8 @@ def test_what_was_taken_over_from_a_silent_driver_is_not_its_to_finish(postgres_
         assert second.trials()[0].state == "running"
         assert second.tell(0, 2.0, TrialAttributes())
         assert second.trials()[0].objective == 2.0
+        first.close()
+        second.close()
     engine.dispose()
 
 

@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from dem_opt.errors import InputError
-from dem_opt.storage.engine import connect, masked, tune
+from dem_opt.storage.engine import BUSY_SECONDS, connect, masked, tune
 
 SECRET = "hush"
 
@@ -80,7 +80,7 @@ def test_every_sqlite_connection_is_tuned(own: bool, tmp_path: Path) -> None:
         for connection in (first, second):
             pragmas = ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
             values = [connection.execute(text(f"PRAGMA {pragma}")).scalar_one() for pragma in pragmas]
-            assert values == ["wal", 1, 1, 30000]
+            assert values == ["wal", 1, 1, BUSY_SECONDS * 1000]
     engine.dispose()
 
 

@@ -57,7 +57,7 @@ def test_waiting_has_an_end() -> None:
 
 
 def test_without_patience_an_outage_is_told_at_once() -> None:
-    shaky = Shaky(1, away(), retry.NO_RETRY)
+    shaky = Shaky(1, away(), RetryPolicy())
     with pytest.raises(OutageError, match="database is locked"):
         shaky.work(7)
     assert shaky.calls == 1
