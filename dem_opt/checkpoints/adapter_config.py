@@ -20,6 +20,8 @@ _ON_THE_INPUT = {
 _UNMERGEABLE = {
     "alora_invocation_tokens": "acts from its invocation tokens on, and no weights compute that",
     "arrow_config": "chooses among several adapters for each token, and no weights compute that",
+    # PEFT would import whatever module the file names as megatron_core.
+    "megatron_config": "is of layers that Megatron splits over processes, and PEFT would import a module that it names",
     "layer_replication": "was trained on a model with repeated layers, which the base does not have",
 }
 """Settings with which no weights of the base's shapes compute what was trained."""

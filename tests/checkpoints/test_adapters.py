@@ -367,6 +367,7 @@ BAD = {
     "'lora_ga', which changed": lambda folder: configure(folder, init_lora_weights="lora_ga"),
     "has alora_invocation_tokens": lambda folder: configure(folder, alora_invocation_tokens=[5, 6]),
     "has layer_replication": lambda folder: configure(folder, layer_replication=[[0, 2], [1, 2]]),
+    "has megatron_config": lambda folder: configure(folder, megatron_config={"a": 1}, megatron_core="antigravity"),
     "has arrow_config": lambda folder: configure(folder, arrow_config={"top_k": 2}),
     "has kasa_config": lambda folder: configure(folder, kasa_config={"beta": 1e-4}),
     "has use_bdlora": lambda folder: configure(folder, use_bdlora={"nblocks": 2}),
