@@ -25,7 +25,7 @@ BASE = "localhost/dem-opt-base"
 PER_MACHINE = {"disable-pip-version-check", "no-cache-dir"}
 
 
-def main(tag: str = "dem-opt:0.1.0") -> int:
+def main(tag: str = "localhost/dem-opt:0.1.0") -> int:
     """Build and tag the image, or say why it can't be built here."""
     if reason := obstacle():
         print(f"image: skipped, {reason}")

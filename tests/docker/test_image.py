@@ -24,7 +24,7 @@ assert SPEC is not None and SPEC.loader is not None
 image: Any = module_from_spec(SPEC)
 SPEC.loader.exec_module(image)
 
-TAG = f"dem-opt:{__version__}"
+TAG = f"localhost/dem-opt:{__version__}"
 TOKEN = "a-token-of-more-than-thirty-two-characters"
 
 
@@ -74,7 +74,7 @@ def container() -> Iterator[Container]:
     if not image.STORAGE.is_dir() or not image.output("images", "--quiet", "--filter", f"reference={TAG}"):
         pytest.skip("no image: make image")
     with TemporaryDirectory(prefix="studies-") as folder:
-        name = image.output("from", TAG)
+        name = image.output("from", "--pull-never", TAG)
         studies = Path(folder)
         worlds.study(studies)
         for path in (studies, *studies.rglob("*")):
