@@ -26,6 +26,11 @@ torch.set_num_threads(1)
 """Models are tiny, and tests run in several processes; Ray's workers have the threads that Ray gives them."""
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Bytes are named by their kind: a compressed file has the time in it, and all processes must name tests alike."""
+    return "bytes" if isinstance(val, bytes) else None
+
+
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
     """Content hashes are cached in a folder that is gone afterwards, by workers in other processes too."""
