@@ -471,5 +471,7 @@ def _same_edit(one: Edit, other: Edit) -> bool:
 
 
 def _its_shape(architecture: Architecture, parameter: str) -> str:
+    if parameter in architecture.outside:
+        return "which is no part of the base's language model, and that alone is merged"
     shape = architecture.parameters.get(architecture.aliases.get(parameter, parameter))
     return "which the base does not have" if shape is None else f"the base's is {list(shape)}"

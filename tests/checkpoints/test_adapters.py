@@ -349,6 +349,14 @@ def test_an_adapter_that_trains_tied_weights_apart_is_refused(tied, tmp_path, ca
         tied.adapter(folder)
 
 
+def test_an_adapter_of_a_vision_language_model_may_change_its_language_model_alone(tmp_path):
+    world = World(tmp_path, "llava", {"target_modules": r".*language_model.*q_proj"})
+    assert merged(world, world.adapters, (0, UNIT))
+    folder = make_adapter(world.base.path, tmp_path / "adapter", 5, target_modules=["q_proj"])
+    with pytest.raises(InputError, match="no part of the base's language model"):
+        world.adapter(folder)
+
+
 BAD = {
     "no such folder": lambda folder: folder.rename(folder.with_name("elsewhere")),
     "has no adapter_config.json": lambda folder: (folder / CONFIG).unlink(),
