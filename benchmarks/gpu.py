@@ -2,10 +2,10 @@
 
     python benchmarks/gpu.py [--device cuda] [--most 13e9] [--seconds 480] [--json FILE]
 
-Needs torch, transformers, safetensors, numpy and pydantic only.  Weights are made on the device: flat ones for the merges, of 10
-million to 13 billion parameters as memory allows, N checkpoints of 2, 4, 8; a Llama for the trials; files are written
-and loaded at up to a billion parameters.  Measured side by side, in turn, the best of several; what there is no time or
-memory for is left out and told.
+Needs torch, transformers, safetensors, numpy and pydantic only.  Weights are made on the device: flat ones for the
+merges, of 10 million to 13 billion parameters as memory allows, N checkpoints of 2, 4, 8; a Llama for the trials;
+files are written and loaded at up to a billion parameters.  Measured side by side, in turn, the best of several; what
+there is no time or memory for is left out and told.
 """
 
 import argparse
