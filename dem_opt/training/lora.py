@@ -48,7 +48,9 @@ def check_mergeable(arguments: Mapping[str, Any], base: Path, where: Path | None
         InputError: It could not be merged, or peft refuses a value.
     """
     field = "fine_tuning.lora"
-    model = _adapted(read_meta_model(read_header(base, "base")), _trial(arguments), low_cpu_mem_usage=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft warns of tied weights, which are checked here
+        model = _adapted(read_meta_model(read_header(base, "base")), _trial(arguments), low_cpu_mem_usage=True)
     config = model.peft_config["default"].to_dict() | {"peft_type": "LORA"}
     plain = CONVERTIBLE.fullmatch(str(arguments.get("init_lora_weights", "")))
     if not plain and "init_lora_weights" in arguments:
@@ -58,7 +60,7 @@ def check_mergeable(arguments: Mapping[str, Any], base: Path, where: Path | None
         raise InputError(where, f"{field}.{setting}", arguments.get(setting), f"no run could merge it: it {reason}")
     tensors = {
         name: StoredTensor("F32", tuple(tensor.shape), base, 0, 4 * tensor.numel())
-        for name, tensor in _import_peft().get_peft_model_state_dict(model).items()
+        for name, tensor in _import_peft().get_peft_model_state_dict(model, save_embedding_layers=False).items()
     }
     plan = plan_edits(
         describe(read_meta_model(read_header(base, "base"))),
