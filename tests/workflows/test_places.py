@@ -1,5 +1,8 @@
-"""Laws of places: a study runs in any folder, beside others too, and writes nowhere else."""
+"""Laws of places: a study runs in any folder, under any home and temporary folder, and writes nowhere else."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import in_process
@@ -62,6 +65,31 @@ def test_mlflow_finds_its_files_in_a_folder_of_any_name(tmp_path: Path, output: 
     (parent,) = [run for run in client.search_runs(["1"]) if "dem_opt.study" in run.data.tags]
     assert "tiny" in Path(client.download_artifacts(parent.info.run_id, "study.yaml")).read_text()
     assert str(version.version) == "1" and version.source.startswith((study.config.output / "artifacts").as_uri())
+
+
+ENVIRONMENTS: dict[str, dict[str, str | None]] = {
+    "no home, no temporary folder": {"HOME": None, "TMPDIR": None, "XDG_CACHE_HOME": None},
+}
+
+
+@pytest.mark.parametrize("kind", ENVIRONMENTS)
+def test_a_study_runs_on_ray_in_any_environment(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "ü %20 #1 ?a=b {x}"
+    path = worlds.study(folder, NAMES, search=SEARCH)
+    long = tmp_path / ("long" * 30)
+    long.mkdir()
+    environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    for name, value in ENVIRONMENTS[kind].items():
+        environment.pop(name, None)
+        if value is not None:
+            environment[name] = str(long) if value == "long" else value
+    command = [sys.executable, "-c", "import sys; from dem_opt.cli.main import main; sys.exit(main())"]
+    for words in (["run", str(path)], ["export", "--out", str(folder / "best"), str(path)]):
+        done = subprocess.run([*command, *words], env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+    assert entries(tmp_path) == {folder.name, long.name}
+    assert (folder / "best/model.safetensors").is_file()
 
 
 def test_two_studies_share_a_folder_and_a_database(tmp_path: Path) -> None:
