@@ -360,7 +360,7 @@ def leave(folder: Path) -> None:
     [
         (quantize, "quantized weights can't be summed"),
         (as_integers, "I8: only F32, BF16, F16 can be merged"),
-        (as_float8, "F8_E4M3: only F32, BF16, F16 can be merged"),
+        (as_float8, "weight_scale_inv"),
         (pickle, "save it as safetensors"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
         (leave, "outside its own folder"),

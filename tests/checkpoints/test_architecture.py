@@ -269,10 +269,10 @@ def test_who_reads_packed_windows(world):
 
 
 def test_attention_is_torchs_own_where_the_architecture_knows_it(world):
-    """Which never holds all scores; soft-capped scores and ALiBi need them."""
+    """Which never holds all scores; soft-capped scores, ALiBi and attention sinks need them."""
     model = empty_model(world.stored[0].path, torch.float32)
     assert model.config._attn_implementation == ("sdpa" if model._supports_sdpa else "eager")
-    assert model._supports_sdpa == (world.name not in ("gemma2, soft-capped", "bloom", "mamba"))
+    assert model._supports_sdpa == (world.name not in ("gemma2, soft-capped", "bloom", "mamba", "gpt_oss"))
 
 
 def test_the_description_does_not_depend_on_the_device_of_construction(world):

@@ -64,6 +64,12 @@ def other_shape(world: Path) -> None:
 
 
 def other_vocabulary(world: Path) -> None:
+    path = world / "models/math/tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    one, other = list(vocabulary)[-2:]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    path.write_text(json.dumps(content))
     tensors = load_file(weights_of(world, "math"))
     tensors["model.embed_tokens.weight"] = torch.zeros(321, 16)
     save_file(tensors, weights_of(world, "math"), metadata={"format": "pt"})
@@ -79,7 +85,7 @@ MISTAKES = {
     "no base": (lambda world: edit(world, base="models/bass"), "base", "models/bass"),
     "no checkpoint": (lambda world: shutil.rmtree(world / "models/math"), "distributions.math.checkpoint", "math"),
     "other shape": (other_shape, "distributions.math.checkpoint", "does not fit the base"),
-    "other vocabulary": (other_vocabulary, "distributions.math.checkpoint", "vocabulary"),
+    "other vocabulary": (other_vocabulary, "distributions.math.checkpoint", "tokenizer.json"),
     "NaN": (lambda world: spoil_value(world, float("nan")), "distributions.math.checkpoint", "model.norm.weight"),
     "infinite": (lambda world: spoil_value(world, float("inf")), "distributions.math.checkpoint", "model.norm.weight"),
     "truncated": (truncate, "distributions.math.checkpoint", "model.safetensors"),

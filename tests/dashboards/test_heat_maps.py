@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,13 +139,18 @@ def test_an_algorithm_has_one_colour_whatever_its_seed() -> None:
         assert color(algorithm) == color(f"{algorithm}@1") == color(f"{algorithm}@12") == its
 
 
+def points(trace: Any) -> list[Any]:
+    return [None if trace[axis] is None else list(trace[axis]) for axis in ("x", "y") if axis in trace]
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_general_corpora_have_no_coefficients(count: int) -> None:
     summary = a_summary(("a", "b", "c", "d")[:count])
     general = replace(summary, weights={**summary.weights, "web": 0.0})
     plain, drawn = figures.all_figures(summary), figures.all_figures(general)
     for name in ("coefficients", "best-so-far", "simplex"):
-        assert drawn[name] == plain[name]
+        # The words of the objective differ: it is a weighted mean, in which the general corpus counts for nothing.
+        assert [points(trace) for trace in drawn[name].data] == [points(trace) for trace in plain[name].data]
     assert len(drawn["change"].data[0].x) == count + 1
 
 

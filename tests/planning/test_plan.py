@@ -223,7 +223,18 @@ def test_flops_are_those_of_a_forward_pass(tmp_path, tied):
 
 def test_of_experts_only_those_count_that_a_token_is_sent_to():
     shapes = {"embed": (10, 4), "mlp.experts.up": (8, 4, 6), "router": (8, 4), "head": (10, 4)}
-    architecture = Architecture("Mixture", shapes, aliases={}, buffers={}, embedding="embed", paired=False, _model=None)
+    architecture = Architecture(
+        "Mixture",
+        shapes,
+        aliases={},
+        buffers={},
+        outside=frozenset(),
+        embedding="embed",
+        head="head",
+        vocabulary=("embed", "head"),
+        paired=False,
+        _model=None,
+    )
     model = {"num_experts_per_tok": 2, "num_local_experts": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     widths = read_widths(architecture, model)
     # 2 of 8 experts of 4 x 6, the router and the head; 4 L T Q of attention.
