@@ -166,7 +166,8 @@ def column_of_objective(table):
     return table.headers[table.groups[0][0]]
 
 
-def test_a_hundred_columns_have_every_column_of_four_distributions(capsys):
+def test_a_hundred_columns_have_every_column_of_four_distributions(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
     print_results(a_summary(**CASES["four"]), Terminal())
     assert "Left out" not in capsys.readouterr().out
     assert WIDTH == 100
