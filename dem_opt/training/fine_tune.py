@@ -167,7 +167,8 @@ def _train(job: FineTuneJob, made_from: dict[str, Any]) -> FineTuned:
     if AutoConfig.from_pretrained(job.base, local_files_only=True, trust_remote_code=False).is_encoder_decoder:
         raise InputError(job.base, "base", None, "is an encoder-decoder, which can't be trained here: name checkpoints")
     windows, model = _windows(job, tokenizer), _load(job)
-    refuse_ids_beyond(windows, model.get_input_embeddings().num_embeddings, job.base, job.name)
+    # By its weight: peft's wrappers of an embedding have no `num_embeddings`.
+    refuse_ids_beyond(windows, len(model.get_input_embeddings().weight), job.base, job.name)
     parameters, trained = parameters_of(model)
     parameters -= 0 if job.lora is None else trained
     initial = {} if job.lora is None else initial_factors(model)
