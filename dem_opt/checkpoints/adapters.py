@@ -102,7 +102,7 @@ class PlannedEdit:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an adapter makes of a base.
+    """The edits that an adapter makes to a base.
 
     Attributes:
         edits: By parameter.
@@ -459,15 +459,15 @@ def _read(adapter: Adapter, edit: PlannedEdit) -> dict[str, Tensor]:
     return {part: tensor for part, (_, tensor) in zip(edit.stored, tensors, strict=True)}
 
 
-def _same_edit(one: Edit, other: Edit) -> bool:
+def _same_edit(first: Edit, second: Edit) -> bool:
     """Two edits are the same: of one is an embedding, the factors of the other are its transposed ones, swapped."""
-    if isinstance(one, LowRank) and isinstance(other, LowRank):
-        if one.magnitude_O is not None or other.magnitude_O is not None or one.scale != other.scale:
+    if isinstance(first, LowRank) and isinstance(second, LowRank):
+        if first.magnitude_O is not None or second.magnitude_O is not None or first.scale != second.scale:
             return False
-        if one.transposed == other.transposed:
-            return torch.equal(one.down_RI, other.down_RI) and torch.equal(one.up_OR, other.up_OR)
-        return torch.equal(one.down_RI, other.up_OR.T) and torch.equal(one.up_OR, other.down_RI.T)
-    return isinstance(one, Replaced) and isinstance(other, Replaced) and torch.equal(one.values, other.values)
+        if first.transposed == second.transposed:
+            return torch.equal(first.down_RI, second.down_RI) and torch.equal(first.up_OR, second.up_OR)
+        return torch.equal(first.down_RI, second.up_OR.T) and torch.equal(first.up_OR, second.down_RI.T)
+    return isinstance(first, Replaced) and isinstance(second, Replaced) and torch.equal(first.values, second.values)
 
 
 def _its_shape(architecture: Architecture, parameter: str) -> str:

@@ -34,7 +34,7 @@ def files_of(place: Path, field: str) -> list[Path]:
 
 
 def read(files: Sequence[Path], field: str) -> Callable[[Path], dict[str, str]]:
-    """What writes a GGUF file's model into a folder: dequantized to bfloat16, or in float32 where nothing is quantized.
+    """Return a writer of a GGUF file's model: dequantized to bfloat16, or in float32 where nothing is quantized.
 
     Raises:
         InputError: The gguf package is missing.
