@@ -119,7 +119,7 @@ class Clock:
             torch.cuda.synchronize()
 
     def seconds(self, job: Callable[[], object]) -> float:
-        """What a job takes, the device's work included."""
+        """Seconds of a job, the device's work included."""
         self.wait()
         began = perf_counter()
         job()
@@ -186,7 +186,7 @@ def make_model(shape: dict, dtype: torch.dtype, device: torch.device) -> tuple[L
     """A random Llama whose parameters are views of one flat tensor, which comes with it."""
     config = LlamaConfig(vocab_size=32000, max_position_embeddings=4096, tie_word_embeddings=True, **shape)
     with torch.device("meta"):
-        sizes = {name: one.shape for name, one in LlamaForCausalLM(config).named_parameters()}
+        sizes = {name: parameter.shape for name, parameter in LlamaForCausalLM(config).named_parameters()}
     live_P = random_weights(sum(shape.numel() for shape in sizes.values()), dtype, device)
     with torch.device(device):
         standard, _ = torch.get_default_dtype(), torch.set_default_dtype(dtype)
@@ -250,7 +250,7 @@ def loads(clock: Clock, most: float) -> Iterator[Load]:
         release(clock.device)
         corpus = Corpus(distribution="a", split="search", key="key", windows=random_windows(8, 256, 32000))
         spec = WorkerSpec(base=stored[0], fine_tunes=tuple(stored[1:]), corpora=(corpus,), dtype=name)
-        composite = Composite.of(dict(zip((one.content for one in stored), shares(3), strict=True)))
+        composite = Composite.of(dict(zip((model.content for model in stored), shares(3), strict=True)))
         request = Request(ticket=0, composite=composite, corpora=("key",))
         began = perf_counter()
         worker = Worker(spec)
@@ -260,7 +260,7 @@ def loads(clock: Clock, most: float) -> Iterator[Load]:
         merge = min(worker.evaluate(request).merge_seconds for _ in range(3))
         del worker
         release(clock.device)
-        worker = Worker(replace(spec, streamed=tuple(one.content for one in stored[1:])))
+        worker = Worker(replace(spec, streamed=tuple(model.content for model in stored[1:])))
         streamed = min(worker.evaluate(request).merge_seconds for _ in range(3))
         gigabytes = sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors")) / 1e9
     yield Load(int(size), 3, name, loaded, first, gigabytes, 1e3 * merge, 1e3 * streamed)
@@ -285,19 +285,19 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--rows", type=int, default=4, help="windows in a forward call")
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     silence_transformers()
-    device = torch.device(given.device)
-    clock = Clock(device, given.seconds)
+    device = torch.device(arguments.device)
+    clock = Clock(device, arguments.seconds)
     card = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{card}, torch {torch.__version__}")
-    timed = list(trials(clock, given.most, given.window, given.rows))
+    timed = list(trials(clock, arguments.most, arguments.window, arguments.rows))
     show(
         "Trials, milliseconds; ratio: merge + score over merge + bare forward",
         timed,
         {"parameters": ",", "count": "", "dtype": "", "merge": ".1f", "score": ".1f", "bare": ".1f", "ratio": ".3f"},
     )
-    loaded = list(loads(clock, given.most))
+    loaded = list(loads(clock, arguments.most))
     show(
         "From files: seconds to load and to the first score, milliseconds of a merge, and of one with experts in files",
         loaded,
@@ -312,23 +312,23 @@ def main() -> None:
             "streamed": ".1f",
         },
     )
-    merged = list(merges(clock, given.most))
+    merged = list(merges(clock, arguments.most))
     show(
         "Merges, GB/s read and written; ratio: merge over copy",
         merged,
         {"parameters": ",", "count": "", "dtype": "", "copy": ".0f", "merge": ".0f", "ratio": ".3f"},
     )
-    found = {
+    results = {
         "device": card,
         "torch": torch.__version__,
-        "seconds": given.seconds - clock.left,
-        "trials": [asdict(one) | {"ratio": one.ratio} for one in timed],
-        "loads": [asdict(one) for one in loaded],
-        "merges": [asdict(one) | {"ratio": one.ratio} for one in merged],
+        "seconds": arguments.seconds - clock.left,
+        "trials": [asdict(measurement) | {"ratio": measurement.ratio} for measurement in timed],
+        "loads": [asdict(measurement) for measurement in loaded],
+        "merges": [asdict(measurement) | {"ratio": measurement.ratio} for measurement in merged],
     }
-    print("\n" + json.dumps(found))
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=2) + "\n")
+    print("\n" + json.dumps(results))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

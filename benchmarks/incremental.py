@@ -65,7 +65,7 @@ def measure(
     records = done.compare(["simplex-gp"]).summary.trials["simplex-gp"][:TRIALS]
     one_pass = len(landscape.tunes) * 16 * 128
     spent = 1 - known + np.cumsum([record.evaluation.forward_tokens for record in records]) / one_pass
-    whole = [np.inf if one.is_partial or one.objective is None else one.objective for one in records]
+    whole = [np.inf if trial.is_partial or trial.objective is None else trial.objective for trial in records]
     return spent.tolist(), np.minimum.accumulate(whole).tolist()
 
 
@@ -73,13 +73,16 @@ def copy(source: Path, target: Path) -> None:
     """A database with all that is committed, in the place of an earlier copy."""
     for path in target.parent.glob(f"{target.name}*"):
         path.unlink()
-    with closing(sqlite3.connect(source)) as one, closing(sqlite3.connect(target)) as other:
-        one.backup(other)
+    with closing(sqlite3.connect(source)) as original, closing(sqlite3.connect(target)) as copy:
+        original.backup(copy)
 
 
 def until(spent: Sequence[float], best: Sequence[float], objective: float) -> float:
     """Forward-equivalents after which the best is at most so high; infinite where it never is."""
-    return min((cost for cost, found in zip(spent, best, strict=True) if found <= objective), default=np.inf)
+    return min(
+        (cost for cost, value in zip(spent, best, strict=True) if value <= objective),
+        default=np.inf,
+    )
 
 
 def say(text: str) -> None:
@@ -104,14 +107,14 @@ def main() -> None:
         copy(books / "four.db", books / "grown.db")
         grown = measure(after, folder, books / "grown.db", number, known=1 - 1 / len(after.tunes))
         reference = min(fresh[1][-1], grown[1][-1], long[1][-1])
-        told = []
+        lines = []
         for level in LEVELS:
             costs = [until(*curve, reference + level) for curve in (grown, fresh)]
             ratios[level].append(costs[0] / costs[1])
-            told.append(f"{level:g}: {costs[0]:.1f} / {costs[1]:.1f}")
-        say(f"case {number}: FE to a regret, grown / fresh: {', '.join(told)}; {perf_counter() - began:.0f} s")
-    for level, found in ratios.items():
-        say(f"regret {level:g}: {np.median(found):.2f} of a fresh search's FE [{min(found):.2f}, {max(found):.2f}]")
+            lines.append(f"{level:g}: {costs[0]:.1f} / {costs[1]:.1f}")
+        say(f"case {number}: FE to a regret, grown / fresh: {', '.join(lines)}; {perf_counter() - began:.0f} s")
+    for level, shares in ratios.items():
+        say(f"regret {level:g}: {np.median(shares):.2f} of a fresh search's FE [{min(shares):.2f}, {max(shares):.2f}]")
 
 
 if __name__ == "__main__":

@@ -105,10 +105,10 @@ def main() -> None:
     """Measure and print as JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--trials", type=int, default=160)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     silence_transformers()
     with TemporaryDirectory() as folder:
-        path = make_study(Path(folder), SHAPES["quickstart"], given.trials)
+        path = make_study(Path(folder), SHAPES["quickstart"], arguments.trials)
         config, watch = load(path), Watch(path)
         try:
             compute = RayCompute(config.compute.model_copy(update={"workers": 1}))
@@ -117,11 +117,13 @@ def main() -> None:
             watch.close()
     spent: dict[bool, list[float]] = {True: [], False: []}
     for number, record in enumerate(watch.records):
-        one = record.evaluation
+        evaluation = record.evaluation
         if number >= BLOCK and number % BLOCK >= EDGE:
-            spent[bool(number // BLOCK % 2)].append(one.merge_seconds + one.score_seconds + one.wait_seconds)
+            spent[bool(number // BLOCK % 2)].append(
+                evaluation.merge_seconds + evaluation.score_seconds + evaluation.wait_seconds
+            )
     assert watch.poll is not None
-    found = {
+    results = {
         "trials looked at": len(spent[True]),
         "trials alone": len(spent[False]),
         "looked at ms, median": 1e3 * median(spent[True]),
@@ -134,7 +136,7 @@ def main() -> None:
         "of that Optuna Dashboard's": 1e3 * median(watch.poll.optuna),
         "finished trials that it has told": watch.poll.finished,
     }
-    print(json.dumps(found, indent=2))
+    print(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

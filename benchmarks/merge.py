@@ -58,16 +58,20 @@ def equal_units(count: int) -> list[int]:
 
 def bandwidths(millions: Sequence[int], rounds: int) -> list[dict[str, object]]:
     """Merge over copy for each size, number of terms and dtype that fits into half of the memory that is free."""
-    found = []
+    measurements = []
     kernels = {"compiled": MergeKernel(), "plain": MergeKernel(compiled=False)}
     for parameters in (10**6 * million for million in millions):
         for name, dtype in DTYPES.items():
             fitting = [n for n in COUNTS if (n + 2) * parameters * dtype.itemsize < this_machine().available / 2]
             stored = [torch.randn(10**6).to(dtype).repeat(parameters // 10**6) for _ in range(max(fitting, default=0))]
             for count in fitting:
-                found.append(bandwidth(stored[:count], kernels, rounds) | {"parameters": parameters, "dtype": name})
-                print(f"  {parameters / 1e6:6,.0f} million  {name:8}  N = {count}  " + shown(found[-1]), flush=True)
-    return found
+                measurements.append(
+                    bandwidth(stored[:count], kernels, rounds) | {"parameters": parameters, "dtype": name}
+                )
+                print(
+                    f"  {parameters / 1e6:6,.0f} million  {name:8}  N = {count}  " + shown(measurements[-1]), flush=True
+                )
+    return measurements
 
 
 def bandwidth(stored: Sequence[Tensor], kernels: dict[str, MergeKernel], rounds: int) -> dict[str, object]:
@@ -92,21 +96,21 @@ def shown(line: dict[str, object]) -> str:
 def make_models(folder: Path, count: int, dtype: torch.dtype) -> list[Path]:
     """Random Llamas of about 100 million parameters."""
     folders = [folder / f"model{number}" for number in range(count)]
-    for seed, one in enumerate(folders):
+    for seed, path in enumerate(folders):
         torch.manual_seed(seed)
-        LlamaForCausalLM(LlamaConfig(vocab_size=32000, **LLAMA)).to(dtype).save_pretrained(one)
+        LlamaForCausalLM(LlamaConfig(vocab_size=32000, **LLAMA)).to(dtype).save_pretrained(path)
     return folders
 
 
 def candidates(folder: Path, rounds: int) -> dict[str, float]:
     """Seconds to have a composite of base and three experts in memory, ready to be called."""
     folders = make_models(folder, 4, torch.float32)
-    stored = [StoredModel(one, content_hash(one)) for one in folders]
+    stored = [StoredModel(path, content_hash(path)) for path in folders]
     units = equal_units(4)
     merged_model = MergedModel(empty_model(folders[0], torch.float32), stored)
-    composite = Composite.of({one.content: count for one, count in zip(stored, units, strict=True)})
+    composite = Composite.of({model.content: count for model, count in zip(stored, units, strict=True)})
     plain = AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32)
-    states = [AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32).state_dict() for one in folders]
+    states = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict() for path in folders]
     weights = [count / UNIT for count in units]
 
     def loop() -> None:
@@ -120,12 +124,13 @@ def candidates(folder: Path, rounds: int) -> dict[str, float]:
 
 
 def by_mergekit(folder: Path, folders: Sequence[Path], weights: Sequence[float]) -> None:
-    """What mergekit-evolve does for a candidate without vLLM's in-memory merge: write it, load it."""
+    """The steps of mergekit-evolve for a candidate without vLLM's in-memory merge: write it, load it."""
     from mergekit.config import MergeConfiguration
     from mergekit.merge import MergeOptions, run_merge
 
     models = [
-        {"model": str(one), "parameters": {"weight": weight}} for one, weight in zip(folders, weights, strict=True)
+        {"model": str(folder), "parameters": {"weight": weight}}
+        for folder, weight in zip(folders, weights, strict=True)
     ]
     recipe = yaml.safe_dump(
         {"merge_method": "linear", "parameters": {"normalize": False}, "models": models, "dtype": "float32"}
@@ -143,7 +148,7 @@ def status(field: str) -> int:
 
 def measure_loading(folders: Sequence[Path]) -> dict[str, float]:
     """In a process of its own: from files to the first composite."""
-    stored = [StoredModel(one, content_hash(one)) for one in folders]
+    stored = [StoredModel(path, content_hash(path)) for path in folders]
     MergeKernel()
     model = empty_model(folders[0], torch.float32)
     Path("/proc/self/clear_refs").write_text("5")
@@ -151,7 +156,7 @@ def measure_loading(folders: Sequence[Path]) -> dict[str, float]:
     merged_model = MergedModel(model, stored)
     loaded = perf_counter() - began
     merged_model.merge(
-        Composite.of({one.content: count for one, count in zip(stored, equal_units(len(stored)), strict=True)})
+        Composite.of({model.content: count for model, count in zip(stored, equal_units(len(stored)), strict=True)})
     )
     merged = perf_counter() - began
     return {
@@ -165,12 +170,12 @@ def measure_loading(folders: Sequence[Path]) -> dict[str, float]:
 def loading(folder: Path, dtype: str) -> dict[str, float]:
     """Loading of four checkpoints, measured; their files are read once before, so that they are in the page cache."""
     folders = make_models(folder, 4, DTYPES[dtype])
-    for one in folders:
-        content_hash(one)
+    for folder in folders:
+        content_hash(folder)
     command = [sys.executable, __file__, "--measure", *map(str, folders)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return measured
 
 
 def main() -> None:
@@ -181,32 +186,32 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--measure", type=Path, nargs="+", help=argparse.SUPPRESS)
     silence_transformers()
-    given = parser.parse_args()
-    if given.measure:
-        print(json.dumps(measure_loading(given.measure)))
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(measure_loading(arguments.measure)))
         return
     backend = merge_backend("cpu")
     print(f"{torch.get_num_threads()} threads; {backend.description}, {backend.seconds:.1f} s in this process")
-    found: dict[str, object] = {"kernel": backend.description, "kernel_seconds": backend.seconds}
-    found["merge_over_copy"] = bandwidths(given.parameters, given.rounds)
+    results: dict[str, object] = {"kernel": backend.description, "kernel_seconds": backend.seconds}
+    results["merge_over_copy"] = bandwidths(arguments.parameters, arguments.rounds)
     with TemporaryDirectory() as folder:
-        found["candidate_seconds"] = spent = candidates(Path(folder), given.rounds)
+        results["candidate_seconds"] = spent = candidates(Path(folder), arguments.rounds)
     print("a candidate of 100 million parameters from four checkpoints in float32")
-    for name, one in spent.items():
-        print(f"  {name:12} {one * 1e3:8.1f} ms   {one / spent['merged model']:6.1f} times the merged model's")
+    for name, seconds in spent.items():
+        print(f"  {name:12} {seconds * 1e3:8.1f} ms   {seconds / spent['merged model']:6.1f} times the merged model's")
     if "mergekit" not in spent:
         print("  mergekit is not installed (the extra `bench`): skipped")
     for dtype in DTYPES:
         with TemporaryDirectory() as folder:
-            found[f"loading_{dtype}"] = one = loading(Path(folder), dtype)
+            results[f"loading_{dtype}"] = loaded = loading(Path(folder), dtype)
         print(
-            f"four checkpoints in {dtype}, live in float32: {one['bytes'] / 1e9:.2f} GB loaded in "
-            f"{one['load_seconds']:.2f} s, first merge {one['first_merge_seconds'] * 1e3:.0f} ms, "
-            f"peak {one['peak_over_bytes']:.3f} of these bytes"
+            f"four checkpoints in {dtype}, live in float32: {loaded['bytes'] / 1e9:.2f} GB loaded in "
+            f"{loaded['load_seconds']:.2f} s, first merge {loaded['first_merge_seconds'] * 1e3:.0f} ms, "
+            f"peak {loaded['peak_over_bytes']:.3f} of these bytes"
         )
-    print(json.dumps(found))
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=1))
+    print(json.dumps(results))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

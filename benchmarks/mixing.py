@@ -67,7 +67,9 @@ def make_study(folder: Path, steps: int, rate: float) -> Path:
         "evaluation": {"window": TEXT.window, "windows": TEXT.windows, "held_out": TEXT.held_out_windows, "seed": 0},
         "search": {"algorithm": "simplex-gp", "trials": TEXT.trials, "seed": 0},
         "fine_tuning": {"steps": TEXT.fine_tuning_steps, "learning_rate": rate, "batch_size": TEXT.batch_size},
-        "data_mixing": {"mixtures": [equal, *({name: 0.4 if name == one else 0.2 for name in equal} for one in AHEAD)]},
+        "data_mixing": {
+            "mixtures": [equal, *({name: 0.4 if name == doubled else 0.2 for name in equal} for doubled in AHEAD)]
+        },
     }
     path = world / f"rate-{rate:g}.yaml"
     path.write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
@@ -85,7 +87,7 @@ def measure(folder: Path, steps: int, rate: float) -> Found:
         rate,
         mixing.base.objective[HELD_OUT],
         mixing.edited.objective[HELD_OUT],
-        {one.budget: mixing.best(one.budget).objective[HELD_OUT] for one in mixing.against},
+        {mixture.budget: mixing.best(mixture.budget).objective[HELD_OUT] for mixture in mixing.against},
     )
 
 
@@ -94,20 +96,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
-    given = parser.parse_args()
-    found = []
-    for steps in given.steps:
+    arguments = parser.parse_args()
+    rows = []
+    for steps in arguments.steps:
         for rate in RATES:
             print(f"a base of {steps} steps, fine-tuned with {rate:g}", flush=True)
-            found.append(measure(given.folder.resolve(), steps, rate))
+            rows.append(measure(arguments.folder.resolve(), steps, rate))
     print("\n| base's steps | learning rate | base | composite | tokens of one | minus it | tokens of all | minus it |")
     print("|---|---|---|---|---|---|---|---|")
-    for one in found:
+    for row in rows:
         against = " | ".join(
-            f"{nll:.4f} | {one.composite - nll:+.4f}" for nll in (one.mixtures["one"], one.mixtures["all"])
+            f"{nll:.4f} | {row.composite - nll:+.4f}" for nll in (row.mixtures["one"], row.mixtures["all"])
         )
-        print(f"| {one.steps} | {one.rate:g} | {one.base:.4f} | {one.composite:.4f} | {against} |")
-    print(json.dumps([asdict(one) for one in found]))
+        print(f"| {row.steps} | {row.rate:g} | {row.base:.4f} | {row.composite:.4f} | {against} |")
+    print(json.dumps([asdict(row) for row in rows]))
 
 
 if __name__ == "__main__":

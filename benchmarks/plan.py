@@ -63,16 +63,16 @@ def random_windows(count: int, window: int, vocabulary: int) -> Windows:
 
 
 def spec_of(files: CheckedHeaders, config: StudyConfig) -> WorkerSpec:
-    """What a worker of this study would hold, over random texts."""
-    plan, given = files.plan(), config.evaluation
+    """The contents of a worker of this study, over random texts."""
+    plan, evaluation = files.plan(), config.evaluation
     models = [StoredModel(header.folder, content_hash(header.folder)) for header in files.headers.values()]
-    counts = {"search": given.windows, "held_out": given.held_out}
+    counts = {"search": evaluation.windows, "held_out": evaluation.held_out}
     corpora = tuple(
         Corpus(
             distribution=name,
             split=split,
             key=f"{name}/{split}",
-            windows=random_windows(count, given.window, plan.widths.vocabulary),
+            windows=random_windows(count, evaluation.window, plan.widths.vocabulary),
         )
         for name in config.distributions
         for split, count in counts.items()
@@ -158,9 +158,9 @@ def time_check(folder: Path) -> None:
         worlds.save_sparse(folder / name)
     study = make_study(folder, names)
     began = perf_counter()
-    found = check(load(study), study)
+    report = check(load(study), study)
     spent = perf_counter() - began
-    print(f"check of {len(found.checkpoints)} x {found.checkpoints[0].bytes / 1e9:.1f} GB: {spent:.2f} s")
+    print(f"check of {len(report.checkpoints)} x {report.checkpoints[0].bytes / 1e9:.1f} GB: {spent:.2f} s")
 
 
 def main() -> None:
@@ -172,12 +172,12 @@ def main() -> None:
     parser.add_argument("--fine-tunes", type=int, default=2)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, default=8)
-    given = parser.parse_args()
-    if given.measure:
-        print(json.dumps(measure(given.measure)))
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(measure(arguments.measure)))
         return
     with TemporaryDirectory() as folder:
-        compare(given, Path(folder))
+        compare(arguments, Path(folder))
     with TemporaryDirectory() as folder:
         time_check(Path(folder))
 

@@ -92,8 +92,8 @@ class RacedGrid:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What was measured on a landscape.
+class Measured:
+    """Measurements on a landscape.
 
     curves     by variant, one a seed
     reference  the best objective of all that was measured (nats per token), and its coefficients
@@ -124,23 +124,23 @@ def curve_of(records: Sequence[TrialRecord]) -> Curve:
     return Curve(tuple(spent.tolist()), tuple(np.minimum.accumulate(whole).tolist()), float(np.median(asks)))
 
 
-def explore(landscape: Landscape, path: Path) -> Found:
+def explore(landscape: Landscape, path: Path) -> Measured:
     """Every variant, Optuna's Gaussian process and, with four distributions, the grid."""
     torch.set_num_threads(1)
     began = perf_counter()
     longest = {"forwards": LONGEST[len(landscape.tunes)]}
-    told = {
+    runs_by_variant = {
         name: run(path, f"{landscape.name}.{name}", algorithm, longest | settings)
         for name, (algorithm, settings) in VARIANTS.items()
     }
     grid = run(path, f"{landscape.name}.grid", "grid", {})["grid"] if len(landscape.tunes) == 4 else ()
-    curves = {name: tuple(map(curve_of, runs.values())) for name, runs in told.items()}
+    curves = {name: tuple(map(curve_of, runs.values())) for name, runs in runs_by_variant.items()}
     curves["Optuna's GP"] = tuple(optuna_gp(path, seed) for seed in range(SEEDS))
-    records = [record for runs in told.values() for trials in runs.values() for record in trials]
-    steep = min((one for one in records if one.gradient), key=lambda one: one.rank)
+    records = [record for runs in runs_by_variant.values() for trials in runs.values() for record in trials]
+    steep = min((record for record in records if record.gradient), key=lambda record: record.rank)
     slopes = {name: slope - min(steep.gradient.values()) for name, slope in steep.gradient.items()}
     say(f"{landscape.name}: {perf_counter() - began:.0f} s")
-    return Found(
+    return Measured(
         name=landscape.name,
         size=len(landscape.tunes),
         curves=curves,
@@ -166,8 +166,12 @@ def run(path: Path, name: str, algorithm: str, settings: Mapping[str, Any]) -> M
 
 def seconds_of(records: Sequence[TrialRecord], steep: bool) -> float:
     """Median seconds of scoring all windows, with a gradient or without."""
-    seconds = [one.evaluation.score_seconds for one in records if bool(one.gradient) is steep and not one.is_partial]
-    return float(np.median([one for one in seconds if one]))
+    seconds = [
+        record.evaluation.score_seconds
+        for record in records
+        if bool(record.gradient) is steep and not record.is_partial
+    ]
+    return float(np.median([duration for duration in seconds if duration]))
 
 
 @contextmanager
@@ -192,15 +196,15 @@ def opened(path: Path) -> Iterator[tuple[StudyIdentity, Ledger, Callable[[Coeffi
 
 def optuna_gp(path: Path, seed: int, trials: int = 40) -> Curve:
     """Optuna's GPSampler over s / sum s, from the same first observations."""
-    best, asks, told = [], [], list[Trial]()
+    best, asks, history = [], [], list[Trial]()
     with opened(path) as (identity, _, measure):
         proposer = OptunaSampler(identity.space, lambda drawn: GPSampler(seed=drawn))
         for number in range(trials):
             began = perf_counter()
-            point = proposer.propose(told, [], np.random.default_rng([seed, number])).coefficients
+            point = proposer.propose(history, [], np.random.default_rng([seed, number])).coefficients
             asks.append(perf_counter() - began)
-            told.append(Trial(number, point, "complete", objective=measure(point)))
-            best.append(min(trial.objective for trial in told if trial.objective is not None))
+            history.append(Trial(number, point, "complete", objective=measure(point)))
+            best.append(min(trial.objective for trial in history if trial.objective is not None))
     return Curve(tuple(range(1, trials + 1)), tuple(best), float(np.median(asks)))
 
 
@@ -246,12 +250,12 @@ def quartiles(values: Sequence[float], form: str = ".1e") -> str:
     return f"{middle:{form}} [{low:{form}}, {high:{form}}]"
 
 
-def regret_table(found: Sequence[Found], size: int) -> list[list[str]]:
+def regret_table(results: Sequence[Measured], size: int) -> list[list[str]]:
     """Regret in nats per token by variant and mark: median and quartiles over landscapes and seeds."""
-    of_size = [one for one in found if one.size == size]
+    of_size = [result for result in results if result.size == size]
     rows = [["algorithm", *(f"{mark} FE" for mark in MARKS), "ask, s"]]
     for name in of_size[0].curves:
-        curves = [(curve, one.reference) for one in of_size for curve in one.curves[name]]
+        curves = [(curve, result.reference) for result in of_size for curve in result.curves[name]]
         cells = [quartiles([curve.at(mark) - reference for curve, reference in curves]) for mark in MARKS]
         last = max(max(curve.spent) for curve, _ in curves)
         shown = [cell if mark <= last + 3 else "" for cell, mark in zip(cells, MARKS, strict=True)]
@@ -259,38 +263,41 @@ def regret_table(found: Sequence[Found], size: int) -> list[list[str]]:
     return rows
 
 
-def targets(found: Sequence[Found]) -> list[str]:
-    """What the search must reach, and what it reached."""
+def targets(results: Sequence[Measured]) -> list[str]:
+    """Goals of the search beside its results."""
     lines = []
     for size, (budget, levels) in {4: (20, (2e-3, 1e-3, 1e-4)), 8: (40, (5e-3, 1e-3, 1e-4))}.items():
-        of_size = [one for one in found if one.size == size]
+        of_size = [result for result in results if result.size == size]
         if not of_size:
             continue
         lines.append(f"{size}: " + _saved(of_size, budget))
         for level in levels:
             ratios = [
-                raced.until(one.reference + level) / plain.until(one.reference + level)
-                for one in of_size
-                for raced, plain in zip(one.curves["simplex-gp, racing"], one.curves["simplex-gp"], strict=True)
+                raced.until(result.reference + level) / plain.until(result.reference + level)
+                for result in of_size
+                for raced, plain in zip(result.curves["simplex-gp, racing"], result.curves["simplex-gp"], strict=True)
             ]
             known = [ratio for ratio in ratios if np.isfinite(ratio)]
             lines.append(f"{size}: racing needs {quartiles(known, '.2f')} of the tokens to a regret of {level:g} nats")
-        steep = [one.gradient_forwards for one in of_size]
+        steep = [result.gradient_forwards for result in of_size]
         lines.append(f"{size}: an evaluation with its gradient took {quartiles(steep, '.1f')} times one without")
-    for one in found:
-        zeros = [name for name, weight in one.coefficients.items() if not weight]
-        least = min((one.slopes[name] for name in zeros), default=None)
+    for result in results:
+        zeros = [name for name, weight in result.coefficients.items() if not weight]
+        least = min((result.slopes[name] for name in zeros), default=None)
         lines.append(
-            f"{one.name}: best known {one.reference:.5f}, Frank-Wolfe gap {one.gap:.1e} nats; "
+            f"{result.name}: best known {result.reference:.5f}, Frank-Wolfe gap {result.gap:.1e} nats; "
             f"zeros: {', '.join(zeros) or 'none'}" + (f", least slope {least:.4f}" if least is not None else "")
         )
-    grids = [one for one in found if one.grid_best is not None]
+    grids = [result for result in results if result.grid_best is not None]
     for name in ("simplex-gp", "simplex-gp, racing"):
         shares = [
-            curve.until(one.grid_best) / one.grid_points for one in grids for curve in one.curves[name] if one.grid_best
+            curve.until(result.grid_best) / result.grid_points
+            for result in grids
+            for curve in result.curves[name]
+            if result.grid_best
         ]
         lines.append(f"4: {name} reached the grid's best for {quartiles(shares, '.1%')} of its forward compute")
-    races = [race for one in grids for race in one.raced_grids]
+    races = [race for result in grids for race in result.raced_grids]
     lines.append(
         f"4: a raced grid cost {quartiles([race.share for race in races], '.1%')} of a whole one; "
         f"the same winner in {sum(race.same_winner for race in races)} of {len(races)}"
@@ -298,10 +305,14 @@ def targets(found: Sequence[Found]) -> list[str]:
     return lines
 
 
-def _saved(found: Sequence[Found], budget: float, share: float = 0.6) -> str:
+def _saved(results: Sequence[Measured], budget: float, share: float = 0.6) -> str:
     """Regrets with races for a share of the tokens that the search without them has."""
-    plain = [curve.at(budget) - one.reference for one in found for curve in one.curves["simplex-gp"]]
-    raced = [curve.at(share * budget) - one.reference for one in found for curve in one.curves["simplex-gp, racing"]]
+    plain = [curve.at(budget) - result.reference for result in results for curve in result.curves["simplex-gp"]]
+    raced = [
+        curve.at(share * budget) - result.reference
+        for result in results
+        for curve in result.curves["simplex-gp, racing"]
+    ]
     return f"regret {quartiles(plain)} for {budget:g} FE without races, {quartiles(raced)} for {share * budget:g} with"
 
 
@@ -315,19 +326,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tuned", action="store_true", help="the landscapes that settings were chosen on")
-    given = parser.parse_args()
-    began, landscapes = perf_counter(), TUNED_ON if given.tuned else REPORTED
-    paths = [make_landscape(landscape, given.folder, say) for landscape in landscapes]
+    arguments = parser.parse_args()
+    began, landscapes = perf_counter(), TUNED_ON if arguments.tuned else REPORTED
+    paths = [make_landscape(landscape, arguments.folder, say) for landscape in landscapes]
     for path in paths:
         study_names(config.load(path).storage)  # Optuna makes its tables before several processes need them
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
-        found = list(pool.map(explore, landscapes, paths))
-    (given.folder / "search.json").write_text(json.dumps([asdict(one) for one in found], indent=1))
+        results = list(pool.map(explore, landscapes, paths))
+    (arguments.folder / "search.json").write_text(json.dumps([asdict(result) for result in results], indent=1))
     for size in (4, 8):
         say(f"\nRegret, nats per token, {size} distributions: median [quartiles]\n")
-        for row in regret_table(found, size) if any(one.size == size for one in found) else []:
+        for row in regret_table(results, size) if any(result.size == size for result in results) else []:
             say("| " + " | ".join(row) + " |")
-    say("\n" + "\n".join(targets(found)))
+    say("\n" + "\n".join(targets(results)))
     say(f"\n{perf_counter() - began:.0f} s")
 
 

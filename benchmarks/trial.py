@@ -88,16 +88,16 @@ class Bare:
     def __init__(self, spec: WorkerSpec) -> None:
         self._worker = Worker(spec)
         self._model, self._merged_model = self._worker.model, self._worker.merged_model
-        self._corpora = [self._worker._windows[one.key] for one in spec.corpora if one.split == "search"]
-        contents = [one.content for one in (spec.base, *spec.fine_tunes)]
+        self._corpora = [self._worker._windows[corpus.key] for corpus in spec.corpora if corpus.split == "search"]
+        contents = [model.content for model in (spec.base, *spec.fine_tunes)]
         self._request = Request(
             ticket=0,
             composite=Composite.of(dict.fromkeys(contents, UNIT // len(contents))),
-            corpora=tuple(one.key for one in spec.corpora if one.split == "search"),
+            corpora=tuple(corpus.key for corpus in spec.corpora if corpus.split == "search"),
         )
 
     def evaluation_seconds(self) -> float:
-        """What a worker's evaluation of it takes here."""
+        """Seconds of a worker's evaluation here."""
         began = perf_counter()
         self._worker.evaluate(self._request)
         return perf_counter() - began
@@ -150,7 +150,7 @@ def run_study(path: Path, workers: int) -> Watch:
 def walls(records: Sequence[TrialRecord]) -> list[float]:
     """Seconds of a worker for each trial from the second on, the idle ones before it included."""
     made = [record.evaluation for record in records[1:]]
-    return [one.merge_seconds + one.score_seconds + one.wait_seconds for one in made]
+    return [evaluation.merge_seconds + evaluation.score_seconds + evaluation.wait_seconds for evaluation in made]
 
 
 def time_trials(name: str, trials: int, algorithm: str) -> dict[str, float | str]:
@@ -161,11 +161,11 @@ def time_trials(name: str, trials: int, algorithm: str) -> dict[str, float | str
         bare = Bare(load_inputs(load(path), path).spec())
         bare.seconds()
         before, evaluated = zip(*((bare.seconds(), bare.evaluation_seconds()) for _ in range(6)), strict=True)
-        one = run_study(path, 1)
+        single = run_study(path, 1)
         after = [bare.seconds() for _ in range(4)]
-        two = run_study(path, 2)
-    spent, plain = walls(one.records), [*before, *after]
-    minutes = [60 * (len(watch.times) - 1) / (watch.times[-1] - watch.times[0]) for watch in (one, two)]
+        double = run_study(path, 2)
+    spent, plain = walls(single.records), [*before, *after]
+    minutes = [60 * (len(watch.times) - 1) / (watch.times[-1] - watch.times[0]) for watch in (single, double)]
     return {
         "model": name,
         "bare ms": 1e3 * min(plain),
@@ -175,10 +175,10 @@ def time_trials(name: str, trials: int, algorithm: str) -> dict[str, float | str
         "ratio of medians": median(spent) / median(plain),
         "above ms, best": 1e3 * (min(spent) - min(plain)),
         "above ms, median": 1e3 * (median(spent) - median(plain)),
-        "ask ms, median": 1e3 * median(record.propose_seconds for record in one.records[1:]),
-        "idle ms, median": 1e3 * median(record.evaluation.wait_seconds for record in one.records[1:]),
-        "utilisation, 1": usage_of(one.records).utilisation or 0.0,
-        "utilisation, 2": usage_of(two.records).utilisation or 0.0,
+        "ask ms, median": 1e3 * median(record.propose_seconds for record in single.records[1:]),
+        "idle ms, median": 1e3 * median(record.evaluation.wait_seconds for record in single.records[1:]),
+        "utilisation, 1": usage_of(single.records).utilisation or 0.0,
+        "utilisation, 2": usage_of(double.records).utilisation or 0.0,
         "trials a minute, 1": minutes[0],
         "trials a minute, 2": minutes[1],
         "2 over 1": minutes[1] / minutes[0],
@@ -189,7 +189,7 @@ class Instant:
     """Answers at once, with nats of the right number of windows."""
 
     def __init__(self, spec: WorkerSpec) -> None:
-        self._tokens = {one.key: one.windows.tokens_W for one in spec.corpora}
+        self._tokens = {corpus.key: corpus.windows.tokens_W for corpus in spec.corpora}
         self._rng = np.random.default_rng(0)
 
     def evaluate(self, request: Request) -> Evaluation:
@@ -272,16 +272,16 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--algorithm", default="random")
     parser.add_argument("--only", choices=("trials", "growth"))
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     silence_transformers()
-    found: dict[str, object] = {}
-    if given.only != "growth":
-        found["trials"] = [time_trials(name, given.trials, given.algorithm) for name in SHAPES]
-        show("Trials", found["trials"])
-    if given.only != "trials":
-        found["growth"] = time_growth([int(mark) for mark in given.marks.split(",")], given.algorithm)
-        show("A trial's own work, ms", found["growth"])
-    print("\n" + json.dumps(found))
+    results: dict[str, object] = {}
+    if arguments.only != "growth":
+        results["trials"] = [time_trials(name, arguments.trials, arguments.algorithm) for name in SHAPES]
+        show("Trials", results["trials"])
+    if arguments.only != "trials":
+        results["growth"] = time_growth([int(mark) for mark in arguments.marks.split(",")], arguments.algorithm)
+        show("A trial's own work, ms", results["growth"])
+    print("\n" + json.dumps(results))
 
 
 if __name__ == "__main__":

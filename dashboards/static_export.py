@@ -223,8 +223,8 @@ def _frame(axes: Axes, frame: Part) -> None:
     total = float(frame["sum"])
     corners = np.eye(3) * total
     for share in (0.25, 0.5, 0.75):
-        for one, other, apex in ((1, 2, 0), (0, 2, 1), (0, 1, 2)):
-            ends = [corners[one] * (1 - share) + corners[apex] * share, corners[other] * (1 - share)]
+        for left, right, apex in ((1, 2, 0), (0, 2, 1), (0, 1, 2)):
+            ends = [corners[left] * (1 - share) + corners[apex] * share, corners[right] * (1 - share)]
             ends[1] = ends[1] + corners[apex] * share
             axes.plot(*_flat(np.array(ends), total).T, color="#DDDDDD", linewidth=0.7, zorder=0)
     axes.plot(*_flat(corners[[0, 1, 2, 0]], total).T, color="#9A9A9A", linewidth=1, zorder=1)
@@ -306,7 +306,7 @@ def _text(text: str) -> str:
 
 def _paint(color: str) -> Any:
     """A colour; plotly writes rgba(1,2,3,0.5)."""
-    if found := re.match(r"rgba\((\d+),(\d+),(\d+),([\d.]+)\)", color):
-        red, green, blue, opacity = map(float, found.groups())
+    if match := re.match(r"rgba\((\d+),(\d+),(\d+),([\d.]+)\)", color):
+        red, green, blue, opacity = map(float, match.groups())
         return red / 255, green / 255, blue / 255, opacity
     return color

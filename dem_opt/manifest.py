@@ -58,7 +58,7 @@ def _listed(folder: Path, description: str) -> dict[str, Any]:
 
 
 def _foreign(folder: Path, description: str, files: Mapping[str, Any]) -> Iterator[str]:
-    """What is in a folder and not as its manifest says, in the order of paths."""
+    """Paths in a folder that are not as its manifest says, in order."""
     parents = {str(parent) for name in files for parent in Path(name).parents}
     for path in _paths(folder):
         name = str(path.relative_to(folder))

@@ -69,7 +69,7 @@ def _is_writable(status: os.stat_result, who: int) -> bool:
 
 @functools.cache
 def _is_private_group(group: int, user: int) -> bool:
-    """Whether a group is the user's alone: many systems give everyone such a group, and a umask that lets it write."""
+    """True if a group is the user's alone: many systems give everyone such a group, and a umask that lets it write."""
     try:
         entry, name = grp.getgrgid(group), pwd.getpwuid(user).pw_name
     except KeyError:

@@ -42,7 +42,7 @@ def browser() -> Iterator[Any]:
 
 
 def shot(page: Page) -> Image.Image:
-    """What the window of a page shows."""
+    """The visible part of a page."""
     return Image.open(BytesIO(page.screenshot())).convert("RGB")
 
 

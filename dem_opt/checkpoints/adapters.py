@@ -196,9 +196,9 @@ def check_adapter(architecture: Architecture, base: Header, adapter: Adapter) ->
     if plan.faults:
         raise InputError(adapter.header.folder, adapter.header.field, None, describe_faults(plan, base, adapter))
     _check_copies(architecture, base, adapter, plan)
-    for one, other in plan.twins:
-        if not _same_edit(*(each.load(_read(adapter, each)) for each in (one, other))):
-            mend = f"{one.module} and {other.module} are trained apart, {_UNTIED}"
+    for first, second in plan.twins:
+        if not _same_edit(*(each.load(_read(adapter, each)) for each in (first, second))):
+            mend = f"{first.module} and {second.module} are trained apart, {_UNTIED}"
             raise InputError(adapter.header.folder, adapter.header.field, None, mend)
 
 

@@ -30,7 +30,7 @@ _PROBE = "\ue000"
 
 
 def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template writes today's date."""
+    """True if the chat template writes today's date."""
     return "strftime_now" in json.dumps(tokenizer.chat_template)
 
 
@@ -292,7 +292,7 @@ def _object(text: str) -> Any:
 
 
 def _shows_python(text: str, messages: list[dict[str, Any]]) -> bool:
-    """Whether an object of arguments was printed as Python does, by a template that expects JSON text."""
+    """True if an object of arguments was printed as Python does, by a template that expects JSON text."""
     arguments = [function.get("arguments") for message in messages for function in _calls(message)]
     return any(isinstance(each, dict) and each and str(each) in text for each in arguments)
 

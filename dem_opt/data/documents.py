@@ -88,7 +88,7 @@ def first_document(data: DataFile, field: str | None = None) -> Document | None:
 
 
 def holds_chats(data: DataFile, field: str | None = None) -> bool:
-    """Whether the documents are conversations.  Of pairs the first one tells; where it can't be read, they are not.
+    """True if the documents are conversations.  Of pairs the first one tells; where it can't be read, they are not.
 
     Raises:
         InputError: A file is missing.

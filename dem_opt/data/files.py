@@ -190,7 +190,7 @@ def _kind(path: Path) -> Kind | None:
 
 
 def is_data_file(path: Path) -> bool:
-    """Whether a file's name ends as those of data files do."""
+    """True if a file's name ends as those of data files do."""
     return _kind(path) is not None
 
 
@@ -202,7 +202,7 @@ def _source(path: Path, field: str | None) -> SourceFile:
 
 
 def _is_saved(folder: Path, field: str | None) -> bool:
-    """Whether `save_to_disk` wrote the folder, as one split."""
+    """True if `save_to_disk` wrote the folder, as one split."""
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(path.parent.name for path in folder.glob(f"*/{_MARKERS[0]}"))
         mend = f"holds several splits; name the folder of one ({', '.join(splits)})"

@@ -53,7 +53,7 @@ class Turn:
 
     @property
     def speaks(self) -> bool:
-        """Whether there is more in it than white space."""
+        """True if it holds more than white space."""
         message = self.message
         return bool((self.content or "").strip()) or any(message.get(key) for key in _SPEECH)
 
@@ -85,7 +85,7 @@ class Chat:
 
     @property
     def has_calls(self) -> bool:
-        """Whether a turn calls tools."""
+        """True if a turn calls tools."""
         return any(key in turn.message for turn in self.turns if turn.more for key in ("tool_calls", "function_call"))
 
 

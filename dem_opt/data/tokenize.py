@@ -115,7 +115,7 @@ def _parts(parts: Sequence[tuple[list[int], bool]]) -> Tokens:
     return Tokens(ids_L, scored_L)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, **given: Any) -> list[list[int]]:
+def _ids(tokenizer: PreTrainedTokenizerBase, **texts: Any) -> list[list[int]]:
     """Token ids of a batch of texts (`text` or `text_target`), as they are: neither cut nor padded."""
     encoding: Mapping[str, list[list[int]]] = tokenizer(
         truncation=False,
@@ -123,7 +123,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, **given: Any) -> list[list[int]]:
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,
-        **given,
+        **texts,
     )
     return encoding["input_ids"]
 

@@ -204,7 +204,7 @@ class _Builder:
         return dict(sorted(distinct.items(), key=self.order))
 
     def key(self, document: Document) -> Hashable:
-        """What tells a document apart from others.
+        """Key that tells a document apart from others.
 
         Of a conversation, the roles and contents, and what the chat template makes of it where that is something else
         because of further keys, such as tool calls; an id that the template does not read makes no other document.

@@ -173,7 +173,7 @@ def _stated_licence(folder: Path) -> str:
 
 
 def _lora(lora: Export) -> str:
-    """What a LoRA holds, and how it is loaded."""
+    """The contents of a LoRA, and how to load it."""
     kind = "the nearest LoRA of rank" if lora.is_truncated else "an exact LoRA of rank"
     return (
         f"Written as {kind} {lora.rank}: Theta_D - Theta = B A, with alpha equal to the rank. Load it on the base:\n\n"

@@ -370,10 +370,10 @@ class Ledger:
         if any(own.get(content, fields) != fields for content, fields in self._configurations(source).items()):
             return 0
         with self.engine.begin() as connection:
-            for table, found in rows.items():
-                if found:
+            for table, copies in rows.items():
+                if copies:
                     insert = insert_into(self.engine, table).on_conflict_do_nothing()
-                    connection.execute(insert, [dict(row) for row in found])
+                    connection.execute(insert, [dict(row) for row in copies])
         return len(rows[_Score])
 
     @patient

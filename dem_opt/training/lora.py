@@ -79,10 +79,10 @@ def _trial(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def _faults_of_training(plan: Plan, converted: bool) -> list[str]:
     """Faults of an adapter that only training it would bring about."""
     faults = [
-        f"peft lets the factors of {one.module} and {other.module} differ, which the base ties: name them in "
+        f"peft lets the factors of {first.module} and {second.module} differ, which the base ties: name them in "
         "modules_to_save, with ensure_weight_tying: true"
-        for one, other in plan.twins
-        if one.kind == "low rank"
+        for first, second in plan.twins
+        if first.kind == "low rank"
     ]
     linear = all(edit.kind != "experts" and "embedding" not in edit.stored.get("A", "") for edit in plan.edits.values())
     if converted and not linear:

@@ -57,7 +57,7 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.gguf"
 
 @dataclass
 class Findings:
-    """What was found in the folders.
+    """Contents of the folders.
 
     Attributes:
         models: Folders of models.
@@ -179,7 +179,7 @@ def _base_of(adapter: Path) -> str | None:
 
 
 def _is_named(model: Path, reference: str | None) -> bool:
-    """Whether a reference to a model, a path or a hub id, is of this folder."""
+    """True if a reference to a model, a path or a hub id, is of this folder."""
     return reference is not None and (Path(reference).name == model.name or _same(Path(reference), model))
 
 
@@ -236,9 +236,9 @@ class _Draft:
     def settle(self, findings: Findings) -> None:
         """Choose windows for which every distribution has text enough."""
         if not self.sections:
-            told = "; ".join(f"{path}: {reason}" for path, reason in findings.unused.items())
+            reasons = "; ".join(f"{path}: {reason}" for path, reason in findings.unused.items())
             mend = "no fine-tune with validation data was found"
-            raise InputError(None, "FOLDER", None, f"{mend} ({told})" if told else mend)
+            raise InputError(None, "FOLDER", None, f"{mend} ({reasons})" if reasons else mend)
         config = self._config({label: section["fields"] for label, section in self.sections.items()})
         architecture, tokenizer = check_headers(config, self._folder).architecture, load_tokenizer(self._base)
         model = read_config(self._base, "base")
@@ -314,7 +314,7 @@ def match_files(label: str, labels: Sequence[str], paths: Sequence[Path]) -> dic
 
 
 def _belongs(path: Path, label: str) -> bool:
-    """Whether a data file, or the folder that it is in, has a distribution's name."""
+    """True if a data file, or the folder that it is in, has a distribution's name."""
     pattern = rf"(?:^|[._-]){re.escape(label.lower())}(?:[._-]|$)"
     return any(re.search(pattern, _safe(part).lower()) for part in (path.name, path.parent.name))
 

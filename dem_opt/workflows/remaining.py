@@ -61,7 +61,7 @@ def remaining_work(config: StudyConfig, files: CheckedHeaders, plan: Plan) -> Re
 
 
 def _is_same(config: StudyConfig, files: CheckedHeaders, identity: StudyIdentity) -> bool:
-    """Whether a study asks for what was run, as far as can be told without reading weights and texts."""
+    """True if a study asks for what was run, as far as can be seen without reading weights and texts."""
     objective, evaluation = config.objective, config.evaluation
     function = identity.function.name if identity.function else None
     contents = {name: known_content(header) for name, header in files.headers.items()}
