@@ -59,7 +59,13 @@ def test_the_regret_is_what_other_windows_would_cost(windows: int) -> None:
 
 def test_four_times_the_windows_leave_a_quarter() -> None:
     few, many = (
-        np.mean([found.regret for seed in range(6) if (found := precision_of(SPACE, trials(windows, seed), OBJECTIVE))])
+        np.mean(
+            [
+                precision.regret
+                for seed in range(6)
+                if (precision := precision_of(SPACE, trials(windows, seed), OBJECTIVE))
+            ]
+        )
         for windows in (16, 64)
     )
     assert many == pytest.approx(few / 4, rel=0.4)
@@ -68,12 +74,14 @@ def test_four_times_the_windows_leave_a_quarter() -> None:
 
 
 def test_intervals_hold_the_optimum_about_as_often_as_they_say() -> None:
-    held = []
+    covered = []
     for seed in range(12):
-        found = precision_of(SPACE, trials(32, seed), OBJECTIVE)
-        assert found is not None
-        held += [low <= value <= high for (low, high), value in zip(found.intervals.values(), OPTIMUM, strict=True)]
-    assert np.mean(held) >= 0.85
+        precision = precision_of(SPACE, trials(32, seed), OBJECTIVE)
+        assert precision is not None
+        covered += [
+            low <= value <= high for (low, high), value in zip(precision.intervals.values(), OPTIMUM, strict=True)
+        ]
+    assert np.mean(covered) >= 0.85
 
 
 def test_windows_that_agree_leave_no_regret() -> None:
@@ -87,8 +95,12 @@ def test_windows_that_agree_leave_no_regret() -> None:
         )
         for record in trials(16, 0)
     ]
-    found = precision_of(SPACE, same, OBJECTIVE)
-    assert found is not None and found.regret == 0 and all(high - low < 1e-9 for low, high in found.intervals.values())
+    precision = precision_of(SPACE, same, OBJECTIVE)
+    assert (
+        precision is not None
+        and precision.regret == 0
+        and all(high - low < 1e-9 for low, high in precision.intervals.values())
+    )
 
 
 def test_nothing_is_said_of_too_few_composites_or_a_single_point() -> None:

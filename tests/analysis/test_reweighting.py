@@ -40,8 +40,10 @@ def known_scores(study):
         ledger = Ledger(engine)
         row = ledger.study("tiny")
         identity = StudyIdentity.recall(row.identity, row.scoring)
-        found = {one: recall(ledger, identity, one, SEARCH) for one in ledger.composites(identity.scoring)}
-    return {one: scores for one, scores in found.items() if len(scores) >= 3}, identity
+        by_composite = {
+            composite: recall(ledger, identity, composite, SEARCH) for composite in ledger.composites(identity.scoring)
+        }
+    return {composite: scores for composite, scores in by_composite.items() if len(scores) >= 3}, identity
 
 
 @contextmanager
@@ -63,27 +65,27 @@ def test_the_winner_is_that_of_brute_force_and_nothing_is_measured_or_written(me
     study = open_study(measured)
     scores, identity = known_scores(study)
     base = Composite.single(identity.base)
-    values = {one: mean_nll(scores[one], weights) for one in scores if one != base}
+    values = {composite: mean_nll(scores[composite], weights) for composite in scores if composite != base}
     before, files = dump(measured), sorted(measured.parent.rglob("*"))
     monkeypatch.setattr(Worker, "evaluate", lambda *_: pytest.fail("something was measured"))
-    found = study.reweighted(weights)
+    result = study.reweighted(weights)
     assert dump(measured) == before and sorted(measured.parent.rglob("*")) == files
-    winner = found.winner
+    winner = result.winner
     assert winner.objective[SEARCH] == min(values.values())
     assert identity.composite(winner.coefficients) == min(values, key=values.get)
     assert winner.evaluations == len(values) and winner.forwards == 0
-    assert [one.objective[SEARCH] for one in found.top] == sorted(values.values())[:5]
-    assert dict(found.weights) == {"code": 0.0, "math": 0.0, "prose": 0.0} | weights
-    assert list(found.weights) == ["code", "math", "prose"]
-    assert [one.label for one in found.results[:-1]] == ["base", "code", "math", "prose", "uniform"]
-    for one in found.results:
-        assert one.objective[SEARCH] == mean_nll(one.scores[SEARCH], weights)
+    assert [row.objective[SEARCH] for row in result.top] == sorted(values.values())[:5]
+    assert dict(result.weights) == {"code": 0.0, "math": 0.0, "prose": 0.0} | weights
+    assert list(result.weights) == ["code", "math", "prose"]
+    assert [row.label for row in result.results[:-1]] == ["base", "code", "math", "prose", "uniform"]
+    for row in result.results:
+        assert row.objective[SEARCH] == mean_nll(row.scores[SEARCH], weights)
 
 
 def test_the_studys_own_weighting_finds_its_winner_or_what_is_better_without_a_distribution(measured):
     study = open_study(measured)
     summary, again = study.summary(), study.reweighted({"code": 1, "math": 1, "prose": 1}).winner
-    (best, *_) = sorted([summary.winner, *summary.left_out], key=lambda one: one.objective[SEARCH])
+    (best, *_) = sorted([summary.winner, *summary.left_out], key=lambda row: row.objective[SEARCH])
     assert again.coefficients == best.coefficients and again.objective == best.objective
 
 
@@ -99,8 +101,8 @@ def test_a_score_fills_in_the_held_out_split(tmp_path):
     """One that --coefficients takes is that composite to the last unit."""
     path = worlds.study(tmp_path, search=SEARCHED | {"divisions": 9})
     open_study(path).compare(["grid"])
-    found = {name: open_study(path).reweighted({name: 1}).winner for name in ("code", "math", "prose")}
-    name, before = next((name, one) for name, one in found.items() if HELD_OUT not in one.objective)
+    winners = {name: open_study(path).reweighted({name: 1}).winner for name in ("code", "math", "prose")}
+    name, before = next((name, winner) for name, winner in winners.items() if HELD_OUT not in winner.objective)
     weights = {name: 1}
     text = format_coefficients(before.coefficients)
     open_study(path).score({name: float(value) for name, value in (part.split("=") for part in text.split(","))})
@@ -116,10 +118,12 @@ def test_protection_ranks_what_keeps_it_first(measured, weighed, kept):
     base = scores.pop(Composite.single(identity.base))
     weights = {name: float(name == weighed) for name in identity.weights}
     with closing_engine(study) as engine:
-        for allowance in sorted(found[kept].nll - base[kept].nll for found in scores.values())[::4]:
-            asked = replace(identity, weights=weights, protect={kept: allowance})
-            winner = reweighted("tiny", Ledger(engine), asked, {}).winner
-            able = [one[weighed].nll for one in scores.values() if one[kept].nll - base[kept].nll <= allowance]
+        for allowance in sorted(by_name[kept].nll - base[kept].nll for by_name in scores.values())[::4]:
+            constrained = replace(identity, weights=weights, protect={kept: allowance})
+            winner = reweighted("tiny", Ledger(engine), constrained, {}).winner
+            able = [
+                by_name[weighed].nll for by_name in scores.values() if by_name[kept].nll - base[kept].nll <= allowance
+            ]
             assert winner.violation == 0 and winner.objective[SEARCH] == min(able)
 
 
@@ -129,11 +133,15 @@ def test_what_is_not_known_on_every_corpus_is_no_candidate(tmp_path):
     grown = open_study(worlds.study(tmp_path, ("code", "math", "prose", "records"), search=SEARCHED | {"trials": 3}))
     grown.compare(["random"])
     scores, identity = known_scores(grown)
-    whole = {one: found for one, found in scores.items() if len(found) == 4 and one != Composite.single(identity.base)}
+    whole = {
+        composite: by_name
+        for composite, by_name in scores.items()
+        if len(by_name) == 4 and composite != Composite.single(identity.base)
+    }
     assert 0 < len(whole) < len(scores) - 1
-    found = grown.reweighted({"code": 1}).winner
-    assert found.evaluations == len(whole)
-    assert found.objective[SEARCH] == min(one["code"].nll for one in whole.values())
+    winner = grown.reweighted({"code": 1}).winner
+    assert winner.evaluations == len(whole)
+    assert winner.objective[SEARCH] == min(by_name["code"].nll for by_name in whole.values())
 
 
 def test_of_largest_regrets_the_weighted_ones_count(tmp_path):
@@ -143,9 +151,9 @@ def test_of_largest_regrets_the_weighted_ones_count(tmp_path):
     scores, identity = known_scores(study)
     own = {name: scores[Composite.single(content)][name] for name, content in identity.fine_tunes.items()}
     scores.pop(Composite.single(identity.base))
-    found = study.reweighted({"code": 1, "math": 3})
-    assert found.worst
-    assert found.winner.objective[SEARCH] == min(
+    result = study.reweighted({"code": 1, "math": 3})
+    assert result.worst
+    assert result.winner.objective[SEARCH] == min(
         Objective({"code": 1.0, "math": 1.0}, own)(each) for each in scores.values()
     )
 

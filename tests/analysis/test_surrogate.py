@@ -72,8 +72,8 @@ def test_nothing_is_believed_of_few_trials_failed_ones_and_a_point() -> None:
         surrogate_of(
             space,
             [
-                TrialRecord(study="s", number=0, coefficients=one.coefficients, objective=None, reason="nan")
-                for one in trials
+                TrialRecord(study="s", number=0, coefficients=trial.coefficients, objective=None, reason="nan")
+                for trial in trials
             ],
         )
         is None

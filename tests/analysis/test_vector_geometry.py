@@ -34,7 +34,7 @@ def test_inner_products_over_several_blocks() -> None:
     generator = torch.Generator().manual_seed(0)
     base, *others = torch.randn(4, 2 * BLOCK + 7, generator=generator, dtype=torch.float64)
     wanted = torch.stack(others) - base
-    result = inner_products(base.float(), [one.float() for one in others])
+    result = inner_products(base.float(), [other.float() for other in others])
     assert torch.allclose(result, wanted @ wanted.T, rtol=1e-5)
 
 
@@ -47,8 +47,8 @@ def test_vectors_of_checkpoints_are_those_of_their_files(tmp_path: Path) -> None
         name: torch.cat([tensor.reshape(-1) for _, tensor in sorted(load_file(folder / "model.safetensors").items())])
         for name, folder in folders.items()
     }
-    for (i, one), (j, other) in product(enumerate(result.names), repeat=2):
-        wanted = torch.dot((flat[one] - flat["base"]).double(), (flat[other] - flat["base"]).double())
+    for (i, row), (j, column) in product(enumerate(result.names), repeat=2):
+        wanted = torch.dot((flat[row] - flat["base"]).double(), (flat[column] - flat["base"]).double())
         assert result.inner[i][j] == pytest.approx(float(wanted), rel=1e-5)
 
 

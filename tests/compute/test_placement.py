@@ -12,7 +12,7 @@ LAPTOP = {"CPU": 8}
 
 
 @pytest.mark.parametrize(
-    ("nodes", "workers", "devices", "count", "asked"),
+    ("nodes", "workers", "devices", "count", "resources"),
     [
         ([LAPTOP], None, 1, 1, {"num_gpus": 0, "num_cpus": 8}),
         ([LAPTOP], 3, 1, 3, {"num_gpus": 0, "num_cpus": 2}),
@@ -28,10 +28,10 @@ LAPTOP = {"CPU": 8}
         ([{"CPU": 4}, {"CPU": 2, "GPU": 1}], None, 1, 1, {"num_gpus": 1, "num_cpus": 1}),
     ],
 )
-def test_workers_fit_their_nodes(nodes, workers, devices, count, asked):
-    assert share(nodes, workers, devices) == (count, asked)
+def test_workers_fit_their_nodes(nodes, workers, devices, count, resources):
+    assert share(nodes, workers, devices) == (count, resources)
     kinds = {"num_gpus": "GPU", "num_cpus": "CPU"}
-    needed = {kinds[kind]: number for kind, number in asked.items() if number}
+    needed = {kinds[kind]: number for kind, number in resources.items() if number}
     room = [min(int(node.get(kind, 0)) // number for kind, number in needed.items()) for node in nodes]
     assert sum(room) >= count
 

@@ -412,8 +412,8 @@ def test_a_fine_tune_is_a_checkpoint_or_an_adapter_in_a_folder_or_on_a_hub(tmp_p
     del study["distributions"]["code"]["checkpoint"]
     study["distributions"]["code"][kind] = yaml.safe_load(written)
     path, hub, revision = MODELS[written]
-    found, source = load(write(tmp_path, study)).distributions["code"].fine_tune
-    assert found == kind
+    form, source = load(write(tmp_path, study)).distributions["code"].fine_tune
+    assert form == kind
     assert (source.path, source.hub, source.revision) == (path and tmp_path / path, hub, revision)
 
 
@@ -440,11 +440,11 @@ def test_a_model_that_is_nowhere_is_told(tmp_path, written):
     assert BAD_MODELS[written] in str(refused.value)
 
 
-@pytest.mark.parametrize("given", [[], ["checkpoint", "adapter"]])
-def test_a_fine_tune_is_one_thing(tmp_path, given):
+@pytest.mark.parametrize("kinds", [[], ["checkpoint", "adapter"]])
+def test_a_fine_tune_is_one_thing(tmp_path, kinds):
     study = copy.deepcopy(STUDY)
     del study["distributions"]["code"]["checkpoint"]
-    study["distributions"]["code"] |= dict.fromkeys(given, "models/code")
+    study["distributions"]["code"] |= dict.fromkeys(kinds, "models/code")
     with pytest.raises(InputError, match="a `checkpoint:` or an `adapter:`, and not both"):
         load(write(tmp_path, study))
 

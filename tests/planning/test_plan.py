@@ -145,11 +145,11 @@ def test_a_loss_holds_as_many_bytes_as_are_planned(name, dtype, backward):
         loss = token_nll(model, {"input_ids": targets_1T}, targets_1T, torch.arange(tokens), head).sum()
         if backward:
             loss.backward()
-    events = [one for one in profile.profiler.kineto_results.events() if one.name() == "[memory]"]
-    held, most = 0, 0
-    for event in sorted(events, key=lambda one: one.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    allocated, most = 0, 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        allocated += event.nbytes()
+        most = max(most, allocated)
     planned = head_bytes(read_widths(describe(model), model.config.to_dict()), tokens, dtype, backward)
     assert planned / 1.05 < most < planned * 1.05
 
@@ -173,14 +173,14 @@ def test_autograd_keeps_about_as_many_bytes_as_are_planned(name, dtype):
     """Each memory once that a forward pass saves for the way back, beside parameters and buffers; its loss has none."""
     model = zoo.make(name, dtype=dtype, vocab_size=1000, **KEPT[name])
     ids_BT, head = torch.zeros(4, 96, dtype=torch.long), find_head(model)
-    own = {one.untyped_storage().data_ptr() for one in (*model.parameters(), *model.buffers())}
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         inputs = (
             {"position_ids": torch.arange(96).remainder(48).expand(4, -1)} if document_layout(model) == "packed" else {}
         )
         token_nll(model, {"input_ids": ids_BT, **inputs}, ids_BT, torch.arange(ids_BT.numel()), head)
-    memories = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in kept}
+    memories = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
     measured = sum(size for memory, size in memories.items() if memory not in own)
     widths = read_widths(describe(model), model.config.to_dict())
     planned = gradient_bytes(widths, 4, 96, dtype.itemsize) - head_bytes(widths, 4 * 96, dtype, True)
@@ -279,13 +279,14 @@ def test_thirteen_billion_parameters_six_times(tmp_path, monkeypatch):
     monkeypatch.setattr(
         models, "read_tensors", lambda _, names: iter([pytest.fail(f"{name} was read") for name in names])
     )
-    found = check(load(path), path)
+    report = check(load(path), path)
     parameters = 2 * 32000 * 5120 + 40 * (4 * 5120**2 + 3 * 5120 * 13824 + 2 * 5120) + 5120
-    assert [one.parameters for one in found.checkpoints] == 6 * [parameters] == 6 * [13_015_864_320]
-    assert found.unhashed == found.plan.memory.stored == 6 * 2 * parameters and found.export == 2 * parameters
-    assert found.plan.memory.live == (4 if found.plan.calls.dtype == "float32" else 2) * parameters
+    assert [checkpoint.parameters for checkpoint in report.checkpoints] == 6 * [parameters] == 6 * [13_015_864_320]
+    assert report.unhashed == report.plan.memory.stored == 6 * 2 * parameters and report.export == 2 * parameters
+    assert report.plan.memory.live == (4 if report.plan.calls.dtype == "float32" else 2) * parameters
     assert (
-        found.plan.work.trial_tokens == 5 * 64 * 1024 and found.plan.work.tokens == (1 + 40 + 8 + 2 * 5) * 5 * 64 * 1024
+        report.plan.work.trial_tokens == 5 * 64 * 1024
+        and report.plan.work.tokens == (1 + 40 + 8 + 2 * 5) * 5 * 64 * 1024
     ), "base, trials, table, and the winner without each of five on both splits"
     assert not any(tmp_path.glob("runs"))
 
@@ -307,19 +308,19 @@ def test_what_does_not_fit_is_refused_with_its_sums(world, machine, workers):
 
 @pytest.mark.parametrize("each", [1, 2, 3])
 @pytest.mark.parametrize("gpus", [0, 1, 4])
-@pytest.mark.parametrize("asked", ["auto", 1, 2])
-def test_pool_and_plan_count_workers_alike(gpus, asked, each):
+@pytest.mark.parametrize("workers", ["auto", 1, 2])
+def test_pool_and_plan_count_workers_alike(gpus, workers, each):
     machine = Machine("cuda" if gpus else "cpu", max(gpus, 1), 10**9, 10**9)
     cluster = {"CPU": 8.0} | ({"GPU": float(gpus)} if gpus else {})
-    planned = workers_asked(ComputeSection(workers=asked, gpus_per_worker=each), machine)
+    planned = workers_asked(ComputeSection(workers=workers, gpus_per_worker=each), machine)
     if each > max(gpus, 1):
         with pytest.raises(InputError, match=f"compute.gpus_per_worker = {each}: the cluster has {gpus or 'no'} GPU"):
-            share([cluster], None if asked == "auto" else asked, each)
+            share([cluster], None if workers == "auto" else workers, each)
     elif gpus and planned * each > gpus:
-        with pytest.raises(InputError, match=f"compute.workers = {asked}: the cluster has {gpus} GPUs"):
+        with pytest.raises(InputError, match=f"compute.workers = {workers}: the cluster has {gpus} GPUs"):
             share([cluster], planned, each)
     else:
-        count, resources = share([cluster], None if asked == "auto" else asked, each)
+        count, resources = share([cluster], None if workers == "auto" else workers, each)
         assert count == planned and resources["num_gpus"] == (each if gpus else 0)
 
 
@@ -338,7 +339,7 @@ def deep(tmp_path_factory):
 def divided(deep, gpus: int, vectors: str = "exact", machine: Machine = GPUS, **sections) -> Plan:
     folder, adapter = deep
     models = {"a": {"checkpoint": "a"}, "b": {"checkpoint": "b"}, "c": {"adapter": str(adapter)}}
-    distributions = {name: one | {"validation": "none.jsonl"} for name, one in models.items()}
+    distributions = {name: model | {"validation": "none.jsonl"} for name, model in models.items()}
     study = {"name": "s", "base": "base", "compute": {"gpus_per_worker": gpus, "ray": "auto"}}
     study |= {"evaluation": {"vectors": vectors, "window": 32, "dtype": "float32"}} | sections
     if vectors == "int8":
@@ -358,13 +359,13 @@ def test_of_several_gpus_the_bytes_are_those_of_the_one_that_holds_most(deep, gp
         stored.append(StoredModel(adapter, "c", stored[0].content))
     model = empty_model(folder / "base", torch.float32)
     merged_model = MergedModel(model, stored, ["cpu"] * gpus, vectors)
-    held = [0] * gpus
+    gpu_bytes = [0] * gpus
     for segment in merged_model._segments:
-        held[segment.device] += segment.nbytes
+        gpu_bytes[segment.device] += segment.nbytes
     for _, edits in merged_model._adapters.values():
         for name, edit in edits.items():
-            held[merged_model._split.places[name]] += edit.nbytes
-    assert plan.memory.stored + plan.memory.live == max(held) and sum(held) == merged_model.nbytes
+            gpu_bytes[merged_model._split.places[name]] += edit.nbytes
+    assert plan.memory.stored + plan.memory.live == max(gpu_bytes) and sum(gpu_bytes) == merged_model.nbytes
     assert plan.gpus_per_worker == gpus and plan.workers == GPUS.devices // gpus == plan.fitting
     whole = divided(deep, 1, vectors)
     assert (plan.memory.backward < whole.memory.backward) == (
@@ -423,8 +424,8 @@ def test_batches_are_halved_until_they_fit(world, gigabytes):
     if plan.calls.batch_tokens < BATCH_TOKENS:
         double = min(2 * plan.calls.batch_tokens // 32, 8)
         assert plan.memory.peak - plan.memory.activations + activation_bytes(plan.widths, double, 32, 4) > machine.total
-    given = make_plan(architecture, files.headers, {}, configured(world, evaluation={"batch": 640}), machine)
-    assert given.calls.batch_tokens == 640
+    plan = make_plan(architecture, files.headers, {}, configured(world, evaluation={"batch": 640}), machine)
+    assert plan.calls.batch_tokens == 640
 
 
 def test_seconds_are_flops_and_bytes_or_what_was_measured(template):
@@ -458,6 +459,6 @@ def test_shared_keys_and_held_scores_cost_more():
     assert activation_bytes(replace(widths, intermediate=1, materialized=True), 2, 64, 4) > fewer
 
 
-@pytest.mark.parametrize(("count", "told"), [(26e9, "26.0 GB"), (1e8, "0.1 GB"), (5e6, "5.0 MB"), (30_912, "30.9 kB")])
-def test_sizes_for_people(count, told):
-    assert sized(count) == told
+@pytest.mark.parametrize(("count", "text"), [(26e9, "26.0 GB"), (1e8, "0.1 GB"), (5e6, "5.0 MB"), (30_912, "30.9 kB")])
+def test_sizes_for_people(count, text):
+    assert sized(count) == text

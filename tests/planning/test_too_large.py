@@ -1,4 +1,4 @@
-"""What fits: the plan's arithmetic for large models on large devices, 8 GiB of which are left in reserve."""
+"""The plan's arithmetic for large models on large devices, 8 GiB of which are left in reserve."""
 
 import json
 from dataclasses import replace
@@ -85,15 +85,15 @@ def test_one_more_fits_where_the_base_stays_on_the_host(size, device):
 def test_checkpoints_stay_in_files_until_the_rest_fits_and_bytes_are_of_the_rest(size, count):
     """With a byte more than is needed nothing stays there; with less than the live model takes, nothing helps."""
     whole = plan_of(size, count, 10**15)
-    one = whole.memory.stored // (count + 1)
+    checkpoint_bytes = whole.memory.stored // (count + 1)
     smallest = (
         whole.memory.peak
         - whole.memory.activations
         + plan_of(size, count, whole.memory.live + 10**9).memory.activations
     )
     for missing in range(1, count + 1):
-        plan = plan_of(size, count, smallest - (missing - 1) * one - 1)
-        assert len(plan.memory.streamed) == missing and plan.memory.stored == (count + 1 - missing) * one
+        plan = plan_of(size, count, smallest - (missing - 1) * checkpoint_bytes - 1)
+        assert len(plan.memory.streamed) == missing and plan.memory.stored == (count + 1 - missing) * checkpoint_bytes
         assert plan.work.merge_bytes == whole.work.merge_bytes
     assert not whole.memory.streamed
     hopeless = plan_of(size, count, whole.memory.live)
