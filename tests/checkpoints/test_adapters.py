@@ -125,11 +125,13 @@ class World:
 
 def merged(world, stored, units):
     """Parameters of a composite in a merged model and streamed, which must be the same."""
-    composite = Composite.of({one.content: count for one, count in zip(stored, units, strict=True) if count})
+    composite = Composite.of(
+        {checkpoint.content: count for checkpoint, count in zip(stored, units, strict=True) if count}
+    )
     model = empty_model(world.base.path, torch.float32)
     merged_model = MergedModel(model, [world.base, *stored])
     merged_model.merge(composite)
-    by_content = {one.content: one for one in (world.base, *stored)}
+    by_content = {checkpoint.content: checkpoint for checkpoint in (world.base, *stored)}
     names = stored_names(world.architecture, read_header(world.base.path, "base"))
     streamed = merged_tensors(world.architecture, world.base, by_content, composite, names)
     mine = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -216,7 +218,7 @@ def test_a_factored_adapter_costs_its_factors(tmp_path):
     world = World(tmp_path, *CASES["lora"])
     alone = MergedModel(empty_model(world.base.path, torch.float32), [world.base]).nbytes
     both = MergedModel(empty_model(world.base.path, torch.float32), [world.base, *world.adapters]).nbytes
-    stored = sum(one.nbytes for adapter in world.adapters for one in load_file(adapter.path / WEIGHTS).values())
+    stored = sum(tensor.nbytes for adapter in world.adapters for tensor in load_file(adapter.path / WEIGHTS).values())
     assert both - alone == stored
 
 

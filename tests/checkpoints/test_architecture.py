@@ -48,11 +48,11 @@ class World:
     @cached_property
     def references(self):
         """The checkpoints as transformers loads them."""
-        return [load_model(one.path, torch.float32) for one in self.stored]
+        return [load_model(checkpoint.path, torch.float32) for checkpoint in self.stored]
 
     def parameters(self, model):
         """A model's parameters by name, those of its language model where it reads images too."""
-        return {name: one for name, one in model.named_parameters() if name in self.architecture.parameters}
+        return {name: parameter for name, parameter in model.named_parameters() if name in self.architecture.parameters}
 
     def merged_model(self, dtype=torch.float32):
         model = empty_model(self.stored[0].path, dtype)
@@ -60,13 +60,13 @@ class World:
 
     @property
     def contents(self):
-        return [one.content for one in self.stored]
+        return [checkpoint.content for checkpoint in self.stored]
 
     def composite(self, units=UNITS):
-        return Composite.of({one.content: count for one, count in zip(self.stored, units, strict=True)})
+        return Composite.of({checkpoint.content: count for checkpoint, count in zip(self.stored, units, strict=True)})
 
     def by_content(self):
-        return {one.content: one for one in self.stored}
+        return {checkpoint.content: checkpoint for checkpoint in self.stored}
 
 
 @pytest.fixture(scope="module", params=zoo.MODELS)
@@ -88,15 +88,15 @@ def logits(model):
 
 
 def test_a_checkpoint_fits_its_own_base(world):
-    base, *others = (read_header(one.path, "base") for one in world.stored)
+    base, *others = (read_header(checkpoint.path, "base") for checkpoint in world.stored)
     for other in others:
         check_fit(world.architecture, base, other)
 
 
 def test_a_vertex_is_the_checkpoint_to_the_bit(world):
     merged_model, model = world.merged_model()
-    for one, reference in zip(world.stored, world.references, strict=True):
-        merged_model.merge(Composite.single(one.content))
+    for checkpoint, reference in zip(world.stored, world.references, strict=True):
+        merged_model.merge(Composite.single(checkpoint.content))
         theirs = dict(reference.named_parameters())
         assert all(torch.equal(mine, theirs[name]) for name, mine in world.parameters(model).items())
         torch.testing.assert_close(logits(model), logits(reference), rtol=1e-5, atol=1e-6)
@@ -106,9 +106,9 @@ def test_a_composite_agrees_with_float64(world):
     """As in the merged model's own law: rounding N terms leaves at most (N + 1) 2^-24 sum |w x|, to first order."""
     merged_model, model = world.merged_model()
     merged_model.merge(world.composite())
-    references = [dict(one.named_parameters()) for one in world.references]
+    references = [dict(reference.named_parameters()) for reference in world.references]
     for name, mine in world.parameters(model).items():
-        terms = [units / UNIT * one[name].double() for units, one in zip(UNITS, references, strict=True)]
+        terms = [units / UNIT * reference[name].double() for units, reference in zip(UNITS, references, strict=True)]
         bound = 4 * 2**-24 * sum(term.abs() for term in terms) * (1 + 2**-20) + 2**-149
         assert (mine.double() - sum(terms)).abs().le(bound).all(), name
 
@@ -126,7 +126,7 @@ def test_an_export_is_proved_and_loads_as_the_composite(world, tmp_path):
     assert all(torch.equal(bases[name], theirs[name]) for name in world.architecture.outside)
     torch.testing.assert_close(logits(model), logits(loaded), rtol=1e-5, atol=1e-6)
     base, out = (read_header(path, "a").tensors for path in (world.stored[0].path, tmp_path / "out"))
-    assert {name: one.shape for name, one in out.items()} == {name: one.shape for name, one in base.items()}
+    assert {name: tensor.shape for name, tensor in out.items()} == {name: tensor.shape for name, tensor in base.items()}
 
 
 def windows(layout, length=24, seed=0):
@@ -140,9 +140,9 @@ def windows(layout, length=24, seed=0):
     return ids_WT, positions_WT
 
 
-def score(model, *given, **named):
+def score(model, *arguments, **named):
     """As a worker does it."""
-    return nll.score(model, *given, **named, head=find_head(model))
+    return nll.score(model, *arguments, **named, head=find_head(model))
 
 
 def text(layout):
@@ -194,7 +194,7 @@ def test_documents_do_not_see_each_other(world):
     alone = [
         score(model, make_one(made, document), 96, document_layout(model))[0].nats_W[0] for document in made.documents
     ]
-    expected_W = np.bincount([one.window for one in made.documents], weights=alone)
+    expected_W = np.bincount([document.window for document in made.documents], weights=alone)
     assert together.nats_W == near(tuple(expected_W))
 
 
@@ -218,13 +218,13 @@ def differentiated(world, dtype):
     with calculating(dtype):
         plain = score(model, made, 60, kind)
         with merged_model.reduce_gradients(base, fine_tunes) as gradient:
-            found = score(model, made, 60, kind, gradient=True)
-    return model, made, kind, plain, found, [gradient[content] for content in fine_tunes]
+            result = score(model, made, 60, kind, gradient=True)
+    return model, made, kind, plain, result, [gradient[content] for content in fine_tunes]
 
 
 @contextmanager
 def calculating(dtype):
-    """What models do in float32 whatever their dtype (norms, softmax), in that dtype."""
+    """Run in this dtype the steps that models do in float32 whatever their dtype (norms, softmax)."""
     with pytest.MonkeyPatch.context() as patched:
         if dtype == torch.float64:
             patched.setattr(torch, "float32", torch.float64)
@@ -236,16 +236,19 @@ def calculating(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nats_with_a_gradient_are_those_without_to_the_bit(world, dtype):
     """Of models that read packed windows; others have kernels that are others with gradients."""
-    model, _, kind, plain, found, _ = differentiated(world, dtype)
-    assert found == plain or kind != "packed"
-    assert found[0].nats_W == near(plain[0].nats_W, 1e-5 if dtype == torch.float32 else 1e-2)
-    assert not any(one.requires_grad or one.grad is not None for one in model.parameters()) and not model.training
+    model, _, kind, plain, result, _ = differentiated(world, dtype)
+    assert result == plain or kind != "packed"
+    assert result[0].nats_W == near(plain[0].nats_W, 1e-5 if dtype == torch.float32 else 1e-2)
+    assert (
+        not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
+        and not model.training
+    )
 
 
 def test_the_gradient_is_that_of_finite_differences(world):
     """In float64, (f(h) - f(-h)) / 2h along Theta_i - Theta, as transformers loads them; h is 1e-5."""
     model, made, kind, _, _, gradient = differentiated(world, torch.float64)
-    base, *fine_tunes = (dict(one.named_parameters()) for one in world.references)
+    base, *fine_tunes = (dict(reference.named_parameters()) for reference in world.references)
     for expert, mine in zip(fine_tunes, gradient, strict=True):
         nats = []
         for step in (1e-5, -2e-5):

@@ -60,11 +60,11 @@ def test_what_is_converted_is_the_same_content(pickled, shards):
         (folder / "pytorch_model.bin").unlink()
         for number, part in enumerate((tensors[:3], tensors[3:]), 1):
             torch.save(dict(part), folder / f"pytorch_model-0000{number}-of-00002.bin")
-    found = locate(ModelSource(path=folder, pickled=True), "base")
-    assert content_hash(found) == content
-    check_base(read_header(found, "base"))
-    assert (found / "tokenizer.json").is_file() and not list(found.glob("*.bin"))
-    assert locate(ModelSource(path=folder, pickled=True), "base") == found
+    place = locate(ModelSource(path=folder, pickled=True), "base")
+    assert content_hash(place) == content
+    check_base(read_header(place, "base"))
+    assert (place / "tokenizer.json").is_file() and not list(place.glob("*.bin"))
+    assert locate(ModelSource(path=folder, pickled=True), "base") == place
 
 
 def test_other_files_are_converted_anew(pickled):

@@ -47,17 +47,17 @@ class Apart(TorchDispatchMode):
         self.moves = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
-        met = {self.places[one] for one in tensors if one in self.places and one.dim()}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        met = {self.places[tensor] for tensor in tensors if tensor in self.places and tensor.dim()}
         made = function(*args, **(kwargs or {}))
         device = (kwargs or {}).get("device")
         if function is torch.ops.aten._to_copy.default and device is not None and device.index is not None:
             self.moves += met != {device.index}
             met = {device.index}
         assert len(met) < 2, f"{function} meets two devices: {tensors}"
-        for one in tree_leaves(made):
-            if isinstance(one, torch.Tensor) and met:
-                self.places[one] = next(iter(met))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, torch.Tensor) and met:
+                self.places[leaf] = next(iter(met))
         return made
 
 
@@ -67,7 +67,7 @@ def apart(model, split, *inputs):
     Targets are not followed: `nll` moves them to where hidden states are, which on a CPU does nothing.
     """
     named = [*model.named_parameters(), *model.named_buffers()]
-    return Apart({one: split.places[name] for name, one in named} | dict.fromkeys(inputs, 0))
+    return Apart({tensor: split.places[name] for name, tensor in named} | dict.fromkeys(inputs, 0))
 
 
 def batch(model):
@@ -86,9 +86,9 @@ def test_no_operation_meets_two_devices(name, devices):
     split = split_layers(model, devices)
     assert {*split.places.values()} == {*range(devices)} and min(split.layers) > 0
     move_activations(model, split, [torch.device("cpu", index) for index in range(devices)])
-    for one in (head, None):
+    for lm_head in (head, None):
         with torch.no_grad(), apart(model, split, *inputs.values()) as mode:
-            divided = token_nll(model, inputs, targets_BT, scored_R, one)
+            divided = token_nll(model, inputs, targets_BT, scored_R, lm_head)
         assert mode.moves >= devices - 1
         torch.testing.assert_close(divided, whole)
 
@@ -101,10 +101,10 @@ def test_shares_are_in_order_whole_and_even(name):
     blocks = [block for block in split.modules if type(model.get_submodule(block)).__name__ in model._no_split_modules]
     order = [split.modules[block] for block in blocks]
     assert order == sorted(order) and split.layers == (order.count(0), order.count(1)) and len(order) >= 4
-    for one, place in split.places.items():
-        assert all(split.modules[block] == place for block in blocks if one.startswith(f"{block}.")), one
+    for key, place in split.places.items():
+        assert all(split.modules[block] == place for block in blocks if key.startswith(f"{block}.")), key
     for module in model.modules():
-        assert len({split.places[one] for one, value in named(model) if any(value is x for x in own(module))}) < 2
+        assert len({split.places[key] for key, value in named(model) if any(value is x for x in own(module))}) < 2
     assert split.places.keys() == {name for name, _ in named(model)}
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     layers = [sum(size for name, size in sizes.items() if name.startswith(f"{block}.")) for block in blocks]
@@ -154,7 +154,7 @@ class World:
     def __init__(self, folder: Path, name: str, dtype=torch.float32, streamed=False, **how):
         stored = [zoo.save(folder / part, name, seed, dtype) for seed, part in enumerate("abc")]
         self.stored = [StoredModel(path, content_hash(path)) for path in stored]
-        self.streamed = tuple(one.content for one in self.stored[:2]) if streamed else ()
+        self.streamed = tuple(checkpoint.content for checkpoint in self.stored[:2]) if streamed else ()
         self.how = how
 
     def worker(self, devices):
@@ -164,7 +164,7 @@ class World:
 
     @property
     def composites(self):
-        mixed = Composite.of({one.content: count for one, count in zip(self.stored, UNITS, strict=True)})
+        mixed = Composite.of({checkpoint.content: count for checkpoint, count in zip(self.stored, UNITS, strict=True)})
         return [mixed, Composite.single(self.stored[1].content)]
 
 
@@ -174,9 +174,9 @@ def corpus():
     return Corpus(distribution="a", split="search", key="key", windows=Windows(ids_WT, positions_WT, positions_WT > 1))
 
 
-def same_bits(one, other):
-    """Whether two models have the same parameters to the bit."""
-    pairs = zip(one.named_parameters(), other.named_parameters(), strict=True)
+def same_bits(left, right):
+    """Bitwise equality of two models' parameters."""
+    pairs = zip(left.named_parameters(), right.named_parameters(), strict=True)
     return all(x == y and torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for (x, a), (y, b) in pairs)
 
 
@@ -194,9 +194,9 @@ def test_merges_nats_and_gradients_are_those_of_one_device_to_the_bit(world):
             Request(ticket=0, composite=composite, corpora=("key",), gradient=gradient) for gradient in (False, True)
         ]
         for request in requests:
-            one, two = (worker.evaluate(request) for worker in (whole, divided))
-            assert one.scores == two.scores and one.gradients == two.gradients
-            assert len(one.gradients) == request.gradient
+            expected, answer = (worker.evaluate(request) for worker in (whole, divided))
+            assert expected.scores == answer.scores and expected.gradients == answer.gradients
+            assert len(expected.gradients) == request.gradient
         assert same_bits(whole.model, divided.model)
 
 
@@ -210,18 +210,20 @@ def test_adapters_give_the_bits_of_one_device(tmp_path, case, streamed):
     header = read_header(made.base.path, "base")
     if streamed and read_architecture(header).layout(header).fused:
         pytest.skip("its tensors are fused while they are loaded, and not read from the file in parts")
-    stored, models, found = [made.base, made.other, *made.adapters], [], []
+    stored, models, results = [made.base, made.other, *made.adapters], [], []
     for devices in (1, 2):
         models.append(empty_model(made.base.path, torch.float32))
         merged_model = MergedModel(
             models[-1], stored, ["cpu"] * devices, streamed=[made.base.content] if streamed else ()
         )
-        merged_model.merge(Composite.of({one.content: UNIT // 4 for one in stored}))
+        merged_model.merge(Composite.of({checkpoint.content: UNIT // 4 for checkpoint in stored}))
         inputs = batch(models[-1])
-        with merged_model.reduce_gradients(made.base.content, [one.content for one in stored[1:]]) as sums:
+        with merged_model.reduce_gradients(
+            made.base.content, [checkpoint.content for checkpoint in stored[1:]]
+        ) as sums:
             token_nll(models[-1], inputs, torch.ones(2, 9, dtype=torch.long), torch.arange(18), None).sum().backward()
-        found.append((sums, merged_model.nbytes))
-    assert found[0] == found[1] and same_bits(*models)
+        results.append((sums, merged_model.nbytes))
+    assert results[0] == results[1] and same_bits(*models)
 
 
 def test_what_lies_on_a_device_are_its_layers_alone(tmp_path):
@@ -232,7 +234,7 @@ def test_what_lies_on_a_device_are_its_layers_alone(tmp_path):
     for name, place in split_layers(model, 2).places.items():
         if name in dict(model.named_parameters()):
             memories[place].add(model.get_parameter(name).untyped_storage().data_ptr())
-    assert [len(one) for one in memories] == [1, 1] and not memories[0] & memories[1]
+    assert [len(memory) for memory in memories] == [1, 1] and not memories[0] & memories[1]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -245,6 +247,6 @@ def test_two_gpus_give_the_bits_of_one(tmp_path, name):
     for composite in world.composites:
         for gradient in (False, True):
             request = Request(ticket=0, composite=composite, corpora=("key",), gradient=gradient)
-            one, two = (worker.evaluate(request) for worker in (whole, divided))
-            assert one.scores == two.scores
-            assert one.gradients.get("key", {}) == pytest.approx(two.gradients.get("key", {}), rel=1e-6)
+            expected, answer = (worker.evaluate(request) for worker in (whole, divided))
+            assert expected.scores == answer.scores
+            assert expected.gradients.get("key", {}) == pytest.approx(answer.gradients.get("key", {}), rel=1e-6)

@@ -205,8 +205,10 @@ def test_what_is_left_out_is_said(world, form):
 
 @pytest.mark.parametrize("units", [(UNIT // 4, 3 * UNIT // 4), (0, UNIT)])
 def test_an_export_has_the_tensors_of_the_bases_file(world, tmp_path, units):
-    composite = Composite.of({one.content: count for one, count in zip(world.stored, units, strict=True) if count})
-    by_content = {one.content: one for one in world.stored}
+    composite = Composite.of(
+        {checkpoint.content: count for checkpoint, count in zip(world.stored, units, strict=True) if count}
+    )
+    by_content = {checkpoint.content: checkpoint for checkpoint in world.stored}
     prove(write_composite(world.stored[0], by_content, composite, tmp_path / "out", lambda written: {}))
     layout = world.architecture.layout(world.headers[0])
     base = {layout.renaming(name): tensor for name, tensor in load_file(world.stored[0].path / WEIGHTS).items()}
@@ -295,7 +297,7 @@ def test_a_tied_fine_tune_of_an_untied_base_has_its_embedding_as_head(tmp_path, 
     expected = load_model(folders[1], torch.float32).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
     composite = Composite.of({stored[0].content: UNIT // 2, stored[1].content: UNIT // 2})
-    by_content = {one.content: one for one in stored}
+    by_content = {checkpoint.content: checkpoint for checkpoint in stored}
     prove(write_composite(stored[0], by_content, composite, tmp_path / "out", lambda written: {}))
     assert read_header(tmp_path / "out", "out").tensors.keys() == headers[0].tensors.keys()
 
@@ -341,18 +343,18 @@ def test_a_composite_has_the_bases_rows(tmp_path, case, streamed):
         assert bool(said) == (part in changes) and f"{zoo.VOCABULARY}" in "".join([*said, str(zoo.VOCABULARY)])
     stored = [StoredModel(folder, content_hash(folder)) for folder in folders.values()]
     model = empty_model(folders["base"], torch.float32)
-    contents = {one.content for one in stored} if streamed else ()
+    contents = {checkpoint.content for checkpoint in stored} if streamed else ()
     merged_model = MergedModel(model, stored, streamed=contents)
     base_parameters = dict(load_model(folders["base"], torch.float32).named_parameters())
-    for one in stored:
-        merged_model.merge(Composite.single(one.content))
-        for parameter, theirs in load_model(one.path, torch.float32).named_parameters():
+    for checkpoint in stored:
+        merged_model.merge(Composite.single(checkpoint.content))
+        for parameter, theirs in load_model(checkpoint.path, torch.float32).named_parameters():
             rows = slice(min(len(theirs), len(base_parameters[parameter])))
             expected = base_parameters[parameter].clone()
             expected.data[rows] = theirs[rows]
             assert torch.equal(model.get_parameter(parameter), expected)
     composite = Composite.of({stored[0].content: UNIT // 2, stored[1].content: UNIT // 2})
-    by_content = {one.content: one for one in stored}
+    by_content = {checkpoint.content: checkpoint for checkpoint in stored}
     prove(write_composite(stored[0], by_content, composite, tmp_path / "out", lambda written: {}))
     written, original = (read_header(folder, "out").tensors for folder in (tmp_path / "out", folders["base"]))
     assert {name: x.shape for name, x in written.items()} == {name: x.shape for name, x in original.items()}

@@ -28,7 +28,7 @@ def change(folder, tensors, **settings):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def found(folder):
+def converted(folder):
     """The folder that is read in the place of this one, and its tensors."""
     place = locate(ModelSource(path=folder), "base")
     header = read_header(place, "base")
@@ -44,11 +44,11 @@ def folder(tmp_path):
 def test_float64_is_rounded_to_float32(folder):
     tensors = {name: tensor.double() * (1 + 1e-12) for name, tensor in load_file(folder / WEIGHTS).items()}
     change(folder, tensors, dtype="float64")
-    place, rounded = found(folder)
+    place, rounded = converted(folder)
     assert place != folder and all(torch.equal(rounded[name], tensor.float()) for name, tensor in tensors.items())
     assert "float64" in conversion_of(place) and str(folder) in conversion_of(place)
     assert json.loads((place / "config.json").read_text())["dtype"] == "float32"
-    assert found(folder)[0] == place
+    assert converted(folder)[0] == place
 
 
 # By case: the end of the scale's name, its values by the shape of the tensor, and what they are for each element.
@@ -78,7 +78,7 @@ def test_fp8_is_multiplied_by_its_scales_and_rounded_once(folder, case, dtype):
             expected[name] = (codes.float() * whole).to(getattr(torch, dtype))
     quantized = {"quant_method": "fp8"} | ({"weight_block_size": [8, 8]} if case == "blocks" else {})
     change(folder, tensors, dtype=dtype, quantization_config=quantized)
-    place, rounded = found(folder)
+    place, rounded = converted(folder)
     assert rounded.keys() == expected.keys()
     assert all(rounded[name].dtype == x.dtype and torch.equal(rounded[name], x) for name, x in expected.items())
     assert "quantization_config" not in json.loads((place / "config.json").read_text())
@@ -95,7 +95,7 @@ def test_a_scale_may_lie_in_another_file(folder):
         save_file(part, folder / file, metadata={"format": "pt"})
     weight_map = {name: file for file, part in parts.items() for name in part}
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    _, rounded = found(folder)
+    _, rounded = converted(folder)
     assert torch.equal(rounded[MATRIX], (tensors[MATRIX].to(FP8).float() * 2).to(rounded[MATRIX].dtype))
 
 
@@ -115,7 +115,7 @@ def test_weights_without_what_they_mean_are_refused(folder, case):
     tensors = load_file(folder / WEIGHTS)
     change(folder, tensors | {name: make(tensors[MATRIX]) for name, make in changes.items()})
     with pytest.raises(InputError, match=words):
-        found(folder)
+        converted(folder)
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def tokenizer():
 def test_a_gguf_file_is_dequantized(gguf_files, llama, tmp_path, quantized, in_folder):
     (tmp_path / "m").mkdir()
     file = gguf_files.save(tmp_path / "m/model.gguf", llama, tokenizer(), quantized)
-    place, tensors = found(file.parent if in_folder else file)
+    place, tensors = converted(file.parent if in_folder else file)
     dtype, error = (torch.bfloat16, 2e-3) if quantized else (torch.float32, 0)
     for name, parameter in llama.named_parameters():
         assert tensors[name].dtype == dtype
@@ -164,5 +164,5 @@ def test_a_damaged_gguf_file_is_refused(gguf_files, llama, tmp_path, damage):
     else:
         file.write_bytes(file.read_bytes()[: 500 if damage == "truncated" else 0])
     with pytest.raises(InputError, match="2 GGUF files" if damage == "two" else "can't read this GGUF file") as refused:
-        found(tmp_path / "m")
+        converted(tmp_path / "m")
     assert refused.value.field == "base" and len(str(refused.value)) < 500

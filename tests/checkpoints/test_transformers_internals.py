@@ -1,4 +1,4 @@
-"""What this project takes from transformers beyond its public API still does what it is taken for."""
+"""Internals of transformers that this project relies on still behave as it expects."""
 
 import pytest
 import torch

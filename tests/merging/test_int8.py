@@ -41,8 +41,8 @@ def compressed(shape, dtype=torch.float32, seed=0):
 def test_a_vector_is_off_by_at_most_half_its_rows_scale(shape, dtype):
     base, expert, vector = compressed(shape, dtype)
     exact = (expert.double() - base.double()).reshape(-1, row_length(shape))
-    found = vector[slice(0, len(vector))].double().view_as(exact)
-    assert (found - exact).abs().le(vector.scale_R.double()[:, None] / 2 * (1 + 2**-16)).all()
+    stored = vector[slice(0, len(vector))].double().view_as(exact)
+    assert (stored - exact).abs().le(vector.scale_R.double()[:, None] / 2 * (1 + 2**-16)).all()
     assert torch.allclose(vector.scale_R.double() * 127, exact.abs().amax(1), rtol=1e-6)
 
 
@@ -57,7 +57,9 @@ def test_a_vector_of_zeros_is_exact_and_a_row_knows_no_other():
     assert torch.equal(into[slice(0, 8)], before)
 
 
-@pytest.fixture(scope="module", params=[(one, two) for one in ARCHITECTURES for two in ("float32", "mixed")])
+@pytest.fixture(
+    scope="module", params=[(architecture, dtype) for architecture in ARCHITECTURES for dtype in ("float32", "mixed")]
+)
 def tame(request, tmp_path_factory):
     return World(tmp_path_factory.mktemp("tame"), *request.param, extreme=False)
 
@@ -68,7 +70,7 @@ def arena_of(world, stored=None, live=torch.float32):
 
 
 def vectors_of(world, merged_model, content):
-    """What a merged model has of an expert, by parameter, in float64."""
+    """An expert's vector in a merged model, by parameter, in float64."""
     return {
         place.name: segment.vectors_NP[content].within(place.slice)[slice(0, 10**9)].double().view(place.shape)
         for segment in merged_model._segments
@@ -82,15 +84,15 @@ def test_composites_are_the_base_and_what_is_stored_of_the_vectors(tame, units):
     (N + 3) u of the terms' sizes; rounding to the stored dtype adds half an ulp."""
     merged_model, model = arena_of(tame)
     merged_model.merge(tame.composite(units))
-    vectors = [vectors_of(tame, merged_model, one.content) for one in tame.stored[1:]]
-    for name, found in values(model).items():
+    vectors = [vectors_of(tame, merged_model, checkpoint.content) for checkpoint in tame.stored[1:]]
+    for name, tensor in values(model).items():
         terms = [tame.weights[0][name].double()]
         terms += [count / UNIT * vector[name] for count, vector in zip(units[1:], vectors, strict=True)]
         exact, size = sum(terms), sum(term.abs() for term in terms)
         bound = 6 * 2**-24 * size
         if tame.weights[0][name].dtype == torch.bfloat16:
             bound = bound + 2**-8 * (exact.abs() + bound)
-        assert (found.double() - exact).abs().le(bound).all(), name
+        assert (tensor.double() - exact).abs().le(bound).all(), name
 
 
 def test_the_base_is_exact_and_a_vertex_is_off_by_half_a_scale(tame):
@@ -99,14 +101,14 @@ def test_the_base_is_exact_and_a_vertex_is_off_by_half_a_scale(tame):
     assert_same_bits(values(model), {name: tensor.float() for name, tensor in tame.weights[0].items()})
     merged_model.merge(Composite.single(tame.stored[1].content))
     differing = 0
-    for name, found in values(model).items():
+    for name, tensor in values(model).items():
         exact = tame.weights[1][name].double()
         vector = exact - tame.weights[0][name].double()
         half = vector.reshape(-1, row_length(tuple(exact.shape))).abs().amax(1) / 127 / 2
         ulp = 2**-8 if tame.weights[1][name].dtype == torch.bfloat16 else 2**-22
         bound = half.repeat_interleave(row_length(tuple(exact.shape))).view_as(exact) + ulp * (exact.abs() + half.max())
-        assert (found.double() - exact).abs().le(bound).all(), name
-        differing += int((found.double() != exact).sum())
+        assert (tensor.double() - exact).abs().le(bound).all(), name
+        differing += int((tensor.double() != exact).sum())
     assert differing
 
 
@@ -126,8 +128,8 @@ def test_neither_the_compiler_nor_the_order_changes_a_bit(tame, units):
 def test_gradients_are_reduced_against_what_is_stored(tame):
     merged_model, model = arena_of(tame, live=torch.float64)
     merged_model.merge(tame.composite(UNITS[1]))
-    contents = [one.content for one in tame.stored]
-    found = reduced(merged_model, model, contents)
+    contents = [checkpoint.content for checkpoint in tame.stored]
+    slopes = reduced(merged_model, model, contents)
     parameters = dict(model.named_parameters())
     for parameter in parameters.values():
         parameter.requires_grad_(True)
@@ -135,7 +137,7 @@ def test_gradients_are_reduced_against_what_is_stored(tame):
         loss.backward()
     vectors = [vectors_of(tame, merged_model, content) for content in contents[1:]]
     expected = [float(sum((x.grad * vector[name]).sum() for name, x in parameters.items())) for vector in vectors]
-    assert list(found.values()) == pytest.approx(expected, rel=1e-6)
+    assert list(slopes.values()) == pytest.approx(expected, rel=1e-6)
 
 
 def configured(path, **evaluation) -> StudyConfig:
@@ -173,10 +175,10 @@ def test_a_study_of_compressed_vectors_tells_what_they_cost_and_exports_the_full
     path, seen = worlds.study(tmp_path), RecordedProgress()
     configured(path, vectors="int8")
     winner = in_process.open_study(path, seen).run().winner
-    (told,) = (line for line in seen.notes if "vectors change the NLL" in line)
-    assert told.startswith("int8 vectors change the NLL by ") and "(4)" in told
+    (note,) = (line for line in seen.notes if "vectors change the NLL" in line)
+    assert note.startswith("int8 vectors change the NLL by ") and "(4)" in note
     champion = in_process.open_study(path, seen).export(tmp_path / "out")
-    assert seen.notes[-1] == told and champion.result.objective == winner.objective
+    assert seen.notes[-1] == note and champion.result.objective == winner.objective
     assert champion.exported.objective != winner.objective
     assert champion.exported.objective["search"] == pytest.approx(winner.objective["search"], rel=1e-2)
     configured(path, vectors="exact")

@@ -55,8 +55,8 @@ def run(kernel, parts, live=torch.float32, dtype=None):
     return out
 
 
-def assert_same_bits(one, other):
-    assert one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+def assert_same_bits(left, right):
+    assert left.dtype == right.dtype and torch.equal(left.view(torch.uint8), right.view(torch.uint8))
 
 
 def expected(parts, live, dtype):
@@ -78,7 +78,7 @@ def test_products_and_sums_are_rounded_one_at_a_time(kernel, count, dtype, live)
 @pytest.mark.parametrize("live", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_terms_of_several_dtypes_are_summed_in_their_order(kernel, dtype, live):
-    parts = [one for each in zip(*(terms(515, stored) for stored in DTYPES), strict=True) for one in each]
+    parts = [term for group in zip(*(terms(515, stored) for stored in DTYPES), strict=True) for term in group]
     assert_same_bits(run(kernel, parts, live, dtype), expected(parts, live, dtype))
 
 
@@ -213,7 +213,7 @@ def test_a_compiled_kernel_is_found_again(tmp_path, monkeypatch):
         (folder / name).touch()
         os.utime(folder / name, (time() - age,) * 2)
     first = compiled_kernel.__wrapped__()
-    (made,) = {one.name for one in folder.iterdir()} - {"kernel-young.so", "old.so"}
+    (made,) = {path.name for path in folder.iterdir()} - {"kernel-young.so", "old.so"}
     os.utime(folder / made, (0, 0))
     again = compiled_kernel.__wrapped__()
     assert (
@@ -304,14 +304,14 @@ def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch):
     )
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    found = compiled_kernel.__wrapped__()
-    assert found.merge is None and found.description.endswith("fatal error: no such header")
+    backend = compiled_kernel.__wrapped__()
+    assert backend.merge is None and backend.description.endswith("fatal error: no such header")
     assert merge_backend("cpu") == Backend(compiled_kernel().description, compiled_kernel().seconds)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scratch_is_counted_as_it_is_allocated(dtype):
-    """What torch's allocator hands out during a merge of one block in torch operations, beside small coefficients."""
+    """Against torch's allocator during a merge of one block in torch operations, but for small coefficients."""
     parts, out = terms(CPU_BLOCK, dtype, 3), torch.zeros(CPU_BLOCK)
     kernel = MergeKernel(compiled=False)
     with torch.profiler.profile(profile_memory=True) as profile:

@@ -89,7 +89,9 @@ class World:
         return Composite.of({model.content: count for model, count in zip(self.stored, units, strict=True)})
 
 
-@pytest.fixture(scope="module", params=[(one, two) for one in ARCHITECTURES for two in DTYPES], ids="-".join)
+@pytest.fixture(
+    scope="module", params=[(architecture, dtype) for architecture in ARCHITECTURES for dtype in DTYPES], ids="-".join
+)
 def world(request, tmp_path_factory):
     return World(tmp_path_factory.mktemp("world"), *request.param)
 
@@ -101,10 +103,10 @@ def values(model):
 
 def assert_same_bits(ones, others):
     assert ones.keys() == others.keys()
-    for name, one in ones.items():
+    for name, tensor in ones.items():
         other = others[name]
-        assert one.dtype == other.dtype and one.shape == other.shape, name
-        assert torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)), name
+        assert tensor.dtype == other.dtype and tensor.shape == other.shape, name
+        assert torch.equal(tensor.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)), name
 
 
 @pytest.mark.parametrize("live", [torch.float32, torch.bfloat16])
@@ -244,10 +246,10 @@ def test_a_merge_needs_no_file(tmp_path):
 def test_checkpoints_that_stay_in_their_files_give_the_same_bits_and_take_no_memory(world, which, live, units):
     worker, expected = world.merged_model(dtype=live)
     model = empty_model(world.stored[0].path, live)
-    merged_model = MergedModel(model, world.stored, streamed={world.stored[one].content for one in which})
-    bits = [len(one.live_P) * one.live_P.itemsize for one in merged_model._segments]
+    merged_model = MergedModel(model, world.stored, streamed={world.stored[index].content for index in which})
+    bits = [len(segment.live_P) * segment.live_P.itemsize for segment in merged_model._segments]
     assert merged_model.nbytes == worker.nbytes - len(which) * (worker.nbytes - sum(bits)) // 3
-    for composite in (world.composite(units), *(Composite.single(one.content) for one in world.stored)):
+    for composite in (world.composite(units), *(Composite.single(checkpoint.content) for checkpoint in world.stored)):
         merged_model.merge(composite)
         worker.merge(composite)
         assert_same_bits(values(model), values(expected))
@@ -259,7 +261,7 @@ def test_bits_do_not_depend_on_how_much_is_fetched_at_once(world, which, size, m
     worker, expected = world.merged_model(dtype=torch.float32)
     monkeypatch.setattr("dem_opt.merging.merged_model.BLOCK", size)
     model = empty_model(world.stored[0].path, torch.float32)
-    merged_model = MergedModel(model, world.stored, streamed={world.stored[one].content for one in which})
+    merged_model = MergedModel(model, world.stored, streamed={world.stored[index].content for index in which})
     for composite in (world.composite(UNITS[1]), Composite.single(world.stored[0].content)):
         merged_model.merge(composite)
         worker.merge(composite)
@@ -357,7 +359,9 @@ def test_a_single_term_is_exact_where_denormals_are_flushed(tmp_path):
     assert_same_bits(values(model), world.weights[1])
 
 
-@pytest.fixture(scope="module", params=[(one, two) for one in ARCHITECTURES for two in DTYPES], ids="-".join)
+@pytest.fixture(
+    scope="module", params=[(architecture, dtype) for architecture in ARCHITECTURES for dtype in DTYPES], ids="-".join
+)
 def tame(request, tmp_path_factory):
     """A world of ordinary weights."""
     return World(tmp_path_factory.mktemp("tame"), *request.param, extreme=False)
@@ -370,10 +374,10 @@ def losses(model, count=2):
 
 
 def reduced(merged_model, model, contents, count=2):
-    with merged_model.reduce_gradients(contents[0], contents[1:]) as found:
+    with merged_model.reduce_gradients(contents[0], contents[1:]) as slopes:
         for loss in losses(model, count):
             loss.backward()
-    return found
+    return slopes
 
 
 def expected(tame, model, count=2):
@@ -387,7 +391,10 @@ def expected(tame, model, count=2):
     for parameter in parameters.values():
         parameter.requires_grad_(False).grad = None
     base, *fine_tunes = tame.weights
-    return [sum((g * (one[x].double() - base[x].double())).sum() for x, g in gradients.items()) for one in fine_tunes]
+    return [
+        sum((g * (fine_tune[x].double() - base[x].double())).sum() for x, g in gradients.items())
+        for fine_tune in fine_tunes
+    ]
 
 
 @pytest.mark.parametrize("live", [torch.float32, torch.bfloat16, torch.float64])
@@ -395,16 +402,19 @@ def test_gradients_are_reduced_against_every_vector(tame, live):
     """Also for gradients in bfloat16, as autograd makes them; there one backward, since autograd's sum would round."""
     merged_model, model = tame.merged_model(dtype=live)
     merged_model.merge(tame.composite(UNITS[1]))
-    before = values(model), [{name: x.clone() for name, x in one.stored_NP.items()} for one in merged_model._segments]
-    contents = [one.content for one in tame.stored]
+    before = (
+        values(model),
+        [{name: x.clone() for name, x in segment.stored_NP.items()} for segment in merged_model._segments],
+    )
+    contents = [checkpoint.content for checkpoint in tame.stored]
     count = 1 if live == torch.bfloat16 else 2
-    found = reduced(merged_model, model, contents, count)
-    assert list(found) == contents[1:]
+    slopes = reduced(merged_model, model, contents, count)
+    assert list(slopes) == contents[1:]
     assert_same_bits(values(model), before[0])
     for segment, stored_NP in zip(merged_model._segments, before[1], strict=True):
         assert_same_bits(segment.stored_NP, stored_NP)
-    oracle = [float(one) for one in expected(tame, model, count)]
-    assert list(found.values()) == pytest.approx(oracle, rel=1e-10 if live == torch.float64 else 1e-4)
+    oracle = [float(slope) for slope in expected(tame, model, count)]
+    assert list(slopes.values()) == pytest.approx(oracle, rel=1e-10 if live == torch.float64 else 1e-4)
 
 
 @pytest.mark.parametrize(("base", "expert"), MIXED)
@@ -413,8 +423,8 @@ def test_gradients_are_reduced_against_vectors_of_other_dtypes(tmp_path, base, e
     ours.stored[1], ours.weights[1] = theirs.stored[1], theirs.weights[1]
     merged_model, model = ours.merged_model(dtype=torch.float64)
     merged_model.merge(ours.composite(UNITS[0]))
-    found = reduced(merged_model, model, [one.content for one in ours.stored])
-    assert list(found.values()) == pytest.approx([float(one) for one in expected(ours, model)], rel=1e-10)
+    slopes = reduced(merged_model, model, [checkpoint.content for checkpoint in ours.stored])
+    assert list(slopes.values()) == pytest.approx([float(slope) for slope in expected(ours, model)], rel=1e-10)
 
 
 def test_at_most_one_gradient_lives_and_none_stays(tame):
@@ -426,12 +436,12 @@ def test_at_most_one_gradient_lives_and_none_stays(tame):
     def count(*_):
         counts.append(sum(parameter.grad is not None for parameter in parameters))
 
-    base, *fine_tunes = (one.content for one in tame.stored)
+    base, *fine_tunes = (checkpoint.content for checkpoint in tame.stored)
     for parameter in parameters:
         parameter.requires_grad_(True)
         parameter.register_hook(count)
         parameter.register_post_accumulate_grad_hook(count)
-        parameter.register_post_accumulate_grad_hook(lambda one: reached.add(id(one)))
+        parameter.register_post_accumulate_grad_hook(lambda leaf: reached.add(id(leaf)))
     with merged_model.reduce_gradients(base, fine_tunes):
         for loss in losses(model):
             loss.backward()
@@ -441,19 +451,19 @@ def test_at_most_one_gradient_lives_and_none_stays(tame):
 
 
 def test_gradients_are_reduced_against_vectors_from_files(tame):
-    contents, found = [one.content for one in tame.stored], []
+    contents, slopes = [checkpoint.content for checkpoint in tame.stored], []
     for streamed in ((), contents[:2]):
         model = empty_model(tame.stored[0].path, torch.float32)
         merged_model = MergedModel(model, tame.stored, streamed=streamed)
         merged_model.merge(tame.composite(UNITS[1]))
-        found.append(reduced(merged_model, model, contents))
-    assert found[0] == found[1]
+        slopes.append(reduced(merged_model, model, contents))
+    assert slopes[0] == slopes[1]
 
 
 def test_a_failure_within_leaves_the_model_without_gradients(tame):
     merged_model, model = tame.merged_model()
     merged_model.merge(tame.composite(UNITS[1]))
-    base, *fine_tunes = (one.content for one in tame.stored)
+    base, *fine_tunes = (checkpoint.content for checkpoint in tame.stored)
     with pytest.raises(ZeroDivisionError), merged_model.reduce_gradients(base, fine_tunes):
         next(losses(model)).backward()
         raise ZeroDivisionError
@@ -469,13 +479,15 @@ def test_an_adapters_vector_is_what_it_makes_of_the_base(tmp_path):
     stored = [adapted.base, adapted.other, *adapted.adapters]
     model = empty_model(adapted.base.path, torch.float64)
     merged_model, vertices = MergedModel(model, stored), []
-    for one in stored:
-        merged_model.merge(Composite.single(one.content))
+    for checkpoint in stored:
+        merged_model.merge(Composite.single(checkpoint.content))
         vertices.append({name: x.clone() for name, x in model.named_parameters()})
-    merged_model.merge(Composite.of({one.content: units for one, units in zip(stored[1:], UNITS[1], strict=True)}))
-    found = reduced(merged_model, model, [one.content for one in stored])
+    merged_model.merge(
+        Composite.of({checkpoint.content: units for checkpoint, units in zip(stored[1:], UNITS[1], strict=True)})
+    )
+    slopes = reduced(merged_model, model, [checkpoint.content for checkpoint in stored])
     adapted.weights = vertices
-    assert list(found.values()) == pytest.approx([float(one) for one in expected(adapted, model)], rel=1e-10)
+    assert list(slopes.values()) == pytest.approx([float(slope) for slope in expected(adapted, model)], rel=1e-10)
 
 
 @pytest.mark.parametrize("block", [1, 7, 1000, 2**15])

@@ -61,11 +61,11 @@ def test_the_next_block_is_fetched_while_one_is_used_and_no_other(tmp_path, monk
     fetch = models._fetch
 
     def counted(values_P, device):
-        found = fetch(values_P, device)
+        block = fetch(values_P, device)
         begun.append(len(values_P))
         threads.add(threading.get_ident())
         done.release()
-        return found
+        return block
 
     monkeypatch.setattr(models, "_fetch", counted)
     wanted = list(blocks("cpu", 1000))
