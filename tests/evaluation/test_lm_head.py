@@ -54,8 +54,8 @@ def test_the_nats_are_those_of_the_models_own_logits(name):
             "divisor": 1.0,
             "cap": None,
         } | CASES[name]
-        for found_BT in (token_nll(model, inputs, targets_BT, scored_R, one) for one in (head, None)):
-            torch.testing.assert_close(found_BT.double(), own_BT, rtol=1e-5, atol=1e-5)
+        for nats_BT in (token_nll(model, inputs, targets_BT, scored_R, lm_head) for lm_head in (head, None)):
+            torch.testing.assert_close(nats_BT.double(), own_BT, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -69,9 +69,9 @@ def test_there_are_never_more_rows_of_logits_than_rows_and_only_of_what_is_score
     assert max(calls) <= ROWS < len(scored_R) == sum(calls)
     calls.clear()
     model.requires_grad_()
-    found = token_nll(model, inputs, targets_BT, scored_R, head).sum()
+    loss = token_nll(model, inputs, targets_BT, scored_R, head).sum()
     assert sum(calls) == len(scored_R)
-    found.backward()
+    loss.backward()
     assert max(calls) <= ROWS and sum(calls) == 2 * len(scored_R), "made again on the way back"
 
 
@@ -81,7 +81,7 @@ def test_the_gradient_is_that_of_the_models_own_logits(name):
     called, gradients = batch(model), []
     for head in (find_head(model), None):
         token_nll(model, *called, head).sum().backward()
-        gradients.append({key: one.grad for key, one in model.named_parameters()})
+        gradients.append({key: parameter.grad for key, parameter in model.named_parameters()})
         model.zero_grad()
     for key, gradient in gradients[0].items():
         assert gradient is not None and torch.isfinite(gradient).all()

@@ -21,9 +21,9 @@ from dem_opt.types import Score
 
 @pytest.mark.parametrize("windows", range(1, 70))
 def test_stops_ascend_to_the_end_by_blocks_that_are_at_most_the_first(windows):
-    found = (0, *windows_by_analysis(windows))
-    blocks = np.diff(found)
-    assert found[-1] == windows and len(blocks) == min(windows, INTERIM_ANALYSES)
+    stops = (0, *windows_by_analysis(windows))
+    blocks = np.diff(stops)
+    assert stops[-1] == windows and len(blocks) == min(windows, INTERIM_ANALYSES)
     assert blocks.min() > 0 and blocks.max() == blocks[0] <= blocks.min() + 1
 
 
@@ -58,11 +58,11 @@ class LostAt:
     """A rule that stops at the first look that has seen so many windows."""
 
     def __init__(self, windows):
-        self.windows, self.asked = windows, []
+        self.windows, self.looks = windows, []
 
     def is_over(self, scores):
-        self.asked.append(len(scores["a"].nats_W))
-        return self.asked[-1] >= self.windows
+        self.looks.append(len(scores["a"].nats_W))
+        return self.looks[-1] >= self.windows
 
 
 @pytest.mark.parametrize("known", [2, 3, 6, 7, 16])
@@ -71,12 +71,12 @@ def test_a_replay_tells_what_a_race_would_if_enough_is_known(known, lost):
     whole = {"a": score(range(16)), "b": score(range(3))}
     rule = LostAt(lost)
     end = next((stop for stop in windows_by_analysis(16)[:-1] if stop >= lost), 16)
-    found = replay(rule, whole | {"a": first_windows(whole["a"], known)}, WINDOWS)
+    scores = replay(rule, whole | {"a": first_windows(whole["a"], known)}, WINDOWS)
     if known < end:
-        assert found is None
+        assert scores is None
     else:
-        assert found == {"a": first_windows(whole["a"], end), "b": first_windows(whole["b"], min(end // 2, 3))}
-    assert 16 not in rule.asked, "at the end there is nothing to stop"
+        assert scores == {"a": first_windows(whole["a"], end), "b": first_windows(whole["b"], min(end // 2, 3))}
+    assert 16 not in rule.looks, "at the end there is nothing to stop"
     assert (replay(None, whole, WINDOWS), replay(None, {}, WINDOWS)) == (whole, None)
 
 
@@ -88,11 +88,11 @@ def test_an_estimate_of_two_corpora_by_hand():
     0.0625 * 8/300 = 0.004725 + 1/600; freedom = that squared / (0.004725^2 / 2 + 1/600^2 / 1)."""
     rival = {"a": score([5, 5, 5, 5], [10, 20, 20, 20]), "b": score([1] * 6)}
     trial = {"a": score([15, 35, 25], [10, 20, 20]), "b": score([0, 4])}
-    found = Race.against(rival, {"a": 3.0, "b": 1.0}).estimate(trial)
+    estimate = Race.against(rival, {"a": 3.0, "b": 1.0}).estimate(trial)
     variance = 0.004725 + 1 / 600
-    assert found.difference == pytest.approx(0.925)
-    assert found.error == pytest.approx(sqrt(variance))
-    assert found.freedom == pytest.approx(variance**2 / (0.004725**2 / 2 + 1 / 600**2))
+    assert estimate.difference == pytest.approx(0.925)
+    assert estimate.error == pytest.approx(sqrt(variance))
+    assert estimate.freedom == pytest.approx(variance**2 / (0.004725**2 / 2 + 1 / 600**2))
 
 
 def made(seed=0, windows=24, gain=0.0, noise=0.05, tokens=100):
@@ -106,8 +106,8 @@ def made(seed=0, windows=24, gain=0.0, noise=0.05, tokens=100):
 
 def test_of_all_windows_the_estimate_is_the_difference_without_an_error():
     rival, trial = made(gain=0.3, windows=13)
-    found = Race.against({"a": rival}, {"a": 2.0}).estimate({"a": trial})
-    assert found.difference == pytest.approx(trial.nll - rival.nll) and found.error == 0
+    estimate = Race.against({"a": rival}, {"a": 2.0}).estimate({"a": trial})
+    assert estimate.difference == pytest.approx(trial.nll - rival.nll) and estimate.error == 0
 
 
 def test_one_window_never_stops_a_trial():
@@ -134,8 +134,8 @@ def test_a_gain_below_the_margin_is_no_win(gain, lost):
 def test_a_control_that_is_the_trial_tells_all_from_any_windows(stop):
     """Its paired differences are 0, so what is left is its own distance from the goal."""
     rival, trial = made(gain=0.3)
-    found = Race({"a": trial}, {"a": 1.0}, rival.nll).estimate({"a": first_windows(trial, stop)})
-    assert found.difference == pytest.approx(trial.nll - rival.nll) and found.error == 0
+    estimate = Race({"a": trial}, {"a": 1.0}, rival.nll).estimate({"a": first_windows(trial, stop)})
+    assert estimate.difference == pytest.approx(trial.nll - rival.nll) and estimate.error == 0
 
 
 def test_an_error_of_the_control_is_found_in_the_windows():
@@ -143,8 +143,8 @@ def test_an_error_of_the_control_is_found_in_the_windows():
     rival, trial = made(gain=0.3)
     control = score(np.add(trial.nats_W, 7.0), trial.tokens_W)
     race = Race({"a": control}, {"a": 1.0}, rival.nll)
-    found = race.estimate({"a": first_windows(trial, 6)})
-    assert found.difference == pytest.approx(trial.nll - rival.nll) and found.error == pytest.approx(0, abs=1e-9)
+    estimate = race.estimate({"a": first_windows(trial, 6)})
+    assert estimate.difference == pytest.approx(trial.nll - rival.nll) and estimate.error == pytest.approx(0, abs=1e-9)
     assert race.nll("a", first_windows(trial, 6)) == pytest.approx(trial.nll)
 
 
@@ -186,10 +186,10 @@ def test_the_error_is_spent_but_not_all_at_one_look():
     rival, trial = made(windows=64)
     race = Race.against({"a": rival}, {"a": 1.0})
     part = first_windows(trial, 8)
-    found = race.estimate({"a": part})
+    estimate = race.estimate({"a": part})
     for share, lost in ((0.98, False), (1.02, True)):
-        wanted = share * student.isf(ERROR / (INTERIM_ANALYSES - 1), 7) * found.error - MARGIN
-        shift = 100 * (wanted - found.difference)
+        wanted = share * student.isf(ERROR / (INTERIM_ANALYSES - 1), 7) * estimate.error - MARGIN
+        shift = 100 * (wanted - estimate.difference)
         assert race.is_over({"a": score([nats + shift for nats in part.nats_W], part.tokens_W)}) == lost
 
 
@@ -198,9 +198,9 @@ def test_a_trial_that_can_be_completed_is_set_aside_when_it_is_clear(gain):
     """On either side of the goal: the gain is 3 or 1 times the error of what was seen, and 2 is where it is clear."""
     rival, trial = made(windows=64)
     part = first_windows(trial, 8)
-    found = Race.against({"a": rival}, {"a": 1.0}).estimate({"a": part})
+    estimate = Race.against({"a": rival}, {"a": 1.0}).estimate({"a": part})
     for times in (1, 3):
-        shift = 100 * (times * found.error * np.sign(gain) + found.difference)
+        shift = 100 * (times * estimate.error * np.sign(gain) + estimate.difference)
         moved = {"a": score([nats - shift for nats in part.nats_W], part.tokens_W)}
         assert Race({"a": rival}, {"a": 1.0}, rival.nll, CLEAR).is_over(moved) == (times > CLEAR)
         assert not Race({"a": rival}, {"a": 1.0}, rival.nll).is_over(moved)

@@ -69,18 +69,20 @@ def test_it_scores_as_the_checkpoint_itself_does(inputs, worker):
 
 
 def test_it_answers_what_was_asked_and_says_what_it_took(inputs, worker):
-    asked = keys(inputs)[:2]
-    answer = worker.evaluate(Request(ticket=7, composite=composites(inputs)[-1], corpora=asked))
-    assert tuple(answer.scores) == asked
-    assert answer.forward_tokens == sum(corpus.windows.ids_WT.size for corpus in inputs.corpora if corpus.key in asked)
+    corpora = keys(inputs)[:2]
+    answer = worker.evaluate(Request(ticket=7, composite=composites(inputs)[-1], corpora=corpora))
+    assert tuple(answer.scores) == corpora
+    assert answer.forward_tokens == sum(
+        corpus.windows.ids_WT.size for corpus in inputs.corpora if corpus.key in corpora
+    )
     assert answer.merge_seconds > 0 and answer.score_seconds > 0
 
 
 def test_a_corpus_named_twice_is_scored_once(inputs, worker):
-    (one, two, *_), composite = keys(inputs), composites(inputs)[-1]
-    answer = worker.evaluate(Request(ticket=0, composite=composite, corpora=(one, two, one, one)))
+    (first, second, *_), composite = keys(inputs), composites(inputs)[-1]
+    answer = worker.evaluate(Request(ticket=0, composite=composite, corpora=(first, second, first, first)))
     assert answer == replace(
-        worker.evaluate(Request(ticket=0, composite=composite, corpora=(one, two))), **seconds(answer)
+        worker.evaluate(Request(ticket=0, composite=composite, corpora=(first, second))), **seconds(answer)
     )
 
 
@@ -139,14 +141,14 @@ def test_a_race_ends_at_the_look_that_decides_it(inputs, worker, known, lost):
 
 
 def test_a_race_may_know_more_of_one_corpus_than_of_another(inputs, worker):
-    composite, (one, *others) = composites(inputs)[-1], keys(inputs)
-    whole = worker.evaluate(Request(ticket=0, composite=composite, corpora=(one, *others))).scores
+    composite, (first, *others) = composites(inputs)[-1], keys(inputs)
+    whole = worker.evaluate(Request(ticket=0, composite=composite, corpora=(first, *others))).scores
     answer = worker.evaluate(
         Request(
             ticket=0,
             composite=composite,
-            corpora=(one, *others),
-            known={one: first_windows(whole[one], 3)},
+            corpora=(first, *others),
+            known={first: first_windows(whole[first], 3)},
             race=LostAt(2),
         )
     )
@@ -158,9 +160,9 @@ def test_corpora_of_fewer_windows_are_through_earlier(inputs):
     spec = inputs.spec()
     short = replace(spec.corpora[0], windows=cut(spec.corpora[0].windows, 2))
     worker = Worker(replace(spec, corpora=(short, *spec.corpora[1:])))
-    composite, asked = composites(inputs)[-1], keys(inputs)[:2]
+    composite, corpora = composites(inputs)[-1], keys(inputs)[:2]
     ends = [
-        worker.evaluate(Request(ticket=0, composite=composite, corpora=asked, known={}, race=LostAt(count))).scores
+        worker.evaluate(Request(ticket=0, composite=composite, corpora=corpora, known={}, race=LostAt(count))).scores
         for count in (1, 2, 3, 4)
     ]
     assert [[len(score.nats_W) for score in scores.values()] for scores in ends] == [[1, 1], [2, 2], [2, 3], [2, 4]]
@@ -174,19 +176,19 @@ def test_a_real_race_stops_the_worse_of_two_and_not_the_better(inputs):
     """The base's single fine-tunes are noise; against the better of the two, what is worse by far is stopped."""
     windows = {corpus.key: windows_of(corpus.windows, 40) for corpus in inputs.corpora}
     worker = Worker(
-        replace(inputs.spec(), corpora=tuple(replace(one, windows=windows[one.key]) for one in inputs.corpora))
+        replace(inputs.spec(), corpora=tuple(replace(corpus, windows=windows[corpus.key]) for corpus in inputs.corpora))
     )
     content = inputs.fine_tunes["code"].content
     far = Composite.of({content: 5 * UNIT, inputs.base.content: -4 * UNIT})
-    asked = keys(inputs)[:2]
+    corpora = keys(inputs)[:2]
     better, worse = (
-        worker.evaluate(Request(ticket=0, composite=one, corpora=asked)).scores
-        for one in (Composite.single(content), far)
+        worker.evaluate(Request(ticket=0, composite=composite, corpora=corpora)).scores
+        for composite in (Composite.single(content), far)
     )
-    assert all(worse[key].nll > better[key].nll + MARGIN for key in asked)
-    hard, easy = (Race.against(rival, dict.fromkeys(asked, 1.0)) for rival in (better, worse))
-    lost = worker.evaluate(Request(ticket=0, composite=far, corpora=asked, known={}, race=hard))
-    won = worker.evaluate(Request(ticket=0, composite=Composite.single(content), corpora=asked, known={}, race=easy))
+    assert all(worse[key].nll > better[key].nll + MARGIN for key in corpora)
+    hard, easy = (Race.against(rival, dict.fromkeys(corpora, 1.0)) for rival in (better, worse))
+    lost = worker.evaluate(Request(ticket=0, composite=far, corpora=corpora, known={}, race=hard))
+    won = worker.evaluate(Request(ticket=0, composite=Composite.single(content), corpora=corpora, known={}, race=easy))
     assert won.scores == better
     (seen,) = {len(score.nats_W) for score in lost.scores.values()}
     assert seen in windows_by_analysis(40)[:-1] and lost.scores == {
@@ -205,8 +207,8 @@ def windows_of(windows, count):
 def test_a_gradient_is_that_of_the_nats_of_each_corpus(inputs, worker, name):
     """From the loss of transformers' model of the composite, whose gradient autograd keeps."""
     corpora, content = inputs.corpora[:2], inputs.fine_tunes[name].content
-    asked = tuple(corpus.key for corpus in corpora)
-    answer = worker.evaluate(Request(ticket=0, composite=Composite.single(content), corpora=asked, gradient=True))
+    corpus_keys = tuple(corpus.key for corpus in corpora)
+    answer = worker.evaluate(Request(ticket=0, composite=Composite.single(content), corpora=corpus_keys, gradient=True))
     base = dict(AutoModelForCausalLM.from_pretrained(inputs.base.path).named_parameters())
     for corpus in corpora:
         loaded, windows = AutoModelForCausalLM.from_pretrained(inputs.fine_tunes[name].path).eval(), corpus.windows
@@ -214,12 +216,14 @@ def test_a_gradient_is_that_of_the_nats_of_each_corpus(inputs, worker, name):
         logits_WTV = loaded(ids_WT, position_ids=positions_WT, use_cache=False).logits[:, :-1]
         nats_WT = -logits_WTV.log_softmax(-1).gather(2, ids_WT[:, 1:, None])[..., 0]
         nats_WT[torch.tensor(windows.scored_WT[:, 1:])].sum().backward()
-        found = answer.gradients[corpus.key]
-        assert found.keys() == {expert.content for expert in inputs.fine_tunes.values()}
+        gradient = answer.gradients[corpus.key]
+        assert gradient.keys() == {expert.content for expert in inputs.fine_tunes.values()}
         for expert in inputs.fine_tunes.values():
             theirs = dict(AutoModelForCausalLM.from_pretrained(expert.path).named_parameters())
-            parts = [((theirs[x] - base[x]).double() * one.grad).sum() for x, one in loaded.named_parameters()]
-            assert found[expert.content] == pytest.approx(float(sum(parts).detach()), rel=1e-4)
+            parts = [
+                ((theirs[x] - base[x]).double() * parameter.grad).sum() for x, parameter in loaded.named_parameters()
+            ]
+            assert gradient[expert.content] == pytest.approx(float(sum(parts).detach()), rel=1e-4)
 
 
 @pytest.mark.parametrize("known", [0, 2, 4])
@@ -282,18 +286,18 @@ def starve(worker, most):
 @pytest.mark.parametrize(("most", "left"), [(100, 80), (63, 40)])
 def test_where_memory_runs_out_batches_are_halved_and_that_is_told(inputs, most, left, gradient):
     """40 windows of 32 tokens are scored 5 at a time: 160 tokens, 80 (2 windows), 40 (1)."""
-    corpora = tuple(replace(one, windows=windows_of(one.windows, 40)) for one in inputs.corpora)
+    corpora = tuple(replace(corpus, windows=windows_of(corpus.windows, 40)) for corpus in inputs.corpora)
     spec, composite = replace(inputs.spec(), corpora=corpora), composites(inputs)[-1]
     short, plain = Worker(spec), Worker(replace(spec, batch_tokens=left))
     starve(short, most)
     request = Request(ticket=0, composite=composite, corpora=keys(inputs)[:2], gradient=gradient)
     expected = plain.evaluate(request)
-    for told in (True, False):
+    for is_first in (True, False):
         answer = short.evaluate(request)
         assert answer.scores == expected.scores and answer.gradients == expected.gradients
         assert answer.forward_tokens == expected.forward_tokens
         assert (answer.batch_tokens, expected.batch_tokens) == (left, 0)
-        assert (f"at most {left} tokens" in answer.note) == told and not expected.note
+        assert (f"at most {left} tokens" in answer.note) == is_first and not expected.note
 
 
 def test_where_one_window_is_too_large_there_is_no_score(inputs):

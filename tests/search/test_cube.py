@@ -91,7 +91,7 @@ class Listener(BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        self.log.append([one for one in study.get_trials() if one.number != trial.number])
+        self.log.append([other for other in study.get_trials() if other.number != trial.number])
         return {}
 
     def sample_independent(

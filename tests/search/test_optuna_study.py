@@ -162,7 +162,7 @@ def test_what_was_taken_over_from_a_silent_driver_is_not_its_to_finish(postgres_
     engine = connect(postgres_url)
     with holding(engine, "study", several=True) as silent, holding(engine, "study", several=True) as lease:
         first, second = (
-            Search(postgres_url, "study", SPACE, config.SearchSection(), lease=one) for one in (silent, lease)
+            Search(postgres_url, "study", SPACE, config.SearchSection(), lease=driver) for driver in (silent, lease)
         )
         (trial, other) = first.ask(), second.ask()
         assert (trial and trial.number, other and other.number, second.elsewhere) == (0, 1, 1)

@@ -26,7 +26,7 @@ SPACES = [
 ]
 
 
-def told(space: Space, number: int, point: Coefficients, loss: Loss) -> Trial:
+def completed(space: Space, number: int, point: Coefficients, loss: Loss) -> Trial:
     value, slope = loss(space.point(point))
     gradient = dict(zip(space.names, slope.tolist(), strict=True))
     return Trial(number, point, "complete", objective=value, attributes=TrialAttributes(gradient=gradient))
@@ -41,7 +41,7 @@ def play(
 ) -> list[Trial]:
     trials: list[Trial] = []
     for number in range(count):
-        trials.append(told(space, number, propose(proposer, trials, seed, begin).coefficients, loss))
+        trials.append(completed(space, number, propose(proposer, trials, seed, begin).coefficients, loss))
     return trials
 
 
@@ -102,7 +102,7 @@ def test_cma_es_is_told_whole_generations_and_draws_from_the_newest() -> None:
             [],
             [Trial(number + i, point, "running") for i, point in enumerate(others)],
             [Trial(number + i, point, "failed") for i, point in enumerate(others)],
-            [told(SIMPLEX, number + i, point, loss) for i, point in enumerate(others)],
+            [completed(SIMPLEX, number + i, point, loss) for i, point in enumerate(others)],
         )
     }
     assert len(drawn) == 1
@@ -125,8 +125,10 @@ def test_cma_es_stands_any_history(size: int) -> None:
     point = space.sample(rng)
     near = [space.at(space.shares(point) + 1e-7 * rng.normal(size=size)) for _ in range(300)]
     far = [space.sample(rng) for _ in range(300)]
-    trials = [told(space, i, p, lambda x: (float(x @ x), x)) for i, p in enumerate([*space.landmarks(), *near, *far])]
-    same = [told(space, i, p, lambda x: (1.0, x)) for i, p in enumerate([*space.landmarks(), *[point] * 300])]
+    trials = [
+        completed(space, i, p, lambda x: (float(x @ x), x)) for i, p in enumerate([*space.landmarks(), *near, *far])
+    ]
+    same = [completed(space, i, p, lambda x: (1.0, x)) for i, p in enumerate([*space.landmarks(), *[point] * 300])]
     failed = [Trial(i, p, "failed") for i, p in enumerate([*space.landmarks(), *far])]
     for history in (trials, same, failed):
         for count in range(len(space.landmarks()), len(history), 37):
@@ -186,7 +188,7 @@ def test_it_begins_with_the_best_of_what_it_was_told_to_begin_with() -> None:
 
 def test_what_failed_is_stepped_back_from_and_no_start() -> None:
     loss = quadratic(np.array([0.7, 0.3, 0, 0]), 0.2)
-    first = told(SIMPLEX, 0, SIMPLEX.centroid(), loss)
+    first = completed(SIMPLEX, 0, SIMPLEX.centroid(), loss)
     step = propose(SLSQP(SIMPLEX, 0), [first]).coefficients
     back = propose(SLSQP(SIMPLEX, 0), [first, Trial(1, step, "failed")]).coefficients
     whole, part = (SIMPLEX.point(point) - SIMPLEX.point(first.coefficients) for point in (step, back))
@@ -219,7 +221,7 @@ def test_after_the_last_start_points_are_drawn() -> None:
 
 def test_the_expected_improvement_is_half_the_slope_along_the_step() -> None:
     loss = quadratic(np.array([0.4, 0.3, 0.2, 0.1]), 0.0)
-    trials = [told(SIMPLEX, 0, SIMPLEX.centroid(), loss)]
+    trials = [completed(SIMPLEX, 0, SIMPLEX.centroid(), loss)]
     proposal = propose(SLSQP(SIMPLEX, 0), trials)
     step = SIMPLEX.point(proposal.coefficients) - 0.25
     half_slope = -0.5 * loss(np.full(4, 0.25))[1] @ step

@@ -84,13 +84,13 @@ def slopes(space: Space, coefficients: Coefficients) -> dict[str, dict[str, floa
 
 
 def play(study: optuna.Study, space: Space, trials: int) -> list[Coefficients]:
-    asked = []
+    points = []
     for _ in range(trials):
         trial, coefficients = ask(study, space)
         trial.set_user_attr(MEASUREMENTS, slopes(space, coefficients))
         study.tell(trial, bowl(space, coefficients), state=TrialState.COMPLETE)
-        asked.append(coefficients)
-    return asked
+        points.append(coefficients)
+    return points
 
 
 def frozen(
@@ -119,12 +119,12 @@ def trials_for(algorithm: str, space: Space) -> int:
 @pytest.mark.parametrize("space", SPACES, ids=SAID)
 def test_proposals_are_valid_and_reproducible_by_seed(algorithm: str, space: Space) -> None:
     trials = trials_for(algorithm, space)
-    asked = play(study_of(algorithm, space), space, trials)
-    assert all(space.contains(coefficients) for coefficients in asked)
-    assert len(set(asked)) == (1 if space.is_point else trials)
-    assert asked == play(study_of(algorithm, space), space, trials)
+    points = play(study_of(algorithm, space), space, trials)
+    assert all(space.contains(coefficients) for coefficients in points)
+    assert len(set(points)) == (1 if space.is_point else trials)
+    assert points == play(study_of(algorithm, space), space, trials)
     if algorithm not in UNSEEDED and not space.is_point:
-        assert asked != play(study_of(algorithm, space, seed=1), space, trials)
+        assert points != play(study_of(algorithm, space, seed=1), space, trials)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -146,8 +146,8 @@ def test_running_trials_are_not_proposed_again(algorithm: str, space: Space) -> 
     study = study_of(algorithm, space)
     play(study, space, 3)
     several = 2 if algorithm == "grid" else len(space.landmarks()) + 2
-    asked = [ask(study, space)[1] for _ in range(several)]
-    assert all(space.contains(coefficients) for coefficients in asked)
+    points = [ask(study, space)[1] for _ in range(several)]
+    assert all(space.contains(coefficients) for coefficients in points)
     assert len(points_of(study, space)) == 3 + several
 
 
@@ -201,8 +201,8 @@ def test_equal_values_everywhere_give_proposals(algorithm: str) -> None:
     study = study_of(algorithm, space)
     for point in space.lattice(8):
         study.add_trial(create_trial(value=1.5, params=parameters(point), distributions=distributions(space)))
-    asked = [ask(study, space)[1] for _ in range(3)]
-    assert len({*space.lattice(8), *asked}) == space.lattice_size(8) + 3
+    points = [ask(study, space)[1] for _ in range(3)]
+    assert len({*space.lattice(8), *points}) == space.lattice_size(8) + 3
 
 
 @pytest.fixture(scope="module")

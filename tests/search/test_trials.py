@@ -40,7 +40,7 @@ def of(study: Study):
     return load_inputs(study.config, "study.yaml").identity(), Ledger(connect(study.config.storage))
 
 
-def told(record: TrialRecord) -> TrialRecord:
+def comparable(record: TrialRecord) -> TrialRecord:
     """A record without the evaluation's own scores and seconds."""
     return replace(
         record, evaluation=Evaluation(scores={}, forward_tokens=record.evaluation.forward_tokens), propose_seconds=0.0
@@ -70,7 +70,7 @@ def test_a_trial_that_loses_its_race_is_charged_for_what_it_was_shown(tmp_path, 
 
 
 def test_a_promising_trial_that_was_stopped_is_completed_and_may_win(tmp_path):
-    """What was seen of it is not measured again."""
+    """The windows scored before the stop are not scored again."""
     watching = RecordedProgress()
     study = make(tmp_path, watching, search={"trials": 16})
     winner = study.run().winner
@@ -107,17 +107,17 @@ def test_an_estimate_is_the_control_s_objective_and_the_mean_paired_difference(t
         if not record.is_partial:
             whole.append(record)
             continue
-        shares = np.array([space.shares(one.coefficients) for one in whole])
+        shares = np.array([space.shares(trial.coefficients) for trial in whole])
         weights = interpolate(shares, space.shares(record.coefficients))
         (seen,) = windows_of(record)
         estimates = []
         for name, score in record.scores.items():
-            stored = [recall(ledger, identity, identity.composite(one.coefficients), SEARCH)[name] for one in whole]
-            control = weights @ np.array([one.nats_W for one in stored])
+            stored = [recall(ledger, identity, identity.composite(trial.coefficients), SEARCH)[name] for trial in whole]
+            control = weights @ np.array([known.nats_W for known in stored])
             gap = np.sum(score.nats_W - control[:seen]) / score.tokens
             estimates.append(control.sum() / stored[0].tokens + gap)
         assert record.objective == pytest.approx(np.mean(estimates), abs=1e-10)
-        gain = min(one.objective for one in whole) - record.objective
+        gain = min(trial.objective for trial in whole) - record.objective
         assert gain < MARGIN or gain > CLEAR * record.error, "it won't win, or it is clear that it is better"
     assert len(whole) < len(watching.records)
 
@@ -127,7 +127,7 @@ def test_a_partial_trial_never_wins(tmp_path):
     summary = study.compare(["simplex-gp"]).summary
     whole = [record for record in summary.trials["simplex-gp"] if not record.is_partial]
     assert summary.winner.objective[SEARCH] == min(record.objective for record in whole)
-    assert all(set(map(len, (s.nats_W for s in one.scores[SEARCH].values()))) == {WINDOWS} for one in summary.top)
+    assert all(set(map(len, (s.nats_W for s in row.scores[SEARCH].values()))) == {WINDOWS} for row in summary.top)
 
 
 @pytest.mark.parametrize("racing", [True, False])
@@ -137,7 +137,7 @@ def test_what_is_read_back_is_what_was_told(tmp_path, racing):
     study.run()
     read = study.summary().trials["simplex-gp"]
     assert any(record.is_partial for record in read) is racing
-    assert list(map(told, watching.records)) == list(map(told, read))
+    assert list(map(comparable, watching.records)) == list(map(comparable, read))
 
 
 @pytest.mark.parametrize("gradients", [True, False])
@@ -182,7 +182,7 @@ def test_windows_that_were_measured_are_not_measured_again(tmp_path, monkeypatch
 def difference_of(study: Study, record: TrialRecord, name: str, step: float = 2e-3) -> float:
     """d objective / d (w_name - w_other) by central differences, the other being another coefficient above 0."""
     weights = record.coefficients.weights
-    other = max((one for one in weights if one != name), key=lambda one: weights[one])
+    other = max((candidate for candidate in weights if candidate != name), key=lambda candidate: weights[candidate])
     values = []
     for sign in (1, -1):
         moved = weights | {name: weights[name] + sign * step, other: weights[other] - sign * step}
@@ -227,11 +227,14 @@ def test_what_is_protected_pulls_on_the_gradient(tmp_path):
     assert over
     for record in over:
         composite = identity.composite(record.coefficients)
-        found = ledger.gradients(composite, identity.keys(SEARCH), identity.differentiation)
+        gradients = ledger.gradients(composite, identity.keys(SEARCH), identity.differentiation)
         worse = [name for name in NAMES if record.scores[name].nll > base[name].nll]
         for name, content in identity.fine_tunes.items():
-            slopes = {one: found[identity.corpora[SEARCH][one]][content] / record.scores[one].tokens for one in NAMES}
-            pulled = slopes["math"] + 10 * sum(slopes[one] for one in worse)
+            slopes = {
+                corpus: gradients[identity.corpora[SEARCH][corpus]][content] / record.scores[corpus].tokens
+                for corpus in NAMES
+            }
+            pulled = slopes["math"] + 10 * sum(slopes[corpus] for corpus in worse)
             assert record.gradient[name] == pytest.approx(pulled)
 
 
@@ -246,9 +249,9 @@ def test_the_largest_regret_is_minimized_against_every_own_fine_tune(tmp_path, a
             name: recall(ledger, identity, Composite.single(content), split)[name].nll
             for name, content in identity.fine_tunes.items()
         }
-        for one in summary.results:
-            regrets = [score.nll - own[name] for name, score in one.scores[split].items()]
-            assert one.objective[split] == pytest.approx(max(regrets))
+        for row in summary.results:
+            regrets = [score.nll - own[name] for name, score in row.scores[split].items()]
+            assert row.objective[split] == pytest.approx(max(regrets))
     assert not any(record.is_partial for record in watching.records)
     assert summary.winner.objective[SEARCH] == min(record.objective for record in watching.records)
 
@@ -267,7 +270,7 @@ def test_every_space_is_searched_scored_and_compared(tmp_path, simplex, inside, 
     summary = study.compare(["simplex-gp", "grid"]).summary
     for records in summary.trials.values():
         assert all(inside(record.coefficients.weights) and record.objective for record in records)
-    labels = [one.label for one in summary.results]
+    labels = [row.label for row in summary.results]
     assert {"base", *NAMES, "uniform"} <= set(labels), "the fine-tunes as they are, in the space or not"
     assert study.summary() == summary
 
@@ -276,8 +279,8 @@ def test_the_best_five_are_reported_on_the_held_out_split(tmp_path):
     study = make(tmp_path, search={"algorithm": "grid", "divisions": 4})
     summary = study.compare(["grid"]).summary
     ranked = sorted({record.objective for record in summary.trials["grid"]})
-    assert [one.objective[SEARCH] for one in summary.top] == ranked[:5]
-    assert all(HELD_OUT in one.objective for one in summary.top)
+    assert [row.objective[SEARCH] for row in summary.top] == ranked[:5]
+    assert all(HELD_OUT in row.objective for row in summary.top)
     assert summary.top[0].coefficients == summary.winner.coefficients
 
 
@@ -311,7 +314,7 @@ def test_a_larger_budget_goes_on_where_a_smaller_one_ended(tmp_path, racing):
     make(tmp_path / "parts", parts, search={"trials": 6, "racing": racing}).run()
     make(tmp_path / "parts", parts, search={"trials": 10, "racing": racing}).run()
     same = 5 if racing else 10
-    assert list(map(told, whole.records))[:same] == list(map(told, parts.records))[:same]
+    assert list(map(comparable, whole.records))[:same] == list(map(comparable, parts.records))[:same]
     assert len(parts.records) == len({record.number for record in parts.records}) == 10
 
 
@@ -321,7 +324,7 @@ def test_several_seeds_are_several_searches_over_one_ledger(tmp_path):
     assert list(summary.trials) == ["grid", "random", "random@1", "random@2"]
     points = [tuple(record.coefficients for record in records) for records in summary.trials.values()]
     assert len(set(points)) == 4
-    assert [one.label for one in summary.results if one.role == "best"].count("best of random") == 1
+    assert [row.label for row in summary.results if row.role == "best"].count("best of random") == 1
     alone = make(tmp_path / "alone", search={"algorithm": "random", "trials": 4, "seed": 2}).compare(["random"]).summary
     assert points[-1] == tuple(record.coefficients for record in alone.trials["random"])
     with Runs(study.config, 1).existing() as searches:
