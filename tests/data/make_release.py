@@ -134,7 +134,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def command(words: str, path: Path) -> None:
-    """What a user types."""
+    """Run a command as a user types it."""
     assert dem_opt([*words.split(), "--quiet", str(path)]) == 0, words
 
 
@@ -216,7 +216,7 @@ def live(path: Path, first: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What this release reads of a study."""
+    """A study as this release reads it."""
     summary = Study.load(path).summary()
     config = load(path)
     searches = {}

@@ -169,7 +169,7 @@ BAD: list[tuple[str, bytes | None, dict[str, str], str]] = [
 ]
 
 
-def told(data: DataFile) -> str:
+def refusal(data: DataFile) -> str:
     """The one line that says what is wrong with a file."""
     with pytest.raises(InputError) as caught:
         read_documents(data, "distributions.code.validation")
@@ -184,7 +184,7 @@ def test_bad_files_are_told_in_one_line(
 ) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    assert mend in told(DataFile.model_validate({"path": tmp_path / name, **form}))
+    assert mend in refusal(DataFile.model_validate({"path": tmp_path / name, **form}))
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_bad_tables_are_told_in_one_line(
     tmp_path: Path, column: dict[str, list[Any]], form: dict[str, str], mend: str
 ) -> None:
     parquet.write_table(pyarrow.table(column), tmp_path / "a.parquet")
-    assert mend in told(DataFile.model_validate({"path": tmp_path / "a.parquet", **form}))
+    assert mend in refusal(DataFile.model_validate({"path": tmp_path / "a.parquet", **form}))
 
 
 def test_a_damaged_page_is_told_in_one_line(tmp_path: Path) -> None:
@@ -215,4 +215,4 @@ def test_a_damaged_page_is_told_in_one_line(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[10:4000] = b"\xff" * 3990
     path.write_bytes(content)
-    assert "can't be read" in told(DataFile(path=path))
+    assert "can't be read" in refusal(DataFile(path=path))

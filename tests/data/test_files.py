@@ -15,7 +15,7 @@ import datasets
 import pyarrow
 import pytest
 from pyarrow import parquet
-from test_documents import CHATS, DOCUMENTS, PAIRS, entry, told
+from test_documents import CHATS, DOCUMENTS, PAIRS, entry, refusal
 
 from dem_opt.config import DataFile
 from dem_opt.data.documents import Pair, holds_chats, read_documents
@@ -217,7 +217,7 @@ def test_damaged_files_are_told_in_one_line(
     tmp_path: Path, name: str, content: bytes, form: dict[str, str], mend: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    assert mend in told(DataFile.model_validate({"path": tmp_path / name, **form}))
+    assert mend in refusal(DataFile.model_validate({"path": tmp_path / name, **form}))
 
 
 def test_paths_that_lead_to_nothing_or_twice_to_a_file_are_told(tmp_path: Path) -> None:
@@ -253,8 +253,8 @@ def test_paths_that_lead_to_nothing_or_twice_to_a_file_are_told(tmp_path: Path) 
 def test_a_damaged_saved_data_set_is_told_in_one_line(tmp_path: Path, name: str) -> None:
     datasets.Dataset.from_list([{"text": "a"}] * 99).save_to_disk(tmp_path / "a")
     (tmp_path / "a" / name).write_bytes((tmp_path / "a" / name).read_bytes()[:200] + b"\xff" * (name[-1] == "w") + b"{")
-    assert "can't be read as a data set of save_to_disk" in told(DataFile(path=tmp_path / "a"))
-    assert "did you mean 'text'?" in told(saved_without(tmp_path / "b"))
+    assert "can't be read as a data set of save_to_disk" in refusal(DataFile(path=tmp_path / "a"))
+    assert "did you mean 'text'?" in refusal(saved_without(tmp_path / "b"))
 
 
 def saved_without(path: Path) -> DataFile:

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import pytest
 import worlds
-from test_documents import CHATS, PAIRS, told, write_lines
+from test_documents import CHATS, PAIRS, refusal, write_lines
 
 from dem_opt.config import DataFile, EvaluationSection, GeneralSection
 from dem_opt.data.chat_template import encode_chats, rendered
@@ -118,10 +118,10 @@ def test_every_key_of_a_message_and_the_tools_reach_the_template(tmp_path: Path)
     ]
     template = HEAD + "{{ m.name }}{{ m.reasoning_content }}{{ m.own|tojson if m.own }}{{ m.content }}" + TAIL
     written = f'<tools>{json.dumps(tools)}</tools><user>Anna</s><assistant>c{{"key": [1, null]}}b</s>'
-    for given in (tools, json.dumps(tools)):
-        (chat,) = read(tmp_path, {"messages": messages, "tools": given})
+    for form in (tools, json.dumps(tools)):
+        (chat,) = read(tmp_path, {"messages": messages, "tools": form})
         assert rendered(chat, talking(template)) == written
-        (chat,) = read(tmp_path, {"messages": messages, "functions": given}, tools="functions")
+        (chat,) = read(tmp_path, {"messages": messages, "functions": form}, tools="functions")
         assert rendered(chat, talking(template)) == written
     (chat,) = read(tmp_path, {"messages": messages, "tools": tools})
     named = talking(template)
@@ -249,15 +249,15 @@ BAD: list[tuple[list[Any], str]] = [
 @pytest.mark.parametrize(("messages", "mend"), BAD)
 def test_bad_messages_are_told_with_their_place(tmp_path: Path, messages: list[Any], mend: str) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"messages": messages}])
-    assert mend in told(DataFile.model_validate({"path": path, **CHATS}))
+    assert mend in refusal(DataFile.model_validate({"path": path, **CHATS}))
 
 
 @pytest.mark.parametrize("tools", ["a", {"name": "a"}, ["a"], 5])
 def test_bad_tools_are_told(tmp_path: Path, tools: Any) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "a"}], "tools": tools}])
-    assert "line 1: tools must be a list of objects" in told(DataFile.model_validate({"path": path, **CHATS}))
+    assert "line 1: tools must be a list of objects" in refusal(DataFile.model_validate({"path": path, **CHATS}))
 
 
 def test_a_prompt_of_messages_needs_a_completion_of_messages(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}])
-    assert "strings, or lists of messages" in told(DataFile.model_validate({"path": path, **PAIRS}))
+    assert "strings, or lists of messages" in refusal(DataFile.model_validate({"path": path, **PAIRS}))

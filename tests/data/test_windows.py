@@ -240,10 +240,10 @@ def test_pairs_and_chats_never_straddle_windows(form: str, seed: int) -> None:
         "pairs": lambda: encode_pairs(documents, tokenizer, False),
         "chats": lambda: encode_chats(documents, tokenizer),
     }
-    found = [fragment for fragment in fragments(pack(documents, tokenizer, 48)) if any(fragment[1])]
+    packed = [fragment for fragment in fragments(pack(documents, tokenizer, 48)) if any(fragment[1])]
     expected = [tokens for tokens in encode[form]() if tokens.scored_L.any()]
-    assert len(found) == len(expected)
-    for (ids, scored), tokens in zip(found, expected, strict=True):
+    assert len(packed) == len(expected)
+    for (ids, scored), tokens in zip(packed, expected, strict=True):
         if len(tokens) <= 48:
             assert (ids, scored) == (tokens.ids_L.tolist(), tokens.scored_L.tolist())
         else:
@@ -440,17 +440,17 @@ def test_the_key_is_of_windows_and_tokenizer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "field", "file"),
+    ("sizes", "field", "file"),
     [
         ({"windows": 500}, "evaluation.windows = 500", "val.jsonl"),
         ({"held_out": 500}, "evaluation.held_out = 500", "held.jsonl"),
     ],
 )
-def test_too_little_text_is_told(tmp_path: Path, asked: dict[str, int], field: str, file: str) -> None:
+def test_too_little_text_is_told(tmp_path: Path, sizes: dict[str, int], field: str, file: str) -> None:
     # 26 documents of 6 tokens (5 letters, EOS) are 156 tokens: 19 windows of 8.
     five = [letter * 5 for letter in LETTERS]
     with pytest.raises(InputError, match="text for 19 windows of 8 tokens; ask for fewer") as caught:
-        build(tmp_path, five[:26], five[26:], **asked)
+        build(tmp_path, five[:26], five[26:], **sizes)
     assert str(caught.value).startswith(f"{tmp_path / file}: {field}: ")
 
 

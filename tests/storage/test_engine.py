@@ -51,11 +51,11 @@ def test_a_url_that_cant_be_used_is_refused_in_one_line(url: str, mend: str, tmp
         url, mend = url.format(here=tmp_path), mend.format(here=tmp_path)
     with pytest.raises(InputError) as caught:
         connect(url, "tracking.uri")
-    told = str(caught.value)
+    message = str(caught.value)
     assert caught.value.field == "tracking.uri"
-    assert mend in told
-    assert "\n" not in told
-    assert SECRET not in told
+    assert mend in message
+    assert "\n" not in message
+    assert SECRET not in message
 
 
 def test_a_server_that_does_not_answer_is_refused_without_its_password() -> None:

@@ -41,15 +41,15 @@ SPACES = [
 @pytest.mark.parametrize("worst", [False, True])
 @pytest.mark.parametrize("space", SPACES, ids=str)
 def test_a_question_comes_back_from_what_is_written_of_it(space, worst):
-    asked = identity(space=space, worst=worst)
-    assert StudyIdentity.recall(asked.identity_fields(), asked.scoring_fields()) == asked
+    question = identity(space=space, worst=worst)
+    assert StudyIdentity.recall(question.identity_fields(), question.scoring_fields()) == question
 
 
 def test_every_space_and_objective_is_another_question():
-    asked = [identity(space=space, worst=worst).identity_fields() for space in SPACES for worst in (False, True)]
-    assert all(one != other for i, one in enumerate(asked) for other in asked[:i])
-    assert changes(asked[0], asked[1]) == "objective.worst is new"
-    assert changes(asked[0], asked[4]) == "simplex.total has changed"
+    questions = [identity(space=space, worst=worst).identity_fields() for space in SPACES for worst in (False, True)]
+    assert all(question != other for i, question in enumerate(questions) for other in questions[:i])
+    assert changes(questions[0], questions[1]) == "objective.worst is new"
+    assert changes(questions[0], questions[4]) == "simplex.total has changed"
 
 
 @pytest.mark.parametrize(
@@ -106,14 +106,14 @@ def test_changes_are_told_by_name():
 
 def test_gradients_are_kept_apart_by_base_and_scoring():
     other = identity(settings=identity().settings | {"device": "cuda"})
-    assert len({one.differentiation for one in (identity(), identity(base="hash-9"), other)}) == 3
+    assert len({study.differentiation for study in (identity(), identity(base="hash-9"), other)}) == 3
 
 
 def test_another_configuration_is_another_study_with_scores_of_its_own():
     first, second = identity(), identity(configuration="hash-7")
     assert StudyIdentity.recall(second.identity_fields(), second.scoring_fields()) == second
     assert changes(first.identity_fields(), second.identity_fields()) == "configuration is new"
-    assert len({one.scoring for one in (first, second, identity(configuration="hash-8"))}) == 3
+    assert len({study.scoring for study in (first, second, identity(configuration="hash-8"))}) == 3
     assert first.scoring_fields() == second.scoring_fields(), "it begins a generation, and is not refused"
 
 

@@ -59,11 +59,11 @@ def test_of_drivers_that_come_at_once_exactly_one_holds_the_lease(engine: Engine
     processes = [SPAWN.Process(target=_drive, args=(rounds, barrier, answers)) for _ in range(drivers)]
     for process in processes:
         process.start()
-    told = Counter(answers.get(timeout=60) for _ in range(drivers * len(rounds)))
+    outcomes = Counter(answers.get(timeout=60) for _ in range(drivers * len(rounds)))
     for process in processes:
         process.join()
     expected = (("held", 1), ("refused", drivers - 1))
-    assert told == {(*one, word): count for one in rounds for word, count in expected}
+    assert outcomes == {(*turn, word): count for turn in rounds for word, count in expected}
 
 
 def _enter(engine: Engine, **changed: object) -> None:
@@ -284,9 +284,9 @@ def test_no_transaction_of_a_silent_program_lasts(server: Engine) -> None:
 def test_a_turn_ends_with_its_connection_and_the_loss_is_told(server: Engine) -> None:
     kill = "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"
     drivers = holding(server, "study", several=True), holding(server, "study", several=True)
-    with drivers[0] as one, drivers[1] as other, one.turn() as confirm:
+    with drivers[0] as first, drivers[1] as second, first.turn() as confirm:
         confirm()
         with server.begin() as connection:
             connection.execute(text(kill))
-        with other.turn(), pytest.raises(OperationalError):
+        with second.turn(), pytest.raises(OperationalError):
             confirm()

@@ -61,8 +61,8 @@ def test_what_was_recorded_comes_back_bit_for_bit(engine: Engine, again: Engine,
     score = Score(nats_W, tuple(range(1, len(nats_W) + 1)))
     large = Score(nats_W, (2**40,) * len(nats_W))
     Ledger(engine).record(composite(0), {"one": score, "two": large}, "scoring")
-    found = Ledger(again).look_up(composite(0), ["one", "two", "three"], "scoring")
-    assert {key: bits(value) for key, value in found.items()} == {"one": bits(score), "two": bits(large)}
+    scores = Ledger(again).look_up(composite(0), ["one", "two", "three"], "scoring")
+    assert {key: bits(value) for key, value in scores.items()} == {"one": bits(score), "two": bits(large)}
 
 
 def test_a_composite_is_known_by_its_terms_alone(engine: Engine) -> None:
@@ -79,8 +79,8 @@ def test_a_score_is_never_recorded_twice_and_the_first_stands(engine: Engine, ag
     for ledger, score in [(Ledger(engine), first), (Ledger(engine), first), (Ledger(again), second)]:
         ledger.record(composite(0), {"one": score}, "scoring")
     Ledger(again).record(composite(0), {"one": second, "two": second}, "scoring")
-    found = Ledger(engine).look_up(composite(0), ["one", "two"], "scoring")
-    assert found == {"one": first, "two": second}
+    scores = Ledger(engine).look_up(composite(0), ["one", "two"], "scoring")
+    assert scores == {"one": first, "two": second}
     assert (rows(engine, "dem_score"), rows(engine, "dem_composite")) == (2, 1)
 
 
@@ -104,8 +104,8 @@ def test_gradients_come_back_bit_for_bit_beside_those_along_other_experts(engine
     Ledger(engine).record(composite(0), two, "scoring", gradients={"one": slopes}, differentiation="base")
     more = {"one": {"a": 0.0, "c": 2.0}, "two": {"a": 1.0}}
     Ledger(again).record(composite(0), {"one": score}, "scoring", gradients=more, differentiation="base")
-    found = Ledger(again).gradients(composite(0), ["one", "two", "three"], "base")
-    assert found == {"one": slopes | {"c": 2.0}, "two": {"a": 1.0}}, "what was measured first stands"
+    gradients = Ledger(again).gradients(composite(0), ["one", "two", "three"], "base")
+    assert gradients == {"one": slopes | {"c": 2.0}, "two": {"a": 1.0}}, "what was measured first stands"
     assert Ledger(again).gradients(composite(1), ["one"], "base") == {}
     assert Ledger(again).gradients(composite(0), ["one"], "another base") == {}
 
@@ -163,9 +163,9 @@ def test_scorings_do_not_mix(engine: Engine) -> None:
 def test_composites_come_once_each_in_the_order_of_their_first_score(engine: Engine) -> None:
     ledger, score = Ledger(engine), Score((1.0,), (1,))
     order = [composite(5), composite(0, terms=1), composite(2)]
-    for one in [*order, *reversed(order)]:
+    for point in [*order, *reversed(order)]:
         for corpus in ("one", "two"):
-            ledger.record(one, {corpus: score}, "scoring")
+            ledger.record(point, {corpus: score}, "scoring")
     assert ledger.composites("scoring") == order
 
 

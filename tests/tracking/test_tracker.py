@@ -114,7 +114,7 @@ def client(uri: str) -> Any:
 
 
 class Logged:
-    """What MLflow holds of a test's experiment."""
+    """Contents of a test's experiment in MLflow."""
 
     def __init__(self, client: Any, experiment: str) -> None:
         self.experiment = client.get_experiment_by_name(experiment)
@@ -151,7 +151,7 @@ def known_by_number(records: Sequence[TrialRecord]) -> Records:
 
 
 def run(tracker: SearchTracker, known: Sequence[TrialRecord], ended: Sequence[TrialRecord] = ()) -> None:
-    """What one run of a study tells its tracker."""
+    """Send a tracker the events of one run of a study."""
     tracker.reconcile(known_by_number(known))
     for record in ended:
         tracker.trial_ended(record)
@@ -207,7 +207,9 @@ def test_a_trial_is_logged_with_all_that_is_known_of_it(make: Make, logged: Call
         "window_nll.code": 0.5,
         "window_nll.math": 0.75,
     }
-    assert [(one.step, one.value) for one in client.get_metric_history(child.info.run_id, "window_nll.code")] == [
+    assert [
+        (metric.step, metric.value) for metric in client.get_metric_history(child.info.run_id, "window_nll.code")
+    ] == [
         (0, 0.5),
         (1, 0.5),
     ]
@@ -244,10 +246,10 @@ def test_a_trial_has_one_run_however_often_it_is_told(
     run(make(parameters={"seed": "1", "trials": "6"}), first, later)
     run(make(), first + later, later)
     run(make(), first + later + [trial(6)])
-    found = logged()
-    assert found.numbers == [0, 1, 2, 3, 4, 5, 6]
-    assert found.statuses == {"FINISHED", "FAILED"}
-    (parent,) = found.parents
+    snapshot = logged()
+    assert snapshot.numbers == [0, 1, 2, 3, 4, 5, 6]
+    assert snapshot.statuses == {"FINISHED", "FAILED"}
+    (parent,) = snapshot.parents
     assert parent.data.params == {"seed": "0", "trials": "6"}, "a parameter keeps its first value"
     assert warnings == []
 
@@ -268,8 +270,8 @@ def test_a_run_left_in_the_middle_is_finished(
     if reached == "metrics":
         client.log_batch(begun.info.run_id, [Metric("merge_seconds", 0.0, begun.info.start_time, 1)])
     run(make(), [trial(0), record])
-    found = logged()
-    assert found.numbers == [0, 1]
+    snapshot = logged()
+    assert snapshot.numbers == [0, 1]
     child = client.get_run(begun.info.run_id)
     assert child.info.status == ("FINISHED" if record.objective else "FAILED")
     assert child.data.params == {"w.code": "0.001", "w.math": "0.999"}
@@ -291,11 +293,11 @@ def test_a_second_run_of_a_trial_is_deleted(make: Make, logged: Callable[[], Log
 def test_an_outage_is_one_warning_and_the_next_run_logs_what_is_missing(
     make: Make, logged: Callable[[], Logged], warnings: list[str]
 ) -> None:
-    told = [trial(number) for number in range(5)]
-    run(make(), [], told[:2])
-    run(make(uri=CLOSED), told[:2], told[2:4])
+    records = [trial(number) for number in range(5)]
+    run(make(), [], records[:2])
+    run(make(uri=CLOSED), records[:2], records[2:4])
     assert len(warnings) == 1 and "127.0.0.1" in warnings[0]
-    run(make(), told[:4], told[4:])
+    run(make(), records[:4], records[4:])
     assert logged().numbers == [0, 1, 2, 3, 4]
     assert len(warnings) == 1
 
@@ -321,15 +323,15 @@ def test_a_full_queue_makes_nobody_wait_and_the_next_run_logs_the_rest(
     make: Make, logged: Callable[[], Logged], warnings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mlflow_tracker, "QUEUE", 3)
-    told, go_on = [trial(number) for number in range(6)], Event()
+    records, go_on = [trial(number) for number in range(6)], Event()
     tracker = make(on_pages=lambda *pages: go_on.wait() and None)
-    for record in told[:5]:
+    for record in records[:5]:
         tracker.trial_ended(record)
     go_on.set()
     tracker.close()
     assert logged().numbers == [0, 1, 2]
     assert len(warnings) == 1 and "the next run logs what is missing" in warnings[0]
-    run(make(), told[:5], told[5:])
+    run(make(), records[:5], records[5:])
     assert logged().numbers == [0, 1, 2, 3, 4, 5]
 
 
@@ -475,22 +477,22 @@ def test_a_dossier_can_be_told_again_and_baselines_have_one_run_each(
         )
         tracker.close()
     assert warnings == []
-    found = logged()
-    (parent,) = found.parents
+    snapshot = logged()
+    (parent,) = snapshot.parents
     note = parent.data.tags["mlflow.note.content"]
     assert note == "**second**\n\n[This search in Optuna Dashboard](http://127.0.0.1:1/dashboard/studies/1)"
     assert parent.data.tags["dem_opt.fingerprint"] == "second" and parent.data.metrics == metrics
     assert len(parent.inputs.dataset_inputs) == 4
-    paths = [one.path for one in client.list_artifacts(parent.info.run_id)]
+    paths = [artifact.path for artifact in client.list_artifacts(parent.info.run_id)]
     assert sorted(paths) == ["figures", "report.html"]
-    runs = client.search_runs([found.experiment.experiment_id], "tags.role = 'baseline'")
+    runs = client.search_runs([snapshot.experiment.experiment_id], "tags.role = 'baseline'")
     named = {run.data.tags["mlflow.runName"]: run for run in runs}
     assert len(runs) == 3 and named.keys() == {"base", "it's code alone", "winner without math"}
     base = named["base"].data
     assert base.tags["mlflow.parentRunId"] == parent.info.run_id and base.params == {}
     assert base.metrics["nll.code"] == 0.5 and base.metrics["held_out.objective_nll"] == 0.7
     assert named["winner without math"].data.params == {"w.code": "1.0", "w.math": "0.0"}
-    assert not found.children, "baselines are no trials"
+    assert not snapshot.children, "baselines are no trials"
 
 
 @pytest.mark.parametrize(("before", "after"), [(20, 40), (20, 20)], ids=["more trials", "as many"])
@@ -520,15 +522,15 @@ def test_the_search_shows_the_latest_winner_alone(
 
 
 def test_every_logged_trials_page_is_reported(make: Make, logged: Callable[[], Logged]) -> None:
-    told: list[tuple[str, dict[int, str], str]] = []
+    reports: list[tuple[str, dict[int, str], str]] = []
     run(make(), [trial(0)])
-    tracker = make(on_pages=lambda study, pages, page: told.append((study, dict(pages), page)))
+    tracker = make(on_pages=lambda study, pages, page: reports.append((study, dict(pages), page)))
     run(tracker, [trial(0), trial(1)], [trial(2)])
-    found = logged()
-    pages = {int(child.data.tags["dem_opt.trial"]): child.info.run_id for child in found.children}
-    (_, repaired, page), (study, latest, _) = told
+    snapshot = logged()
+    pages = {int(child.data.tags["dem_opt.trial"]): child.info.run_id for child in snapshot.children}
+    (_, repaired, page), (study, latest, _) = reports
     assert study.endswith("/simplex-gp#2")
-    assert page.endswith(f"/runs/{found.parents[0].info.run_id}") and page.startswith("http://127.0.0.1:")
+    assert page.endswith(f"/runs/{snapshot.parents[0].info.run_id}") and page.startswith("http://127.0.0.1:")
     assert {number: link.rpartition("/")[2] for number, link in (repaired | latest).items()} == pages
     assert repaired.keys() == {0, 1} and latest.keys() == {2}
 
@@ -541,8 +543,8 @@ def test_a_page_listener_that_fails_costs_one_warning_and_no_run(
 
     run(make(on_pages=fail), [trial(0)], [trial(1), trial(2)])
     assert logged().numbers == [0, 1, 2]
-    (told,) = warnings
-    assert "links to MLflow could not be written (OSError: database is locked)" in told
+    (warning,) = warnings
+    assert "links to MLflow could not be written (OSError: database is locked)" in warning
 
 
 def test_a_trial_links_to_optuna_dashboard(make: Make, logged: Callable[[], Logged]) -> None:

@@ -131,7 +131,7 @@ ASKED: dict[str, dict[str, object]] = {
 """A line of each format; with EOS or the template's full stop, the answer alone is learnt."""
 
 
-def asked(job: FineTuneJob, tmp_path: Path, form: str) -> FineTuneJob:
+def formatted(job: FineTuneJob, tmp_path: Path, form: str) -> FineTuneJob:
     """A job on data of a format, and a base with a chat template."""
     data, base = tmp_path / f"{form}.jsonl", tmp_path / "talking"
     data.write_text((json.dumps(ASKED[form]) + "\n") * 12, encoding="utf-8")
@@ -144,13 +144,13 @@ def asked(job: FineTuneJob, tmp_path: Path, form: str) -> FineTuneJob:
 @pytest.mark.parametrize("form", ASKED)
 def test_prompts_are_not_learnt(job: FineTuneJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     """Labels are the tokens of the answers, and -100 on all others."""
-    job, seen = asked(job, tmp_path, form), []
+    job, seen = formatted(job, tmp_path, form), []
     original = LlamaForCausalLM.forward
 
     @functools.wraps(original)
-    def watched(model: LlamaForCausalLM, *arguments: object, **given: object) -> object:
-        seen.append({name: given[name].clone() for name in ("input_ids", "labels", "position_ids")})
-        return original(model, *arguments, **given)
+    def watched(model: LlamaForCausalLM, *arguments: object, **inputs: object) -> object:
+        seen.append({name: inputs[name].clone() for name in ("input_ids", "labels", "position_ids")})
+        return original(model, *arguments, **inputs)
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", watched)
     made = fine_tune(job)
@@ -165,7 +165,7 @@ def test_prompts_are_not_learnt(job: FineTuneJob, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("form", ASKED)
 def test_another_format_column_or_template_is_another_job(job: FineTuneJob, tmp_path: Path, form: str) -> None:
-    job = asked(job, tmp_path, form)
+    job = formatted(job, tmp_path, form)
     fine_tune(job)
     columns = [{"path": job.train.path, "format": form, column: "other"} for column in job.train.columns]
     for data in [{"path": job.train.path}, {"path": job.train.path, "text": "other"}, *columns]:
