@@ -63,8 +63,8 @@ FIVE = Space(("code", "german", "math", "perl", "prose"))
 
 def test_the_best_is_shown_with_all_its_coefficients(capsys):
     watch([replace(a_trial(0, 3.0), coefficients=FIVE.centroid())], planned=10)
-    told = capsys.readouterr().out
-    assert all(f"{name} 0.20" in told for name in FIVE.names) and "..." not in told
+    output = capsys.readouterr().out
+    assert all(f"{name} 0.20" in output for name in FIVE.names) and "..." not in output
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
@@ -76,18 +76,18 @@ def test_a_search_that_goes_on_remembers_its_best(is_terminal):
         progress.search_continued(earlier, 10)
         assert is_terminal or "3 of 10 trials from earlier; best 2.0000" in console.file.getvalue()
         progress.trial_finished(a_trial(3, 2.5), 4, 10)
-    told = " ".join(console.file.getvalue().split())
-    assert "best 2.0000 nats per token" in told and "1 stopped early" in told
-    assert "best 2.5" not in told and "best 3" not in told
+    output = " ".join(console.file.getvalue().split())
+    assert "best 2.0000 nats per token" in output and "1 stopped early" in output
+    assert "best 2.5" not in output and "best 3" not in output
 
 
 def test_a_line_for_every_tenth_of_a_training(capsys):
     with Terminal().progress() as progress, progress.phase("code", 50, "steps") as phase:
         for step in range(1, 51):
             phase.advance(detail=f"training loss {4 - step / 50:.3f} nats per token")
-    told = capsys.readouterr().out.splitlines()
-    assert len(told) == 10
-    assert told[-1] == "code: 50 of 50 steps; training loss 3.000 nats per token"
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10
+    assert lines[-1] == "code: 50 of 50 steps; training loss 3.000 nats per token"
 
 
 def test_long_work_is_told_in_tenths_of_bytes_or_of_what_it_counts(capsys, monkeypatch):
@@ -107,9 +107,9 @@ def test_long_work_is_told_in_tenths_of_bytes_or_of_what_it_counts(capsys, monke
     with current_progress().phase("hashing unwatched", 2, "bytes") as phase:
         clock[0] += 10
         phase.advance()
-    told = capsys.readouterr().out.splitlines()
-    assert told[0] == "hashing base: 7.8 GB of 26.0 GB", "what is done within five seconds is not told"
-    assert told[-2:] == ["hashing base: 26.0 GB of 26.0 GB", "merging: 1 of 4 tensors"] and len(told) == 9
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "hashing base: 7.8 GB of 26.0 GB", "what is done within five seconds is not told"
+    assert lines[-2:] == ["hashing base: 26.0 GB of 26.0 GB", "merging: 1 of 4 tensors"] and len(lines) == 9
 
 
 def test_bars_of_long_work_show_and_go_when_it_is_done(monkeypatch):
@@ -147,19 +147,19 @@ def test_tables_fit_the_width_and_no_number_breaks_or_is_lost_without_a_word(cap
     monkeypatch.setenv("COLUMNS", str(width))
     summary = a_summary(**CASES[case])
     print_results(summary, Terminal())
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     prose = ("The winner: ", "Left out", "NLL in", "Top five", "Rival minus")
-    tables_alone = [line.rstrip() for line in told.splitlines() if not line.startswith(prose)]
+    tables_alone = [line.rstrip() for line in output.splitlines() if not line.startswith(prose)]
     assert max(map(len, tables_alone)) <= width
     for split in tables.SPLIT_NAMES:
         table = tables.final_table(summary, split)
-        part = told.partition(f"NLL in nats per token, {tables.SPLIT_NAMES[split]}")[2].partition("\n\n")[0]
+        part = output.partition(f"NLL in nats per token, {tables.SPLIT_NAMES[split]}")[2].partition("\n\n")[0]
         missing = part.partition("Left out, for want of room: ")[2]
         for column, header in enumerate(table.headers[1:], start=1):
             is_left_out = " ".join(header.split()) in missing.partition(". --json")[0].split(", ")
             assert is_left_out or all(f" {row[column]} " in part for row in table.rows), header
         assert column_of_objective(table) not in missing.split(", ")
-    assert all(row[3].splitlines()[-1] in told for row in tables.margin_table(summary).rows)
+    assert all(row[3].splitlines()[-1] in output for row in tables.margin_table(summary).rows)
 
 
 def column_of_objective(table):
@@ -178,10 +178,10 @@ def test_columns_that_do_not_fit_are_named(capsys, monkeypatch, width, shown):
     """Words of 3 characters, then numbers of 8: 1 + 5 + 10 for each number."""
     monkeypatch.setenv("COLUMNS", str(width))
     Terminal().table("title", ("w", *"bcd"), [("one", *["12345678"] * 3)], groups=((1,), (2,), (3,)))
-    told = capsys.readouterr().out
-    assert told.count("12345678") == len(shown) - 1
+    output = capsys.readouterr().out
+    assert output.count("12345678") == len(shown) - 1
     left_out = [name for name in "bcd" if name not in shown]
-    assert f"{', '.join(left_out)}." in told if left_out else "Left out" not in told
+    assert f"{', '.join(left_out)}." in output if left_out else "Left out" not in output
 
 
 def test_answers_for_programs_are_strict_json(capsys):
@@ -196,9 +196,9 @@ def test_the_pace_is_that_of_the_latest_trials_and_what_is_left_is_told(capsys, 
     clock = iter([2.0 * done for done in range(20)] + [38 + 6.0 * later for later in range(1, 41)])
     monkeypatch.setattr(console_progress, "monotonic", lambda: next(clock))
     watch([a_trial(number, 3.0 + number) for number in range(60)], planned=100)
-    told = {line.split(" of ")[0].split()[-1]: line for line in capsys.readouterr().out.splitlines()}
-    assert told["20"].endswith("30 trials a minute, 3 min left at most")
-    assert told["60"].endswith("10 trials a minute, 4 min left at most")
+    lines = {line.split(" of ")[0].split()[-1]: line for line in capsys.readouterr().out.splitlines()}
+    assert lines["20"].endswith("30 trials a minute, 3 min left at most")
+    assert lines["60"].endswith("10 trials a minute, 4 min left at most")
 
 
 def test_quiet_says_nothing_but_answers(capsys):
@@ -210,8 +210,8 @@ def test_quiet_says_nothing_but_answers(capsys):
     terminal.table("title", ("a", "b"), [("1", "2")])
     terminal.json({"answer": 1})
     terminal.error("a mistake")
-    told = capsys.readouterr()
-    assert json.loads(told.out) == {"answer": 1} and told.err == "a mistake\n"
+    output = capsys.readouterr()
+    assert json.loads(output.out) == {"answer": 1} and output.err == "a mistake\n"
 
 
 def test_work_without_a_total_is_a_line_where_there_is_no_terminal(capsys):

@@ -67,8 +67,8 @@ def other_vocabulary(world: Path) -> None:
     path = world / "models/math/tokenizer.json"
     content = json.loads(path.read_text())
     vocabulary = content["model"]["vocab"]
-    one, other = list(vocabulary)[-2:]
-    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    token, other = list(vocabulary)[-2:]
+    vocabulary[token], vocabulary[other] = vocabulary[other], vocabulary[token]
     path.write_text(json.dumps(content))
     tensors = load_file(weights_of(world, "math"))
     tensors["model.embed_tokens.weight"] = torch.zeros(321, 16)
@@ -112,9 +112,9 @@ def test_a_mistake_is_one_line_and_leaves_nothing(world, capsys, untracked, mist
     spoil(world)
     before = sorted(world.rglob("*"))
     assert main(["run", str(world / "study.yaml")]) == 2
-    told = capsys.readouterr()
-    assert told.err.startswith("dem-opt: ") and told.err.count("\n") == 1
-    assert field in told.err and said in told.err
+    output = capsys.readouterr()
+    assert output.err.startswith("dem-opt: ") and output.err.count("\n") == 1
+    assert field in output.err and said in output.err
     assert sorted(world.rglob("*")) == before, "nothing half-written"
 
 
@@ -140,9 +140,9 @@ MISTYPED = {
 @pytest.mark.parametrize("typed", MISTYPED)
 def test_a_mistyped_command_is_one_line_with_the_nearest(capsys, typed):
     assert main(typed.split()) == 2
-    told = capsys.readouterr()
-    assert told.out == "" and told.err.startswith("dem-opt: ") and told.err.count("\n") == 1
-    assert MISTYPED[typed] in told.err
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.startswith("dem-opt: ") and output.err.count("\n") == 1
+    assert MISTYPED[typed] in output.err
 
 
 @pytest.mark.parametrize("typed", ["--help", "--version", "run --help", "score -h"])
@@ -162,9 +162,9 @@ def test_a_check_tells_a_mistake_in_one_line(world, capsys, mistake):
     spoil(world)
     before = sorted(world.rglob("*"))
     assert main(["check", str(world / "study.yaml")]) == 2
-    told = capsys.readouterr()
-    assert told.err.startswith("dem-opt: ") and told.err.count("\n") == 1
-    assert field in told.err and said in told.err
+    output = capsys.readouterr()
+    assert output.err.startswith("dem-opt: ") and output.err.count("\n") == 1
+    assert field in output.err and said in output.err
     assert sorted(world.rglob("*")) == before
 
 
@@ -211,22 +211,22 @@ def test_a_change_of_scoring_under_a_study_is_refused(world, capsys, untracked, 
 def test_run_score_and_report_say_what_they_found(world, capsys, untracked, ray_session):
     study = str(world / "study.yaml")
     assert main(["run", study, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    labels = [result["label"] for result in found["results"]]
+    summary = json.loads(capsys.readouterr().out)
+    labels = [result["label"] for result in summary["results"]]
     assert labels == ["base", "code", "math", "prose", "uniform", "best of random"]
-    assert found["trials"] == {"random": 2} and len(found["margins"]) == 10
+    assert summary["trials"] == {"random": 2} and len(summary["margins"]) == 10
     assert main(["score", study, "--coefficients", "code=1", "--json"]) == 0
     score = json.loads(capsys.readouterr().out)
-    assert score["search"] == found["results"][1]["scores"]["search"]
+    assert score["search"] == summary["results"][1]["scores"]["search"]
     assert main(["report", study]) == 0
     assert (world / "runs/tiny/report.html").stat().st_size > 100_000
     capsys.readouterr()
     assert main(["report", study, "--quiet", "--json", "--figures", str(world / "figures")]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["report"] == str(world / "runs/tiny/report.html")
-    drawn = {Path(path).name for path in told["figures"]}
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["report"] == str(world / "runs/tiny/report.html")
+    drawn = {Path(path).name for path in answer["figures"]}
     assert {"coefficients.svg", "worth.png", "vectors.svg", "price.png", "simplex.svg"} <= drawn
-    assert all(Path(path).stat().st_size > 1000 for path in told["figures"])
+    assert all(Path(path).stat().st_size > 1000 for path in answer["figures"])
     assert main(["report", study, "--quiet"]) == 0
     assert capsys.readouterr().out == ""
     capsys.readouterr()
@@ -245,26 +245,26 @@ def in_process(monkeypatch):
 def test_merge_and_export_tell_programs_what_they_wrote(world, capsys, untracked, in_process):
     study, out = str(world / "study.yaml"), str(world / "out")
     assert main(["merge", study, "--coefficients", "code=0.25,math=0.75", "--out", out, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["coefficients"] == {"code": 0.25, "math": 0.75, "prose": 0.0}
-    assert told["path"] == out and told["content"] == content_hash(Path(out)) and told["scores"] == {}
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["coefficients"] == {"code": 0.25, "math": 0.75, "prose": 0.0}
+    assert answer["path"] == out and answer["content"] == content_hash(Path(out)) and answer["scores"] == {}
     assert main(["run", study, "--json"]) == 0
     winner = json.loads(capsys.readouterr().out)["results"][-1]
     for dtype, options in ((None, []), ("bfloat16", ["--dtype", "bfloat16"])):
         assert main(["export", study, "--out", out, "--json", *options]) == 0
-        told = json.loads(capsys.readouterr().out)
-        assert told["coefficients"] == winner["coefficients"] and told["dtype"] == dtype
-        assert told["content"] == content_hash(Path(out)) and told["version"] is None
-        assert (told["scores"] == winner["scores"]) == (dtype is None)
-        assert told["objective"] == pytest.approx(winner["objective"], rel=1e-3)
+        answer = json.loads(capsys.readouterr().out)
+        assert answer["coefficients"] == winner["coefficients"] and answer["dtype"] == dtype
+        assert answer["content"] == content_hash(Path(out)) and answer["version"] is None
+        assert (answer["scores"] == winner["scores"]) == (dtype is None)
+        assert answer["objective"] == pytest.approx(winner["objective"], rel=1e-3)
 
 
 def test_an_export_in_another_dtype_says_what_it_costs(world, capsys, untracked, in_process):
     study, out = str(world / "study.yaml"), world / "out"
     assert main(["run", study]) == 0
     assert main(["export", study, "--out", str(out), "--dtype", "float16"]) == 0
-    told = capsys.readouterr().out
-    assert sum("in float16" in line and "nats per token" in line for line in told.splitlines()) == 2
+    output = capsys.readouterr().out
+    assert sum("in float16" in line and "nats per token" in line for line in output.splitlines()) == 2
     assert "| exported in float16 |" in (out / "README.md").read_text()
 
 
@@ -272,22 +272,22 @@ def test_compare_tells_and_writes_what_searches_found_for_what_they_spent(world,
     study, out = str(world / "study.yaml"), world / "runs/tiny"
     edit(world, search__divisions=3)
     assert main(["compare", study, "--algorithms", "grid, random,tpe", "--seeds", "2"]) == 0
-    told = capsys.readouterr().out
-    lines = told[told.index("NLL in nats per token") :].splitlines()
+    output = capsys.readouterr().out
+    lines = output[output.index("NLL in nats per token") :].splitlines()
     tables = [line for line in lines if not line.startswith(("Written", "Chosen on", "Coefficients of"))]
     assert max(len(line.rstrip()) for line in tables) <= 100
-    assert "Top five by the search split" in told and "Regret in nats per token" in told
-    assert str(out / "comparison.html") in told and str(out / "comparison.json") in told
+    assert "Top five by the search split" in output and "Regret in nats per token" in output
+    assert str(out / "comparison.html") in output and str(out / "comparison.json") in output
     data = json.loads((out / "comparison.json").read_text())
     runs = {row["algorithm"]: [run["name"] for run in row["runs"]] for row in data["rows"]}
     assert runs == {"grid": ["grid"], "random": ["random", "random@1"], "tpe": ["tpe", "tpe@1"]}
     page = (out / "comparison.html").read_text()
     assert "all 10 planned trials" in page and "all 2 planned trials" in page
     assert main(["compare", study, "--algorithms", "grid", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["comparison"] == data == json.loads((out / "comparison.json").read_text())
-    assert told["trials"] == {"grid": 10, "random": 2, "random@1": 2, "tpe": 2, "tpe@1": 2}
-    assert told["stop_reasons"]["tpe@1"] == "all 2 planned trials" and len(told["top"]) == 5
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["comparison"] == data == json.loads((out / "comparison.json").read_text())
+    assert answer["trials"] == {"grid": 10, "random": 2, "random@1": 2, "tpe": 2, "tpe@1": 2}
+    assert answer["stop_reasons"]["tpe@1"] == "all 2 planned trials" and len(answer["top"]) == 5
     assert main(["report", study]) == 0
     assert 'id="comparison"' in (out / "report.html").read_text()
 
@@ -301,15 +301,15 @@ def test_another_weighting_is_told_and_nothing_is_written(world, capsys, untrack
         patch.setattr(Study, "compare", lambda *_: pytest.fail("something ran"))
         capsys.readouterr()
         assert main(["compare", study, "--reweight", "prose=2", "--json"]) == 0
-        found = json.loads(capsys.readouterr().out)
+        answer = json.loads(capsys.readouterr().out)
         assert main(["compare", study, "--reweight", "prose=2"]) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert sorted(world.rglob("*")) == before
-    assert found["weights"] == {"code": 0.0, "math": 0.0, "prose": 2.0} and found["winner"] == "best of the ledger"
-    best = found["results"][-1]
+    assert answer["weights"] == {"code": 0.0, "math": 0.0, "prose": 2.0} and answer["winner"] == "best of the ledger"
+    best = answer["results"][-1]
     assert best["objective"]["search"] == best["scores"]["search"]["prose"]["nll"]
-    assert "code 0, math 0, prose 2; nothing was measured" in told and "best of the ledger" in told
-    assert ("held_out" not in best["objective"]) == ("dem-opt score" in told)
+    assert "code 0, math 0, prose 2; nothing was measured" in output and "best of the ledger" in output
+    assert ("held_out" not in best["objective"]) == ("dem-opt score" in output)
 
 
 @pytest.mark.parametrize(
@@ -329,8 +329,8 @@ def test_another_weighting_is_told_and_nothing_is_written(world, capsys, untrack
 def test_a_comparison_that_is_none_is_refused_in_one_line(world, capsys, untracked, in_process, options, said):
     before = sorted(world.rglob("*"))
     assert main(["compare", str(world / "study.yaml"), *options]) == 2
-    told = capsys.readouterr()
-    assert said in told.err and told.err.count("\n") == 1 and not told.out
+    output = capsys.readouterr()
+    assert said in output.err and output.err.count("\n") == 1 and not output.out
     assert sorted(world.rglob("*")) == before
 
 

@@ -86,14 +86,14 @@ def test_show_loads_no_torch_and_reads_no_checkpoint(study):
 def test_a_score_stands_beside_base_uniform_and_winner(study, capsys):
     results = answer(capsys, "run", study)
     known = {row["label"]: row["objective"] for row in results["results"]}
-    found = answer(capsys, "score", study, "--coefficients", "math=1")
-    assert found["objective"] == known["math"]
-    assert {row["label"]: row["objective"] for row in found["beside"]} == {
+    score = answer(capsys, "score", study, "--coefficients", "math=1")
+    assert score["objective"] == known["math"]
+    assert {row["label"]: row["objective"] for row in score["beside"]} == {
         label: known[label] for label in ("base", "uniform", "best of random")
     }
     assert main(["score", str(study), "--coefficients", "code=.5,math=.5"]) == 0
-    told = capsys.readouterr().out
-    assert all(f"{known[label]['held_out']:.4f}" in told for label in ("base", "uniform", "best of random"))
+    output = capsys.readouterr().out
+    assert all(f"{known[label]['held_out']:.4f}" in output for label in ("base", "uniform", "best of random"))
 
 
 def test_a_score_of_a_study_that_was_never_run_stands_alone(tmp_path, monkeypatch, capsys):
@@ -117,8 +117,8 @@ def test_show_of_what_was_not_run_is_one_line(study, capsys, changed):
     study.write_text(yaml.safe_dump(content))
     capsys.readouterr()
     assert main(["show", str(study)]) == 2
-    told = capsys.readouterr()
-    assert told.out == "" and told.err.count("\n") == 1 and "dem-opt run" in told.err
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.count("\n") == 1 and "dem-opt run" in output.err
 
 
 def test_reset_removes_trials_and_keeps_what_was_measured(study, capsys, monkeypatch):

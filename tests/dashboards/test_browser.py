@@ -1,4 +1,4 @@
-"""What people see, in a real browser: both dashboards on a finished and on a running study, and the report offline.
+"""Pages in a real browser: both dashboards on a finished and on a running study, and the report offline.
 
 `make browser` runs it; it is skipped where there is no Chromium or no Playwright.  Screenshots are kept in the folder
 that SCREENSHOTS names, build/screenshots unless it is given.
@@ -72,7 +72,7 @@ OVERLAPS = """() => [...document.querySelectorAll('.js-plotly-plot')].flatMap(pl
 def browser() -> Iterator[Any]:
     """A headless Chromium of the system's."""
     playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: make browser")
-    path = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    path = next((program for name in BROWSERS if (program := shutil.which(name))), None)
     if path is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium")
     with playwright.sync_playwright() as running:
@@ -111,11 +111,11 @@ class Visit:
         context = browser.new_context(
             viewport={"width": width, "height": height}, color_scheme=scheme, offline=offline, reduced_motion="reduce"
         )
-        self.page, self.errors, self.asked = context.new_page(), [], []
+        self.page, self.errors, self.requests = context.new_page(), [], []
         self.page.set_default_timeout(PATIENCE)
         self.page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.on("request", lambda request: self.requests.append(request.url))
 
     def keep(self, name: str, whole: bool = False) -> None:
         """A screenshot, to be looked at."""
@@ -136,8 +136,8 @@ def visit(browser: Any) -> Iterator[Any]:
         return opened[-1]
 
     yield open_page
-    for one in opened:
-        one.close()
+    for view in opened:
+        view.close()
 
 
 def study_pages(address: str) -> str:
@@ -204,8 +204,8 @@ def test_mlflow_shows_parent_children_and_champion(dashboards: tuple[Path, serve
 
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
 def test_a_running_study_is_seen(tmp_path: Path, visit: Any, request: pytest.FixtureRequest, database: str) -> None:
-    given = {} if database == "sqlite" else {"storage": request.getfixturevalue("postgres_url")}
-    path = worlds.study(tmp_path, NAMES, search={"algorithm": "simplex-gp", "trials": 200}, **given)
+    sections = {} if database == "sqlite" else {"storage": request.getfixturevalue("postgres_url")}
+    path = worlds.study(tmp_path, NAMES, search={"algorithm": "simplex-gp", "trials": 200}, **sections)
     with subprocess.Popen(
         command("run", str(path)), env={**os.environ, "PAUSE": "0.2"}, stdout=subprocess.PIPE, text=True
     ) as running:
@@ -278,7 +278,7 @@ def see_report(seen: Visit, page: Path, shot: str, wanted: list[str] | None = No
     for name, has_size, marks in seen.page.evaluate(DRAWN, ids):
         assert has_size and marks, name
     seen.keep(shot, whole=True)
-    assert [url for url in seen.asked if not url.startswith(("file:", "data:", "blob:"))] == []
+    assert [url for url in seen.requests if not url.startswith(("file:", "data:", "blob:"))] == []
     assert seen.errors == []
     assert seen.page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
     assert seen.page.evaluate(OVERLAPS) == []

@@ -26,7 +26,7 @@ cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 class Page(HTMLParser):
-    """What a browser would see: elements, their attributes, and text by element."""
+    """A page as a browser sees it: elements, their attributes, and text by element."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -276,8 +276,8 @@ def test_the_heat_map_shows_the_change_against_the_base() -> None:
 def test_while_a_study_runs_heat_maps_show_the_search_split_and_none_is_blank() -> None:
     """Before the end only the search split is scored, and nothing without a distribution."""
     whole = a_summary(("code", "math", "prose"))
-    known = tuple(replace(one, scores={"search": one.scores["search"]}) for one in whole.results)
-    running = replace(whole, results=known, left_out=tuple(replace(one, scores={}) for one in whole.left_out))
+    known = tuple(replace(row, scores={"search": row.scores["search"]}) for row in whole.results)
+    running = replace(whole, results=known, left_out=tuple(replace(row, scores={}) for row in whole.left_out))
     drawn = figures.all_figures(running)
     assert whole.left_out and "worth" in figures.all_figures(whole) and "worth" not in drawn
     for name in ("change", "price"):

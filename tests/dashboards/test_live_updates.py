@@ -108,19 +108,19 @@ def test_a_drawing_that_fails_is_told_once_and_stops_nothing(tmp_path: Path) -> 
     watching = RecordedProgress()
     with LiveUpdates(f"sqlite:///{tmp_path}/none.db", watching, fail) as board:
         run(board, 100)
-    (told,) = watching.warnings
-    assert "OSError: the disk is" in told and "\n" not in told and watching.done == list(range(1, 101))
+    (warning,) = watching.warnings
+    assert "OSError: the disk is" in warning and "\n" not in warning and watching.done == list(range(1, 101))
 
 
 def test_before_there_is_anything_to_draw_the_next_trial_tries_again(tmp_path: Path) -> None:
-    asked = []
+    calls = []
 
     def show(pages: Mapping[str, str]) -> None:
-        asked.append(1)
-        if len(asked) < 3:
+        calls.append(1)
+        if len(calls) < 3:
             raise InputError("study", None, None, "nothing is measured yet")
 
     watching = RecordedProgress()
     with LiveUpdates(f"sqlite:///{tmp_path}/none.db", watching, show) as board:
         run(board, 100)
-    assert watching.warnings == [] and len(asked) == 2 + len(SHARES)
+    assert watching.warnings == [] and len(calls) == 2 + len(SHARES)

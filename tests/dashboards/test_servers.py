@@ -81,14 +81,14 @@ def tracking(tmp_path: Path) -> tuple[str, str]:
 
 def processes_marked(mark: str) -> list[str]:
     """Command lines of the living processes whose environment holds `mark`."""
-    found = []
+    commands = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if mark.encode() in (folder / "environ").read_bytes():
-                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+                commands.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
         except OSError:
             continue
-    return found
+    return commands
 
 
 def get(address: str) -> bytes:
@@ -195,7 +195,7 @@ def no_database(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @needs_proc
 @pytest.mark.parametrize(
-    ("harm", "told"),
+    ("harm", "message"),
     [
         (no_program, "optuna-dashboard: is missing; install it"),
         (no_patience, "did not answer within 0 seconds"),
@@ -204,11 +204,11 @@ def no_database(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_start_says_why_and_leaves_nothing(
-    harm: Harm, told: str, storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    harm: Harm, message: str, storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DEM_OPT_TEST_MARK", str(tmp_path))
     harm(monkeypatch, tmp_path)
-    with pytest.raises(InputError, match=told), servers.running(storage, "http://127.0.0.1:1/"):
+    with pytest.raises(InputError, match=message), servers.running(storage, "http://127.0.0.1:1/"):
         pass
     assert processes_marked(f"DEM_OPT_TEST_MARK={tmp_path}") == []
 
@@ -227,6 +227,6 @@ def test_mlflows_file_is_made_once_however_many_make_it(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "mlflow.db"
     code = f"from dem_opt.tracking.mlflow_client import make_database; make_database('sqlite:///{path}')"
     makers = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(3)]
-    told = [maker.communicate()[1] for maker in makers]
-    assert [maker.returncode for maker in makers] == [0, 0, 0], told
-    assert [one.name for one in path.parent.iterdir()] == ["mlflow.db"]
+    errors = [maker.communicate()[1] for maker in makers]
+    assert [maker.returncode for maker in makers] == [0, 0, 0], errors
+    assert [file.name for file in path.parent.iterdir()] == ["mlflow.db"]

@@ -103,7 +103,7 @@ def test_every_trial_is_counted_once_with_its_cost(case: dict[str, object]) -> N
     for run, _, _, scored, partial, failed, forwards, measuring, proposing in trials.rows:
         records = summary.trials[run]
         known = [record for record in records if record.objective is not None]
-        assert (int(partial), int(failed)) == (sum(one.is_partial for one in known), len(records) - len(known))
+        assert (int(partial), int(failed)) == (sum(record.is_partial for record in known), len(records) - len(known))
         assert int(scored) + int(partial) + int(failed) == len(records)
         assert forwards == f"{sum(record.forwards for record in records):,.1f}" == parts[run][1]
         assert [seconds(measuring), seconds(proposing)] == rounded(0.3 * len(known), 0.05 * len(known))
@@ -224,10 +224,10 @@ def test_the_top_says_its_gap_and_what_is_not_known() -> None:
     ],
 )
 def test_losses_are_said_as_plainly_as_wins(search: Ends, held_out: Ends, verdict: str) -> None:
-    found = {"search": search, "held_out": held_out}
+    ends = {"search": search, "held_out": held_out}
     margins = tuple(
         Margin(rival="rival", split=split, mean=(low + high) / 2, low=low, high=high)
-        for split, (low, high) in found.items()
+        for split, (low, high) in ends.items()
     )
     table = tables.margin_table(Summary(study="s", weights={}, results=(), margins=margins, trials={}, facts={}))
     assert [row[-1] for row in table.rows] == [verdict]

@@ -142,6 +142,8 @@ def test_ranks_add_up_and_the_nearest_of_the_full_rank_is_the_product():
     assert factors.rank == 5
     torch.testing.assert_close(product, expected)
     for rank in (1, 4, 5):
-        one, other = truncated(factors, rank), nearest(product, rank)
-        torch.testing.assert_close(one.up_OR @ one.down_RI, other.up_OR @ other.down_RI, rtol=1e-4, atol=1e-5)
-        assert one.rank == other.rank == rank
+        truncation, projection = truncated(factors, rank), nearest(product, rank)
+        torch.testing.assert_close(
+            truncation.up_OR @ truncation.down_RI, projection.up_OR @ projection.down_RI, rtol=1e-4, atol=1e-5
+        )
+        assert truncation.rank == projection.rank == rank

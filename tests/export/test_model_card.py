@@ -20,8 +20,8 @@ def ingredients(folder, units=UNITS, licences=()):
     for name, count in units.items():
         (folder / name).mkdir(parents=True)
         made.append(Ingredient(name, StoredModel(folder / name, f"{name}-content"), count))
-    for one, stated in zip(made, licences, strict=False):
-        (one.path / "README.md").write_text(f"---\nlicense: {stated}\ntags: [x]\n---\n# A model\n")
+    for ingredient, stated in zip(made, licences, strict=False):
+        (ingredient.path / "README.md").write_text(f"---\nlicense: {stated}\ntags: [x]\n---\n# A model\n")
     return made
 
 
@@ -81,7 +81,7 @@ def test_a_card_without_scores_says_none(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("licences", "told"),
+    ("licences", "expected"),
     [
         (("mit", "mit", "mit"), "mit"),
         (("mit", "mit", "apache-2.0"), None),
@@ -90,17 +90,17 @@ def test_a_card_without_scores_says_none(tmp_path):
         (("[" * 5000, "mit", "mit"), None),
     ],
 )
-def test_a_licence_is_told_where_all_that_went_in_state_the_same(tmp_path, licences, told):
+def test_a_licence_is_told_where_all_that_went_in_state_the_same(tmp_path, licences, expected):
     made = ingredients(tmp_path, licences=licences)
     card = model_card("study", made, {})
-    assert front(card).get("license") == told
+    assert front(card).get("license") == expected
     assert front(card)["base_model"] == ["base", "code", "math"]
 
 
 def test_what_did_not_go_in_is_no_base_model_and_its_licence_does_not_count(tmp_path):
     made = ingredients(tmp_path, UNITS | {"math": 0}, ("mit", "mit", "other"))
-    told = front(model_card("study", made, {}))
-    assert told["license"] == "mit" and told["base_model"] == ["base", "code"]
+    metadata = front(model_card("study", made, {}))
+    assert metadata["license"] == "mit" and metadata["base_model"] == ["base", "code"]
 
 
 def test_a_folder_in_a_hubs_cache_has_the_hubs_name(tmp_path):
@@ -119,7 +119,9 @@ def test_a_licence_file_is_pointed_at(tmp_path):
 
 def test_what_users_write_shows_as_it_is_in_a_card(tmp_path):
     label = "a|b <script>alert(1)</script> [x](http://y) `z`\n# not a title"
-    made = [Ingredient(label, StoredModel(one.path, label), one.units) for one in ingredients(tmp_path)]
+    made = [
+        Ingredient(label, StoredModel(ingredient.path, label), ingredient.units) for ingredient in ingredients(tmp_path)
+    ]
     (made[0].path / "README.md").write_text("---\nlicense: '<script>'\n---\n")
     card = model_card(
         label, made, {}, results=[result(label, 1.0)], margins=[Margin(rival=label, split=label, mean=1, low=0, high=2)]
@@ -152,13 +154,13 @@ def test_a_resolved_study_has_defaults_and_no_passwords(tmp_path, monkeypatch):
     outside = tmp_path / "home/models/base"
     study = tmp_path / "home/study/study.yaml"
     study.parent.mkdir(parents=True)
-    one = {"checkpoint": "models/code", "validation": "data/code.jsonl"}
+    distribution = {"checkpoint": "models/code", "validation": "data/code.jsonl"}
     study.write_text(
-        yaml.safe_dump({"name": "s", "base": str(outside), "distributions": {"code": one}, "storage": uri})
+        yaml.safe_dump({"name": "s", "base": str(outside), "distributions": {"code": distribution}, "storage": uri})
     )
     text = resolved(load(study), study.parent)
-    told = yaml.safe_load(text)
+    content = yaml.safe_load(text)
     assert "secret" not in text and str(tmp_path) not in text
-    assert told["storage"] == "postgresql+psycopg://me:***@host/db"
-    assert told["base"] == "~/models/base" and told["distributions"]["code"] == one
-    assert told["tracking"]["uri"] == "sqlite:///runs/s/mlflow.db" and told["search"]["trials"] == 40
+    assert content["storage"] == "postgresql+psycopg://me:***@host/db"
+    assert content["base"] == "~/models/base" and content["distributions"]["code"] == distribution
+    assert content["tracking"]["uri"] == "sqlite:///runs/s/mlflow.db" and content["search"]["trials"] == 40

@@ -97,7 +97,7 @@ def test_an_export_loads_as_the_composite_that_was_scored(stored, tmp_path, monk
 def test_an_export_keeps_the_bases_dtypes_and_names_once(stored, tmp_path):
     write(stored, tmp_path / "out")
     headers = [read_header(folder, "base") for folder in (stored[0].path, tmp_path / "out")]
-    forms = [{name: (one.shape, one.dtype) for name, one in header.tensors.items()} for header in headers]
+    forms = [{name: (tensor.shape, tensor.dtype) for name, tensor in header.tensors.items()} for header in headers]
     assert forms[0] == forms[1]
 
 
@@ -154,8 +154,8 @@ def test_the_config_names_the_dtype_under_its_own_key(fresh, tmp_path, key):
     del config["dtype"]
     file.write_text(json.dumps(config | ({key: "float32"} if key else {})))
     write(fresh, tmp_path / "out", dtype="bfloat16")
-    told = json.loads((tmp_path / "out/config.json").read_text())
-    assert told == config | {key or "dtype": "bfloat16"}
+    exported = json.loads((tmp_path / "out/config.json").read_text())
+    assert exported == config | {key or "dtype": "bfloat16"}
 
 
 def test_an_unknown_dtype_and_one_that_is_too_small_are_refused(fresh, tmp_path):
@@ -178,7 +178,7 @@ def test_the_same_composite_is_written_with_the_same_bytes(fresh, tmp_path, dtyp
 
 
 def test_a_write_that_fails_in_the_middle_is_told_and_leaves_nothing(fresh, tmp_path, monkeypatch):
-    """What safetensors raises on a full disk is no OSError."""
+    """On a full disk, safetensors raises no OSError."""
 
     def full(tensors, file, metadata):
         Path(file).write_bytes(b"half")
