@@ -53,8 +53,8 @@ def test_a_check_uses_what_the_ledger_has_measured(world):
     scores = {key: Score((1.0,), (1,)) for key in identity.keys(SEARCH)}
     ledger.record(Composite.single(identity.base), scores, identity.scoring, 100, 50.0)
     engine.dispose()
-    found = check(config, "study.yaml")
-    assert found.speed.token_seconds == 0.5 and found.seconds == 0.5 * found.plan.work.tokens
+    report = check(config, "study.yaml")
+    assert report.speed.token_seconds == 0.5 and report.seconds == 0.5 * report.plan.work.tokens
 
 
 @pytest.mark.parametrize(
@@ -70,10 +70,10 @@ def test_a_check_uses_what_the_ledger_has_measured(world):
 def test_a_distribution_that_the_weights_leave_out_is_told_by_check_and_run(tmp_path, weights, left_out):
     path = worlds.study(tmp_path, **({"objective": {"weights": weights}} if weights else {}))
     config = load(path)
-    told = [warning for warning in check(config, path).warnings if "objective.weights" in warning]
-    assert told == [warning for warning in load_inputs(config, path).warnings() if "objective.weights" in warning]
-    assert len(told) == bool(left_out) and all(name in told[0] for name in left_out)
-    assert not told or not any(name in told[0].partition(":")[0] for name in weights)
+    warnings = [warning for warning in check(config, path).warnings if "objective.weights" in warning]
+    assert warnings == [warning for warning in load_inputs(config, path).warnings() if "objective.weights" in warning]
+    assert len(warnings) == bool(left_out) and all(name in warnings[0] for name in left_out)
+    assert not warnings or not any(name in warnings[0].partition(":")[0] for name in weights)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def finished(tmp_path_factory) -> Path:
     return path
 
 
-def asked(finished: Path, **sections) -> Path:
+def with_sections(finished: Path, **sections) -> Path:
     """The same study with other sections in its study file."""
     content = yaml.safe_load(finished.read_text())
     path = finished.with_name("other.yaml")
@@ -93,8 +93,8 @@ def asked(finished: Path, **sections) -> Path:
 
 
 def test_nothing_is_left_of_a_finished_study(finished, capsys):
-    found = check(load(finished), finished)
-    assert found.left is not None and found.left.trials == 0 and found.left.work.tokens == 0 == found.left_seconds
+    report = check(load(finished), finished)
+    assert report.left is not None and report.left.trials == 0 and report.left.work.tokens == 0 == report.left_seconds
     assert main(["check", str(finished)]) == 0
     assert "3 of 3 trials are done. Nothing is left to score" in capsys.readouterr().out
     assert main(["check", str(finished), "--json"]) == 0
@@ -103,7 +103,7 @@ def test_nothing_is_left_of_a_finished_study(finished, capsys):
 
 def test_what_more_trials_need_is_left(finished):
     """Seven more trials; of the table the winner and it without each of three distributions may be new."""
-    path = asked(finished, search={"algorithm": "random", "trials": 10})
+    path = with_sections(finished, search={"algorithm": "random", "trials": 10})
     left = check(load(path), path).left
     assert left is not None and (left.trials, left.planned) == (7, 10)
     assert (left.work.composites, left.work.reported) == (7 + 3, 1 + 3)
@@ -120,12 +120,12 @@ def test_what_more_trials_need_is_left(finished):
     ],
 )
 def test_a_study_that_asks_for_something_else_is_planned_whole(finished, sections):
-    path = asked(finished, **sections)
+    path = with_sections(finished, **sections)
     assert check(load(path), path).left is None
 
 
 def test_an_algorithm_that_was_not_begun_has_its_trials_left(finished):
-    path = asked(finished, search={"algorithm": "tpe", "trials": 5})
+    path = with_sections(finished, search={"algorithm": "tpe", "trials": 5})
     left = check(load(path), path).left
     assert left is not None and (left.trials, left.planned) == (5, 5)
 
@@ -146,16 +146,16 @@ def test_a_comparison_is_told_before_and_a_large_grid_is_refused(tmp_path, searc
     path = worlds.study(tmp_path, search={"trials": 40} | search)
     points = (search["divisions"] + 2) * (search["divisions"] + 1) // 2
     before = listing(tmp_path)
-    told = check(load(path), path).comparison
-    assert f"{points:,}" in told and ("refused" in told) == refused
+    comparison = check(load(path), path).comparison
+    assert f"{points:,}" in comparison and ("refused" in comparison) == refused
     if refused:
         with pytest.raises(InputError, match=r"search\.grid_limit"):
             comparison_plan(load(path), path, ["grid", "random"], 1)
         with pytest.raises(InputError, match=r"search\.grid_limit"):
             open_study(path).compare(["grid", "random"])
     else:
-        told = comparison_plan(load(path), path, ["grid", "random"], 2)
-        assert f"{points + 80:,} passes" in told and f"grid {points:,}, random 80" in told
+        comparison = comparison_plan(load(path), path, ["grid", "random"], 2)
+        assert f"{points + 80:,} passes" in comparison and f"grid {points:,}, random 80" in comparison
     assert listing(tmp_path) == before
 
 
@@ -168,12 +168,12 @@ def test_a_check_writes_nothing(world, capsys, was_run):
     before = listing(world)
     assert main(["check", str(world / "study.yaml")]) == 0
     assert listing(world) == before
-    told = capsys.readouterr().out
-    assert "fit together" in told and len(told.splitlines()) <= 50
+    output = capsys.readouterr().out
+    assert "fit together" in output and len(output.splitlines()) <= 50
     assert main(["check", str(world / "study.yaml"), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["plan"]["memory"]["peak"] > found["plan"]["memory"]["stored"] > 0 and len(found["checkpoints"]) == 4
-    assert "merge kernel" in found["kernel"] and found["kernel"][1:] in told
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["plan"]["memory"]["peak"] > answer["plan"]["memory"]["stored"] > 0 and len(answer["checkpoints"]) == 4
+    assert "merge kernel" in answer["kernel"] and answer["kernel"][1:] in output
 
 
 @pytest.mark.parametrize("command", ["check", "run", "compare", "score"])
@@ -183,8 +183,8 @@ def test_a_study_too_large_for_this_machine_is_refused_before_it_loads(world, ca
     before = listing(world)
     more = ["--coefficients", "code=1"] if command == "score" else []
     assert main([command, str(world / "study.yaml"), *more]) == 2
-    told = capsys.readouterr().err
-    assert "compute.workers = 1" in told and "are available" in told and told.count("\n") == 1
+    output = capsys.readouterr().err
+    assert "compute.workers = 1" in output and "are available" in output and output.count("\n") == 1
     assert listing(world) == before
 
 
@@ -205,14 +205,14 @@ def test_twins_are_named(world):
     assert identical_checkpoints({"base": "x", "a": "x"}) == [
         "a is identical to the base: its distribution vector is zero"
     ]
-    (told,) = identical_checkpoints({"base": "x", "a": "y", "b": "y"})
-    assert "b and a have the same weights" in told
+    (warning,) = identical_checkpoints({"base": "x", "a": "y", "b": "y"})
+    assert "b and a have the same weights" in warning
     shutil.rmtree(world / "models/math")
     shutil.copytree(world / "models/base", world / "models/math")
     sources = load_inputs(load(world / "study.yaml"), "study.yaml")
     assert sources.warnings() == ["math is identical to the base: its distribution vector is zero"]
-    found = check(load(world / "study.yaml"), "study.yaml")
-    assert found.warnings == tuple(sources.warnings()) and found.unhashed == 0
+    report = check(load(world / "study.yaml"), "study.yaml")
+    assert report.warnings == tuple(sources.warnings()) and report.unhashed == 0
 
 
 def test_another_tokenizer_is_told(world):
@@ -221,14 +221,14 @@ def test_another_tokenizer_is_told(world):
     file.write_text(json.dumps(state | {"truncation": {"max_length": 8}}))
     assert check(load(world / "study.yaml"), "study.yaml").warnings == ()
     file.write_text(json.dumps(state | {"pre_tokenizer": None}))
-    (told,) = check(load(world / "study.yaml"), "study.yaml").warnings
-    assert told.startswith("math has another tokenizer")
+    (warning,) = check(load(world / "study.yaml"), "study.yaml").warnings
+    assert warning.startswith("math has another tokenizer")
 
 
 def test_tracking_that_can_not_be_reached_is_a_warning(world):
     path = worlds.study(world, tracking={"uri": "http://127.0.0.1:9"})
-    found = check(load(path), "study.yaml")
-    assert "cannot be reached" in found.tracking and len(found.warnings) == 1
+    report = check(load(path), "study.yaml")
+    assert "cannot be reached" in report.tracking and len(report.warnings) == 1
 
 
 def test_a_file_that_is_no_database_is_refused(world):

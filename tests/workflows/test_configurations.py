@@ -27,9 +27,9 @@ def configure_all(study: Path, **fields) -> None:
 def rows(path: Path, query: str) -> list[tuple]:
     engine = create_engine(load(path).storage)
     with engine.connect() as connection:
-        found = [tuple(row) for row in connection.execute(text(query))]
+        result = [tuple(row) for row in connection.execute(text(query))]
     engine.dispose()
-    return found
+    return result
 
 
 SCORES = "SELECT composite, corpus, scoring, created FROM dem_score"

@@ -68,57 +68,58 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, MixingCompari
 
 
 def test_mixtures_have_the_tokens_of_all_fine_tunes_or_of_one(mixed: tuple[Path, MixingComparison]) -> None:
-    _, found = mixed
+    _, comparison = mixed
     single = 4 * 4 * 32
-    assert found.edited.training.trained_tokens == 2 * single
-    assert [(one.budget, one.cost.trained_tokens) for one in found.mixed] == (
+    assert comparison.edited.training.trained_tokens == 2 * single
+    assert [(mixture.budget, mixture.cost.trained_tokens) for mixture in comparison.mixed] == (
         [("all", 2 * single)] * 3 + [("one", single)] * 3
     )
-    assert [one.shares for one in found.mixed][:3] == [*MIXTURES[:2], {"code": 0.0, "math": 1.0}]
+    assert [mixture.shares for mixture in comparison.mixed][:3] == [*MIXTURES[:2], {"code": 0.0, "math": 1.0}]
 
 
 def test_costs_are_six_and_two_operations_a_parameter_and_token(mixed: tuple[Path, MixingComparison]) -> None:
-    path, found = mixed
-    P, single, search_pass = found.parameters, 4 * 4 * 32, 2 * 4 * 32
-    assert found.edited.training.training_flops == 6 * P * 2 * single
+    path, comparison = mixed
+    P, single, search_pass = comparison.parameters, 4 * 4 * 32, 2 * 4 * 32
+    assert comparison.edited.training.training_flops == 6 * P * 2 * single
     winner = opened(path).summary().winner
-    assert found.edited.search.forward_flops == 2 * P * winner.forward_tokens
+    assert comparison.edited.search.forward_flops == 2 * P * winner.forward_tokens
     assert winner.forward_tokens == round(winner.forwards * search_pass)
-    for one in found.mixed:
-        tokens = single * (2 if one.budget == "all" else 1)
-        assert one.cost.flops == 6 * P * tokens + 2 * P * search_pass
-    all_of_them = found.against[0]
+    for mixture in comparison.mixed:
+        tokens = single * (2 if mixture.budget == "all" else 1)
+        assert mixture.cost.flops == 6 * P * tokens + 2 * P * search_pass
+    all_of_them = comparison.against[0]
     assert all_of_them.ratio == pytest.approx(
-        sum(one.cost.flops for one in found.mixed if one.budget == "all") / found.edited.cost.flops
+        sum(mixture.cost.flops for mixture in comparison.mixed if mixture.budget == "all")
+        / comparison.edited.cost.flops
     )
 
 
 def test_a_mixture_scores_as_its_folder_does(mixed: tuple[Path, MixingComparison]) -> None:
-    path, found = mixed
+    path, comparison = mixed
     folders = sorted((load(path).output / "mixing").iterdir())
     assert len(folders) == 6
     scores = [opened(path).score_model(folder) for folder in folders]
-    told = sorted((one.nll[SEARCH]["code"], one.nll[HELD_OUT]["math"]) for one in found.mixed)
-    assert sorted((one[SEARCH]["code"].nll, one[HELD_OUT]["math"].nll) for one in scores) == told
+    expected = sorted((mixture.nll[SEARCH]["code"], mixture.nll[HELD_OUT]["math"]) for mixture in comparison.mixed)
+    assert sorted((by_split[SEARCH]["code"].nll, by_split[HELD_OUT]["math"].nll) for by_split in scores) == expected
 
 
 def test_what_is_trained_and_scored_is_not_done_again(
     mixed: tuple[Path, MixingComparison], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, found = mixed
+    path, comparison = mixed
     monkeypatch.setattr(Worker, "evaluate", None)
     monkeypatch.setattr("dem_opt.workflows.fine_tuning.fine_tune", None)
     again = opened(path).mix("study")
-    assert again.mixed == found.mixed and again.edited == found.edited
+    assert again.mixed == comparison.mixed and again.edited == comparison.edited
 
 
 def test_every_mixture_is_a_baseline_run_with_its_curve(mixed: tuple[Path, MixingComparison]) -> None:
-    path, found = mixed
+    path, comparison = mixed
     client = MlflowClient(load(path).tracking.uri)
     experiment = client.get_experiment_by_name("tiny").experiment_id
     runs = client.search_runs([experiment], "tags.`dem_opt.kind` = 'data mixing'")
-    told = {run.data.metrics["held_out.objective_nll"] for run in runs}
-    assert len(runs) == 6 and told == {one.objective[HELD_OUT] for one in found.mixed}
+    objectives = {run.data.metrics["held_out.objective_nll"] for run in runs}
+    assert len(runs) == 6 and objectives == {mixture.objective[HELD_OUT] for mixture in comparison.mixed}
     trained = client.search_runs([experiment], "tags.`dem_opt.kind` = 'fine-tuning'")
     assert len(trained) == 8
     for run in trained:
@@ -129,41 +130,41 @@ def test_every_mixture_is_a_baseline_run_with_its_curve(mixed: tuple[Path, Mixin
 def test_the_command_prints_every_ratio_with_its_number_of_mixtures(
     mixed: tuple[Path, MixingComparison], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, found = mixed
-    monkeypatch.setattr(Study, "mix", lambda study, grid: found)
+    path, comparison = mixed
+    monkeypatch.setattr(Study, "mix", lambda study, grid: comparison)
     assert main(["compare", "--data-mixing", "study", str(path)]) == 0
     shown = capsys.readouterr().out
     assert "All 3 mixtures take" in shown and "At equal cost" in shown
     assert main(["compare", "--data-mixing", "study", "--json", str(path)]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["against"][0]["ratio"] == found.against[0].ratio
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["against"][0]["ratio"] == comparison.against[0].ratio
     page = (load(path).output / "mixing.html").read_text(encoding="utf-8")
     assert "Quality against cost" in page
 
 
 def test_the_base_costs_nothing_and_is_drawn(mixed: tuple[Path, MixingComparison]) -> None:
-    _, found = mixed
-    objectives = [f"{found.base.objective[split]:.4f}" for split in (SEARCH, HELD_OUT)]
-    each = [f"{found.base.nll[HELD_OUT][name]:.4f}" for name in found.weights]
-    assert quality_table(found).rows[0] == ("base", "0", "0", "0", *objectives, *each)
-    (line,) = mixing_figure(found).layout.shapes
-    assert line.y0 == line.y1 == pytest.approx(found.base.objective[HELD_OUT], abs=1e-6)
+    _, comparison = mixed
+    objectives = [f"{comparison.base.objective[split]:.4f}" for split in (SEARCH, HELD_OUT)]
+    each = [f"{comparison.base.nll[HELD_OUT][name]:.4f}" for name in comparison.weights]
+    assert quality_table(comparison).rows[0] == ("base", "0", "0", "0", *objectives, *each)
+    (line,) = mixing_figure(comparison).layout.shapes
+    assert line.y0 == line.y1 == pytest.approx(comparison.base.objective[HELD_OUT], abs=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("grid", "message"),
     [
         ("0", r"--data-mixing = '0': is no grid"),
         ("lots", r"--data-mixing = 'lots': is no grid"),
     ],
 )
-def test_a_grid_that_is_none(mixed: tuple[Path, MixingComparison], given: str, told: str) -> None:
-    with pytest.raises(InputError, match=told):
-        opened(mixed[0]).mix(given)
+def test_a_grid_that_is_none(mixed: tuple[Path, MixingComparison], grid: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        opened(mixed[0]).mix(grid)
 
 
 @pytest.mark.parametrize(
-    ("mixtures", "told"),
+    ("mixtures", "message"),
     [
         ([{"code": 0.5, "math": 0.4}], r"data_mixing: mixtures: no. 1 sums to 0.9, not to 1"),
         (
@@ -173,9 +174,9 @@ def test_a_grid_that_is_none(mixed: tuple[Path, MixingComparison], given: str, t
         ([], r"data_mixing.mixtures: the study file has no mixtures"),
     ],
 )
-def test_mixtures_that_are_none(tmp_path: Path, mixtures: list[dict[str, float]], told: str) -> None:
+def test_mixtures_that_are_none(tmp_path: Path, mixtures: list[dict[str, float]], message: str) -> None:
     path = mixing_study(tmp_path, data_mixing={"mixtures": mixtures})
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         opened(path).mix("study")
 
 
@@ -190,9 +191,9 @@ def test_shares_become_whole_windows_that_sum_to_all() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
         shares, total = rng.dirichlet(np.ones(5)).tolist(), int(rng.integers(5, 500))
-        found = counts(shares, total)
-        assert sum(found) == total
-        assert all(abs(one - share * total) < 1 for one, share in zip(found, shares, strict=True))
+        windows = counts(shares, total)
+        assert sum(windows) == total
+        assert all(abs(count - share * total) < 1 for count, share in zip(windows, shares, strict=True))
     assert counts([0.3, 0.7], 10) == [3, 7]
 
 
@@ -215,9 +216,9 @@ def test_a_blend_repeats_no_window_before_all_were_seen() -> None:
 
 
 def test_a_lattice_has_every_mixture_of_its_parts_once() -> None:
-    found = lattice(["a", "b", "c", "d"], 3)
-    assert len(found) == math.comb(3 + 3, 3) == len({tuple(one.values()) for one in found})
-    assert all(sum(one.values()) == pytest.approx(1) for one in found)
+    mixtures = lattice(["a", "b", "c", "d"], 3)
+    assert len(mixtures) == math.comb(3 + 3, 3) == len({tuple(mixture.values()) for mixture in mixtures})
+    assert all(sum(mixture.values()) == pytest.approx(1) for mixture in mixtures)
 
 
 def test_the_expected_best_is_the_mean_over_all_orders() -> None:
@@ -258,9 +259,9 @@ def against(composite: MergeResult, models: tuple[MixtureResult, ...], base: flo
 def test_what_a_composite_keeps_is_its_gain_over_the_best_mixture_s() -> None:
     """A base of 5 nats, a composite of 4, a best mixture of 3; beside one that gains nothing it keeps nothing."""
     models = (model(3.0, 3.0, 1.0), model(4.0, 4.0, 1.0))
-    found = against(edited(4.0, 1.0), models)
-    assert found.kept("all") == pytest.approx(0.5)
-    assert "gain over the base is 50% of that mixture's" in " ".join(verdict(found, *found.against))
+    comparison = against(edited(4.0, 1.0), models)
+    assert comparison.kept("all") == pytest.approx(0.5)
+    assert "gain over the base is 50% of that mixture's" in " ".join(verdict(comparison, *comparison.against))
     worse = against(edited(4.0, 1.0), models, base=2.0)
     assert math.isnan(worse.kept("all")) and "gain over" not in " ".join(verdict(worse, *worse.against))
 
@@ -271,14 +272,14 @@ def test_equal_quality_and_equal_cost_are_read_off_the_curve() -> None:
     E[1] = (2 + 3 + 4) / 3 ,  E[2] = (2 + 2 + 3) / 3 ,  E[3] = 2 .
     """
     models = tuple(model(nll, nll, 10.0) for nll in (3.0, 2.0, 4.0))
-    assert [one.objective[HELD_OUT] for one in curve(models)] == pytest.approx([3, 7 / 3, 2])
-    (found,) = against(edited(2.5, 20.0), models).against
-    assert (found.ratio, found.equal_quality, found.equal_ratio, found.equal_cost) == (1.5, 2, 1.0, 2)
+    assert [expected.objective[HELD_OUT] for expected in curve(models)] == pytest.approx([3, 7 / 3, 2])
+    (budget,) = against(edited(2.5, 20.0), models).against
+    assert (budget.ratio, budget.equal_quality, budget.equal_ratio, budget.equal_cost) == (1.5, 2, 1.0, 2)
     (never,) = (whole := against(edited(1.0, 5.0), models)).against
     assert (never.equal_quality, never.equal_ratio, never.equal_cost) == (None, None, 0)
-    told = " ".join(verdict(whole, never))
-    assert "All 3 mixtures take 6.00 times" in told and "1.0000 nats per token worse" in told
-    assert "no number of them" in told and "not one mixture" in told
+    text = " ".join(verdict(whole, never))
+    assert "All 3 mixtures take 6.00 times" in text and "1.0000 nats per token worse" in text
+    assert "no number of them" in text and "not one mixture" in text
 
 
 def test_frozen_parameters_need_no_gradient_of_their_own() -> None:

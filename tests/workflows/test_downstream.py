@@ -53,8 +53,8 @@ def tasked_study(folder: Path, **more: object) -> Path:
     write_task(folder / "tasks", [math_problem(rng) for _ in range(6)], "<eos>")
     write_cloze(folder / "tasks")
     path = worlds.study(folder, ("code", "math"), search={"algorithm": "random", "trials": 5})
-    asked = {"tasks": [TASK, CLOZE], "include": "tasks", "limit": 6, "top": 2}
-    content = yaml.safe_load(path.read_text()) | {"evaluate": asked | more}
+    settings = {"tasks": [TASK, CLOZE], "include": "tasks", "limit": 6, "top": 2}
+    content = yaml.safe_load(path.read_text()) | {"evaluate": settings | more}
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
 
@@ -71,22 +71,22 @@ def tasked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TaskTable]:
 
 
 def test_base_fine_tunes_average_and_the_best_do_the_tasks(tasked: tuple[Path, TaskTable]) -> None:
-    path, found = tasked
+    path, results = tasked
     summary = opened(path).summary()
-    expected = [one.label for one in summary.results if one.role != "best"]
-    assert [one.label for one in found.models][: len(expected)] == expected
-    composites = {one.coefficients for one in summary.results if one.role != "best"}
-    best = [one.coefficients for one in summary.top[:2] if one.coefficients not in composites]
-    assert len(found.models) == len(expected) + len(best)
-    for one in found.models:
-        assert set(one.scores) == {TASK, CLOZE} and set(one.objective) == {"search", "held_out"}
-    assert len({one.scores[CLOZE].value for one in found.models}) > 1
+    expected = [row.label for row in summary.results if row.role != "best"]
+    assert [row.label for row in results.models][: len(expected)] == expected
+    composites = {row.coefficients for row in summary.results if row.role != "best"}
+    best = [row.coefficients for row in summary.top[:2] if row.coefficients not in composites]
+    assert len(results.models) == len(expected) + len(best)
+    for model in results.models:
+        assert set(model.scores) == {TASK, CLOZE} and set(model.objective) == {"search", "held_out"}
+    assert len({model.scores[CLOZE].value for model in results.models}) > 1
     assert not list((load(path).output / "downstream").glob("model-*")), "composites are gone when they are done"
 
 
 def test_a_composite_scores_as_its_written_folder_does(tasked: tuple[Path, TaskTable], tmp_path: Path) -> None:
-    path, found = tasked
-    best = found.models[-1]
+    path, results = tasked
+    best = results.models[-1]
     assert best.coefficients is not None
     opened(path).merge(best.coefficients, tmp_path / "written")
     job = TaskJob(
@@ -103,45 +103,45 @@ def test_a_composite_scores_as_its_written_folder_does(tasked: tuple[Path, TaskT
 def test_what_was_measured_is_not_measured_again(
     tasked: tuple[Path, TaskTable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, found = tasked
+    path, results = tasked
     monkeypatch.setattr("dem_opt.workflows.downstream.run_tasks", None)
-    assert opened(path).evaluate() == found
+    assert opened(path).evaluate() == results
 
 
 def test_the_scores_are_in_mlflow(tasked: tuple[Path, TaskTable]) -> None:
-    path, found = tasked
+    path, results = tasked
     client = MlflowClient(load(path).tracking.uri)
     experiment = client.get_experiment_by_name("tiny").experiment_id
     runs = client.search_runs([experiment], "tags.`dem_opt.kind` = 'downstream'")
-    told = sorted((run.info.run_name, run.data.metrics[f"{CLOZE}.acc"]) for run in runs)
-    assert told == sorted((one.label, one.scores[CLOZE].value) for one in found.models)
+    scores = sorted((run.info.run_name, run.data.metrics[f"{CLOZE}.acc"]) for run in runs)
+    assert scores == sorted((model.label, model.scores[CLOZE].value) for model in results.models)
 
 
 def test_the_command_ranks_and_tells_the_correlation(
     tasked: tuple[Path, TaskTable], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, found = tasked
-    monkeypatch.setattr(Study, "evaluate", lambda study: found)
+    path, results = tasked
+    monkeypatch.setattr(Study, "evaluate", lambda study: results)
     assert main(["evaluate", "--by", CLOZE, str(path)]) == 0
     shown = capsys.readouterr().out
     assert f"the best by {CLOZE} first" in shown and f"Rank correlation of loss and {CLOZE}" in shown
     assert main(["evaluate", "--by", CLOZE, "--json", str(path)]) == 0
-    told = json.loads(capsys.readouterr().out)
-    scores = {one.label: one.scores[CLOZE].value for one in found.models}
-    assert [scores[label] for label in told["ranked"]] == sorted(scores.values(), reverse=True)
+    answer = json.loads(capsys.readouterr().out)
+    scores = {model.label: model.scores[CLOZE].value for model in results.models}
+    assert [scores[label] for label in answer["ranked"]] == sorted(scores.values(), reverse=True)
     assert main(["evaluate", "--by", "close", str(path)]) == 2
     assert "is no task of the study" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "message"),
     [
         ({"tasks": ["tiny_close"]}, r"evaluate.tasks = 'tiny_close': .*; did you mean 'tiny_cloze'"),
         ({"include": "nowhere"}, r"nowhere: evaluate.include: no such folder"),
     ],
 )
-def test_tasks_that_are_unknown(tmp_path: Path, more: dict[str, object], told: str) -> None:
-    with pytest.raises(InputError, match=told):
+def test_tasks_that_are_unknown(tmp_path: Path, more: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         opened(tasked_study(tmp_path, **more)).evaluate()
 
 
@@ -180,9 +180,9 @@ def test_agreement_is_one_where_the_lower_loss_has_the_better_score() -> None:
     assert table(pairs).agreement["t"] == {"search": pytest.approx(1), "held_out": pytest.approx(1)}
     assert table(pairs, higher=False).agreement["t"]["search"] == pytest.approx(-1)
     assert table([(3.0, 0.1), (2.0, 0.1)]).agreement["t"]["search"] is None
-    assert [one.label for one in table(pairs).ranked("t")] == ["2", "1", "0"]
-    assert [one.label for one in table(pairs, higher=False).ranked("t")] == ["0", "1", "2"]
-    assert [one.label for one in table(pairs, higher=False).ranked(None)] == ["2", "1", "0"]
+    assert [model.label for model in table(pairs).ranked("t")] == ["2", "1", "0"]
+    assert [model.label for model in table(pairs, higher=False).ranked("t")] == ["0", "1", "2"]
+    assert [model.label for model in table(pairs, higher=False).ranked(None)] == ["2", "1", "0"]
 
 
 def test_ranks_of_ties_are_their_mean() -> None:

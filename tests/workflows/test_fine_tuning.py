@@ -123,15 +123,15 @@ def test_a_training_killed_again_and_again_ends_with_the_same_bits(job: FineTune
     fine_tune(job)
     whole = {path.relative_to(job.out): path.read_bytes() for path in job.out.rglob("*.safetensors")}
     again = dataclasses.replace(job, out=tmp_path / "again" / "math")
-    given = tmp_path / "job"
-    given.write_bytes(pickle.dumps(again))
+    job_file = tmp_path / "job"
+    job_file.write_bytes(pickle.dumps(again))
     moments = [str(moment) for moment in random.Random(0).sample(range(2, 7), 5)]
-    subprocess.run([sys.executable, "-c", KILLED, given, *moments], env=os.environ, check=True)
+    subprocess.run([sys.executable, "-c", KILLED, job_file, *moments], env=os.environ, check=True)
     fine_tune(again)
     assert {path.relative_to(again.out): path.read_bytes() for path in again.out.rglob("*.safetensors")} == whole
-    told, untouched = read_journal(again.out / JOURNAL), read_journal(job.out / JOURNAL)
-    assert [dataclasses.replace(one, seconds=0) for one in told] == [
-        dataclasses.replace(one, seconds=0) for one in untouched
+    journal, untouched = read_journal(again.out / JOURNAL), read_journal(job.out / JOURNAL)
+    assert [dataclasses.replace(entry, seconds=0) for entry in journal] == [
+        dataclasses.replace(entry, seconds=0) for entry in untouched
     ]
     assert [path.name for path in again.out.parent.iterdir()] == ["math"]
 
@@ -182,7 +182,7 @@ def test_kept_steps_are_candidates_and_the_best_has_the_lowest_validation_nll(tm
     assert list(train(path)) == ["a"], "one run for both"
     assert train(path) == {}
     run = tmp_path / "trained/code"
-    validated = {one.step: one.validation for one in read_journal(run / JOURNAL) if one.validation is not None}
+    validated = {entry.step: entry.validation for entry in read_journal(run / JOURNAL) if entry.validation is not None}
     assert sorted(validated) == [2, 4, 6]
     config = load(path)
     sources = load_inputs(config, path)
@@ -190,11 +190,13 @@ def test_kept_steps_are_candidates_and_the_best_has_the_lowest_validation_nll(tm
     assert sources.fine_tunes["a"].path == run / STEPS / "2"
     assert sources.fine_tunes["b"].path == run / STEPS / str(best)
     assert bits(run / STEPS / "6") == bits(run)
-    windows = next(one.windows for one in sources.corpora if one.distribution == "a" and one.split == "search")
+    windows = next(
+        corpus.windows for corpus in sources.corpora if corpus.distribution == "a" and corpus.split == "search"
+    )
     for step, nll in validated.items():
         model = AutoModelForCausalLM.from_pretrained(run / STEPS / str(step))
-        found, _ = score(model, prepare(windows, model.device), 4096, document_layout(model))
-        assert found.nll == pytest.approx(nll, abs=1e-6)
+        measured, _ = score(model, prepare(windows, model.device), 4096, document_layout(model))
+        assert measured.nll == pytest.approx(nll, abs=1e-6)
     content["distributions"]["a"]["checkpoint"]["step"] = 3
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(InputError, match=r"distributions.a.checkpoint.step = 3: was not kept; there are best, 2, 4, 6"):
@@ -221,7 +223,7 @@ def test_an_adapter_is_trained_read_and_merged(job: FineTuneJob, tmp_path: Path)
     apart = dataclasses.replace(job, lora=lora)
     whole = dataclasses.replace(job, lora=lora, merged=True, out=tmp_path / "out" / "whole")
     made, _ = fine_tune(apart), fine_tune(whole)
-    assert 0 < made.trained < made.parameters == sum(one.numel() for one in model_of(job.base).parameters())
+    assert 0 < made.trained < made.parameters == sum(parameter.numel() for parameter in model_of(job.base).parameters())
     assert made.last_loss < made.first_loss
     assert read_adapter(apart.out, "adapter").factors
     tuned = PeftModel.from_pretrained(model_of(job.base), apart.out).merge_and_unload()
@@ -280,24 +282,24 @@ def test_weights_trained_in_float32_are_saved_in_the_bases_dtype(job: FineTuneJo
 def test_a_batch_in_several_passes_is_the_same_batch(job: FineTuneJob, tmp_path: Path) -> None:
     """Sums of other orders: the same loss up to rounding, and as many tokens."""
     parts = dataclasses.replace(job, out=tmp_path / "parts", trainer={"gradient_accumulation_steps": 2})
-    one, two = fine_tune(job), fine_tune(parts)
-    assert two.tokens == one.tokens == STEPS_OF_A_JOB * 4 * 32
-    assert two.first_loss == pytest.approx(one.first_loss, rel=1e-5)
+    whole, split = fine_tune(job), fine_tune(parts)
+    assert split.tokens == whole.tokens == STEPS_OF_A_JOB * 4 * 32
+    assert split.first_loss == pytest.approx(whole.first_loss, rel=1e-5)
     with pytest.raises(InputError, match=r"gradient_accumulation_steps = 3: must divide fine_tuning.batch_size, the 4"):
         fine_tune(dataclasses.replace(job, out=tmp_path / "odd", trainer={"gradient_accumulation_steps": 3}))
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("arguments", "message"),
     [
         ({"weight_decai": 0.1}, r"study.yaml: fine_tuning.trainer.weight_decai = 0.1: .*did you mean 'weight_decay'"),
         ({"max_steps": 5}, r"fine_tuning.trainer.max_steps = 5: is set by fine_tuning.steps"),
         ({"lr_scheduler_type": "sideways"}, r"fine_tuning.trainer = .*the Trainer refuses it"),
     ],
 )
-def test_the_trainer_is_told_only_what_it_knows(tmp_path: Path, given: dict[str, object], told: str) -> None:
-    path = training_study(tmp_path, fine_tuning={"steps": 2, "batch_size": 2, "trainer": given})
-    with pytest.raises(InputError, match=told):
+def test_the_trainer_is_told_only_what_it_knows(tmp_path: Path, arguments: dict[str, object], message: str) -> None:
+    path = training_study(tmp_path, fine_tuning={"steps": 2, "batch_size": 2, "trainer": arguments})
+    with pytest.raises(InputError, match=message):
         train(path)
 
 
@@ -306,7 +308,7 @@ def test_every_owned_argument_is_one_of_the_trainer() -> None:
 
     from dem_opt.training.trainer import OWNED
 
-    assert OWNED.keys() <= {one.name for one in dataclasses.fields(TrainingArguments)}
+    assert OWNED.keys() <= {field.name for field in dataclasses.fields(TrainingArguments)}
     check_trainer({"weight_decay": 0.1, "max_grad_norm": 0.5, "bf16": False}, None)
 
 

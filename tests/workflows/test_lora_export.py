@@ -80,8 +80,10 @@ def test_peft_scores_the_exported_winner_as_the_study_does(path, tmp_path):
 def test_a_smaller_rank_is_told_with_what_it_costs(path, tmp_path, capsys, commands):
     out = tmp_path / "out"
     assert main(["export", str(path), "--out", str(out), "--as-lora", "--rank", "1"]) == 0
-    told = capsys.readouterr().out
-    costs = [line for line in told.splitlines() if "as the nearest LoRA of rank 1" in line and "nats per token" in line]
+    output = capsys.readouterr().out
+    costs = [
+        line for line in output.splitlines() if "as the nearest LoRA of rank 1" in line and "nats per token" in line
+    ]
     assert len(costs) == len(SPLITS)
     assert "| exported as the nearest LoRA of rank 1 |" in (out / "README.md").read_text()
     assert main(["export", str(path), "--out", str(out), "--as-lora", "--rank", "1", "--json"]) == 0
@@ -103,8 +105,8 @@ def test_a_composite_is_merged_as_a_lora(path, tmp_path, capsys, commands):
     }
     assert scores_through_peft(path, tmp_path / "out")["search"] == pytest.approx(exact, rel=1e-5)
     assert main([*merge, "--overwrite", "--rank", "2"]) == 0
-    told = capsys.readouterr()
-    assert "Mean NLL on held-out as the nearest LoRA of rank 2" in told.out + told.err
+    output = capsys.readouterr()
+    assert "Mean NLL on held-out as the nearest LoRA of rank 2" in output.out + output.err
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,7 @@ def test_a_composite_is_merged_as_a_lora(path, tmp_path, capsys, commands):
 )
 def test_options_that_contradict_each_other_are_refused(path, tmp_path, options, field):
     study = in_process.open_study(path)
-    for write in (study.export, lambda *given, **more: study.merge({"code": 1.0}, *given, **more)):
+    for write in (study.export, lambda *arguments, **more: study.merge({"code": 1.0}, *arguments, **more)):
         with pytest.raises(InputError) as refused:
             write(tmp_path / "out", **options)
         assert refused.value.field == field and not (tmp_path / "out").exists()

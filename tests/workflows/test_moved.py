@@ -21,13 +21,13 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 def locations(client: MlflowClient, experiment: str) -> list[str]:
     """Every place of files that MLflow tells."""
-    found = client.get_experiment_by_name(experiment)
-    runs = client.search_runs([found.experiment_id])
+    record = client.get_experiment_by_name(experiment)
+    runs = client.search_runs([record.experiment_id])
     versions = client.search_model_versions(f"name = '{experiment}'")
-    models = client.search_logged_models([found.experiment_id])
+    models = client.search_logged_models([record.experiment_id])
     assert len(models) == len(versions)
     return [
-        found.artifact_location,
+        record.artifact_location,
         *(run.info.artifact_uri for run in runs),
         *(version.source for version in versions),
         *(client.get_model_version_download_uri(version.name, version.version) for version in versions),

@@ -135,8 +135,8 @@ def test_folders_without_a_study_are_refused_in_a_line(
     ],
 )
 def test_data_is_matched_by_name(files: list[str], expected: dict[str, str]) -> None:
-    found = match_files("code", ["code", "code-python", "math"], [Path("data", file) for file in files])
-    assert {role: str(path.relative_to("data")) for role, path in found.items()} == expected
+    matches = match_files("code", ["code", "code-python", "math"], [Path("data", file) for file in files])
+    assert {role: str(path.relative_to("data")) for role, path in matches.items()} == expected
 
 
 @pytest.mark.parametrize("form", FORMS[:5] + FORMS[8:9], ids=str)

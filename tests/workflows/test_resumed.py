@@ -37,13 +37,16 @@ def test_sqlite_and_postgresql_give_the_same_trials_to_the_bit(
     tmp_path: Path, postgres_url: str, monkeypatch: pytest.MonkeyPatch, algorithm: str
 ) -> None:
     search = {"algorithm": algorithm, "trials": 12, "seed": 4}
-    found = []
+    searches = []
     for name, sections in (("sqlite", {}), ("server", {"storage": postgres_url})):
         listener = run(worlds.study(tmp_path / name, search=search, **sections), monkeypatch)
-        found.append(
-            [(one.number, one.coefficients.pairs, one.objective, one.error, one.scores) for one in listener.records]
+        searches.append(
+            [
+                (record.number, record.coefficients.pairs, record.objective, record.error, record.scores)
+                for record in listener.records
+            ]
         )
-    assert len(found[0]) == 12 and found[0] == found[1]
+    assert len(searches[0]) == 12 and searches[0] == searches[1]
 
 
 @pytest.fixture
@@ -79,13 +82,13 @@ def test_where_libraries_changed_the_best_is_scored_again_and_a_difference_is_to
         _change_nats(engine, drift)
     progress = run(begun, monkeypatch)
     reports = progress.warnings if drift else progress.notes
-    (told,) = [line for line in reports if "since the last run" in line]
-    assert f"torch 1.0 -> {libraries()['torch']}" in told
+    (report,) = [line for line in reports if "since the last run" in line]
+    assert f"torch 1.0 -> {libraries()['torch']}" in report
     if drift:
         now = winner.objective["search"]
-        assert f"the best composite scores {now:.9f}, not {now * (1 + drift):.9f}: {-now * drift:+.1e} nats" in told
+        assert f"the best composite scores {now:.9f}, not {now * (1 + drift):.9f}: {-now * drift:+.1e} nats" in report
     else:
-        assert told.endswith("the best composite scores the same to the bit")
+        assert report.endswith("the best composite scores the same to the bit")
     assert ledger.libraries("tiny") == libraries()
     engine.dispose()
 
@@ -129,20 +132,20 @@ def test_there_is_nothing_to_sync_before_a_run(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-def _hold(file: Path, held: Event, over: Event) -> None:
+def _hold(file: Path, ready: Event, over: Event) -> None:
     with closing(sqlite3.connect(file, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
-        held.set()
+        ready.set()
         over.wait()
 
 
 @pytest.fixture
 def locked(begun: Path) -> Iterator[Path]:
     """The study, whose database another program has locked."""
-    held, over = Event(), Event()
-    program = Thread(target=_hold, args=(begun.parent / "runs/tiny/study.db", held, over))
+    ready, over = Event(), Event()
+    program = Thread(target=_hold, args=(begun.parent / "runs/tiny/study.db", ready, over))
     program.start()
-    held.wait()
+    ready.wait()
     yield begun
     over.set()
     program.join()
@@ -160,8 +163,8 @@ def test_a_locked_database_is_waited_for_with_a_word_and_not_for_ever(
     progress = RecordedProgress()
     with pytest.raises(OutageError, match="locked"):
         in_process.open_study(path, progress).run()
-    (told,) = progress.notes
-    assert "waiting for the database" in told and "study.db (database is locked)" in told
+    (note,) = progress.notes
+    assert "waiting for the database" in note and "study.db (database is locked)" in note
 
 
 @pytest.mark.parametrize("command", [["list"], ["trials"], ["report"], ["check"], ["reset", "--yes"]])
