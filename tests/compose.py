@@ -133,7 +133,7 @@ class Services:
                 time.sleep(0.5)
 
     def log(self, name: str) -> Path:
-        """What a service printed."""
+        """File of a service's output."""
         return self._folder / f"{name}.log"
 
     def last_words(self, name: str) -> str:
@@ -159,12 +159,12 @@ class Services:
 
 def marked(mark: str) -> list[int]:
     """The living processes whose environment has a mark that begins so."""
-    found = []
+    pids = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes():
-                found.append(int(folder.name))
-    return found
+                pids.append(int(folder.name))
+    return pids
 
 
 def end(mark: str, number: signal.Signals) -> None:

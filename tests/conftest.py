@@ -1,4 +1,4 @@
-"""What tests share: a cache folder of their own, one Ray and one PostgreSQL for all that need it."""
+"""Shared by all tests: a cache folder of their own, one Ray and one PostgreSQL for all that need it."""
 
 import logging
 import os

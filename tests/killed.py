@@ -68,7 +68,7 @@ def drive(folder: Path, boundary: str | None) -> int:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """What a study's three books say."""
+    """State of a study in Optuna, in MLflow and in its workers' notes."""
     storage = f"sqlite:///{folder}/runs/tiny/study.db"
     trials = optuna.load_study(study_name="tiny/simplex-gp", storage=storage).trials
     client = MlflowClient(f"sqlite:///{folder}/runs/tiny/mlflow.db")
@@ -91,17 +91,17 @@ def main(root: Path) -> None:
     transformers.utils.logging.disable_progress_bar()
     template = root / "mlflow.db"
     MlflowClient(f"sqlite:///{template}").search_experiments()
-    found = {}
+    outcomes = {}
     for name in [None, *BOUNDARIES]:
         folder = root / str(name).replace(" ", "-")
         worlds.study(folder, search=SEARCH)
         (folder / "runs/tiny").mkdir(parents=True)
         shutil.copy(template, folder / "runs/tiny/mlflow.db")
         exits = [drive(folder, name)] if name else []
-        found[str(name)] = {"exits": [*exits, drive(folder, None)]}
-    for name, told in found.items():
-        told |= outcome(root / name.replace(" ", "-"))
-    sys.stdout.write(json.dumps(found))
+        outcomes[str(name)] = {"exits": [*exits, drive(folder, None)]}
+    for name, books in outcomes.items():
+        books |= outcome(root / name.replace(" ", "-"))
+    sys.stdout.write(json.dumps(outcomes))
 
 
 if __name__ == "__main__":

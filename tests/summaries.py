@@ -106,39 +106,39 @@ def a_summary(
                 forwards=0.0,
             )
         is_partial = outcome == "partial" or (number % 5 == 3 and run != "grid")
-        found = scores(1 if is_partial else 3)
+        by_name = scores(1 if is_partial else 3)
         cost = {"forwards": 1 / 3, "error": 0.01} if is_partial else {}
         evaluation = Evaluation(scores={}, forward_tokens=900, merge_seconds=0.1, score_seconds=0.2)
         return TrialRecord(
             study=name,
             number=number,
             coefficients=point,
-            objective=mean_nll(found, weights),
-            scores=found,
+            objective=mean_nll(by_name, weights),
+            scores=by_name,
             evaluation=evaluation,
             propose_seconds=0.05,
             **cost,
         )
 
     def result(label: str, role: str, coefficients: Coefficients | None, algorithm: str = "") -> ResultRow:
-        found = {split: scores() for split in SPLITS}
-        objective = {split: mean_nll(each, weights) for split, each in found.items()}
+        by_split = {split: scores() for split in SPLITS}
+        objective = {split: mean_nll(each, weights) for split, each in by_split.items()}
         return ResultRow(
             label=label,
             role=role,
             algorithm=algorithm,
             coefficients=coefficients,
-            scores=found,
+            scores=by_split,
             objective=objective,
             evaluations=1,
             forward_tokens=900,
             seconds=0.3,
         )
 
-    found = {run: tuple(trial(run, i) for i in range(trials)) for run in runs}
+    searches = {run: tuple(trial(run, i) for i in range(trials)) for run in runs}
     results = [result("base", "base", None)]
     if baselines:
-        alone = [Coefficients(tuple((one, UNIT * (one == name)) for one in space.names)) for name in names]
+        alone = [Coefficients(tuple((axis, UNIT * (axis == name)) for axis in space.names)) for name in names]
         results += [result(name, "single", point) for name, point in zip(names, alone, strict=True)]
         results += [result("uniform", "uniform", space.centroid())]
     top: tuple[ResultRow, ...] = ()
@@ -153,14 +153,14 @@ def a_summary(
     left_out = tuple(result(name, "without", space.sample(rng)) for name in names) if top and len(names) > 1 else ()
     vectors_KP = rng.normal(size=(len(names), 9))
     vectors = VectorGeometry(tuple(names), tuple(map(tuple, (vectors_KP @ vectors_KP.T).tolist())))
-    told = [record for records in found.values() for record in records]
-    believed = surrogate_of(space, told) if len(told) < 200 else None
+    all_records = [record for records in searches.values() for record in records]
+    believed = surrogate_of(space, all_records) if len(all_records) < 200 else None
     return Summary(
         study=study,
         weights=weights,
         results=tuple(results),
         margins=margins,
-        trials=found,
+        trials=searches,
         facts=facts,
         top=top,
         stopped=stopped,

@@ -1,4 +1,4 @@
-"""What earlier releases left behind opens, reports, goes on and exports as it did then, on another machine."""
+"""Studies of earlier releases open, report, go on and export as they did then, on another machine."""
 
 import gzip
 import json
@@ -94,7 +94,7 @@ class EarlierStudy:
         return {row.name: (row.generation, json.loads(row.question)) for row in rows}
 
     def _rows(self, query: str, database: str = "") -> Sequence[Row[Any]]:
-        """What its database answers, or another one."""
+        """Rows of a query to its database, or to another one."""
         engine = create_engine(database or self.storage)
         with engine.connect() as connection:
             rows = connection.execute(text(query)).all()
@@ -316,7 +316,7 @@ def check_runs(study: EarlierStudy, before: Runs) -> None:
 
 
 def check_names(before: Sequence[set[str]], after: Sequence[set[str]]) -> None:
-    """What all had they all have, and no name is new."""
+    """Check that names common to all are kept in all, and that no name is new."""
     always, ever = set.intersection(*before), set.union(*before)
     assert len(after) > len(before) and all(always <= names <= ever for names in after)
 

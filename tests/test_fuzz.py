@@ -112,24 +112,24 @@ def listing(folder: Path) -> list[tuple[Path, int]]:
 
 
 def check(world: Path, capsys: pytest.CaptureFixture[str], what: object) -> str:
-    """What `check` says; the law itself."""
+    """Errors that `check` prints, after the assertions of the law."""
     before = listing(world)
     with watched():
         status = main(["check", str(world / "study.yaml")])
-    told = capsys.readouterr()
+    output = capsys.readouterr()
     assert status in (0, 2), what
-    lines = [line for line in told.err.split("\n") if line.startswith("dem-opt: ")]
-    assert len(lines) == (1 if status else 0), (what, told.err)
-    assert "Traceback" not in told.err and len(told.err) < 3000, what
-    assert all(one.isprintable() for one in "".join(lines)), what
+    lines = [line for line in output.err.split("\n") if line.startswith("dem-opt: ")]
+    assert len(lines) == (1 if status else 0), (what, output.err)
+    assert "Traceback" not in output.err and len(output.err) < 3000, what
+    assert all(character.isprintable() for character in "".join(lines)), what
     assert listing(world) == before, what
-    return told.err
+    return output.err
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Where values stand in nested mappings and lists, the outermost left out."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [place for key, one in inner for place in [(*path, key), *places(one, (*path, key))]]
+    return [place for key, child in inner for place in [(*path, key), *places(child, (*path, key))]]
 
 
 def change(rng: random.Random, data: Any, odd: list[Any]) -> None:
@@ -266,8 +266,8 @@ def damaged(rng: random.Random, whole: bytes) -> bytes:
         text = mangle(
             rng, text, ["[" * 5000, "NaN", "\0", '{"a":', "\ud7ff", '"dtype":"F32",', "1e999", "\\ud800", " "]
         )
-    told = len(text) if rng.random() < 0.8 else rng.choice([0, 1, 2**40, 2**64 - 1, len(text) + 1, len(whole)])
-    return struct.pack("<Q", told) + text + data[: rng.choice([len(data)] * 8 + [0, len(data) - 1])]
+    header_bytes = len(text) if rng.random() < 0.8 else rng.choice([0, 1, 2**40, 2**64 - 1, len(text) + 1, len(whole)])
+    return struct.pack("<Q", header_bytes) + text + data[: rng.choice([len(data)] * 8 + [0, len(data) - 1])]
 
 
 def spoiled(world: Path, name: str, spoil: Callable[[bytes], bytes], capsys: Any, what: object) -> None:

@@ -13,7 +13,7 @@ TRIALS = 8
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """What the books say after each kind of kill, and without one."""
+    """Outcomes of a study by kind of kill, and without one."""
     script = Path(__file__).with_name("killed.py")
     root = tmp_path_factory.mktemp("killed")
     done = subprocess.run([sys.executable, script, root], capture_output=True, text=True, check=False)
@@ -32,10 +32,10 @@ def test_an_interrupted_study_equals_an_uninterrupted_one(outcomes, boundary):
 
 @pytest.mark.parametrize("boundary", ["None", *BOUNDARIES])
 def test_every_trial_is_logged_once(outcomes, boundary):
-    told = outcomes[boundary]
-    assert told["logged"] == told["numbers"]
-    assert told["statuses"] == ["FINISHED"]
-    assert told["parents"] == 1
+    outcome = outcomes[boundary]
+    assert outcome["logged"] == outcome["numbers"]
+    assert outcome["statuses"] == ["FINISHED"]
+    assert outcome["parents"] == 1
 
 
 @pytest.mark.parametrize("boundary", BOUNDARIES)

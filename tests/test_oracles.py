@@ -99,7 +99,7 @@ def weights(folder):
 
 
 def parameters(folder):
-    """What transformers makes of a folder: mergekit may store a mixture's experts fused, which others keep apart."""
+    """Parameters as transformers loads a folder; mergekit may store fused experts that others keep apart."""
     return {name: parameter.detach() for name, parameter in load_model(folder, torch.float32).named_parameters()}
 
 
@@ -123,7 +123,9 @@ def distance(ingredients, name):
 
     The larger of the two forms:  sum_n |w_n Theta_n|  and  |Theta| + sum_i |w_i (Theta_i - Theta)| .
     """
-    (share, base), *others = [(one.units / UNIT, parameters(one.path)[name].double()) for one in ingredients]
+    (share, base), *others = [
+        (ingredient.units / UNIT, parameters(ingredient.path)[name].double()) for ingredient in ingredients
+    ]
     exact = base + sum(weight * (x - base) for weight, x in others)
     ours = (share * base).abs() + sum((weight * x).abs() for weight, x in others)
     theirs = base.abs() + sum((weight * (x - base)).abs() for weight, x in others)
@@ -147,10 +149,10 @@ def test_a_merge_is_that_of_mergekit(tmp_path, record_property, make, tied, unit
     except InputError as refused:
         pytest.skip(str(refused))
     contents = [content_hash(folder) for folder in folders]
-    stored = [StoredModel(*one) for one in zip(folders, contents, strict=True)]
+    stored = [StoredModel(folder, content) for folder, content in zip(folders, contents, strict=True)]
     shares = (UNIT - sum(units), *units)
     names = ("base", "a", "b", "c")
-    ingredients = [Ingredient(*one) for one in zip(names, stored, shares, strict=True)]
+    ingredients = [Ingredient(name, model, share) for name, model, share in zip(names, stored, shares, strict=True)]
     composite = Composite.of(dict(zip(contents, shares, strict=True)))
     places = {model.content: model for model in stored}
     texts = {"mergekit.yaml": recipe(ingredients)}
@@ -180,9 +182,12 @@ def test_the_recipe_beside_an_export_gives_the_exported_weights(tmp_path, dtype,
     coefficients = {"code": total / 2, "math": total / 2}
     out = tmp_path / "out"
     in_process.open_study(path).merge(coefficients, out, dtype)
-    told = yaml.safe_load((out / "mergekit.yaml").read_text())
+    config = yaml.safe_load((out / "mergekit.yaml").read_text())
     theirs, ours = mergekit(out / "mergekit.yaml", tmp_path / "theirs"), weights(out)
-    parts = [(told["base_model"], 1 - total), *((one["model"], one["parameters"]["weight"]) for one in told["models"])]
+    parts = [
+        (config["base_model"], 1 - total),
+        *((entry["model"], entry["parameters"]["weight"]) for entry in config["models"]),
+    ]
     ingredients = [Ingredient("", StoredModel(Path(folder), ""), round(weight * UNIT)) for folder, weight in parts]
     for name, tensor in ours.items():
         assert tensor.dtype == theirs[name].dtype, name
@@ -238,8 +243,8 @@ def test_a_documents_nats_are_those_of_lm_evaluation_harness(tmp_path, record_pr
     arguments = ["--model", "hf", "--model_args", model, "--tasks", "tiny_rolling", "--device", "cpu"]
     arguments += ["--include_path", tmp_path / "task", "--output_path", tmp_path / "told", "--log_samples"]
     run("lm_eval", *arguments)
-    told = [file.read_text() for file in (tmp_path / "told").rglob("samples_*.jsonl")]
-    samples = [json.loads(line) for text in told for line in text.splitlines()]
+    logs = [file.read_text() for file in (tmp_path / "told").rglob("samples_*.jsonl")]
+    samples = [json.loads(line) for text in logs for line in text.splitlines()]
     theirs = {sample["doc"]["text"]: -float(sample["resps"][0][0]) for sample in samples}
     live, tokenizer = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval(), worlds.tokenizer()
     assert theirs.keys() == set(texts)

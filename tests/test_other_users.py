@@ -99,8 +99,8 @@ def as_nobody(*command: str | Path) -> subprocess.CompletedProcess[str]:
 def test_private_folders_can_be_neither_read_nor_written_nor_entered(running, place):
     folder = getattr(running, place)
     assert any(folder.iterdir())
-    found = as_nobody("find", folder, "(", "-readable", "-o", "-writable", "-o", "-executable", ")")
-    assert found.stdout == ""
+    listing = as_nobody("find", folder, "(", "-readable", "-o", "-writable", "-o", "-executable", ")")
+    assert listing.stdout == ""
     assert as_nobody("ls", folder).returncode != 0
     assert as_nobody("sh", "-c", f"touch {folder}/planted").returncode != 0
     assert as_nobody("mv", folder, f"{folder}-moved").returncode != 0

@@ -12,14 +12,14 @@ from dem_opt.signals import SIGNALS, finishing, sigterm_as_ctrl_c
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("again", SIGNALS)
 def test_the_first_signal_asks_and_the_second_stops(number: int, again: int) -> None:
-    before, told = [signal.getsignal(one) for one in SIGNALS], []
-    with pytest.raises(KeyboardInterrupt), finishing(lambda: told.append("asked")) as asked:
-        assert not asked.is_set()
+    before, calls = [signal.getsignal(signum) for signum in SIGNALS], []
+    with pytest.raises(KeyboardInterrupt), finishing(lambda: calls.append("asked")) as stopping:
+        assert not stopping.is_set()
         os.kill(os.getpid(), number)
-        assert asked.is_set() and told == ["asked"]
+        assert stopping.is_set() and calls == ["asked"]
         os.kill(os.getpid(), again)
-    assert told == ["asked"]
-    assert [signal.getsignal(one) for one in SIGNALS] == before
+    assert calls == ["asked"]
+    assert [signal.getsignal(signum) for signum in SIGNALS] == before
 
 
 def test_sigterm_is_ctrl_c_within_and_what_it_was_afterwards() -> None:
@@ -30,13 +30,13 @@ def test_sigterm_is_ctrl_c_within_and_what_it_was_afterwards() -> None:
 
 
 def test_a_thread_that_gets_no_signals_is_never_asked() -> None:
-    found: list[bool] = []
+    states: list[bool] = []
 
     def work() -> None:
-        with finishing(lambda: None) as asked:
-            found.append(asked.is_set())
+        with finishing(lambda: None) as stopping:
+            states.append(stopping.is_set())
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert found == [False]
+    assert states == [False]

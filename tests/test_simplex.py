@@ -182,9 +182,9 @@ def test_vertices_and_centroid_are_the_nearest_points_to_the_plain_ones(space):
     corners = [np.eye(space.dimension)[i] * total for i in free] if not space.is_point or space.dimension == 1 else []
     others = points(space, 30)
     for wanted in [*corners, np.full(space.dimension, total / space.dimension)]:
-        found = space.nearest(wanted)
-        assert found in space.landmarks()
-        assert apart(space, found, wanted) <= min(apart(space, other, wanted) for other in others) + 1e-8
+        nearest = space.nearest(wanted)
+        assert nearest in space.landmarks()
+        assert apart(space, nearest, wanted) <= min(apart(space, other, wanted) for other in others) + 1e-8
 
 
 def apart(space, point, wanted):
@@ -244,9 +244,9 @@ def test_the_capped_projection_is_the_nearest_point(caps):
     rng, caps = np.random.default_rng(3), np.array(caps)
     rows = rng.normal(size=(30, len(caps))) * np.geomspace(0.1, 3, 30)[:, None] + 1 / len(caps)
     projected = project(rows, caps)
-    for row, found in zip(rows, projected, strict=True):
-        assert found.sum() == pytest.approx(1, abs=1e-12) and (found >= 0).all() and (found <= caps).all()
-        assert (project(row, caps) == found).all()
+    for row, point in zip(rows, projected, strict=True):
+        assert point.sum() == pytest.approx(1, abs=1e-12) and (point >= 0).all() and (point <= caps).all()
+        assert (project(row, caps) == point).all()
         best = minimize(
             lambda p, row=row: ((p - row) ** 2).sum(),
             np.clip(caps / caps.sum(), 0, caps),
@@ -256,7 +256,7 @@ def test_the_capped_projection_is_the_nearest_point(caps):
             constraints={"type": "eq", "fun": lambda p: p.sum() - 1, "jac": np.ones_like},
             options={"ftol": 1e-14},
         )
-        assert found == pytest.approx(best.x, abs=1e-6)
+        assert point == pytest.approx(best.x, abs=1e-6)
 
 
 def test_a_projected_point_stays_and_a_far_one_reaches_the_exact_corner():

@@ -40,17 +40,17 @@ def test_a_study_loads_and_begins_with_its_question(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     opening = " ".join(line.removeprefix("#").strip() for line in lines[:3] if line.startswith("#"))
     assert "?" in opening
-    given = config.fine_tuning
-    check_trainer(given.trainer, path)
-    check_lora(given.lora, path)
+    settings = config.fine_tuning
+    check_trainer(settings.trainer, path)
+    check_lora(settings.lora, path)
     assert Recipe(
-        steps=given.steps,
-        learning_rate=given.learning_rate,
-        batch_size=given.batch_size,
-        seed=given.seed,
-        trainer=given.trainer,
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        trainer=settings.trainer,
     ).rows
-    assert all(one.train is not None for one in config.distributions.values())
+    assert all(distribution.train is not None for distribution in config.distributions.values())
     readme = (path.parent / "README.md").read_text(encoding="utf-8")
     assert f"`{path.name}`" in readme
 
@@ -92,7 +92,7 @@ def test_sums_are_free_in_the_quickstarts_own_ledger() -> None:
 def save_sparse(folder: Path, config: LlamaConfig, shards: int = 4) -> None:
     """A Llama as it would lie on disk, but of holes."""
     with torch.device("meta"):
-        shapes = {name: tuple(one.shape) for name, one in LlamaForCausalLM(config).named_parameters()}
+        shapes = {name: tuple(parameter.shape) for name, parameter in LlamaForCausalLM(config).named_parameters()}
     config.save_pretrained(folder)
     files = [f"model-{number + 1:05}-of-{shards:05}.safetensors" for number in range(shards)]
     for number, file in enumerate(files):
@@ -122,22 +122,22 @@ def test_those_of_openllama_pass_the_check(size: str, tmp_path: Path) -> None:
     config = load(path)
     model = LlamaConfig(vocab_size=32000, dtype="bfloat16", max_position_embeddings=2048, **OPENLLAMAS[size])
     with torch.device("meta"):
-        shapes = {name: tuple(one.shape) for name, one in LlamaForCausalLM(model).named_parameters()}
+        shapes = {name: tuple(parameter.shape) for name, parameter in LlamaForCausalLM(model).named_parameters()}
     save_sparse(config.base.path, model)
-    for one in config.distributions.values():
-        kind, source = one.fine_tune
+    for distribution in config.distributions.values():
+        kind, source = distribution.fine_tune
         if kind == "checkpoint":
             save_sparse(source.path, model)
         else:
             sparse(source.path / "adapter_model.safetensors", factors(shapes, config.fine_tuning.lora["r"]))
-            told = {"peft_type": "LORA", **config.fine_tuning.lora, "target_modules": "all-linear", "bias": "none"}
-            (source.path / "adapter_config.json").write_text(json.dumps(told))
-        for file in (one.validation, one.held_out):
+            adapter = {"peft_type": "LORA", **config.fine_tuning.lora, "target_modules": "all-linear", "bias": "none"}
+            (source.path / "adapter_config.json").write_text(json.dumps(adapter))
+        for file in (distribution.validation, distribution.held_out):
             file.path.parent.mkdir(exist_ok=True)
             file.path.write_text("{}\n")
-    found = check(config, path)
-    assert found.architecture == "LlamaForCausalLM" and len(found.checkpoints) == 5
-    assert found.plan.work.trial_tokens == 4 * 64 * 1024
+    report = check(config, path)
+    assert report.architecture == "LlamaForCausalLM" and len(report.checkpoints) == 5
+    assert report.plan.work.trial_tokens == 4 * 64 * 1024
 
 
 def factors(shapes: dict[str, tuple[int, ...]], rank: int) -> dict[str, tuple[int, ...]]:

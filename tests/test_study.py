@@ -65,7 +65,7 @@ def test_grid_and_search_share_every_measurement(tmp_path, evaluated):
     before = sum(evaluated.values())
     again = study.compare(["simplex-gp", "random", "grid"]).summary
     assert sum(evaluated.values()) == before
-    assert [one.objective for one in again.results] == [one.objective for one in summary.results]
+    assert [row.objective for row in again.results] == [row.objective for row in summary.results]
     assert len(summary.trials["grid"]) == 15
 
 
@@ -73,8 +73,8 @@ def test_the_winner_is_the_search_splits_best(tmp_path):
     study = open_study(worlds.study(tmp_path, search=GRID))
     winner = study.run().winner
     summary = study.compare(["grid"]).summary
-    bests = [one for one in summary.results if one.role == "best"]
-    assert summary.winner == min(bests, key=lambda one: one.objective["search"])
+    bests = [row for row in summary.results if row.role == "best"]
+    assert summary.winner == min(bests, key=lambda row: row.objective["search"])
     trials = [record for records in summary.trials.values() for record in records]
     assert summary.winner.objective["search"] == min(record.objective for record in trials)
     assert winner.coefficients in [record.coefficients for record in summary.trials["random"]]
@@ -256,12 +256,12 @@ def test_protection_changes_the_winner_to_the_best_that_keeps_it(tmp_path, evalu
         assert feasible and kept.winner.coefficients != free.winner.coefficients
         assert kept.winner.algorithm == "grid", "in its second generation too"
         assert kept.winner.objective[SEARCH] > free.winner.objective[SEARCH]
-    told = {trial.number: trial.objective for trial in optuna_trials(path, study, algorithm)}
-    assert told == {record.number: record.penalized for record in trials}
+    objectives = {trial.number: trial.objective for trial in optuna_trials(path, study, algorithm)}
+    assert objectives == {record.number: record.penalized for record in trials}
 
 
 def optuna_trials(path: Path, study: Study, algorithm: str) -> list:
-    """What Optuna was told in the newest generation."""
+    """Trials of the newest generation, as Optuna has them."""
     names = [name for name in study_names(study.config.storage) if name.startswith(f"tiny/{algorithm}")]
     settings = study.config.search.model_copy(update={"algorithm": algorithm})
     return Search(study.config.storage, max(names), study.config.space, settings).trials()
@@ -348,8 +348,8 @@ def test_the_winner_is_exported_proved_and_registered(tmp_path):
     weights = winner.coefficients.weights
     for name, parameter in model.named_parameters():
         terms = [
-            weight * AutoModelForCausalLM.from_pretrained(tmp_path / "models" / one).get_parameter(name).double()
-            for one, weight in weights.items()
+            weight * AutoModelForCausalLM.from_pretrained(tmp_path / "models" / source).get_parameter(name).double()
+            for source, weight in weights.items()
         ]
         assert torch.allclose(parameter.double(), sum(terms), rtol=0, atol=1e-6)
     assert "coefficient" in (tmp_path / "best/README.md").read_text()
@@ -455,12 +455,12 @@ def test_what_is_reused_is_told_with_its_reason(tmp_path):
     watching = RecordedProgress()
     grown = worlds.study(tmp_path, ("code", "math", "prose", "records"), search=GRID)
     open_study(grown, watching).compare(["random"])
-    told = next(line for line in watching.notes if "generation 2" in line)
-    assert "so scores on code, math, prose hold; of these only records is scored" in told
+    note = next(line for line in watching.notes if "generation 2" in line)
+    assert "so scores on code, math, prose hold; of these only records is scored" in note
     shrunk = worlds.study(tmp_path, ("code", "prose"), search=GRID)
     open_study(shrunk, watching).compare(["random"])
-    told = next(line for line in watching.notes if "generation 3" in line)
-    assert "so scores on code, prose hold; none of these is scored again" in told
+    note = next(line for line in watching.notes if "generation 3" in line)
+    assert "so scores on code, prose hold; none of these is scored again" in note
 
 
 def test_a_study_that_grows_looks_first_at_few_points_and_the_new_vertex(tmp_path, evaluated):
@@ -472,8 +472,8 @@ def test_a_study_that_grows_looks_first_at_few_points_and_the_new_vertex(tmp_pat
     study = open_study(grown)
     study.compare(["simplex-gp"])
     first = [record.coefficients for record in study.summary().trials["simplex-gp"]]
-    assert [one.weights["records"] for one in first] == [0.0] * 6 + [1.0]
-    seen = [one.weights for one in first[:6]]
+    assert [point.weights["records"] for point in first] == [0.0] * 6 + [1.0]
+    seen = [point.weights for point in first[:6]]
     gaps = [max(abs(a[name] - b[name]) for name in a) for i, a in enumerate(seen) for b in seen[:i]]
     assert min(gaps) >= 0.5, "of the lattice's points, a quarter apart, no two are neighbors"
     new = load_inputs(load(grown), grown).identity().corpora[SEARCH]["records"]

@@ -116,7 +116,7 @@ def save_sparse(folder: Path, shards: int = 6, size: str = "13B") -> None:
     config = LlamaConfig(vocab_size=32000, dtype="bfloat16", **LLAMAS[size])
     config.save_pretrained(folder)
     with torch.device("meta"):
-        shapes = {name: list(one.shape) for name, one in LlamaForCausalLM(config).named_parameters()}
+        shapes = {name: list(parameter.shape) for name, parameter in LlamaForCausalLM(config).named_parameters()}
     names, weight_map = sorted(shapes), {}
     for number in range(shards):
         file = f"model-{number + 1:05}-of-{shards:05}.safetensors"

@@ -68,7 +68,7 @@ def live(moment: str, words: list[str], variables: Mapping[str, str], output: st
 
 @dataclass(frozen=True)
 class Books:
-    """What a study's books say.
+    """A study in Optuna, in MLflow and in its workers' notes.
 
     states  of Optuna's trials that have all their coefficients, by number
     logged  how often MLflow has each trial
@@ -148,7 +148,7 @@ def _scoring(engine: Any) -> str:
         return str(connection.execute(text("SELECT scoring FROM dem_score LIMIT 1")).scalar_one())
 
 
-def told(study: Path) -> int:
+def count_ended(study: Path) -> int:
     """How many trials are told, as Optuna's tables say; 0 where there are none yet."""
     from sqlalchemy import text
     from sqlalchemy.exc import DBAPIError

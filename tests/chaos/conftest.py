@@ -1,4 +1,4 @@
-"""What the tests of faults share: a Ray that outlives the drivers, and folders of tiny studies."""
+"""Shared by the tests of faults: a Ray that outlives the drivers, and folders of tiny studies."""
 
 import os
 import sys
@@ -49,7 +49,7 @@ def make_study(tmp_path: Path, ray_address: str) -> Callable[..., Path]:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """What tests measured beside passing."""
+    """Print the figures that tests recorded."""
     for report in terminalreporter.stats.get("passed", ()):
         for what, measured in report.user_properties:
             terminalreporter.write_line(f"{report.nodeid}: {what}: {measured}")

@@ -1,4 +1,4 @@
-"""What a study needs is away for a while: it says what it waits for, goes on, and loses nothing."""
+"""A study that misses something for a while says what it waits for, goes on, and loses nothing."""
 
 import os
 import resource
@@ -67,7 +67,7 @@ def mlflow(tmp_path: Path) -> Iterator[MlflowServer]:
 
 
 def wait_until_told(driver: "subprocess.Popen[str]", study: Path, count: int) -> None:
-    while books.told(study) < count:
+    while books.count_ended(study) < count:
         assert driver.poll() is None, driver.communicate()[0]
         time.sleep(0.2)
 
@@ -119,13 +119,13 @@ def test_a_disk_that_fills_up_is_waited_for(make_study: Callable[..., Path]) -> 
     resource.prlimit(driver.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert lines.end() == 0, lines.text
     assert "is back after" in lines.text
-    found = books.read(study)
-    found.check(planned)
-    assert found.repeated == 0
+    outcome = books.read(study)
+    outcome.check(planned)
+    assert outcome.repeated == 0
 
 
 class Lines:
-    """What a driver says, as it says it."""
+    """A driver's output, read while it runs."""
 
     def __init__(self, driver: "subprocess.Popen[str]") -> None:
         self.text, self._driver = "", driver

@@ -29,10 +29,10 @@ def test_a_study_whose_drivers_are_killed_ends_with_every_trial_once(make_study:
         assert status == -signal.SIGKILL, f"{moment}: {said}"
     status, said = books.run("never", "run", study)
     assert status == 0, said
-    found = books.read(study)
-    found.check(PLANNED)
+    outcome = books.read(study)
+    outcome.check(PLANNED)
     # In flight at a kill: what is being scored, and what is queued behind it.
-    assert found.repeated <= 2 * KILLS
+    assert outcome.repeated <= 2 * KILLS
 
 
 def test_an_export_that_is_killed_registers_its_model_once(make_study: Callable[..., Path]) -> None:
@@ -53,7 +53,7 @@ def test_an_export_that_is_killed_registers_its_model_once(make_study: Callable[
 
 def wait_for_trials(drivers: list[subprocess.Popen[str]], study: Path, count: int) -> None:
     """Until the study has so many told trials."""
-    while books.told(study) < count:
+    while books.count_ended(study) < count:
         assert any(driver.poll() is None for driver in drivers), "somebody drives"
         time.sleep(0.2)
 
@@ -75,9 +75,9 @@ def test_three_drivers_divide_a_study_whatever_happens_to_one_and_to_the_server(
     postgres.ensure_postgres_running()
     said = [driver.communicate(timeout=600)[0] for driver in drivers[1:]]
     assert [driver.returncode for driver in drivers[1:]] == [0, 0], "\n".join(said)
-    assert any("is back after" in one for one in said), said
-    found = books.read(study)
-    found.check(planned)
-    assert len(set(found.coefficients.values())) == planned, "no point was proposed twice"
+    assert any("is back after" in output for output in said), said
+    outcome = books.read(study)
+    outcome.check(planned)
+    assert len(set(outcome.coefficients.values())) == planned, "no point was proposed twice"
     # What the killed driver had in hand, and what the outage caught between its score and its record.
-    assert found.repeated <= 2 + 2 * len(drivers)
+    assert outcome.repeated <= 2 + 2 * len(drivers)

@@ -55,7 +55,7 @@ def test_a_password_is_never_seen(
     mine = make_url(postgres_url).set(username="secretive", password=SECRET)
     other = mine.set(database=f"{mine.database}m")
     postgres.psql(f"CREATE DATABASE {other.database}")
-    storage, tracking = (one.render_as_string(hide_password=False) for one in (mine, other))
+    storage, tracking = (url.render_as_string(hide_password=False) for url in (mine, other))
     assert quote(SECRET, safe="") in storage or SECRET in unquote(storage)
     study = make_study(6, storage=storage, tracking={"uri": tracking})
     heard = ""

@@ -17,20 +17,20 @@ def test_a_study_of_5000_trials_goes_on_in_seconds_and_in_flat_memory(
 ) -> None:
     study = make_study(PLANNED, documents=20, evaluation={"window": 32, "windows": 2, "held_out": 2})
     driver, sizes = books.start("never", "run", study), {}
-    for told in (1000, PLANNED - 100):
-        while books.told(study) < told:
+    for count in (1000, PLANNED - 100):
+        while books.count_ended(study) < count:
             assert driver.poll() is None, driver.communicate()[0]
             time.sleep(0.5)
-        sizes[told] = psutil.Process(driver.pid).memory_info().rss / MIB
+        sizes[count] = psutil.Process(driver.pid).memory_info().rss / MIB
     driver.send_signal(signal.SIGKILL)
     driver.communicate()
-    before, began = books.told(study), time.monotonic()
+    before, began = books.count_ended(study), time.monotonic()
     driver = books.start("never", "run", study)
-    while books.told(study) == before:
+    while books.count_ended(study) == before:
         assert driver.poll() is None, driver.communicate()[0]
         time.sleep(0.1)
     record_property("seconds until the first new trial", round(time.monotonic() - began, 1))
-    record_property("the driver's memory in MiB by trials", {told: round(size) for told, size in sizes.items()})
+    record_property("the driver's memory in MiB by trials", {count: round(size) for count, size in sizes.items()})
     said, _ = driver.communicate(timeout=600)
     assert driver.returncode == 0, said
     books.read(study).check(PLANNED)

@@ -55,9 +55,9 @@ def test_residents_that_are_killed_while_they_score_lose_no_trial(make_study: Ca
     said, _ = driver.communicate(timeout=600)
     assert driver.returncode == 0, said
     assert said.count("a worker was lost") <= kills
-    found = books.read(study)
-    found.check(planned)
-    assert found.repeated <= kills
+    outcome = books.read(study)
+    outcome.check(planned)
+    assert outcome.repeated <= kills
 
 
 @pytest.fixture
@@ -85,9 +85,9 @@ def test_nodes_that_are_killed_and_replaced_lose_no_trial(
         nodes.append(cluster.add_node(num_cpus=1))
     said, _ = driver.communicate(timeout=900)
     assert driver.returncode == 0, said
-    found = books.read(study)
-    found.check(planned)
-    assert found.repeated <= 2 * kills
+    outcome = books.read(study)
+    outcome.check(planned)
+    assert outcome.repeated <= 2 * kills
 
 
 @pytest.fixture

@@ -28,10 +28,10 @@ def test_the_first_signal_finishes_what_is_being_scored(make_study: Callable[...
     assert set(stopped.logged.values()) == {1}
     status, said = books.run("never", "run", study)
     assert status == 0, said
-    found = books.read(study)
-    found.check(PLANNED)
+    outcome = books.read(study)
+    outcome.check(PLANNED)
     # What was queued behind it may have been begun before its worker was let go.
-    assert found.repeated <= 1
+    assert outcome.repeated <= 1
 
 
 def test_the_second_signal_stops_at_once(make_study: Callable[..., Path]) -> None:

@@ -44,20 +44,20 @@ each_service = pytest.mark.parametrize(("file", "name"), SERVICES, ids=[f"{file}
 
 
 def service(file: str, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = COMPOSE[file]["services"][name]
-    return found
+    settings: dict[str, Any] = COMPOSE[file]["services"][name]
+    return settings
 
 
 @each_service
 def test_a_service_is_watched_and_started_again(file: str, name: str) -> None:
     """All but what ends by itself: the driver, which runs when asked for, and what makes Optuna's tables."""
-    one = service(file, name)
-    if one["healthcheck"].get("disable"):
-        assert one["restart"] == "no" and name in ("driver", "tables")
+    settings = service(file, name)
+    if settings["healthcheck"].get("disable"):
+        assert settings["restart"] == "no" and name in ("driver", "tables")
     else:
-        assert one["healthcheck"]["test"][0] == "CMD"
-        assert {"interval", "timeout", "retries", "start_period"} <= one["healthcheck"].keys()
-        assert one["restart"] == "unless-stopped"
+        assert settings["healthcheck"]["test"][0] == "CMD"
+        assert {"interval", "timeout", "retries", "start_period"} <= settings["healthcheck"].keys()
+        assert settings["restart"] == "unless-stopped"
 
 
 @each_service
@@ -69,22 +69,22 @@ def test_ports_are_published_on_loopback_alone(file: str, name: str) -> None:
 @each_service
 def test_what_listens_has_a_secret_that_must_be_given(file: str, name: str) -> None:
     """An empty one is refused too: `:?`, where `?` alone would let it pass."""
-    one = service(file, name)
-    secret = {key: value for key, value in one.get("environment", {}).items() if re.search("PASSWORD|TOKEN", key)}
+    settings = service(file, name)
+    secret = {key: value for key, value in settings.get("environment", {}).items() if re.search("PASSWORD|TOKEN", key)}
     for value in secret.values():
         assert re.fullmatch(r"\$\{\w+:\?[^}]+\}", value)
-    words = [*one.get("entrypoint", []), *one.get("command", [])]
-    if any(BEYOND.search(word) for word in words) or "ports" in one:
+    words = [*settings.get("entrypoint", []), *settings.get("command", [])]
+    if any(BEYOND.search(word) for word in words) or "ports" in settings:
         assert secret
 
 
 @pytest.mark.parametrize("missing", SECRETS)
 def test_compose_refuses_to_go_on_without_a_secret(missing: str) -> None:
     text = (DOCKER / "compose.yaml").read_text()
-    given = SECRETS | OTHERS
-    assert "${" not in interpolated(text, given)
+    variables = SECRETS | OTHERS
+    assert "${" not in interpolated(text, variables)
     with pytest.raises(KeyError, match=missing):
-        interpolated(text, {**given, missing: ""})
+        interpolated(text, {**variables, missing: ""})
 
 
 @pytest.mark.parametrize("path", sorted(DOCKER.iterdir()), ids=lambda path: path.name)
@@ -107,16 +107,16 @@ def instructions() -> list[tuple[str, str]]:
 
 
 def test_the_image_is_pinned_and_runs_as_nobody_in_particular() -> None:
-    told = instructions()
-    assert [rest for word, rest in told if word == "FROM"] == ["${BASE}"]
-    (base,) = (rest for word, rest in told if word == "ARG" and rest.startswith("BASE="))
+    dockerfile = instructions()
+    assert [rest for word, rest in dockerfile if word == "FROM"] == ["${BASE}"]
+    (base,) = (rest for word, rest in dockerfile if word == "ARG" and rest.startswith("BASE="))
     assert re.fullmatch(r"BASE=python:3\.\d+\.\d+-slim-\w+", base)
-    assert [rest for word, rest in told if word == "USER"] == ["dem"]
-    last = max(number for number, (word, _) in enumerate(told) if word in ("RUN", "COPY"))
-    assert told.index(("USER", "dem")) > last, "what is installed belongs to root"
-    assert ("ENTRYPOINT", '["dem-opt"]') in told
-    assert ("COPY", "--chmod=755 docker/driver.sh /usr/local/bin/dem-opt-driver") in told
-    assert not [rest for word, rest in told if word in ("ARG", "ENV") and re.search(r"PASSWORD|TOKEN", rest)]
+    assert [rest for word, rest in dockerfile if word == "USER"] == ["dem"]
+    last = max(number for number, (word, _) in enumerate(dockerfile) if word in ("RUN", "COPY"))
+    assert dockerfile.index(("USER", "dem")) > last, "what is installed belongs to root"
+    assert ("ENTRYPOINT", '["dem-opt"]') in dockerfile
+    assert ("COPY", "--chmod=755 docker/driver.sh /usr/local/bin/dem-opt-driver") in dockerfile
+    assert not [rest for word, rest in dockerfile if word in ("ARG", "ENV") and re.search(r"PASSWORD|TOKEN", rest)]
 
 
 def test_packages_come_from_where_pip_is_configured_to_take_them() -> None:
@@ -157,7 +157,7 @@ def test_the_image_takes_its_versions_from_the_constraints() -> None:
         for part in re.findall(r"pip install.*?(?:&&|;;|$)", rest)
     ]
     assert len(installs) == 4
-    assert all("-c constraints.txt" in one or "--no-deps" in one for one in installs)
+    assert all("-c constraints.txt" in install or "--no-deps" in install for install in installs)
     assert not re.search(r"==\d", (DOCKER / "Dockerfile").read_text())
     assert "torch" in PINS and "psycopg-binary" in PINS
 
@@ -176,17 +176,21 @@ def test_what_the_image_copies_is_sent_to_the_builder() -> None:
 
 def ray_commands() -> list[list[str]]:
     """Every `ray` command that the files give, without the program's name."""
-    found = [one["command"] for file, name in SERVICES if (one := service(file, name)).get("entrypoint") == ["ray"]]
-    found += [
-        one["healthcheck"]["test"][2:]
+    commands = [
+        settings["command"] for file, name in SERVICES if (settings := service(file, name)).get("entrypoint") == ["ray"]
+    ]
+    commands += [
+        settings["healthcheck"]["test"][2:]
         for file, name in SERVICES
-        if "ray" in (one := service(file, name))["healthcheck"].get("test", [])
+        if "ray" in (settings := service(file, name))["healthcheck"].get("test", [])
     ]
     up = yaml.safe_load((DOCKER / "ray-up.yaml").read_text())
     texts = [*up["head_start_ray_commands"], *up["worker_start_ray_commands"], (DOCKER / "driver.sh").read_text()]
     texts.append((DOCKER / "README.md").read_text().replace("\\\n", " "))
-    found += [line.split() for text in texts for line in re.findall(r"ray ((?:start|stop|status)\b[^\n>`|;&#]*)", text)]
-    return found
+    commands += [
+        line.split() for text in texts for line in re.findall(r"ray ((?:start|stop|status)\b[^\n>`|;&#]*)", text)
+    ]
+    return commands
 
 
 def test_ray_knows_the_commands() -> None:
@@ -216,18 +220,18 @@ def lines_of_the_study(services: Services) -> dict[str, Any]:
     """The three lines of the study file that the page gives first, as they are on this machine."""
     block = re.search(r"```yaml\n(.*?)```", (DOCKER / "README.md").read_text(), re.DOTALL)
     assert block
-    found: dict[str, Any] = yaml.safe_load(block[1])
-    assert found.keys() == {"storage", "tracking", "compute"}
+    sections: dict[str, Any] = yaml.safe_load(block[1])
+    assert sections.keys() == {"storage", "tracking", "compute"}
     return {
-        "storage": services.native(found["storage"]),
-        "tracking": {"uri": services.native(found["tracking"]["uri"])},
-        "compute": {"ray": services.native(found["compute"]["ray"])},
+        "storage": services.native(sections["storage"]),
+        "tracking": {"uri": services.native(sections["tracking"]["uri"])},
+        "compute": {"ray": services.native(sections["compute"]["ray"])},
     }
 
 
 @pytest.fixture(scope="module")
 def databases(postgres: PostgresServer) -> Iterator[Path]:
-    """What the init script makes; passwords are asked for.  The folder of the server's socket."""
+    """Run the init script, with passwords required; the folder of the server's socket."""
     rules = Path(postgres.pgdata, "pg_hba.conf")
     before = rules.read_text()
     psql = [postgres.bin_path / "psql", "--no-psqlrc", f"--host={postgres.pgdata}", "--username=postgres", "postgres"]
@@ -297,7 +301,7 @@ def test_a_study_runs_on_the_services(
 
     with urlopen(f"http://127.0.0.1:{services.ports['8080']}/api/studies", timeout=30) as answer:
         shown = json.loads(answer.read())["study_summaries"]
-    assert [one["study_name"] for one in shown] == [summary.study_name]
+    assert [row["study_name"] for row in shown] == [summary.study_name]
 
     client = mlflow.MlflowClient(tracking_uri=lines["tracking"]["uri"], registry_uri=lines["tracking"]["uri"])
     experiment = client.get_experiment_by_name("tiny")
