@@ -23,7 +23,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 """What a shell starts in the background ignores Ctrl-C, and so would all that the tests start and interrupt."""
 
 torch.set_num_threads(1)
-"""Models are tiny, and tests run in several processes; Ray's workers have the threads that Ray gives them."""
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+"""Models are tiny, and tests run in several processes, which start others; Ray's workers have the threads that it gives
+them."""
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

@@ -23,9 +23,9 @@ def open_tracked(path: Path, progress: Progress | None = None) -> Study:
 
 def replace_dependencies(monkeypatch: pytest.MonkeyPatch, **dependencies: object) -> None:
     """Let commands open studies with these arguments, and not with those that the study file asks for."""
-    load = Study.load
+    initialize = Study.__init__
 
-    def load_with(path: Path, **arguments: object) -> Study:
-        return load(path, **(arguments | dependencies))
+    def initialize_with(study: Study, *places: object, **arguments: object) -> None:
+        initialize(study, *places, **(arguments | dependencies))
 
-    monkeypatch.setattr(Study, "load", load_with)
+    monkeypatch.setattr(Study, "__init__", initialize_with)

@@ -29,13 +29,23 @@ from dem_opt.tracking import NullTracker
 TRIALS = 3
 
 
+@pytest.fixture(scope="module")
+def run_study(tmp_path_factory):
+    """The folder of a study that has been run."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        replace_dependencies(monkeypatch, tracker=NullTracker(), compute=InProcessCompute())
+        path = worlds.study(folder, search={"algorithm": "random", "trials": TRIALS})
+        assert main(["run", str(path), "--quiet"]) == 0
+    return folder
+
+
 @pytest.fixture
-def study(tmp_path, monkeypatch):
-    """A study that has been run."""
+def study(run_study, tmp_path, monkeypatch):
+    """A study that has been run, in a folder of the test's own."""
     replace_dependencies(monkeypatch, tracker=NullTracker(), compute=InProcessCompute())
-    path = worlds.study(tmp_path, search={"algorithm": "random", "trials": TRIALS})
-    assert main(["run", str(path), "--quiet"]) == 0
-    return path
+    shutil.copytree(run_study, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "study.yaml"
 
 
 def answer(capsys, *words):
