@@ -4,7 +4,7 @@ Shape suffixes here and in every module with tensors: B batch rows, T tokens of 
 N stored checkpoints (base and fine-tunes), P parameters, K distributions, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from functools import cached_property
@@ -65,6 +65,20 @@ class Composite:
         return sha256(repr(self.terms).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class CorpusLayout:
+    """Text and documents of a corpus's windows.
+
+    Attributes:
+        bytes_W: UTF-8 bytes of the text that is scored in each window.
+        documents_W: Scored tokens of each document in each window, by the document's number in the split; a document
+            that is cut stands in several windows.
+    """
+
+    bytes_W: tuple[int, ...]
+    documents_W: tuple[Mapping[int, int], ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Windows:
     """Token windows of one corpus in their fixed order.
@@ -73,14 +87,26 @@ class Windows:
     predicted from the tokens before it in its own document; a document's first token, prompts and padding are
     not scored.  Padding is at the end of a window, has position 0 and is never scored.  For an
     encoder-decoder a document's tokens before its first scored one are the source, the others the target.
+
+    Attributes:
+        ids_WT: Token ids.
+        positions_WT: Positions.
+        scored_WT: Which tokens are scored.
+        documents_WT: Number of each token's document in the seeded order of its split; -1 for padding.  None where it
+            is not needed, as in training.
+        bytes_WT: UTF-8 bytes of the text that each scored token stands for, 0 for others.  None where they were not
+            counted.
     """
 
     ids_WT: NDArray[np.int64]
     positions_WT: NDArray[np.int64]
     scored_WT: NDArray[np.bool_]
+    documents_WT: NDArray[np.int64] | None = None
+    bytes_WT: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         assert self.ids_WT.shape == self.positions_WT.shape == self.scored_WT.shape
+        assert all(each is None or each.shape == self.ids_WT.shape for each in (self.documents_WT, self.bytes_WT))
 
     def __len__(self) -> int:
         return len(self.ids_WT)
@@ -91,8 +117,20 @@ class Windows:
         return tuple(int(count) for count in self.scored_WT.sum(axis=1))
 
     @cached_property
+    def layout(self) -> CorpusLayout | None:
+        """Bytes and documents of each window, where they are known."""
+        if self.bytes_WT is None or self.documents_WT is None:
+            return None
+        return CorpusLayout(tuple(self.bytes_WT.sum(axis=1).tolist()), tuple(self._documents_W(self.documents_WT)))
+
+    def _documents_W(self, documents_WT: NDArray[np.int64]) -> Iterator[dict[int, int]]:
+        for documents_T, scored_T in zip(documents_WT, self.scored_WT, strict=True):
+            numbers, tokens = np.unique(documents_T[scored_T], return_counts=True)
+            yield dict(zip(numbers.tolist(), tokens.tolist(), strict=True))
+
+    @cached_property
     def digest(self) -> str:
-        """SHA-256 of shape and contents."""
+        """SHA-256 of ids, positions and scored tokens, which decide the nats."""
         digest = sha256(repr(self.ids_WT.shape).encode())
         for array in (self.ids_WT, self.positions_WT, self.scored_WT):
             digest.update(np.ascontiguousarray(array).tobytes())

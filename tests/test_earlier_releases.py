@@ -12,6 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import optuna
 import pytest
 import yaml
@@ -23,6 +24,8 @@ from dem_opt.checkpoints.training_record import read_journal
 from dem_opt.cli.main import main
 from dem_opt.compute import InProcessCompute
 from dem_opt.config import load
+from dem_opt.storage.ledger import Ledger
+from dem_opt.storage.retry import opened
 from dem_opt.types import Request, Summary
 from dem_opt.workflows.lm_eval import harness_version
 from dem_opt.workflows.provenance import libraries
@@ -254,9 +257,21 @@ def test_a_study_goes_on_and_repeats_nothing(earlier: Callable[[str], EarlierStu
     compute = WatchedCompute()
     Study.load(study.path, compute=compute).run()
     assert study.identities() == identities, "no new generation"
+    check_layouts(study)
     check_scores(study, scores, compute.requests, content["evaluation"]["windows"])
     check_trials(study, trials)
     check_runs(study, runs)
+
+
+def check_layouts(study: EarlierStudy) -> None:
+    """The run has counted bytes and documents, which the release did not, of every window that was scored."""
+    with opened(study.storage) as engine:
+        ledger = Ledger(engine)
+        for row in study.scores():
+            layout = ledger.layout(row.corpus)
+            assert layout is not None and len(layout.bytes_W) == len(layout.documents_W) >= row.windows
+            tokens_W = [sum(documents.values()) for documents in layout.documents_W]
+            assert np.array(tokens_W[: row.windows], dtype="<i8").tobytes() == row.tokens_W
 
 
 def check_scores(study: EarlierStudy, before: set[Row[Any]], requests: Sequence[Request], windows: int) -> None:

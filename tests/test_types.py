@@ -8,7 +8,7 @@ import pytest
 
 from dem_opt.errors import EvaluationError
 from dem_opt.simplex import UNIT, Coefficients, Space
-from dem_opt.types import Composite, Score, TrialRecord, Windows
+from dem_opt.types import Composite, CorpusLayout, Score, TrialRecord, Windows
 
 EXPERTS = {"a": "hash-3", "b": "hash-1", "c": "hash-2"}
 
@@ -79,3 +79,12 @@ def test_the_digest_sees_every_array(field):
     changed[1, 3] = not changed[1, 3] if field == "scored_WT" else changed[1, 3] + 1
     assert Windows(**arrays).digest == Windows(**{name: array.copy() for name, array in arrays.items()}).digest
     assert Windows(**arrays).digest != Windows(**arrays | {field: changed}).digest
+
+
+def test_documents_and_bytes_are_no_part_of_the_digest():
+    arrays = [np.arange(8).reshape(2, 4), np.tile(np.arange(4), (2, 1)), np.array([[0, 1, 1, 1], [0, 1, 1, 0]]) > 0]
+    documents_WT, bytes_WT = np.array([[0, 0, 2, 2], [2, 2, 3, -1]]), np.array([[0, 1, 1, 3], [0, 0, 2, 0]])
+    bare, known = Windows(*arrays), Windows(*arrays, documents_WT=documents_WT, bytes_WT=bytes_WT)
+    assert bare.digest == known.digest
+    assert bare.layout is None
+    assert known.layout == CorpusLayout((5, 2), ({0: 1, 2: 2}, {2: 1, 3: 1}))

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from dem_opt.config import CHAT_DATE
 from dem_opt.data.documents import Document, Pair
 from dem_opt.data.messages import Chat, Turn
-from dem_opt.data.tokenize import Tokens
+from dem_opt.data.tokenize import Source, Tokens
+from dem_opt.data.tokenize import encode as encode_text
 from dem_opt.errors import InputError
 
 _GENERATION = re.compile(r"(\{%-?\s*)generation(\s*-?%\})")
@@ -25,6 +26,9 @@ _MARKS = "\ufdd0\ufdd1"
 """Characters that stand in no text: Unicode keeps them for uses such as this one."""
 
 _DIRECTIVES = "aAbBcdDeFgGhHIjklmMnpPrRsSTuUVwWxXyYzZ"
+_RENDERED = {"add_special_tokens": False}
+"""Arguments of the tokenizer for a text that the template has written: it has its special tokens already."""
+
 _PROBE = "\ue000"
 """A character of private use, which stands for the words of a message or the name of a tool."""
 
@@ -62,8 +66,9 @@ def encode_chats(
             can't be told which of its tokens are the assistant's.  The error names no file; the caller adds it.
     """
     template = ChatTemplate(tokenizer, today)
-    for chat in chats:
-        yield from template.encode(chat)
+    for number, chat in enumerate(chats):
+        for tokens in template.encode(chat):
+            yield replace(tokens, document=number)
 
 
 @dataclass(frozen=True)
@@ -95,10 +100,11 @@ class ChatTemplate:
             if tokens.scored_L.any():
                 yield tokens
                 return
-        whole = self._ids(chat)
+        text = self.text(chat)
+        whole = self._ids_of(text)
         spans = [self._span(chat, place, whole) for place in chat.scored_places]
         if None not in spans:
-            yield _tokens(whole, [span for span in spans if span is not None])
+            yield _tokens(text, whole, [span for span in spans if span is not None])
             return
         for place in chat.scored_places:
             yield self._last_turn(_first(chat, place + 1))
@@ -116,7 +122,7 @@ class ChatTemplate:
                 first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
                 begin = self._tokens_before(text, start, ids) if first is None else first
                 spans.append((begin, self._tokens_before(text, end, ids) if last is None else last + 1))
-        return _tokens(ids, spans)
+        return _tokens(text, ids, spans)
 
     def _tokens_before(self, text: str, place: int, ids: list[int]) -> int:
         """How many of a text's tokens stand before a character to which no token has been assigned.
@@ -137,13 +143,13 @@ class ChatTemplate:
 
     def _last_turn(self, chat: Chat) -> Tokens:
         """A conversation of which the last turn is scored."""
-        before, whole = self._ids(_first(chat, len(chat.turns) - 1), prompted=True), self._ids(chat)
-        if whole[: len(before)] == before:
-            return _tokens(whole, [(len(before), len(whole))])
         text = self.text(chat)
+        before, whole = self._ids(_first(chat, len(chat.turns) - 1), prompted=True), self._ids_of(text)
+        if whole[: len(before)] == before:
+            return _tokens(text, whole, [(len(before), len(whole))])
         ends_L = self._character_ends(text)
         first = int(np.searchsorted(ends_L, self._start_of_last(chat, text), side="right"))
-        return _tokens(whole, [(first, len(whole))])
+        return _tokens(text, whole, [(first, len(whole))])
 
     def _start_of_last(self, chat: Chat, text: str) -> int:
         """The character at which the last turn begins: behind the generation prompt.
@@ -200,8 +206,11 @@ class ChatTemplate:
                 raise InputError(None, "messages", chat.turns[place].message, mend)
 
     def _ids(self, chat: Chat, prompted: bool = False) -> list[int]:
-        messages, source = self._messages(chat), self._source(chat)
-        return list(self._apply(chat, messages, source, add_generation_prompt=prompted)["input_ids"])
+        return self._ids_of(self.text(chat, prompted))
+
+    def _ids_of(self, text: str) -> list[int]:
+        """Token ids of a rendered text, which has its special tokens already."""
+        return list(encode_text(self.tokenizer, text=text, **_RENDERED)["input_ids"])
 
     def _messages(self, chat: Chat) -> list[dict[str, Any]]:
         """The messages in the first spelling that the template takes.
@@ -255,13 +264,13 @@ def _first(chat: Chat, count: int) -> Chat:
     return replace(chat, turns=chat.turns[:count])
 
 
-def _tokens(ids: list[int], spans: list[tuple[int, int]]) -> Tokens:
-    """Ids of which those within the spans are scored, but never the first, which follows none."""
+def _tokens(text: str, ids: list[int], spans: list[tuple[int, int]]) -> Tokens:
+    """Ids of a rendered text, of which those within the spans are scored, but never the first, which follows none."""
     scored_L = np.zeros(len(ids), dtype=np.bool_)
     for start, end in spans:
         scored_L[start:end] = True
     scored_L[:1] = False
-    return Tokens(np.array(ids, dtype=np.int64), scored_L)
+    return Tokens(np.array(ids, dtype=np.int64), scored_L, Source(text=text, options=_RENDERED))
 
 
 def _calls(message: dict[str, Any]) -> list[dict[str, Any]]:

@@ -4,10 +4,11 @@ Shape suffix: L tokens of one document.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,15 +23,51 @@ _D = TypeVar("_D")
 _CHARACTERS_AT_ONCE = 2**16
 
 
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The text that a document's scored tokens are made of.
+
+    Attributes:
+        text: The text.
+        start: Place in the document of the text's first token; below 0 where its first tokens were cut off.
+        options: Further arguments of the tokenizer.
+        target: The text is what an encoder-decoder predicts.
+    """
+
+    text: str
+    start: int = 0
+    options: Mapping[str, bool] = field(default_factory=dict)
+    target: bool = False
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, **options: bool) -> Mapping[str, Any]:
+        """The tokenizer's encoding of the text, as the document was made from it."""
+        return encode(tokenizer, **{"text_target" if self.target else "text": self.text}, **self.options, **options)
+
+
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """One document: token ids, and a mask of those scored given the tokens before them in it."""
+    """One document: token ids, and a mask of those scored given the tokens before them in it.
+
+    Attributes:
+        ids_L: Token ids.
+        scored_L: The mask.
+        source: The text of the scored tokens.
+        document: Number of the document among those that were encoded together; a conversation may be several.
+    """
 
     ids_L: NDArray[np.int64]
     scored_L: NDArray[np.bool_]
+    source: Source
+    document: int = 0
 
     def __len__(self) -> int:
         return len(self.ids_L)
+
+    def cut(self, start: int, length: int) -> "Tokens":
+        """At most `length` tokens from `start` on."""
+        part = slice(start, start + length)
+        source = replace(self.source, start=self.source.start - start)
+        return Tokens(self.ids_L[part], self.scored_L[part], source, self.document)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -76,11 +113,13 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> 
     return sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def encode_texts(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Each text's token ids with EOS at the end, encoded in batches as they are asked for."""
+def encode_texts(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:
+    """Each text's tokens with EOS at the end, all scored but the first; encoded in batches as they are asked for."""
+    number = count()
     for batch in _batches(texts, len):
-        for ids in _ids(tokenizer, text=batch):
-            yield _with_end(ids, tokenizer)
+        for text, ids in zip(batch, encode(tokenizer, text=batch)["input_ids"], strict=True):
+            ids_L = np.array(_with_end(ids, tokenizer), dtype=np.int64)
+            yield Tokens(ids_L, np.arange(len(ids_L)) > 0, Source(text=text), next(number))
 
 
 def encode_pairs(pairs: Iterable[Pair], tokenizer: PreTrainedTokenizerBase, paired: bool) -> Iterator[Tokens]:
@@ -93,39 +132,35 @@ def encode_pairs(pairs: Iterable[Pair], tokenizer: PreTrainedTokenizerBase, pair
 
     Raises InputError where an encoder-decoder's prompt has no token.
     """
+    number = count()
+    options = {} if paired else {"add_special_tokens": False}
     for batch in _batches(pairs, lambda pair: len(pair.prompt) + len(pair.completion)):
-        sources = _ids(tokenizer, text=[pair.prompt for pair in batch])
-        completions = [pair.completion for pair in batch]
-        if paired:
-            targets = _ids(tokenizer, text_target=completions)
-        else:
-            sources = [_without_end(ids, tokenizer) for ids in sources]
-            targets = _ids(tokenizer, text=completions, add_special_tokens=False)
-        for pair, source, target in zip(batch, sources, targets, strict=True):
-            if paired and not source:
+        prompts = encode(tokenizer, text=[pair.prompt for pair in batch])["input_ids"]
+        if not paired:
+            prompts = [_without_end(ids, tokenizer) for ids in prompts]
+        completions = {"text_target" if paired else "text": [pair.completion for pair in batch]}
+        targets = encode(tokenizer, **completions, **options)["input_ids"]
+        for pair, prompt, target in zip(batch, prompts, targets, strict=True):
+            if paired and not prompt:
                 raise InputError(None, "prompt", pair.prompt, "has no tokens, and an encoder-decoder needs some")
-            yield _parts([(source, False), (_with_end(target, tokenizer), True)])
+            ids_L = np.array([*prompt, *_with_end(target, tokenizer)], dtype=np.int64)
+            # The first token follows none, where the prompt has no tokens.
+            scored_L = np.arange(len(ids_L)) >= max(len(prompt), 1)
+            source = Source(text=pair.completion, start=len(prompt), options=options, target=paired)
+            yield Tokens(ids_L, scored_L, source, next(number))
 
 
-def _parts(parts: Sequence[tuple[list[int], bool]]) -> Tokens:
-    """Ids one after the other, scored or not; a document's first token is scored only behind another."""
-    ids_L = np.array([token for ids, _ in parts for token in ids], dtype=np.int64)
-    scored_L = np.repeat([scored for _, scored in parts], [len(ids) for ids, _ in parts])
-    scored_L[:1] = False
-    return Tokens(ids_L, scored_L)
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, **texts: Any) -> list[list[int]]:
-    """Token ids of a batch of texts (`text` or `text_target`), as they are: neither cut nor padded."""
-    encoding: Mapping[str, list[list[int]]] = tokenizer(
+def encode(tokenizer: PreTrainedTokenizerBase, **options: Any) -> Mapping[str, Any]:
+    """The tokenizer's encoding of texts (`text` or `text_target`), as they are: neither cut nor padded."""
+    encoding: Mapping[str, Any] = tokenizer(
         truncation=False,
         padding=False,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,
-        **texts,
+        **options,
     )
-    return encoding["input_ids"]
+    return encoding
 
 
 def _with_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,143 +1,25 @@
 """Documents -> fixed, hashed windows of token ids, split into search and held-out."""
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from datetime import date
 from hashlib import sha256
-from itertools import chain
 from pathlib import Path
-from typing import Literal, TypeGuard
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from dem_opt.config import CHAT_DATE, DataFile, DistributionSection, EvaluationSection, GeneralSection
-from dem_opt.data.chat_template import ChatTemplate, encode_chats, rendered
-from dem_opt.data.documents import Document, Pair, document_identity, read_documents
+from dem_opt.config import DataFile, DistributionSection, EvaluationSection, GeneralSection
+from dem_opt.data.chat_template import ChatTemplate, rendered
+from dem_opt.data.documents import Document, document_identity, read_documents
 from dem_opt.data.messages import Chat
-from dem_opt.data.tokenize import Tokens, encode_pairs, encode_texts, tokenizer_digest
+from dem_opt.data.packing import pack
+from dem_opt.data.tokenize import tokenizer_digest
 from dem_opt.errors import InputError, located
 from dem_opt.types import HELD_OUT, SEARCH, Corpus, Windows
 
 SURPLUS = 8
 """Windows are drawn from at most this many times their number, so that a large file takes no longer."""
-
-
-def pack(
-    documents: Sequence[Document],
-    tokenizer: PreTrainedTokenizerBase,
-    window: int,
-    paired: bool = False,
-    today: date = CHAT_DATE,
-) -> Windows:
-    """Documents of one format in windows of `window` tokens (ids_WT, positions_WT, scored_WT).
-
-    Texts are laid end to end.  A text is encoded as its tokenizer does it (with BOS, say, where it adds one),
-    without truncation, and ends with EOS where the tokenizer has one, so that its end is predicted too.  Where
-    a window ends within a text, the rest goes on in the next window as a fragment of its own.
-
-    Pairs and conversations stay whole: each stands in the window of the one before it or, where that has not
-    the room, begins the next.  One that is longer than a window loses the beginning of what stands before its
-    first scored token, all but one token, and then its end.  `paired` encodes pairs for an encoder-decoder;
-    `today` is the date that a chat template may write.
-
-    Windows are padded at their end; those that score nothing are left out.  Raises InputError for
-    conversations that can't be encoded.
-    """
-    if _are_texts(documents):
-        return _pack_texts(list(encode_texts(documents, tokenizer)), tokenizer, window)
-    rows = _rows(_encode(documents, tokenizer, paired, today), window)
-    return _fill(rows, window, _pad(tokenizer))
-
-
-def _are_texts(documents: Sequence[Document]) -> TypeGuard[Sequence[str]]:
-    return all(isinstance(document, str) for document in documents)
-
-
-def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
-    return int(tokenizer.pad_token_id or 0)
-
-
-def _encode(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, paired: bool, today: date
-) -> Iterable[Tokens]:
-    """Encode pairs or conversations lazily; those without scored tokens are left out."""
-    pairs = [document for document in documents if isinstance(document, Pair)]
-    chats = [document for document in documents if isinstance(document, Chat)]
-    assert len(documents) in (len(pairs), len(chats)), "documents of one format"
-    encoded = encode_pairs(pairs, tokenizer, paired) if pairs else encode_chats(chats, tokenizer, today)
-    return (tokens for tokens in encoded if tokens.scored_L.any())
-
-
-def _pack_texts(encoded: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, window: int) -> Windows:
-    ids_S, starts_S = _stream(encoded)
-    missing = -len(ids_S) % window
-    return _windows(
-        np.pad(ids_S, (0, missing), constant_values=_pad(tokenizer)),
-        np.pad(starts_S, (0, missing), constant_values=True),
-        window,
-    )
-
-
-def _rows(encoded: Iterable[Tokens], window: int, most: int | None = None) -> list[list[Tokens]]:
-    """The documents of each window, at most `most` windows; documents beyond them are not encoded."""
-    rows: list[list[Tokens]] = []
-    room = 0
-    for tokens in encoded:
-        fitted = _fit(tokens, window)
-        if len(fitted) > room:
-            if len(rows) == most:
-                break
-            rows.append([])
-            room = window
-        rows[-1].append(fitted)
-        room -= len(fitted)
-    return rows
-
-
-def _fit(tokens: Tokens, window: int) -> Tokens:
-    """At most `window` tokens: first those before the first scored token go, all but one, then the last ones."""
-    before = max(int(tokens.scored_L.argmax()) - 1, 0)
-    start = min(before, max(len(tokens) - window, 0))
-    return Tokens(tokens.ids_L[start : start + window], tokens.scored_L[start : start + window])
-
-
-def _fill(rows: Sequence[Sequence[Tokens]], window: int, pad: int) -> Windows:
-    """Whole documents as windows: positions restart with each, padding has position 0."""
-    ids_WT = np.full((len(rows), window), pad, dtype=np.int64)
-    positions_WT = np.zeros((len(rows), window), dtype=np.int64)
-    scored_WT = np.zeros((len(rows), window), dtype=np.bool_)
-    for row, documents in enumerate(rows):
-        start = 0
-        for tokens in documents:
-            place = slice(start, start + len(tokens))
-            ids_WT[row, place], scored_WT[row, place] = tokens.ids_L, tokens.scored_L
-            positions_WT[row, place] = np.arange(len(tokens))
-            start = place.stop
-    return Windows(ids_WT, positions_WT, scored_WT)
-
-
-def _stream(encoded: Sequence[list[int]]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Documents end to end: token ids, and where a document starts."""
-    lengths = np.array([len(ids) for ids in encoded if ids], dtype=np.int64)
-    ids_S = np.fromiter(chain.from_iterable(encoded), dtype=np.int64, count=int(lengths.sum()))
-    starts_S = np.zeros(len(ids_S), dtype=np.bool_)
-    starts_S[np.cumsum(lengths) - lengths] = True
-    return ids_S, starts_S
-
-
-def _windows(ids_S: NDArray[np.int64], starts_S: NDArray[np.bool_], window: int) -> Windows:
-    """A stream of whole windows, cut: a token's position is its distance from the last start in its window."""
-    ids_WT, starts_WT = ids_S.reshape(-1, window), starts_S.reshape(-1, window)
-    places_T = np.arange(window)
-    positions_WT = places_T - np.maximum.accumulate(np.where(starts_WT, places_T, 0), axis=1)
-    windows = Windows(ids_WT, positions_WT, positions_WT > 0)
-    return _take(windows, np.flatnonzero(windows.scored_WT.any(axis=1)))
-
-
-def _take(windows: Windows, chosen_W: NDArray[np.int64]) -> Windows:
-    return Windows(windows.ids_WT[chosen_W], windows.positions_WT[chosen_W], windows.scored_WT[chosen_W])
 
 
 def build_corpora(
@@ -246,15 +128,23 @@ class _Builder:
         """As many windows as `field` of the evaluation asks for, drawn from those of the documents."""
         wanted: int = getattr(self.evaluation, field)
         with located(str(file)):
-            available = self.windows(documents, SURPLUS * wanted)
-        if len(available) < wanted:
+            packing = pack(
+                documents,
+                self.tokenizer,
+                self.evaluation.window,
+                self.paired,
+                self.evaluation.date,
+                most=SURPLUS * wanted,
+            )
+        available = len(packing.windows)
+        if available < wanted:
             mend = (
-                f"the split has text for {len(available)} windows of {self.evaluation.window} tokens; "
+                f"the split has text for {available} windows of {self.evaluation.window} tokens; "
                 "ask for fewer, shorten evaluation.window or add text"
             )
             raise InputError(str(file), f"evaluation.{field}", wanted, mend)
-        drawn = np.random.default_rng(self.evaluation.seed).permutation(len(available))[:wanted]
-        windows = _take(available, drawn)
+        drawn = np.random.default_rng(self.evaluation.seed).permutation(available)[:wanted]
+        windows = packing.take(drawn).with_bytes(self.tokenizer)
         made_by = tokenizer_digest(self.tokenizer, chat=any(isinstance(document, Chat) for document in documents))
         return Corpus(
             distribution=name,
@@ -262,27 +152,6 @@ class _Builder:
             key=sha256(f"{windows.digest} {made_by}".encode()).hexdigest(),
             windows=windows,
         )
-
-    def windows(self, documents: Sequence[Document], most: int) -> Windows:
-        """The first windows, at most `most`; documents beyond them are not encoded."""
-        window = self.evaluation.window
-        if _are_texts(documents):
-            return _full_windows(encode_texts(documents, self.tokenizer), window, most)
-        rows = _rows(_encode(documents, self.tokenizer, self.paired, self.evaluation.date), window, most)
-        return _fill(rows, window, _pad(self.tokenizer))
-
-
-def _full_windows(texts: Iterable[list[int]], window: int, most: int) -> Windows:
-    """The first windows without padding, at most `most`; texts beyond them are not encoded."""
-    encoded, tokens = [], 0
-    for ids in texts:
-        encoded.append(ids)
-        tokens += len(ids)
-        if tokens >= most * window:
-            break
-    ids_S, starts_S = _stream(encoded)
-    whole = min(len(ids_S) // window, most) * window
-    return _windows(ids_S[:whole], starts_S[:whole], window)
 
 
 def refuse_ids_beyond(windows: Windows, rows: int, folder: Path, texts: str) -> None:

@@ -27,8 +27,8 @@ DocumentLayout = Literal["packed", "separate", "paired"]
 """Rows of a forward call: windows of packed documents, single documents, or pairs of source and target."""
 
 # A prepared token: its id, position, target and, if it is scored, place in the flat batch, all int64.  The worker's
-# spec keeps the arrays they were made from: id and position as int64, and a bool.
-_PREPARED_TOKEN_BYTES, _SPEC_TOKEN_BYTES = 4 * 8, 2 * 8 + 1
+# spec keeps the arrays they were made from: id, position, document and bytes as int64, and a bool.
+_PREPARED_TOKEN_BYTES, _SPEC_TOKEN_BYTES = 4 * 8, 4 * 8 + 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -31,7 +31,7 @@ from dem_opt.planning.tokenizers import other_tokenizers
 from dem_opt.planning.vertices import check_vertices, shortage
 from dem_opt.progress import current_progress
 from dem_opt.storage.identity import StudyIdentity
-from dem_opt.types import SPLITS, Corpus, StoredModel, WorkerSpec
+from dem_opt.types import SPLITS, Corpus, CorpusLayout, StoredModel, WorkerSpec
 
 POSITIONS = ("max_position_embeddings", "n_positions")
 """Names of the number of positions in config.json; GPT-2 and its like have the second."""
@@ -168,6 +168,10 @@ class Inputs:
             function=ObjectiveFunction.load(self.config.objective.function) if self.config.objective.function else None,
             configuration=self.configuration,
         )
+
+    def layouts(self) -> dict[str, CorpusLayout]:
+        """Bytes and documents of the windows, by corpus key."""
+        return {corpus.key: layout for corpus in self.corpora if (layout := corpus.windows.layout) is not None}
 
     def spec(self) -> WorkerSpec:
         """Specify a worker of this study."""

@@ -29,11 +29,11 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from dem_opt.errors import InputError
 from dem_opt.storage.engine import create_missing, insert_into, masked
 from dem_opt.storage.retry import BRIEF, RetryPolicy, patient
-from dem_opt.types import Composite, Gradient, Score
+from dem_opt.types import Composite, CorpusLayout, Gradient, Score
 
-SCHEMA = 4
+SCHEMA = 5
 """Version of the tables that this module reads and writes: 2 added gradients, 3 libraries, 4 configurations and
-earlier generations.
+earlier generations, 5 layouts of corpora.
 """
 
 
@@ -134,6 +134,19 @@ class _Configuration(_Tables):
 
     content: Mapped[str] = mapped_column(String(64), primary_key=True)
     fields: Mapped[str]
+
+
+class _Corpus(_Tables):
+    """Layout of a corpus's windows, as the data files last had it; early releases have not written any.
+
+    `bytes_W` is little-endian int64.  `documents` is JSON: for each window a list of [document, scored tokens].
+    """
+
+    __tablename__ = "dem_corpus"
+
+    key: Mapped[str] = mapped_column(primary_key=True)
+    bytes_W: Mapped[bytes]
+    documents: Mapped[str]
 
 
 @dataclass(frozen=True)
@@ -424,6 +437,24 @@ class Ledger:
         with Session(self.engine) as session:
             return set(session.scalars(query))
 
+    @patient
+    def enter_layouts(self, layouts: Mapping[str, CorpusLayout]) -> None:
+        """Write the layouts of corpora by key; they take the place of earlier ones."""
+        if not layouts:
+            return
+        rows = [{"key": key} | _layout_columns(layout) for key, layout in sorted(layouts.items())]
+        insert = insert_into(self.engine, _Corpus)
+        replaced = {name: insert.excluded[name] for name in ("bytes_W", "documents")}
+        with self.engine.begin() as connection:
+            connection.execute(insert.on_conflict_do_update(index_elements=["key"], set_=replaced), rows)
+
+    @patient
+    def layout(self, corpus: str) -> CorpusLayout | None:
+        """Bytes and documents of a corpus's windows; None where no release that knows them has had its data files."""
+        with Session(self.engine) as session:
+            row = session.get(_Corpus, corpus)
+        return None if row is None else _layout(row)
+
     def _configurations(self, engine: Engine) -> dict[str, str]:
         """The configurations that checkpoints were first scored with in a ledger, by content."""
         if not inspect(engine).has_table(_Configuration.__tablename__):
@@ -455,3 +486,13 @@ def _score(row: _Score) -> Score:
     nats_W = np.frombuffer(row.nats_W, dtype="<f8").tolist()
     tokens_W = np.frombuffer(row.tokens_W, dtype="<i8").tolist()
     return Score(tuple(nats_W), tuple(tokens_W))
+
+
+def _layout_columns(layout: CorpusLayout) -> dict[str, object]:
+    documents = [sorted(documents.items()) for documents in layout.documents_W]
+    return {"bytes_W": np.array(layout.bytes_W, dtype="<i8").tobytes(), "documents": json.dumps(documents)}
+
+
+def _layout(row: _Corpus) -> CorpusLayout:
+    bytes_W = np.frombuffer(row.bytes_W, dtype="<i8").tolist()
+    return CorpusLayout(tuple(bytes_W), tuple(dict(documents) for documents in json.loads(row.documents)))

@@ -29,8 +29,9 @@ from dem_opt.config import CHAT_DATE, DataFile
 from dem_opt.data.documents import holds_chats, read_documents
 from dem_opt.data.files import find_files
 from dem_opt.data.mixtures import Mixture, Part, blend
+from dem_opt.data.packing import pack
 from dem_opt.data.tokenize import load_tokenizer
-from dem_opt.data.windows import pack, refuse_ids_beyond
+from dem_opt.data.windows import refuse_ids_beyond
 from dem_opt.errors import InputError, located
 from dem_opt.evaluation.nll import document_layout, prepare, score
 from dem_opt.json_files import parse_json
@@ -305,7 +306,7 @@ def _windows(job: FineTuneJob, tokenizer: PreTrainedTokenizerBase) -> Windows:
     packed = {}
     for part in job.parts:
         with located(str(part.data)):
-            windows = pack(read_documents(part.data, "train"), tokenizer, job.window, today=job.today)
+            windows = pack(read_documents(part.data, "train"), tokenizer, job.window, today=job.today).windows
         least = 1 if isinstance(job.train, Mixture) else job.batch_size
         if len(windows) < least and part.share:
             mend = f"makes {len(windows)} windows of {job.window} tokens: give more text or a smaller batch"

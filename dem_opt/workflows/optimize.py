@@ -34,6 +34,7 @@ def optimize(context: StudyContext, algorithms: Sequence[str], seeds: int = 1) -
     with context.driving() as (ledger, lease), context.compute:
         inputs = distinguish(inputs.on(context.compute.device), ledger, context.progress)
         identity = inputs.identity()
+        ledger.enter_layouts(inputs.layouts())
         generation, start = _enter(context, identity, ledger, lease)
         with context.driver(inputs.spec(), identity, ledger) as driver:
             _measure_references(context, driver, generation, lease)

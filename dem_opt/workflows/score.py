@@ -68,6 +68,7 @@ def _score(context: StudyContext, inputs: Inputs, composite: Composite, model: S
         if row := ledger.study(context.config.name):
             refuse_other_scoring(context.path, row.scoring, inputs.identity().scoring_fields())
         inputs = distinguish(inputs if model is None else inputs.exact(), ledger, context.progress)
+        ledger.enter_layouts(inputs.layouts())
         study = inputs.identity()
         identity = study if model is None else distinguish_model(inputs, model, ledger).identity()
         if not all(is_known(ledger, identity, composite, split) for split in SPLITS):

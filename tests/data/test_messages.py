@@ -14,7 +14,8 @@ from dem_opt.config import DataFile, EvaluationSection, GeneralSection
 from dem_opt.data.chat_template import encode_chats, rendered
 from dem_opt.data.documents import read_documents
 from dem_opt.data.messages import Chat, Turn
-from dem_opt.data.windows import build_corpora, pack
+from dem_opt.data.packing import pack
+from dem_opt.data.windows import build_corpora
 from dem_opt.errors import InputError
 
 HEAD = "{% if tools %}<tools>{{ tools|tojson }}</tools>{% endif %}{% for m in messages %}<{{ m.role }}>"
@@ -222,7 +223,7 @@ def test_conversations_that_differ_in_what_the_template_reads_alone_are_several(
 
 def test_training_learns_calls(tmp_path: Path) -> None:
     windows = [
-        pack(read(tmp_path, {"messages": calling({"city": city}, content=None)}), talking(CALLING["JSON"]), 64)
+        pack(read(tmp_path, {"messages": calling({"city": city}, content=None)}), talking(CALLING["JSON"]), 64).windows
         for city in ("Rome", "zzzz")
     ]
     assert windows[0].digest != windows[1].digest

@@ -16,8 +16,9 @@ from dem_opt.config import DataFile, DistributionSection, EvaluationSection, Gen
 from dem_opt.data.chat_template import encode_chats
 from dem_opt.data.documents import Document, Pair
 from dem_opt.data.messages import Chat, Turn
+from dem_opt.data.packing import pack
 from dem_opt.data.tokenize import encode_pairs
-from dem_opt.data.windows import build_corpora, pack, refuse_ids_beyond
+from dem_opt.data.windows import build_corpora, refuse_ids_beyond
 from dem_opt.errors import InputError
 from dem_opt.evaluation.nll import prepare, score
 from dem_opt.types import HELD_OUT, SEARCH, Corpus, Windows
@@ -88,7 +89,7 @@ def test_pack_lays_documents_end_to_end(kind: str, window: int) -> None:
         if any(restarting):
             ids.append([token for token, _ in stream[first : first + window]])
             positions.append(restarting)
-    windows = pack(documents, tokenizer, window)
+    windows = pack(documents, tokenizer, window).windows
     assert windows.ids_WT.tolist() == ids
     assert windows.positions_WT.tolist() == positions
     assert (windows.scored_WT == (windows.positions_WT > 0)).all()
@@ -97,7 +98,7 @@ def test_pack_lays_documents_end_to_end(kind: str, window: int) -> None:
 def test_pack_by_hand() -> None:
     # "abc" "d" "efghi", each with EOS (id 1), in windows of 4: [abc$] [d$ef] [ghi$]; the third document is
     # cut after "ef" and goes on from position 0.
-    windows = pack(["abc", "d", "efghi"], TOKENIZERS["eos"], 4)
+    windows = pack(["abc", "d", "efghi"], TOKENIZERS["eos"], 4).windows
     a, b, c, d, e, f, g, h, i = TOKENIZERS["eos"].convert_tokens_to_ids(list("abcdefghi"))
     assert windows.ids_WT.tolist() == [[a, b, c, 1], [d, 1, e, f], [g, h, i, 1]]
     assert windows.positions_WT.tolist() == [[0, 1, 2, 3], [0, 1, 0, 1], [0, 1, 2, 3]]
@@ -107,28 +108,28 @@ def test_pack_by_hand() -> None:
 def test_text_of_several_batches_keeps_its_order() -> None:
     documents = [letter * 50_000 for letter in "abcde"]
     stream = [token for text in documents for token in encode(TOKENIZERS["eos"], text)]
-    assert pack(documents, TOKENIZERS["eos"], 1000).ids_WT.flatten()[: len(stream)].tolist() == stream
+    assert pack(documents, TOKENIZERS["eos"], 1000).windows.ids_WT.flatten()[: len(stream)].tolist() == stream
 
 
 def test_the_last_window_is_padded_with_unscored_tokens() -> None:
-    windows = pack(["abcd"], TOKENIZERS["eos"], 3)
+    windows = pack(["abcd"], TOKENIZERS["eos"], 3).windows
     assert windows.ids_WT[1].tolist()[2:] == [0]
     assert windows.positions_WT.tolist() == [[0, 1, 2], [0, 1, 0]]
     assert windows.tokens_W == (2, 1)
 
 
 def test_windows_that_score_nothing_are_left_out() -> None:
-    assert len(pack(["a", "b", "c"], TOKENIZERS["neither"], 2)) == 0
-    assert pack(["a", "b", "cd"], TOKENIZERS["neither"], 2).tokens_W == (1,)
+    assert len(pack(["a", "b", "c"], TOKENIZERS["neither"], 2).windows) == 0
+    assert pack(["a", "b", "cd"], TOKENIZERS["neither"], 2).windows.tokens_W == (1,)
 
 
 def test_a_document_that_ends_with_eos_gets_no_second() -> None:
-    plain, marked = (pack([text], TOKENIZERS["eos"], 4) for text in ("abc", "abc</s>"))
+    plain, marked = (pack([text], TOKENIZERS["eos"], 4).windows for text in ("abc", "abc</s>"))
     assert plain.digest == marked.digest
 
 
 def test_the_digest_changes_with_any_token() -> None:
-    windows = pack(["abcdefgh"], TOKENIZERS["eos"], 3)
+    windows = pack(["abcdefgh"], TOKENIZERS["eos"], 3).windows
     for place in np.ndindex(windows.ids_WT.shape):
         ids_WT = windows.ids_WT.copy()
         ids_WT[place] += 1
@@ -213,7 +214,7 @@ def random_documents(form: str, seed: int, count: int = 40) -> list[Document]:
 )
 def test_long_pairs_by_hand(pair: Pair, ids: str, scored: str, paired: bool) -> None:
     tokenizer = TOKENIZERS["eos"]
-    windows = pack([pair], tokenizer, 6, paired)
+    windows = pack([pair], tokenizer, 6, paired).windows
     expected = tokenizer.convert_tokens_to_ids(["</s>" if token == "$" else token for token in ids])
     assert windows.ids_WT.tolist() == [expected + [0] * (6 - len(ids))]
     assert windows.scored_WT[0, : len(scored)].tolist() == [mark == "1" for mark in scored]
@@ -221,13 +222,13 @@ def test_long_pairs_by_hand(pair: Pair, ids: str, scored: str, paired: bool) -> 
 
 
 def test_an_unprompted_completion_is_cut_at_its_end_and_its_first_token_is_not_scored() -> None:
-    windows = pack([Pair("", "abcdefgh")], TOKENIZERS["eos"], 4)
+    windows = pack([Pair("", "abcdefgh")], TOKENIZERS["eos"], 4).windows
     assert TOKENIZERS["eos"].decode(windows.ids_WT[0]) == "abcd"
     assert windows.scored_WT.tolist() == [[False, True, True, True]]
 
 
 def test_pairs_that_score_nothing_take_no_room() -> None:
-    windows = pack([Pair("ab", "c"), Pair("", "d"), Pair("ef", "g")], TOKENIZERS["neither"], 6)
+    windows = pack([Pair("ab", "c"), Pair("", "d"), Pair("ef", "g")], TOKENIZERS["neither"], 6).windows
     assert TOKENIZERS["neither"].decode(windows.ids_WT[0]) == "abcefg"
 
 
@@ -240,7 +241,7 @@ def test_pairs_and_chats_never_straddle_windows(form: str, seed: int) -> None:
         "pairs": lambda: encode_pairs(documents, tokenizer, False),
         "chats": lambda: encode_chats(documents, tokenizer),
     }
-    packed = [fragment for fragment in fragments(pack(documents, tokenizer, 48)) if any(fragment[1])]
+    packed = [fragment for fragment in fragments(pack(documents, tokenizer, 48).windows) if any(fragment[1])]
     expected = [tokens for tokens in encode[form]() if tokens.scored_L.any()]
     assert len(packed) == len(expected)
     for (ids, scored), tokens in zip(packed, expected, strict=True):
@@ -265,7 +266,7 @@ def test_packed_windows_score_what_separate_documents_do(form: str) -> None:
         initializer_range=0.3,
     )
     model = LlamaForCausalLM(config).eval()
-    windows = pack(random_documents(form, seed=7), talking(), 48)
+    windows = pack(random_documents(form, seed=7), talking(), 48).windows
     nats = 0.0
     for ids, scored in fragments(windows):
         if any(scored):

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 
@@ -272,7 +273,8 @@ def test_memory_of_windows_is_counted_as_it_is_allocated() -> None:
     score(make_model("llama"), prepared, 96, "packed")
     tensors = [prepared.ids_WT, prepared.positions_WT, prepared.targets_WT]
     tensors += [batch.scored_R for batches in prepared.batches.values() for batch in batches]
-    arrays = [windows.ids_WT, windows.positions_WT, windows.scored_WT]
+    known = replace(windows, documents_WT=windows.positions_WT, bytes_WT=windows.positions_WT)
+    arrays = [known.ids_WT, known.positions_WT, known.scored_WT, known.documents_WT, known.bytes_WT]
     unscored = windows.ids_WT.size - sum(windows.tokens_W)
     counted = PreparedWindows.memory_bytes(3, TOKENS)
     assert counted - 8 * unscored == sum(x.nbytes for x in (*tensors, *arrays)) and unscored

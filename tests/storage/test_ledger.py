@@ -14,7 +14,7 @@ from dem_opt.errors import InputError
 from dem_opt.simplex import UNIT
 from dem_opt.storage.engine import connect
 from dem_opt.storage.ledger import SCHEMA, Ledger, StudyRow
-from dem_opt.types import Composite, Score
+from dem_opt.types import Composite, CorpusLayout, Score
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -115,6 +115,27 @@ def test_the_first_configuration_of_a_checkpoint_stays(engine: Engine, again: En
     assert Ledger(again).first_configurations(["b"], '{"eps": 2}') == {'{"eps": 1}'}
     assert Ledger(again).first_configurations(["b", "c"], '{"eps": 2}') == {'{"eps": 1}', '{"eps": 2}'}
     assert rows(engine, "dem_configuration") == 3
+
+
+def test_layouts_of_corpora_come_back_and_follow_the_data_files(engine: Engine, again: Engine) -> None:
+    first = CorpusLayout((3, 2**40), ({0: 5, 12: 1}, {12: 4}))
+    second = CorpusLayout((4,), ({7: 2},))
+    Ledger(engine).enter_layouts({"one": second, "two": second})
+    Ledger(again).enter_layouts({"one": first})
+    Ledger(again).enter_layouts({})
+    assert [Ledger(engine).layout(key) for key in ("one", "two", "three")] == [first, second, None]
+
+
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
+def test_a_ledger_of_before_layouts_knows_those_that_are_entered(engine: Engine, again: Engine, version: int) -> None:
+    Ledger(engine)
+    with engine.begin() as connection:
+        connection.execute(text("DROP TABLE dem_corpus"))
+        connection.execute(text(f"UPDATE dem_schema SET version = {version}"))
+    ledger = Ledger(again)
+    assert ledger.layout("one") is None and rows(engine, "dem_schema") == 2
+    ledger.enter_layouts({"one": CorpusLayout((3,), ({0: 5},))})
+    assert Ledger(engine).layout("one") == CorpusLayout((3,), ({0: 5},))
 
 
 @pytest.mark.parametrize("version", [1, 2, 3])

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from dem_opt.checkpoints.training_record import RECORD
 from dem_opt.config import DataFile
 from dem_opt.data.documents import read_documents
-from dem_opt.data.windows import pack
+from dem_opt.data.packing import pack
 from dem_opt.errors import InputError
 from dem_opt.training.fine_tune import FineTuneJob, fine_tune, is_finished, save_checkpoint
 from dem_opt.training.trainer import Recipe, train_model
@@ -101,7 +101,7 @@ def test_a_fine_tune_lowers_its_own_loss_and_loads(
 def test_the_loss_is_the_mean_nll_of_scored_tokens_of_separate_documents(job: FineTuneJob) -> None:
     """One batch of all windows: the loss is all nats / all tokens over the fragments, each fed by itself."""
     tokenizer = AutoTokenizer.from_pretrained(job.base)
-    windows = pack(read_documents(job.train)[:6], tokenizer, job.window)
+    windows = pack(read_documents(job.train)[:6], tokenizer, job.window).windows
     model = AutoModelForCausalLM.from_pretrained(job.base)
     nats, tokens = 0.0, 0
     for ids_T, positions_T in zip(windows.ids_WT, windows.positions_WT, strict=True):

@@ -21,7 +21,7 @@ from dem_opt.progress import NullProgress, Progress
 from dem_opt.workflows.quickstart.additions import TASK, service_log, write_task
 from dem_opt.workflows.quickstart.generated import json_record, math_problem
 from dem_opt.workflows.quickstart.library import library_documents, split_modules, topic_documents, within
-from dem_opt.data.windows import pack
+from dem_opt.data.packing import pack
 from dem_opt.errors import InputError
 from dem_opt.manifest import FILES, manifest_of, read_description, refuse_changed
 from dem_opt.training.fine_tune import save_checkpoint
@@ -198,7 +198,7 @@ def make_base(out: Path, corpora: Corpora, settings: Settings, seed: int) -> Non
     silence_transformers()
     tokenizer = make_tokenizer(corpora, settings.vocabulary)
     model = untrained_base(settings, len(tokenizer), tokenizer.eos_token_id, seed)
-    windows = pack(mixture_documents(corpora, settings, seed), tokenizer, settings.window)
+    windows = pack(mixture_documents(corpora, settings, seed), tokenizer, settings.window).windows
     recipe = Recipe(steps=settings.base_steps, learning_rate=settings.base_learning_rate, batch_size=settings.batch_size, seed=seed)
     train_model(model, windows, recipe)
     out.parent.mkdir(parents=True, exist_ok=True)
