@@ -39,7 +39,7 @@ def start(moment: str, *command: object, **how: Any) -> subprocess.Popen[str]:
     )
 
 
-def run(moment: str, *command: object, timeout: float = 300) -> tuple[int, str]:
+def run(moment: str, *command: object, timeout: float = 900) -> tuple[int, str]:
     """A driver's whole life: its exit status, negative where a signal ended it, and what it said.
 
     Its process is forked from one that has imported everything and done nothing: a life costs no imports.
