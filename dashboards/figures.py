@@ -42,7 +42,7 @@ def price(summary: Summary) -> go.Figure:
 
 
 def comparison(summary: Summary) -> go.Figure:
-    """Regret of each algorithm against forward-equivalents, median and quartiles over runs, in nats per token."""
+    """Regret of each algorithm against forward-equivalents, median and quartiles over runs, in the objective's unit."""
     return comparison_figure(compare(summary))
 
 

@@ -94,7 +94,7 @@ def worth_heat_map(summary: Summary, split: str = HELD_OUT) -> go.Figure:
             reading=(
                 "NLL of the winner without one distribution minus the winner's, in nats per token; above 0 the "
                 "distribution helps. The other coefficients are scaled up to the same sum; every composite was scored. "
-                f"Last column: {objective}."
+                f"Last column: {objective} in {summary.unit_words}."
             ),
             rows=[f"without {row.label}" for row in summary.left_out],
             columns=[*names, objective],

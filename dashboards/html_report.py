@@ -28,9 +28,10 @@ from dem_opt.dashboards.tables import (
     usage_table,
     vector_table,
 )
-from dem_opt.dashboards.words import objective_name, precision_lines
+from dem_opt.dashboards.words import loss_title, objective_name, precision_lines
 from dem_opt.errors import InputError
-from dem_opt.types import HELD_OUT, SEARCH, ResultRow, Summary
+from dem_opt.evaluation.objective import mean_nll
+from dem_opt.types import BITS_PER_BYTE, HELD_OUT, SEARCH, Summary
 
 _POLICY = (
     b"""content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:\""""
@@ -58,10 +59,10 @@ def study_note(summary: Summary, links: Mapping[str, str]) -> str:
         *(f"| `{name}` | {weight:.3f} |" for name, weight in weights.items()),
     ]
     paragraphs = [
-        f"**Objective:** {objective_name(summary)} over distributions on the search split, in nats per token; lower "
-        "is better.",
+        f"**Objective:** {objective_name(summary)} over distributions on the search split, in {summary.unit_words}; "
+        "lower is better.",
         f"**State:** {runs or 'no trials'}.",
-        f"**Best so far:** `{winner.label}`, {number(winner.objective.get(SEARCH))} nats per token"
+        f"**Best so far:** `{winner.label}`, {number(winner.objective.get(SEARCH))} {summary.unit_words}"
         f"{_baseline_objectives(summary)}.",
         "\n".join(table),
         *_estimate_warning(summary),
@@ -132,22 +133,24 @@ def render(summary: Summary) -> str:
         answer=_answer(summary),
         coefficients=_figure("coefficients", figures),
         tables="".join(
-            _html_table(final_table(summary, split), f"NLL in nats per token, {words}")
+            _html_table(final_table(summary, split), f"{loss_title(summary)}, {words}")
             for split, words in SPLIT_NAMES.items()
         ),
         objective=_explain_objective(summary),
+        unit=summary.unit_words,
         margins=_html_table(
-            margin_table(summary), f"Rival minus winner: {objective} in nats per token; above 0, the winner is better"
+            margin_table(summary),
+            f"Rival minus winner: {objective} in {summary.unit_words}; above 0, the winner is better",
         ),
         change=_figures(("change", "price"), figures),
         top=_html_table(
-            top_table(summary), f"Best composites by the search split: {objective} in nats per token", "top"
+            top_table(summary), f"Best composites by the search split: {objective} in {summary.unit_words}", "top"
         ),
         search=_figures(("best-so-far", "comparison", "simplex", "surrogate", "best-over-time"), figures)
         + (_comparison_table(compare(summary)) if has_comparison else ""),
         trials=_trial_table(summary),
         vectors=_html_table(
-            vector_table(summary), "Distributions; without it: change of the objective in nats per token"
+            vector_table(summary), f"Distributions; without it: change of the objective in {summary.unit_words}"
         ),
         distributions=_figures(("worth", "vectors"), figures),
         cost=_html_table(cost_table(summary), "Cost by part: forward-equivalents, seconds of workers and proposals")
@@ -206,24 +209,29 @@ def _answer(summary: Summary) -> str:
     winner, base = summary.winner, summary.results[0]
     coefficients = "the base" if winner.coefficients is None else str(winner.coefficients)
     scores = ", ".join(
-        f"{number(winner.objective.get(split))} nats per token on the {words} "
+        f"{number(winner.objective.get(split))} {summary.unit_words} on the {words} "
         f"(base: {number(base.objective.get(split))})"
         for split, words in SPLIT_NAMES.items()
     )
     if summary.is_mean:
-        scores += _perplexities(winner, base)
+        scores += _other_means(summary)
     objective = objective_name(summary)
     sentence = f"{objective[0].upper()}{objective[1:]} {escape(scores)}."
     lines = [sentence, *map(escape, precision_lines(summary))]
     return f"<strong>{escape(winner.label)}</strong>: {escape(coefficients)}.<br>{'<br>'.join(lines)}"
 
 
-def _perplexities(winner: ResultRow, base: ResultRow) -> str:
-    """Return exp(mean NLL) of both on the held-out split, where both are scored."""
-    if HELD_OUT not in winner.objective or HELD_OUT not in base.objective:
+def _other_means(summary: Summary) -> str:
+    """Return perplexity and bits per byte of winner and base on the held-out split, as far as they are known."""
+    pair = [result.scores.get(HELD_OUT, {}) for result in (summary.winner, summary.results[0])]
+    if any(HELD_OUT not in result.objective for result in (summary.winner, summary.results[0])):
         return ""
-    perplexity, of_base = exp(winner.objective[HELD_OUT]), exp(base.objective[HELD_OUT])
-    return f"; perplexity {perplexity:.2f} on the {SPLIT_NAMES[HELD_OUT]} (base: {of_base:.2f})"
+    perplexity, of_base = (exp(mean_nll(scores, summary.weights)) for scores in pair)
+    words = f"; perplexity {perplexity:.2f} on the {SPLIT_NAMES[HELD_OUT]} (base: {of_base:.2f})"
+    if summary.unit == BITS_PER_BYTE or not all(score.bytes for scores in pair for score in scores.values()):
+        return words
+    bits, of_base = (mean_nll(scores, summary.weights, BITS_PER_BYTE) for scores in pair)
+    return f"{words}, {bits:.4f} bits per byte (base: {of_base:.4f})"
 
 
 def _explain_objective(summary: Summary) -> str:
@@ -233,11 +241,14 @@ def _explain_objective(summary: Summary) -> str:
         return (
             "Regret on a distribution is the NLL minus that of its own fine-tune; the objective is the largest regret."
         )
-    return "Perplexity is exp(mean NLL)."
+    return (
+        "Perplexity is exp(mean NLL), with NLL in nats per token; bits per byte are the mean over corpora of "
+        "nats / (ln 2 x UTF-8 bytes of the scored text)."
+    )
 
 
 def _comparison_table(comparison: Comparison) -> str:
-    caption = "Regret in nats per token: median [quartiles] over runs; grid: mean over all orders of its points"
+    caption = f"Regret in {comparison.unit}: median [quartiles] over runs; grid: mean over all orders of its points"
     return _html_table(comparison_table(comparison), caption)
 
 

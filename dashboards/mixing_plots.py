@@ -100,12 +100,12 @@ def mixing_figure(comparison: MixingComparison) -> go.Figure:
         name="composite: fine-tunes and search",
         mode="markers",
         marker={"color": color("simplex-gp"), "size": 12, "symbol": "diamond"},
-        hovertemplate="%{x:.2e} FLOPs<br>%{y:.4f} nats per token<extra></extra>",
+        hovertemplate=f"%{{x:.2e}} FLOPs<br>%{{y:.4f}} {comparison.unit}<extra></extra>",
     )
     base = round(comparison.base.objective[HELD_OUT], 6)
     figure.add_hline(y=base, line={"color": OUTLINE, "width": 1, "dash": "dot"}, annotation_text="base")
     figure.update_xaxes(title="FLOPs of training and scoring (log scale)", type="log")
-    figure.update_yaxes(title="NLL on the held-out split (nats per token)")
+    figure.update_yaxes(title=f"objective on the held-out split ({comparison.unit})")
     reading = (
         "Lines: expected NLL of the best of 1, 2, 3, ... mixtures, chosen on the search split, over all orders of "
         "trying them. Dashes: the single mixtures. At the composite's height the lines give the cost at equal "
@@ -117,7 +117,7 @@ def mixing_figure(comparison: MixingComparison) -> go.Figure:
         for budget in comparison.against
     )
     description = (
-        f"NLL in nats per token: base {base:.4f}; composite {composite.objective[HELD_OUT]:.4f} for "
+        f"Objective in {comparison.unit}: base {base:.4f}; composite {composite.objective[HELD_OUT]:.4f} for "
         f"{composite.cost.flops:.2e} FLOPs; {endpoints}."
     )
     return finish(figure, "Quality against cost", reading, description, 440)
@@ -133,7 +133,7 @@ def _add_budget(figure: go.Figure, comparison: MixingComparison, budget: BudgetC
         name=label(f"mixtures, {BUDGETS[budget.budget]}", 40),
         mode="lines+markers",
         line={"color": shade},
-        hovertemplate="%{text}<br>%{x:.2e} FLOPs<br>%{y:.4f} nats per token<extra></extra>",
+        hovertemplate=f"%{{text}}<br>%{{x:.2e}} FLOPs<br>%{{y:.4f}} {comparison.unit}<extra></extra>",
         text=[f"best of {point.mixtures}" for point in budget.curve],
     )
     figure.add_scatter(
@@ -154,6 +154,11 @@ def verdicts(comparison: MixingComparison) -> list[str]:
     ]
 
 
+def quality_title(comparison: MixingComparison) -> str:
+    """Title of the quality table, with its units."""
+    return f"Cost; objective in {comparison.unit}; NLL of corpora, held out, in nats per token"
+
+
 def render_mixing(comparison: MixingComparison) -> str:
     """Render the comparison as one HTML page."""
     composite = comparison.edited
@@ -161,16 +166,16 @@ def render_mixing(comparison: MixingComparison) -> str:
         f"FLOPs: 6 P T for training, 2 P T for scoring T tokens with P = {comparison.parameters:,} parameters. The "
         f"composite: {composite.training.flops:.2e} for its fine-tunes, {composite.search.flops:.2e} for its search."
     )
-    tables = [(f"Cost and NLL in nats per token; corpora on the held-out split. {counting}", quality_table(comparison))]
+    tables = [(f"{quality_title(comparison)}. {counting}", quality_table(comparison))]
     tables += [
         (
-            f"Expected best of k of {budget.mixtures} mixtures with {BUDGETS[budget.budget]}, NLL in nats per token, "
-            "held-out split",
+            f"Expected best of k of {budget.mixtures} mixtures with {BUDGETS[budget.budget]}, objective in "
+            f"{comparison.unit}, held-out split",
             curve_table(comparison, budget),
         )
         for budget in comparison.against
     ]
-    tables.append(("All mixtures, NLL in nats per token", mixture_table(comparison)))
+    tables.append((f"All mixtures, objective in {comparison.unit}", mixture_table(comparison)))
     return render_page(
         f"{comparison.study}: merging against mixing",
         f"{comparison.study}: merging fine-tunes against training on mixtures",

@@ -10,14 +10,14 @@ from dem_opt.dashboards.words import objective_name
 from dem_opt.types import Summary
 
 FLOOR = 1e-5
-"""Smallest regret drawn on the log axis, in nats per token; no evaluation has enough windows to resolve less."""
+"""Smallest regret drawn on the log axis, in the objective's unit; no evaluation has enough windows to resolve less."""
 
 NOTHING = "no trial has been fully scored"
 FORWARD_EQUIVALENT = "One forward-equivalent (FE) is one full pass over the search split"
 
 
 def best_so_far(summary: Summary) -> go.Figure:
-    """Draw the best objective on the search split (nats per token) against forward-equivalents, a line for each run.
+    """Draw the best objective on the search split (in its unit) against forward-equivalents, a line for each run.
 
     Only fully scored trials count; a trial that was stopped early costs its share of the windows and is never the
     best.  Where protected corpora exceed their allowance, the objective includes the penalty.  The grid has no order
@@ -27,23 +27,23 @@ def best_so_far(summary: Summary) -> go.Figure:
     for row in compare(summary).rows:
         scored_runs = [run for run in row.runs if run.spent_S]
         for index, run in enumerate(scored_runs):
-            _add_run(figure, run, row.is_expected, is_first=index == 0)
+            _add_run(figure, run, row.is_expected, index == 0, summary.unit_words)
             endpoints.append(f"{run.name} reached {run.best_S[-1]:.4f} after {run.forwards:.1f} forward-equivalents")
     objective = objective_name(summary)
     _set_cost_axis(figure)
-    figure.update_yaxes(title=f"best {objective} so far (nats per token)")
+    figure.update_yaxes(title=f"best {objective} so far ({summary.unit_words})")
     if not endpoints:
         show_message(figure, NOTHING)
     reading = (
         f"Lowest {objective} on the search split found so far, against the cost of the search. {FORWARD_EQUIVALENT}; "
         "a trial that was stopped early costs its share of the windows and is never the best."
     )
-    description = f"Best {objective} in nats per token: {'; '.join(endpoints) or NOTHING}."
+    description = f"Best {objective} in {summary.unit_words}: {'; '.join(endpoints) or NOTHING}."
     return finish(figure, "Best so far", reading, description, 420)
 
 
 def comparison_figure(comparison: Comparison) -> go.Figure:
-    """Draw median regret over runs (nats per token, log scale, at least FLOOR) against forward-equivalents.
+    """Draw median regret over runs (in its unit, log scale, at least FLOOR) against forward-equivalents.
 
     A line for each algorithm, with a band between the quartiles if it has several runs; the grid's line is dashed:
     the mean over all orders of its points.
@@ -55,26 +55,26 @@ def comparison_figure(comparison: Comparison) -> go.Figure:
         if curve[0].low is not None:
             _add_band(figure, row, curve)
     for row in drawn:
-        _add_median(figure, row)
+        _add_median(figure, row, comparison.unit)
         last = row.curve[-1]
         endpoints.append(f"{row.algorithm} {last.median:.4f} after {last.forwards:.1f} forward-equivalents")
     _set_cost_axis(figure)
     ticks = [digit * 10.0**power for power in range(-5, 3) for digit in (1, 3)]
-    title = {"text": "regret (nats per token, log scale)", "standoff": 12}
+    title = {"text": f"regret ({comparison.unit}, log scale)", "standoff": 12}
     figure.update_yaxes(title=title, type="log", tickvals=ticks, tickformat="~g")
     if not endpoints:
         show_message(figure, NOTHING)
     reading = (
         "Regret: best fully scored objective so far minus the lowest that any run found, on the search split. Lines: "
         "median over runs; bands: lower to upper quartile; dashed: mean over all orders of the grid's points. Regret "
-        f"below {FLOOR:.5f} nats per token is drawn at {FLOOR:.5f}. {FORWARD_EQUIVALENT}; a run that has ended keeps "
-        "its last value."
+        f"below {FLOOR:.5f} {comparison.unit} is drawn at {FLOOR:.5f}. {FORWARD_EQUIVALENT}; a run that has ended "
+        "keeps its last value."
     )
-    description = f"Median regret in nats per token: {'; '.join(endpoints) or NOTHING}."
+    description = f"Median regret in {comparison.unit}: {'; '.join(endpoints) or NOTHING}."
     return finish(figure, "Regret against cost", reading, description, 440)
 
 
-def _add_run(figure: go.Figure, run: Run, is_expected: bool, is_first: bool) -> None:
+def _add_run(figure: go.Figure, run: Run, is_expected: bool, is_first: bool, unit: str) -> None:
     """Add a run's step function, or the grid's expectation; runs of one algorithm share a legend entry."""
     indices = evenly_spaced(len(run.spent_S), MAX_POINTS)
     figure.add_scatter(
@@ -85,11 +85,11 @@ def _add_run(figure: go.Figure, run: Run, is_expected: bool, is_first: bool) -> 
         legendgroup=label(run.algorithm),
         showlegend=is_first,
         line=_line(run.algorithm, is_expected) | {"width": 2.5 if is_first else 1.5},
-        hovertemplate="%{y:.4f} nats per token after %{x} FE<extra></extra>",
+        hovertemplate=f"%{{y:.4f}} {unit} after %{{x}} FE<extra></extra>",
     )
 
 
-def _add_median(figure: go.Figure, row: Row) -> None:
+def _add_median(figure: go.Figure, row: Row, unit: str) -> None:
     curve = _thinned(row.curve)
     figure.add_scatter(
         x=_costs(curve),
@@ -98,7 +98,7 @@ def _add_median(figure: go.Figure, row: Row) -> None:
         mode="lines+markers" if len(curve) == 1 else "lines",
         legendgroup=label(row.algorithm),
         line=_line(row.algorithm, row.is_expected) | {"width": 2.5},
-        hovertemplate="%{y:.2g} nats per token after %{x} FE<extra></extra>",
+        hovertemplate=f"%{{y:.2g}} {unit} after %{{x}} FE<extra></extra>",
     )
 
 

@@ -25,7 +25,7 @@ from dem_opt.dashboards.style import (
 from dem_opt.dashboards.surrogate_map import draw_mean, optimum_marker
 from dem_opt.dashboards.words import coefficients_text, is_base, objective_name
 from dem_opt.simplex import Coefficients
-from dem_opt.types import SEARCH, ResultRow, Summary, TrialRecord
+from dem_opt.types import SEARCH, Summary, TrialRecord
 
 Trial = tuple[str, TrialRecord]
 """A scored trial with the name of its run."""
@@ -35,7 +35,7 @@ Shown = Mapping[str, Sequence[Trial]]
 
 
 def simplex_map(summary: Summary) -> go.Figure:
-    """Draw the trials at their coefficients, coloured by their objective on the search split (nats per token).
+    """Draw the trials at their coefficients, coloured by their objective on the search split (in its unit).
 
     One or two distributions: objective against a coefficient.  Three: a ternary plot.  More: a regular polygon in
     generalized barycentric coordinates, where a composite lies at  sum_i w_i c_i / sum_i w_i  between the corners c_i.
@@ -95,11 +95,13 @@ def _draw_line(figure: go.Figure, summary: Summary, shown: Shown) -> None:
         weights = [point.weights[first] for point in surrogate.points]
         means = list(surrogate.means)
         figure.add_scatter(x=weights, y=means, mode="lines", line=line, showlegend=False, hoverinfo="skip")
-        figure.add_scatter(x=[surrogate.optimum.weights[first]], y=[surrogate.mean], **optimum_marker(surrogate))
+        figure.add_scatter(
+            x=[surrogate.optimum.weights[first]], y=[surrogate.mean], **optimum_marker(surrogate, summary.unit_words)
+        )
     if winner.coefficients is not None and SEARCH in winner.objective:
-        figure.add_scatter(x=[winner.coefficients.weights[first]], y=[winner.objective[SEARCH]], **_star(winner))
+        figure.add_scatter(x=[winner.coefficients.weights[first]], y=[winner.objective[SEARCH]], **_star(summary))
     figure.update_xaxes(title=f"coefficient of {label(first)}")
-    figure.update_yaxes(title=f"{objective_name(summary)} on the search split (nats per token)")
+    figure.update_yaxes(title=f"{objective_name(summary)} on the search split ({summary.unit_words})")
 
 
 def _draw_ternary(figure: go.Figure, summary: Summary, shown: Shown) -> None:
@@ -116,13 +118,13 @@ def _draw_ternary(figure: go.Figure, summary: Summary, shown: Shown) -> None:
         figure.add_scatterternary(a=[None], b=[None], c=[None], **_legend_key(algorithm))
     if surrogate is not None:
         optimum = {corner: [proportions(surrogate.optimum)[name]] for corner, name in corners.items()}
-        figure.add_scatterternary(**optimum, cliponaxis=False, **optimum_marker(surrogate))
+        figure.add_scatterternary(**optimum, cliponaxis=False, **optimum_marker(surrogate, summary.unit_words))
     total = 1.0
     if summary.winner.coefficients is not None:
         best = summary.winner.coefficients
         total = sum(best.weights.values()) or total
         star = {corner: [proportions(best)[name]] for corner, name in corners.items()}
-        figure.add_scatterternary(**star, cliponaxis=False, **_star(summary.winner))
+        figure.add_scatterternary(**star, cliponaxis=False, **_star(summary))
     figure.update_layout(ternary=ternary_axes(corners, total), coloraxis=_objective_axis(summary, shown))
 
 
@@ -139,10 +141,10 @@ def _draw_polygon(figure: go.Figure, summary: Summary, shown: Shown) -> None:
         figure.add_scatter(x=[None], y=[None], **_legend_key(algorithm))
     if summary.winner.coefficients is not None:
         x, y = barycentric([summary.winner.coefficients], names, corners_K2).T.tolist()
-        figure.add_scatter(x=x, y=y, **_star(summary.winner))
+        figure.add_scatter(x=x, y=y, **_star(summary))
     if summary.surrogate is not None:
         x, y = barycentric([summary.surrogate.optimum], names, corners_K2).T.tolist()
-        figure.add_scatter(x=x, y=y, **optimum_marker(summary.surrogate))
+        figure.add_scatter(x=x, y=y, **optimum_marker(summary.surrogate, summary.unit_words))
     for name, (x, y) in zip(names, corners_K2.tolist(), strict=True):
         figure.add_annotation(text=label(name, 15), showarrow=False, **_corner_label(x, y, is_crowded=len(names) > 6))
     reach = 1.2 * float(corners_K2.max())
@@ -182,7 +184,7 @@ def _series(algorithm: str, trials: Sequence[Trial]) -> dict[str, Any]:
 
 def _hover(run: str, record: TrialRecord) -> str:
     estimate = f" ± {record.error:.4f} (estimate, stopped early)" if record.is_partial else ""
-    loss = f"{record.objective:.4f}{estimate} nats per token"
+    loss = f"{record.objective:.4f}{estimate} {record.unit_words}"
     return f"{label(run)}, trial {record.number}: {loss}<br>{label(coefficients_text(record.coefficients), 200)}"
 
 
@@ -199,8 +201,9 @@ def _symbols(algorithm: str, trials: Sequence[Trial]) -> list[str]:
     return [f"{shape}-open" if record.is_partial else shape for _, record in trials]
 
 
-def _star(winner: ResultRow) -> dict[str, Any]:
-    loss = f": {winner.objective[SEARCH]:.4f} nats per token" if SEARCH in winner.objective else ""
+def _star(summary: Summary) -> dict[str, Any]:
+    winner = summary.winner
+    loss = f": {winner.objective[SEARCH]:.4f} {summary.unit_words}" if SEARCH in winner.objective else ""
     text = f"winner{loss}<br>{label(coefficients_text(winner.coefficients), 200)}"
     marker = {"symbol": "star", "size": 17, "color": WINNER, "line": {"width": 1, "color": "white"}}
     return {"mode": "markers", "marker": marker, "showlegend": False, "hovertext": [text], "hoverinfo": "text"}

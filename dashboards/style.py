@@ -125,7 +125,7 @@ def show_message(figure: go.Figure, message: str) -> None:
 def objective_axis(summary: Summary, objectives: Sequence[float]) -> dict[str, Any]:
     """Return the colour axis of objectives, saturated above their third quartile to resolve the best region."""
     low, high = (min(objectives), float(np.quantile(objectives, 0.75))) if objectives else (0.0, 1.0)
-    title = {"text": f"{objective_name(summary)} (nats per token)", "side": "top"}
+    title = {"text": f"{objective_name(summary)} ({summary.unit_words})", "side": "top"}
     bar = {"title": title, "orientation": "h", "y": -0.2, "yanchor": "top", "thickness": 10}
     return {"colorscale": OBJECTIVE_COLORS, "cmin": low, "cmax": max(high, low + 1e-6), "colorbar": bar}
 

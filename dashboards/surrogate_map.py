@@ -26,15 +26,16 @@ def surrogate_map(summary: Summary) -> go.Figure:
     optimum = surrogate.optimum.weights
     draw_mean(figure, surrogate, corners, opacity=0.9)
     at_optimum = {corner: [optimum[name]] for corner, name in corners.items()}
-    figure.add_scatterternary(**at_optimum, cliponaxis=False, **optimum_marker(surrogate))
+    figure.add_scatterternary(**at_optimum, cliponaxis=False, **optimum_marker(surrogate, summary.unit_words))
     total = sum(optimum[name] for name in surrogate.names)
     figure.update_layout(ternary=ternary_axes(corners, total), coloraxis=objective_axis(summary, list(surrogate.means)))
     reading = (
-        f"Predicted {objective_name(summary)} in nats per token: the mean of a Gaussian process fitted to "
+        f"Predicted {objective_name(summary)} in {summary.unit_words}: the mean of a Gaussian process fitted to "
         f"{surrogate.trials} trials. These three distributions share {total:.3f}; the other coefficients stay at the "
         "optimum's. Open diamond: the predicted optimum. Predictions only, nothing here was scored."
     )
-    description = f"Surrogate's optimum: {_prediction(surrogate)} at {coefficients_text(surrogate.optimum)}."
+    prediction = _prediction(surrogate, summary.unit_words)
+    description = f"Surrogate's optimum: {prediction} at {coefficients_text(surrogate.optimum)}."
     return finish(figure, TITLE, reading, description, 450)
 
 
@@ -47,14 +48,14 @@ def draw_mean(figure: go.Figure, surrogate: Surrogate, corners: Mapping[str, str
     figure.add_scatterternary(**points, mode="markers", marker=marker, showlegend=False, hoverinfo="skip")
 
 
-def optimum_marker(surrogate: Surrogate) -> dict[str, Any]:
+def optimum_marker(surrogate: Surrogate, unit: str) -> dict[str, Any]:
     """Return the trace settings of the surrogate's optimum: an open diamond that states the prediction on hover."""
     coefficients = label(coefficients_text(surrogate.optimum), 200)
-    text = f"surrogate's optimum: {_prediction(surrogate)} (predicted)<br>{coefficients}"
+    text = f"surrogate's optimum: {_prediction(surrogate, unit)} (predicted)<br>{coefficients}"
     marker = {"symbol": "diamond-open", "size": 16, "color": OPTIMUM, "line": {"width": 2, "color": OPTIMUM}}
     return {"mode": "markers", "marker": marker, "showlegend": False, "hovertext": [text], "hoverinfo": "text"}
 
 
-def _prediction(surrogate: Surrogate) -> str:
+def _prediction(surrogate: Surrogate, unit: str) -> str:
     """Format mean and standard deviation at the optimum."""
-    return f"{surrogate.mean:.4f} ± {surrogate.deviation:.4f} nats per token"
+    return f"{surrogate.mean:.4f} ± {surrogate.deviation:.4f} {unit}"

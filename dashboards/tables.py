@@ -8,7 +8,8 @@ from math import comb, exp
 from dem_opt.analysis.regret import Comparison, Regret, compare
 from dem_opt.analysis.utilization import usage_of
 from dem_opt.dashboards.words import ABSENT, coefficients_text
-from dem_opt.types import HELD_OUT, SEARCH, Margin, ResultRow, Summary
+from dem_opt.evaluation.objective import mean_nll
+from dem_opt.types import BITS_PER_BYTE, HELD_OUT, SEARCH, Margin, ResultRow, Summary
 
 SPLIT_NAMES = {SEARCH: "search split", HELD_OUT: "held-out split"}
 """Each split, as readers know it."""
@@ -38,27 +39,49 @@ class Table:
 
 
 def final_table(summary: Summary, split: str) -> Table:
-    """List the results on one split: NLL of each corpus in nats per token, the objective, and the cost.
+    """List the results on one split: NLL of each corpus in the objective's unit, the objective, and the cost.
 
-    The objective is the weighted mean NLL, followed by its perplexity exp(mean), or the largest regret.  The cost of
+    The objective is the weighted mean NLL, followed by other forms of it, or the largest regret.  The cost of
     finding the composite is in evaluations, forward-equivalents (FE) and seconds.  A composite that violates a
-    constraint on the search split is marked with its violation in nats per token.
+    constraint on the search split is marked with its violation.
     """
     mean = "mean" if _weighs_equally(summary) else "weighted\nmean"
-    objective = (mean, "perplexity") if summary.is_mean else ("largest regret" if summary.worst else "objective",)
+    others = _other_means(summary, split)
+    objective = (mean, *others) if summary.is_mean else ("largest regret" if summary.worst else "objective",)
     corpora = [_corpus_header(name, summary) for name in summary.weights]
     headers = ("composite", *corpora, *objective, "evals", "FE", "seconds")
-    values = [_measurements(result, split, summary) for result in summary.results]
+    values = [_measurements(result, split, summary, others) for result in summary.results]
     lowest = {(row, column) for column, cells in enumerate(zip(*values, strict=True), 1) for row in _lowest(cells)}
     rows = tuple(
-        (result.label + _violation(result), *_format_measurements(measured, summary), *_costs(result))
+        (result.label + _violation(result), *_format_measurements(measured, others), *_costs(result))
         for result, measured in zip(summary.results, values, strict=True)
     )
     first = 1 + len(corpora)
     last = len(headers) - 1
-    perplexity = ((first + 1,),) if summary.is_mean else ()
-    groups = ((first,), tuple(range(1, first)), (last - 1,), *perplexity, (last - 2,), (last,))
+    further = ((first + place,) for place in range(1, 1 + len(others)))
+    groups = ((first,), tuple(range(1, first)), (last - 1,), *further, (last - 2,), (last,))
     return Table(headers, rows, frozenset(lowest), groups=groups)
+
+
+def _other_means(summary: Summary, split: str) -> tuple[str, ...]:
+    """Name the forms in which a mean is shown beside the objective; bits per byte where all bytes are known."""
+    if not summary.is_mean:
+        return ()
+    if summary.unit == BITS_PER_BYTE:
+        return ("NLL", "perplexity")
+    scores = [result.scores.get(split, {}).get(name) for result in summary.results for name in summary.weights]
+    return ("perplexity", "bits per\nbyte") if all(score.bytes for score in scores if score) else ("perplexity",)
+
+
+def _mean(form: str, result: ResultRow, split: str, summary: Summary) -> float | None:
+    """Return a mean in one of the forms of `_other_means`; None where the objective is not known."""
+    if split not in result.objective:
+        return None
+    scores = result.scores[split]
+    if form.startswith("bits"):
+        return mean_nll(scores, summary.weights, BITS_PER_BYTE)
+    nll = mean_nll(scores, summary.weights)
+    return exp(nll) if form == "perplexity" else nll
 
 
 def _weighs_equally(summary: Summary) -> bool:
@@ -86,7 +109,7 @@ def top_table(summary: Summary) -> Table:
 
 
 def margin_table(summary: Summary) -> Table:
-    """List the winner's margin over each rival in nats per token, its 95% paired interval, and the conclusion."""
+    """List the winner's margin over each rival in the objective's unit, its 95% paired interval, and the conclusion."""
     headers = ("rival", *(f"{words}\n[95% interval]" for words in SPLIT_NAMES.values()), "winner")
     margins = {(margin.rival, margin.split): margin for margin in summary.margins}
     rows = []
@@ -177,7 +200,7 @@ def _objective_change(result: ResultRow | None, winner: ResultRow, split: str) -
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """List regret in nats per token at some costs by algorithm: the median over runs and, below it, the quartiles.
+    """List regret at some costs by algorithm: the median over runs and, below it, the quartiles.
 
     For the grid it is the mean over all orders of its points.  FE are those of all runs; the seconds of proposing a
     trial are the median over trials.
@@ -209,7 +232,7 @@ def _plain(text: str) -> str:
 
 
 def number(value: float | None) -> str:
-    """Format nats per token with four decimals."""
+    """Format a loss with four decimals."""
     return ABSENT if value is None else f"{value:.4f}"
 
 
@@ -217,18 +240,20 @@ def _percent(value: float | None) -> str:
     return ABSENT if value is None else f"{value:.1%}"
 
 
-def _measurements(result: ResultRow, split: str, summary: Summary) -> list[float | None]:
-    """Return NLL of each corpus, the objective and, of a mean, its perplexity; None where not scored."""
-    scores, objective = result.scores.get(split, {}), result.objective.get(split)
-    values = [*(scores[name].nll if name in scores else None for name in summary.weights), objective]
-    return [*values, None if objective is None else exp(objective)] if summary.is_mean else values
+def _measurements(result: ResultRow, split: str, summary: Summary, others: Sequence[str]) -> list[float | None]:
+    """Return NLL of each corpus, the objective and other forms of a mean; None where not scored."""
+    scores = result.scores.get(split, {})
+    losses = (scores[name].loss(summary.unit) if name in scores else None for name in summary.weights)
+    return [*losses, result.objective.get(split), *(_mean(form, result, split, summary) for form in others)]
 
 
-def _format_measurements(values: Sequence[float | None], summary: Summary) -> list[str]:
-    if not summary.is_mean:
-        return [number(value) for value in values]
-    *nll, perplexity = values
-    return [*map(number, nll), ABSENT if perplexity is None else f"{perplexity:.3f}"]
+def _format_measurements(values: Sequence[float | None], others: Sequence[str]) -> list[str]:
+    first = len(values) - len(others)
+    means = zip(others, values[first:], strict=True)
+    return [
+        *map(number, values[:first]),
+        *(f"{value:.3f}" if form == "perplexity" and value is not None else number(value) for form, value in means),
+    ]
 
 
 def _costs(result: ResultRow) -> tuple[str, str, str]:

@@ -3,15 +3,20 @@
 from dem_opt.errors import shorten
 from dem_opt.evaluation.objective import objective_words
 from dem_opt.simplex import Coefficients
-from dem_opt.types import Summary
+from dem_opt.types import BITS_PER_BYTE, Summary
 
 ABSENT = "-"
 """Shown for a value that was not measured."""
 
 
 def objective_name(summary: Summary) -> str:
-    """Name the quantity that the study minimizes, which is in nats per token."""
-    return objective_words(summary.weights, summary.worst, summary.function)
+    """Name the quantity that the study minimizes, which is in the summary's unit."""
+    return objective_words(summary.weights, summary.worst, summary.function, summary.unit)
+
+
+def loss_title(summary: Summary) -> str:
+    """Name the losses of corpora in the results table, which are in the objective's unit."""
+    return f"{'BPB' if summary.unit == BITS_PER_BYTE else 'NLL'} in {summary.unit_words}"
 
 
 def is_base(coefficients: Coefficients) -> bool:
@@ -36,7 +41,7 @@ def precision_lines(summary: Summary) -> list[str]:
     )
     return [
         f"Coefficients of the optimum, 95% intervals over resampled windows: {intervals}.",
-        f"Chosen on {precision.windows} other windows of each corpus, they would cost {precision.regret:.5f} nats per "
-        f"token on average, and {precision.high:.5f} or more in one case of 20; with four times the windows, "
-        f"{4 * precision.windows}, about {precision.regret_with(4):.5f}.",
+        f"Chosen on {precision.windows} other windows of each corpus, they would cost {precision.regret:.5f} "
+        f"{summary.unit_words} on average, and {precision.high:.5f} or more in one case of 20; with four times the "
+        f"windows, {4 * precision.windows}, about {precision.regret_with(4):.5f}.",
     ]

@@ -212,15 +212,16 @@ class Study:
         - `run`: algorithm, and `@k` where the run's seed is the study's plus k.
         - `number`: number of the trial in its run.
         - `state`: "complete", "stopped" (early, its objective is an estimate) or "failed".
-        - `objective`: what is minimized, in nats per token; missing for failed trials.
-        - `violation`: excess of protected corpora over their allowances, in nats per token.
-        - `penalized`: objective plus the penalty for the violation, in nats per token.
-        - `standard_error`: of the objective, in nats per token; 0 for complete trials.
+        - `objective`: what is minimized, in the objective's unit; missing for failed trials.
+        - `violation`: excess of protected corpora over their allowances, in the objective's unit.
+        - `penalized`: objective plus the penalty for the violation, in the objective's unit.
+        - `standard_error`: of the objective, in the objective's unit; 0 for complete trials.
         - `forward_equivalents`: cost in full forward passes over the search split.
         - `w.NAME`: coefficient of each distribution.
         - `nll.NAME`: NLL in nats per token on each distribution and general corpus; of a stopped trial, on the windows
           that were scored.
         - `perplexity.NAME`: exp(NLL) on each.
+        - `bpb.NAME`: bits per byte on each; missing in databases of releases that did not count bytes.
         - `forward_tokens`, `scored_tokens`: tokens that went through the model, and those of them that count.
         - `merge_seconds`, `score_seconds`, `wait_seconds`, `propose_seconds`: time of merging, of scoring, of the
           worker's wait before, and of the proposal, in seconds.
@@ -238,11 +239,12 @@ class Study:
           composites) or "without" (the winner without the distribution that `label` names).
         - `run`: run that found an algorithm's best, else empty.
         - `w.NAME`: coefficient of each distribution; missing for the base.
-        - `SPLIT.objective`: what is minimized, in nats per token.
+        - `SPLIT.objective`: what is minimized, in the objective's unit.
         - `SPLIT.margin`, `SPLIT.margin_low`, `SPLIT.margin_high`: objective minus the winner's with a 95% bootstrap
           interval, in nats per token, for the rows of the table but the winner.
-        - `SPLIT.nll.NAME`, `SPLIT.perplexity.NAME`: NLL in nats per token and exp(NLL) on each corpus.
-        - `violation`: excess of protected corpora over their allowances on the search split, in nats per token.
+        - `SPLIT.nll.NAME`, `SPLIT.perplexity.NAME`, `SPLIT.bpb.NAME`: NLL in nats per token, exp(NLL) and bits per byte
+          on each corpus.
+        - `violation`: excess of protected corpora over their allowances on the search split, in the objective's unit.
         - `evaluations`, `forward_equivalents`, `forward_tokens`, `seconds`: cost of finding the composite: composites
           scored, full forward passes over the search split, tokens, seconds of work.
         """
@@ -255,7 +257,7 @@ class Study:
 
         - `run`, `number`: the trial, as in `trials`.
         - `w.NAME`: coefficient of each distribution.
-        - `gradient.NAME`: derivative of the penalized objective by the coefficient, in nats per token.
+        - `gradient.NAME`: derivative of the penalized objective by the coefficient, in the objective's unit.
         """
         return frames.gradients_frame(self.summary())
 
@@ -277,7 +279,7 @@ class Study:
             coefficients: Coefficients by distribution; those left out are 0.
 
         Returns:
-            Mean and standard deviation of the penalized objective on the search split, in nats per token.
+            Mean and standard deviation of the penalized objective on the search split, in the objective's unit.
 
         Raises:
             InputError: The coefficients are outside of the study's space, or there are too few trials to predict from.

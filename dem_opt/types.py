@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from functools import cached_property
 from hashlib import sha256
-from math import exp, fsum, inf, isfinite, sqrt
+from math import exp, fsum, inf, isfinite, log, sqrt
 from operator import mul
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +27,15 @@ HELD_OUT = "held_out"
 """The split that is only reported."""
 
 SPLITS = (SEARCH, HELD_OUT)
+
+NATS_PER_TOKEN = "nats_per_token"
+"""Unit of losses: nats over scored tokens."""
+
+BITS_PER_BYTE = "bits_per_byte"
+"""Unit of losses that compares across tokenizers: bits over UTF-8 bytes of the scored text."""
+
+UNITS = {NATS_PER_TOKEN: "nats per token", BITS_PER_BYTE: "bits per byte"}
+"""Units of an objective, in words."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +126,16 @@ class Windows:
         return tuple(int(count) for count in self.scored_WT.sum(axis=1))
 
     @cached_property
+    def bytes_W(self) -> tuple[int, ...]:
+        """UTF-8 bytes of the text that is scored in each window; empty where they were not counted."""
+        return () if self.bytes_WT is None else tuple(self.bytes_WT.sum(axis=1).tolist())
+
+    @cached_property
     def layout(self) -> CorpusLayout | None:
         """Bytes and documents of each window, where they are known."""
         if self.bytes_WT is None or self.documents_WT is None:
             return None
-        return CorpusLayout(tuple(self.bytes_WT.sum(axis=1).tolist()), tuple(self._documents_W(self.documents_WT)))
+        return CorpusLayout(self.bytes_W, tuple(self._documents_W(self.documents_WT)))
 
     def _documents_W(self, documents_WT: NDArray[np.int64]) -> Iterator[dict[int, int]]:
         for documents_T, scored_T in zip(documents_WT, self.scored_WT, strict=True):
@@ -154,6 +168,7 @@ class Score:
     Attributes:
         nats_W: Negative log-likelihood summed over the scored tokens of each window, in nats (float64).
         tokens_W: Scored tokens of each window.
+        bytes_W: UTF-8 bytes of the text that is scored in each window; empty where they are not known.
 
     Raises:
         EvaluationError: A window's nats are not finite: NaN is never a score.
@@ -161,9 +176,11 @@ class Score:
 
     nats_W: tuple[float, ...]
     tokens_W: tuple[int, ...]
+    bytes_W: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         assert len(self.nats_W) == len(self.tokens_W) and sum(self.tokens_W) > 0
+        assert len(self.bytes_W) in (0, len(self.nats_W))
         for window, nats in enumerate(self.nats_W):
             if not isfinite(nats):
                 raise EvaluationError(f"the loss of window {window} is {nats}")
@@ -183,19 +200,45 @@ class Score:
         """exp(NLL); infinite from 709 nats per token on, where exp overflows float64."""
         return exp(self.nll) if self.nll < 709 else inf
 
+    @property
+    def bytes(self) -> int | None:
+        """UTF-8 bytes of the scored text, where they are known."""
+        return sum(self.bytes_W) if self.bytes_W else None
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """sum_W nats / (ln 2 sum_W bytes); None where the bytes are not known, or there are none."""
+        return fsum(self.nats_W) / (log(2) * self.bytes) if self.bytes else None
+
+    def sizes_W(self, unit: str) -> tuple[float, ...]:
+        """What nats are divided by to give a loss in this unit: tokens, or  ln 2 bytes , of each window.
+
+        Raises:
+            EvaluationError: The unit is bits per byte, and the bytes are not known or there are none.
+        """
+        if unit == NATS_PER_TOKEN:
+            return self.tokens_W
+        if not self.bytes:
+            raise EvaluationError("a loss in bits per byte needs the number of bytes, which is not known or 0")
+        return tuple(log(2) * count for count in self.bytes_W)
+
+    def loss(self, unit: str) -> float:
+        """The loss in this unit:  sum_W nats / sum_W sizes ."""
+        return self.nll if unit == NATS_PER_TOKEN else fsum(self.nats_W) / fsum(self.sizes_W(unit))
+
 
 def weighted_sum(scores: Sequence[Score], weights: Sequence[float]) -> Score:
     """The score with  sum_n weight_n nats_n  on every window, of scores of the same windows."""
     nats_WN = zip(*(score.nats_W for score in scores), strict=True)
     summed_W = (fsum(map(mul, nats_N, weights)) for nats_N in nats_WN)
-    return Score(tuple(summed_W), scores[0].tokens_W)
+    return Score(tuple(summed_W), scores[0].tokens_W, scores[0].bytes_W)
 
 
 GRADIENT_FORWARDS = 3.0
 """Forward-equivalents of an evaluation with its gradient: by FLOPs a backward pass is two forward passes."""
 
 PENALTY = 10.0
-"""Nats per token added to the objective that is minimized, for each nat per token of violation.
+"""Amount added to the objective that is minimized for each unit of violation.
 
 An exact penalty: where a nat of violation buys less than 10 nats of objective, the minimum of the sum is feasible,
 so the surrogate need not know the constraint.
@@ -317,15 +360,16 @@ class TrialRecord:
 
     Attributes:
         study: Name of the Optuna study.
-        objective: On the search split in nats per token; None where the trial failed.
+        objective: On the search split in `unit`; None where the trial failed.
         scores: By distribution or general corpus, on the search split; short where the trial was stopped.
         propose_seconds: Time the sampler took to propose the coefficients.
         reason: Why the trial failed, or "".
-        violation: Nats per token by which protected corpora exceed their allowance, on the search split; 0: feasible.
+        violation: Amount by which protected corpora exceed their allowance, on the search split; 0: feasible.
         forwards: Forward-equivalents that the trial stands for: 1 for all windows of the search split, measured or
             known.
-        error: Standard error of the objective in nats per token; above 0 where the trial was stopped.
-        gradient: d penalized / d w_i in nats per token, by distribution, where it was measured.
+        error: Standard error of the objective; above 0 where the trial was stopped.
+        gradient: d penalized / d w_i by distribution, where it was measured.
+        unit: Unit of these, a key of `UNITS`.
     """
 
     study: str
@@ -340,6 +384,12 @@ class TrialRecord:
     forwards: float = 1.0
     error: float = 0.0
     gradient: Mapping[str, float] = dataclass_field(default_factory=dict)
+    unit: str = NATS_PER_TOKEN
+
+    @property
+    def unit_words(self) -> str:
+        """The objective's unit in words."""
+        return UNITS[self.unit]
 
     @property
     def is_partial(self) -> bool:
@@ -348,7 +398,7 @@ class TrialRecord:
 
     @property
     def penalized(self) -> float | None:
-        """The value that is minimized: objective + PENALTY x violation, in nats per token."""
+        """The value that is minimized: objective + PENALTY x violation."""
         return None if self.objective is None else self.objective + PENALTY * self.violation
 
     @property
@@ -373,12 +423,12 @@ class ResultRow:
         algorithm: Algorithm whose best this is; "" for baselines.
         coefficients: None for the base.
         scores: By split, then by distribution.
-        objective: By split, in nats per token.
+        objective: By split, in the study's unit.
         evaluations: Composites evaluated, each counted once, also where the ledger had its scores.
         forwards: Forward-equivalents of these evaluations.
         forward_tokens: Tokens through the model of these evaluations.
         seconds: Wall time of these evaluations.
-        violation: Nats per token by which protected corpora exceed their allowance, on the search split.
+        violation: Amount by which protected corpora exceed their allowance, on the search split, in the study's unit.
         run: Search whose best this is; "" for baselines.
     """
 
@@ -398,7 +448,7 @@ class ResultRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Margin:
-    """Rival minus winner in the objective, nats per token (positive: the winner is better), with a 95% interval."""
+    """Rival minus winner in the objective, in its unit (positive: the winner is better), with a 95% interval."""
 
     rival: str
     split: str
@@ -439,12 +489,12 @@ class Surrogate:
 
     Attributes:
         optimum: Coefficients at which its mean is lowest.
-        mean: Mean at the optimum, in nats per token.
-        deviation: Standard deviation at the optimum, in nats per token.
+        mean: Mean at the optimum, in the objective's unit.
+        deviation: Standard deviation at the optimum, in the objective's unit.
         names: Distributions that vary over `points`: all of up to three, else the three with the largest coefficients
             at the optimum, while the others keep theirs.
         points: A lattice over `names`.
-        means: Mean at each point, in nats per token.
+        means: Mean at each point, in the objective's unit.
         trials: Number of trials it was fitted to.
     """
 
@@ -476,7 +526,7 @@ class Precision:
     intervals: Mapping[str, tuple[float, float]]
 
     def regret_with(self, factor: float) -> float:
-        """The expected regret with so many times the windows, in nats per token: it falls with their number."""
+        """The expected regret with so many times the windows, in the objective's unit: it falls with their number."""
         return self.regret / factor
 
 
@@ -494,6 +544,7 @@ class Summary:
         stopped: By search, why it ended.
         worst: The objective is the largest regret, not the weighted mean.
         function: Name of the custom objective; empty where there is none.
+        unit: Unit of the objective, a key of `UNITS`.
         left_out: The winner without one of its distributions, the others scaled up to its total; named by the
             distribution that is left out.
     """
@@ -508,6 +559,7 @@ class Summary:
     stopped: Mapping[str, str] | None = None
     worst: bool = False
     function: str = ""
+    unit: str = NATS_PER_TOKEN
     left_out: tuple[ResultRow, ...] = ()
     vectors: VectorGeometry | None = None
     surrogate: Surrogate | None = None
@@ -515,8 +567,13 @@ class Summary:
 
     @property
     def is_mean(self) -> bool:
-        """True if the objective is the weighted mean of NLL, so that it has a perplexity."""
+        """True if the objective is the weighted mean of NLL, in either unit."""
         return not self.worst and not self.function
+
+    @property
+    def unit_words(self) -> str:
+        """The objective's unit in words."""
+        return UNITS[self.unit]
 
     @property
     def distributions(self) -> tuple[str, ...]:

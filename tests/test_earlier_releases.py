@@ -121,7 +121,7 @@ class EarlierStudy:
         (active,) = zip(*self._rows(ACTIVE, load(self.path).tracking.uri), strict=True)
         runs: dict[str, dict[str, str]] = {run: {} for run in active}
         for run, key, value in rows:
-            if run in runs:
+            if run in runs and ".bpb." not in key:  # bits per byte are new
                 runs[run][key] = value
         return runs
 

@@ -1,13 +1,18 @@
 """Oracles that nobody here wrote: mergekit merges as we do, lm-evaluation-harness scores as we do.
 
-Both run as programs of their own.  They come with the extra `bench`; without it these laws are skipped.
+Both run as programs of their own.  lm-evaluation-harness comes with the extra `dev`, mergekit with the extra `bench`;
+without them these laws are skipped.
 """
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
+from dataclasses import astuple
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import in_process
@@ -34,12 +39,14 @@ from transformers import (
 from dem_opt.checkpoints.architecture import load_model
 from dem_opt.checkpoints.files import content_hash, read_header
 from dem_opt.checkpoints.fit import check_base
+from dem_opt.data.byte_counts import scored_bytes
+from dem_opt.data.tokenize import Source, Tokens
 from dem_opt.errors import InputError
 from dem_opt.evaluation.nll import prepare, score
 from dem_opt.export.model_card import Ingredient, recipe
 from dem_opt.export.writer import write_composite
 from dem_opt.simplex import UNIT
-from dem_opt.types import Composite, StoredModel, Windows
+from dem_opt.types import Composite, Score, StoredModel, Windows
 
 INSTALL = "pip install -c constraints.txt -e '.[bench]'"
 needs_mergekit = pytest.mark.skipif(find_spec("mergekit") is None, reason=f"needs mergekit: {INSTALL}")
@@ -200,33 +207,35 @@ LENGTH = 24
 """Tokens of context of lm-evaluation-harness here; documents are longer and shorter."""
 
 
-def rolling(ids, prefix):
+def rolling(tokens, bytes_L, prefix):
     """The windows of a rolling log-likelihood: every token once, from at most LENGTH tokens before it.
 
     lm-evaluation-harness puts one token (BOS, or EOS where there is none) before the document, and predicts LENGTH
     tokens at a time from those and the one before.  What is left at the end is predicted from as many tokens as fit.
     Windows begin with a token that is not scored, and are padded to one length.
     """
-    rows, stream = [], [prefix, *ids]
-    for first in range(1, len(stream), LENGTH):
-        end = min(first + LENGTH, len(stream))
-        begin = max(0, end - LENGTH - 1)
-        rows.append((stream[begin:end], end - first))
+    rows, ids, counts = [], np.array([prefix, *tokens]), np.array([0, *bytes_L])
+    for first in range(1, len(ids), LENGTH):
+        end = min(first + LENGTH, len(ids))
+        rows.append((slice(max(0, end - LENGTH - 1), end), end - first))
     ids_WT = np.zeros((len(rows), LENGTH + 1), dtype=np.int64)
-    positions_WT, scored_WT = np.zeros_like(ids_WT), np.zeros(ids_WT.shape, dtype=bool)
-    for row, (tokens, scored) in enumerate(rows):
-        ids_WT[row, : len(tokens)] = tokens
-        positions_WT[row, : len(tokens)] = range(len(tokens))
-        scored_WT[row, len(tokens) - scored : len(tokens)] = True
-    return Windows(ids_WT, positions_WT, scored_WT)
+    positions_WT, bytes_WT, scored_WT = (np.zeros_like(ids_WT, dtype=dtype) for dtype in (np.int64, np.int64, bool))
+    for row, (part, scored) in enumerate(rows):
+        length = part.stop - part.start
+        ids_WT[row, :length] = ids[part]
+        positions_WT[row, :length] = range(length)
+        scored_WT[row, length - scored : length] = True
+        bytes_WT[row, length - scored : length] = counts[part][-scored:]
+    return Windows(ids_WT, positions_WT, scored_WT, bytes_WT=bytes_WT)
 
 
 @needs_lm_eval
-def test_a_documents_nats_are_those_of_lm_evaluation_harness(tmp_path, record_property):
+def test_losses_of_documents_are_those_of_lm_evaluation_harness(tmp_path, record_property):
+    """Nats of each document; bits per byte, and perplexity by words, of all together."""
     path = worlds.study(tmp_path, names=("code", "math"))
     out = tmp_path / "out"
     in_process.open_study(path).merge({"code": 0.4, "math": 0.6}, out)
-    texts = ["alpha beta gamma", *worlds.documents(7, 4)]
+    texts = ["alpha beta gamma", "n\u00e4chste \u65e5\u672c\u8a9e  alpha", *worlds.documents(7, 4)]
     worlds.write_documents(tmp_path / "task/documents.jsonl", texts)
     task = {
         "task": "tiny_rolling",
@@ -236,7 +245,10 @@ def test_a_documents_nats_are_those_of_lm_evaluation_harness(tmp_path, record_pr
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
         "doc_to_target": "{{text}}",
-        "metric_list": [{"metric": "byte_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}],
+        "metric_list": [
+            {"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False},
+            {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False},
+        ],
     }
     (tmp_path / "task/tiny.yaml").write_text(yaml.safe_dump(task))
     model = f"pretrained={out},dtype=float32,max_length={LENGTH}"
@@ -248,9 +260,19 @@ def test_a_documents_nats_are_those_of_lm_evaluation_harness(tmp_path, record_pr
     theirs = {sample["doc"]["text"]: -float(sample["resps"][0][0]) for sample in samples}
     live, tokenizer = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval(), worlds.tokenizer()
     assert theirs.keys() == set(texts)
+    scores = []
     for text in texts:
-        windows = rolling(tokenizer(text)["input_ids"], tokenizer.eos_token_id)
+        ids, source = tokenizer(text)["input_ids"], Source(text=text)
+        bytes_L = scored_bytes(Tokens(np.array(ids), np.ones(len(ids), dtype=bool), source), tokenizer)
+        windows = rolling(ids, bytes_L, tokenizer.eos_token_id)
         ours, _ = score(live, prepare(windows, torch.device("cpu")), 4096, layout="packed")
         record_property("relative difference", f"{abs(sum(ours.nats_W) / theirs[text] - 1):.1e}")
         assert sum(ours.nats_W) == pytest.approx(theirs[text], rel=1e-4), text
-        assert sum(ours.tokens_W) == len(tokenizer(text)["input_ids"])
+        assert sum(ours.tokens_W) == len(ids)
+        scores.append(ours)
+    (results,) = (tmp_path / "told").rglob("results_*.json")
+    metrics = json.loads(results.read_text())["results"]["tiny_rolling"]
+    together = Score(*(tuple(chain.from_iterable(each)) for each in zip(*map(astuple, scores), strict=True)))
+    assert together.bits_per_byte == pytest.approx(metrics["bits_per_byte,none"], rel=1e-6)
+    words = sum(len(re.split(r"\s+", text)) for text in texts)
+    assert math.exp(sum(together.nats_W) / words) == pytest.approx(metrics["word_perplexity,none"], rel=1e-6)

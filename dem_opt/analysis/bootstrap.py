@@ -36,7 +36,7 @@ def difference(
     replacement within each distribution, the same draws for both composites, since the losses of two composites on one
     window go up and down together.  In resample r the NLL of distribution i is a ratio of sums,
 
-        sum_j x_{i, r(j)} / sum_j t_{i, r(j)}        x nats and t tokens of window r(j) .
+        sum_j x_{i, r(j)} / sum_j t_{i, r(j)}        x nats and t tokens of window r(j), or ln 2 times its bytes .
 
     The interval covers the choice of windows, and nothing else.
     """
@@ -59,12 +59,12 @@ def resampled_objectives(
     names = sorted(name for name, weight in objective.weights.items() if weight or is_custom)
     nll_NKR = np.empty((len(composites), len(names), resamples))
     for k, name in enumerate(names):
-        tokens_W = np.array(composites[0][name].tokens_W)
-        draws_RW = rng.integers(len(tokens_W), size=(resamples, len(tokens_W)))
-        tokens_R = tokens_W[draws_RW].sum(axis=1)
+        sizes_W = np.array(composites[0][name].sizes_W(objective.unit))
+        draws_RW = rng.integers(len(sizes_W), size=(resamples, len(sizes_W)))
+        sizes_R = sizes_W[draws_RW].sum(axis=1)
         for n, scores in enumerate(composites):
             assert scores[name].tokens_W == composites[0][name].tokens_W, f"{name}: scored on different windows"
-            nll_NKR[n, k] = _nats(scores[name], objective, name)[draws_RW].sum(axis=1) / tokens_R
+            nll_NKR[n, k] = _nats(scores[name], objective, name)[draws_RW].sum(axis=1) / sizes_R
     return np.array([_combine(nll_KR, objective, names) for nll_KR in nll_NKR])
 
 

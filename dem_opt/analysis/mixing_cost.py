@@ -16,7 +16,7 @@ from math import fsum, isfinite, nan
 import numpy as np
 
 from dem_opt.analysis.order_statistics import expected_best
-from dem_opt.types import HELD_OUT, SEARCH
+from dem_opt.types import HELD_OUT, NATS_PER_TOKEN, SEARCH, UNITS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class MixtureResult:
     Attributes:
         budget: "all": as many tokens as all single fine-tunes together; "one": as many as one of them.
         shares: Shares of the tokens by distribution.
-        objective: Objective by split, in nats per token.
+        objective: Objective by split, in its unit.
         nll: NLL by split and corpus, in nats per token.
         cost: Cost of training it, and of scoring it on the search split.
     """
@@ -89,7 +89,7 @@ class MergeResult:
     Attributes:
         label: Its label in the results table.
         coefficients: Coefficients by distribution.
-        objective: Objective by split, in nats per token.
+        objective: Objective by split, in its unit.
         nll: NLL by split and corpus, in nats per token.
         training: Cost of training every fine-tune once.
         search: Cost of the search.
@@ -115,7 +115,7 @@ class ExpectedBest:
     Attributes:
         mixtures: k.
         flops: Floating-point operations of k mixtures.
-        objective: Expected objective by split, in nats per token.
+        objective: Expected objective by split, in the objective's unit.
     """
 
     mixtures: int
@@ -162,6 +162,7 @@ class MixingComparison:
         edited: The composite.
         mixed: The models trained on mixtures.
         base: The base.
+        unit: Unit of objectives, in words.
     """
 
     study: str
@@ -170,6 +171,7 @@ class MixingComparison:
     edited: MergeResult
     mixed: tuple[MixtureResult, ...]
     base: BaseScore
+    unit: str = UNITS[NATS_PER_TOKEN]
 
     @property
     def against(self) -> tuple[BudgetComparison, ...]:
@@ -227,7 +229,7 @@ def verdict(comparison: MixingComparison, budget: BudgetComparison) -> list[str]
     gap = budget.curve[-1].objective[HELD_OUT] - composite.objective[HELD_OUT]
     sentences = [
         f"All {count} take {budget.ratio:.2f} times the floating-point operations of the fine-tunes and the search; "
-        f"the best of them is {_gap(gap)} on the held-out split."
+        f"the best of them is {_gap(gap, comparison.unit)} on the held-out split."
     ]
     if isfinite(kept := comparison.kept(budget.budget)):
         sentences.append(f"The composite's gain over the base is {kept:.0%} of that mixture's.")
@@ -246,10 +248,11 @@ def verdict(comparison: MixingComparison, budget: BudgetComparison) -> list[str]
     else:
         gap = budget.curve[budget.equal_cost - 1].objective[HELD_OUT] - composite.objective[HELD_OUT]
         sentences.append(
-            f"At equal cost: {budget.equal_cost} of the {count}, whose best is expected to be {_gap(gap)}."
+            f"At equal cost: {budget.equal_cost} of the {count}, whose best is expected to be "
+            f"{_gap(gap, comparison.unit)}."
         )
     return sentences
 
 
-def _gap(nats: float) -> str:
-    return f"{abs(nats):.4f} nats per token {'worse' if nats > 0 else 'better'}"
+def _gap(difference: float, unit: str) -> str:
+    return f"{abs(difference):.4f} {unit} {'worse' if difference > 0 else 'better'}"

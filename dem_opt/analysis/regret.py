@@ -2,7 +2,7 @@
 
 The unit of cost is the *forward-equivalent*: one forward pass over all windows of the search split.  A composite that
 another search measured before costs as much as if it had not been.  The *regret* of a composite is its penalized
-objective minus the lowest of any whole trial of the study, in nats per token:
+objective minus the lowest of any whole trial of the study, in the unit of the objective:
 
     regret(w) = f(w) + PENALTY violation(w) - min over whole trials of the same
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from dem_opt.analysis.order_statistics import expected_best
 from dem_opt.search.run_name import RunName
-from dem_opt.types import Summary, TrialRecord
+from dem_opt.types import NATS_PER_TOKEN, UNITS, Summary, TrialRecord
 
 GRID = "grid"
 """The algorithm whose trials have no order of their own."""
@@ -51,7 +51,7 @@ class Run:
         measuring: Seconds of merging and scoring in all.
         stopped: Why it ended; empty while it goes on.
         spent_S: Forward-equivalents spent, ascending, from the first whole trial on.
-        best_S: Lowest penalized objective of its whole trials by then, in nats per token; of a grid the mean over all
+        best_S: Lowest penalized objective of its whole trials by then, in its unit; of a grid the mean over all
             orders of its points.
     """
 
@@ -79,7 +79,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Regret:
-    """Regret of an algorithm's runs when each has spent `forwards`, in nats per token.
+    """Regret of an algorithm's runs when each has spent `forwards`, in the objective's unit.
 
     Attributes:
         forwards: Forward-equivalents.
@@ -126,15 +126,17 @@ class Comparison:
 
     Attributes:
         study: Name of the study.
-        best: Lowest penalized objective of all whole trials, in nats per token; None where there is none.
+        best: Lowest penalized objective of all whole trials, in the objective's unit; None where there is none.
         marks: Forward-equivalents at which regrets are reported.
         rows: Algorithms.
+        unit: Unit of objectives and regrets, in words.
     """
 
     study: str
     best: float | None
     marks: tuple[float, ...]
     rows: tuple[Row, ...]
+    unit: str = UNITS[NATS_PER_TOKEN]
 
 
 def algorithm_of(run: str) -> str:
@@ -152,7 +154,7 @@ def compare(summary: Summary) -> Comparison:
     for run in runs:
         by_algorithm.setdefault(run.algorithm, []).append(run)
     rows = tuple(_row(seeds, summary.trials, best, costs) for seeds in by_algorithm.values())
-    return Comparison(study=summary.study, best=best, marks=costs, rows=rows)
+    return Comparison(study=summary.study, best=best, marks=costs, rows=rows, unit=summary.unit_words)
 
 
 def marks(runs: Sequence[Run]) -> tuple[float, ...]:
@@ -207,7 +209,7 @@ def _grid_curve(records: Sequence[TrialRecord]) -> tuple[tuple[float, ...], tupl
 
 
 def _whole_objective(record: TrialRecord) -> float:
-    """Penalized objective in nats per token; infinite for a trial that failed or was stopped early."""
+    """Penalized objective in the objective's unit; infinite for a trial that failed or was stopped early."""
     return inf if record.penalized is None or record.is_partial else record.penalized
 
 

@@ -193,6 +193,7 @@ def summarize(
         stopped=stopped,
         worst=identity.worst,
         function=identity.function.name if identity.function else "",
+        unit=identity.unit,
         left_out=known_rows(ledger, identity, left_out_entries(identity, listed[-1])),
     )
 

@@ -62,6 +62,7 @@ def reweighted(study: str, ledger: Ledger, identity: StudyIdentity, facts: Mappi
                     scores=scores,
                     violation=exceeded(ledger, identity, scores),
                     forwards=0.0,
+                    unit=identity.unit,
                 )
             )
     if not records:

@@ -26,7 +26,7 @@ LINE, TRIANGLE = 60, 20
 
 @dataclass(frozen=True)
 class Prediction:
-    """A surrogate's prediction of the penalized objective, in nats per token."""
+    """A surrogate's prediction of the penalized objective, in the objective's unit."""
 
     mean: float
     standard_deviation: float
@@ -65,7 +65,7 @@ def surrogate_of(space: Space, trials: Sequence[TrialRecord]) -> Surrogate | Non
 
 
 def _objective(trial: TrialRecord) -> float:
-    """The penalized objective of a trial that has one, in nats per token."""
+    """The penalized objective of a trial that has one, in the objective's unit."""
     assert trial.penalized is not None
     return trial.penalized
 

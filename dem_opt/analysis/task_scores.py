@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dem_opt.errors import InputError, nearest
-from dem_opt.types import HELD_OUT, SEARCH
+from dem_opt.types import HELD_OUT, NATS_PER_TOKEN, SEARCH, UNITS
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class TaskResults:
         label: Its label in the results table.
         role: Its role there.
         coefficients: Its coefficients; None for the base.
-        objective: Objective by split, in nats per token.
+        objective: Objective by split, in the objective's unit.
         scores: Score by task.
     """
 
@@ -51,11 +51,12 @@ class TaskResults:
 
 @dataclass(frozen=True)
 class TaskTable:
-    """Models of a study on tasks."""
+    """Models of a study on tasks; `unit` is that of their objectives, in words."""
 
     study: str
     tasks: tuple[str, ...]
     models: tuple[TaskResults, ...]
+    unit: str = UNITS[NATS_PER_TOKEN]
 
     @property
     def agreement(self) -> dict[str, dict[str, float | None]]:

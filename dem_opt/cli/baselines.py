@@ -26,7 +26,14 @@ def compare_with_mixing(arguments: Namespace, terminal: Terminal) -> None:
 def print_mixing(comparison: "MixingComparison", folder: Path, terminal: Terminal) -> None:
     """Write the comparison as a page and as JSON into `folder`, then print it."""
     from dem_opt.dashboards.html_report import write
-    from dem_opt.dashboards.mixing_plots import BUDGETS, curve_table, quality_table, render_mixing, verdicts
+    from dem_opt.dashboards.mixing_plots import (
+        BUDGETS,
+        curve_table,
+        quality_table,
+        quality_title,
+        render_mixing,
+        verdicts,
+    )
 
     page, data = folder / "mixing.html", folder / "mixing.json"
     answer = json_output.of_mixing(comparison)
@@ -36,7 +43,7 @@ def print_mixing(comparison: "MixingComparison", folder: Path, terminal: Termina
         terminal.json(answer)
         return
     quality = quality_table(comparison)
-    terminal.table("Cost, and NLL in nats per token; by corpus held out", quality.headers, quality.rows, strong=0)
+    terminal.table(quality_title(comparison), quality.headers, quality.rows, strong=0)
     for budget in comparison.against:
         curve = curve_table(comparison, budget)
         title = f"Expected best of k of {budget.mixtures} mixtures, {BUDGETS[budget.budget]}, held out"
@@ -64,7 +71,7 @@ def evaluate(arguments: Namespace, terminal: Terminal) -> None:
         scores = [model.scores[task] for task in table.tasks]
         rows.append((model.label, *losses, *(f"{score.value:.4f}{_plus_minus(score.error)}" for score in scores)))
     order = "loss on the search split" if arguments.by is None else arguments.by
-    terminal.table(f"Loss in nats per token, and tasks; the best by {order} first", headers, rows, strong=0)
+    terminal.table(f"Loss in {table.unit}, and tasks; the best by {order} first", headers, rows, strong=0)
     _print_agreement(table, terminal)
 
 

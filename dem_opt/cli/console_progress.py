@@ -53,10 +53,10 @@ class _Run:
 
     @property
     def best(self) -> str:
-        """The best so far, to a ten-thousandth of a nat, and its coefficients."""
+        """The best so far, with four decimals, and its coefficients."""
         if self._best is None:
             return "no whole trial yet"
-        words = f"best {self._best.objective:.4f} nats per token at {in_full(self._best.coefficients)}"
+        words = f"best {self._best.objective:.4f} {self._best.unit_words} at {in_full(self._best.coefficients)}"
         return words + (", protect violated" if self._best.violation else "")
 
     def summary(self, done: int, planned: int) -> str:

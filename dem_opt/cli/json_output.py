@@ -31,9 +31,15 @@ def of_findings(findings: "Findings") -> dict[str, Any]:
 
 
 def of_score(score: "Score") -> dict[str, Any]:
-    """A score; a perplexity beyond the range of a float is null."""
+    """A score; a perplexity beyond the range of a float is null, and so are bytes that are not known."""
     perplexity = score.perplexity
-    return {"nll": score.nll, "perplexity": perplexity if isfinite(perplexity) else None, "tokens": score.tokens}
+    return {
+        "nll": score.nll,
+        "perplexity": perplexity if isfinite(perplexity) else None,
+        "bits_per_byte": score.bits_per_byte,
+        "tokens": score.tokens,
+        "bytes": score.bytes,
+    }
 
 
 def of_scores(scores: Mapping[str, Mapping[str, "Score"]]) -> dict[str, Any]:
@@ -69,6 +75,7 @@ def of_summary(summary: "Summary") -> dict[str, Any]:
     return {
         "study": summary.study,
         "objective": summary.function or ("largest regret" if summary.worst else "mean"),
+        "unit": summary.unit_words,
         "weights": dict(summary.weights),
         "winner": summary.winner.label,
         "results": [_of_row(row) for row in summary.results],
@@ -86,7 +93,7 @@ def of_comparison(comparison: "Comparison") -> dict[str, Any]:
     """A comparison of algorithms, with its units."""
     units = {
         "forwards, spent_S, marks": "forward-equivalents: passes over all windows of the search split",
-        "best, best_S, median, low, high": "nats per token",
+        "best, best_S, median, low, high": comparison.unit,
         "ask, asking, measuring": "seconds",
     }
     return asdict(comparison) | {"units": units}
@@ -95,7 +102,8 @@ def of_comparison(comparison: "Comparison") -> dict[str, Any]:
 def of_mixing(comparison: "MixingComparison") -> dict[str, Any]:
     """A comparison with data mixing, with its units."""
     units = {
-        "objective, nll": "nats per token",
+        "objective": comparison.unit,
+        "nll": "nats per token",
         "trained_tokens, forward_tokens": "tokens through a model, padding included",
         "flops, training_flops, forward_flops": "floating-point operations: 2 P T forward, 6 P T for training all "
         "parameters",
@@ -108,7 +116,7 @@ def of_mixing(comparison: "MixingComparison") -> dict[str, Any]:
 
 def of_tasks(table: "TaskTable") -> dict[str, Any]:
     """Models on tasks, with units."""
-    units = {"objective": "nats per token", "agreement": "Spearman's rank correlation, 1 where lower loss is better"}
+    units = {"objective": table.unit, "agreement": "Spearman's rank correlation, 1 where lower loss is better"}
     return asdict(table) | {"agreement": table.agreement, "units": units}
 
 

@@ -61,9 +61,9 @@ class LogFile:
         if record.objective is None:
             outcome = f"failed: {record.reason}"
         elif record.is_partial:
-            outcome = f"stopped early, estimate {record.objective:.4f} ± {record.error:.4f} nats per token"
+            outcome = f"stopped early, estimate {record.objective:.4f} ± {record.error:.4f} {record.unit_words}"
         else:
-            outcome = f"{record.objective:.4f} nats per token"
+            outcome = f"{record.objective:.4f} {record.unit_words}"
         place = f"{record.study} trial {record.number} at {record.coefficients}"
         self.write("trial", f"{place}: {outcome}; {done} of {planned} trials finished")
 

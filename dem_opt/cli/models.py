@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 from dem_opt.cli import json_output
 from dem_opt.cli.coefficients import parse_numbers
 from dem_opt.cli.console import Terminal
-from dem_opt.types import SPLITS
+from dem_opt.types import SPLITS, UNITS
 
 if TYPE_CHECKING:
     from dem_opt.config import StudyConfig
-    from dem_opt.workflows.score import Scored
-
-if TYPE_CHECKING:
     from dem_opt.export.writer import Export
+    from dem_opt.types import Score
+    from dem_opt.workflows.score import Scored
 
 
 def train(arguments: Namespace, terminal: Terminal) -> None:
@@ -48,13 +47,25 @@ def score(arguments: Namespace, terminal: Terminal) -> None:
         terminal.json(json_output.of_scores(scores) | {"objective": dict(scores.objective), "beside": beside})
         return
     rows = [
-        (name, split.replace("_", "-"), f"{score.nll:.4f}", f"{score.perplexity:.3f}", f"{score.tokens:,}")
+        (name, split.replace("_", "-"), *_measurements(score))
         for split, by_name in scores.items()
         for name, score in by_name.items()
     ]
-    headers = ("corpus", "split", "NLL (nats per token)", "perplexity", "scored tokens")
+    headers = ("corpus", "split", "NLL (nats per token)", "perplexity", "bits per byte", "scored tokens", "bytes")
     terminal.table("Scores", headers, rows, words=2)
     _print_objective(label, scores, study.config, terminal)
+
+
+def _measurements(score: "Score") -> tuple[str, ...]:
+    """NLL, perplexity, bits per byte, tokens and bytes of a score; "-" where bytes are not known."""
+    bits = score.bits_per_byte
+    return (
+        f"{score.nll:.4f}",
+        f"{score.perplexity:.3f}",
+        "-" if bits is None else f"{bits:.4f}",
+        f"{score.tokens:,}",
+        "-" if score.bytes is None else f"{score.bytes:,}",
+    )
 
 
 def _print_objective(label: str, scores: "Scored", config: "StudyConfig", terminal: Terminal) -> None:
@@ -66,9 +77,10 @@ def _print_objective(label: str, scores: "Scored", config: "StudyConfig", termin
         (name, *(f"{objective[split]:.4f}" if split in objective else "-" for split in SPLITS))
         for name, objective in listed
     ]
-    words = objective_words(config.weights, config.objective.worst, config.objective.function or "")
+    objective = config.objective
+    words = objective_words(config.weights, objective.worst, objective.function or "", objective.unit)
     headers = ("composite", *(split.replace("_", "-") for split in SPLITS))
-    terminal.table(f"{words[0].upper()}{words[1:]}, nats per token", headers, rows, strong=0)
+    terminal.table(f"{words[0].upper()}{words[1:]}, {UNITS[objective.unit]}", headers, rows, strong=0)
 
 
 def merge(arguments: Namespace, terminal: Terminal) -> None:
@@ -115,8 +127,8 @@ def export(arguments: Namespace, terminal: Terminal) -> None:
     else:
         terminal.line(f"Written as {_lora(champion.export)}, read from disk, scored again: {arguments.out}")
     if exported != winner:
-        for split, nll in exported.objective.items():
-            change = f"{winner.objective[split]:.6f} -> {nll:.6f} nats per token"
+        for split, value in exported.objective.items():
+            change = f"{winner.objective[split]:.6f} -> {value:.6f} {UNITS[study.config.objective.unit]}"
             terminal.line(f"Objective on {split}, {exported.label.removeprefix('exported ')}: {change}")
     if champion.version is not None:
         terminal.line(f"Registered in MLflow: version {champion.version}, alias champion")

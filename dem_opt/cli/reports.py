@@ -130,24 +130,27 @@ def print_comparison(summary: "Summary", folder: Path, terminal: Terminal) -> No
 def print_results(summary: "Summary", terminal: Terminal) -> None:
     """Print the results table on both splits, the best five composites, the margins and the winner."""
     from dem_opt.dashboards.tables import SPLIT_NAMES, final_table, margin_table, top_table
-    from dem_opt.dashboards.words import objective_name, precision_lines
+    from dem_opt.dashboards.words import loss_title, objective_name, precision_lines
 
     objective = objective_name(summary)
     for split, words in SPLIT_NAMES.items():
         final = final_table(summary, split)
         terminal.table(
-            f"NLL in nats per token, {words}; {objective}; FE: forward-equivalents",
+            f"{loss_title(summary)}, {words}; {objective}; FE: forward-equivalents",
             final.headers,
             final.rows,
             strong=len(final.rows) - 1,
             groups=final.groups,
         )
     top = top_table(summary)
-    title = f"Top five by the search split: {objective}, nats per token"
+    title = f"Top five by the search split: {objective}, {summary.unit_words}"
     terminal.table(title, top.headers, top.rows, words=top.words)
     margins = margin_table(summary)
     terminal.table(
-        f"Rival minus winner in {objective}, nats per token", margins.headers, margins.rows, groups=margins.groups
+        f"Rival minus winner in {objective}, {summary.unit_words}",
+        margins.headers,
+        margins.rows,
+        groups=margins.groups,
     )
     terminal.line(f"The winner: {summary.winner.label}: {summary.winner.coefficients}")
     for line in precision_lines(summary):
@@ -158,5 +161,5 @@ def _print_regrets(comparison: "Comparison", terminal: Terminal) -> None:
     from dem_opt.dashboards.tables import comparison_table
 
     regrets = comparison_table(comparison)
-    title = "Regret in nats per token: median [quartiles] over runs; of the grid the mean over orders"
+    title = f"Regret in {comparison.unit}: median [quartiles] over runs; of the grid the mean over orders"
     terminal.table(title, regrets.headers, regrets.rows)

@@ -13,6 +13,7 @@ from dem_opt.cli import json_output, reports
 from dem_opt.cli.console import Terminal
 from dem_opt.config import StudyConfig, load
 from dem_opt.errors import InputError
+from dem_opt.types import NATS_PER_TOKEN, UNITS
 
 if TYPE_CHECKING:
     from dem_opt.search.catalog import StudyOverview
@@ -57,7 +58,8 @@ def list_studies(arguments: Namespace, terminal: Terminal) -> None:
     headers = ("study", "run", "generation", "complete", "stopped", "failed", "running", "best")
     rows = [row for study in studies for row in _overview_rows(study)]
     terminal.line(f"Studies in {masked(config.storage)}")
-    terminal.table("Trials by state; the best objective in nats per token", headers, rows, words=2)
+    title = "Trials by state; the best objective, in nats per token where no unit is named"
+    terminal.table(title, headers, rows, words=2)
 
 
 def _overview_rows(study: "StudyOverview") -> Iterator[tuple[str, ...]]:
@@ -66,7 +68,8 @@ def _overview_rows(study: "StudyOverview") -> Iterator[tuple[str, ...]]:
         yield (study.name, "no run yet", str(study.generation), "0", "0", "0", "0", "-")
     for run in study.runs:
         counts = (str(count) for count in (run.complete, run.stopped, run.failed, run.running))
-        best = "-" if run.best is None else f"{run.best:.4f}"
+        unit = "" if study.unit == UNITS[NATS_PER_TOKEN] else f" {study.unit}"
+        best = "-" if run.best is None else f"{run.best:.4f}{unit}"
         yield (study.name, run.name, str(study.generation), *counts, best)
 
 
@@ -82,7 +85,8 @@ def trials(arguments: Namespace, terminal: Terminal) -> None:
         terminal.raw(_csv(rows, config))
     else:
         names = list(config.distributions)
-        title = "Trials: objective and its standard error in nats per token; FE: forward-equivalents"
+        unit = UNITS[config.objective.unit]
+        title = f"Trials: objective and its standard error in {unit}; FE: forward-equivalents"
         headers = ("run", "trial", "state", "objective", "error", *names, "FE", "tokens", "seconds")
         last = len(headers) - 1
         groups = ((3,), tuple(range(5, last - 2)), (last - 2,), (4,), (last,), (last - 1,))

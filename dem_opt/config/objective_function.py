@@ -25,7 +25,7 @@ class ObjectiveFunction:
     """The function that the study file's `objective.function` names.
 
     It receives the scores of one split, a mapping from distribution or general corpus to `Score` (`nll` in nats per
-    token, `perplexity`, `tokens`), and returns the number to minimize, in nats per token.
+    token, `perplexity`, `bits_per_byte`, `tokens`), and returns the number to minimize, in `objective.unit`.
 
     Attributes:
         name: Qualified name, "package.module:function".

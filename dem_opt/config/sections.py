@@ -319,21 +319,26 @@ class ObjectiveSection(Section):
     name them with a weight of 0 where that is meant.
     """
 
+    unit: Literal["nats_per_token", "bits_per_byte"] = "nats_per_token"
+    """Unit of the NLL that is minimized. Bits per byte, over the UTF-8 bytes of the scored text, compare across
+    tokenizers. Allowances of `protect` and `search.tolerance` are in this unit too.
+    """
+
     worst: bool = False
-    """Minimize the largest regret instead of the mean: NLL minus that of the distribution's own fine-tune, in nats per
-    token, over the distributions that have a weight.
+    """Minimize the largest regret instead of the mean: NLL minus that of the distribution's own fine-tune, over the
+    distributions that have a weight.
     """
 
     function: Annotated[str | None, Field(pattern=_FUNCTION)] = None
     """Custom objective instead of the mean, as `package.module:name`: an importable function that maps the scores of a
-    split, by distribution or general corpus (`score.nll` in nats per token, `score.perplexity`), to the number to
-    minimize, in nats per token. Modules beside the study file are found. Trials are then neither raced nor measured
-    with gradients, and `weights` and `worst` do not apply.
+    split, by distribution or general corpus (`score.nll` in nats per token, `score.perplexity`, `score.bits_per_byte`),
+    to the number to minimize; `unit` names its unit. Modules beside the study file are found. Trials are then neither
+    raced nor measured with gradients, and `weights` and `worst` do not apply.
     """
 
     protect: dict[Name, NotNegative] = Field(default_factory=dict)
-    """Constraints: NLL may exceed the base's by at most this allowance, in nats per token, by distribution or general
-    corpus.
+    """Constraints: NLL may exceed the base's by at most this allowance, in the objective's unit, by distribution or
+    general corpus.
     """
 
 
@@ -394,7 +399,7 @@ class SearchSection(Section):
     """Stop after this many proposals in a row with an expected improvement below `tolerance`. Never unless given."""
 
     tolerance: PositiveReal = 1e-4
-    """Expected improvement that counts for `patience`, in nats per token."""
+    """Expected improvement that counts for `patience`, in the objective's unit."""
 
     seed: Seed = 0
     """Seed of the proposals."""

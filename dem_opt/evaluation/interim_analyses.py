@@ -53,4 +53,4 @@ def replay(
 
 def first_windows(score: Score, count: int) -> Score:
     """Cut a score to its first windows."""
-    return Score(score.nats_W[:count], score.tokens_W[:count])
+    return Score(score.nats_W[:count], score.tokens_W[:count], score.bytes_W[:count])

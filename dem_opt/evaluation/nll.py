@@ -40,6 +40,7 @@ class PreparedWindows:
         positions_WT: Positions, which restart where a document starts.
         targets_WT: The token to predict after each token; UNSCORED where it is not scored.
         tokens_W: Scored tokens of each window.
+        bytes_W: UTF-8 bytes of the text that is scored in each window; empty where they are not known.
         documents: Documents with at least one scored token, longest first.
         batches: Arguments of forward calls by block, batch size and layout, made on first use and kept.
     """
@@ -48,6 +49,7 @@ class PreparedWindows:
     positions_WT: Tensor
     targets_WT: Tensor
     tokens_W: tuple[int, ...]
+    bytes_W: tuple[int, ...]
     documents: tuple["_Document", ...]
     batches: dict[tuple[range, int, DocumentLayout], tuple["_Batch", ...]] = field(default_factory=dict)
 
@@ -106,6 +108,7 @@ def prepare(windows: Windows, device: torch.device) -> PreparedWindows:
         positions_WT=torch.tensor(windows.positions_WT, device=device),
         targets_WT=torch.tensor(targets_WT, device=device),
         tokens_W=windows.tokens_W,
+        bytes_W=windows.bytes_W,
         documents=tuple(sorted(_documents(windows), key=len, reverse=True)),
     )
 
@@ -175,9 +178,10 @@ def score(
             window_R.extend(batch.window_B)
             forward_tokens += batch.tokens
     if not nats:
-        return Score(before[:end], windows.tokens_W[:end]), 0
+        return Score(before[:end], windows.tokens_W[:end], windows.bytes_W[:end]), 0
     nats_W = np.bincount(window_R, weights=torch.cat(nats).cpu().numpy(), minlength=end)
-    return Score((*before, *nats_W[len(before) :].tolist()), windows.tokens_W[:end]), forward_tokens
+    all_nats = (*before, *nats_W[len(before) :].tolist())
+    return Score(all_nats, windows.tokens_W[:end], windows.bytes_W[:end]), forward_tokens
 
 
 def _pass(model: PreTrainedModel, head: LanguageModelHead | None, batch: _Batch, gradient: bool) -> Tensor:

@@ -17,7 +17,7 @@ from scipy.special import stdtrit
 
 from dem_opt.evaluation.interim_analyses import analysis_count
 from dem_opt.evaluation.objective import mean_nll
-from dem_opt.types import Score
+from dem_opt.types import NATS_PER_TOKEN, Score
 
 ERROR = 0.01
 """Largest probability of stopping a trial that would have won, over all interim analyses together."""
@@ -34,8 +34,8 @@ class Estimate:
     """Estimated objective of a trial minus the goal, from some of its windows.
 
     Attributes:
-        difference: In nats per token.
-        error: Its standard error in nats per token; infinite where a corpus has only one window.
+        difference: In the objective's unit.
+        error: Its standard error in the objective's unit; infinite where a corpus has only one window.
         freedom: Degrees of freedom of the t distribution that  difference / error  follows.
     """
 
@@ -52,20 +52,22 @@ class Race:
         control: Scores on all windows by corpus, as close to the trial's as can be known before it is scored: those of
             the incumbent, or a weighted sum of several complete trials'.
         weights: The objective's weight of each corpus that has one.
-        goal: The incumbent's objective in nats per token.
+        goal: The incumbent's objective.
         clear: Standard errors from the goal, on either side, at which the trial is set aside; infinite where a stopped
             trial is never completed.
+        unit: Unit of the objective.
     """
 
     control: Mapping[str, Score]
     weights: Mapping[str, float]
     goal: float
     clear: float = inf
+    unit: str = NATS_PER_TOKEN
 
     @classmethod
-    def against(cls, incumbent: Mapping[str, Score], weights: Mapping[str, float]) -> Self:
+    def against(cls, incumbent: Mapping[str, Score], weights: Mapping[str, float], unit: str = NATS_PER_TOKEN) -> Self:
         """Make a race whose control is the incumbent itself."""
-        return cls(incumbent, weights, mean_nll(incumbent, weights))
+        return cls(incumbent, weights, mean_nll(incumbent, weights, unit), unit=unit)
 
     def estimate(self, scores: Mapping[str, Score]) -> Estimate:
         """Estimate the trial's objective minus the goal, with the control as a control variate of coefficient 1.
@@ -73,8 +75,9 @@ class Race:
             difference = mean_i(NLL_i of the control) + mean_i(d_i) - goal      (means with the objective's weights)
             d_i = sum_j (x_ij - y_ij) / sum_j t_ij                              (ratio estimator of corpus i)
 
-        over the first k_i of its W_i windows, with nats x of the trial and y of the control, and scored tokens t.  The
-        variance of a ratio estimator with the finite population's correction is, for each corpus,
+        over the first k_i of its W_i windows, with nats x of the trial and y of the control, and sizes t (scored
+        tokens, or ln 2 times bytes).  The variance of a ratio estimator with the finite population's correction is, for
+        each corpus,
 
             (1 - k / W)  sum_j r_j^2 / (k - 1)  k / (sum_j t_j)^2 ,     r_j = x_j - y_j - d t_j
 
@@ -83,7 +86,7 @@ class Race:
         """
         total = fsum(self.weights.values())
         parts = [(weight / total, *self._part(key, scores[key])) for key, weight in self.weights.items()]
-        lead = mean_nll(self.control, self.weights) - self.goal
+        lead = mean_nll(self.control, self.weights, self.unit) - self.goal
         difference = fsum([lead, *(weight * mean for weight, mean, _, _ in parts)])
         variances = [(weight**2 * variance, freedom) for weight, _, variance, freedom in parts]
         variance = sum(part for part, _ in variances)
@@ -91,23 +94,23 @@ class Race:
         freedom = variance**2 / fsum(part**2 / freedom for part, freedom in variances) if is_defined else inf
         return Estimate(difference, sqrt(variance), freedom)
 
-    def nll(self, key: str, score: Score) -> float:
-        """Estimate a corpus's NLL from its first windows, in nats per token."""
-        return self.control[key].nll + self._part(key, score)[0]
+    def loss(self, key: str, score: Score) -> float:
+        """Estimate a corpus's NLL from its first windows, in the objective's unit."""
+        return self.control[key].loss(self.unit) + self._part(key, score)[0]
 
     def _part(self, key: str, score: Score) -> tuple[float, float, float]:
         """Return d, its variance and degrees of freedom for one corpus."""
         control, seen = self.control[key], len(score.nats_W)
-        tokens_k = np.array(score.tokens_W)
+        sizes_k = np.array(score.sizes_W(self.unit))
         difference_k = np.subtract(score.nats_W, control.nats_W[:seen])
-        mean = float(difference_k.sum() / tokens_k.sum())
+        mean = float(difference_k.sum() / sizes_k.sum())
         if seen == len(control.nats_W):
             return mean, 0.0, inf  # the whole population: no sampling error
         if seen == 1:
             return mean, inf, 1.0  # one window says nothing about the spread
-        residual_k = difference_k - mean * tokens_k
+        residual_k = difference_k - mean * sizes_k
         variance = (
-            (1 - seen / len(control.nats_W)) * float((residual_k**2).sum()) / (seen - 1) * seen / tokens_k.sum() ** 2
+            (1 - seen / len(control.nats_W)) * float((residual_k**2).sum()) / (seen - 1) * seen / sizes_k.sum() ** 2
         )
         return mean, float(variance), float(seen - 1)
 

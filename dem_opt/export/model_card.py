@@ -17,7 +17,7 @@ from dem_opt.export.writer import Export
 from dem_opt.planning.inputs import Inputs
 from dem_opt.simplex import UNIT, Coefficients
 from dem_opt.storage.engine import masked
-from dem_opt.types import Margin, ResultRow, StoredModel
+from dem_opt.types import BITS_PER_BYTE, NATS_PER_TOKEN, UNITS, Margin, ResultRow, StoredModel
 
 CARD, RECIPE = "README.md", "mergekit.yaml"
 
@@ -64,8 +64,9 @@ def texts(
     ingredients = [base, *(Ingredient(name, sources.fine_tunes[name], units) for name, units in coefficients.pairs)]
     study = resolved(sources.config, folder)
     objective = sources.config.objective
-    words = objective_words(sources.config.weights, objective.worst, objective.function or "")
-    card = model_card(sources.config.name, ingredients, libraries, study, results, margins, dtype, words, lora)
+    words = objective_words(sources.config.weights, objective.worst, objective.function or "", objective.unit)
+    name, unit = sources.config.name, objective.unit
+    card = model_card(name, ingredients, libraries, study, results, margins, dtype, words, lora, unit)
     return {CARD: card, RECIPE: recipe(ingredients, dtype)}
 
 
@@ -79,6 +80,7 @@ def model_card(
     dtype: str | None = None,
     objective: str = "mean NLL",
     lora: Export | None = None,
+    unit: str = NATS_PER_TOKEN,
 ) -> str:
     """The README of an export: formula, coefficients, scores on both splits, provenance.
 
@@ -92,6 +94,7 @@ def model_card(
         dtype: Dtype that all weights were rounded to, where one was chosen.
         objective: The quantity that was minimized (see `objective_words`).
         lora: The export, where it is a LoRA of the base.
+        unit: Unit of the objective.
     """
     rows = [
         [ingredient.name, f"{ingredient.units / UNIT:.9f}", licence(ingredient.path), ingredient.model.content]
@@ -107,8 +110,8 @@ def model_card(
         *([_lora(lora)] if lora else []),
         "## Coefficients",
         _table(["model", "coefficient", "licence", "content (SHA-256)"], rows),
-        *[_scores(split, results, objective) for split in (results[0].objective if results else ())],
-        *([_margins(margins, objective)] if margins else []),
+        *[_scores(split, results, objective, unit) for split in (results[0].objective if results else ())],
+        *([_margins(margins, objective, unit)] if margins else []),
         "## Made with",
         _table(["library", "version"], [list(item) for item in libraries.items()]),
         f"`{RECIPE}` is a recipe with which mergekit writes the same model, up to rounding in float32.",
@@ -220,31 +223,39 @@ def _from(folder: Path, value: Any) -> Any:
     return value.replace(f"{folder}/", "").replace(f"{os.path.expanduser('~')}/", "~/")
 
 
-def _scores(split: str, results: Sequence[ResultRow], objective: str) -> str:
-    """The table of one split: NLL for each distribution, the objective and, of a mean, its perplexity.
+def _scores(split: str, results: Sequence[ResultRow], objective: str, unit: str) -> str:
+    """The tables of one split: the objective and, for each distribution, NLL in nats per token and bits per byte.
 
     The best of a comparison that was interrupted is not scored on the held-out split, and is left out of its table.
     """
+    scored = [result for result in results if split in result.objective]
+    tables = [_losses(split, scored, NATS_PER_TOKEN, objective if unit == NATS_PER_TOKEN else "")]
+    if all(score.bytes for result in scored for score in result.scores[split].values()):
+        tables.append(_losses(split, scored, BITS_PER_BYTE, objective if unit == BITS_PER_BYTE else ""))
+    return "\n\n".join([f"## Scores on the {_words(split)} split", *tables])
+
+
+def _losses(split: str, results: Sequence[ResultRow], unit: str, objective: str) -> str:
+    """The table of losses in one unit; of a mean NLL with its perplexity, and without an objective of another unit."""
     names, has_perplexity = list(results[0].scores[split]), "mean NLL" in objective
     rows = []
     for result in results:
-        if split not in result.objective:
-            continue
         value = result.objective[split]
-        nlls = [f"{result.scores[split][name].nll:.4f}" for name in names]
-        rows.append([result.label, *nlls, f"{value:.4f}", *([f"{exp(value):.3f}"] if has_perplexity else [])])
-    title = f"## Scores on the {_words(split)} split\n\nNLL in nats per token."
-    heads = ["composite", *names, objective, *(["perplexity of the mean"] if has_perplexity else [])]
-    return f"{title}\n\n{_table(heads, rows)}"
+        losses = [f"{result.scores[split][name].loss(unit):.4f}" for name in names]
+        mean = [f"{value:.4f}"] if objective else []
+        rows.append([result.label, *losses, *mean, *([f"{exp(value):.3f}"] if has_perplexity else [])])
+    title = "NLL in nats per token." if unit == NATS_PER_TOKEN else "Bits per byte of the scored text."
+    heads = ["composite", *names, *([objective] if objective else [])]
+    return f"{title}\n\n{_table([*heads, *(['perplexity of the mean'] if has_perplexity else [])], rows)}"
 
 
-def _margins(margins: Sequence[Margin], objective: str) -> str:
+def _margins(margins: Sequence[Margin], objective: str, unit: str) -> str:
     """The table of the winner's margins."""
     rows = [
         [margin.rival, _words(margin.split), f"{margin.mean:.4f}", f"{margin.low:.4f} to {margin.high:.4f}"]
         for margin in margins
     ]
-    title = f"## Margins\n\nRival minus winner in {_plain(objective)}, nats per token; positive: the winner is better."
+    title = f"## Margins\n\nRival minus winner in {_plain(objective)}, {UNITS[unit]}; positive: the winner is better."
     return f"{title}\n\n{_table(['rival', 'split', 'margin', '95% paired interval'], rows)}"
 
 

@@ -24,14 +24,14 @@ from dem_opt.data.chat_template import writes_date
 from dem_opt.data.tokenize import load_tokenizer, tokenizer_digest
 from dem_opt.data.windows import build_corpora, refuse_ids_beyond
 from dem_opt.errors import InputError
-from dem_opt.evaluation.interim_analyses import INTERIM_ANALYSES
+from dem_opt.evaluation.interim_analyses import INTERIM_ANALYSES, windows_by_analysis
 from dem_opt.planning.hardware import this_machine
 from dem_opt.planning.plan import BATCH_TOKENS, Plan, evaluation_dtype, make_plan, refuse_too_large, stored_dtype
 from dem_opt.planning.tokenizers import other_tokenizers
 from dem_opt.planning.vertices import check_vertices, shortage
 from dem_opt.progress import current_progress
 from dem_opt.storage.identity import StudyIdentity
-from dem_opt.types import SPLITS, Corpus, CorpusLayout, StoredModel, WorkerSpec
+from dem_opt.types import BITS_PER_BYTE, SPLITS, Corpus, CorpusLayout, StoredModel, WorkerSpec
 
 POSITIONS = ("max_position_embeddings", "n_positions")
 """Names of the number of positions in config.json; GPT-2 and its like have the second."""
@@ -165,6 +165,7 @@ class Inputs:
             | {"tokenizer": self.tokenizer, "device": self.device},
             protect=self.config.objective.protect,
             worst=self.config.objective.worst,
+            unit=self.config.objective.unit,
             function=ObjectiveFunction.load(self.config.objective.function) if self.config.objective.function else None,
             configuration=self.configuration,
         )
@@ -375,6 +376,8 @@ def load_inputs(config: StudyConfig, where: Path, worker: bool = True) -> Inputs
     )
     for corpus in corpora:
         refuse_ids_beyond(corpus.windows, rows, folder, f"{corpus.distribution}, {corpus.split}")
+        if config.objective.unit == BITS_PER_BYTE:
+            _refuse_without_bytes(corpus, where)
     if writes_date(tokenizer) and any(data.validation.format == "messages" for data in config.corpora.values()):
         current_progress().note(f"the chat template writes today's date: {config.evaluation.date} (evaluation.date)")
     base, fine_tunes = checked.stored_models()
@@ -394,6 +397,14 @@ def load_inputs(config: StudyConfig, where: Path, worker: bool = True) -> Inputs
         left_out=tuple(checked.left_out()),
         unlike_base=(*checked.warnings(), *checked.check_vertices()),
     )
+
+
+def _refuse_without_bytes(corpus: Corpus, where: Path) -> None:
+    """Raise InputError where the windows that a race sees first score no byte of text."""
+    first = windows_by_analysis(len(corpus.windows))[0]
+    if not sum(corpus.windows.bytes_W[:first]):
+        which = f"no byte of text is scored in {corpus.distribution}, {corpus.split.replace('_', '-')} split"
+        raise InputError(where, "objective.unit", BITS_PER_BYTE, f"{which}; give longer documents, or nats_per_token")
 
 
 def _stored_checkpoint(header: Header) -> StoredModel:

@@ -11,6 +11,7 @@ from dem_opt.search.optuna_study import opened_storage
 from dem_opt.search.run_name import RunName
 from dem_opt.search.trial_attributes import MEASUREMENTS, TrialAttributes
 from dem_opt.storage.ledger import Ledger, StudyRow
+from dem_opt.types import NATS_PER_TOKEN, UNITS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class RunOverview:
         stopped: Trials stopped early; their objective is an estimate.
         failed: Trials that could not be scored.
         running: Trials proposed and not finished.
-        best: The lowest objective of complete trials that violate no constraint, in nats per token; None without any.
+        best: The lowest objective of complete trials that violate no constraint, in its unit; None without any.
     """
 
     name: str
@@ -36,15 +37,16 @@ class RunOverview:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyOverview:
-    """A study in its present generation."""
+    """A study in its present generation; `unit` is that of its objective, in words."""
 
     name: str
     generation: int
     runs: tuple[RunOverview, ...]
+    unit: str = UNITS[NATS_PER_TOKEN]
 
     @property
     def best(self) -> float | None:
-        """The lowest objective of all runs, in nats per token."""
+        """The lowest objective of all runs."""
         return min((run.best for run in self.runs if run.best is not None), default=None)
 
 
@@ -62,7 +64,8 @@ def _study_overview(row: StudyRow, names: Sequence[str], storage: RDBStorage) ->
         if run is not None and run.generation == row.generation:
             trials = storage.get_all_trials(storage.get_study_id_from_name(name), deepcopy=False)
             runs.append(_run_overview(run.label, trials))
-    return StudyOverview(name=row.name, generation=row.generation, runs=tuple(runs))
+    unit = UNITS[row.identity.get("objective.unit", NATS_PER_TOKEN)]
+    return StudyOverview(name=row.name, generation=row.generation, runs=tuple(runs), unit=unit)
 
 
 def _run_overview(name: str, trials: Sequence[FrozenTrial]) -> RunOverview:

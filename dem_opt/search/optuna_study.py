@@ -22,12 +22,15 @@ from dem_opt.simplex import Coefficients, Space
 from dem_opt.storage import engine
 from dem_opt.storage.leases import Lease
 from dem_opt.storage.retry import BRIEF, RetryPolicy, patient
-from dem_opt.types import GRADIENT_FORWARDS
+from dem_opt.types import GRADIENT_FORWARDS, NATS_PER_TOKEN, UNITS
 
 __all__ = ["METRIC", "PendingTrial", "Search", "Trial"]
 
 METRIC = "nll"
 """Optuna's name of the objective: mean NLL in nats per token, with the penalty where a study protects corpora."""
+
+BITS_METRIC = "bpb"
+"""The same where it is in bits per byte."""
 
 STOPPED = "stopped"
 """User attribute of a study: why its search ended, in words."""
@@ -85,9 +88,10 @@ class Search:
         gradients: bool = False,
         lease: Lease | None = None,
         patience: RetryPolicy = BRIEF,
+        unit: str = NATS_PER_TOKEN,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.name, self._space, self._search = name, space, search
+        self.name, self._space, self._search, self._unit = name, space, search, unit
         self._lease, self.patience = lease if lease and lease.shared else None, patience
         self.gradients = gradients or search.algorithm == "gradient"
         self._proposer = make_proposer(
@@ -116,7 +120,7 @@ class Search:
             study = optuna.create_study(
                 study_name=self.name, storage=self._storage, direction="minimize", load_if_exists=True
             )
-            self.uid = _introduce(study, start)
+            self.uid = _introduce(study, start, METRIC if self._unit == NATS_PER_TOKEN else BITS_METRIC)
             return study
 
     @contextmanager
@@ -272,7 +276,7 @@ class Search:
             return f"{search.minutes:g} minutes"
         if search.patience is not None and self._expects_little(trials[-search.patience :], search.patience):
             return (
-                f"less than {search.tolerance:g} nats per token expected of each of the last {search.patience} "
+                f"less than {search.tolerance:g} {UNITS[self._unit]} expected of each of the last {search.patience} "
                 "proposals"
             )
         return ""
@@ -301,7 +305,7 @@ class Search:
 
     @patient
     def tell(self, number: int, objective: float | None, attributes: TrialAttributes) -> bool:
-        """Finish a trial with its objective in nats per token, or as failed: None, with `attributes.reason`.
+        """Finish a trial with its objective in the objective's unit, or as failed: None, with `attributes.reason`.
 
         A finished trial stays as it is, and so does one that another driver has taken over from this one, which was
         silent for too long.  Raises ValueError for an objective that is not finite.
@@ -361,13 +365,13 @@ def _starting_points(study: optuna.Study, space: Space) -> list[Coefficients]:
     return [space.from_units([units[name] for name in space.names]) for units in listed]
 
 
-def _introduce(study: optuna.Study, start: Sequence[Coefficients]) -> str:
+def _introduce(study: optuna.Study, start: Sequence[Coefficients], metric: str) -> str:
     """Write what a new study lacks and return its uid, which is written last: a study that has it lacks nothing."""
     if (uid := study.user_attrs.get(UID)) is None:
         uid = str(uuid4())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
-            study.set_metric_names([METRIC])
+            study.set_metric_names([metric])
         study.set_user_attr(START, [point.units for point in start])
         study.set_user_attr(UID, uid)
     return str(uid)

@@ -55,7 +55,8 @@ class Runs:
         worth = bool(gradients_fit) and len(space.caps_F) >= GRADIENTS_FROM and self.config.has_gradients
         gradients = run.algorithm == "simplex-gp" and (worth if search.gradients == "auto" else search.gradients)
         name = run.optuna_name(self.config.name)
-        return Search(self.config.storage, name, space, settings, start, gradients, self.lease, self.patience)
+        storage, unit = self.config.storage, self.config.objective.unit
+        return Search(storage, name, space, settings, start, gradients, self.lease, self.patience, unit)
 
     @contextmanager
     def existing(self) -> Iterator[dict[str, Search]]:

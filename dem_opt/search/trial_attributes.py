@@ -8,7 +8,7 @@ MEASUREMENTS = "dem_opt"
 """User attribute of a finished trial: `TrialAttributes`, as a JSON object."""
 
 EXPECTED_IMPROVEMENT = "expected_improvement"
-"""User attribute of a trial: the improvement that its proposer expected, in nats per token."""
+"""User attribute of a trial: the improvement that its proposer expected, in the objective's unit."""
 
 DRIVER = "driver"
 """User attribute of a trial: token of the driver that has it in hand, where a study may have several."""
@@ -32,9 +32,9 @@ class TrialAttributes:
         reason: Why it failed; empty where it did not.
         perplexity: Perplexity by distribution, for people who read the trial in Optuna Dashboard.
         violation: Nats per token by which protected corpora exceed their allowance.
-        gradient: d penalized objective / d w_i by distribution, in nats per token; empty where it was not measured.
-        error: Standard error of the objective in nats per token; above 0 where the trial was stopped early.
-        objective: Estimated objective of a trial that was stopped early, without penalty, in nats per token.
+        gradient: d penalized objective / d w_i by distribution, in its unit; empty where it was not measured.
+        error: Standard error of the objective, in its unit; above 0 where the trial was stopped early.
+        objective: Estimated objective of a trial that was stopped early, without penalty, in the objective's unit.
         windows: Windows by distribution that a trial which was stopped early has seen.
     """
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from math import inf
+from math import fsum, inf
 
 import numpy as np
 
@@ -39,7 +39,7 @@ CONTROL_CANDIDATES = 8 * CONTROLS
 """Whole trials, the best and the latest, of which the nearest become controls."""
 
 LEAST_ERROR = 1e-12
-"""Standard error of a stopped trial at least, in nats per token: above 0 says that it is an estimate."""
+"""Standard error of a stopped trial at least, in the objective's unit: above 0 says that it is an estimate."""
 
 
 def recall(
@@ -65,7 +65,7 @@ def base_scores(ledger: Ledger, identity: StudyIdentity, split: str = SEARCH) ->
 def objectives(ledger: Ledger, identity: StudyIdentity) -> dict[str, Objective]:
     """The objective by split; for regrets only the splits on which the ledger has every fine-tune's scores."""
     if not identity.worst:
-        return dict.fromkeys(SPLITS, Objective(identity.weights, function=identity.function))
+        return dict.fromkeys(SPLITS, Objective(identity.weights, function=identity.function, unit=identity.unit))
     by_split = {}
     for split in SPLITS:
         own = {
@@ -73,15 +73,16 @@ def objectives(ledger: Ledger, identity: StudyIdentity) -> dict[str, Objective]:
             for name, content in identity.fine_tunes.items()
         }
         if all(name in scores for name, scores in own.items()):
-            by_split[split] = Objective(identity.weights, {name: scores[name] for name, scores in own.items()})
+            scores = {name: by_name[name] for name, by_name in own.items()}
+            by_split[split] = Objective(identity.weights, scores, unit=identity.unit)
     return by_split
 
 
 def exceeded(ledger: Ledger, identity: StudyIdentity, scores: Mapping[str, Score]) -> float:
-    """The violation of whole scores on the search split, in nats per token, against the base's in the ledger."""
+    """The violation of whole scores on the search split, in the objective's unit, against the base's in the ledger."""
     if not identity.protect:
         return 0.0
-    return violation(scores, base_scores(ledger, identity), identity.protect)
+    return violation(scores, base_scores(ledger, identity), identity.protect, identity.unit)
 
 
 def coefficients_of(identity: StudyIdentity, composite: Composite) -> Coefficients | None:
@@ -127,7 +128,7 @@ def race_for(
     rival, *controls = ledger.look_up_all(composites, identity.keys(SEARCH), identity.scoring)
     weights = _weights_by_corpus(identity)
     control = {key: weighted_sum([scores[key] for scores in controls], weights_N.tolist()) for key in rival}
-    return Race(control, weights, mean_nll(rival, weights), clear)
+    return Race(control, weights, mean_nll(rival, weights, identity.unit), clear, identity.unit)
 
 
 def _weights_by_corpus(identity: StudyIdentity) -> dict[str, float]:
@@ -167,6 +168,7 @@ def trial_record(
             propose_seconds=trial.propose_seconds,
             reason=answer.reason,
             forwards=0.0,
+            unit=identity.unit,
         )
     composite = identity.composite(trial.coefficients)
     scores = recall(ledger, identity, composite, SEARCH, whole=False)
@@ -190,6 +192,7 @@ def trial_record(
         violation=exceeded(ledger, identity, scores),
         forwards=GRADIENT_FORWARDS if gradient else 1.0 - trial.charged,
         gradient=slope(ledger, identity, scores, measured) if gradient else {},
+        unit=identity.unit,
     )
 
 
@@ -219,7 +222,7 @@ def _stopped_record(
     base, excess = base_scores(ledger, identity), 0.0
     for name, allowance in identity.protect.items():
         key = identity.corpora[SEARCH][name]
-        excess += max(0.0, race.nll(key, by_key[key]) - base[name].nll - allowance)
+        excess += max(0.0, race.loss(key, by_key[key]) - base[name].loss(identity.unit) - allowance)
     return TrialRecord(
         study=study,
         number=trial.number,
@@ -231,25 +234,28 @@ def _stopped_record(
         violation=excess,
         forwards=sum(len(score.nats_W) for score in by_key.values()) / (len(by_key) * identity.windows(SEARCH)),
         error=max(estimate.error, LEAST_ERROR),
+        unit=identity.unit,
     )
 
 
 def slope(
     ledger: Ledger, identity: StudyIdentity, scores: Mapping[str, Score], gradients: Mapping[str, Gradient]
 ) -> dict[str, float]:
-    """d penalized / d w_i in nats per token by distribution, from gradients by corpus.
+    """d penalized / d w_i in the objective's unit by distribution, from gradients by corpus.
 
     sum over corpora of  (share + PENALTY [a protected corpus beyond its allowance])  d NLL / d w_i .
     """
+    unit = identity.unit
     shares = objectives(ledger, identity)[SEARCH].shares(scores)
     base = base_scores(ledger, identity) if identity.protect else {}
     for name, allowance in identity.protect.items():
-        if scores[name].nll > base[name].nll + allowance:
+        if scores[name].loss(unit) > base[name].loss(unit) + allowance:
             shares[name] = shares.get(name, 0.0) + PENALTY
     corpora = identity.corpora[SEARCH]
     return {
         fine_tune: sum(
-            share * gradients[corpora[name]][content] / scores[name].tokens for name, share in shares.items()
+            share * gradients[corpora[name]][content] / fsum(scores[name].sizes_W(unit))
+            for name, share in shares.items()
         )
         for fine_tune, content in identity.fine_tunes.items()
     }
@@ -312,6 +318,7 @@ def recorded(ledger: Ledger, identity: StudyIdentity, study: str, trial: Trial) 
         violation=stored.violation,
         forwards=trial.forwards,
         error=trial.error,
+        unit=identity.unit,
     )
 
 

@@ -79,8 +79,8 @@ class CarriedOver:
 
     Attributes:
         missing: Corpora of the search split that it has no scores on.
-        violation: Violation over the scored corpora, in nats per token.
-        objective: Objective over the scored corpora, in nats per token.
+        violation: Violation over the scored corpora, in the objective's unit.
+        objective: Objective over the scored corpora, in the objective's unit.
         key: The composite's key, which orders equals.
         coefficients: The point.
     """
@@ -111,7 +111,7 @@ def carried_over(ledger: Ledger, identity: StudyIdentity) -> list[Coefficients]:
 
 def _candidates(ledger: Ledger, identity: StudyIdentity) -> list[CarriedOver]:
     """The ledger's composites in the study's space that have a score on some corpus of the objective."""
-    objective = objectives(ledger, identity).get(SEARCH, Objective(identity.weights))
+    objective = objectives(ledger, identity).get(SEARCH, Objective(identity.weights, unit=identity.unit))
     candidates = []
     for composite in ledger.composites(identity.scoring):
         point = coefficients_of(identity, composite)

@@ -14,7 +14,7 @@ from pathlib import Path
 from dem_opt.config.objective_function import ObjectiveFunction
 from dem_opt.errors import InputError
 from dem_opt.simplex import Coefficients, Space
-from dem_opt.types import HELD_OUT, SEARCH, Composite
+from dem_opt.types import HELD_OUT, NATS_PER_TOKEN, SEARCH, Composite
 
 _VECTORS = ("evaluation.vectors", "exact")
 """A setting that studies of early releases do not have, and its value for them."""
@@ -35,8 +35,9 @@ class StudyIdentity:
         corpora: Corpus keys by split, then by distribution or general corpus.
         settings: Settings of the evaluation as text, by their name in the study file; `device` is cpu or cuda, `looks`
             the number of interim analyses, at which a corpus is scored in parts.
-        protect: Allowance above the base in nats per token, by distribution or general corpus.
+        protect: Allowance above the base in the objective's unit, by distribution or general corpus.
         worst: The largest regret is minimized, not the mean.
+        unit: Unit of the objective.
         configuration: Fingerprint of the config.json that computes, where the ledger has scores of these models that
             were measured with another; "" for the configuration that the ledger met first.
     """
@@ -50,6 +51,7 @@ class StudyIdentity:
     protect: Mapping[str, float] = field(default_factory=dict)
     worst: bool = False
     function: ObjectiveFunction | None = None
+    unit: str = NATS_PER_TOKEN
     configuration: str = ""
 
     def composite(self, coefficients: Coefficients) -> Composite:
@@ -108,6 +110,7 @@ class StudyIdentity:
             **{f"objective.protect.{name}": repr(allowance) for name, allowance in self.protect.items()},
             **({"objective.worst": repr(True)} if self.worst else {}),
             **({"objective.function": str(self.function)} if self.function else {}),
+            **({"objective.unit": self.unit} if self.unit != NATS_PER_TOKEN else {}),
             **{field: key for field, key in self._files().items() if field.startswith("general.")},
         }
 
@@ -147,6 +150,7 @@ class StudyIdentity:
             function=ObjectiveFunction.parse(identity["objective.function"])
             if "objective.function" in identity
             else None,
+            unit=identity.get("objective.unit", NATS_PER_TOKEN),
             configuration=identity.get("configuration", ""),
         )
 

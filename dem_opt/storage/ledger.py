@@ -203,12 +203,14 @@ class Ledger:
         """The same for each of several composites, by one query."""
         keys = [composite.key for composite in composites]
         scores: dict[str, dict[str, Score]] = {key: {} for key in keys}
-        query = select(_Score).where(
-            _Score.composite.in_(scores), _Score.scoring == scoring, _Score.corpus.in_(corpora)
+        query = (
+            select(_Score, _Corpus.bytes_W)
+            .outerjoin(_Corpus, _Corpus.key == _Score.corpus)
+            .where(_Score.composite.in_(scores), _Score.scoring == scoring, _Score.corpus.in_(corpora))
         )
         with Session(self.engine) as session:
-            for row in session.scalars(query):
-                scores[row.composite][row.corpus] = _score(row)
+            for row, bytes_W in session.execute(query):
+                scores[row.composite][row.corpus] = _score(row, bytes_W or b"")
         return [scores[key] for key in keys]
 
     @patient
@@ -482,10 +484,11 @@ def _columns(corpus: str, score: Score) -> dict[str, object]:
     }
 
 
-def _score(row: _Score) -> Score:
+def _score(row: _Score, stored_bytes_W: bytes) -> Score:
     nats_W = np.frombuffer(row.nats_W, dtype="<f8").tolist()
     tokens_W = np.frombuffer(row.tokens_W, dtype="<i8").tolist()
-    return Score(tuple(nats_W), tuple(tokens_W))
+    bytes_W = np.frombuffer(stored_bytes_W, dtype="<i8").tolist()
+    return Score(tuple(nats_W), tuple(tokens_W), tuple(bytes_W[: row.windows]))
 
 
 def _layout_columns(layout: CorpusLayout) -> dict[str, object]:

@@ -258,9 +258,16 @@ def _metrics(record: TrialRecord) -> list[tuple[str, float]]:
         metrics.append(("batch_tokens", float(measured.batch_tokens)))
     if record.violation:
         metrics.append(("protect_violation", record.violation))
-    for name, score in record.scores.items():
-        metrics += [(f"nll.{name}", score.nll), (f"perplexity.{name}", score.perplexity)]
-    return metrics
+    return [*metrics, *_losses(record.scores)]
+
+
+def _losses(scores: Mapping[str, Score], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Yield NLL in nats per token, perplexity and, where bytes are known, bits per byte on each corpus."""
+    for name, score in scores.items():
+        yield f"{prefix}nll.{name}", score.nll
+        yield f"{prefix}perplexity.{name}", score.perplexity
+        if score.bits_per_byte is not None:
+            yield f"{prefix}bpb.{name}", score.bits_per_byte
 
 
 def _window_metrics(scores: Mapping[str, Score]) -> Iterator[tuple[str, float, int]]:
@@ -285,8 +292,7 @@ def result_metrics(result: ResultRow) -> list[tuple[str, float]]:
     for split, prefix in ((SEARCH, ""), (HELD_OUT, "held_out.")):
         if split in result.objective:
             metrics.append((f"{prefix}objective_nll", result.objective[split]))
-        for name, score in result.scores.get(split, {}).items():
-            metrics += [(f"{prefix}nll.{name}", score.nll), (f"{prefix}perplexity.{name}", score.perplexity)]
+        metrics += _losses(result.scores.get(split, {}), prefix)
     return metrics
 
 

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from dem_opt.analysis.precision import windows_for
 from dem_opt.checkpoints.files import Header, known_content
 from dem_opt.compute import ray_warnings
-from dem_opt.config import EvaluationSection, StudyConfig
+from dem_opt.config import StudyConfig
 from dem_opt.config.objective_function import ObjectiveFunction, import_from
 from dem_opt.data.files import find_files
 from dem_opt.errors import InputError
@@ -32,7 +32,7 @@ from dem_opt.storage.engine import is_there, masked, probe
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
 from dem_opt.storage.retry import opened
-from dem_opt.types import Precision
+from dem_opt.types import UNITS, Precision
 from dem_opt.workflows.remaining import Remaining, remaining_work
 
 COMPARED = ("grid", "random", "simplex-gp")
@@ -175,7 +175,7 @@ def check(config: StudyConfig, where: Path) -> Findings:
         kernel=expected_backend(plan.machine.device).description,
         left=left,
         left_seconds=left.work.seconds(speed) / plan.parallel if left else 0.0,
-        windows=proposed_windows(config.evaluation, left.precision if left else None),
+        windows=proposed_windows(config, left.precision if left else None),
         comparison=f"dem-opt compare: {_comparison(config, plan, speed, COMPARED)}",
         warnings=(
             *files.left_out(),
@@ -196,13 +196,14 @@ def comparison_plan(config: StudyConfig, where: Path, algorithms: Sequence[str],
     return _comparison(config, plan, _speed(config, plan), algorithms, seeds)
 
 
-def proposed_windows(evaluation: EvaluationSection, precision: Precision | None) -> str:
+def proposed_windows(config: StudyConfig, precision: Precision | None) -> str:
     """Propose a number of windows of the search split: by a study's own trials, else by their tokens."""
+    evaluation, unit = config.evaluation, UNITS[config.objective.unit]
     windows = f"evaluation.windows is {evaluation.windows}"
     if precision is not None:
         return (
             f"{windows}: by the trials so far, coefficients chosen on other windows would cost {precision.regret:.5f} "
-            f"nats per token on average; {windows_for(precision, PROPOSED_REGRET)} windows would leave "
+            f"{unit} on average; {windows_for(precision, PROPOSED_REGRET)} windows would leave "
             f"{PROPOSED_REGRET:g}."
         )
     enough = ceil(PROPOSED_TOKENS / evaluation.window)

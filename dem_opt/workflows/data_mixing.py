@@ -245,6 +245,7 @@ def compare_costs(
         edited=merged,
         mixed=mixed,
         base=base,
+        unit=summary.unit_words,
     )
 
 

@@ -17,7 +17,7 @@ from dem_opt.json_files import find_json
 from dem_opt.planning.inputs import Inputs
 from dem_opt.simplex import UNIT
 from dem_opt.tracking import JobNote
-from dem_opt.types import Composite, ResultRow, Summary
+from dem_opt.types import UNITS, Composite, ResultRow, Summary
 from dem_opt.workflows.configurations import distinguish
 from dem_opt.workflows.context import StudyContext
 from dem_opt.workflows.lm_eval import TaskJob, check_tasks, harness_version, run_tasks
@@ -111,7 +111,7 @@ def score_candidates(
                 scores=scores,
             )
         )
-    return TaskTable(context.config.name, tuple(settings.tasks), tuple(models))
+    return TaskTable(context.config.name, tuple(settings.tasks), tuple(models), UNITS[context.config.objective.unit])
 
 
 def _measure(

@@ -12,6 +12,7 @@ def trials_frame(summary: Summary) -> pd.DataFrame:
         *(f"w.{name}" for name in summary.distributions),
         *(f"nll.{name}" for name in summary.weights),
         *(f"perplexity.{name}" for name in summary.weights),
+        *(f"bpb.{name}" for name in summary.weights),
         *("forward_tokens", "scored_tokens", "merge_seconds", "score_seconds", "wait_seconds", "propose_seconds"),
         "reason",
     ]
@@ -31,6 +32,7 @@ def results_frame(summary: Summary) -> pd.DataFrame:
                 *(f"{split}.{kind}" for kind in ("margin", "margin_low", "margin_high")),
                 *(f"{split}.nll.{name}" for name in summary.weights),
                 *(f"{split}.perplexity.{name}" for name in summary.weights),
+                *(f"{split}.bpb.{name}" for name in summary.weights),
             )
         ),
         *("violation", "evaluations", "forward_equivalents", "forward_tokens", "seconds"),
@@ -89,6 +91,7 @@ def _trial_row(run: str, record: TrialRecord) -> dict[str, object]:
         **{f"w.{name}": weight for name, weight in record.coefficients.weights.items()},
         **{f"nll.{name}": score.nll for name, score in record.scores.items()},
         **{f"perplexity.{name}": score.perplexity for name, score in record.scores.items()},
+        **{f"bpb.{name}": score.bits_per_byte for name, score in record.scores.items()},
         "forward_tokens": evaluation.forward_tokens,
         "scored_tokens": evaluation.scored_tokens,
         "merge_seconds": evaluation.merge_seconds,
@@ -117,6 +120,7 @@ def _result_row(row: ResultRow) -> dict[str, object]:
     for split, scores in row.scores.items():
         values |= {f"{split}.nll.{name}": score.nll for name, score in scores.items()}
         values |= {f"{split}.perplexity.{name}": score.perplexity for name, score in scores.items()}
+        values |= {f"{split}.bpb.{name}": score.bits_per_byte for name, score in scores.items()}
     return values
 
 

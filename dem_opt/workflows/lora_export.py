@@ -13,7 +13,7 @@ from dem_opt.planning.inputs import Inputs
 from dem_opt.search.trials import objectives
 from dem_opt.simplex import Coefficients
 from dem_opt.storage.ledger import Ledger
-from dem_opt.types import SPLITS, Composite, ResultRow, StoredModel, Summary
+from dem_opt.types import SPLITS, UNITS, Composite, ResultRow, StoredModel, Summary
 from dem_opt.workflows.configurations import distinguish
 from dem_opt.workflows.context import StudyContext
 from dem_opt.workflows.export import Champion, describe, model_folders
@@ -148,8 +148,9 @@ def _tell_cost(context: StudyContext, inputs: Inputs, written: Export) -> None:
     with context.database() as (_, ledger), context.compute:
         inputs = inputs.on(context.compute.device)
         scores, exact = _measure(context, inputs, ledger, written, written.composite)
-        mean = Objective(inputs.identity().weights)
+        unit = inputs.identity().unit
+        mean = Objective(inputs.identity().weights, unit=unit)
         for split in SPLITS:
-            change = f"{mean(exact[split]):.6f} -> {mean(scores[split]):.6f} nats per token"
+            change = f"{mean(exact[split]):.6f} -> {mean(scores[split]):.6f} {UNITS[unit]}"
             form = f"as the nearest LoRA of rank {written.rank}"
             context.progress.note(f"Mean NLL on {split.replace('_', '-')} {form}: {change}")

@@ -39,19 +39,19 @@ class StudyPlots:
         return self._draw("price")
 
     def best_so_far(self) -> go.Figure:
-        """Draw the best objective so far, in nats per token, against forward-equivalents, a line for each run."""
+        """Draw the best objective so far, in the objective's unit, against forward-equivalents, a line for each run."""
         return self._draw("best-so-far")
 
     def comparison(self) -> go.Figure:
-        """Draw each algorithm's regret in nats per token against forward-equivalents: median and quartiles of runs."""
+        """Draw each algorithm's regret against forward-equivalents: median and quartiles of runs."""
         return self._draw("comparison")
 
     def simplex(self) -> go.Figure:
-        """Draw the trials on the simplex of coefficients, coloured by their objective in nats per token."""
+        """Draw the trials on the simplex of coefficients, coloured by their objective in the objective's unit."""
         return self._draw("simplex")
 
     def surrogate(self) -> go.Figure:
-        """Draw the surrogate's mean, in nats per token, over the three distributions that its optimum uses most."""
+        """Draw the surrogate's mean, in its unit, over the three distributions that its optimum uses most."""
         return self._draw("surrogate")
 
     def best_over_time(self) -> go.Figure:

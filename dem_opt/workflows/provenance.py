@@ -23,7 +23,7 @@ from dem_opt.storage.identity import StudyIdentity
 from dem_opt.tracking import DataSource, SearchInfo, StudyDescription
 from dem_opt.tracking.study_runs import result_metrics
 from dem_opt.tracking.urls import optuna_study, optuna_trial
-from dem_opt.types import SEARCH, SPLITS, ResultRow, Summary, TrialRecord
+from dem_opt.types import NATS_PER_TOKEN, SEARCH, SPLITS, UNITS, ResultRow, Summary, TrialRecord
 
 LIBRARIES = ("torch", "transformers", "optuna", "mlflow", "ray", "dem-opt")
 """Packages whose versions a study records."""
@@ -80,6 +80,7 @@ def search_info(config: StudyConfig, search: Search) -> SearchInfo:
         "distributions": ", ".join(config.distributions),
         "total": str(config.simplex.total),
         "worst": str(config.objective.worst),
+        **({"unit": config.objective.unit} if config.objective.unit != NATS_PER_TOKEN else {}),
         **{f"evaluation.{name}": str(value) for name, value in config.evaluation.model_dump(exclude=unsaid).items()},
         **libraries(),
     }
@@ -169,11 +170,13 @@ def _data_sources(config: StudyConfig, identity: StudyIdentity) -> list[DataSour
 
 
 def winner_metrics(winner: ResultRow) -> dict[str, float]:
-    """Return the metrics of a registered winner: nats per token and perplexities on both splits."""
+    """Return the metrics of a registered winner: objective, perplexities and bits per byte on both splits."""
     metrics = {f"{split}.objective_nll": nll for split, nll in winner.objective.items()}
     metrics |= {"search.protect_violation": winner.violation} if winner.violation else {}
     for split, scores in winner.scores.items():
         metrics |= {f"{split}.perplexity.{name}": score.perplexity for name, score in scores.items()}
+        bits = {name: score.bits_per_byte for name, score in scores.items()}
+        metrics |= {f"{split}.bpb.{name}": value for name, value in bits.items() if value is not None}
     return metrics
 
 
@@ -215,5 +218,5 @@ def _report_change(
         return
     objective = objectives(driver.ledger, driver.identity)[SEARCH]
     old, new = objective(known), objective(again)
-    difference = f"{new:.9f}, not {old:.9f}: {new - old:+.1e} nats per token"
+    difference = f"{new:.9f}, not {old:.9f}: {new - old:+.1e} {UNITS[objective.unit]}"
     progress.warning(f"{change}; the best composite scores {difference}")

@@ -74,6 +74,7 @@ def _is_same(config: StudyConfig, files: CheckedHeaders, identity: StudyIdentity
         config.space == identity.space
         and config.weights == identity.weights
         and (objective.protect, objective.worst, objective.function) == (identity.protect, identity.worst, function)
+        and objective.unit == identity.unit
         and all(
             identity.settings.get(f"evaluation.{field}", str(getattr(evaluation, field)))
             == str(getattr(evaluation, field))

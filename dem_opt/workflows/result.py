@@ -33,7 +33,7 @@ _STYLE = """
 class StudyResult:
     """The results of a study.
 
-    Shown as a table: each composite's objective on both splits in nats per token, how far it is behind the winner,
+    Shown as a table: each composite's objective on both splits in its unit, how far it is behind the winner,
     the forward-equivalents (FE) and seconds that finding it took.
 
     Attributes:
@@ -111,8 +111,9 @@ class StudyResult:
 
     def _legend(self) -> str:
         return (
-            f"search, held-out: {objective_name(self.summary)} in nats per token on each split, lower is better; "
-            "FE: forward-equivalents, full passes over the search split; *: the winner, chosen on the search split."
+            f"search, held-out: {objective_name(self.summary)} in {self.summary.unit_words} on each split, lower is "
+            "better; FE: forward-equivalents, full passes over the search split; *: the winner, chosen on the search "
+            "split."
         )
 
     def _hints(self) -> str:

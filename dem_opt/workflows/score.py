@@ -26,7 +26,7 @@ class Scored(Mapping[str, Mapping[str, Score]]):
 
     Attributes:
         scores: The same as a plain mapping.
-        objective: The study's objective by split, in nats per token, where it is known.
+        objective: The study's objective by split, in its unit, where it is known.
         beside: Base, uniform average and the winner of each algorithm, as far as they have been scored.
     """
 

@@ -145,7 +145,7 @@ def test_an_error_of_the_control_is_found_in_the_windows():
     race = Race({"a": control}, {"a": 1.0}, rival.nll)
     estimate = race.estimate({"a": first_windows(trial, 6)})
     assert estimate.difference == pytest.approx(trial.nll - rival.nll) and estimate.error == pytest.approx(0, abs=1e-9)
-    assert race.nll("a", first_windows(trial, 6)) == pytest.approx(trial.nll)
+    assert race.loss("a", first_windows(trial, 6)) == pytest.approx(trial.nll)
 
 
 def test_corpora_without_weight_are_not_looked_at():

@@ -36,9 +36,9 @@ class Trial:
         number: Optuna's number of the trial.
         coefficients: Its point.
         state: Running, complete or failed.
-        objective: Value to minimize, in nats per token; a number if and only if the state is "complete".
+        objective: Value to minimize, in the objective's unit; a number if and only if the state is "complete".
         attributes: Measurements beside the objective.
-        expected_improvement: Improvement that its proposer expected, in nats per token; None without an opinion.
+        expected_improvement: Improvement that its proposer expected, in the objective's unit; None without an opinion.
         driver: Token of the driver that has or had it in hand; "" where a study has one driver at a time.
     """
 
@@ -58,12 +58,12 @@ class Trial:
 
     @property
     def error(self) -> float:
-        """Standard error of the objective in nats per token: above 0 where the trial was stopped early."""
+        """Standard error of the objective, in its unit: above 0 where the trial was stopped early."""
         return self.attributes.error
 
     @property
     def gradient(self) -> Mapping[str, float]:
-        """d objective / d w_i by distribution, in nats per token; empty where it was not measured."""
+        """d objective / d w_i by distribution, in the objective's unit; empty where it was not measured."""
         return self.attributes.gradient
 
     @property

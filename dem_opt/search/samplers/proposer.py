@@ -19,7 +19,7 @@ class Proposal:
 
     Attributes:
         coefficients: The point.
-        expected_improvement: Improvement of the objective that the proposer expects of it, in nats per token; None
+        expected_improvement: Improvement of the objective that the proposer expects of it, in its unit; None
             where it has no opinion.
     """
 

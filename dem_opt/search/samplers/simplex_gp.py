@@ -163,7 +163,7 @@ class SimplexGP:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A point that may be proposed: its expected improvement in nats per token, and its cost.
+    """A point that may be proposed: its expected improvement in the objective's unit, and its cost.
 
     The cost is in forward-equivalents.
     """

@@ -153,7 +153,7 @@ class _Replay:
         return self.scale * self._slopes(self._trial(self.latest))
 
     def expected_improvement(self, coefficients: Coefficients) -> float:
-        """Improvement on the best so far that a step from the latest point promises, in nats per token.
+        """Improvement on the best so far that a step from the latest point promises, in the objective's unit.
 
         A quadratic that is least at p + d lies  -g'd / 2  below its value at p, g its gradient there.
         """
