@@ -222,6 +222,18 @@ def test_commands_answer_in_bits_per_byte(
         assert "bits per byte" in shown and "nats per token" not in shown
 
 
+def test_a_custom_objective_sees_bits_per_byte(tmp_path: Path) -> None:
+    source = "def most(scores):\n    return max(score.bits_per_byte for score in scores.values())\n"
+    (tmp_path / "of_most_bits.py").write_text(source, encoding="utf-8")
+    search = {"algorithm": "random", "trials": 2}
+    study = run_study(tmp_path, objective={"function": "of_most_bits:most"} | UNIT, search=search)
+    summary = study.summary()
+    winner = summary.winner
+    assert winner.objective[SEARCH] == max(score.bits_per_byte for score in winner.scores[SEARCH].values())
+    for margin in summary.margins:
+        assert margin.low <= margin.mean <= margin.high
+
+
 def test_the_unit_is_part_of_the_identity_where_it_is_not_the_default(study: Study) -> None:
     identity = load_inputs(load(file_of(study)), file_of(study)).identity()
     fields = identity.identity_fields()

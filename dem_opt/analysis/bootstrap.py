@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dem_opt.errors import EvaluationError
 from dem_opt.evaluation.objective import Objective
-from dem_opt.types import Score
+from dem_opt.types import NATS_PER_TOKEN, Score
 
 RESAMPLES = 4000
 """Resamples: the 2.5% and 97.5% quantiles then rest on 100 of them on either side."""
@@ -59,13 +59,14 @@ def resampled_objectives(
     names = sorted(name for name, weight in objective.weights.items() if weight or is_custom)
     nll_NKR = np.empty((len(composites), len(names), resamples))
     for k, name in enumerate(names):
-        sizes_W = np.array(composites[0][name].sizes_W(objective.unit))
+        # A custom objective makes what it likes of scores, which it gets back from NLL in nats per token.
+        sizes_W = np.array(composites[0][name].sizes_W(NATS_PER_TOKEN if is_custom else objective.unit))
         draws_RW = rng.integers(len(sizes_W), size=(resamples, len(sizes_W)))
         sizes_R = sizes_W[draws_RW].sum(axis=1)
         for n, scores in enumerate(composites):
             assert scores[name].tokens_W == composites[0][name].tokens_W, f"{name}: scored on different windows"
             nll_NKR[n, k] = _nats(scores[name], objective, name)[draws_RW].sum(axis=1) / sizes_R
-    return np.array([_combine(nll_KR, objective, names) for nll_KR in nll_NKR])
+    return np.array([_combine(nll_KR, objective, names, composites[0]) for nll_KR in nll_NKR])
 
 
 def _nats(score: Score, objective: Objective, name: str) -> NDArray[np.float64]:
@@ -74,20 +75,30 @@ def _nats(score: Score, objective: Objective, name: str) -> NDArray[np.float64]:
     return nats_W if objective.own is None else nats_W - objective.own[name].nats_W
 
 
-def _custom(objective: Objective, nll_by_name: Mapping[str, float]) -> float:
+def _custom(objective: Objective, nll_by_name: Mapping[str, float], scores: Mapping[str, Score]) -> float:
     """A custom objective of one resample; NaN where it is not finite."""
     try:
-        return objective({name: Score((nll,), (1,)) for name, nll in nll_by_name.items()})
+        return objective({name: _with_nll(scores[name], nll) for name, nll in nll_by_name.items()})
     except EvaluationError:
         return nan
 
 
-def _combine(nll_KR: NDArray[np.float64], objective: Objective, names: Sequence[str]) -> NDArray[np.float64]:
-    """The objective of each resample, [R]: the weighted mean of NLL, or the largest regret."""
+def _with_nll(score: Score, nll: float) -> Score:
+    """One window with this NLL, and with the tokens and bytes of all windows of a score."""
+    return Score((nll * score.tokens,), (score.tokens,), (score.bytes,) if score.bytes else ())
+
+
+def _combine(
+    nll_KR: NDArray[np.float64], objective: Objective, names: Sequence[str], scores: Mapping[str, Score]
+) -> NDArray[np.float64]:
+    """The objective of each resample, [R]: the weighted mean of NLL, or the largest regret.
+
+    `scores` are of the same windows: they have the tokens and bytes that a custom objective sees.
+    """
     if objective.function is not None:
-        # A resample as the function sees it: on each corpus one window of one token with the resample's NLL.
+        # A resample as the function sees it: on each corpus one window with the resample's NLL.
         resamples = (dict(zip(names, nll_K.tolist(), strict=True)) for nll_K in nll_KR.T)
-        return np.array([_custom(objective, by_name) for by_name in resamples])
+        return np.array([_custom(objective, by_name, scores) for by_name in resamples])
     if objective.own is not None:
         worst_R: NDArray[np.float64] = nll_KR.max(axis=0)
         return worst_R
