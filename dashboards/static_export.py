@@ -6,6 +6,7 @@ bars, heat maps with numbers, lines (steps, fills, stacks), markers and ternary 
 from the plotly figure; nothing is computed twice.
 """
 
+import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,11 +22,16 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgba
 from matplotlib.figure import Figure
 
+from dem_opt.atomic import staged_file, write_text
 from dem_opt.errors import InputError
+from dem_opt.manifest import FILES, manifest_of, refuse_others
 
 Part = Mapping[str, Any]
 
 FORMATS = ("png", "svg")
+RECORD = "dem_opt_figures.json"
+"""File with the manifest of the figures in a folder."""
+
 INK = "#222222"
 PIXELS = 100
 """Of plotly's in an inch of paper."""
@@ -44,18 +50,22 @@ _DASHES = {"dash": "--", "dot": ":"}
 
 
 def write_figures(figures: Mapping[str, go.Figure], folder: Path) -> list[Path]:
-    """Each figure as NAME.png (200 dots an inch) and NAME.svg.
+    """Each figure as NAME.png (200 dots an inch) and NAME.svg, with a record of these files.
 
-    Raises InputError where the folder can't be written.
+    Figures that this function wrote before are replaced; other files in the folder are left alone.
+
+    Raises:
+        InputError: The folder can't be written, or a file of these names was not written here or has changed since.
     """
-    written = []
+    images = {f"{name}.{kind}": image(figure, kind) for name, figure in figures.items() for kind in FORMATS}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, figure in figures.items():
-            for kind in FORMATS:
-                path = folder / f"{name}.{kind}"
-                path.write_bytes(image(figure, kind))
-                written.append(path)
+        refuse_others(folder, RECORD, images, "--figures")
+        for name, content in images.items():
+            with staged_file(folder / name) as partial:
+                partial.write_bytes(content)
+        written = [folder / name for name in images]
+        write_text(folder / RECORD, json.dumps({FILES: manifest_of(folder, written)}, indent=2) + "\n")
     except OSError as error:
         raise InputError(folder, "--figures", None, f"can't be written ({error.strerror})") from None
     return written

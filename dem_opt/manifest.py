@@ -4,7 +4,8 @@ A folder is replaced only where everything in it is in its manifest, unchanged.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,31 @@ def refuse_foreign(
         raise InputError(folder, field, None, mend)
 
 
-def refuse_changed(folder: Path, description: str) -> None:
+def refuse_changed(folder: Path, description: str, field: str | None = None) -> None:
     """Raise InputError where a file of a folder's manifest has been changed since; other files are no matter."""
     for name, digest in _listed(folder, description).items():
         file = folder / name
         if file.is_symlink() or (file.exists() and not (file.is_file() and _digest(file) == digest)):
-            raise InputError(folder, None, None, f"{name} has been changed since: move it away, or name another folder")
+            mend = f"{name} has been changed since: move it away, or name another folder"
+            raise InputError(folder, field, None, mend)
+
+
+def refuse_others(folder: Path, description: str, names: Iterable[str], field: str | None = None) -> None:
+    """Raise InputError where a folder has files of these names that its manifest does not list, or that have changed.
+
+    Args:
+        folder: An existing folder.
+        description: Name of the file in it that has the manifest.
+        names: Names of the files that are to be written.
+        field: Option that names the folder.
+    """
+    listed = _listed(folder, description)
+    mine = [description, *listed] if listed else []
+    for name in (description, *names):
+        if name not in mine and os.path.lexists(folder / name):
+            mend = f"holds {name}, which dem-opt did not write: move it away, or name another folder"
+            raise InputError(folder, field, None, mend)
+    refuse_changed(folder, description, field)
 
 
 def _listed(folder: Path, description: str) -> dict[str, Any]:

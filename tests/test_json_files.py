@@ -1,15 +1,22 @@
 """Every JSON file that is read back is read as a stranger's: measured again, or one line."""
 
 import json
-import os
 from collections.abc import Callable
+from math import inf, nan
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import worlds
+from malformed import MALFORMED, malform
+from safetensors.torch import save_file
 
 from dem_opt.analysis import vector_geometry
 from dem_opt.analysis.task_scores import TaskScore
+from dem_opt.checkpoints.adapters import CONFIG, WEIGHTS, check_adapter, read_adapter
+from dem_opt.checkpoints.convert import RECORD as CONVERTED
+from dem_opt.checkpoints.convert import conversion_of
 from dem_opt.checkpoints.files import INDEX, cache_folder, content_hash, known_content, read_header
 from dem_opt.checkpoints.fit import check_base
 from dem_opt.checkpoints.training_record import JOURNAL, RECORD, read_journal, read_record
@@ -19,63 +26,7 @@ from dem_opt.json_files import find_json, parse_json, read_json
 from dem_opt.manifest import refuse_foreign
 from dem_opt.training.fine_tune import result_of
 from dem_opt.types import VectorGeometry
-
-DEEP = 100_000
-
-MALFORMED = {
-    "empty": b"",
-    "a space": b" ",
-    "half": b'{"base": "b',
-    "not UTF-8": b'{"base": "\xff\xfe"}',
-    "UTF-16": '{"base": "b"}'.encode("utf-16"),
-    "zeros": bytes(100),
-    "deep list": b"[" * DEEP + b"]" * DEEP,
-    "deep mapping": b'{"a":' * DEEP + b"1" + b"}" * DEEP,
-    "a mapping deep inside": b'{"weight_map": ' + b"[" * 1000 + b"]" * 1000 + b"}",
-    "a number beyond floats": b'{"inner": [[1e999]], "vocab_size": 1e999, "weight_map": 1e999}',
-    "a number of many digits": b"9" * 10_000,
-    "nothing": b"null",
-    "a list": b"[]",
-    "a text": b'"text"',
-    "a number": b"1",
-    "half a character": b'{"base": "\\ud800"}',
-    "wrong types": json.dumps(
-        {
-            "base": 1,
-            "contents": 2,
-            "inner": "x",
-            "weight_map": {"a": 1},
-            "result": {"steps": "x"},
-            "files": [1],
-            "text_config": 1,
-            "quantization_config": 1,
-            "value": "much",
-            "vocab_size": [],
-            "hidden_size": "wide",
-            "model": 1,
-            "added_tokens": 1,
-            "auto_map": 1,
-            "extra_special_tokens": 1,
-            "architectures": 1,
-        }
-    ).encode(),
-    "a folder": None,
-    "a pipe": "pipe",
-}
-
-
-def malform(file: Path, kind: str) -> None:
-    """Put something in the place of a file."""
-    file.unlink(missing_ok=True)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    content = MALFORMED[kind]
-    if content is None:
-        file.mkdir()
-    elif content == "pipe":
-        os.mkfifo(file)
-    else:
-        assert isinstance(content, bytes)
-        file.write_bytes(content)
+from dem_opt.workflows import quickstart as assets
 
 
 def model(folder: Path) -> Path:
@@ -114,6 +65,7 @@ FOUND: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object], object]
     "journal": (lambda folder: folder / JOURNAL, read_journal, []),
     "fine_tuning.json": (lambda folder: folder / RECORD, lambda file: result_of(file.parent), None),
     "manifest": (lambda folder: folder / RECORD, lambda file: refuses_foreign(file.parent), True),
+    "a converted folder": (lambda folder: folder / CONVERTED, lambda file: conversion_of(file.parent), None),
     "cached hashes": (
         lambda folder: cache_folder() / "contents.json",
         lambda file: len(measured_again(model(file.parents[1] / "model"))),
@@ -143,6 +95,87 @@ def test_a_file_of_a_checkpoint_is_read_or_told_in_one_line(tmp_path, name, kind
         assert str(refusal.where).startswith(str(folder)) and len(str(refusal).splitlines()) == 1
     else:
         assert name == "tokenizer_config.json"
+
+
+ADAPTER: dict[str, Any] = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "r": 2,
+    "lora_alpha": 4,
+    "target_modules": ["q_proj"],
+}
+
+WRONG = [
+    *(("peft_type", value) for value in (5, None, [], "lora")),
+    *(("lora_alpha", value) for value in (nan, inf, -inf, True, None, "8", [8], 10**400)),
+    *(("rank_pattern", value) for value in (5, [1], {"(": 2}, {"q_proj": nan}, {"q_proj": "2"})),
+    *(("alpha_pattern", value) for value in (5, [1], {"(": 2}, {"q_proj": nan}, {"q_proj": inf}, {"q_proj": True})),
+    *(("init_lora_weights", value) for value in (5, {}, [1], "unknown")),
+]
+"""Values of adapter_config.json with which no weights are the adapter's."""
+
+HARMLESS = [
+    *(("r", value) for value in (0, -1, 7, None, "x", nan, inf, [], True)),
+    *(("target_modules", value) for value in (5, nan, None, [1])),
+    *(("modules_to_save", value) for value in (5, [1], "lm_head", {})),
+    *(("trainable_token_indices", value) for value in (5, [-1], [10**9], ["a"], {"a": 5}, {"embed_tokens": nan})),
+    *(("target_parameters", value) for value in (5, [1], {})),
+    *((flag, value) for flag in ("bias", "fan_in_fan_out", "use_rslora", "peft_version") for value in (5, nan, [])),
+]
+"""Values that decide nothing where the tensors say it, or that PEFT itself reads in another way."""
+
+
+def adapter(folder: Path, **settings: object) -> Path:
+    """An adapter of `model`."""
+    factors = {"lora_A": torch.ones(2, 16), "lora_B": torch.ones(16, 2)}
+    folder.mkdir()
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj"
+    save_file({f"{prefix}.{name}.weight": factor for name, factor in factors.items()}, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(ADAPTER | settings))
+    return folder
+
+
+def check_adapter_of(base: Path, folder: Path) -> None:
+    header = read_header(base, "base")
+    check_adapter(check_base(header), header, read_adapter(folder, "adapter"))
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_a_malformed_file_of_an_adapter_is_told_in_one_line(tmp_path, name, kind):
+    base, folder = model(tmp_path / "model"), adapter(tmp_path / "adapter")
+    check_adapter_of(base, folder)
+    malform(folder / name, kind)
+    with pytest.raises(InputError) as refusal:
+        check_adapter_of(base, folder)
+    assert str(refusal.value.where).startswith(str(folder)) and len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("field", "value"), WRONG)
+def test_a_wrong_value_of_an_adapter_is_told_in_one_line(tmp_path, field, value):
+    base, folder = model(tmp_path / "model"), adapter(tmp_path / "adapter", **{field: value})
+    with pytest.raises(InputError) as refusal:
+        check_adapter_of(base, folder)
+    assert CONFIG in str(refusal.value) and len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("field", "value"), HARMLESS)
+def test_other_values_of_an_adapter_are_read_or_told_in_one_line(tmp_path, field, value):
+    base, folder = model(tmp_path / "model"), adapter(tmp_path / "adapter", **{field: value})
+    try:
+        check_adapter_of(base, folder)
+    except InputError as refusal:
+        assert len(str(refusal).splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_a_quickstart_without_its_record_is_left_alone(tmp_path, kind):
+    """Which files are the user's can't be told then; a folder with nothing but the record has none."""
+    (tmp_path / "study.yaml").write_text("mine")
+    malform(tmp_path / assets.RECORD, kind)
+    with pytest.raises(InputError):
+        assets.make_assets(tmp_path, settings=assets.Settings(characters=(0, 0, 0)))
+    assert (tmp_path / "study.yaml").read_text() == "mine"
 
 
 def test_what_was_written_is_read_back(tmp_path):

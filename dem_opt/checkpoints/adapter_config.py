@@ -6,6 +6,7 @@ One set of rules answers for adapters that are read and for those that are about
 import re
 from collections.abc import Mapping
 from math import sqrt
+from sys import float_info
 from typing import Any
 
 CHECKPOINT = "merge it into a checkpoint: PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(FOLDER)"
@@ -52,8 +53,8 @@ def fault(config: Mapping[str, Any]) -> tuple[str, str] | None:
     for setting in _MERGED_ELSEWHERE:
         if config.get(setting):
             return setting, f"has {setting}, which can't be merged here; {CHECKPOINT}"
-    if not isinstance(config.get("lora_alpha"), int | float):
-        return "lora_alpha", "has no lora_alpha: copy or save the adapter again"
+    if not _is_number(config.get("lora_alpha")):
+        return "lora_alpha", "has no lora_alpha that is a number: copy or save the adapter again"
     for setting in ("rank_pattern", "alpha_pattern"):
         if not _are_patterns(config.get(setting)):
             return setting, f"has {setting} that is no mapping of patterns to numbers: copy or save the adapter again"
@@ -116,10 +117,15 @@ def stores_experts_by_outputs(config: Mapping[str, Any]) -> bool | None:
     return (int(match[1]), int(match[2])) >= (0, 19) if match else None
 
 
+def _is_number(value: Any) -> bool:
+    """A number that a float holds; JSON has NaN, infinities and longer ones, too."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= float_info.max
+
+
 def _are_patterns(patterns: Any) -> bool:
     """A mapping of regular expressions to numbers, or nothing."""
     try:
-        return all(re.compile(key) and isinstance(value, int | float) for key, value in (patterns or {}).items())
+        return all(re.compile(key) and _is_number(value) for key, value in (patterns or {}).items())
     except (re.error, AttributeError, TypeError):
         return False
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from os.path import isdir
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,6 +117,10 @@ class Plan:
     faults: list[str] = field(default_factory=list)
 
 
+_EXPERT = re.compile(r"\.experts\.[0-9]+\.")
+"""What the name of a module of one expert has, as those of transformers before 5 do."""
+
+
 @dataclass(frozen=True)
 class Adapter:
     """An adapter's files: its stored names, sorted.
@@ -169,17 +173,26 @@ def read_adapter(folder: Path, field: str) -> Adapter:
         InputError: A file is missing or damaged, or this kind of adapter can't be merged.
     """
     if not isdir(folder):
-        raise InputError(folder, field, None, "no such folder")
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            pickled = name == WEIGHTS and (folder / PICKLED).is_file()
-            allow = f"is pickled: save it as safetensors, or write `{{path: {folder.name}, pickled: true}}`"
-            raise InputError(folder, field, None, allow if pickled else f"has no {name}")
+        mend = "is a file: name the folder that it is in" if isfile(folder) else "no such folder"
+        raise InputError(folder, field, None, mend)
+    if not (folder / CONFIG).is_file():
+        raise InputError(folder, field, None, f"has no {CONFIG}{_elsewhere(folder)}")
+    if not (folder / WEIGHTS).is_file():
+        allow = f"is pickled: save it as safetensors, or write `{{path: {folder.name}, pickled: true}}`"
+        raise InputError(folder, field, None, allow if (folder / PICKLED).is_file() else f"has no {WEIGHTS}")
     config = read_json(folder / CONFIG, field)
     if unmergeable := fault(config):
         again = "; or remove the folder and train it again" if (folder / RECORD).is_file() else ""
         raise InputError(folder / CONFIG, field, None, unmergeable[1] + again)
     return sort_tensors(Header(folder, field, read_file_header(folder / WEIGHTS, field), adapter=True), config)
+
+
+def _elsewhere(folder: Path) -> str:
+    """What a folder without an adapter's config is, or which of its folders has one."""
+    if (folder / "config.json").is_file():
+        return ": a checkpoint is named by `checkpoint:` instead of `adapter:`"
+    inner = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    return f": name the folder of one adapter in it, such as {inner[0]}" if inner else ""
 
 
 def check_adapter(architecture: Architecture, base: Header, adapter: Adapter) -> None:
@@ -293,7 +306,14 @@ def plan_edits(architecture: Architecture, adapter: Adapter) -> Plan:
 
 def _candidates(architecture: Architecture, adapter: Adapter, faults: list[str]) -> Iterator[tuple[str, PlannedEdit]]:
     """The edits of an adapter, by the name of the parameter, which may be one of several of a tied weight."""
+    known = architecture.parameters
+    single = [name for name in adapter.factors if _EXPERT.search(name) and f"{name}.weight" not in known]
+    if single:
+        mend = "merge it into a checkpoint with the release of transformers that it was trained with"
+        faults.append(f"{len(single)} modules are of single experts ({single[0]}), which the base stacks: {mend}")
     for module, parts in adapter.factors.items():
+        if module in single:
+            continue
         try:
             name, edit = _factored(architecture, adapter, module, parts)
         except _FaultError as misfit:

@@ -5,12 +5,14 @@ config.json --> Architecture (parameters, ties, buffers)       stored tensors --
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any, cast
+from warnings import catch_warnings, simplefilter
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -28,7 +30,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from dem_opt.checkpoints.device_map import Split, split_layers
+from dem_opt.checkpoints.device_map import Split, language_model, split_layers
 from dem_opt.checkpoints.files import Header, read_header, read_tensors
 from dem_opt.checkpoints.hf_config import refuse_endless
 from dem_opt.checkpoints.layout import Layout, lay_out
@@ -180,10 +182,8 @@ def describe(model: PreTrainedModel) -> Architecture:
 
 def _language_parameters(model: PreTrainedModel) -> Iterator[torch.nn.Parameter]:
     """Parameters of the language model: of a model that reads images too, of its decoder and output embedding."""
-    if model.config.is_encoder_decoder or model.config.get_text_config() is model.config:
-        return model.parameters()
-    decoder, head = cast(torch.nn.Module, model.get_decoder()), _output_embedding(model)  # type: ignore[no-untyped-call]
-    return chain(decoder.parameters(), () if head is None else head.parameters())
+    head = _output_embedding(model)
+    return chain(language_model(model).parameters(), () if head is None else head.parameters())
 
 
 def _output_embedding(model: PreTrainedModel) -> torch.nn.Module | None:
@@ -234,15 +234,29 @@ def load_model(folder: Path, dtype: torch.dtype | str, **settings: Any) -> PreTr
     renaming = describe(empty).layout(header).renaming
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     settings |= {"config": config, "dtype": dtype, "local_files_only": True, "trust_remote_code": False}
-    if not renaming.changes(header.tensors):
-        return cast(PreTrainedModel, _auto(config).from_pretrained(folder, **settings))
-    tensors = {renaming(name): tensor for name, tensor in read_tensors(header, header.tensors)}
-    return type(empty).from_pretrained(None, state_dict=tensors, **settings)
+    with silent():  # what is passed over has been told by name
+        if not renaming.changes(header.tensors):
+            return cast(PreTrainedModel, _auto(config).from_pretrained(folder, **settings))
+        tensors = {renaming(name): tensor for name, tensor in read_tensors(header, header.tensors)}
+        return type(empty).from_pretrained(None, state_dict=tensors, **settings)
 
 
 def silence_transformers() -> None:
     """Switch off transformers' own progress bars."""
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Neither warnings nor reports of the libraries: what matters is in the result."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        with catch_warnings():
+            simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _auto(config: Any) -> Any:

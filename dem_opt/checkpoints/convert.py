@@ -14,6 +14,7 @@ from dem_opt.atomic import publish_folder, staged_folder
 from dem_opt.checkpoints import gguf_file, pickled, rounding
 from dem_opt.checkpoints.files import INDEX, PICKLED, WEIGHTS, cache_folder
 from dem_opt.errors import InputError
+from dem_opt.json_files import find_json
 from dem_opt.permissions import make_private_folder
 
 RECORD = "converted.json"
@@ -74,11 +75,10 @@ def converted(place: Path, field: str, allow_pickled: bool = False) -> Path:
 
 def conversion_of(folder: Path) -> str | None:
     """Say how the weights of a folder in the cache were converted; None for other folders."""
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        return f"{record['form']} of {record['place']} converted to {folder}"
-    except (OSError, ValueError, KeyError, TypeError):
+    record = find_json(folder / RECORD, dict[str, str]) or {}
+    if not {"form", "place"} <= record.keys():
         return None
+    return f"{record['form']} of {record['place']} converted to {folder}"
 
 
 def _conversion(place: Path, field: str, allow_pickled: bool) -> _Conversion | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -68,6 +68,13 @@ def split_layers(model: PreTrainedModel, devices: int, where: Path | None = None
     return Split(devices, places, modules if devices > 1 else {}, counts)
 
 
+def language_model(model: PreTrainedModel) -> nn.Module:
+    """The part that reads tokens, its decoder; of a model that reads nothing else, all of it."""
+    if model.config.is_encoder_decoder or model.config.get_text_config() is model.config:
+        return model
+    return cast(nn.Module, model.get_decoder())  # type: ignore[no-untyped-call]
+
+
 def move_activations(model: PreTrainedModel, split: Split, devices: Sequence[torch.device]) -> None:
     """Move the arguments of every module that has a device there before each of its calls."""
     for name, number in split.modules.items():
@@ -83,12 +90,12 @@ def _move_arguments(
 
 
 def _blocks(model: PreTrainedModel) -> list[str]:
-    """Names of the layers in their order; where one lies within another, the outer."""
-    classes = layer_classes(model)
+    """Names of the language model's layers in their order; where one lies within another, the outer."""
+    classes, modules = layer_classes(model), {*language_model(model).modules()}
     blocks: list[str] = []
     for name, module in model.named_modules():
         is_inner = bool(blocks) and name.startswith(f"{blocks[-1]}.")
-        if type(module).__name__ in classes and not is_inner:
+        if type(module).__name__ in classes and module in modules and not is_inner:
             blocks.append(name)
     return blocks
 

@@ -272,7 +272,10 @@ def weight_files(folder: Path, field: str) -> list[Path]:
         InputError: There are none, or an index names others than those there.
     """
     if not os.path.isdir(folder):
-        raise InputError(folder, field, None, "no such folder")
+        is_file = os.path.isfile(folder)
+        raise InputError(
+            folder, field, None, "is a file: name the folder that it is in" if is_file else "no such folder"
+        )
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             kind = "the base is a checkpoint" if field == "base" else "write `adapter:` instead of `checkpoint:`"
@@ -356,14 +359,17 @@ def _digest(header: Header, name: str, tensor: Tensor) -> str:
 class _Known:
     """An entry of the cache: a content hash, and the stamp of the files that it was computed from."""
 
-    files: list[tuple[str, int, int, int]]
+    files: list[tuple[str, int, int, int, int]]
     content: str
 
 
-def _stamp(header: Header) -> list[tuple[str, int, int, int]]:
-    """Path, size, time of change in nanoseconds and inode of each weight file: one changes when the file does."""
+def _stamp(header: Header) -> list[tuple[str, int, int, int, int]]:
+    """Path, size, inode and both times in nanoseconds of each weight file: one changes when the file does.
+
+    The time of the content can be set back, as `cp -p` and rsync do; that of the inode can't.
+    """
     stats = [(file.resolve(), file.stat()) for file in header.files]
-    return [(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in stats]
+    return [(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for path, stat in stats]
 
 
 def cache_folder() -> Path:

@@ -1,5 +1,6 @@
 """Read GGUF files through transformers, which dequantizes tensors and makes config and tokenizer of the header."""
 
+import re
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -15,18 +16,26 @@ from dem_opt.errors import InputError, shorten
 _PLAIN = {"F32", "F16", "BF16"}
 """Types of tensors that are not quantized."""
 
+_PART = re.compile(r"-\d+-of-(\d+)\.gguf$", re.IGNORECASE)
+"""The end of a name that llama.cpp gives a part of a model."""
+
 
 def files_of(place: Path, field: str) -> list[Path]:
     """The GGUF file of a place: the file itself, or the only one of a folder without other weights.
 
     Raises:
-        InputError: A folder has several.
+        InputError: A folder has several, or the model is split into several.
     """
-    if place.suffix.lower() == ".gguf":
-        return [place] if place.is_file() else []
-    if not place.is_dir() or (place / WEIGHTS).is_file() or (place / INDEX).is_file():
-        return []
-    files = sorted(file for file in place.iterdir() if file.suffix.lower() == ".gguf")
+    if place.suffix.lower() == ".gguf" and not place.is_dir():
+        files = [place] if place.is_file() else []
+    elif not place.is_dir() or (place / WEIGHTS).is_file() or (place / INDEX).is_file():
+        files = []
+    else:
+        files = sorted(file for file in place.iterdir() if file.suffix.lower() == ".gguf")
+    part = next((match for file in files if (match := _PART.search(file.name))), None)
+    if part is not None:
+        mend = f"is split into {int(part[1])} files, which transformers does not read: join them first, with"
+        raise InputError(place, field, None, f"{mend} `llama-gguf-split --merge {files[0].name} OUT.gguf`")
     if len(files) > 1:
         mend = f"has {len(files)} GGUF files: name one of them, such as {files[0].name}"
         raise InputError(place, field, None, mend)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def check(arguments: Namespace, terminal: Terminal) -> None:
-    """Print the findings, refuse a study that cannot run, then compare vertices with their models' own passes."""
+    """Print the findings, refuse a study that cannot run, then check its texts and vertices."""
     from dem_opt.config import load
     from dem_opt.workflows import check as workflow
 
@@ -24,7 +24,7 @@ def check(arguments: Namespace, terminal: Terminal) -> None:
         _print_findings(findings, terminal)
     workflow.refuse(findings, config, arguments.study)
     with terminal.progress() as progress:
-        for warning in workflow.check_vertices(config, arguments.study):
+        for warning in workflow.check_contents(config, arguments.study):
             progress.warning(warning)
 
 

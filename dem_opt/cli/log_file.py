@@ -1,5 +1,6 @@
 """Progress as timestamped lines of a file, for runs that nobody watches."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
@@ -14,17 +15,23 @@ from dem_opt.errors import InputError
 from dem_opt.progress import Phase, Progress
 from dem_opt.types import TrialRecord
 
+_LINE = re.compile(rb"\d{4}-\d\d-\d\dT[\d:]{8}[+-]\d\d:\d\d [a-z]+: ")
+"""The beginning of a line: time and kind of event."""
+
 
 @final
 class LogFile:
     """Appends a line for each event: time, kind of event, text.  Passwords in URLs are masked.
 
     Raises:
-        InputError: The file cannot be written.
+        InputError: The file cannot be written, or holds something else.
     """
 
     def __init__(self, path: Path) -> None:
         try:
+            if path.is_file() and not _is_log(path):
+                mend = "holds something else than a log of dem-opt, to which lines would be added: name another file"
+                raise InputError(None, "--log-file", str(path), mend)
             self._file: TextIO = path.open("a", encoding="utf-8", buffering=1)
         except OSError as error:
             raise InputError(None, "--log-file", str(path), f"cannot be written ({error.strerror})") from None
@@ -74,6 +81,13 @@ class LogFile:
     def note(self, message: str) -> None:
         """Log a note."""
         self.write("note", message)
+
+
+def _is_log(path: Path) -> bool:
+    """Whether a file is empty, or begins as `LogFile` writes a line."""
+    with path.open("rb") as file:
+        first = file.readline(200)
+    return not first or _LINE.match(first) is not None
 
 
 @final

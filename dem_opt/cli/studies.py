@@ -97,13 +97,14 @@ def _trials(config: StudyConfig, path: Path) -> dict[str, list["TrialRecord"]]:
     """The finished trials of the study's generation, by run."""
     from dem_opt.search.runs import Runs
     from dem_opt.search.trials import finished
-    from dem_opt.storage.identity import StudyIdentity
+    from dem_opt.storage.identity import StudyIdentity, refuse_other_space
 
     with _ledger(config, path) as ledger:
         row = ledger.study(config.name)
         if row is None:
             raise _not_run(path)
         identity = StudyIdentity.recall(row.identity, row.scoring)
+        refuse_other_space(path, identity, config.space)
         with Runs(config, row.generation).existing() as searches:
             return {run: finished(ledger, identity, search) for run, search in searches.items()}
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from datetime import date
+from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -65,11 +66,11 @@ def section_of(annotation: Any) -> type[Section] | None:
 
 
 def resolve_path(value: Path | str | None, info: ValidationInfo) -> Path | None:
-    """A path of the study file; relative paths start at the file's folder."""
+    """A path of the study file; relative paths start at the file's folder, those that begin with `~/` at home."""
     if value is None or not isinstance(value, str | Path):
         return value
     folder: Path = (info.context or {}).get("folder", Path())
-    return folder / value
+    return folder / (expanduser(value) if str(value).startswith("~/") else value)
 
 
 _COLUMNS = {"text": ("text",), "prompt_completion": ("prompt", "completion"), "messages": ("messages",)}

@@ -32,6 +32,12 @@ _RENDERED = {"add_special_tokens": False}
 _PROBE = "\ue000"
 """A character of private use, which stands for the words of a message or the name of a tool."""
 
+_TEMPLATE_FAULTS = (
+    *(TemplateError, TypeError, ValueError, LookupError, AttributeError),
+    *(ArithmeticError, RecursionError, NotImplementedError),
+)
+"""Errors of a template: its own, and those of the expressions in it."""
+
 
 def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
     """True if the chat template writes today's date."""
@@ -246,7 +252,7 @@ class ChatTemplate:
         tools = json.loads(chat.tools) if chat.tools else None
         try:
             return self.tokenizer.apply_chat_template(messages, tools=tools, chat_template=source, **options)
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except _TEMPLATE_FAULTS as error:
             reason = str(error).partition("\n")[0]
             mend = f"the chat template refuses a conversation ({reason})"
             raise InputError(None, "messages", roles, mend) from None

@@ -4,7 +4,7 @@ Shape suffix: L tokens of one document.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from importlib.util import find_spec
@@ -91,6 +91,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def without_pad_beyond(tokenizer: PreTrainedTokenizerBase, rows: int) -> PreTrainedTokenizerBase:
+    """The tokenizer, without a padding token for which a model of `rows` embeddings has none.
+
+    Padding stands behind all tokens that are scored and is read by none, so any other id will do.
+    """
+    if (tokenizer.pad_token_id or 0) >= rows:
+        tokenizer.pad_token = None
+    return tokenizer
+
+
 def _is_unreadable(error: Exception) -> bool:
     """An error of loading means bad files, for which the tokenizers library raises plain `Exception`."""
     return type(error) is Exception or isinstance(
@@ -130,8 +140,14 @@ def encode_pairs(pairs: Iterable[Pair], tokenizer: PreTrainedTokenizerBase, pair
     scored where no token stands before it.  For an encoder-decoder (`paired`) the completion is encoded as a
     target, and all of it is scored: the first token follows the decoder's start token.
 
+    A tokenizer that puts a space before every text (Llama 2's) would put one before the completion, too: it encodes
+    prompt and completion as one text, of which the tokens behind those that the prompt alone begins with are scored.
+
     Raises InputError where an encoder-decoder's prompt has no token.
     """
+    if not paired and _adds_space(tokenizer):
+        yield from _encode_joined(pairs, tokenizer)
+        return
     number = count()
     options = {} if paired else {"add_special_tokens": False}
     for batch in _batches(pairs, lambda pair: len(pair.prompt) + len(pair.completion)):
@@ -148,6 +164,29 @@ def encode_pairs(pairs: Iterable[Pair], tokenizer: PreTrainedTokenizerBase, pair
             scored_L = np.arange(len(ids_L)) >= max(len(prompt), 1)
             source = Source(text=pair.completion, start=len(prompt), options=options, target=paired)
             yield Tokens(ids_L, scored_L, source, next(number))
+
+
+def _encode_joined(pairs: Iterable[Pair], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:
+    number = count()
+    for batch in _batches(pairs, lambda pair: len(pair.prompt) + len(pair.completion)):
+        prompts = encode(tokenizer, text=[pair.prompt for pair in batch])["input_ids"]
+        texts = [pair.prompt + pair.completion for pair in batch]
+        for text, prompt, whole in zip(texts, prompts, encode(tokenizer, text=texts)["input_ids"], strict=True):
+            ids_L = np.array(_with_end(whole, tokenizer), dtype=np.int64)
+            shared = _shared(_without_end(prompt, tokenizer), whole)
+            yield Tokens(ids_L, np.arange(len(ids_L)) >= max(shared, 1), Source(text=text), next(number))
+
+
+def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text's tokens begin with a space that it does not have, as SentencePiece or byte-level BPE spell it."""
+    first = tokenizer.convert_ids_to_tokens(encode(tokenizer, text="0", add_special_tokens=False)["input_ids"])[:1]
+    return any(str(token).startswith(("\u2581", "\u0120")) for token in first)
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Number of ids that two lists begin with alike."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (left, right) in pairs if left != right), min(len(first), len(second)))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, **options: Any) -> Mapping[str, Any]:

@@ -8,22 +8,18 @@ float32 on the CPU.  The tokens are random, so that the result depends on the mo
 Shape suffixes: T tokens, V vocabulary.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
-from warnings import catch_warnings, simplefilter
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
-from dem_opt.checkpoints.architecture import CONFIG_ERRORS, empty_model, load_model
+from dem_opt.checkpoints.architecture import CONFIG_ERRORS, empty_model, load_model, silent
 from dem_opt.checkpoints.hf_config import read_config
 from dem_opt.errors import InputError
 from dem_opt.merging.merged_model import MergedModel
@@ -73,11 +69,11 @@ def compare_forward(base: StoredModel, model: StoredModel) -> Comparison:
     ids_T = random_tokens(vertex)
     if model.vocabulary is not None:
         ids_T %= read_config(model.path, model.field).get("vocab_size", len(ids_T))
-    with torch.inference_mode(), _silent():
+    with torch.inference_mode(), silent():
         expected_TV = _library_logits(base, model, ids_T)
     is_whole = model.base is None and model.vocabulary is None
     MergedModel(vertex, [model] if is_whole else [base, model]).merge(Composite.single(model.content))
-    with torch.inference_mode(), _silent():
+    with torch.inference_mode(), silent():
         logits_TV = _logits(vertex, ids_T, ids_T)
     vocabulary = min(expected_TV.shape[1], logits_TV.shape[1])
     library_T, vertex_T = (_losses(x_TV[:, :vocabulary], ids_T) for x_TV in (expected_TV, logits_TV))
@@ -91,7 +87,7 @@ def refuse_acausal(model: PreTrainedModel, folder: Path, field: str | None = Non
     The change of earlier logits is compared with that of the last token's own: rounding is far below, attention to
     later tokens far above, whether the weights are trained or not.
     """
-    with torch.inference_mode(), _silent():
+    with torch.inference_mode(), silent():
         ids_T = random_tokens(model)
         other_T = ids_T.clone()
         other_T[-1] = (ids_T[-1] + 1) % _rows(model)
@@ -164,16 +160,3 @@ def _load_adapter(base: Path, folder: Path) -> PreTrainedModel:
     if unread := sorted({*report.missing_keys, *report.unexpected_keys}):
         raise NotComparableError(f"peft does not find or know {unread[0]}")
     return cast(PreTrainedModel, model.eval().get_base_model())
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Neither warnings nor reports of the libraries: what matters is in the result."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    try:
-        with catch_warnings():
-            simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)

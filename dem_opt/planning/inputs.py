@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from os.path import exists
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from dem_opt.checkpoints.adapters import check_adapter, read_adapter
 from dem_opt.checkpoints.architecture import Architecture
 from dem_opt.checkpoints.configuration import check_configuration, read_configuration
@@ -21,7 +23,7 @@ from dem_opt.checkpoints.vocabulary import fitted_content, with_base_rows
 from dem_opt.config import DistributionSection, StudyConfig
 from dem_opt.config.objective_function import ObjectiveFunction
 from dem_opt.data.chat_template import writes_date
-from dem_opt.data.tokenize import load_tokenizer, tokenizer_digest
+from dem_opt.data.tokenize import load_tokenizer, tokenizer_digest, without_pad_beyond
 from dem_opt.data.windows import build_corpora, refuse_ids_beyond
 from dem_opt.errors import InputError
 from dem_opt.evaluation.interim_analyses import INTERIM_ANALYSES, windows_by_analysis
@@ -364,22 +366,7 @@ def load_inputs(config: StudyConfig, where: Path, worker: bool = True) -> Inputs
     plan, is_local = checked.plan(), config.compute.ray == "local"
     if worker and is_local:
         refuse_too_large(plan, where)
-    folder = checked.headers["base"].folder
-    tokenizer = load_tokenizer(folder)
-    rows = checked.architecture.parameters[checked.architecture.embedding][0]
-    if (tokenizer.pad_token_id or 0) >= rows:  # added, and never read: any id can stand for it
-        tokenizer.pad_token = None
-    corpora = tuple(
-        corpus
-        for name, data in config.corpora.items()
-        for corpus in build_corpora(name, data, config.evaluation, tokenizer, checked.architecture.paired)
-    )
-    for corpus in corpora:
-        refuse_ids_beyond(corpus.windows, rows, folder, f"{corpus.distribution}, {corpus.split}")
-        if config.objective.unit == BITS_PER_BYTE:
-            _refuse_without_bytes(corpus, where)
-    if writes_date(tokenizer) and any(data.validation.format == "messages" for data in config.corpora.values()):
-        current_progress().note(f"the chat template writes today's date: {config.evaluation.date} (evaluation.date)")
+    tokenizer, corpora = load_corpora(checked, where)
     base, fine_tunes = checked.stored_models()
     streamed = {
         model.content for model in (base, *fine_tunes.values()) if is_local and model.path in plan.memory.streamed
@@ -397,6 +384,33 @@ def load_inputs(config: StudyConfig, where: Path, worker: bool = True) -> Inputs
         left_out=tuple(checked.left_out()),
         unlike_base=(*checked.warnings(), *checked.check_vertices()),
     )
+
+
+def load_corpora(checked: CheckedHeaders, where: Path) -> tuple[PreTrainedTokenizerBase, tuple[Corpus, ...]]:
+    """Read and tokenize a study's texts; `where` is the study file, which messages name.
+
+    Returns:
+        The base's tokenizer, and the windows of every corpus for both splits.
+
+    Raises:
+        InputError: A file is missing, damaged or of another format, has too little text, or a token that the base has
+            no row for.
+    """
+    config, folder = checked.config, checked.headers["base"].folder
+    rows = checked.architecture.parameters[checked.architecture.embedding][0]
+    tokenizer = without_pad_beyond(load_tokenizer(folder), rows)
+    corpora = tuple(
+        corpus
+        for name, data in config.corpora.items()
+        for corpus in build_corpora(name, data, config.evaluation, tokenizer, checked.architecture.paired)
+    )
+    for corpus in corpora:
+        refuse_ids_beyond(corpus.windows, rows, folder, f"{corpus.distribution}, {corpus.split}")
+        if config.objective.unit == BITS_PER_BYTE:
+            _refuse_without_bytes(corpus, where)
+    if writes_date(tokenizer) and any(data.validation.format == "messages" for data in config.corpora.values()):
+        current_progress().note(f"the chat template writes today's date: {config.evaluation.date} (evaluation.date)")
+    return tokenizer, corpora
 
 
 def _refuse_without_bytes(corpus: Corpus, where: Path) -> None:

@@ -197,6 +197,13 @@ def refuse_other_scoring(where: Path | None, old: Mapping[str, str], new: Mappin
     )
 
 
+def refuse_other_space(where: Path, study: StudyIdentity, space: Space) -> None:
+    """Raise InputError where a study file names other distributions or bounds than the study that has been run."""
+    if space != study.space:
+        mend = f"distributions or simplex have changed since the study was run; first: dem-opt run {where}"
+        raise InputError(where, None, None, mend)
+
+
 def changes(old: Mapping[str, str], new: Mapping[str, str]) -> str:
     """The identity fields in which two studies differ, in words."""
     fields = sorted(field for field in old.keys() | new.keys() if old.get(field) != new.get(field))

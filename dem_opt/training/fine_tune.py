@@ -10,12 +10,14 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from functools import lru_cache
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import torch
@@ -30,15 +32,24 @@ from dem_opt.data.documents import holds_chats, read_documents
 from dem_opt.data.files import find_files
 from dem_opt.data.mixtures import Mixture, Part, blend
 from dem_opt.data.packing import pack
-from dem_opt.data.tokenize import load_tokenizer
+from dem_opt.data.tokenize import load_tokenizer, without_pad_beyond
 from dem_opt.data.windows import refuse_ids_beyond
-from dem_opt.errors import InputError, located
+from dem_opt.errors import InputError, located, shorten
 from dem_opt.evaluation.nll import document_layout, prepare, score
 from dem_opt.json_files import parse_json
 from dem_opt.manifest import FILES, manifest_of, refuse_foreign
 from dem_opt.training.lora import add_lora, initial_factors, merged, subtract_initial_factors
 from dem_opt.training.trainer import DivergedError, Recipe, parameters_of, train_model
 from dem_opt.types import Corpus, Windows
+
+HOLDER = "holder"
+"""File in the place of a job that names the process which works on it."""
+
+PATIENCE = 900.0
+"""Seconds to wait for another process that works on the same job and writes nothing, because it is suspended, say."""
+
+POLL = 1.0
+"""Seconds between two attempts to lock a job's place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +157,7 @@ def fine_tune(job: FineTuneJob) -> FineTuned:
     Raises:
         InputError: The data are unreadable or too small for one batch, or `out` has files that `dem-opt train` did not
             write.
+        TimeoutError: Another process works on the same checkpoint, and writes nothing.
         DivergedError: The loss is not finite.
     """
     _check_out(job)
@@ -167,9 +179,10 @@ def _train(job: FineTuneJob, made_from: dict[str, Any]) -> FineTuned:
     tokenizer = load_tokenizer(job.base)
     if AutoConfig.from_pretrained(job.base, local_files_only=True, trust_remote_code=False).is_encoder_decoder:
         raise InputError(job.base, "base", None, "is an encoder-decoder, which can't be trained here: name checkpoints")
-    windows, model = _windows(job, tokenizer), _load(job)
-    # By its weight: peft's wrappers of an embedding have no `num_embeddings`.
-    refuse_ids_beyond(windows, len(model.get_input_embeddings().weight), job.base, job.name)
+    model = _load(job)
+    rows = len(model.get_input_embeddings().weight)  # peft's wrappers of an embedding have no `num_embeddings`
+    windows = _windows(job, without_pad_beyond(load_tokenizer(job.base), rows))
+    refuse_ids_beyond(windows, rows, job.base, job.name)
     parameters, trained = parameters_of(model)
     parameters -= 0 if job.lora is None else trained
     initial = {} if job.lora is None else initial_factors(model)
@@ -378,24 +391,76 @@ def _made_from(job: FineTuneJob) -> dict[str, Any]:
     return {**made_from, "format": formats if isinstance(job.train, Mixture) else formats[0]}
 
 
+def holder_of(job: FineTuneJob) -> str | None:
+    """The process that works on a job now, in words; None where there is none."""
+    if not job.place.is_dir():
+        return None
+    lock = _try_lock(job.place)
+    if lock is None:
+        return _named_holder(job.place)
+    os.close(lock)
+    return None
+
+
 @contextmanager
 def _alone(place: Path) -> Iterator[None]:
     """Make the folder to work in, and lock it against other processes.
 
     A worker may outlive the command that was killed; the lock ends with the worker's process.
+
+    Raises:
+        TimeoutError: Another process has the lock, and has written nothing for `PATIENCE` seconds.
     """
-    while True:
+    lock, written, since = None, -1, time.monotonic()
+    while lock is None:
         place.mkdir(exist_ok=True)
-        lock = os.open(place, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        # The former holder may have removed the folder while this process waited: then the lock is of a dead inode.
-        if place.exists() and os.path.samestat(os.fstat(lock), place.stat()):
+        lock = _try_lock(place)
+        if lock is not None:
             break
-        os.close(lock)
+        if (latest := _last_write(place)) != written:
+            written, since = latest, time.monotonic()
+        if time.monotonic() - since > PATIENCE:
+            reason = f"{_named_holder(place)} works on it and has written nothing for {PATIENCE:.0f} s"
+            raise TimeoutError(f"{reason}: continue that process (kill -CONT), or end it, then train again")
+        time.sleep(POLL)
     try:
+        (place / HOLDER).write_text(f"process {os.getpid()} on {gethostname()}", encoding="utf-8")
         yield
     finally:
         os.close(lock)
+
+
+def _try_lock(place: Path) -> int | None:
+    """Lock a folder, unless another process has; the lock ends when it is closed."""
+    lock = os.open(place, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    except OSError:
+        pass  # some network file systems lock no folders
+    # The former holder may have removed the folder meanwhile: then the lock is of a dead inode.
+    if place.exists() and os.path.samestat(os.fstat(lock), place.stat()):
+        return lock
+    os.close(lock)
+    return None
+
+
+def _named_holder(place: Path) -> str:
+    try:
+        return shorten((place / HOLDER).read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return "another process"
+
+
+def _last_write(place: Path) -> int:
+    """Time of the last change in a folder, in nanoseconds; its files may be replaced meanwhile."""
+    latest = 0
+    for path in place.rglob("*"):
+        with suppress(OSError):
+            latest = max(latest, path.stat().st_mtime_ns)
+    return latest
 
 
 def _claim(place: Path, made_from: dict[str, Any]) -> None:
@@ -404,6 +469,8 @@ def _claim(place: Path, made_from: dict[str, Any]) -> None:
     if record.is_file() and record.read_bytes() == written.encode():
         return
     for path in place.iterdir():
+        if path.name == HOLDER:
+            continue
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     record.write_text(written, encoding="utf-8")
 
@@ -420,4 +487,7 @@ def _check_out(job: FineTuneJob) -> None:
     if out.exists() and read_record(out) is None:
         raise InputError(out, "checkpoint", None, "exists and was not made by `dem-opt train`: move it away")
     if out.exists() and not is_finished(job):
+        if FILES not in (read_record(out) or {}):
+            mend = "has other settings, and no list of its files, as of earlier releases: move it away to train anew"
+            raise InputError(out, "checkpoint", None, mend)
         refuse_foreign(out, RECORD, "checkpoint")

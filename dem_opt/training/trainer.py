@@ -5,6 +5,7 @@ cosine schedule unless the recipe says otherwise.  Its *place* is a folder with 
 of every step, from which a killed training resumes.
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -29,8 +30,10 @@ from transformers import (
     TrainingArguments,
 )
 
+from dem_opt.atomic import write_text
 from dem_opt.checkpoints.training_record import JOURNAL, Point, read_journal
 from dem_opt.errors import InputError, nearest
+from dem_opt.json_files import find_json
 from dem_opt.types import Windows
 
 WARMUP = 0.1
@@ -63,7 +66,7 @@ OWNED = {
 """Arguments of the Trainer that are set by another field of the study file, or by none."""
 
 _DONE = "whole"
-"""File that marks a saved state as complete."""
+"""File that marks a saved state as complete: a JSON object of its files; empty where an earlier release wrote it."""
 
 
 class DivergedError(RuntimeError):
@@ -223,7 +226,7 @@ class _Journal(TrainerCallback):
     def rewind(self) -> str | None:
         """Discard everything after the last complete state, and return its folder, or None."""
         states = {int(path.name.rpartition("-")[2]): path for path in self.folder.glob("checkpoint-*")}
-        whole = [step for step, path in states.items() if (path / _DONE).exists()]
+        whole = [step for step, path in states.items() if _is_whole(path)]
         last = max(whole, default=0)
         for step, path in states.items():
             if step != last:
@@ -252,7 +255,8 @@ class _Journal(TrainerCallback):
         validation = self._saved(state.global_step) if self._saved else None
         if validation is not None:
             self._write("a", Point(state.global_step, self._seconds(), validation=validation))
-        (self.folder / f"checkpoint-{state.global_step}" / _DONE).touch()
+        folder = self.folder / f"checkpoint-{state.global_step}"
+        write_text(folder / _DONE, json.dumps(_inventory(folder)))
 
     def _seconds(self) -> float:
         return self._before + time.perf_counter() - self._began
@@ -260,3 +264,21 @@ class _Journal(TrainerCallback):
     def _write(self, mode: str, *points: Point) -> None:
         with (self.folder / JOURNAL).open(mode, encoding="utf-8") as file:
             file.writelines(json.dumps(point.as_written()) + "\n" for point in points)
+
+
+def _inventory(state: Path) -> dict[str, int | str]:
+    """SHA-256 of a state's JSON files and sizes of the others, which are too large to be read again at every save."""
+    files = sorted(path for path in state.rglob("*") if path.is_file() and path != state / _DONE)
+    return {
+        str(path.relative_to(state)): (
+            hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix == ".json" else path.stat().st_size
+        )
+        for path in files
+    }
+
+
+def _is_whole(state: Path) -> bool:
+    """A saved state is complete, and its files are as they were written."""
+    if (state / _DONE).is_file() and not (state / _DONE).stat().st_size:
+        return True
+    return find_json(state / _DONE, dict[str, int | str]) == _inventory(state)

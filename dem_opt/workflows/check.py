@@ -14,7 +14,7 @@ from dem_opt.checkpoints.files import Header, known_content
 from dem_opt.compute import ray_warnings
 from dem_opt.config import StudyConfig
 from dem_opt.config.objective_function import ObjectiveFunction, import_from
-from dem_opt.data.files import find_files
+from dem_opt.data.documents import first_document
 from dem_opt.errors import InputError
 from dem_opt.merging.kernel import expected_backend
 from dem_opt.planning.hardware import Speed
@@ -23,6 +23,7 @@ from dem_opt.planning.inputs import (
     CheckedHeaders,
     check_headers,
     identical_checkpoints,
+    load_corpora,
     unweighted_distributions,
 )
 from dem_opt.planning.plan import Plan, header_identity, refuse_too_large, sized
@@ -146,15 +147,15 @@ class Findings:
 
 
 def check(config: StudyConfig, where: Path) -> Findings:
-    """Check a study by its configuration and the headers of its checkpoints; nothing is written.
+    """Check a study by its configuration, the headers of its checkpoints and its first documents; nothing is written.
 
     Raises:
-        InputError: Something would stop a run, as far as headers tell.  A study that does not fit into memory is left
+        InputError: Something would stop a run, as far as these tell.  A study that does not fit into memory is left
             to `refuse`, so that its plan can be shown first.
     """
     files = check_headers(config, where)
-    _refuse_missing_texts(config)
     _refuse_bad_function(config, where)
+    _refuse_unreadable_texts(config)
     plan, storage = files.plan(), f"{masked(config.storage)}: {probe(config.storage)}"
     speed, left = _speed(config, plan), remaining_work(config, files, plan)
     tracking, unreachable = _tracking(config.tracking.uri)
@@ -224,16 +225,19 @@ def _comparison(config: StudyConfig, plan: Plan, speed: Speed, algorithms: Seque
     return f"{passes:,} passes over the search split at most ({listed}), about {duration(seconds)}"
 
 
-def check_vertices(config: StudyConfig, where: Path) -> list[str]:
-    """Compare each model's vertex with its own forward pass, as a run does before it begins; hashes all weights.
+def check_contents(config: StudyConfig, where: Path) -> list[str]:
+    """Check texts and weights as a run does before it begins: windows, and each vertex by its model's own forward pass.
 
     Returns:
         Warnings of models that can't be compared.
 
     Raises:
-        InputError: A vertex computes otherwise, or the base is no causal model.
+        InputError: A text is unreadable, or there is too little of it; a vertex computes otherwise, or the base is no
+            causal model.
     """
-    return check_headers(config, where).check_vertices()
+    headers = check_headers(config, where)
+    load_corpora(headers, where)
+    return headers.check_vertices()
 
 
 def refuse(findings: Findings, config: StudyConfig, where: Path) -> None:
@@ -262,14 +266,13 @@ def _refuse_bad_function(config: StudyConfig, path: Path) -> None:
         ObjectiveFunction.load(config.objective.function)
 
 
-def _refuse_missing_texts(config: StudyConfig) -> None:
-    """Raise InputError for a missing or empty data file; its content is read by a run."""
+def _refuse_unreadable_texts(config: StudyConfig) -> None:
+    """Raise InputError for a data file whose first document can't be read; `check_contents` reads the others."""
     for name, data in config.corpora.items():
         section = "distributions" if name in config.distributions else "general"
         for part in ("validation", "held_out"):
             file, field = getattr(data, part), f"{section}.{name}.{part}"
-            sources = [] if file is None else find_files(file, field)
-            if sources and not any(path.stat().st_size for source in sources for path in source.contents()):
+            if file is not None and first_document(file, field) is None:
                 raise InputError(str(file), field, None, "has no text; give at least one document that is not empty")
 
 

@@ -7,16 +7,20 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Self
 
+from transformers import PreTrainedTokenizerBase
+
+from dem_opt.checkpoints.files import read_header
+from dem_opt.checkpoints.fit import check_base
 from dem_opt.checkpoints.locate import locate
 from dem_opt.checkpoints.training_record import JOURNAL, read_journal
 from dem_opt.config import StudyConfig
-from dem_opt.data.tokenize import load_tokenizer
+from dem_opt.data.tokenize import load_tokenizer, without_pad_beyond
 from dem_opt.data.windows import build_corpora
 from dem_opt.errors import InputError, TrainingError
 from dem_opt.planning.inputs import check_base_alone, check_origin
 from dem_opt.progress import Phase, Progress
 from dem_opt.tracking import JobNote
-from dem_opt.training.fine_tune import FineTuned, FineTuneJob, fine_tune, is_wanted, job_identity
+from dem_opt.training.fine_tune import FineTuned, FineTuneJob, fine_tune, holder_of, is_wanted, job_identity
 from dem_opt.training.lora import check_lora, check_mergeable
 from dem_opt.training.trainer import check_trainer
 from dem_opt.workflows.context import StudyContext
@@ -59,12 +63,16 @@ def jobs(config: StudyConfig, path: Path) -> list[FineTuneJob]:
         if twin is None:
             more: dict[str, Any] = {"lora": config.fine_tuning.lora} if kind == "adapter" else {}
             if config.fine_tuning.keep:
-                tokenizer = load_tokenizer(base)
-                more["validation"] = build_corpora(name, distribution, config.evaluation, tokenizer)[0]
+                more["validation"] = build_corpora(name, distribution, config.evaluation, _packing_tokenizer(base))[0]
             by_folder[source.place] = FineTuneJob(
                 name=name, train=distribution.train, out=source.place, **shared_settings(config, base), **more
             )
     return list(by_folder.values())
+
+
+def _packing_tokenizer(base: Path) -> PreTrainedTokenizerBase:
+    architecture = check_base(read_header(base, "base"))
+    return without_pad_beyond(load_tokenizer(base), architecture.parameters[architecture.embedding][0])
 
 
 def shared_settings(config: StudyConfig, base: Path) -> dict[str, Any]:
@@ -109,6 +117,9 @@ def train(context: StudyContext, jobs: Sequence[FineTuneJob], progress: Progress
         return {}
     for warning in check_base_alone(wanted[0].base):
         progress.warning(warning)
+    for job in wanted:
+        if (holder := holder_of(job)) is not None:
+            progress.note(f"{job.name}: {holder} works on it already; waiting for it")
     results: dict[str, FineTuned] = {}
     failures: list[tuple[FineTuneJob, Exception]] = []
     gpus = None if context.config.fine_tuning.gpus == "auto" else context.config.fine_tuning.gpus

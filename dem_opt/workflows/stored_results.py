@@ -11,7 +11,7 @@ from dem_opt.errors import InputError
 from dem_opt.search.runs import Runs
 from dem_opt.search.trials import finished
 from dem_opt.storage.engine import is_there
-from dem_opt.storage.identity import StudyIdentity
+from dem_opt.storage.identity import StudyIdentity, refuse_other_space
 from dem_opt.storage.ledger import Ledger
 from dem_opt.storage.retry import opened
 from dem_opt.types import Summary
@@ -34,9 +34,7 @@ def stored_results(config: StudyConfig, path: Path) -> Summary:
         if ledger is None or row is None:
             raise not_run
         identity = StudyIdentity.recall(row.identity, row.scoring)
-        if config.space != identity.space:
-            mend = f"distributions or simplex have changed since the study was run; first: dem-opt run {path}"
-            raise InputError(path, None, None, mend)
+        refuse_other_space(path, identity, config.space)
         with Runs(config, row.generation).existing() as searches:
             trials = {run: finished(ledger, identity, search) for run, search in searches.items()}
             stopped = {run: search.stopped for run, search in searches.items()}

@@ -13,7 +13,7 @@ from dem_opt.analysis.vector_geometry import recall_vectors
 from dem_opt.errors import InputError
 from dem_opt.search.trials import finished
 from dem_opt.simplex import Coefficients
-from dem_opt.storage.identity import StudyIdentity
+from dem_opt.storage.identity import StudyIdentity, refuse_other_space
 from dem_opt.storage.ledger import Ledger
 from dem_opt.types import Summary, TrialRecord
 from dem_opt.workflows.context import StoredStudy, StudyContext
@@ -24,14 +24,15 @@ def read_summary(context: StudyContext) -> Summary:
     """Summarize what the study has measured so far.
 
     Raises:
-        InputError: The study has not been run.
+        InputError: The study has not been run, or its distributions or bounds have changed since.
     """
     with context.stored() as stored:
         return summarize_stored(context, stored)
 
 
 def summarize_stored(context: StudyContext, stored: StoredStudy) -> Summary:
-    """Summarize a study; InputError where it has no finished trial."""
+    """Summarize a study; InputError where it has no finished trial, or its distributions or bounds have changed."""
+    refuse_other_space(context.path, stored.identity, context.config.space)
     summary = summarize_generation(context, stored.ledger, stored.identity, stored.generation)
     if summary.winner.role != "best":
         raise context.not_run()
@@ -70,6 +71,7 @@ def reweigh(context: StudyContext, weights: Mapping[str, float], field: str) -> 
         InputError: The study has not been run, or a weight is invalid.
     """
     with context.stored() as stored:
+        refuse_other_space(context.path, stored.identity, context.config.space)
         if stored.identity.function is not None:
             mend = "the study minimizes a function of its own (objective.function), which weighs scores itself"
             raise InputError(context.path, field, dict(weights), mend)
@@ -89,6 +91,7 @@ def predict(context: StudyContext, coefficients: Coefficients) -> Prediction:
         InputError: The study has not been run, or has too few trials.
     """
     with context.stored() as stored:
+        refuse_other_space(context.path, stored.identity, context.config.space)
         trials = trials_by_run(context, stored.ledger, stored.identity, stored.generation)
         space = stored.identity.space
     prediction = surrogate.predict(space, [trial for records in trials.values() for trial in records], coefficients)

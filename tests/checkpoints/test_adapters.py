@@ -454,3 +454,35 @@ def test_content_is_factors_settings_and_base(plain, tmp_path):
     assert read_adapter(folder, "a").content("another base") != known
     configure(folder, lora_alpha=7)
     assert plain.adapter(folder).content != known
+
+
+def test_factors_of_single_experts_are_told(tmp_path):
+    """As PEFT wrote them before transformers 5 stacked the experts."""
+    base = zoo.save(tmp_path / "base", "mixtral")
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    factors = {"lora_A": torch.ones(4, 16), "lora_B": torch.ones(24, 4)}
+    modules = [f"model.layers.0.block_sparse_moe.experts.{expert}.w1" for expert in range(4)]
+    stored = {
+        f"base_model.model.{module}.{part}.weight": x.clone() for module in modules for part, x in factors.items()
+    }
+    save_file(stored, folder / WEIGHTS)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["w1"]}
+    (folder / CONFIG).write_text(json.dumps(config))
+    header = read_header(base, "base")
+    with pytest.raises(InputError, match=r"4 modules are of single experts \(.*experts\.0\.w1\)") as refusal:
+        check_adapter(check_base(header), header, read_adapter(folder, "adapter"))
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "adapters in folders of their names", "empty"])
+def test_a_folder_without_an_adapter_says_what_it_has(tmp_path, kind):
+    words = {"checkpoint": "`checkpoint:`", "adapters in folders of their names": "such as default", "empty": CONFIG}
+    if kind == "checkpoint":
+        zoo.save(tmp_path, "llama")
+    elif kind != "empty":
+        (tmp_path / "default").mkdir()
+        (tmp_path / "default" / CONFIG).write_text("{}")
+    with pytest.raises(InputError, match=f"has no {CONFIG}") as refusal:
+        read_adapter(tmp_path, "distributions.a.adapter")
+    assert words[kind] in refusal.value.mend

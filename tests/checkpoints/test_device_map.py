@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dem_opt.checkpoints.architecture import empty_model, read_architecture
-from dem_opt.checkpoints.device_map import move_activations, split_layers
+from dem_opt.checkpoints.device_map import language_model, move_activations, split_layers
 from dem_opt.checkpoints.files import content_hash, read_header
 from dem_opt.errors import InputError
 from dem_opt.evaluation.lm_head import find_head, token_nll
@@ -98,7 +98,9 @@ def test_shares_are_in_order_whole_and_even(name):
     """A layer is on one device, the layers are in order, and no other way to cut them has a smaller largest share."""
     model = zoo.make(name, **FOUR[zoo.MODELS[name][0]])
     split = split_layers(model, 2)
-    blocks = [block for block in split.modules if type(model.get_submodule(block)).__name__ in model._no_split_modules]
+    language = {*language_model(model).modules()}
+    parts = [block for block in split.modules if model.get_submodule(block) in language]
+    blocks = [block for block in parts if type(model.get_submodule(block)).__name__ in model._no_split_modules]
     order = [split.modules[block] for block in blocks]
     assert order == sorted(order) and split.layers == (order.count(0), order.count(1)) and len(order) >= 4
     for key, place in split.places.items():
@@ -127,6 +129,14 @@ def test_tied_weights_lie_on_one_device_and_what_is_behind_the_layers_on_the_las
     tied, free = (split_layers(zoo.make(name), 2).places for name in ("llama tied", "llama"))
     assert tied["lm_head.weight"] == tied["model.embed_tokens.weight"] == 0 and free["lm_head.weight"] == 1
     assert tied["model.norm.weight"] == free["model.norm.weight"] == 1 and free["model.embed_tokens.weight"] == 0
+
+
+@pytest.mark.parametrize("name", ["llava", "mistral3", "gemma3, with images", "qwen2_vl", "qwen3_vl"])
+def test_layers_that_read_images_are_not_counted(name):
+    """Each of these has two layers that read tokens and one that reads images."""
+    assert split_layers(zoo.make(name), 2).layers == (1, 1)
+    with pytest.raises(InputError, match=r"compute\.gpus_per_worker = 3: \w+ has 2 layers"):
+        split_layers(zoo.make(name), 3)
 
 
 def test_more_devices_than_layers_are_refused():

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import worlds
 import zoo
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor, CLIPImageProcessorPil, LlavaProcessor
 
 from dem_opt.checkpoints.architecture import empty_model, load_model
 from dem_opt.checkpoints.files import WEIGHTS, content_hash, read_header
@@ -204,12 +207,14 @@ def test_what_is_left_out_is_said(world, form):
 
 
 @pytest.mark.parametrize("units", [(UNIT // 4, 3 * UNIT // 4), (0, UNIT)])
-def test_an_export_has_the_tensors_of_the_bases_file(world, tmp_path, units):
+def test_an_export_has_the_tensors_of_the_bases_file(world, tmp_path, units, capfd):
+    """It is read back without a report of the library's on what it passes over."""
     composite = Composite.of(
         {checkpoint.content: count for checkpoint, count in zip(world.stored, units, strict=True) if count}
     )
     by_content = {checkpoint.content: checkpoint for checkpoint in world.stored}
     prove(write_composite(world.stored[0], by_content, composite, tmp_path / "out", lambda written: {}))
+    assert "UNEXPECTED" not in "".join(capfd.readouterr())
     layout = world.architecture.layout(world.headers[0])
     base = {layout.renaming(name): tensor for name, tensor in load_file(world.stored[0].path / WEIGHTS).items()}
     written = load_file(tmp_path / "out" / WEIGHTS)
@@ -370,3 +375,32 @@ def test_other_tokens_by_the_same_ids_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"1 ids .*id 1: 'right', the base's 'left'") as refused:
         check_fit(check_base(base), base, read_header(folders[1], FIELD))
     assert refused.value.where == folders[1] / "tokenizer.json"
+
+
+def save_processor(folder, form):
+    """A processor of images and text, in one file as it is saved today, or in two as in older folders."""
+    tokenizer = worlds.tokenizer()
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    size = {"height": 28, "width": 28}
+    images = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=size)
+    LlavaProcessor(images, tokenizer, patch_size=14, vision_feature_select_strategy="default").save_pretrained(folder)
+    if form == "two files":
+        file = folder / "processor_config.json"
+        settings = json.loads(file.read_text())
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings.pop("image_processor")))
+        file.write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize("form", ["one file", "two files"])
+def test_an_export_loads_with_the_bases_processor(tmp_path, form):
+    folders = [zoo.save(tmp_path / part, "llava", seed) for seed, part in enumerate(("base", "a"))]
+    save_processor(folders[0], form)
+    stored = [StoredModel(folder, content_hash(folder)) for folder in folders]
+    by_content = {checkpoint.content: checkpoint for checkpoint in stored}
+    composite = Composite.of({checkpoint.content: UNIT // 2 for checkpoint in stored})
+    prove(write_composite(stored[0], by_content, composite, tmp_path / "out", lambda written: {}))
+    base, exported = (AutoProcessor.from_pretrained(folder) for folder in (folders[0], tmp_path / "out"))
+    image = Image.effect_noise((40, 30), 50).convert("RGB")
+    expected, inputs = (each(images=image, text="alpha <image>", return_tensors="pt") for each in (base, exported))
+    assert type(exported) is type(base) is LlavaProcessor and inputs.keys() == expected.keys()
+    assert all(torch.equal(inputs[name], expected[name]) for name in expected)

@@ -166,3 +166,15 @@ def test_a_damaged_gguf_file_is_refused(gguf_files, llama, tmp_path, damage):
     with pytest.raises(InputError, match="2 GGUF files" if damage == "two" else "can't read this GGUF file") as refused:
         converted(tmp_path / "m")
     assert refused.value.field == "base" and len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize("named", ["folder", "first part", "second part"])
+def test_a_split_gguf_model_is_told_in_one_line(tmp_path, named):
+    """Also where not all of its parts are there."""
+    names = ["model-00001-of-00003.gguf", "model-00002-of-00003.gguf"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"GGUF")
+    place = {"folder": tmp_path, "first part": tmp_path / names[0], "second part": tmp_path / names[1]}[named]
+    with pytest.raises(InputError, match=r"is split into 3 files.*llama-gguf-split --merge") as refusal:
+        converted(place)
+    assert refusal.value.where == place and refusal.value.field == "base"

@@ -115,8 +115,9 @@ def test_a_score_of_a_study_that_was_never_run_stands_alone(tmp_path, monkeypatc
     ] == ["base"]
 
 
+@pytest.mark.parametrize("command", ["show", "trials", "report", "compare --reweight code=1,math=1"])
 @pytest.mark.parametrize("changed", ["never run", "a distribution gone", "other bounds"])
-def test_show_of_what_was_not_run_is_one_line(study, capsys, changed):
+def test_what_was_not_run_is_told_in_one_line(study, capsys, changed, command):
     content = yaml.safe_load(study.read_text())
     if changed == "never run":
         content["name"] = "another"
@@ -126,7 +127,8 @@ def test_show_of_what_was_not_run_is_one_line(study, capsys, changed):
         content["simplex"] = {"bounds": {"code": [0, 0.5]}}
     study.write_text(yaml.safe_dump(content))
     capsys.readouterr()
-    assert main(["show", str(study)]) == 2
+    command, *options = command.split()
+    assert main([command, str(study), *options]) == 2
     output = capsys.readouterr()
     assert output.out == "" and output.err.count("\n") == 1 and "dem-opt run" in output.err
 
@@ -219,3 +221,20 @@ def test_a_log_file_masks_passwords_and_keeps_an_event_to_a_line(tmp_path):
 def test_a_log_file_that_cannot_be_written_is_the_users_mistake(tmp_path, capsys):
     assert main(["list", "study.yaml", "--log-file", str(tmp_path)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", ["name: tiny\n", '{"text": "2025-01-01"}\n', "\n", "x", "2025-01-01 note: a\n"])
+def test_a_file_that_is_no_log_is_left_alone(tmp_path, capsys, content):
+    """The study file, a data file: a line would be added to it."""
+    path = tmp_path / "mine"
+    path.write_text(content)
+    assert main(["list", "study.yaml", "--log-file", str(path)]) == 2
+    assert "--log-file" in capsys.readouterr().err and path.read_text() == content
+
+
+def test_an_empty_file_becomes_a_log(tmp_path):
+    (tmp_path / "log").touch()
+    for _ in range(2):
+        with closing(LogFile(tmp_path / "log")) as log:
+            log.note("here")
+    assert len((tmp_path / "log").read_text().splitlines()) == 2

@@ -61,6 +61,25 @@ def test_the_order_of_distributions_makes_the_same_space(tmp_path):
     assert load(write(tmp_path, turned)).space == load(write(tmp_path, STUDY)).space
 
 
+@pytest.mark.parametrize(
+    ("written", "place"),
+    [
+        ("~/models/code", "home/models/code"),
+        ("./~/code", "~/code"),
+        ("~code/a", "~code/a"),
+        ("~", "~"),
+        ("a/~/b", "a/~/b"),
+        ("$HOME/a", "$HOME/a"),
+    ],
+)
+def test_a_path_may_begin_at_home(tmp_path, monkeypatch, written, place):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    study = load(write(tmp_path, changed("distributions.code.checkpoint", written)))
+    assert study.distributions["code"].checkpoint.path == tmp_path / place
+    study = load(write(tmp_path, changed("distributions.code.validation", written)))
+    assert study.distributions["code"].validation.path == tmp_path / place
+
+
 def test_weights_are_equal_unless_given(tmp_path):
     assert load(write(tmp_path, STUDY)).weights == {"code": 1.0, "math": 1.0}
     assert load(write(tmp_path, changed("objective.weights", {"math": 2}))).weights == {"code": 0.0, "math": 2.0}

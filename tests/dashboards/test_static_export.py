@@ -11,7 +11,7 @@ from PIL import Image
 from summaries import CASES, a_summary
 
 from dem_opt.dashboards.figures import all_figures
-from dem_opt.dashboards.static_export import FORMATS, image, write_figures
+from dem_opt.dashboards.static_export import FORMATS, RECORD, image, write_figures
 from dem_opt.errors import InputError
 
 
@@ -48,3 +48,32 @@ def test_figures_are_written_in_both_formats(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="--figures: can't be written"):
         write_figures(made, tmp_path / "file")
+
+
+FOREIGN = {
+    "a figure of the user's": lambda folder: (folder / "worth.svg").write_text("mine"),
+    "an edited figure": lambda folder: (folder / "coefficients.svg").write_text("mine"),
+    "a link": lambda folder: (folder / "worth.png").symlink_to(folder / "note.txt"),
+    "a folder": lambda folder: (folder / "worth.png").mkdir(),
+    "another record": lambda folder: (folder / RECORD).write_text("mine"),
+}
+
+
+@pytest.mark.parametrize("kind", [None, *FOREIGN])
+def test_only_figures_that_were_written_here_are_replaced(tmp_path: Path, kind: str | None) -> None:
+    """Written twice into a folder with other files; the second time there is one figure more."""
+    made = all_figures(a_summary(**CASES["two"]))
+    (tmp_path / "note.txt").write_text("mine")
+    write_figures({"coefficients": made["coefficients"]}, tmp_path)
+    if kind is not None:
+        FOREIGN[kind](tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    both = {name: made[name] for name in ("coefficients", "worth")}
+    if kind is None:
+        assert all(path.stat().st_size for path in write_figures(both, tmp_path))
+        assert (tmp_path / "note.txt").read_text() == "mine"
+        return
+    with pytest.raises(InputError) as refusal:
+        write_figures(both, tmp_path)
+    assert refusal.value.field == "--figures" and refusal.value.where == tmp_path
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before

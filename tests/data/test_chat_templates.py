@@ -373,3 +373,27 @@ def test_a_templates_date_is_the_studys(format: str, today: date) -> None:
     assert writes_date(tokenizer) and tokenizer.chat_template.startswith("{%- macro now() -%}")
     tokenizer.chat_template = None
     assert not writes_date(tokenizer)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 1 // 0 }}",
+        "{{ messages[9].content }}",
+        "{{ range(10**9) }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{% include 'file' %}",
+        "{{ raise_exception('no') }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{{ messages | no_such_filter }}",
+        "{{ 'x' + 1 }}",
+        "{{ {}['x'].y }}",
+    ],
+)
+def test_a_template_that_fails_is_told_in_one_line(source: str) -> None:
+    tokenizer = worlds.tokenizer()
+    tokenizer.chat_template = source
+    conversation = Chat((Turn("user", "a"), Turn("assistant", "b")))
+    with pytest.raises(InputError) as refusal:
+        list(encode_chats([conversation], tokenizer))
+    assert len(str(refusal.value).splitlines()) == 1

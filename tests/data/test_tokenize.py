@@ -9,7 +9,7 @@ import pytest
 import worlds
 from test_documents import EXOTIC, chat
 from test_windows import TOKENIZERS, make_tokenizer
-from tokenizers import processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from dem_opt.data.chat_template import encode_chats, rendered
@@ -70,6 +70,45 @@ def test_a_causal_pair_is_the_prompt_and_the_completion_which_is_scored(kind: st
     (tokens,) = encode_pairs([pair], tokenizer, paired=False)
     assert tokens.ids_L.tolist() == source + target
     assert tokens.scored_L.tolist() == [False] * len(source) + [bool(source)] + [True] * (len(target) - 1)
+
+
+def spaced(kind: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that puts a space before every text, in the ways in which published ones do."""
+    tokenizer = make_tokenizer()
+    backend = tokenizer.backend_tokenizer
+    if kind == "byte-level":
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        return tokenizer
+    alphabet = ["\u2581", *"abcdefghijklmnopqrstuvwxyz:?0", "\u2581b", "\u2581be", "be", "\u2581a", "\u2581w"]
+    merges = [("\u2581", "b"), ("\u2581b", "e"), ("b", "e"), ("\u2581", "a"), ("\u2581", "w")]
+    vocabulary = {token: place for place, token in enumerate(["<s>", "</s>", "<unk>", *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))
+    if kind == "prepended":  # Llama 2
+        steps = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+        backend.normalizer = normalizers.Sequence(steps)
+    else:  # Mistral and newer files of Llama 2: "first", T5's kind: "always"
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("kind", ["prepended", "first", "always", "byte-level"])
+@pytest.mark.parametrize("pair", [Pair("why?", "because"), Pair("why? ", "because"), Pair("a", " b"), Pair("", "be a")])
+def test_a_completion_gets_no_space_of_its_own(kind: str, pair: Pair) -> None:
+    """The ids are those of prompt and completion as one text, as training libraries encode them."""
+    tokenizer = spaced(kind)
+    (tokens,) = encode_pairs([pair], tokenizer, paired=False)
+    whole = tokenizer(pair.prompt + pair.completion)["input_ids"]
+    assert tokens.ids_L.tolist() == [*whole, tokenizer.eos_token_id]
+    first = len(tokens) - len(scored(tokens))
+    assert tokens.scored_L.tolist() == [place >= first for place in range(len(tokens))]
+    prompt = tokenizer(pair.prompt)["input_ids"]
+    assert whole[:first] == prompt[:first] or first == 1
+    if not pair.prompt.endswith(" "):
+        assert first == max(len(prompt), 1)
+        text = tokenizer.decode(whole[first:]).strip() if pair.prompt else pair.completion
+        assert text == pair.completion.strip()
 
 
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair.prompt])

@@ -1,12 +1,17 @@
 """Laws of fine-tuning: what the loss is, same job same bits, whole or not at all, what finished means."""
 
 import dataclasses
+import fcntl
 import functools
 import json
+import os
 import pickle
 import random
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +24,7 @@ from dem_opt.config import DataFile
 from dem_opt.data.documents import read_documents
 from dem_opt.data.packing import pack
 from dem_opt.errors import InputError
-from dem_opt.training.fine_tune import FineTuneJob, fine_tune, is_finished, save_checkpoint
+from dem_opt.training.fine_tune import HOLDER, FineTuneJob, fine_tune, holder_of, is_finished, save_checkpoint
 from dem_opt.training.trainer import Recipe, train_model
 from dem_opt.workflows.quickstart import Settings, generated_documents, make_tokenizer, untrained_base, write_corpora
 from dem_opt.workflows.quickstart.generated import math_problem
@@ -293,3 +298,72 @@ def test_an_interrupted_save_leaves_the_earlier_checkpoint(job: FineTuneJob) -> 
     del record["files"]
     save_checkpoint(job.out, model, tokenizer, {RECORD: record})
     assert [path.name for path in job.out.parent.iterdir()] == [job.out.name]
+
+
+@contextmanager
+def locked_elsewhere(job: FineTuneJob) -> Iterator[None]:
+    """The lock of another process that works on a job."""
+    job.place.mkdir(parents=True)
+    lock = os.open(job.place, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    (job.place / HOLDER).write_text("process 4242 on node-7")
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def test_a_process_that_writes_nothing_is_not_waited_for(job: FineTuneJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A suspended one, say: the wait ends and names it; it keeps its place."""
+    monkeypatch.setattr("dem_opt.training.fine_tune.PATIENCE", 0.3)
+    monkeypatch.setattr("dem_opt.training.fine_tune.POLL", 0.05)
+    assert holder_of(job) is None
+    with locked_elsewhere(job):
+        assert holder_of(job) == "process 4242 on node-7"
+        with pytest.raises(TimeoutError, match="process 4242 on node-7"):
+            fine_tune(job)
+        assert (job.place / HOLDER).exists() and not job.out.exists()
+    assert holder_of(job) is None
+    assert fine_tune(job).steps == job.steps
+
+
+def test_a_process_that_writes_is_waited_for(job: FineTuneJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than the limit, which begins anew with everything that it writes."""
+    monkeypatch.setattr("dem_opt.training.fine_tune.PATIENCE", 1.0)
+    monkeypatch.setattr("dem_opt.training.fine_tune.POLL", 0.05)
+    with ThreadPoolExecutor() as threads:
+        with locked_elsewhere(job):
+            waiting = threads.submit(fine_tune, job)
+            for step in range(8):
+                time.sleep(0.2)
+                (job.place / f"file-{step}").touch()
+            assert not waiting.done()
+        assert waiting.result().steps == job.steps
+    assert not job.place.exists()
+
+
+def test_a_checkpoint_of_a_release_that_listed_no_files_is_left_alone(job: FineTuneJob) -> None:
+    fine_tune(job)
+    record = json.loads((job.out / RECORD).read_text())
+    (job.out / RECORD).write_text(json.dumps({name: record[name] for name in record if name != "files"}))
+    before = bits(job.out)
+    assert fine_tune(job).path == job.out
+    with pytest.raises(InputError, match="move it away") as refusal:
+        fine_tune(dataclasses.replace(job, steps=9))
+    assert refusal.value.where == job.out and bits(job.out) == before
+
+
+@pytest.mark.parametrize("form", ASKED)
+def test_padding_beyond_the_embedding_is_read_by_none(job: FineTuneJob, tmp_path: Path, form: str) -> None:
+    """Many published bases have a padding token that was added behind their vocabulary: the same bits as without."""
+    plain = formatted(job, tmp_path, form)
+    padded = dataclasses.replace(plain, base=tmp_path / "padded", out=tmp_path / "out-padded")
+    shutil.copytree(plain.base, padded.base)
+    tokenizer = AutoTokenizer.from_pretrained(padded.base)
+    tokenizer.add_special_tokens({"pad_token": "<|padding|>"})
+    tokenizer.save_pretrained(padded.base)
+    rows = len(AutoModelForCausalLM.from_pretrained(padded.base).get_input_embeddings().weight)
+    assert tokenizer.pad_token_id >= rows
+    assert fine_tune(padded).first_loss == fine_tune(plain).first_loss
+    assert bits(padded.out) == bits(plain.out)
+    assert AutoTokenizer.from_pretrained(padded.out).pad_token == "<|padding|>"

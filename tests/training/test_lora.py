@@ -9,6 +9,7 @@ import worlds
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from dem_opt.atomic import write_text
 from dem_opt.checkpoints.adapters import WEIGHTS, check_adapter, read_adapter
 from dem_opt.checkpoints.architecture import empty_model
 from dem_opt.checkpoints.files import content_hash, read_header
@@ -87,14 +88,13 @@ def test_a_killed_training_from_factors_of_the_base_gives_the_same_adapter(
     job = dataclasses.replace(job, lora={"r": 2, "init_lora_weights": "pissa"})
     whole = dataclasses.replace(job, out=tmp_path / "out" / "whole")
     fine_tune(whole)
-    original = Path.touch
 
-    def die(path: Path) -> None:
+    def die(path: Path, text: str) -> None:
         if path.parent.name == "checkpoint-3":
             raise KeyboardInterrupt
-        original(path)
+        write_text(path, text)
 
-    monkeypatch.setattr(Path, "touch", die)
+    monkeypatch.setattr("dem_opt.training.trainer.write_text", die)
     with pytest.raises(KeyboardInterrupt):
         fine_tune(job)
     monkeypatch.undo()

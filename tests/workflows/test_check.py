@@ -173,7 +173,8 @@ def test_a_check_writes_nothing(world, capsys, was_run):
     assert main(["check", str(world / "study.yaml"), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["plan"]["memory"]["peak"] > answer["plan"]["memory"]["stored"] > 0 and len(answer["checkpoints"]) == 4
-    assert "merge kernel" in answer["kernel"] and answer["kernel"][1:] in output
+    assert main(["check", str(world / "study.yaml")]) == 0  # the first check may have compiled the kernel
+    assert "merge kernel" in answer["kernel"] and answer["kernel"][1:] in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["check", "run", "compare", "score"])
@@ -267,6 +268,51 @@ def test_data_may_be_files_folders_and_patterns(world, names, refused):
         with pytest.raises(InputError, match=refused) as caught:
             check(config, world / "study.yaml")
         assert caught.value.field == "distributions.math.validation"
+
+
+ROWS = [{"text": text} for text in worlds.documents(7)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+
+UNREADABLE = {
+    "wrong column": ({"path": "data/new.jsonl", "text": "body"}, LINES, "validation"),
+    "wrong format": ({"path": "data/new.jsonl", "format": "messages"}, LINES, "validation"),
+    "pairs without completions": (
+        {"path": "data/new.jsonl", "format": "prompt_completion", "prompt": "text"},
+        LINES,
+        "validation",
+    ),
+    "no template": (
+        {"path": "data/new.jsonl", "format": "messages"},
+        json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}) + "\n",
+        None,
+    ),
+    "empty": ({"path": "data/new.jsonl"}, "", "validation"),
+    "white space": ({"path": "data/new.jsonl"}, json.dumps({"text": " \n"}) + "\n", "validation"),
+    "null everywhere": ({"path": "data/new.jsonl"}, json.dumps({"text": None}) + "\n", "validation"),
+    "a broken last line": ({"path": "data/new.jsonl"}, LINES + '{"text": "half', "validation"),
+    "a number in the middle": ({"path": "data/new.jsonl"}, LINES + '{"text": 5}\n' + LINES, "validation"),
+    "not UTF-8 at its end": ({"path": "data/new.jsonl"}, LINES.encode() + b"\xff", "validation"),
+    "a table without the column": ({"path": "data/new.csv"}, "body,label\na,b\n", "validation"),
+    "too little text": ({"path": "data/new.jsonl"}, "".join(LINES.splitlines(keepends=True)[:2]), "evaluation.windows"),
+    "one document": ({"path": "data/new.txt"}, "alpha " * 1000, "validation"),
+}
+"""Data that no run can score: entry of the study file, the file's content, the field of the refusal."""
+
+
+@pytest.mark.parametrize("command", ["check", "run"])
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_data_that_a_run_would_refuse_are_refused_by_check(world, capsys, case, command):
+    """Both exit with 2 and the same line, before anything is written."""
+    entry, text, field = UNREADABLE[case]
+    (world / entry["path"]).write_bytes(text if isinstance(text, bytes) else text.encode())
+    content = yaml.safe_load((world / "study.yaml").read_text())
+    content["distributions"]["math"]["validation"] = entry
+    (world / "study.yaml").write_text(yaml.safe_dump(content))
+    before = listing(world)
+    assert main([command, str(world / "study.yaml")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert field is None or field in line
+    assert listing(world) == before
 
 
 def test_the_date_of_a_chat_template_is_told_and_lets_a_study_go_on(world):

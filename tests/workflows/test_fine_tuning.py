@@ -22,6 +22,7 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dem_opt.atomic import write_text
 from dem_opt.checkpoints.adapters import read_adapter
 from dem_opt.checkpoints.training_record import JOURNAL, STEPS, read_journal
 from dem_opt.cli.main import main
@@ -140,13 +141,12 @@ def test_a_half_written_state_is_not_gone_on_from(job: FineTuneJob, monkeypatch:
     whole = dataclasses.replace(job, out=job.out.with_name("whole"))
     fine_tune(whole)
 
-    def die(folder: Path, name: str) -> None:
-        if name == "checkpoint-9":
+    def die(path: Path, text: str) -> None:
+        if path.parent.name == "checkpoint-9":
             raise KeyboardInterrupt
-        original(folder)
+        write_text(path, text)
 
-    original = Path.touch
-    monkeypatch.setattr(Path, "touch", lambda path, *more: die(path, path.parent.name))
+    monkeypatch.setattr("dem_opt.training.trainer.write_text", die)
     with pytest.raises(KeyboardInterrupt):
         fine_tune(job)
     monkeypatch.undo()

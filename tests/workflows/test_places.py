@@ -69,6 +69,11 @@ def test_mlflow_finds_its_files_in_a_folder_of_any_name(tmp_path: Path, output: 
 
 ENVIRONMENTS: dict[str, dict[str, str | None]] = {
     "no home, no temporary folder": {"HOME": None, "TMPDIR": None, "XDG_CACHE_HOME": None},
+    "a home that is read-only, a long temporary folder": {
+        "HOME": "/proc",
+        "TMPDIR": "long",
+        "XDG_CACHE_HOME": None,
+    },
 }
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -22,7 +23,9 @@ from dem_opt.workflows.quickstart.additions import TASK, service_log, write_task
 from dem_opt.workflows.quickstart.generated import json_record, math_problem
 from dem_opt.workflows.quickstart.library import library_documents, split_modules, topic_documents, within
 from dem_opt.data.packing import pack
+from dem_opt.atomic import write_text
 from dem_opt.errors import InputError
+from dem_opt.json_files import find_json
 from dem_opt.manifest import FILES, manifest_of, read_description, refuse_changed
 from dem_opt.training.fine_tune import save_checkpoint
 from dem_opt.checkpoints.architecture import silence_transformers
@@ -287,13 +290,13 @@ def _claim(folder: Path) -> None:
     """Make the folder, or take one that is empty or this module's own, and mark it as unfinished."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        written = read_description(folder / RECORD)
-        if any(folder.iterdir()) and not (folder / RECORD).exists():
+        written = find_json(folder / RECORD, dict[str, Any])
+        if any(folder.iterdir()) and written is None:
             raise InputError(folder, None, None, "holds other things; name an empty folder or a new one")
-        if written and FILES not in written:
+        if written and not isinstance(written.get(FILES), dict):
             mend = "was made by another release, which did not list its files; name an empty folder or a new one"
             raise InputError(folder, None, None, mend)
         refuse_changed(folder, RECORD)
-        (folder / RECORD).write_text("{}\n", encoding="utf-8")
+        write_text(folder / RECORD, "{}\n")
     except OSError as error:
         raise InputError(folder, None, None, f"can't be written ({error.strerror})") from None
