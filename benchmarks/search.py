@@ -182,12 +182,12 @@ def opened(path: Path) -> Iterator[tuple[StudyIdentity, Ledger, Callable[[Coeffi
     identity, engine = sources.identity(), connect(landscape.storage)
     ledger = Ledger(engine)
     with closing(InProcessCompute().workers(build, sources.spec(), NullProgress())) as pool:
-        driver = Driver(identity=identity, ledger=ledger, pool=pool, progress=NullProgress())
+        driver = Driver(identity=identity, ledger=ledger, pool=pool, progress=NullProgress(), study="benchmark")
         objective = objectives(ledger, identity)[SEARCH]
 
         def measure(coefficients: Coefficients) -> float:
             composite = identity.composite(coefficients)
-            driver.measure([composite], SEARCH)
+            driver.measure([composite], [SEARCH], "baselines")
             return objective(recall(ledger, identity, composite, SEARCH))
 
         yield identity, ledger, measure

@@ -237,9 +237,9 @@ def time_growth(marks: Sequence[int], algorithm: str) -> list[dict[str, float]]:
         searched = Search(config.storage, "growing", config.space, config.search)
         store = MlflowStore(uri=config.tracking.uri, experiment="e", artifacts=Path(folder) / "artifacts")
         info = SearchInfo(model="m", study="growing", uid=searched.uid, parameters={})
-        driver = Driver(identity=identity, ledger=Ledger(engine), pool=pool, progress=NullProgress())
+        driver = Driver(identity=identity, ledger=Ledger(engine), pool=pool, progress=NullProgress(), study="benchmark")
         tracker = InTurn(store, info, marks[-1])
-        driver.measure([Composite.single(identity.base)], "search")
+        driver.measure([Composite.single(identity.base)], ["search"], "baselines")
         with holding(engine, "growing") as lease, suppress(Ended):
             driver.optimize(searched, 1, tracker, lease)
         engine.dispose()

@@ -28,7 +28,7 @@ from dem_opt.dashboards.tables import (
     usage_table,
     vector_table,
 )
-from dem_opt.dashboards.words import loss_title, objective_name, precision_lines
+from dem_opt.dashboards.words import cost_line, loss_title, objective_name, precision_lines
 from dem_opt.errors import InputError
 from dem_opt.evaluation.objective import mean_nll
 from dem_opt.types import BITS_PER_BYTE, HELD_OUT, SEARCH, Summary
@@ -153,7 +153,10 @@ def render(summary: Summary) -> str:
             vector_table(summary), f"Distributions; without it: change of the objective in {summary.unit_words}"
         ),
         distributions=_figures(("worth", "vectors"), figures),
-        cost=_html_table(cost_table(summary), "Cost by part: forward-equivalents, seconds of workers and proposals")
+        cost=_html_table(
+            cost_table(summary),
+            "Cost by part since the study began: forward-equivalents, seconds of workers and proposals",
+        )
         + _usage_table(summary)
         + _figure("utilisation", figures),
         facts=_facts(summary.facts),
@@ -217,7 +220,7 @@ def _answer(summary: Summary) -> str:
         scores += _other_means(summary)
     objective = objective_name(summary)
     sentence = f"{objective[0].upper()}{objective[1:]} {escape(scores)}."
-    lines = [sentence, *map(escape, precision_lines(summary))]
+    lines = [sentence, *map(escape, precision_lines(summary)), *filter(None, [escape(cost_line(summary))])]
     return f"<strong>{escape(winner.label)}</strong>: {escape(coefficients)}.<br>{'<br>'.join(lines)}"
 
 

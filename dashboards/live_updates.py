@@ -64,6 +64,10 @@ class LiveUpdates:
         """Forward the event."""
         return self._progress.phase(name, total, unit)
 
+    def time_left(self, seconds: float) -> None:
+        """Forward the event."""
+        self._progress.time_left(seconds)
+
     def warning(self, message: str) -> None:
         """Forward the event."""
         self._progress.warning(message)

@@ -151,31 +151,26 @@ def usage_table(summary: Summary) -> Table:
 
 
 def cost_table(summary: Summary) -> Table:
-    """List what each part of the study cost in forward-equivalents and seconds, and an estimate for a grid not run.
+    """List what each part of the study has cost in forward-equivalents and seconds, its total, and a grid not run.
 
-    The grid's seconds are its number of points times the runs' mean seconds for a forward-equivalent.
+    The seconds of a run include those of its proposals.  The grid's are its number of points times the mean seconds of
+    the runs for a forward-equivalent.
     """
-    rows = [_baseline_cost(summary)]
-    rates = []
-    for run, records in summary.trials.items():
-        usage = usage_of(records)
-        forwards, seconds = sum(record.forwards for record in records), usage.merging + usage.scoring
-        rows.append((run, f"{len(records):,}", f"{forwards:,.1f}", f"{seconds + usage.proposing:,.1f}"))
-        measured = sum(record.forwards for record in records if record.measured)
-        rates += [seconds / measured] if measured else []
+    rows, rates = [], []
+    proposing = {run: usage_of(records).proposing for run, records in summary.trials.items()}
+    for cost in summary.costs:
+        seconds = cost.seconds + proposing.get(cost.part, 0.0)
+        rows.append((cost.part, f"{cost.evaluations:,}", f"{cost.forwards:,.1f}", f"{seconds:,.1f}"))
+        rates += [cost.seconds / cost.forwards] if cost.part in summary.trials and cost.forwards else []
+    evaluations = sum(cost.evaluations for cost in summary.costs)
+    total = sum(cost.seconds for cost in summary.costs) + sum(proposing.values())
+    rows.append(("the whole study", f"{evaluations:,}", f"{summary.forwards:,.1f}", f"{total:,.1f}"))
     if "grid" not in summary.trials:
         # Points of a lattice with d divisions on the simplex of K distributions: C(d + K - 1, K - 1).
         points = comb(GRID_DIVISIONS + len(summary.distributions) - 1, len(summary.distributions) - 1)
         estimate = f"about {points * sum(rates) / len(rates):,.0f}" if rates else ABSENT
         rows.append((f"grid of {GRID_DIVISIONS} divisions (not run)", f"{points:,}", f"{points:,.1f}", estimate))
-    return Table(("part", "composites", "FE", "seconds"), tuple(rows))
-
-
-def _baseline_cost(summary: Summary) -> tuple[str, ...]:
-    """Sum up composites that no search proposed: base, fine-tunes, uniform average, leave-one-out."""
-    results = [*(result for result in summary.results if result.role != "best"), *summary.left_out]
-    forwards, seconds = sum(result.forwards for result in results), sum(result.seconds for result in results)
-    return "baselines and leave-one-out", f"{len(results):,}", f"{forwards:,.1f}", f"{seconds:,.1f}"
+    return Table(("part", "evaluations", "FE", "seconds"), tuple(rows))
 
 
 def vector_table(summary: Summary) -> Table:

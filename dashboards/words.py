@@ -45,3 +45,11 @@ def precision_lines(summary: Summary) -> list[str]:
         f"{summary.unit_words} on average, and {precision.high:.5f} or more in one case of 20; with four times the "
         f"windows, {4 * precision.windows}, about {precision.regret_with(4):.5f}.",
     ]
+
+
+def cost_line(summary: Summary) -> str:
+    """Say what the study has cost, everything included, and how that is made up; empty where nothing was measured."""
+    if not summary.costs:
+        return ""
+    parts = ", ".join(f"{cost.part} {cost.forwards:,.1f}" for cost in summary.costs)
+    return f"The whole study has cost {summary.forwards:,.1f} forward-equivalents: {parts}."

@@ -38,6 +38,9 @@ class Progress(Protocol):
     def trial_finished(self, record: TrialRecord, done: int, planned: int) -> None:
         """Report a finished trial; `done` of `planned` trials of its run are finished now."""
 
+    def time_left(self, seconds: float) -> None:
+        """Report the seconds that all searches of the command and its final table will take, by their costs so far."""
+
     def warning(self, message: str) -> None:
         """Report a problem that the work survives."""
 
@@ -70,6 +73,9 @@ class NullProgress:
         """Report nothing."""
 
     def trial_finished(self, record: TrialRecord, done: int, planned: int) -> None:
+        """Report nothing."""
+
+    def time_left(self, seconds: float) -> None:
         """Report nothing."""
 
     def warning(self, message: str) -> None:

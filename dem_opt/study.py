@@ -26,6 +26,7 @@ from dem_opt.workflows import (
     data_mixing,
     downstream,
     export,
+    final_table,
     fine_tuning,
     frames,
     lora_export,
@@ -291,10 +292,23 @@ class Study:
         write_report(self.summary(), Path(path))
         return Path(path)
 
-    def describe(self, results: Summary, note: str, files: Mapping[str, str | bytes]) -> None:
-        """Log a summary with the tracker: its baselines, a description in Markdown, and files by path."""
+    def describe(self, results: Summary, note: str, files: Mapping[str, str | bytes]) -> bool:
+        """Log a summary with the tracker: its baselines, a description in Markdown, and files by path.
+
+        Returns:
+            Whether the tracker has everything now.
+        """
         with self._workflow() as context:
-            summary.log_summary(context, results, note, files)
+            return summary.log_summary(context, results, note, files)
+
+    def complete_report(self) -> StudyResult:
+        """Score all rows that a report can have, the best five and leave-one-out included, as far as they are missing.
+
+        Raises:
+            InputError: The study has not been run, or has changed since.
+        """
+        with self._workflow() as context:
+            return StudyResult(final_table.complete_report(context))
 
     def reweighted(self, weights: Mapping[str, float]) -> Summary:
         """Summarize what the study would have found with other weights of its objective, without a forward pass.

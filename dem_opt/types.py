@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from dem_opt.costs import Cost
 from dem_opt.errors import EvaluationError
 from dem_opt.simplex import UNIT, Coefficients
 
@@ -547,6 +548,7 @@ class Summary:
         unit: Unit of the objective, a key of `UNITS`.
         left_out: The winner without one of its distributions, the others scaled up to its total; named by the
             distribution that is left out.
+        costs: What the study has spent since it began, by part.
     """
 
     study: str
@@ -564,6 +566,12 @@ class Summary:
     vectors: VectorGeometry | None = None
     surrogate: Surrogate | None = None
     precision: Precision | None = None
+    costs: tuple[Cost, ...] = ()
+
+    @property
+    def forwards(self) -> float:
+        """Forward-equivalents of the whole study, everything included."""
+        return sum(cost.forwards for cost in self.costs)
 
     @property
     def is_mean(self) -> bool:

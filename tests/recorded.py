@@ -14,6 +14,7 @@ class RecordedProgress:
         self.records: list[TrialRecord] = []
         self.done: list[int] = []
         self.earlier: list[Sequence[TrialRecord]] = []
+        self.left: list[float] = []
         self.phases: list[str] = []
         self.notes: list[str] = []
         self.warnings: list[str] = []
@@ -29,6 +30,9 @@ class RecordedProgress:
     def trial_finished(self, record: TrialRecord, done: int, planned: int) -> None:
         self.records.append(record)
         self.done.append(done)
+
+    def time_left(self, seconds: float) -> None:
+        self.left.append(seconds)
 
     def warning(self, message: str) -> None:
         self.warnings.append(message)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from dem_opt.analysis.surrogate import surrogate_of
+from dem_opt.costs import Cost
 from dem_opt.evaluation.objective import mean_nll
 from dem_opt.simplex import UNIT, Coefficients, Space
 from dem_opt.types import Evaluation, Margin, ResultRow, Score, Summary, TrialRecord, VectorGeometry
@@ -153,6 +154,12 @@ def a_summary(
     left_out = tuple(result(name, "without", space.sample(rng)) for name in names) if top and len(names) > 1 else ()
     vectors_KP = rng.normal(size=(len(names), 9))
     vectors = VectorGeometry(tuple(names), tuple(map(tuple, (vectors_KP @ vectors_KP.T).tolist())))
+    costs = [Cost(part="baselines", evaluations=1, forwards=1.0, seconds=0.3)]
+    for run, records in searches.items():
+        paid = [record for record in records if record.measured]
+        forwards = sum(record.forwards for record in paid)
+        costs += [Cost(part=run, evaluations=len(paid), forwards=forwards, seconds=0.3 * len(paid))] if paid else []
+    costs += [Cost(part="final table", evaluations=6, forwards=24.0, seconds=7.2)]
     all_records = [record for records in searches.values() for record in records]
     believed = surrogate_of(space, all_records) if len(all_records) < 200 else None
     return Summary(
@@ -168,4 +175,5 @@ def a_summary(
         left_out=left_out,
         vectors=vectors,
         surrogate=believed,
+        costs=tuple(costs),
     )

@@ -27,8 +27,8 @@ from dem_opt.config import load
 from dem_opt.storage.ledger import Ledger
 from dem_opt.storage.retry import opened
 from dem_opt.types import Request, Summary
+from dem_opt.workflows.libraries import libraries
 from dem_opt.workflows.lm_eval import harness_version
-from dem_opt.workflows.provenance import libraries
 from dem_opt.workflows.quickstart import ADDED, DISTRIBUTIONS, SPLITS, make_assets
 from dem_opt.workflows.quickstart.additions import TASK
 

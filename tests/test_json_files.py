@@ -12,7 +12,7 @@ import worlds
 from malformed import MALFORMED, malform
 from safetensors.torch import save_file
 
-from dem_opt.analysis import vector_geometry
+from dem_opt.analysis import stored_vectors
 from dem_opt.analysis.task_scores import TaskScore
 from dem_opt.checkpoints.adapters import CONFIG, WEIGHTS, check_adapter, read_adapter
 from dem_opt.checkpoints.convert import RECORD as CONVERTED
@@ -57,8 +57,8 @@ def check_model(folder: Path) -> None:
 
 FOUND: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object], object]] = {
     "vectors.json": (
-        lambda folder: folder / vector_geometry.FILE,
-        lambda file: vector_geometry.recall_vectors("b", {"code": "c"}, file.parent),
+        lambda folder: folder / stored_vectors.FILE,
+        lambda file: stored_vectors.recall_vectors("b", {"code": "c"}, file.parent),
         None,
     ),
     "a task's score": (lambda folder: folder / "score.json", lambda file: find_json(file, TaskScore), None),
@@ -180,8 +180,8 @@ def test_a_quickstart_without_its_record_is_left_alone(tmp_path, kind):
 
 def test_what_was_written_is_read_back(tmp_path):
     vectors = VectorGeometry(("code", "math"), ((1.0, 0.5), (0.5, 2.0)))
-    vector_geometry.keep(vectors, "b", {"code": "c", "math": "m"}, tmp_path)
-    assert vector_geometry.recall_vectors("b", {"math": "m", "code": "c"}, tmp_path) == VectorGeometry(
+    stored_vectors.keep(vectors, "b", {"code": "c", "math": "m"}, tmp_path)
+    assert stored_vectors.recall_vectors("b", {"math": "m", "code": "c"}, tmp_path) == VectorGeometry(
         ("math", "code"), ((2.0, 0.5), (0.5, 1.0))
     )
     (tmp_path / "record.json").write_text('{"a": [1, 2.5, null, true, "x"]}')

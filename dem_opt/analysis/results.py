@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dem_opt.analysis.bootstrap import difference
+from dem_opt.config import TOP, ReportSection
 from dem_opt.errors import EvaluationError
 from dem_opt.evaluation.objective import Objective
 from dem_opt.search.run_name import RunName
@@ -15,9 +16,6 @@ from dem_opt.simplex import UNIT, Coefficients, Space
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
 from dem_opt.types import SEARCH, SPLITS, Composite, Margin, ResultRow, Score, Summary, TrialRecord
-
-TOP = 5
-"""Best composites of the search split that are scored on the held-out split too."""
 
 APART = 0.01
 """Least difference of some coefficient between two composites that are both listed."""
@@ -53,6 +51,15 @@ class Entry:
 def entries(identity: StudyIdentity, trials: Mapping[str, Sequence[TrialRecord]]) -> list[Entry]:
     """Base, single fine-tunes, uniform average, and each algorithm's best run, the best of these last."""
     return _baselines(identity) + _best_entries(identity, trials)
+
+
+def final_entries(
+    identity: StudyIdentity, trials: Mapping[str, Sequence[TrialRecord]], report: ReportSection
+) -> list[Entry]:
+    """The composites that are scored on both splits: those of `entries`, and what the study's report asks for."""
+    table = entries(identity, trials)
+    left_out = left_out_entries(identity, table[-1]) if report.leave_one_out else []
+    return [*table, *top_entries(identity, trials, report.top), *left_out]
 
 
 def _baselines(identity: StudyIdentity) -> list[Entry]:
@@ -195,6 +202,7 @@ def summarize(
         function=identity.function.name if identity.function else "",
         unit=identity.unit,
         left_out=known_rows(ledger, identity, left_out_entries(identity, listed[-1])),
+        costs=ledger.costs(study, identity),
     )
 
 

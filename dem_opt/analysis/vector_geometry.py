@@ -3,26 +3,18 @@
 Shape suffixes: N fine-tunes, P parameters of a tensor, B parameters of a block.
 """
 
-import json
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import FiniteFloat
 from torch import Tensor
 
-from dem_opt.atomic import write_text
+from dem_opt.analysis.stored_vectors import keep, recall_vectors
 from dem_opt.checkpoints.architecture import read_architecture, stored_names
 from dem_opt.checkpoints.files import read_header
-from dem_opt.json_files import find_json
 from dem_opt.merging.merged_model import merged_tensors
 from dem_opt.progress import Progress
 from dem_opt.types import Composite, StoredModel, VectorGeometry
-
-FILE = "vectors.json"
-"""The file in a study's output folder."""
 
 BLOCK = 2**18
 """Parameters whose inner products are summed in float32, where rounding stays small; blocks are summed in float64."""
@@ -65,35 +57,3 @@ def measure_once(base: StoredModel, fine_tunes: Mapping[str, StoredModel], folde
     if recall_vectors(base.content, contents, folder) is None:
         with progress.phase(f"comparing {len(contents)} distribution vectors, once"):
             keep(vectors_of(base, fine_tunes), base.content, contents, folder)
-
-
-def keep(vectors: VectorGeometry, base: str, fine_tunes: Mapping[str, str], folder: Path) -> None:
-    """Write inner products by content, whole or not at all; a folder that can't be written stays without them."""
-    contents = [fine_tunes[name] for name in vectors.names]
-    text = json.dumps({"base": base, "contents": contents, "inner": vectors.inner})
-    with suppress(OSError):
-        write_text(folder / FILE, text)
-
-
-def recall_vectors(base: str, fine_tunes: Mapping[str, str], folder: Path) -> VectorGeometry | None:
-    """The vectors of these contents, under their present names; None where they were not measured.
-
-    Names and order may have changed since, so rows are found by content.
-    """
-    stored = find_json(folder / FILE, _Stored)
-    if stored is None or {len(stored.contents)} != {len(stored.inner), *map(len, stored.inner)}:
-        return None
-    row = {content: index for index, content in enumerate(stored.contents)}
-    if stored.base != base or not row.keys() >= set(fine_tunes.values()):
-        return None
-    order = [row[content] for content in fine_tunes.values()]
-    return VectorGeometry(tuple(fine_tunes), tuple(tuple(stored.inner[i][j] for j in order) for i in order))
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """The file: hashes of the base's and the fine-tunes' contents, and the inner products in their order."""
-
-    base: str
-    contents: list[str]
-    inner: list[list[FiniteFloat]]

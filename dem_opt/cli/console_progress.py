@@ -59,22 +59,18 @@ class _Run:
         words = f"best {self._best.objective:.4f} {self._best.unit_words} at {in_full(self._best.coefficients)}"
         return words + (", protect violated" if self._best.violation else "")
 
-    def summary(self, done: int, planned: int) -> str:
-        """The best, trials stopped early, and the pace."""
+    def summary(self, left: float | None) -> str:
+        """The best, trials stopped early, the pace, and the seconds that are left of the command."""
         stopped = f"; {self._stopped} stopped early" if self._stopped else ""
-        return self.best + stopped + self._pace(done, planned)
+        remaining = "" if left is None else f"; about {duration(left)} left, final table included"
+        return self.best + stopped + self._pace() + remaining
 
-    def _pace(self, done: int, planned: int) -> str:
-        """Trials a minute over the latest PACE trials, and the time left at that pace.
-
-        A search may end before all planned trials, so that time is an upper bound.  The first seconds say nothing.
-        """
+    def _pace(self) -> str:
+        """Trials a minute over the latest PACE trials.  The first seconds say nothing."""
         times = self._finished_at
         if len(times) < 4 or (spent := times[-1] - times[0]) < 1:
             return ""
-        pace = (len(times) - 1) / spent
-        left = f", {duration((planned - done) / pace)} left at most" if done < planned else ""
-        return f"; {60 * pace:.3g} trials a minute{left}"
+        return f"; {60 * (len(times) - 1) / spent:.3g} trials a minute"
 
 
 class _Bar:
@@ -82,7 +78,7 @@ class _Bar:
 
     def __init__(self, bars: rich.progress.Progress, name: str, total: int | None, unit: str) -> None:
         self._bars, self._total, self._unit = bars, total, unit
-        self._done, self._is_over = 0, False
+        self._done, self._is_over, self._began = 0, False, monotonic()
         self._lock = Lock()
         self._task = bars.add_task(escape(name), total=total, count=count_of(0, total, unit), detail="")
 
@@ -91,7 +87,7 @@ class _Bar:
         with self._lock:
             self._done += amount
             if not self._is_over:
-                count = count_of(self._done, self._total, self._unit)
+                count = count_of(self._done, self._total, self._unit) + time_left(self._began, self._done, self._total)
                 self._bars.update(self._task, completed=self._done, count=count, detail=detail)
 
     def end(self) -> None:
@@ -118,7 +114,7 @@ class LinePhase:
             return
         tenths = self._done * LINES // max(self._total, 1)
         if tenths > self._tenths and (detail or monotonic() - self._began > LONG):
-            count = count_of(self._done, self._total, self._unit)
+            count = count_of(self._done, self._total, self._unit) + time_left(self._began, self._done, self._total)
             self._write(f"{self._name}: {count}" + (f"; {detail}" if detail else ""))
         self._tenths = max(tenths, self._tenths)
 
@@ -130,6 +126,7 @@ class ConsoleProgress:
         self._console = console
         self._runs: dict[str, _Run] = {}
         self._run_tasks: dict[str, TaskID] = {}
+        self._left: float | None = None
         self._contexts = ExitStack()
         self._bars = rich.progress.Progress(
             SpinnerColumn(finished_text=" "),
@@ -175,9 +172,9 @@ class ConsoleProgress:
         for record in records:
             run.recall(record)
         if self._draws:
-            self._move(study, done, planned, run.summary(done, planned))
+            self._move(study, done, planned, run.summary(self._left))
         else:
-            self.note(f"{study}: {done} of {planned} trials from earlier; {run.summary(done, planned)}")
+            self.note(f"{study}: {done} of {planned} trials from earlier; {run.summary(self._left)}")
 
     def trial_finished(self, record: TrialRecord, done: int, planned: int) -> None:
         """Move the run's bar, or print a line for a new best and for every tenth of the planned trials."""
@@ -185,11 +182,15 @@ class ConsoleProgress:
         before = run.best
         run.add(record)
         if self._draws:
-            self._move(record.study, done, planned, run.summary(done, planned))
+            self._move(record.study, done, planned, run.summary(self._left))
         elif run.best != before or done == planned or done * LINES // planned > (done - 1) * LINES // planned:
-            self.note(f"{record.study}: {done} of {planned} trials; {run.summary(done, planned)}")
+            self.note(f"{record.study}: {done} of {planned} trials; {run.summary(self._left)}")
         if record.reason:
             self.note(f"{record.study}: trial {record.number} failed: {record.reason}")
+
+    def time_left(self, seconds: float) -> None:
+        """Show it with the next trial."""
+        self._left = seconds
 
     def warning(self, message: str) -> None:
         """Print a line that stands out."""
@@ -226,6 +227,14 @@ def count_of(done: int, total: int | None, unit: str) -> str:
     if total is None:
         return ""
     return f"{decimal(done)} of {decimal(total)}" if unit == "bytes" else f"{done} of {total} {unit}"
+
+
+def time_left(began: float, done: int, total: int | None) -> str:
+    """The time that counted work will take, by the time since `began`; empty in the first seconds and at its end."""
+    elapsed = monotonic() - began
+    if total is None or not 0 < done < total or elapsed <= LONG:
+        return ""
+    return f", about {duration(elapsed * (total - done) / done)} left"
 
 
 def in_full(coefficients: Coefficients) -> str:

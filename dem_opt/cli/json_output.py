@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dem_opt.analysis.mixing_cost import MixingComparison
     from dem_opt.analysis.regret import Comparison
     from dem_opt.analysis.task_scores import TaskTable
+    from dem_opt.costs import Cost
     from dem_opt.export.writer import Export
     from dem_opt.types import ResultRow, Score, Summary
     from dem_opt.workflows.check import Findings
@@ -69,6 +70,7 @@ def of_summary(summary: "Summary") -> dict[str, Any]:
     """The results of a study.
 
     `forward_equivalents` are passes over all windows of the search split; `usage` has seconds, and shares from 0 to 1.
+    `cost` is what the study has spent since it began, everything included.
     """
     from dem_opt.analysis.utilization import usage_of
 
@@ -85,6 +87,7 @@ def of_summary(summary: "Summary") -> dict[str, Any]:
         "stopped_early": {run: sum(record.is_partial for record in records) for run, records in summary.trials.items()},
         "precision": summary.precision and asdict(summary.precision),
         "stop_reasons": dict(summary.stopped or {}),
+        "cost": {"forward_equivalents": summary.forwards, "parts": [_of_cost(cost) for cost in summary.costs]},
         "usage": {run: asdict(usage_of(records)) for run, records in summary.trials.items()},
     }
 
@@ -118,6 +121,15 @@ def of_tasks(table: "TaskTable") -> dict[str, Any]:
     """Models on tasks, with units."""
     units = {"objective": table.unit, "agreement": "Spearman's rank correlation, 1 where lower loss is better"}
     return asdict(table) | {"agreement": table.agreement, "units": units}
+
+
+def _of_cost(cost: "Cost") -> dict[str, Any]:
+    return {
+        "part": cost.part,
+        "evaluations": cost.evaluations,
+        "forward_equivalents": cost.forwards,
+        "seconds": cost.seconds,
+    }
 
 
 def _of_row(row: "ResultRow") -> dict[str, Any]:

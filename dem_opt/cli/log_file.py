@@ -74,6 +74,9 @@ class LogFile:
         place = f"{record.study} trial {record.number} at {record.coefficients}"
         self.write("trial", f"{place}: {outcome}; {done} of {planned} trials finished")
 
+    def time_left(self, seconds: float) -> None:
+        """Log nothing: it follows from what was logged."""
+
     def warning(self, message: str) -> None:
         """Log a warning."""
         self.write("warning", message)
@@ -113,6 +116,11 @@ class Broadcast:
         """Pass it on."""
         for receiver in self._receivers:
             receiver.trial_finished(record, done, planned)
+
+    def time_left(self, seconds: float) -> None:
+        """Pass it on."""
+        for receiver in self._receivers:
+            receiver.time_left(seconds)
 
     def warning(self, message: str) -> None:
         """Pass it on."""

@@ -3,7 +3,7 @@
 import shlex
 from argparse import Namespace
 
-from dem_opt.cli import baselines, json_output, reports
+from dem_opt.cli import baselines, json_output, published, reports
 from dem_opt.cli.coefficients import format_coefficients, parse_numbers
 from dem_opt.cli.console import Terminal
 from dem_opt.errors import InputError, OutageError
@@ -14,6 +14,8 @@ def run(arguments: Namespace, terminal: Terminal) -> None:
     if arguments.sync_only:
         _sync(arguments, terminal)
         return
+    if _answer_finished(arguments, terminal):
+        return
     with reports.study_beside_dashboards(arguments.study, terminal) as (study, updates):
         study.run()
     summary = reports.publish(study, updates.pages, terminal)
@@ -21,6 +23,33 @@ def run(arguments: Namespace, terminal: Terminal) -> None:
         terminal.json(json_output.of_summary(summary))
     else:
         reports.print_results(summary, terminal)
+
+
+def _answer_finished(arguments: Namespace, terminal: Terminal) -> bool:
+    """Print the results of a study that is finished and published; return whether it is.  Loads no torch."""
+    from dem_opt.config import load
+    from dem_opt.config.objective_function import import_from
+    from dem_opt.workflows.finished import find_finished
+    from dem_opt.workflows.stored_results import stored_results
+
+    config = load(arguments.study)
+    if config.objective.function is not None:
+        import_from(arguments.study.resolve().parent)
+    known = find_finished(config, [config.search.algorithm])
+    if known is None:
+        return False
+    summary = stored_results(config, arguments.study)
+    if not published.is_published(config, summary):
+        return False
+    with terminal.progress() as progress:
+        for warning in known.warnings:
+            progress.warning(warning)
+        progress.note(f"{config.name} is finished: answered from its database")
+    if arguments.json:
+        terminal.json(json_output.of_summary(summary))
+    else:
+        reports.print_results(summary, terminal)
+    return True
 
 
 def _sync(arguments: Namespace, terminal: Terminal) -> None:

@@ -319,7 +319,16 @@ def _add_results(commands: Any) -> None:
         "report",
         reports.report,
         summary="write the results as one offline HTML page",
-        examples="dem-opt report study.yaml\ndem-opt report study.yaml --out report.html --figures figures",
+        examples=(
+            "dem-opt report study.yaml\ndem-opt report study.yaml --out report.html --figures figures\n"
+            "dem-opt report study.yaml --full"
+        ),
+    )
+    report.add_argument(
+        "--full",
+        action="store_true",
+        help="first score what the final table lacks: the best five on the held-out split, and the winner without "
+        "each of its distributions",
     )
     _complete(
         report.add_argument("--out", type=Path, metavar="FILE", help="page to write (OUTPUT/report.html)"), shtab.FILE

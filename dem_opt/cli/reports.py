@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dem_opt.cli import json_output
+from dem_opt.cli import json_output, published
 from dem_opt.cli.console import Terminal, json_text
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def publish(study: "Study", pages: Mapping[str, str], terminal: Terminal) -> "Su
             "final_table.md": tables,
             **images,
         }
-        study.describe(summary, f"{study_note(summary, {})}\n\n{tables}" if note else "", files)
+        if study.describe(summary, f"{study_note(summary, {})}\n\n{tables}" if note else "", files):
+            published.keep(study.config, summary)
     return summary
 
 
@@ -85,8 +86,14 @@ def report(arguments: Namespace, terminal: Terminal) -> None:
     from dem_opt.dashboards.static_export import write_figures
     from dem_opt.study import Study
 
-    study = Study.load(arguments.study)
-    out, summary = arguments.out or study.config.output / "report.html", study.summary()
+    if arguments.full:
+        with study_beside_dashboards(arguments.study, terminal) as (study, updates):
+            study.complete_report()
+        summary = publish(study, updates.pages, terminal)
+    else:
+        study = Study.load(arguments.study)
+        summary = study.summary()
+    out = arguments.out or study.config.output / "report.html"
     write_report(summary, out)
     written = write_figures(all_figures(summary), arguments.figures) if arguments.figures else []
     if arguments.json:
@@ -130,7 +137,7 @@ def print_comparison(summary: "Summary", folder: Path, terminal: Terminal) -> No
 def print_results(summary: "Summary", terminal: Terminal) -> None:
     """Print the results table on both splits, the best five composites, the margins and the winner."""
     from dem_opt.dashboards.tables import SPLIT_NAMES, final_table, margin_table, top_table
-    from dem_opt.dashboards.words import loss_title, objective_name, precision_lines
+    from dem_opt.dashboards.words import cost_line, loss_title, objective_name, precision_lines
 
     objective = objective_name(summary)
     for split, words in SPLIT_NAMES.items():
@@ -153,7 +160,7 @@ def print_results(summary: "Summary", terminal: Terminal) -> None:
         groups=margins.groups,
     )
     terminal.line(f"The winner: {summary.winner.label}: {summary.winner.coefficients}")
-    for line in precision_lines(summary):
+    for line in filter(None, [*precision_lines(summary), cost_line(summary)]):
         terminal.line(line)
 
 

@@ -16,6 +16,7 @@ from dem_opt.config.sections import (
     BUDGETS,
     CHAT_DATE,
     RENAMED_KEYS,
+    TOP,
     ComputeSection,
     DataFile,
     DataMixingSection,
@@ -28,6 +29,7 @@ from dem_opt.config.sections import (
     Name,
     ObjectiveSection,
     OutagesSection,
+    ReportSection,
     SearchSection,
     Section,
     SimplexSection,
@@ -44,6 +46,7 @@ __all__ = [
     "ALGORITHMS",
     "BUDGETS",
     "CHAT_DATE",
+    "TOP",
     "ComputeSection",
     "DataFile",
     "DistributionSection",
@@ -52,6 +55,7 @@ __all__ = [
     "FineTuningSection",
     "GeneralSection",
     "ModelSource",
+    "ReportSection",
     "SearchSection",
     "StudyConfig",
     "load",
@@ -110,6 +114,9 @@ class StudyConfig(Section):
 
     data_mixing: DataMixingSection = DataMixingSection()
     """Data-mixing baselines."""
+
+    report: ReportSection = ReportSection()
+    """Rows of the final table that are measured only where they are asked for."""
 
     evaluate: EvaluateSection | None = None
     """Downstream tasks of `dem-opt evaluate`."""

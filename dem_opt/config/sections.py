@@ -381,6 +381,10 @@ ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 """All search algorithms."""
 
 
+TOP = 5
+"""Best composites of the search split that results list."""
+
+
 class SearchSection(Section):
     """Proposals of coefficients, and budgets of the search."""
 
@@ -522,6 +526,18 @@ class DataMixingSection(Section):
         return self
 
 
+class ReportSection(Section):
+    """Composites of the final table beside base, single fine-tunes, uniform average, winner and the best of each
+    algorithm. Each costs a forward pass over the held-out split; `dem-opt report --full` measures all of them later.
+    """
+
+    top: Annotated[int, Field(ge=0, le=TOP)] = 0
+    """Best composites of the search split that are scored on the held-out split too."""
+
+    leave_one_out: bool = False
+    """Score the winner without each of its distributions, on both splits: what each distribution's data is worth."""
+
+
 class EvaluateSection(Section):
     """Tasks of lm-evaluation-harness that `dem-opt evaluate` scores models on."""
 
@@ -533,7 +549,7 @@ class EvaluateSection(Section):
     include: StudyPath | None = None
     """Folder of task files of your own."""
 
-    top: Annotated[int, Field(gt=0, le=5)] = 5
+    top: Annotated[int, Field(gt=0, le=TOP)] = TOP
     """Best composites to score, beside the base, the fine-tunes and the uniform average."""
 
     limit: Positive | None = None

@@ -17,6 +17,9 @@ GPU_CONTEXT_BYTES = 600 * 10**6
 """Bytes that a process takes on a GPU before it stores anything: CUDA's context and the libraries' kernels.  Not
 measured: a round number above what is usual."""
 
+PROBES = 10
+"""Probes of a machine's speed, one after the other: on a busy machine they tell how far one may be off."""
+
 _PROBE_SECONDS = 0.1
 
 # Control groups of version 2 and 1, under /sys/fs/cgroup: files with the limit and the use, the file with details, and
@@ -57,12 +60,16 @@ class Speed:
         bandwidth: Bytes a second, read and written.
         token_seconds: Measured seconds of an evaluation (merge and score) for each forward token; None where there was
             none yet.
+        low: The least that the same work may take, as a factor of the expected seconds: by the fastest measurements.
+        high: The most that it may take, by the slowest of them.
     """
 
     source: str
     flops: float
     bandwidth: float
     token_seconds: float | None = None
+    low: float = 1.0
+    high: float = 1.0
 
 
 def this_machine() -> Machine:
@@ -79,7 +86,7 @@ def available_memory() -> int:
 
 
 def probe(device: str, dtype: str, inner: int, outer: int) -> Speed:
-    """Time a matrix product of the model's shapes and a copy on this machine, for 0.1 s each.
+    """Time a matrix product of the model's shapes and a copy on this machine, PROBES times for 0.1 s each.
 
     The product is  [rows, inner] x [inner, outer] , each cut to a size that takes a few hundredths of a second.
     """
@@ -89,9 +96,18 @@ def probe(device: str, dtype: str, inner: int, outer: int) -> Speed:
     right = torch.ones(inner, outer, dtype=left.dtype, device=device)
     flat = torch.ones(_COPIED, dtype=torch.float32, device=device)
     into = torch.empty_like(flat)
-    product = _timed(lambda: torch.matmul(left, right), device)
-    copy = _timed(lambda: into.copy_(flat), device)
-    return Speed("a matrix product and a copy, timed now", 2 * rows * inner * outer / product, 2 * flat.nbytes / copy)
+    products, copies = list[float](), list[float]()
+    for _ in range(PROBES):
+        products.append(_timed(lambda: torch.matmul(left, right), device))
+        copies.append(_timed(lambda: into.copy_(flat), device))
+    product = median(products)
+    return Speed(
+        f"a matrix product and a copy, timed {PROBES} times now",
+        flops=2 * rows * inner * outer / product,
+        bandwidth=2 * flat.nbytes / median(copies),
+        low=min(products) / product,
+        high=max(products) / product,
+    )
 
 
 def _timed(work: Callable[[], object], device: str) -> float:

@@ -30,7 +30,7 @@ from dem_opt.evaluation.interim_analyses import INTERIM_ANALYSES, windows_by_ana
 from dem_opt.planning.hardware import this_machine
 from dem_opt.planning.plan import BATCH_TOKENS, Plan, evaluation_dtype, make_plan, refuse_too_large, stored_dtype
 from dem_opt.planning.tokenizers import other_tokenizers
-from dem_opt.planning.vertices import check_vertices, shortage
+from dem_opt.planning.vertices import VertexCheck, check_vertices, shortage
 from dem_opt.progress import current_progress
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.types import BITS_PER_BYTE, SPLITS, Corpus, CorpusLayout, StoredModel, WorkerSpec
@@ -61,10 +61,10 @@ class CheckedHeaders:
         }
         return base, fine_tunes
 
-    def check_vertices(self) -> list[str]:
+    def check_vertices(self) -> VertexCheck:
         """Check that vertices compute what their fine-tunes compute (`vertices.check_vertices`), and hash them."""
         if reason := shortage(self.architecture, self.headers):
-            return [f"no model is compared with its own forward pass: {reason}"]
+            return VertexCheck((f"no model is compared with its own forward pass: {reason}",))
         return check_vertices(*self.stored_models(), self.headers)
 
     def warnings(self) -> list[str]:
@@ -111,6 +111,7 @@ class Inputs:
         left_out: Tensors of the checkpoints that are passed over, in words.
         unlike_base: Warnings of what fine-tunes have otherwise than the base, or may compute otherwise than vertices.
         configuration: That of the study's identity.
+        compared_tokens: Forward tokens of comparing vertices with their fine-tunes.
     """
 
     config: StudyConfig
@@ -126,6 +127,7 @@ class Inputs:
     left_out: tuple[str, ...] = ()
     unlike_base: tuple[str, ...] = ()
     configuration: str = ""
+    compared_tokens: int = 0
 
     def on(self, device: str) -> "Inputs":
         """The same inputs for workers on another kind of device."""
@@ -284,7 +286,7 @@ def check_base_alone(folder: Path) -> list[str]:
     headers = {"base": base}
     if reason := shortage(check_base(base), headers):
         return [f"the base is not compared with its own forward pass: {reason}"]
-    return check_vertices(_stored_checkpoint(base), {}, headers)
+    return list(check_vertices(_stored_checkpoint(base), {}, headers).warnings)
 
 
 def _check_adapter(
@@ -371,6 +373,7 @@ def load_inputs(config: StudyConfig, where: Path, worker: bool = True) -> Inputs
     streamed = {
         model.content for model in (base, *fine_tunes.values()) if is_local and model.path in plan.memory.streamed
     }
+    vertices = checked.check_vertices()
     return Inputs(
         config=config,
         stored=stored_dtype(checked.headers["base"]),
@@ -382,7 +385,8 @@ def load_inputs(config: StudyConfig, where: Path, worker: bool = True) -> Inputs
         gradients_fit=plan.gradients_fit or not is_local,
         streamed=tuple(streamed),
         left_out=tuple(checked.left_out()),
-        unlike_base=(*checked.warnings(), *checked.check_vertices()),
+        unlike_base=(*checked.warnings(), *vertices.warnings),
+        compared_tokens=vertices.tokens,
     )
 
 

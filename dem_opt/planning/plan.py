@@ -27,6 +27,9 @@ BATCH_TOKENS = 4096
 PACE = 0.6
 """Share of a matrix product's speed that a whole forward pass reaches: five runs of benchmarks/plan.py (dev/LOG.md)."""
 
+LEAST_PACE, MOST_PACE = 0.37, 1.13
+"""The lowest and the highest of them: the error of seconds that follow from a matrix product, besides the product's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Calls:
@@ -137,6 +140,12 @@ class Plan:
         Workers on GPUs divide the work, those on a CPU the CPU.  A worker's GPUs merge at once and score in turn.
         """
         return self.work.seconds(speed) / self.parallel
+
+    def seconds_range(self, work: Work, speed: Speed) -> tuple[float, float]:
+        """Least and most seconds of some work: by the range of the speed, and of PACE where nothing was measured."""
+        seconds = work.seconds(speed) / self.parallel
+        fastest, slowest = (1.0, 1.0) if speed.token_seconds is not None else (PACE / MOST_PACE, PACE / LEAST_PACE)
+        return seconds * speed.low * fastest, seconds * speed.high * slowest
 
     @property
     def parallel(self) -> int:
@@ -329,22 +338,28 @@ def _batch_tokens(study: StudyConfig, free: int, calls: _Sizes) -> int:
 def _work(study: StudyConfig, *, token_flops: float, merge_bytes: int) -> Work:
     """Count trials and composites.
 
-    The results table has base, single fine-tunes, their uniform average and the best.  The Gaussian process begins with
-    singles and average, the grid has the singles.  Both splits have the best without each of its distributions too;
-    of two distributions these are the singles.
+    The final table has base, single fine-tunes, their uniform average and the best.  The Gaussian process begins with
+    singles and average, the grid has the singles.  Where the report asks for them, the held-out split has the next best
+    composites too, and both splits have the best without each of its distributions.
     """
     space, search, evaluation = study.space, study.search, study.evaluation
     is_point = space.dimension == 1
     trials = study.planned_trials(search.algorithm)
     singles, average = len(space.names), 0 if is_point else 1
     extra = {"grid": average, "simplex-gp": max(singles + average - trials, 0)}.get(search.algorithm, singles + average)
-    without = singles if singles > 2 else 0
+    without = left_out_count(study)
     return Work(
         trials=trials,
         composites=1 + trials + extra + without,
-        reported=1 + singles + average + 1 + without,
+        reported=1 + singles + average + max(study.report.top, 1) + without,
         trial_tokens=len(study.corpora) * evaluation.windows * evaluation.window,
         report_tokens=len(study.corpora) * evaluation.held_out * evaluation.window,
         token_flops=token_flops,
         merge_bytes=merge_bytes,
     )
+
+
+def left_out_count(study: StudyConfig) -> int:
+    """Composites of leave-one-out that no search has scored; of two distributions these are the singles."""
+    singles = len(study.space.names)
+    return singles if study.report.leave_one_out and singles > 2 else 0

@@ -44,18 +44,23 @@ class _Vertex:
     tolerance: float
 
 
+@dataclass(frozen=True)
+class VertexCheck:
+    """A check of vertices: warnings of those that can't be compared, and the forward tokens that it took."""
+
+    warnings: tuple[str, ...]
+    tokens: int = 0
+
+
 def check_vertices(
     base: StoredModel, fine_tunes: Mapping[str, StoredModel], headers: Mapping[str, Header]
-) -> list[str]:
+) -> VertexCheck:
     """Compare base and fine-tunes with their libraries' own forward passes, as far as they were not compared before.
 
     Args:
         base: The base.
         fine_tunes: Checkpoints and adapters by distribution.
         headers: Headers by distribution; of the base as "base".
-
-    Returns:
-        Warnings of those that can't be compared.
 
     Raises:
         InputError: A vertex is another model than its fine-tune, or the base is no causal model.
@@ -75,7 +80,9 @@ def check_vertices(
     if new:
         _write_cache(known)
     reasons = {name: known[key] for name, key in keys.items() if known[key]}
-    return [f"{name} is not compared with its own forward pass: {reason}" for name, reason in reasons.items()]
+    warnings = (f"{name} is not compared with its own forward pass: {reason}" for name, reason in reasons.items())
+    # Two passes for each comparison, two more for the base, which has to be causal.
+    return VertexCheck(tuple(warnings), 2 * TOKENS * (len(new) + ("base" in new)))
 
 
 def shortage(architecture: Architecture, headers: Mapping[str, Header]) -> str | None:

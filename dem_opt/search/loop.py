@@ -1,25 +1,37 @@
 """The loop: ask, look up or score, record, tell, log."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from math import inf
 from threading import Event
 from time import sleep
 
 from dem_opt.compute import Pool
+from dem_opt.costs import Expense
 from dem_opt.errors import EvaluationError
 from dem_opt.evaluation.interim_analyses import replay
 from dem_opt.evaluation.racing import CLEAR, Race
 from dem_opt.progress import Progress
 from dem_opt.search.optuna_study import PendingTrial, Search
+from dem_opt.search.run_name import RunName
+from dem_opt.search.time_left import FinalTable, TimeLeft, plan_search
 from dem_opt.search.trials import attributes, race_for, trial_record
 from dem_opt.signals import finishing
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.leases import Lease
 from dem_opt.storage.ledger import Ledger
 from dem_opt.tracking import SearchTracker
-from dem_opt.types import SEARCH, Composite, Evaluation, Failure, Request, Score
+from dem_opt.types import (
+    GRADIENT_FORWARDS,
+    HELD_OUT,
+    SEARCH,
+    Composite,
+    Evaluation,
+    Failure,
+    Request,
+    Score,
+)
 
 PAUSE = 0.5
 """Seconds between two looks at the trials that other drivers have in hand."""
@@ -48,14 +60,18 @@ class Driver:
         ledger: Scores of all studies in the database.
         pool: Workers.
         progress: Where events are reported.
+        study: Name of the study whose costs evaluations are.
     """
 
     identity: StudyIdentity
     ledger: Ledger
     pool: Pool
     progress: Progress
+    study: str
 
-    def optimize(self, search: Search, lookahead: int, tracker: SearchTracker, lease: Lease) -> None:
+    def optimize(
+        self, search: Search, lookahead: int, tracker: SearchTracker, lease: Lease, left: TimeLeft | None = None
+    ) -> None:
         """Ask, look up or score, record, tell, log, until the search ends.
 
         Trials that a dead driver left come first, under their own numbers.  The order of writing is the ledger, Optuna,
@@ -64,9 +80,19 @@ class Driver:
         which of them is faster.  While other drivers have trials in hand, this one waits for them, since their end may
         leave room for more.
 
+        Args:
+            search: The search.
+            lookahead: Proposals computed ahead for each worker.
+            tracker: Its log.
+            lease: The right to drive the study.
+            left: The time left of the command; of this search alone unless given.
+
         Raises:
             KeyboardInterrupt: Where a stop was requested, when the scores under way are written.
         """
+        left = left or TimeLeft(self.pool.capacity, [plan_search(search)], FinalTable(requests=0, forwards=0.0))
+        run = RunName.from_optuna(search.name, self.study)
+        part = search.name if run is None else run.label
         in_flight: deque[Assignment] = deque()
         answers: dict[int, Evaluation | Failure] = {}
         awaited = 0
@@ -75,16 +101,17 @@ class Driver:
                 if stop.is_set():
                     withdrawn = self.pool.withdraw()
                     in_flight = deque(assignment for assignment in in_flight if assignment.number not in withdrawn)
-                while not stop.is_set() and (assignment := self._next(search, lookahead, len(in_flight))):
+                while not stop.is_set() and (assignment := self._next(search, lookahead, len(in_flight), left)):
                     in_flight.append(assignment)
                     if request := self._request_of(assignment):
                         self.pool.submit(request)
                     else:
                         answers[assignment.number] = Evaluation(scores={})
                 if in_flight:
-                    self._collect(in_flight[0], answers, stop)
+                    with left.waiting(search.name):
+                        self._collect(in_flight[0], answers, stop, part)
                     if answer := answers.pop(in_flight[0].number, None):
-                        self._finish(in_flight.popleft(), answer, search, tracker)
+                        self._finish(in_flight.popleft(), answer, search, tracker, left)
                 elif stop.is_set():
                     raise KeyboardInterrupt
                 elif search.elsewhere:
@@ -96,19 +123,22 @@ class Driver:
     def _announce_stop(self) -> None:
         self.progress.note("stopping when what is being scored is written; once more to stop at once")
 
-    def _next(self, search: Search, lookahead: int, in_flight: int) -> Assignment | None:
+    def _next(self, search: Search, lookahead: int, in_flight: int, left: TimeLeft) -> Assignment | None:
         """The next trial, where there is one, and room for it."""
         most = 1 if search.is_sequential else self.pool.capacity * (1 + lookahead)
         trial = search.ask() if in_flight < most else None
-        return None if trial is None else self._assign(search, trial, most)
+        if trial is None:
+            return None
+        left.proposed(search.name, trial.propose_seconds, search.is_known(trial.coefficients))
+        return self._assign(search, trial, most)
 
-    def _collect(self, oldest: Assignment, answers: dict[int, Evaluation | Failure], stop: Event) -> None:
+    def _collect(self, oldest: Assignment, answers: dict[int, Evaluation | Failure], stop: Event, part: str) -> None:
         """Record answers as they come, until the oldest trial's has come, or a stop is newly requested."""
         stopping = stop.is_set()
         while oldest.number not in answers and stop.is_set() == stopping:
             if done := self.pool.next_done():
                 request, answer = done
-                self._record(request, answer)
+                self._record(request, answer, part)
                 answers[request.ticket] = answer
 
     def _await_others(self, trials: int, announced: int) -> int:
@@ -118,46 +148,74 @@ class Driver:
         sleep(PAUSE)
         return trials
 
-    def measure(self, composites: Iterable[Composite], split: str) -> None:
-        """Score composites on a split, as far as the ledger lacks their scores.
+    def measure(self, composites: Iterable[Composite], splits: Collection[str], part: str) -> None:
+        """Score composites on some splits, as far as the ledger lacks their scores.
+
+        Args:
+            composites: The composites.
+            splits: The splits.
+            part: The part of the study whose cost it is, for people.
 
         Raises:
             EvaluationError: Where a composite can't be scored.
             KeyboardInterrupt: As `optimize` does.
         """
-        distinct = enumerate(dict.fromkeys(composites))
-        needed = (self._request(ticket, composite, split) for ticket, composite in distinct)
-        requests = [request for request in needed if request is not None]
-        waiting = {request.ticket for request in requests}
-        for request in requests:
+        requests = {request.ticket: request for request in self.missing(composites, splits)}
+        for request in requests.values():
             self.pool.submit(request)
-        scoring = self.progress.phase(f"scoring, {split.replace('_', '-')} split", len(requests), "composites")
+        windows = {ticket: self._missing_windows(request) for ticket, request in requests.items()}
+        scoring = self.progress.phase(f"scoring, {part}", sum(windows.values()), "windows")
         with finishing(self._announce_stop) as stop, scoring as phase:
-            while waiting:
+            while requests:
                 if stop.is_set():
-                    waiting -= self.pool.withdraw()
-                if waiting and (done := self.pool.next_done()):
+                    for ticket in self.pool.withdraw():
+                        del requests[ticket]
+                if requests and (done := self.pool.next_done()):
                     request, answer = done
-                    self._record(request, answer)
-                    waiting.remove(request.ticket)
-                    phase.advance()
+                    self._record(request, answer, part)
+                    del requests[request.ticket]
+                    phase.advance(windows[request.ticket])
                     if isinstance(answer, Failure):
                         raise EvaluationError(f"{dict(request.composite.terms)} can't be scored: {answer.reason}")
             if stop.is_set():
                 raise KeyboardInterrupt
 
-    def score_afresh(self, composite: Composite, split: str) -> dict[str, Score]:
+    def missing(self, composites: Iterable[Composite], splits: Collection[str]) -> list[Request]:
+        """The requests that would score composites on some splits, as far as the ledger lacks their scores."""
+        wanted = [(composite, split) for split in splits for composite in dict.fromkeys(composites)]
+        requests = (self._request(ticket, *each) for ticket, each in enumerate(wanted))
+        return [request for request in requests if request is not None]
+
+    def forwards(self, requests: Iterable[Request]) -> float:
+        """Forward-equivalents that requests will take."""
+        full_pass = sum(self.identity.sizes(SEARCH).values())
+        return sum(map(self._missing_windows, requests)) / full_pass
+
+    def _missing_windows(self, request: Request) -> int:
+        """Windows that a request asks for beyond those that are known."""
+        sizes = {**self.identity.sizes(HELD_OUT), **self.identity.sizes(SEARCH)}
+        known = (len(request.known[key].nats_W) if key in request.known else 0 for key in request.corpora)
+        return sum(sizes[key] for key in request.corpora) - sum(known)
+
+    def score_afresh(self, composite: Composite, split: str, part: str) -> dict[str, Score]:
         """Scores of a composite by distribution, measured whatever the ledger has, and not recorded.
+
+        Args:
+            composite: The composite.
+            split: The split.
+            part: The part of the study whose cost it is, for people.
 
         Raises:
             EvaluationError: Where the composite can't be scored.
         """
-        self.pool.submit(Request(ticket=0, composite=composite, corpora=self.identity.keys(split)))
+        request = Request(ticket=0, composite=composite, corpora=self.identity.keys(split))
+        self.pool.submit(request)
         while (done := self.pool.next_done()) is None:
             pass
         _, answer = done
         if isinstance(answer, Failure):
             raise EvaluationError(f"{dict(composite.terms)} can't be scored: {answer.reason}")
+        self.ledger.spend(self._expense(request, answer, part))
         return {name: answer.scores[key] for name, key in self.identity.corpora[split].items()}
 
     def _assign(self, search: Search, trial: PendingTrial, most: int) -> Assignment:
@@ -195,7 +253,7 @@ class Driver:
         missing = tuple(key for key in keys if key not in known or len(known[key].nats_W) < windows)
         return Request(ticket=ticket, composite=composite, corpora=missing, known=known) if missing else None
 
-    def _record(self, request: Request, answer: Evaluation | Failure) -> None:
+    def _record(self, request: Request, answer: Evaluation | Failure, part: str) -> None:
         if isinstance(answer, Evaluation):
             if answer.note:
                 self.progress.warning(answer.note)
@@ -208,10 +266,25 @@ class Driver:
                 seconds,
                 answer.gradients,
                 self.identity.differentiation,
+                self._expense(request, answer, part),
             )
 
+    def _expense(self, request: Request, answer: Evaluation, part: str) -> Expense:
+        """The cost of an answer: its windows beyond those that the request knew, all of them where it has gradients."""
+        known = {} if request.gradient else {key: len(score.nats_W) for key, score in request.known.items()}
+        # A race ends at what it needs to know, which may be less than was known.
+        windows = sum(max(len(answer.scores[key].nats_W) - known.get(key, 0), 0) for key in request.corpora)
+        passes = GRADIENT_FORWARDS if request.gradient else 1.0
+        seconds = answer.merge_seconds + answer.score_seconds
+        return Expense(study=self.study, part=part, windows=windows * passes, seconds=seconds)
+
     def _finish(
-        self, assignment: Assignment, answer: Evaluation | Failure, search: Search, tracker: SearchTracker
+        self,
+        assignment: Assignment,
+        answer: Evaluation | Failure,
+        search: Search,
+        tracker: SearchTracker,
+        left: TimeLeft,
     ) -> None:
         """Tell Optuna, the tracker and whoever watches, in this order, unless another driver took the trial over."""
         record = trial_record(
@@ -219,4 +292,7 @@ class Driver:
         )
         if search.tell(record.number, record.penalized, attributes(record)):
             tracker.trial_ended(record)
+            left.finished(record, assignment.race is not None)
+            if (seconds := left.seconds()) is not None:
+                self.progress.time_left(seconds)
             self.progress.trial_finished(record, search.finished, search.planned)

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 from time import monotonic, perf_counter
 from typing import Any
 from uuid import uuid4
@@ -161,6 +161,18 @@ class Search:
         """Number of trials that the search may still score: those under way, and new ones until a budget is spent."""
         trials, running = self._history.trials, len(self._history.running)
         return running if self._why_stop(trials) else self.planned - len(trials) + running
+
+    @property
+    def forwards_left(self) -> float:
+        """Forward-equivalents that are left of its budget; infinite without one, as a grid is."""
+        budget = None if self._search.algorithm == "grid" else self._search.forwards
+        return inf if budget is None else max(budget - sum(map(self.forwards_of, self._history.trials)), 0.0)
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds that are left of its budget; infinite without one, as a grid is."""
+        budget = None if self._search.algorithm == "grid" else self._search.minutes
+        return inf if budget is None else max(60 * budget - (monotonic() - self._began), 0.0)
 
     @property
     def is_sequential(self) -> bool:

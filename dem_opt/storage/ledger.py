@@ -7,7 +7,6 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -26,15 +25,21 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
+from dem_opt.costs import Cost, Expense
 from dem_opt.errors import InputError
+from dem_opt.storage.costs import CostTables, add_earlier_expenses, add_expense, forget_expenses, read_costs
 from dem_opt.storage.engine import create_missing, insert_into, masked
+from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.retry import BRIEF, RetryPolicy, patient
 from dem_opt.types import Composite, CorpusLayout, Gradient, Score
 
-SCHEMA = 5
+SCHEMA = 6
 """Version of the tables that this module reads and writes: 2 added gradients, 3 libraries, 4 configurations and
-earlier generations, 5 layouts of corpora.
+earlier generations, 5 layouts of corpora, 6 costs.
 """
+
+COSTS_SINCE = 6
+"""Version of the tables from which on each evaluation's cost is kept."""
 
 
 class _Tables(DeclarativeBase):
@@ -183,9 +188,20 @@ class Ledger:
 
     @patient
     def _make_tables(self) -> None:
-        create_missing(self.engine, _Tables.metadata)
+        for tables in (_Tables, CostTables):
+            create_missing(self.engine, tables.metadata)
+        entry = insert_into(self.engine, _Schema).values(version=SCHEMA).on_conflict_do_nothing()
         with self.engine.begin() as connection:
-            connection.execute(insert_into(self.engine, _Schema).values(version=SCHEMA).on_conflict_do_nothing())
+            version = connection.scalar(select(func.max(_Schema.version)))
+            # Of several processes that open an earlier release's database, the one whose entry it is upgrades it.
+            if connection.execute(entry).rowcount and version is not None and version < COSTS_SINCE:
+                studies = {
+                    name: StudyIdentity.recall(json.loads(identity), json.loads(scoring))
+                    for name, identity, scoring in connection.execute(
+                        select(_Study.name, _Study.identity, _Study.scoring)
+                    )
+                }
+                add_earlier_expenses(connection, studies, _Score.__table__, _Gradient.__table__)
 
     @staticmethod
     def is_in(engine: Engine) -> bool:
@@ -223,6 +239,7 @@ class Ledger:
         seconds: float = 0.0,
         gradients: Mapping[str, Gradient] | None = None,
         differentiation: str = "",
+        expense: Expense | None = None,
     ) -> None:
         """Write scores and gradients of a composite by corpus key, all or none; committed when it returns.
 
@@ -235,6 +252,7 @@ class Ledger:
             seconds: Wall time that it took.
             gradients: By corpus key.
             differentiation: The study identity's `differentiation`: gradients depend on the base too.
+            expense: What the study that asked for the measurement has spent on it.
         """
         columns = {
             "composite": composite.key,
@@ -252,6 +270,19 @@ class Ledger:
             connection.execute(self._insert_longer(), rows)
             for corpus, gradient in sorted((gradients or {}).items()):
                 self._add_gradient(connection, (composite.key, corpus, differentiation or scoring), gradient)
+            if expense is not None:
+                add_expense(connection, expense)
+
+    @patient
+    def spend(self, expense: Expense) -> None:
+        """Write down what a study has spent on a measurement that is not recorded."""
+        with self.engine.begin() as connection:
+            add_expense(connection, expense)
+
+    @patient
+    def costs(self, study: str, identity: StudyIdentity) -> tuple[Cost, ...]:
+        """What a study has spent, by part, in forward-equivalents of its search split."""
+        return read_costs(self.engine, study, identity)
 
     def _add_gradient(self, connection: Connection, key: tuple[str, str, str], gradient: Gradient) -> None:
         """Write a gradient; along fine-tunes for which another study has measured it, that one stays."""
@@ -301,13 +332,13 @@ class Ledger:
             return sum(seconds for _, seconds in session.execute(evaluations))
 
     @patient
-    def seconds_per_token(self, scoring: str) -> float | None:
-        """Median over evaluations of the seconds for each forward token; None where nothing was measured."""
+    def seconds_per_token(self, scoring: str) -> tuple[float, ...]:
+        """The 5%, 50% and 95% quantiles over evaluations of the seconds for each forward token; () without any."""
         evaluations = select(_Score.created, _Score.seconds, _Score.forward_tokens).distinct()
         query = evaluations.where(_Score.scoring == scoring, _Score.forward_tokens > 0)
         with Session(self.engine) as session:
             rates = [seconds / tokens for _, seconds, tokens in session.execute(query)]
-        return median(rates) if rates else None
+        return tuple(np.quantile(rates, (0.05, 0.5, 0.95)).tolist()) if rates else ()
 
     @patient
     def composites(self, scoring: str) -> list[Composite]:
@@ -353,8 +384,9 @@ class Ledger:
 
     @patient
     def forget_study(self, name: str) -> None:
-        """Remove the rows and the library versions of a study; its scores and gradients stay."""
+        """Remove the rows, the costs and the library versions of a study; its scores and gradients stay."""
         with self.engine.begin() as connection:
+            forget_expenses(connection, name)
             connection.execute(delete(_Generation).where(_Generation.study == name))
             connection.execute(delete(_Libraries).where(_Libraries.study == name))
             connection.execute(delete(_Study).where(_Study.name == name))

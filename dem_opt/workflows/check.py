@@ -77,9 +77,11 @@ class Findings:
         plan: Bytes and passes of the study.
         speed: Speed of this machine.
         seconds: Seconds of merging and scoring that the plan takes at that speed.
+        seconds_range: The least and the most that they may be.
         kernel: The backend of merges on this machine, in words.
         left: Work that is left of a study that was begun; None where it was not, or asks for something else now.
         left_seconds: Seconds of that work at that speed.
+        left_range: The least and the most that they may be.
         comparison: What `dem-opt compare` would do, in words.
         windows: The number of windows of the search split that is proposed, in words.
         warnings: Problems that do not stop a run.
@@ -95,9 +97,11 @@ class Findings:
     plan: Plan
     speed: Speed
     seconds: float
+    seconds_range: tuple[float, float]
     kernel: str
     left: Remaining | None
     left_seconds: float
+    left_range: tuple[float, float]
     comparison: str
     windows: str
     warnings: tuple[str, ...]
@@ -133,7 +137,7 @@ class Findings:
     def _time(self) -> str:
         """The time that a run takes: of the whole study, or of what is left of it."""
         if self.left is None:
-            about = f"about {duration(self.seconds)} ({self.speed.source})"
+            about = _about(self.seconds, self.seconds_range, self.speed)
             return f"Merging and scoring: {about}. Loading, proposals and MLflow come on top."
         trials, work = self.left.trials, self.left.work
         done = f"{self.left.planned - trials:,} of {self.left.planned:,} trials are done"
@@ -141,8 +145,8 @@ class Findings:
         if not passes:
             return f"{done}. Nothing is left to score; `dem-opt show` prints the results."
         return (
-            f"{done}. Left to do: {passes:,} composites at most, {work.tokens:,} forward tokens: about "
-            f"{duration(self.left_seconds)} ({self.speed.source})."
+            f"{done}. Left to do: {passes:,} composites at most, {work.tokens:,} forward tokens: "
+            f"{_about(self.left_seconds, self.left_range, self.speed)}."
         )
 
 
@@ -173,9 +177,11 @@ def check(config: StudyConfig, where: Path) -> Findings:
         plan=plan,
         speed=speed,
         seconds=plan.seconds(speed),
+        seconds_range=plan.seconds_range(plan.work, speed),
         kernel=expected_backend(plan.machine.device).description,
         left=left,
         left_seconds=left.work.seconds(speed) / plan.parallel if left else 0.0,
+        left_range=plan.seconds_range(left.work, speed) if left else (0.0, 0.0),
         windows=proposed_windows(config, left.precision if left else None),
         comparison=f"dem-opt compare: {_comparison(config, plan, speed, COMPARED)}",
         warnings=(
@@ -220,9 +226,10 @@ def _comparison(config: StudyConfig, plan: Plan, speed: Speed, algorithms: Seque
     counts = Counter(RunName.parse(run).algorithm for run in run_names(algorithms, seeds))
     trials = {name: runs * config.planned_trials(name) for name, runs in counts.items()}
     passes = sum(trials.values())
-    seconds = replace(plan.work, composites=passes, reported=0).seconds(speed) / plan.parallel
+    work = replace(plan.work, composites=passes, reported=0)
+    about = _about(work.seconds(speed) / plan.parallel, plan.seconds_range(work, speed), speed)
     listed = ", ".join(f"{name} {count:,}" for name, count in trials.items())
-    return f"{passes:,} passes over the search split at most ({listed}), about {duration(seconds)}"
+    return f"{passes:,} passes over the search split at most ({listed}), {about}"
 
 
 def check_contents(config: StudyConfig, where: Path) -> list[str]:
@@ -237,7 +244,7 @@ def check_contents(config: StudyConfig, where: Path) -> list[str]:
     """
     headers = check_headers(config, where)
     load_corpora(headers, where)
-    return headers.check_vertices()
+    return list(headers.check_vertices().warnings)
 
 
 def refuse(findings: Findings, config: StudyConfig, where: Path) -> None:
@@ -278,23 +285,24 @@ def _refuse_unreadable_texts(config: StudyConfig) -> None:
 
 def _speed(config: StudyConfig, plan: Plan) -> Speed:
     """The speed that the study's ledger has measured, else this machine's, timed now."""
-    measured = _measured(config)
-    if measured is not None:
-        return Speed("measured by this study's earlier evaluations", 0.0, 0.0, measured)
+    if measured := _measured(config):
+        low, middle, high = measured
+        source = "measured by this study's earlier evaluations"
+        return Speed(source, 0.0, 0.0, middle, low=low / middle, high=high / middle)
     return probe_speed(plan.machine.device, plan.calls.dtype, plan.widths.hidden, plan.widths.intermediate)
 
 
-def _measured(config: StudyConfig) -> float | None:
-    """Seconds per forward token in the study's evaluations so far; None without any."""
+def _measured(config: StudyConfig) -> tuple[float, ...]:
+    """Quantiles of the seconds per forward token in the study's evaluations so far; () without any."""
     if not is_there(config.storage):
-        return None
+        return ()
     with opened(config.storage) as engine:
         if not Ledger.is_in(engine):
-            return None
+            return ()
         ledger = Ledger(engine)
         row = ledger.study(config.name)
         if row is None:
-            return None
+            return ()
         return ledger.seconds_per_token(StudyIdentity.recall(row.identity, row.scoring).scoring)
 
 
@@ -309,6 +317,12 @@ def _tracking(uri: str) -> tuple[str, list[str]]:
         return probe(uri, "tracking.uri"), []
     except (InputError, OSError, ValueError) as error:
         return "cannot be reached", [f"MLflow cannot be reached; a study would run without it ({masked(str(error))})"]
+
+
+def _about(seconds: float, limits: tuple[float, float], speed: Speed) -> str:
+    """An estimate in words, with its range and where it comes from."""
+    low, high = map(duration, limits)
+    return f"about {duration(seconds)}, {low} to {high} ({speed.source})"
 
 
 def duration(seconds: float) -> str:

@@ -139,7 +139,7 @@ class StudyContext:
     def driver(self, spec: WorkerSpec, identity: StudyIdentity, ledger: Ledger) -> Iterator[Driver]:
         """Start workers and yield a driver of them.  `compute` must have been entered."""
         with closing(self._workers(spec)) as pool:
-            yield Driver(identity=identity, ledger=ledger, pool=pool, progress=self.progress)
+            yield Driver(identity=identity, ledger=ledger, pool=pool, progress=self.progress, study=self.config.name)
 
     def _workers(self, spec: WorkerSpec) -> Pool:
         with self.progress.phase(f"loading {1 + len(spec.fine_tunes)} checkpoints"):

@@ -63,6 +63,7 @@ class _WithoutPhases:
     def __init__(self, progress: Progress) -> None:
         self.search_continued = progress.search_continued
         self.trial_finished = progress.trial_finished
+        self.time_left = progress.time_left
         self.warning = progress.warning
         self.note = progress.note
 
@@ -207,9 +208,10 @@ def score_mixtures(
             batch_tokens=inputs.batch_tokens,
         )
         with closing(context.compute.workers(build, spec, context.progress)) as pool:
-            driver = Driver(identity=identity, ledger=ledger, pool=pool, progress=context.progress)
-            for split in SPLITS:
-                driver.measure([Composite.single(model.content) for model in (first, *others)], split)
+            driver = Driver(
+                identity=identity, ledger=ledger, pool=pool, progress=context.progress, study=context.config.name
+            )
+            driver.measure([Composite.single(model.content) for model in (first, *others)], SPLITS, "data mixing")
     return composites
 
 

@@ -26,7 +26,8 @@ from dem_opt.types import SPLITS, Composite, ResultRow, Summary
 from dem_opt.workflows.configurations import distinguish
 from dem_opt.workflows.context import StoredStudy, StudyContext
 from dem_opt.workflows.int8_error import report_error
-from dem_opt.workflows.provenance import libraries, winner_metrics
+from dem_opt.workflows.libraries import libraries
+from dem_opt.workflows.provenance import winner_metrics
 from dem_opt.workflows.summary import summarize_stored
 
 
@@ -132,7 +133,7 @@ class _ExportProof:
         model = self._inputs.other(folder, "export")
         composite = Composite.single(model.content)
         with self._context.driver(self._inputs.spec_of(model), self.identity, self._ledger) as driver:
-            return {split: driver.score_afresh(composite, split) for split in SPLITS}
+            return {split: driver.score_afresh(composite, split, "export") for split in SPLITS}
 
     def _rescored(self, scores: Scores) -> ResultRow:
         """Return the winner's row with the scores of a form that may differ from the one that was searched."""

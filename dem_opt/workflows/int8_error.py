@@ -45,7 +45,7 @@ def measure_error(context: StudyContext, inputs: Inputs, ledger: Ledger) -> None
         context.progress.note(f"the error of {identity.vectors} vectors is not measured: {shortage}")
         return
     with context.driver(exact.spec(), identity.exact(), ledger) as driver:
-        driver.measure(_references(identity), SEARCH)
+        driver.measure(_references(identity), [SEARCH], "exact vectors")
     report_error(context, ledger, identity)
 
 

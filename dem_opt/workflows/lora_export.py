@@ -139,7 +139,7 @@ def _measure(
     spec = replace(exact.spec(), fine_tunes=(*fine_tunes, adapter))
     with context.driver(spec, identity, ledger) as driver:
         composites = [Composite.single(adapter.content), *([beside] if beside else [])]
-        scores = [{split: driver.score_afresh(each, split) for split in SPLITS} for each in composites]
+        scores = [{split: driver.score_afresh(each, split, "export") for split in SPLITS} for each in composites]
     return scores[0], scores[-1]
 
 

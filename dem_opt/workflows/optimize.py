@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from contextlib import closing
 
-from dem_opt.analysis.results import entries, left_out_entries, top_entries
 from dem_opt.analysis.vector_geometry import measure_once
 from dem_opt.config import sqlite_url
+from dem_opt.costs import Expense
+from dem_opt.planning.inputs import Inputs
 from dem_opt.search.loop import Driver
 from dem_opt.search.optuna_study import Search
+from dem_opt.search.run_name import RunName
 from dem_opt.search.runs import check_algorithms, run_names
+from dem_opt.search.time_left import TimeLeft, plan_run, plan_search
 from dem_opt.search.trials import finished, missing
 from dem_opt.search.warm_start import enter
 from dem_opt.simplex import Coefficients
@@ -19,9 +22,11 @@ from dem_opt.storage.ledger import Ledger
 from dem_opt.types import SEARCH, SPLITS, Composite, Summary
 from dem_opt.workflows.configurations import distinguish
 from dem_opt.workflows.context import StudyContext
+from dem_opt.workflows.final_table import expect_final_table, measure_final_table
+from dem_opt.workflows.finished import KnownInputs, find_finished, keep_inputs, stamp_of
 from dem_opt.workflows.int8_error import measure_error
 from dem_opt.workflows.provenance import compare_libraries, study_description
-from dem_opt.workflows.summary import summarize_generation, trials_by_run
+from dem_opt.workflows.summary import read_summary, summarize_generation, trials_by_run
 
 
 def optimize(context: StudyContext, algorithms: Sequence[str], seeds: int = 1) -> Summary:
@@ -30,22 +35,49 @@ def optimize(context: StudyContext, algorithms: Sequence[str], seeds: int = 1) -
     Each algorithm has the budget of the study file, and `seeds` runs, whose seeds count on from the study's.
     """
     check_algorithms(context.config, context.path, algorithms)
+    runs = run_names(algorithms, seeds)
+    if known := find_finished(context.config, runs):
+        return _answer(context, known)
+    stamp = stamp_of(context.config)
     inputs = context.load_inputs(for_workers=True)
     with context.driving() as (ledger, lease), context.compute:
         inputs = distinguish(inputs.on(context.compute.device), ledger, context.progress)
         identity = inputs.identity()
         ledger.enter_layouts(inputs.layouts())
         generation, start = _enter(context, identity, ledger, lease)
+        _count_forward_check(context, inputs, ledger)
         with context.driver(inputs.spec(), identity, ledger) as driver:
             _measure_references(context, driver, generation, lease)
-            runs = context.runs(generation, lease, context.retry)
-            for run in run_names(algorithms, seeds):
-                with closing(runs.open(run, start, inputs.gradients_fit)) as search:
-                    _search(context, driver, search, lease)
-            _measure_results(context, driver, generation, lease)
+            searches = context.runs(generation, lease, context.retry)
+            left = _expect(context, driver, generation, runs)
+            for run in runs:
+                with closing(searches.open(run, start, inputs.gradients_fit)) as search:
+                    _search(context, driver, search, lease, left)
+            measure_final_table(context, driver, generation, lease, context.config.report)
         measure_error(context, inputs, ledger)
         measure_once(inputs.base, inputs.fine_tunes, context.config.output, context.progress)
+        if stamp is not None:
+            warnings = [*inputs.left_out, *inputs.warnings()]
+            known = KnownInputs(stamp=stamp, identity=identity.identity_fields(), warnings=warnings)
+            keep_inputs(context.config, known)
         return summarize_generation(context, ledger, identity, generation)
+
+
+def _count_forward_check(context: StudyContext, inputs: Inputs, ledger: Ledger) -> None:
+    """Write down what comparing vertices with their fine-tunes has cost, where this run compared any."""
+    if inputs.compared_tokens:
+        windows = inputs.compared_tokens / context.config.evaluation.window
+        ledger.spend(Expense(study=context.config.name, part="forward check", windows=windows, seconds=0.0))
+
+
+def _answer(context: StudyContext, known: KnownInputs) -> Summary:
+    """Answer a finished study from its database; trials that the tracker lacks are logged."""
+    for warning in known.warnings:
+        context.progress.warning(warning)
+    sync(context)
+    summary = read_summary(context)
+    context.progress.note(f"{context.config.name} is finished: answered from its database")
+    return summary
 
 
 def sync(context: StudyContext) -> bool:
@@ -104,30 +136,32 @@ def _measure_references(context: StudyContext, driver: Driver, generation: int, 
     identity = driver.identity
     fine_tunes = identity.fine_tunes.values() if identity.worst else []  # regrets are against single fine-tunes
     with lease.turn("measuring baselines"):
-        driver.measure([Composite.single(content) for content in (identity.base, *fine_tunes)], SEARCH)
+        driver.measure([Composite.single(content) for content in (identity.base, *fine_tunes)], [SEARCH], "baselines")
         trials = trials_by_run(context, driver.ledger, identity, generation)
         compare_libraries(context.config.name, driver, trials, context.progress)
 
 
-def _search(context: StudyContext, driver: Driver, search: Search, lease: Lease) -> None:
+def _expect(context: StudyContext, driver: Driver, generation: int, runs: Sequence[str]) -> TimeLeft:
+    """Expect what these runs and the final table after them will take."""
+    with context.runs(generation).existing() as present:
+        plans = [
+            plan_search(present[run]) if run in present else plan_run(context.config, RunName.parse(run, generation))
+            for run in runs
+        ]
+    algorithms = {RunName.parse(run).algorithm for run in runs}
+    return TimeLeft(driver.pool.capacity, plans, expect_final_table(context, driver, generation, algorithms))
+
+
+def _search(context: StudyContext, driver: Driver, search: Search, lease: Lease, left: TimeLeft) -> None:
     """Continue one run's Optuna study to its end."""
     ledger, identity = driver.ledger, driver.identity
     with closing(context.track(search, lease)) as tracker:
         tracker.describe(study_description(context.config, context.path, identity))
         tracker.reconcile(missing(ledger, identity, search))
-        if earlier := finished(ledger, identity, search):
+        earlier = finished(ledger, identity, search)
+        if earlier:
             context.progress.search_continued(earlier, search.planned)
-        driver.optimize(search, context.config.search.lookahead, tracker, lease)
+        left.begin(plan_search(search), earlier)
+        driver.optimize(search, context.config.search.lookahead, tracker, lease, left)
         tracker.reconcile(missing(ledger, identity, search))
     context.progress.note(f"{search.name} ended after {search.stopped}")
-
-
-def _measure_results(context: StudyContext, driver: Driver, generation: int, lease: Lease) -> None:
-    """Score the composites of the results table on both splits."""
-    identity = driver.identity
-    trials = trials_by_run(context, driver.ledger, identity, generation)
-    with lease.turn("measuring the results table"):
-        table = entries(identity, trials)
-        reported = [*table, *top_entries(identity, trials), *left_out_entries(identity, table[-1])]
-        for split in SPLITS:
-            driver.measure([entry.composite for entry in reported], split)

@@ -6,7 +6,6 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 
 from dem_opt.analysis.results import best_of
@@ -24,17 +23,10 @@ from dem_opt.tracking import DataSource, SearchInfo, StudyDescription
 from dem_opt.tracking.study_runs import result_metrics
 from dem_opt.tracking.urls import optuna_study, optuna_trial
 from dem_opt.types import NATS_PER_TOKEN, SEARCH, SPLITS, UNITS, ResultRow, Summary, TrialRecord
-
-LIBRARIES = ("torch", "transformers", "optuna", "mlflow", "ray", "dem-opt")
-"""Packages whose versions a study records."""
+from dem_opt.workflows.libraries import libraries
 
 GIT_SECONDS = 10
 """Seconds that a call of git may take."""
-
-
-def libraries() -> dict[str, str]:
-    """Return the installed versions of `LIBRARIES` by name."""
-    return {library: version(library) for library in LIBRARIES}
 
 
 def facts(config: StudyConfig, path: Path, identity: StudyIdentity) -> dict[str, str]:
@@ -212,7 +204,7 @@ def _report_change(
         return
     composite = driver.identity.composite(best.coefficients)
     known = recall(driver.ledger, driver.identity, composite, SEARCH)
-    again = driver.score_afresh(composite, SEARCH)
+    again = driver.score_afresh(composite, SEARCH, "changed libraries")
     if again == known:
         progress.note(f"{change}; the best composite scores the same to the bit")
         return

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dem_opt.analysis.precision import study_precision
-from dem_opt.analysis.results import Entry, entries, left_out_entries, top_entries
+from dem_opt.analysis.results import Entry, entries, final_entries
 from dem_opt.checkpoints.files import known_content
 from dem_opt.config import StudyConfig
 from dem_opt.planning.inputs import CheckedHeaders
-from dem_opt.planning.plan import Plan, Work
+from dem_opt.planning.plan import Plan, Work, left_out_count
 from dem_opt.search.runs import Runs
 from dem_opt.search.trials import finished, is_known
 from dem_opt.storage.engine import is_there
@@ -55,7 +55,7 @@ def remaining_work(config: StudyConfig, files: CheckedHeaders, plan: Plan) -> Re
         with Runs(config, row.generation).existing() as searches:
             left = searches[algorithm].unfinished if algorithm in searches else planned
             trials = {run: finished(ledger, identity, search) for run, search in searches.items()}
-        work = _work_left(ledger, identity, trials, left, plan.work)
+        work = _work_left(config, ledger, identity, trials, left, plan.work)
         precision = study_precision(ledger, identity, trials)
         return Remaining(trials=left, planned=planned, work=work, precision=precision)
 
@@ -85,16 +85,20 @@ def _is_same(config: StudyConfig, files: CheckedHeaders, identity: StudyIdentity
 
 
 def _work_left(
-    ledger: Ledger, identity: StudyIdentity, trials: Mapping[str, Sequence[TrialRecord]], left: int, whole: Work
+    config: StudyConfig,
+    ledger: Ledger,
+    identity: StudyIdentity,
+    trials: Mapping[str, Sequence[TrialRecord]],
+    left: int,
+    whole: Work,
 ) -> Work:
-    """The trials that are left, and the composites of the results table without scores; with a new winner, its own."""
-    table = entries(identity, trials)
+    """The trials that are left, and the composites of the final table without scores; with a new winner, its own."""
     if left:
-        known = [entry for entry in table if entry.role != "best"]
-        own = whole.reported - len(known)  # the winner, and the winner without each of its distributions
-        search, held_out = left + own - 1, own
+        known = [entry for entry in entries(identity, trials) if entry.role != "best"]
+        # Besides the baselines: the winner and the next best, which the search scores, and leave-one-out.
+        search, held_out = left + left_out_count(config), whole.reported - len(known)
     else:
-        known = [*table, *top_entries(identity, trials), *left_out_entries(identity, table[-1])]
+        known = final_entries(identity, trials, config.report)
         search, held_out = 0, 0
     search += _unknown(ledger, identity, known, SEARCH)
     held_out += _unknown(ledger, identity, known, HELD_OUT)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from dem_opt.dashboards.words import objective_name
+from dem_opt.dashboards.words import cost_line, objective_name
 from dem_opt.types import HELD_OUT, SEARCH, Margin, ResultRow, Summary
 
 ABSENT = "-"
@@ -61,6 +61,7 @@ class StudyResult:
                 *lines,
                 "",
                 self._legend(),
+                *filter(None, [cost_line(self.summary)]),
                 self._hints(),
             ]
         )
@@ -77,7 +78,8 @@ class StudyResult:
             f'<div class="dem-opt-result"><style>{_STYLE}</style><h4>{escape(self._title())}</h4>'
             f"<p>Winner: <strong>{escape(self.winner.label)}</strong></p>{self._bars()}"
             f"<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>"
-            f'<p class="note">{escape(self._legend())}</p><p class="note">{escape(self._hints())}</p></div>'
+            f'<p class="note">{escape(self._legend())}</p><p class="note">{escape(cost_line(self.summary))}</p>'
+            f'<p class="note">{escape(self._hints())}</p></div>'
         )
 
     def _title(self) -> str:

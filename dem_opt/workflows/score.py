@@ -74,8 +74,7 @@ def _score(context: StudyContext, inputs: Inputs, composite: Composite, model: S
         if not all(is_known(ledger, identity, composite, split) for split in SPLITS):
             spec = inputs.spec() if model is None else inputs.spec_of(model)
             with context.driver(spec, identity, ledger) as driver:
-                for split in SPLITS:
-                    driver.measure([composite], split)
+                driver.measure([composite], SPLITS, "score")
         scores = {split: recall(ledger, identity, composite, split) for split in SPLITS}
         objective = finite_objectives(objectives(ledger, identity), scores)
         return Scored(scores=scores, objective=objective, beside=_beside(context, ledger, study))

@@ -8,10 +8,10 @@ from dem_opt.analysis import surrogate
 from dem_opt.analysis.precision import study_precision
 from dem_opt.analysis.results import summarize
 from dem_opt.analysis.reweighting import checked, reweighted
+from dem_opt.analysis.stored_vectors import recall_vectors
 from dem_opt.analysis.surrogate import Prediction
-from dem_opt.analysis.vector_geometry import recall_vectors
 from dem_opt.errors import InputError
-from dem_opt.search.trials import finished
+from dem_opt.search.trials import finished, missing
 from dem_opt.simplex import Coefficients
 from dem_opt.storage.identity import StudyIdentity, refuse_other_space
 from dem_opt.storage.ledger import Ledger
@@ -103,11 +103,20 @@ def predict(context: StudyContext, coefficients: Coefficients) -> Prediction:
     return prediction
 
 
-def log_summary(context: StudyContext, summary: Summary, note: str, files: Mapping[str, str | bytes]) -> None:
-    """Log a summary with its baselines, a description in Markdown, and files, in the runs of its searches."""
+def log_summary(context: StudyContext, summary: Summary, note: str, files: Mapping[str, str | bytes]) -> bool:
+    """Log a summary with its baselines, a description in Markdown, and files, in the runs of its searches.
+
+    Returns:
+        Whether the tracker has them, and all trials of these searches, now.
+    """
+    is_complete = True
     with context.stored() as stored:
         runs, lease = context.runs(stored.generation), context.visit(stored.ledger)
         with lease.turn("describing"):
             for run, description in study_descriptions(summary, note, files).items():
-                with closing(runs.open(run)) as search, closing(context.track(search, lease)) as tracker:
+                with closing(runs.open(run)) as search:
+                    tracker = context.track(search, lease)
+                    tracker.reconcile(missing(stored.ledger, stored.identity, search))
                     tracker.describe(description)
+                    is_complete &= tracker.close()
+    return is_complete

@@ -10,7 +10,8 @@ import worlds
 from recorded import RecordedProgress
 from safetensors.torch import load_file
 
-from dem_opt.analysis.vector_geometry import BLOCK, FILE, inner_products, keep, measure_once, recall_vectors, vectors_of
+from dem_opt.analysis.stored_vectors import FILE, keep, recall_vectors
+from dem_opt.analysis.vector_geometry import BLOCK, inner_products, measure_once, vectors_of
 from dem_opt.checkpoints.files import content_hash
 from dem_opt.types import StoredModel, VectorGeometry
 

@@ -39,8 +39,8 @@ from dem_opt.config import load
 from dem_opt.errors import EvaluationError
 from dem_opt.progress import NullProgress
 from dem_opt.types import Evaluation, Request, TrialRecord, WorkerSpec
+from dem_opt.workflows.libraries import libraries
 from dem_opt.workflows.lm_eval import harness_version
-from dem_opt.workflows.provenance import libraries
 from dem_opt.workflows.quickstart import QUICKSTART
 
 DISTRIBUTIONS = {"code": worlds.WORDS[:6], "math": worlds.WORDS[4:10], "prose": worlds.WORDS[8:]}

@@ -34,9 +34,19 @@ from dem_opt.planning.activations import (
     gradient_bytes,
     read_widths,
 )
-from dem_opt.planning.hardware import Machine, Speed, this_machine
+from dem_opt.planning.hardware import Machine, Speed, probe, this_machine
 from dem_opt.planning.inputs import check_headers, load_inputs
-from dem_opt.planning.plan import BATCH_TOKENS, PACE, Plan, make_plan, refuse_too_large, sized, workers_asked
+from dem_opt.planning.plan import (
+    BATCH_TOKENS,
+    LEAST_PACE,
+    MOST_PACE,
+    PACE,
+    Plan,
+    make_plan,
+    refuse_too_large,
+    sized,
+    workers_asked,
+)
 from dem_opt.types import SEARCH, Composite, Request, StoredModel
 from dem_opt.workflows.check import check
 
@@ -255,16 +265,21 @@ def test_a_worker_passes_the_tokens_that_are_planned(template):
 @pytest.mark.parametrize(
     ("search", "composites"),
     [
-        ({"algorithm": "random", "trials": 6}, 1 + 6 + 3 + 1 + 3),
-        ({"algorithm": "simplex-gp", "trials": 6}, 1 + 6 + 3),
-        ({"algorithm": "simplex-gp", "trials": 2}, 1 + 4 + 3),
-        ({"algorithm": "grid", "divisions": 4}, 1 + 15 + 1 + 3),
+        ({"algorithm": "random", "trials": 6}, 1 + 6 + 3 + 1),
+        ({"algorithm": "simplex-gp", "trials": 6}, 1 + 6),
+        ({"algorithm": "simplex-gp", "trials": 2}, 1 + 4),
+        ({"algorithm": "grid", "divisions": 4}, 1 + 15 + 1),
     ],
 )
-def test_passes_are_base_trials_and_what_the_table_needs(world, search, composites):
-    plan = plan_of(configured(world, search=search))
-    assert (plan.work.composites, plan.work.reported) == (composites, 9)
-    assert plan.work.tokens == (composites + 9) * 3 * 4 * 32
+@pytest.mark.parametrize(
+    ("report", "more_search", "more_held_out"),
+    [({}, 0, 0), ({"top": 5}, 0, 4), ({"leave_one_out": True}, 3, 3), ({"top": 2, "leave_one_out": True}, 3, 4)],
+)
+def test_passes_are_base_trials_and_what_the_table_needs(world, search, composites, report, more_search, more_held_out):
+    plan = plan_of(configured(world, search=search, report=report))
+    composites, reported = composites + more_search, 6 + more_held_out
+    assert (plan.work.composites, plan.work.reported) == (composites, reported)
+    assert plan.work.tokens == (composites + reported) * 3 * 4 * 32
 
 
 def test_thirteen_billion_parameters_six_times(tmp_path, monkeypatch):
@@ -436,6 +451,21 @@ def test_seconds_are_flops_and_bytes_or_what_was_measured(template):
     assert plan.seconds(Speed("", 0.0, 0.0, 0.25)) == 0.25 * plan.work.tokens
     on_gpus = plan_of(load(template / "study.yaml"), GPUS)
     assert on_gpus.seconds(Speed("", 0.0, 0.0, 0.25)) == 0.25 * plan.work.tokens / 4
+
+
+@pytest.mark.parametrize("token_seconds", [None, 0.25])
+def test_an_estimate_has_the_range_of_its_measurements_and_of_the_pace_where_it_follows_from_a_product(
+    template, token_seconds
+):
+    plan, speed = plan_of(load(template / "study.yaml")), Speed("", 1e9, 1e6, token_seconds, low=0.8, high=1.5)
+    seconds = plan.seconds(speed)
+    least, most = (1.0, 1.0) if token_seconds else (PACE / MOST_PACE, PACE / LEAST_PACE)
+    assert plan.seconds_range(plan.work, speed) == pytest.approx((0.8 * least * seconds, 1.5 * most * seconds))
+
+
+def test_repeated_probes_tell_their_range():
+    speed = probe("cpu", "float32", 64, 128)
+    assert 0 < speed.low <= 1 <= speed.high and speed.flops > 0 and speed.bandwidth > 0
 
 
 def test_memory_is_what_the_system_says():

@@ -57,7 +57,7 @@ def trials(world, folder: Path, pool, lookahead: int) -> list:
     engine = connect(url)
     search = Search(url, "jumbled", config.space, config.search)
     with holding(engine, "jumbled") as lease:
-        driver = Driver(identity=identity, ledger=Ledger(engine), pool=pool, progress=NullProgress())
+        driver = Driver(identity=identity, ledger=Ledger(engine), pool=pool, progress=NullProgress(), study="jumbled")
         driver.optimize(search, lookahead, NullTracker(), lease)
     engine.dispose()
     return [(trial.number, trial.coefficients, trial.objective) for trial in search.trials()]

@@ -276,7 +276,7 @@ def test_every_space_is_searched_scored_and_compared(tmp_path, simplex, inside, 
 
 
 def test_the_best_five_are_reported_on_the_held_out_split(tmp_path):
-    study = make(tmp_path, search={"algorithm": "grid", "divisions": 4})
+    study = make(tmp_path, search={"algorithm": "grid", "divisions": 4}, report={"top": 5})
     summary = study.compare(["grid"]).summary
     ranked = sorted({record.objective for record in summary.trials["grid"]})
     assert [row.objective[SEARCH] for row in summary.top] == ranked[:5]

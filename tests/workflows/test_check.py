@@ -51,10 +51,13 @@ def test_a_check_uses_what_the_ledger_has_measured(world):
     ledger = Ledger(engine)
     ledger.enter_study(StudyRow(config.name, 1, identity.scoring_fields(), identity.identity_fields()))
     scores = {key: Score((1.0,), (1,)) for key in identity.keys(SEARCH)}
-    ledger.record(Composite.single(identity.base), scores, identity.scoring, 100, 50.0)
+    for content, seconds in zip((identity.base, *identity.fine_tunes.values()), (30.0, 50.0, 70.0), strict=False):
+        ledger.record(Composite.single(content), scores, identity.scoring, 100, seconds)
     engine.dispose()
     report = check(config, "study.yaml")
     assert report.speed.token_seconds == 0.5 and report.seconds == 0.5 * report.plan.work.tokens
+    low, high = report.seconds_range
+    assert 0.3 * report.plan.work.tokens < low < report.seconds < high < 0.7 * report.plan.work.tokens
 
 
 @pytest.mark.parametrize(
@@ -102,11 +105,12 @@ def test_nothing_is_left_of_a_finished_study(finished, capsys):
 
 
 def test_what_more_trials_need_is_left(finished):
-    """Seven more trials; of the table the winner and it without each of three distributions may be new."""
-    path = with_sections(finished, search={"algorithm": "random", "trials": 10})
-    left = check(load(path), path).left
-    assert left is not None and (left.trials, left.planned) == (7, 10)
-    assert (left.work.composites, left.work.reported) == (7 + 3, 1 + 3)
+    """Seven more trials; of the table the winner may be new, and where asked for it without each of three."""
+    for report, more in (({}, 0), ({"leave_one_out": True}, 3)):
+        path = with_sections(finished, search={"algorithm": "random", "trials": 10}, report=report)
+        left = check(load(path), path).left
+        assert left is not None and (left.trials, left.planned) == (7, 10)
+        assert (left.work.composites, left.work.reported) == (7 + more, 1 + more)
 
 
 @pytest.mark.parametrize(

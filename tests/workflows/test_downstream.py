@@ -52,7 +52,7 @@ def tasked_study(folder: Path, **more: object) -> Path:
     rng = random.Random(0)
     write_task(folder / "tasks", [math_problem(rng) for _ in range(6)], "<eos>")
     write_cloze(folder / "tasks")
-    path = worlds.study(folder, ("code", "math"), search={"algorithm": "random", "trials": 5})
+    path = worlds.study(folder, ("code", "math"), search={"algorithm": "random", "trials": 5}, report={"top": 2})
     settings = {"tasks": [TASK, CLOZE], "include": "tasks", "limit": 6, "top": 2}
     content = yaml.safe_load(path.read_text()) | {"evaluate": settings | more}
     path.write_text(yaml.safe_dump(content, sort_keys=False))

@@ -20,7 +20,9 @@ NAMES = ("code", "math", "prose")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     """A study with gradients that was run."""
     search = {"algorithm": "simplex-gp", "trials": 8, "gradients": True}
-    made = open_study(worlds.study(tmp_path_factory.mktemp("frames"), NAMES, search=search))
+    made = open_study(
+        worlds.study(tmp_path_factory.mktemp("frames"), NAMES, search=search, report={"leave_one_out": True})
+    )
     made.run()
     return made
 

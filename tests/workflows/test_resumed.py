@@ -22,7 +22,7 @@ from dem_opt.storage.engine import connect
 from dem_opt.storage.leases import holding
 from dem_opt.storage.ledger import Ledger
 from dem_opt.storage.retry import RetryPolicy
-from dem_opt.workflows.provenance import libraries
+from dem_opt.workflows.libraries import libraries
 
 
 def run(path: Path, monkeypatch: pytest.MonkeyPatch) -> RecordedProgress:

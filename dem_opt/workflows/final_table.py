@@ -1,0 +1,95 @@
+"""Measure the final table: its composites on both splits, as far as they have no scores yet."""
+
+from collections.abc import Collection
+from time import monotonic
+
+from dem_opt.analysis.results import best_of, entries, final_entries
+from dem_opt.config import TOP, ReportSection
+from dem_opt.planning.plan import left_out_count
+from dem_opt.search.loop import Driver
+from dem_opt.search.time_left import FinalTable
+from dem_opt.search.trials import is_known
+from dem_opt.storage.leases import Lease
+from dem_opt.types import HELD_OUT, SEARCH, SPLITS, Summary
+from dem_opt.workflows.configurations import distinguish
+from dem_opt.workflows.context import StoredStudy, StudyContext
+from dem_opt.workflows.summary import summarize_generation, summarize_stored, trials_by_run
+
+FULL = ReportSection(top=TOP, leave_one_out=True)
+"""A report with all the rows that it can have."""
+
+PART = "final table"
+"""The part of a study whose cost it is."""
+
+
+def measure_final_table(
+    context: StudyContext, driver: Driver, generation: int, lease: Lease, report: ReportSection
+) -> None:
+    """Score the composites that the report asks for on both splits; tell the cost before, and count it after."""
+    with lease.turn("measuring the final table"):
+        trials = trials_by_run(context, driver.ledger, driver.identity, generation)
+        composites = [entry.composite for entry in final_entries(driver.identity, trials, report)]
+        requests = driver.missing(composites, SPLITS)
+        if not requests:
+            return
+        count, forwards = len({request.composite for request in requests}), driver.forwards(requests)
+        context.progress.note(f"{PART}: {count} composites to score, {forwards:.1f} forward-equivalents")
+        began, before = monotonic(), _spent(context, driver)
+        driver.measure(composites, SPLITS, PART)
+        spent = _spent(context, driver) - before
+        context.progress.note(f"{PART}: took {spent:.1f} forward-equivalents and {monotonic() - began:.0f} s")
+
+
+def _spent(context: StudyContext, driver: Driver) -> float:
+    """Forward-equivalents that final tables of the study have taken so far."""
+    costs = driver.ledger.costs(context.config.name, driver.identity)
+    return sum(cost.forwards for cost in costs if cost.part == PART)
+
+
+def complete_report(context: StudyContext) -> Summary:
+    """Score all rows that a report can have, as far as they are missing; workers start only where some are.
+
+    Raises:
+        InputError: The study has not been run, or has changed since.
+    """
+    with context.stored() as stored:
+        if _is_complete(context, stored):
+            return summarize_stored(context, stored)
+    inputs = context.load_inputs(for_workers=True)
+    with context.driving() as (ledger, lease), context.compute:
+        inputs = distinguish(inputs.on(context.compute.device), ledger, context.progress)
+        identity = inputs.identity()
+        context.refuse_changed(stored, identity)
+        with context.driver(inputs.spec(), identity, ledger) as driver:
+            measure_final_table(context, driver, stored.generation, lease, FULL)
+        return summarize_generation(context, ledger, identity, stored.generation)
+
+
+def _is_complete(context: StudyContext, stored: StoredStudy) -> bool:
+    """Whether all rows are scored."""
+    identity, ledger = stored.identity, stored.ledger
+    trials = trials_by_run(context, ledger, identity, stored.generation)
+    if best_of([trial for records in trials.values() for trial in records]) is None:
+        raise context.not_run()
+    listed = final_entries(identity, trials, FULL)
+    return all(is_known(ledger, identity, entry.composite, split) for entry in listed for split in SPLITS)
+
+
+def expect_final_table(
+    context: StudyContext, driver: Driver, generation: int, algorithms: Collection[str]
+) -> FinalTable:
+    """Expect what the final table will take after searches with these algorithms: their winners are not known yet."""
+    report, identity = context.config.report, driver.identity
+    trials = trials_by_run(context, driver.ledger, identity, generation)
+    baselines = [entry.composite for entry in entries(identity, trials) if entry.role != "best"]
+    # The first of the best composites is a winner.
+    winners = len(algorithms) + max(report.top - 1, 0)
+    without = left_out_count(context.config)
+    # The Gaussian process scores the baselines itself on the search split.
+    splits = [HELD_OUT] if "simplex-gp" in algorithms else SPLITS
+    missing = driver.missing(baselines, splits)
+    held_out = identity.windows(HELD_OUT) / identity.windows(SEARCH)
+    return FinalTable(
+        requests=len(missing) + winners + 2 * without,
+        forwards=driver.forwards(missing) + winners * held_out + without * (1 + held_out),
+    )
