@@ -7,11 +7,13 @@ BIN := .venv/bin
 quickstart: .venv/ready
 	$(BIN)/dem-opt quickstart quickstart
 
-## headline: merging four fine-tunes against training on fifteen mixtures of their data, on the quickstart's files
+## headline: merging against mixing, placebos and training on the search split, on the quickstart's files
 headline: .venv/ready
 	$(BIN)/dem-opt quickstart --files quickstart
 	$(BIN)/dem-opt train studies/headline.yaml
 	$(BIN)/dem-opt run studies/headline.yaml
+	$(BIN)/dem-opt compare --placebo studies/headline.yaml
+	$(BIN)/dem-opt compare --fine-tune-on-search studies/headline.yaml
 	$(BIN)/dem-opt compare --data-mixing study studies/headline.yaml
 
 ## test: all tests, in two processes

@@ -23,12 +23,13 @@ from dem_opt.dashboards.tables import (
     final_table,
     margin_table,
     number,
+    rival_table,
     top_table,
     trial_table,
     usage_table,
     vector_table,
 )
-from dem_opt.dashboards.words import cost_line, loss_title, objective_name, precision_lines
+from dem_opt.dashboards.words import cost_line, loss_title, objective_name, precision_lines, rival_lines
 from dem_opt.errors import InputError
 from dem_opt.evaluation.objective import mean_nll
 from dem_opt.types import BITS_PER_BYTE, HELD_OUT, SEARCH, Summary
@@ -65,6 +66,7 @@ def study_note(summary: Summary, links: Mapping[str, str]) -> str:
         f"**Best so far:** `{winner.label}`, {number(winner.objective.get(SEARCH))} {summary.unit_words}"
         f"{_baseline_objectives(summary)}.",
         "\n".join(table),
+        *rival_lines(summary),
         *_estimate_warning(summary),
         *(f"[{text}]({address})" for text, address in links.items()),
         *(["Links to this machine work while `dem-opt dashboard` runs."] if links else []),
@@ -142,6 +144,7 @@ def render(summary: Summary) -> str:
             margin_table(summary),
             f"Rival minus winner: {objective} in {summary.unit_words}; above 0, the winner is better",
         ),
+        rivals=_rivals(summary),
         change=_figures(("change", "price"), figures),
         top=_html_table(
             top_table(summary), f"Best composites by the search split: {objective} in {summary.unit_words}", "top"
@@ -220,7 +223,8 @@ def _answer(summary: Summary) -> str:
         scores += _other_means(summary)
     objective = objective_name(summary)
     sentence = f"{objective[0].upper()}{objective[1:]} {escape(scores)}."
-    lines = [sentence, *map(escape, precision_lines(summary)), *filter(None, [escape(cost_line(summary))])]
+    said = [*rival_lines(summary), *precision_lines(summary), cost_line(summary)]
+    lines = [sentence, *map(escape, filter(None, said))]
     return f"<strong>{escape(winner.label)}</strong>: {escape(coefficients)}.<br>{'<br>'.join(lines)}"
 
 
@@ -253,6 +257,13 @@ def _explain_objective(summary: Summary) -> str:
 def _comparison_table(comparison: Comparison) -> str:
     caption = f"Regret in {comparison.unit}: median [quartiles] over runs; grid: mean over all orders of its points"
     return _html_table(comparison_table(comparison), caption)
+
+
+def _rivals(summary: Summary) -> str:
+    """Return the table of placebos and trained models, where the winner was compared with any."""
+    if not summary.rivals:
+        return ""
+    return _html_table(rival_table(summary), "Rivals: the same search over placebos, training on the search split")
 
 
 def _trial_table(summary: Summary) -> str:

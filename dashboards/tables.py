@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import comb, exp
 
 from dem_opt.analysis.regret import Comparison, Regret, compare
+from dem_opt.analysis.rivals import RIVALS
 from dem_opt.analysis.utilization import usage_of
 from dem_opt.dashboards.words import ABSENT, coefficients_text
 from dem_opt.evaluation.objective import mean_nll
@@ -117,6 +118,21 @@ def margin_table(summary: Summary) -> Table:
         by_split = [margins.get((rival, split)) for split in SPLIT_NAMES]
         rows.append((rival, *map(_interval, by_split), _conclusion(by_split)))
     return Table(headers, tuple(rows), groups=((3,), (2,), (1,)))
+
+
+def rival_table(summary: Summary) -> Table:
+    """List the winner and its rivals: objective on both splits, rival minus winner held out, and the cost."""
+    winner = summary.winner
+    objective = [number(winner.objective.get(split)) for split in SPLIT_NAMES]
+    trials = len(summary.trials.get(winner.run, ()))
+    rows = [(f"winner: {winner.label}", *objective, ABSENT, ABSENT, f"{trials} trials")]
+    for rival in summary.rivals:
+        objective = [number(rival.objective.get(split)) for split in SPLIT_NAMES]
+        effort = f"{rival.trials} trials" if rival.is_placebo else f"{rival.steps} steps"
+        margin = _interval(rival.held_out), _conclusion([rival.held_out])
+        rows.append((RIVALS[rival.kind], *objective, *margin, f"{effort}, {rival.flops:.2e} FLOPs"))
+    headers = ("model", "search", "held-out", "held-out minus winner\n[95% interval]", "winner", "cost")
+    return Table(headers, tuple(rows), groups=((2,), (3,), (4,), (1,), (5,)))
 
 
 def trial_table(summary: Summary) -> Table:

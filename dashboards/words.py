@@ -1,9 +1,10 @@
 """How results are put into words, for text and figures alike; loads no plotting library."""
 
+from dem_opt.analysis.rivals import RIVALS
 from dem_opt.errors import shorten
 from dem_opt.evaluation.objective import objective_words
 from dem_opt.simplex import Coefficients
-from dem_opt.types import BITS_PER_BYTE, Summary
+from dem_opt.types import BITS_PER_BYTE, SEARCH, Rival, Summary
 
 ABSENT = "-"
 """Shown for a value that was not measured."""
@@ -53,3 +54,32 @@ def cost_line(summary: Summary) -> str:
         return ""
     parts = ", ".join(f"{cost.part} {cost.forwards:,.1f}" for cost in summary.costs)
     return f"The whole study has cost {summary.forwards:,.1f} forward-equivalents: {parts}."
+
+
+def rival_lines(summary: Summary) -> list[str]:
+    """Say whether the winner is better than the best placebo, and than what the same compute gives in training."""
+    placebos = [rival for rival in summary.rivals if rival.is_placebo]
+    lines = []
+    if placebos:
+        best = min(placebos, key=lambda rival: rival.objective[SEARCH])
+        lines += _against(
+            best, f"the best placebo ({RIVALS[best.kind]})", "No better than a placebo", summary.unit_words
+        )
+    for rival in summary.rivals:
+        if not rival.is_placebo:
+            lines += _against(
+                rival, f"{RIVALS[rival.kind]} at equal cost", "No better than training", summary.unit_words
+            )
+    return lines
+
+
+def _against(rival: Rival, name: str, otherwise: str, unit: str) -> list[str]:
+    """Compare the 95% interval of rival minus winner on the held-out split with 0; nothing until that is scored."""
+    margin = rival.held_out
+    if margin is None:
+        return []
+    better, words = margin.low > 0, f"{abs(margin.mean):.4f} {unit}"
+    interval = f"held out, 95% interval {margin.low:+.4f} to {margin.high:+.4f}"
+    if better:
+        return [f"Better than {name}: by {words} ({interval})."]
+    return [f"{otherwise}: {name} is {words} {'above' if margin.mean > 0 else 'below'} the winner ({interval})."]

@@ -21,7 +21,7 @@ from dem_opt.simplex import Coefficients
 from dem_opt.tracking import MlflowTracker, PageListener, Tracker
 from dem_opt.tracking.mlflow_client import MlflowStore
 from dem_opt.training.fine_tune import FineTuned
-from dem_opt.types import Summary
+from dem_opt.types import Rival, Summary
 from dem_opt.workflows import (
     data_mixing,
     downstream,
@@ -31,7 +31,9 @@ from dem_opt.workflows import (
     frames,
     lora_export,
     optimize,
+    placebo,
     score,
+    search_split_training,
     summary,
 )
 from dem_opt.workflows.context import StudyContext
@@ -134,6 +136,19 @@ class Study:
         """
         with self._workflow() as context:
             return data_mixing.mix(context, grid)
+
+    def placebo(self) -> tuple[Rival, ...]:
+        """Search as the study did over placebos of the distribution vectors, and compare the winners.
+
+        A placebo has random vectors of equal norm, tensor by tensor, or the vectors with permuted layers.
+        """
+        with self._workflow() as context:
+            return placebo.compare_with_placebo(context)
+
+    def fine_tune_on_search(self) -> tuple[Rival, ...]:
+        """Train the base and the uniform average on the search split at the search's cost, and compare the winner."""
+        with self._workflow() as context:
+            return search_split_training.train_on_search_split(context)
 
     def evaluate(self) -> TaskTable:
         """Score base, fine-tunes, uniform average and the best composites on the study file's tasks."""

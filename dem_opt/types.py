@@ -458,6 +458,40 @@ class Margin:
     high: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rival:
+    """Another use of the search's windows and compute, which the winner is compared with.
+
+    Attributes:
+        kind: "random" or "permuted": the winner of the same search over placebos of the distribution vectors; "base" or
+            "uniform": the base or the uniform average, trained on the search split.
+        objective: By split, in nats per token.
+        margins: Rival minus winner, of the splits on which both are scored.
+        coefficients: Of a placebo's winner, by distribution.
+        trials: Trials of a placebo's search.
+        steps: Optimizer steps of a training.
+        flops: Floating-point operations of the search or the training.
+    """
+
+    kind: str
+    objective: Mapping[str, float]
+    margins: tuple[Margin, ...]
+    coefficients: Mapping[str, float]
+    trials: int
+    steps: int
+    flops: float
+
+    @property
+    def is_placebo(self) -> bool:
+        """The rival was searched for, not trained."""
+        return self.steps == 0
+
+    @property
+    def held_out(self) -> Margin | None:
+        """The margin on the held-out split."""
+        return next((margin for margin in self.margins if margin.split == HELD_OUT), None)
+
+
 @dataclass(frozen=True)
 class VectorGeometry:
     """The distribution vectors  v_i = Theta_i - Theta , by their inner products over all stored parameters.
@@ -549,6 +583,7 @@ class Summary:
         left_out: The winner without one of its distributions, the others scaled up to its total; named by the
             distribution that is left out.
         costs: What the study has spent since it began, by part.
+        rivals: Placebos and models trained on the search split, as far as they have been compared.
     """
 
     study: str
@@ -566,6 +601,7 @@ class Summary:
     vectors: VectorGeometry | None = None
     surrogate: Surrogate | None = None
     precision: Precision | None = None
+    rivals: tuple[Rival, ...] = ()
     costs: tuple[Cost, ...] = ()
 
     @property

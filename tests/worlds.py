@@ -61,14 +61,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<eos>")
 
 
-def save_model(folder: Path, seed: int, base: LlamaForCausalLM | None = None, hidden: int = 16) -> LlamaForCausalLM:
+def save_model(
+    folder: Path, seed: int, base: LlamaForCausalLM | None = None, hidden: int = 16, layers: int = 1
+) -> LlamaForCausalLM:
     """A random Llama, or `base` with every weight moved a little."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
-        num_hidden_layers=1,
+        num_hidden_layers=layers if base is None else base.config.num_hidden_layers,
         num_attention_heads=2,
         max_position_embeddings=64,
         tie_word_embeddings=True,

@@ -1,4 +1,4 @@
-"""`dem-opt compare --data-mixing` and `dem-opt evaluate`: the method beside data mixing, and on tasks."""
+"""`dem-opt compare` with rivals of the winner, and `dem-opt evaluate`: data mixing, placebos, tasks."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -11,6 +11,7 @@ from dem_opt.types import SPLITS
 if TYPE_CHECKING:
     from dem_opt.analysis.mixing_cost import MixingComparison
     from dem_opt.analysis.task_scores import TaskTable
+    from dem_opt.types import Summary
 
 
 def compare_with_mixing(arguments: Namespace, terminal: Terminal) -> None:
@@ -51,6 +52,40 @@ def print_mixing(comparison: "MixingComparison", folder: Path, terminal: Termina
     for line in verdicts(comparison):
         terminal.line(line)
     terminal.line(f"Written: {page} and {data}")
+
+
+def compare_with_placebo(arguments: Namespace, terminal: Terminal) -> None:
+    """Compare the winner with those of the same search over placebos."""
+    from dem_opt.study import Study
+
+    with terminal.progress() as progress:
+        study = Study.load(arguments.study, progress=progress)
+        study.placebo()
+    _print_rivals(study.summary(), terminal)
+
+
+def compare_with_training(arguments: Namespace, terminal: Terminal) -> None:
+    """Compare the winner with models trained on the search split at the search's cost."""
+    from dem_opt.study import Study
+
+    with terminal.progress() as progress:
+        study = Study.load(arguments.study, progress=progress)
+        study.fine_tune_on_search()
+    _print_rivals(study.summary(), terminal)
+
+
+def _print_rivals(summary: "Summary", terminal: Terminal) -> None:
+    from dem_opt.dashboards.tables import rival_table
+    from dem_opt.dashboards.words import objective_name, rival_lines
+
+    if terminal.as_json:
+        terminal.json(json_output.of_rivals(summary))
+        return
+    rivals = rival_table(summary)
+    title = f"Rivals: {objective_name(summary)} in {summary.unit_words}, and minus the winner's"
+    terminal.table(title, rivals.headers, rivals.rows, strong=0, groups=rivals.groups)
+    for line in rival_lines(summary):
+        terminal.line(line)
 
 
 def evaluate(arguments: Namespace, terminal: Terminal) -> None:

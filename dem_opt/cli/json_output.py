@@ -89,6 +89,25 @@ def of_summary(summary: "Summary") -> dict[str, Any]:
         "stop_reasons": dict(summary.stopped or {}),
         "cost": {"forward_equivalents": summary.forwards, "parts": [_of_cost(cost) for cost in summary.costs]},
         "usage": {run: asdict(usage_of(records)) for run, records in summary.trials.items()},
+        "rivals": [asdict(rival) for rival in summary.rivals],
+    }
+
+
+def of_rivals(summary: "Summary") -> dict[str, Any]:
+    """The winner beside placebos and models trained on the search split, with units."""
+    from dem_opt.dashboards.words import rival_lines
+
+    units = {
+        "objective": summary.unit_words,
+        "margins": f"rival minus winner in {summary.unit_words}, with a 95% interval",
+        "flops": "floating-point operations of the search or the training",
+    }
+    return {
+        "study": summary.study,
+        "winner": _of_row(summary.winner),
+        "rivals": [asdict(rival) for rival in summary.rivals],
+        "conclusions": rival_lines(summary),
+        "units": units,
     }
 
 

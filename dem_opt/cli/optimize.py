@@ -70,18 +70,20 @@ def _sync(arguments: Namespace, terminal: Terminal) -> None:
 
 def compare(arguments: Namespace, terminal: Terminal) -> None:
     """Compare algorithms, or what an option asks for."""
+    options = {
+        "--reweight": (arguments.reweight, _reweight),
+        "--data-mixing": (arguments.data_mixing, baselines.compare_with_mixing),
+        "--placebo": (arguments.placebo or None, baselines.compare_with_placebo),
+        "--fine-tune-on-search": (arguments.fine_tune_on_search or None, baselines.compare_with_training),
+    }
+    chosen = {option: (value, command) for option, (value, command) in options.items() if value is not None}
     has_runs = arguments.algorithms is not None or arguments.seeds is not None
-    if arguments.reweight is not None:
-        if has_runs:
-            raise InputError(None, "--reweight", arguments.reweight, "runs nothing; leave --algorithms and --seeds out")
-        _reweight(arguments, terminal)
-    elif arguments.data_mixing is not None:
-        if has_runs:
-            mend = "compares the winner with mixtures; leave --algorithms and --seeds out"
-            raise InputError(None, "--data-mixing", arguments.data_mixing, mend)
-        baselines.compare_with_mixing(arguments, terminal)
-    else:
-        _compare_algorithms(arguments, terminal)
+    others = [*chosen, *(["--algorithms and --seeds"] if has_runs else [])]
+    if len(others) > 1:
+        option, (value, _) = next(iter(chosen.items()))
+        raise InputError(None, option, value, f"is a comparison of its own; leave {' and '.join(others[1:])} out")
+    command = next((command for _, command in chosen.values()), _compare_algorithms)
+    command(arguments, terminal)
 
 
 def _compare_algorithms(arguments: Namespace, terminal: Terminal) -> None:

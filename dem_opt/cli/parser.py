@@ -208,7 +208,7 @@ def _add_search(commands: Any) -> None:
         commands,
         "compare",
         optimize.compare,
-        summary="compare search algorithms, data mixing or other weights",
+        summary="compare search algorithms, data mixing, placebos, training or other weights",
         details=(
             "Algorithms share one ledger: a composite that one of them has measured costs the\n"
             "others nothing. Says first how many passes it takes; a grid of more points than\n"
@@ -217,6 +217,7 @@ def _add_search(commands: Any) -> None:
         examples=(
             "dem-opt compare study.yaml --algorithms grid,simplex-gp --seeds 5\n"
             "dem-opt compare study.yaml --data-mixing 3\n"
+            "dem-opt compare study.yaml --placebo\n"
             "dem-opt compare study.yaml --reweight code=2,math=1"
         ),
     )
@@ -227,6 +228,16 @@ def _add_search(commands: Any) -> None:
         metavar="GRID",
         help="train a model on each mixture of the data and compare: `study` for the study file's mixtures, 3 for all "
         "multiples of a third",
+    )
+    compare.add_argument(
+        "--placebo",
+        action="store_true",
+        help="repeat the search over random vectors of equal norm and over the vectors with permuted layers",
+    )
+    compare.add_argument(
+        "--fine-tune-on-search",
+        action="store_true",
+        help="train the base and the uniform average on the search split, as a LoRA, at the cost of the search",
     )
     compare.add_argument(
         "--reweight",

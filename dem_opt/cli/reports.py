@@ -137,7 +137,7 @@ def print_comparison(summary: "Summary", folder: Path, terminal: Terminal) -> No
 def print_results(summary: "Summary", terminal: Terminal) -> None:
     """Print the results table on both splits, the best five composites, the margins and the winner."""
     from dem_opt.dashboards.tables import SPLIT_NAMES, final_table, margin_table, top_table
-    from dem_opt.dashboards.words import cost_line, loss_title, objective_name, precision_lines
+    from dem_opt.dashboards.words import cost_line, loss_title, objective_name, precision_lines, rival_lines
 
     objective = objective_name(summary)
     for split, words in SPLIT_NAMES.items():
@@ -160,7 +160,7 @@ def print_results(summary: "Summary", terminal: Terminal) -> None:
         groups=margins.groups,
     )
     terminal.line(f"The winner: {summary.winner.label}: {summary.winner.coefficients}")
-    for line in filter(None, [*precision_lines(summary), cost_line(summary)]):
+    for line in filter(None, [*rival_lines(summary), *precision_lines(summary), cost_line(summary)]):
         terminal.line(line)
 
 

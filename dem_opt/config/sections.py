@@ -504,6 +504,12 @@ class FineTuningSection(Section):
     lora: dict[str, Any] = Field(default_factory=dict)
     """Arguments of peft's `LoraConfig`, for distributions with an `adapter`."""
 
+    on_search: Literal["lora", "full"] = "lora"
+    """Rivals of `dem-opt compare --fine-tune-on-search`: trained as a LoRA (arguments: `lora`), or with all weights."""
+
+    on_search_rate: Annotated[PositiveReal | None, default_note("learning_rate")] = None
+    """Peak learning rate of these rivals."""
+
 
 BUDGETS: tuple[Literal["all", "one"], ...] = ("all", "one")
 SHARES_TOLERANCE = 1e-6

@@ -12,15 +12,15 @@ import numpy as np
 
 from dem_opt.config import DataFile
 from dem_opt.simplex import compositions
-from dem_opt.types import Windows
+from dem_opt.types import Corpus, Windows
 
 
 @dataclass(frozen=True)
 class Part:
-    """A distribution's training data, and its share of the tokens."""
+    """A distribution's training data, a file or windows, and its share of the tokens."""
 
     name: str
-    data: DataFile
+    data: DataFile | Corpus
     share: float
 
 

@@ -39,7 +39,7 @@ from dem_opt.checkpoints.layout import Layout
 from dem_opt.errors import InputError, nearest
 from dem_opt.json_files import read_json
 from dem_opt.manifest import FILES, manifest_of, read_description, refuse_foreign
-from dem_opt.merging.merged_model import merged_tensors
+from dem_opt.merging.merged_model import NamedTensors, merged_tensors
 from dem_opt.progress import current_progress
 from dem_opt.simplex import UNIT
 from dem_opt.types import Composite, Score, StoredModel
@@ -150,9 +150,9 @@ def write_composite(
     written = Export(path=out, base=base, stored=used, composite=composite, content="", dtype=dtype)
     with staged(out) as partial:
         with as_input_error(out):
-            contents = _Contents.of(architecture, header, declared)
-            _refuse_full(out, partial, sum(contents.sizes.values()))
-            _write_weights(partial, architecture, contents, written)
+            contents = Contents.of(architecture, header, declared)
+            refuse_full(out, partial, sum(contents.sizes.values()))
+            write_weights(partial, contents, _merging(architecture, written), "merging and writing")
             copy_files(base.path, partial, COPIED)
             if declared is not None:
                 _set_dtype(partial / "config.json", declared)
@@ -193,9 +193,9 @@ def prove(export: Export) -> None:
     if hash_tensors(header) != export.content:
         raise ExportError(f"{export.path}: its weights are not those that were written")
     architecture = read_architecture(original)
-    contents, parameters = _Contents.of(architecture, original, export.dtype), parameter_of(architecture, original)
+    contents, parameters = Contents.of(architecture, original, export.dtype), parameter_of(architecture, original)
     loaded = _loaded(architecture, export.path, header)
-    fresh = contents.read(architecture, list(contents.sizes), export)
+    fresh = contents.read(list(contents.sizes), _merging(architecture, export))
     with current_progress().phase("comparing from disk", len(contents.sizes), "tensors") as phase:
         for stored_name, (name, merged) in zip(contents.sizes, fresh, strict=True):
             ((_, stored),) = read_tensors(header, [name])
@@ -302,7 +302,7 @@ def _unlisted(out: Path) -> dict[str, str]:
     return manifest_of(out, known) if content == marker["content"] else {}
 
 
-def _refuse_full(out: Path, partial: Path, size: int) -> None:
+def refuse_full(out: Path, partial: Path, size: int) -> None:
     """Raise InputError where the disk has no room for so many bytes of weights."""
     free = shutil.disk_usage(partial).free
     if free < size:
@@ -320,9 +320,13 @@ def as_input_error(out: Path) -> Iterator[None]:
         raise InputError(out, None, None, f"can't be written ({reason})") from error
 
 
+EditedTensors = Callable[[Sequence[str]], NamedTensors]
+"""Yields edited values of some of the base's stored tensors, in the order of their names."""
+
+
 @dataclass(frozen=True)
-class _Contents:
-    """The tensors of an export, by the names under which the base stores them.
+class Contents:
+    """The tensors of a folder that is written like the base's, by the names under which the base stores them.
 
     Attributes:
         base: The base.
@@ -357,11 +361,10 @@ class _Contents:
             return {WEIGHTS: shards[0]}
         return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
-    def read(self, architecture: Architecture, names: Sequence[str], export: Export) -> Iterator[tuple[str, Tensor]]:
-        """Merge or copy tensors, one at a time, by the names that they are written under."""
+    def read(self, names: Sequence[str], edited: EditedTensors) -> NamedTensors:
+        """Edited tensors, and copies of the others, one at a time, by the names that they are written under."""
         merged = [name for name in names if name in self.merged]
-        sources = [self.merged[name] for name in merged]
-        tensors = merged_tensors(architecture, export.base, export.stored, export.composite, sources, export.dtype)
+        tensors = edited([self.merged[name] for name in merged])
         for name, (_, tensor) in zip(merged, tensors, strict=True):
             _refuse_infinite(name, tensor)
             yield self.layout.renaming(name), tensor
@@ -374,13 +377,18 @@ def _bytes_in(tensor: StoredTensor, dtype: torch.dtype | None) -> int:
     return prod(tensor.shape) * dtype.itemsize if dtype else tensor.nbytes
 
 
-def _write_weights(folder: Path, architecture: Architecture, contents: _Contents, export: Export) -> None:
-    """Merge and write the weight files one by one; with several, an index."""
+def _merging(architecture: Architecture, export: Export) -> EditedTensors:
+    """The merged values of an export's tensors."""
+    return lambda names: merged_tensors(architecture, export.base, export.stored, export.composite, names, export.dtype)
+
+
+def write_weights(folder: Path, contents: Contents, edited: EditedTensors, phase_name: str) -> None:
+    """Write the weight files one by one, each from tensors in memory; with several, an index."""
     shards, written = contents.shards(), dict[str, str]()
-    with current_progress().phase("merging and writing", len(contents.sizes), "tensors") as phase:
+    with current_progress().phase(phase_name, len(contents.sizes), "tensors") as phase:
         for file, names in shards.items():
             tensors: dict[str, Tensor] = {}
-            for name, tensor in contents.read(architecture, names, export):
+            for name, tensor in contents.read(names, edited):
                 tensors[name] = tensor
                 phase.advance()
             save_file(tensors, folder / file, metadata={"format": "pt"})

@@ -318,6 +318,9 @@ def _windows(job: FineTuneJob, tokenizer: PreTrainedTokenizerBase) -> Windows:
     """The job's training windows; of a mixture exactly as many as its steps need."""
     packed = {}
     for part in job.parts:
+        if isinstance(part.data, Corpus):
+            packed[part.name] = part.data.windows
+            continue
         with located(str(part.data)):
             windows = pack(read_documents(part.data, "train"), tokenizer, job.window, today=job.today).windows
         least = 1 if isinstance(job.train, Mixture) else job.batch_size
@@ -365,7 +368,8 @@ def _made_from(job: FineTuneJob) -> dict[str, Any]:
     Keys and their order are stored and hashed.  A chat template is part of the base where the data are conversations.
     Settings at their default have no entry, so that records of earlier releases stay valid.
     """
-    files = [part.data for part in job.parts]
+    files = [part.data for part in job.parts if isinstance(part.data, DataFile)]
+    windows = [part.data.key for part in job.parts if isinstance(part.data, Corpus)]
     if not (job.base / "config.json").is_file():
         raise InputError(job.base / "config.json", "base", None, "no such file")
     has_chats = any(holds_chats(file, "train") for file in files)
@@ -383,6 +387,7 @@ def _made_from(job: FineTuneJob) -> dict[str, Any]:
         **({"dtype": job.dtype} if job.dtype != "auto" else {}),
         **({"today": job.today.isoformat()} if has_chats and job.today != CHAT_DATE else {}),
         **({"keep": [job.save_every, job.validation.key]} if job.validation is not None else {}),
+        **({"windows": windows} if windows else {}),
         **({"mixture": [[part.name, part.share] for part in job.parts]} if isinstance(job.train, Mixture) else {}),
     }
     formats = [{file.format: file.columns | file.named_tools} for file in files if file.columns != {"text": "text"}]

@@ -23,6 +23,7 @@ from dem_opt.checkpoints.adapters import CONFIG, WEIGHTS, Plan, plan_edits, sort
 from dem_opt.checkpoints.architecture import describe, read_meta_model
 from dem_opt.checkpoints.files import Header, StoredTensor, read_header
 from dem_opt.errors import InputError, nearest
+from dem_opt.training.trainer import parameters_of
 
 DEFAULTS: Mapping[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 """Arguments of LoraConfig where the study file has none: rank, alpha, and the layers that get factors."""
@@ -69,6 +70,19 @@ def check_mergeable(arguments: Mapping[str, Any], base: Path, where: Path | None
     faults = [*plan.faults, *_faults_of_training(plan, bool(plain))]
     if faults:
         raise InputError(where, field, dict(arguments), f"no run could merge it: {'; '.join(faults[:3])}")
+
+
+def count_parameters(base: Path, arguments: Mapping[str, Any]) -> tuple[int, int]:
+    """Number of a base's parameters, and of those that a LoRA of it trains; no weights are read.
+
+    Raises:
+        InputError: peft refuses a value.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft warns of tied weights, which a merged adapter unties nowhere
+        model = _adapted(read_meta_model(read_header(base, "base")), _trial(arguments), low_cpu_mem_usage=True)
+    total, trained = parameters_of(model)
+    return total - trained, trained
 
 
 def _trial(arguments: Mapping[str, Any]) -> dict[str, Any]:

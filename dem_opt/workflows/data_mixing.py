@@ -94,7 +94,8 @@ def mix(context: StudyContext, grid: str) -> MixingComparison:
         train(context, [mixture.job for mixture in jobs], _WithoutPhases(context.progress))
         with context.compute:
             inputs = inputs.on(context.compute.device)
-            composites = score_mixtures(context, inputs, jobs, stored.ledger)
+            folders = [mixture.job.out for mixture in jobs]
+            composites = score_folders(context, inputs, folders, FOLDER, stored.ledger)
         comparison = compare_costs(context, inputs, stored.ledger, summary, jobs, composites)
     log_mixtures(context, jobs, comparison)
     return comparison
@@ -180,16 +181,16 @@ def _mixture(config: StudyConfig, shares: Mapping[str, float]) -> Mixture:
     return Mixture(tuple(parts))
 
 
-def score_mixtures(
-    context: StudyContext, inputs: Inputs, jobs: Sequence[MixtureJob], ledger: Ledger
+def score_folders(
+    context: StudyContext, inputs: Inputs, folders: Sequence[Path], field: str, ledger: Ledger
 ) -> dict[Path, Composite]:
     """Score every model on both splits, unless the ledger has its scores; return its composite by its folder.
 
     As many models are in memory at once as the study has fine-tunes, but only one where these are adapters or stay in
-    their files.
+    their files.  `field` is what messages call the folders.
     """
     identity = inputs.identity()
-    models = [StoredModel(mixture.job.out, content_hash(mixture.job.out, FOLDER), field=FOLDER) for mixture in jobs]
+    models = [StoredModel(folder, content_hash(folder, field), field=field) for folder in folders]
     composites = {model.path: Composite.single(model.content) for model in models}
     missing = [
         model

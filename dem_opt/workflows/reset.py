@@ -44,7 +44,7 @@ def plan_reset(config: StudyConfig, path: Path) -> ResetPlan:
 
 
 def reset(config: StudyConfig, path: Path, tracker: Tracker, warn: Callable[[str], None]) -> ResetPlan:
-    """Remove the trials of a study, of all its runs and generations; return what was removed.
+    """Remove the trials of a study and of its placebos, of all runs and generations; return what was removed.
 
     The study's row goes last, so that another reset finishes one that was killed.
 
@@ -61,13 +61,20 @@ def reset(config: StudyConfig, path: Path, tracker: Tracker, warn: Callable[[str
         plan = _plan(config, ledger)
         delete_optuna_studies(list(plan.trials), config.storage)
         tracker.mark_reset(lambda name: RunName.from_optuna(name, config.name) is not None, warn)
-        ledger.forget_study(config.name)
+        for name in reversed(_names(config, ledger)):
+            ledger.forget_study(name)
         return plan
 
 
 def _plan(config: StudyConfig, ledger: Ledger) -> ResetPlan:
-    trials = optuna_studies_of(config.name, config.storage)
+    names = _names(config, ledger)
+    trials = {search: count for name in names for search, count in optuna_studies_of(name, config.storage).items()}
     return ResetPlan(study=config.name, storage=masked(config.storage), trials=trials, scores=ledger.count_scores())
+
+
+def _names(config: StudyConfig, ledger: Ledger) -> list[str]:
+    """The study, and the studies of its placebos, NAME+KIND."""
+    return [config.name, *(row.name for row in ledger.studies() if row.name.startswith(f"{config.name}+"))]
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dem_opt.analysis.precision import study_precision
 from dem_opt.analysis.results import summarize
+from dem_opt.analysis.rivals import recall_rivals
 from dem_opt.config import StudyConfig
 from dem_opt.config.objective_function import import_from
 from dem_opt.errors import InputError
@@ -39,7 +40,11 @@ def stored_results(config: StudyConfig, path: Path) -> Summary:
             trials = {run: finished(ledger, identity, search) for run, search in searches.items()}
             stopped = {run: search.stopped for run, search in searches.items()}
         summary = summarize(config.name, ledger, identity, trials, {"study file": str(path)}, stopped)
-        summary = replace(summary, precision=study_precision(ledger, identity, trials))
+        precision, rivals = (
+            study_precision(ledger, identity, trials),
+            recall_rivals(config, ledger, identity, summary.winner),
+        )
+        summary = replace(summary, precision=precision, rivals=rivals)
     if summary.winner.role != "best":
         raise not_run
     return summary

@@ -8,6 +8,7 @@ from dem_opt.analysis import surrogate
 from dem_opt.analysis.precision import study_precision
 from dem_opt.analysis.results import summarize
 from dem_opt.analysis.reweighting import checked, reweighted
+from dem_opt.analysis.rivals import recall_rivals
 from dem_opt.analysis.stored_vectors import recall_vectors
 from dem_opt.analysis.surrogate import Prediction
 from dem_opt.errors import InputError
@@ -48,7 +49,13 @@ def summarize_generation(context: StudyContext, ledger: Ledger, identity: StudyI
     summary = summarize(context.config.name, ledger, identity, trials, settings, stopped)
     vectors = recall_vectors(identity.base, identity.fine_tunes, context.config.output)
     fitted = surrogate.surrogate_of(identity.space, [record for records in trials.values() for record in records])
-    return replace(summary, vectors=vectors, surrogate=fitted, precision=study_precision(ledger, identity, trials))
+    return replace(
+        summary,
+        vectors=vectors,
+        surrogate=fitted,
+        precision=study_precision(ledger, identity, trials),
+        rivals=recall_rivals(context.config, ledger, identity, summary.winner),
+    )
 
 
 def trials_by_run(
