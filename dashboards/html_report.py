@@ -23,6 +23,7 @@ from dem_opt.dashboards.tables import (
     final_table,
     margin_table,
     number,
+    overlap_table,
     rival_table,
     top_table,
     trial_table,
@@ -30,6 +31,7 @@ from dem_opt.dashboards.tables import (
     vector_table,
 )
 from dem_opt.dashboards.words import cost_line, loss_title, objective_name, precision_lines, rival_lines
+from dem_opt.data.overlap import Overlap
 from dem_opt.errors import InputError
 from dem_opt.evaluation.objective import mean_nll
 from dem_opt.types import BITS_PER_BYTE, HELD_OUT, SEARCH, Summary
@@ -99,7 +101,7 @@ def _baseline_objectives(summary: Summary) -> str:
     return f" ({', '.join(baselines)})" if baselines else ""
 
 
-def write_report(summary: Summary, path: Path) -> None:
+def write_report(summary: Summary, path: Path, overlap: Overlap | None = None) -> None:
     """Write the report as one HTML file, atomically; an earlier report is replaced.
 
     Raises:
@@ -107,7 +109,7 @@ def write_report(summary: Summary, path: Path) -> None:
     """
     if path.exists() and not _is_page(path):
         raise InputError(path, None, None, "exists and is no report of dem-opt: name another file")
-    write(render(summary), path, "report")
+    write(render(summary, overlap), path, "report")
 
 
 def _is_page(path: Path) -> bool:
@@ -126,8 +128,13 @@ def write(text: str, path: Path, what: str) -> None:
         raise InputError(path, None, None, f"the {what} can't be written ({error.strerror})") from None
 
 
-def render(summary: Summary) -> str:
-    """Render the report: the winner, how it compares, the search, distributions, cost, how to reproduce it."""
+def render(summary: Summary, overlap: Overlap | None = None) -> str:
+    """Render the report: the winner, how it compares, the search, distributions, cost, how to reproduce it.
+
+    Args:
+        summary: The study.
+        overlap: What `dem-opt check --overlap` measured of its data, where it was asked for.
+    """
     figures = all_figures(summary)
     objective = objective_name(summary)
     has_comparison = "comparison" in figures
@@ -156,6 +163,7 @@ def render(summary: Summary) -> str:
             vector_table(summary), f"Distributions; without it: change of the objective in {summary.unit_words}"
         ),
         distributions=_figures(("worth", "vectors"), figures),
+        overlap=_overlap(overlap) if overlap is not None else "",
         cost=_html_table(
             cost_table(summary),
             "Cost by part since the study began: forward-equivalents, seconds of workers and proposals",
@@ -277,6 +285,20 @@ def _usage_table(summary: Summary) -> str:
         "tokens: padding, prompts, first tokens; batch tokens: the limit where memory allowed less than configured"
     )
     return _html_table(usage_table(summary), caption)
+
+
+def _overlap(overlap: Overlap) -> str:
+    """Return the section on overlap: a table of what overlaps, and what is not known."""
+    table = overlap_table(overlap)
+    without_training = ", ".join(overlap.without_training)
+    lines = [
+        f"Measured {overlap.measured}, in tokens of the base: 13-grams that stand in both, and documents of which "
+        "80% of the 5-grams of both are common (near-duplicates).",
+        *([] if table.rows else ["Nothing overlaps."]),
+        *([f"Training data that the study file does not name: {without_training}."] if without_training else []),
+    ]
+    body = _html_table(table, "Documents that stand in training data or in another split") if table.rows else ""
+    return f"<section><h2>Overlap</h2>{body}<p>{escape(' '.join(lines))}</p></section>"
 
 
 def _html_table(table: Table, caption: str, kind: str = "") -> str:

@@ -9,6 +9,7 @@ from dem_opt.analysis.regret import Comparison, Regret, compare
 from dem_opt.analysis.rivals import RIVALS
 from dem_opt.analysis.utilization import usage_of
 from dem_opt.dashboards.words import ABSENT, coefficients_text
+from dem_opt.data.overlap import Overlap, OverlapRow
 from dem_opt.evaluation.objective import mean_nll
 from dem_opt.types import BITS_PER_BYTE, HELD_OUT, SEARCH, Margin, ResultRow, Summary
 
@@ -37,6 +38,36 @@ class Table:
     lowest: frozenset[tuple[int, int]] = frozenset()
     words: int = 1
     groups: tuple[tuple[int, ...], ...] = ()
+
+
+PART_NAMES = {"train": "training data", **SPLIT_NAMES}
+"""Each part of a distribution's data, as readers know it."""
+
+
+def overlap_table(overlap: Overlap) -> Table:
+    """List the overlaps of corpora with training data and with each other, the largest first; none where none is."""
+    rows = sorted((row for row in overlap.rows if row.sharing or row.near_duplicates), key=_overlap_order)
+    return Table(
+        ("documents", "stand in", "number", "share a\n13-gram", "13-grams\nshared", "near-\nduplicates", "example"),
+        tuple(
+            (
+                f"{row.corpus}, {SPLIT_NAMES.get(row.split, row.split)}",
+                f"{row.source}, {PART_NAMES.get(row.part, row.part)}",
+                f"{row.documents:,}",
+                f"{row.sharing:,}",
+                f"{row.share:.1%}",
+                f"{row.near_duplicates:,}",
+                row.example,
+            )
+            for row in rows
+        ),
+        words=2,
+        groups=((4,), (5,), (3,), (2,), (6,)),
+    )
+
+
+def _overlap_order(row: OverlapRow) -> tuple[bool, float]:
+    return not row.is_large, -row.share
 
 
 def final_table(summary: Summary, split: str) -> Table:

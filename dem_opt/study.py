@@ -15,6 +15,7 @@ from dem_opt.compute import Compute, RayCompute
 from dem_opt.config import StudyConfig
 from dem_opt.config.objective_function import import_from
 from dem_opt.dashboards.html_report import write_report
+from dem_opt.data.overlap import Overlap
 from dem_opt.export.writer import Export
 from dem_opt.progress import NullProgress, Progress, reporting
 from dem_opt.simplex import Coefficients
@@ -39,6 +40,7 @@ from dem_opt.workflows import (
 from dem_opt.workflows.context import StudyContext
 from dem_opt.workflows.export import Champion
 from dem_opt.workflows.lora_export import LoraForm
+from dem_opt.workflows.overlap import stored_overlap
 from dem_opt.workflows.plots import StudyPlots
 from dem_opt.workflows.result import StudyResult
 from dem_opt.workflows.score import Scored
@@ -220,6 +222,11 @@ class Study:
         """Summarize what was measured so far, from the study's database alone."""
         return summary.read_summary(self._context)
 
+    def overlap(self) -> Overlap | None:
+        """Return what `dem-opt check --overlap` last measured of this study's data; None where nothing was."""
+        with self._context.stored() as stored:
+            return stored_overlap(self.config, stored.identity)
+
     def trials(self) -> pd.DataFrame:
         """Return the finished trials of all runs, one row each, in the order of runs and numbers.
 
@@ -304,7 +311,7 @@ class Study:
 
     def report(self, path: str | Path) -> Path:
         """Write the report, one HTML file that needs no network, and return its path."""
-        write_report(self.summary(), Path(path))
+        write_report(self.summary(), Path(path), self.overlap())
         return Path(path)
 
     def describe(self, results: Summary, note: str, files: Mapping[str, str | bytes]) -> bool:

@@ -10,7 +10,7 @@ from dem_opt.types import SPLITS
 
 if TYPE_CHECKING:
     from dem_opt.analysis.mixing_cost import MixingComparison
-    from dem_opt.analysis.task_scores import TaskTable
+    from dem_opt.analysis.task_scores import Correlation, TaskTable
     from dem_opt.types import Summary
 
 
@@ -111,14 +111,28 @@ def evaluate(arguments: Namespace, terminal: Terminal) -> None:
 
 
 def _print_agreement(table: "TaskTable", terminal: Terminal) -> None:
-    for task, by_split in table.agreement.items():
-        words = ", ".join(f"{split.replace('_', '-')} {_correlation(value)}" for split, value in by_split.items())
-        terminal.line(f"Rank correlation of loss and {task} over {len(table.models)} models (1: they agree): {words}")
+    headers = ("task", "loss", "split", "models", "Spearman", "Kendall")
+    rows = [
+        (
+            agreement.task,
+            agreement.loss,
+            agreement.split.replace("_", "-"),
+            str(agreement.models),
+            _interval(agreement.spearman),
+            _interval(agreement.kendall),
+        )
+        for agreement in table.agreement
+    ]
+    terminal.table("Rank correlation of loss and task over models [95%]; 1: they agree", headers, rows, words=3)
 
 
 def _plus_minus(error: float | None) -> str:
     return "" if error is None else f" ± {error:.4f}"
 
 
-def _correlation(value: float | None) -> str:
-    return "none (constant)" if value is None else f"{value:+.2f}"
+def _interval(correlation: "Correlation | None") -> str:
+    if correlation is None:
+        return "- (constant)"
+    if correlation.low is None or correlation.high is None:
+        return f"{correlation.value:+.2f}"
+    return f"{correlation.value:+.2f} [{correlation.low:+.2f}, {correlation.high:+.2f}]"

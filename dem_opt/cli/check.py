@@ -1,29 +1,41 @@
 """`dem-opt check`: what is on disk, what a worker holds, what the study takes."""
 
 from argparse import Namespace
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from dem_opt.cli import json_output
 from dem_opt.cli.console import Terminal
 
 if TYPE_CHECKING:
+    from dem_opt.data.overlap import Overlap
     from dem_opt.planning.plan import Plan
     from dem_opt.workflows.check import Findings
+
+OVERLAPS = 12
+"""Overlaps that are printed."""
 
 
 def check(arguments: Namespace, terminal: Terminal) -> None:
     """Print the findings, refuse a study that cannot run, then check its texts and vertices."""
     from dem_opt.config import load
     from dem_opt.workflows import check as workflow
+    from dem_opt.workflows.overlap import measure_overlap, overlap_warnings
 
     config = load(arguments.study)
-    findings = workflow.check(config, arguments.study)
+    with terminal.progress():
+        findings = workflow.check(config, arguments.study)
+        overlap = measure_overlap(config, arguments.study) if arguments.overlap else None
     if arguments.json:
-        terminal.json(json_output.of_findings(findings))
+        terminal.json(json_output.of_findings(findings) | ({"overlap": asdict(overlap)} if overlap else {}))
     else:
         _print_findings(findings, terminal)
+        if overlap:
+            _print_overlap(overlap, terminal)
     workflow.refuse(findings, config, arguments.study)
     with terminal.progress() as progress:
+        for warning in overlap_warnings(overlap, config) if overlap else ():
+            progress.warning(warning)
         for warning in workflow.check_contents(config, arguments.study):
             progress.warning(warning)
 
@@ -47,6 +59,25 @@ def _print_findings(findings: "Findings", terminal: Terminal) -> None:
     _print_memory(findings.plan, terminal)
     _print_passes(findings.plan, terminal)
     for line in findings.lines():
+        terminal.line(line)
+
+
+def _print_overlap(overlap: "Overlap", terminal: Terminal) -> None:
+    from dem_opt.dashboards.tables import overlap_table
+
+    table = overlap_table(overlap)
+    if table.rows:
+        title = "Documents that stand in training data or in another split; the largest overlaps first"
+        *headers, _ = table.headers  # examples stand in the warnings
+        rows = [row[: len(headers)] for row in table.rows[:OVERLAPS]]
+        terminal.table(title, headers, rows, words=table.words)
+    tokens = ", ".join(f"{name} {count:,}" for name, count in overlap.training.items())
+    lines = [
+        "" if table.rows else "Overlap: no document shares a 13-gram with training data or with another split.",
+        f"{len(table.rows) - OVERLAPS} smaller overlaps are in --json." if len(table.rows) > OVERLAPS else "",
+        f"Tokens of training data read: {tokens}." if tokens else "",
+    ]
+    for line in filter(None, lines):
         terminal.line(line)
 
 

@@ -138,8 +138,12 @@ def of_mixing(comparison: "MixingComparison") -> dict[str, Any]:
 
 def of_tasks(table: "TaskTable") -> dict[str, Any]:
     """Models on tasks, with units."""
-    units = {"objective": table.unit, "agreement": "Spearman's rank correlation, 1 where lower loss is better"}
-    return asdict(table) | {"agreement": table.agreement, "units": units}
+    units = {
+        "objective": table.unit,
+        "gold": "nats per token",
+        "low, high": "bounds of a rank correlation's 95% interval; the correlation is 1 where lower loss is better",
+    }
+    return asdict(table) | {"agreement": [asdict(agreement) for agreement in table.agreement], "units": units}
 
 
 def _of_cost(cost: "Cost") -> dict[str, Any]:

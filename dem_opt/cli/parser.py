@@ -172,7 +172,7 @@ def _add_preparation(commands: Any) -> None:
     _complete(out, shtab.FILE)
     _complete(added.add_argument("--base", type=Path, metavar="DIR", help="folder of the base"), shtab.DIRECTORY)
     added.add_argument("--name", metavar="NAME", help="name of the study (that of the file's folder)")
-    _add(
+    checked = _add(
         commands,
         "check",
         check.check,
@@ -181,7 +181,13 @@ def _add_preparation(commands: Any) -> None:
             "Plans from the headers of checkpoints. Then reads each model once, to compare its forward\n"
             "pass with that of its vertex. Writes nothing but the cache."
         ),
-        examples="dem-opt check study.yaml",
+        examples="dem-opt check study.yaml\ndem-opt check study.yaml --overlap",
+    )
+    checked.add_argument(
+        "--overlap",
+        action="store_true",
+        help="read all data too, and measure how much of the validation and held-out documents stands in the training "
+        "data and in each other; kept in OUTPUT/overlap.json for the report",
     )
     _add(
         commands,

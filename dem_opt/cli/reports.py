@@ -55,7 +55,7 @@ def publish(study: "Study", pages: Mapping[str, str], terminal: Terminal) -> "Su
         figures = all_figures(summary).items()
         images = {f"figures/{name}.png": image(figure, "png", DOTS_PER_INCH) for name, figure in figures}
         files: dict[str, str | bytes] = {
-            "report.html": render(summary),
+            "report.html": render(summary, study.overlap()),
             "summary.json": json_text(json_output.of_summary(summary)),
             "final_table.md": tables,
             **images,
@@ -94,7 +94,7 @@ def report(arguments: Namespace, terminal: Terminal) -> None:
         study = Study.load(arguments.study)
         summary = study.summary()
     out = arguments.out or study.config.output / "report.html"
-    write_report(summary, out)
+    write_report(summary, out, study.overlap())
     written = write_figures(all_figures(summary), arguments.figures) if arguments.figures else []
     if arguments.json:
         terminal.json({"report": str(out), "figures": [str(path) for path in written]})

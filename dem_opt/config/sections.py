@@ -74,15 +74,17 @@ def resolve_path(value: Path | str | None, info: ValidationInfo) -> Path | None:
 
 
 _COLUMNS = {"text": ("text",), "prompt_completion": ("prompt", "completion"), "messages": ("messages",)}
+_TASK_KEYS = {"task", "include", "split", "format"}
 
 
 class DataFile(Section):
-    """A file of documents or several, and the columns in which their format finds them.
+    """A file of documents or several, and the columns in which their format finds them; or the documents of a task.
 
-    A path or a list of paths alone is of format `text`.  Only the columns of the format may be named.
+    A path or a list of paths alone is of format `text`.  Only the columns of the format may be named.  A task of
+    lm-evaluation-harness has documents of format `prompt_completion`.
     """
 
-    path: StudyPath | list[StudyPath]
+    path: Annotated[StudyPath | list[StudyPath] | None, default_note("required, unless `task` is given")] = None
     """Data file, folder of data files, or glob pattern such as `data/math-*.jsonl`; or a list of these. Files are JSON
     lines or an array of objects (`.jsonl`, `.json`), tables (`.csv`, `.tsv`, `.parquet`) or one document each (`.txt`),
     compressed or not (`.gz`, `.zst`, `.bz2`, `.xz`, `.lz4`, `.zip`). A folder that `datasets` wrote with `save_to_disk`
@@ -111,6 +113,22 @@ class DataFile(Section):
     tools: Column = "tools"
     """Column of the tool definitions that the chat template gets with a conversation; rows may lack it."""
 
+    task: Annotated[str, Field(min_length=1)] | None = None
+    """Task, group or tag of lm-evaluation-harness instead of a path, for validation and held-out data: its prompts,
+    without worked examples, and its gold answers, which are scored as the harness scores them. Its data set must be on
+    this machine.
+    """
+
+    include: StudyPath | None = None
+    """Folder of task files of your own, with `task`."""
+
+    split: Annotated[str | None, Field(min_length=1), default_note("by the task file")] = None
+    """Split of the task's data set, by its name there. Unless given, validation data are of the task's validation,
+    training or test split, the first that it has; held-out data of its test or validation split.
+    """
+
+    _include = field_validator("include", mode="before")(resolve_path)
+
     @field_validator("path", mode="before")
     @classmethod
     def _paths(cls, value: Any, info: ValidationInfo) -> Any:
@@ -127,7 +145,20 @@ class DataFile(Section):
             return {"path": data}
         if not isinstance(data, Mapping | cls):
             raise ValueError(f"must be a path, or a mapping with `path:` and `format:`, not {data!r}")
+        if isinstance(data, Mapping) and "task" in data:
+            return {"format": "prompt_completion", **data}
         return data
+
+    @model_validator(mode="after")
+    def _check_place(self) -> Self:
+        if (self.path is None) == (self.task is None):
+            raise ValueError("must have a `path:` or a `task:`, and not both")
+        for field in ("include", "split") if self.task is None else sorted(self.model_fields_set - _TASK_KEYS):
+            if field in self.model_fields_set:
+                raise ValueError(f"{field}: {'belongs to' if self.task is None else 'is not for'} a `task:`")
+        if self.task is not None and self.format != "prompt_completion":
+            raise ValueError("format: of a `task:` is prompt_completion")
+        return self
 
     @model_validator(mode="after")
     def _check_columns(self) -> Self:
@@ -140,6 +171,9 @@ class DataFile(Section):
     @model_serializer
     def _as_written(self) -> str | list[str] | dict[str, Any]:
         """The shortest form: paths alone where everything else is at its default."""
+        if self.task is not None:
+            places = {"task": self.task, "include": self.include and str(self.include), "split": self.split}
+            return {key: value for key, value in places.items() if value is not None}
         path = [str(path) for path in self.path] if isinstance(self.path, list) else str(self.path)
         if self.columns == {"text": "text"}:
             return path
@@ -147,8 +181,8 @@ class DataFile(Section):
 
     @property
     def paths(self) -> list[Path]:
-        """The paths, which may be folders and patterns."""
-        return self.path if isinstance(self.path, list) else [self.path]
+        """The paths, which may be folders and patterns; none of a task."""
+        return self.path if isinstance(self.path, list) else [self.path] if self.path is not None else []
 
     @property
     def columns(self) -> dict[str, str]:
@@ -161,6 +195,8 @@ class DataFile(Section):
         return {"tools": self.tools} if self.tools != "tools" else {}
 
     def __str__(self) -> str:
+        if self.task is not None:
+            return f"task {self.task}" + (f", split {self.split}" if self.split else "")
         return ", ".join(str(path) for path in self.paths)
 
 
@@ -247,6 +283,8 @@ class DistributionSection(Section):
     def _check_fine_tune(self) -> Self:
         if (self.checkpoint is None) == (self.adapter is None):
             raise ValueError("must have a `checkpoint:` or an `adapter:`, and not both")
+        if self.train is not None and self.train.task is not None:
+            raise ValueError("train: must be files; a task's documents are for validation and held-out data")
         return self
 
     @property
@@ -273,7 +311,9 @@ class GeneralSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _from_file(cls, data: Any) -> Any:
-        alone = not isinstance(data, Mapping | cls) or (isinstance(data, Mapping) and "path" in data)
+        alone = not isinstance(data, Mapping | cls) or (
+            isinstance(data, Mapping) and not {"path", "task"}.isdisjoint(data)
+        )
         return {"validation": data} if alone else data
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from dem_opt.config import DataFile
 from dem_opt.data.files import SourceFile, find_files
+from dem_opt.data.harness import Role, gold_answers
 from dem_opt.data.messages import Chat, check_text, read_chat
 from dem_opt.data.rows import MISSING, Row, read_rows
 from dem_opt.errors import InputError
@@ -19,10 +20,17 @@ _CONVERSATIONS = "conversations"
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt, which is not scored, and a completion, which is."""
+    """A prompt, which is not scored, and a completion, which is.
+
+    Attributes:
+        prompt: The prompt.
+        completion: The completion.
+        joined: Encode both as lm-evaluation-harness does: as one text, without EOS.
+    """
 
     prompt: str
     completion: str
+    joined: bool = False
 
 
 Document = str | Pair | Chat
@@ -40,8 +48,19 @@ def document_identity(document: Document) -> str:
     return json.dumps([[turn.role, turn.content] for turn in document.turns])
 
 
-def read_documents(data: DataFile, field: str | None = None) -> list[Document]:
+def plain_text(document: Document) -> str:
+    """The words of a document without a chat template: of a pair both parts, of a conversation its contents."""
+    if isinstance(document, str):
+        return document
+    if isinstance(document, Pair):
+        return document.prompt + document.completion
+    return "\n".join(turn.content for turn in document.turns if turn.content)
+
+
+def read_documents(data: DataFile, field: str | None = None, role: Role = "validation") -> list[Document]:
     """The documents of the study file's data, file by file: one of each object or row, or one in all (.txt).
+
+    Of a task of lm-evaluation-harness, prompts and gold answers (`harness.gold_answers`).
 
     Documents without text to score are passed over and their number is reported: columns that are null, texts and
     completions of white space alone, conversations in which the assistant says no more than that.  All others are
@@ -50,11 +69,14 @@ def read_documents(data: DataFile, field: str | None = None) -> list[Document]:
     Args:
         data: The data, of which `find_files` finds the files.
         field: The study file's field that named them.
+        role: What the documents of a task are for, which decides its split.
 
     Raises:
         InputError: A file is missing, unreadable, damaged or not UTF-8, no entry of a file has the format's columns,
-            an entry has something else in them, or no document is left.
+            an entry has something else in them, or no document is left; or a task can't be read.
     """
+    if data.task is not None:
+        return [Pair(prompt, answer, joined=True) for prompt, answer in gold_answers(data, field or "task", role)]
     documents: list[Document] = []
     entries = 0
     for file in find_files(data, field):
@@ -73,18 +95,25 @@ def read_documents(data: DataFile, field: str | None = None) -> list[Document]:
     return documents
 
 
+def stream_documents(data: DataFile, field: str | None = None) -> Generator[Document]:
+    """The documents with text to score of files, one at a time, so that files of any size can be read.
+
+    Raises:
+        InputError: A file is missing, or what has been read of it is of another format.
+    """
+    for file in find_files(data, field):
+        with closing(_documents(file, data)) as documents:
+            yield from (document for document in documents if document is not None and _has_text(document))
+
+
 def first_document(data: DataFile, field: str | None = None) -> Document | None:
     """The first document with text to score; None where there is none.
 
     Raises:
         InputError: A file is missing, or what stands before the first document can't be read in this format.
     """
-    for file in find_files(data, field):
-        with closing(_documents(file, data)) as documents:
-            for document in documents:
-                if document is not None and _has_text(document):
-                    return document
-    return None
+    with closing(stream_documents(data, field)) as documents:
+        return next(documents, None)
 
 
 def holds_chats(data: DataFile, field: str | None = None) -> bool:
@@ -93,7 +122,7 @@ def holds_chats(data: DataFile, field: str | None = None) -> bool:
     Raises:
         InputError: A file is missing.
     """
-    if data.format != "prompt_completion":
+    if data.format != "prompt_completion" or data.task is not None:
         return data.format == "messages"
     for file in find_files(data, field):
         with closing(_documents(file, data)) as documents, suppress(InputError):
@@ -146,7 +175,7 @@ def _document(values: Sequence[Any], row: Row, data: DataFile) -> Document:
         raise _wrong_values(row, data)
     for text in texts:
         check_text(text, row)
-    return texts[0] if data.format == "text" else Pair(*texts)
+    return texts[0] if data.format == "text" else Pair(texts[0], texts[1])
 
 
 def _wrong_values(row: Row, data: DataFile) -> InputError:

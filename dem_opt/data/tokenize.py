@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from importlib.util import find_spec
-from itertools import count
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from dem_opt.errors import InputError
 
 _D = TypeVar("_D")
 _CHARACTERS_AT_ONCE = 2**16
+_PLAIN = {"add_special_tokens": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +133,12 @@ def encode_texts(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> It
             yield Tokens(ids_L, np.arange(len(ids_L)) > 0, Source(text=text), next(number))
 
 
+def encode_plain(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Each text's token ids without any special token, encoded in batches as they are asked for."""
+    for batch in _batches(texts, len):
+        yield from encode(tokenizer, text=batch, **_PLAIN)["input_ids"]
+
+
 def encode_pairs(pairs: Iterable[Pair], tokenizer: PreTrainedTokenizerBase, paired: bool) -> Iterator[Tokens]:
     """Each pair as its prompt's tokens, not scored, then its completion's and EOS, scored.
 
@@ -143,14 +150,20 @@ def encode_pairs(pairs: Iterable[Pair], tokenizer: PreTrainedTokenizerBase, pair
     A tokenizer that puts a space before every text (Llama 2's) would put one before the completion, too: it encodes
     prompt and completion as one text, of which the tokens behind those that the prompt alone begins with are scored.
 
+    Joined pairs are encoded otherwise (`_encode_like_harness`).
+
     Raises InputError where an encoder-decoder's prompt has no token.
     """
-    if not paired and _adds_space(tokenizer):
-        yield from _encode_joined(pairs, tokenizer)
-        return
     number = count()
-    options = {} if paired else {"add_special_tokens": False}
-    for batch in _batches(pairs, lambda pair: len(pair.prompt) + len(pair.completion)):
+    encode_unjoined = _encode_as_one if not paired and _adds_space(tokenizer) else _encode_apart
+    for joined, group in groupby(pairs, lambda pair: pair.joined):
+        for tokens in (_encode_like_harness if joined else encode_unjoined)(group, tokenizer, paired):
+            yield replace(tokens, document=next(number))
+
+
+def _encode_apart(pairs: Iterable[Pair], tokenizer: PreTrainedTokenizerBase, paired: bool) -> Iterator[Tokens]:
+    options = {} if paired else _PLAIN
+    for batch in _batches(pairs, _characters):
         prompts = encode(tokenizer, text=[pair.prompt for pair in batch])["input_ids"]
         if not paired:
             prompts = [_without_end(ids, tokenizer) for ids in prompts]
@@ -158,23 +171,62 @@ def encode_pairs(pairs: Iterable[Pair], tokenizer: PreTrainedTokenizerBase, pair
         targets = encode(tokenizer, **completions, **options)["input_ids"]
         for pair, prompt, target in zip(batch, prompts, targets, strict=True):
             if paired and not prompt:
-                raise InputError(None, "prompt", pair.prompt, "has no tokens, and an encoder-decoder needs some")
-            ids_L = np.array([*prompt, *_with_end(target, tokenizer)], dtype=np.int64)
-            # The first token follows none, where the prompt has no tokens.
-            scored_L = np.arange(len(ids_L)) >= max(len(prompt), 1)
+                raise _no_tokens(pair)
             source = Source(text=pair.completion, start=len(prompt), options=options, target=paired)
-            yield Tokens(ids_L, scored_L, source, next(number))
+            yield _behind(prompt, _with_end(target, tokenizer), source)
 
 
-def _encode_joined(pairs: Iterable[Pair], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:
-    number = count()
-    for batch in _batches(pairs, lambda pair: len(pair.prompt) + len(pair.completion)):
+def _encode_like_harness(pairs: Iterable[Pair], tokenizer: PreTrainedTokenizerBase, paired: bool) -> Iterator[Tokens]:
+    """Each pair as lm-evaluation-harness encodes a context and its continuation, so that nats are the same.
+
+    White space at the end of the prompt belongs to the completion.  For a causal model both are encoded as one text:
+    its tokens behind as many as the prompt has by itself are scored.  An empty prompt is the tokenizer's BOS, or its
+    EOS where it has none.  For an encoder-decoder (`paired`) both are encoded by themselves.  No EOS is scored.
+    """
+    for batch in _batches(pairs, _characters):
+        texts = [pair.prompt.rstrip() for pair in batch]
+        prompts = encode(tokenizer, text=texts)["input_ids"]
+        for pair, text, prompt in zip(batch, texts, prompts, strict=True):
+            whole = pair.prompt + pair.completion
+            if paired:
+                if not prompt:
+                    raise _no_tokens(pair)
+                source = Source(text=whole[len(text) :], start=len(prompt), options=_PLAIN, target=True)
+                yield _behind(prompt, source.encode(tokenizer)["input_ids"], source)
+            elif text:
+                source, scored_from = Source(text=whole), len(_without_end(prompt, tokenizer))
+                ids = _without_end(source.encode(tokenizer)["input_ids"], tokenizer)
+                yield _behind(ids[:scored_from], ids[scored_from:], source)
+            else:
+                first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+                start = [] if first is None else [first]
+                source = Source(text=whole, start=len(start), options=_PLAIN)
+                yield _behind(start, source.encode(tokenizer)["input_ids"], source)
+
+
+def _behind(prompt: list[int], ids: list[int], source: Source) -> Tokens:
+    """Tokens that are scored behind a prompt's; a document's first token follows none, and is not scored."""
+    ids_L = np.array([*prompt, *ids], dtype=np.int64)
+    return Tokens(ids_L, np.arange(len(ids_L)) >= max(len(prompt), 1), source)
+
+
+def _no_tokens(pair: Pair) -> InputError:
+    return InputError(None, "prompt", pair.prompt, "has no tokens, and an encoder-decoder needs some")
+
+
+def _characters(pair: Pair) -> int:
+    return len(pair.prompt) + len(pair.completion)
+
+
+def _encode_as_one(pairs: Iterable[Pair], tokenizer: PreTrainedTokenizerBase, paired: bool) -> Iterator[Tokens]:
+    assert not paired, "an encoder-decoder encodes both by themselves"
+    for batch in _batches(pairs, _characters):
         prompts = encode(tokenizer, text=[pair.prompt for pair in batch])["input_ids"]
         texts = [pair.prompt + pair.completion for pair in batch]
         for text, prompt, whole in zip(texts, prompts, encode(tokenizer, text=texts)["input_ids"], strict=True):
-            ids_L = np.array(_with_end(whole, tokenizer), dtype=np.int64)
+            ids = _with_end(whole, tokenizer)
             shared = _shared(_without_end(prompt, tokenizer), whole)
-            yield Tokens(ids_L, np.arange(len(ids_L)) >= max(shared, 1), Source(text=text), next(number))
+            yield _behind(ids[:shared], ids[shared:], Source(text=text))
 
 
 def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:

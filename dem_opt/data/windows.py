@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from dem_opt.config import DataFile, DistributionSection, EvaluationSection, GeneralSection
 from dem_opt.data.chat_template import ChatTemplate, rendered
 from dem_opt.data.documents import Document, document_identity, read_documents
+from dem_opt.data.harness import Role
 from dem_opt.data.messages import Chat
 from dem_opt.data.packing import pack
 from dem_opt.data.tokenize import tokenizer_digest
@@ -42,6 +43,18 @@ def build_corpora(
 
     Raises InputError for unreadable files, for a single document to be divided, and for too little text.
     """
+    (search, _), (held_out, _) = corpora_with_documents(name, data, evaluation, tokenizer, paired)
+    return search, held_out
+
+
+def corpora_with_documents(
+    name: str,
+    data: DistributionSection | GeneralSection,
+    evaluation: EvaluationSection,
+    tokenizer: PreTrainedTokenizerBase,
+    paired: bool = False,
+) -> tuple[tuple[Corpus, list[Document]], tuple[Corpus, list[Document]]]:
+    """The corpora of `build_corpora`, each with all documents of its split, of which it may have but a part."""
     section = "general" if isinstance(data, GeneralSection) else "distributions"
     files = {SEARCH: data.validation, HELD_OUT: data.held_out or data.validation}
     for split, file in files.items():
@@ -51,8 +64,8 @@ def build_corpora(
     builder = _Builder(evaluation, tokenizer, paired)
     search, held_out = builder.split(f"{section}.{name}", data)
     return (
-        builder.corpus(name, SEARCH, search, "windows", files[SEARCH]),
-        builder.corpus(name, HELD_OUT, held_out, "held_out", files[HELD_OUT]),
+        (builder.corpus(name, SEARCH, search, "windows", files[SEARCH]), search),
+        (builder.corpus(name, HELD_OUT, held_out, "held_out", files[HELD_OUT]), held_out),
     )
 
 
@@ -69,16 +82,16 @@ class _Builder:
         documents = self.ordered(data.validation, f"{section}.validation")
         if data.held_out is None:
             return self.divide(list(documents.values()), str(data.validation), f"{section}.validation")
-        held_out = self.ordered(data.held_out, f"{section}.held_out")
+        held_out = self.ordered(data.held_out, f"{section}.held_out", "held_out")
         unseen = [document for key, document in held_out.items() if key not in documents]
         if not unseen:
             mend = f"each document stands in {data.validation} too; give some that search does not see"
             raise InputError(str(data.held_out), f"{section}.held_out", None, mend)
         return list(documents.values()), unseen
 
-    def ordered(self, file: DataFile, field: str) -> dict[Hashable, Document]:
+    def ordered(self, file: DataFile, field: str, role: Role = "validation") -> dict[Hashable, Document]:
         """Distinct documents by what tells them apart, in the order of a seeded hash of their text."""
-        documents = read_documents(file, field)
+        documents = read_documents(file, field, role)
         if self.paired and any(isinstance(document, Chat) for document in documents):
             raise InputError(str(file), field, None, "an encoder-decoder needs pairs of texts, not of messages")
         with located(str(file)):

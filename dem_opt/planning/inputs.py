@@ -25,7 +25,7 @@ from dem_opt.config.objective_function import ObjectiveFunction
 from dem_opt.data.chat_template import writes_date
 from dem_opt.data.tokenize import load_tokenizer, tokenizer_digest, without_pad_beyond
 from dem_opt.data.windows import build_corpora, refuse_ids_beyond
-from dem_opt.errors import InputError
+from dem_opt.errors import InputError, located
 from dem_opt.evaluation.interim_analyses import INTERIM_ANALYSES, windows_by_analysis
 from dem_opt.planning.hardware import this_machine
 from dem_opt.planning.plan import BATCH_TOKENS, Plan, evaluation_dtype, make_plan, refuse_too_large, stored_dtype
@@ -403,11 +403,12 @@ def load_corpora(checked: CheckedHeaders, where: Path) -> tuple[PreTrainedTokeni
     config, folder = checked.config, checked.headers["base"].folder
     rows = checked.architecture.parameters[checked.architecture.embedding][0]
     tokenizer = without_pad_beyond(load_tokenizer(folder), rows)
-    corpora = tuple(
-        corpus
-        for name, data in config.corpora.items()
-        for corpus in build_corpora(name, data, config.evaluation, tokenizer, checked.architecture.paired)
-    )
+    with located(where):
+        corpora = tuple(
+            corpus
+            for name, data in config.corpora.items()
+            for corpus in build_corpora(name, data, config.evaluation, tokenizer, checked.architecture.paired)
+        )
     for corpus in corpora:
         refuse_ids_beyond(corpus.windows, rows, folder, f"{corpus.distribution}, {corpus.split}")
         if config.objective.unit == BITS_PER_BYTE:

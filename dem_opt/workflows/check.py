@@ -279,7 +279,7 @@ def _refuse_unreadable_texts(config: StudyConfig) -> None:
         section = "distributions" if name in config.distributions else "general"
         for part in ("validation", "held_out"):
             file, field = getattr(data, part), f"{section}.{name}.{part}"
-            if file is not None and first_document(file, field) is None:
+            if file is not None and file.task is None and first_document(file, field) is None:
                 raise InputError(str(file), field, None, "has no text; give at least one document that is not empty")
 
 

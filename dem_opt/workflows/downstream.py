@@ -11,6 +11,7 @@ from pathlib import Path
 from dem_opt.analysis.task_scores import TaskResults, TaskScore, TaskTable
 from dem_opt.atomic import write_text
 from dem_opt.config import EvaluateSection
+from dem_opt.data.harness import check_tasks
 from dem_opt.errors import InputError
 from dem_opt.export.writer import write_composite
 from dem_opt.json_files import find_json
@@ -20,7 +21,7 @@ from dem_opt.tracking import JobNote
 from dem_opt.types import UNITS, Composite, ResultRow, Summary
 from dem_opt.workflows.configurations import distinguish
 from dem_opt.workflows.context import StudyContext
-from dem_opt.workflows.lm_eval import TaskJob, check_tasks, harness_version, run_tasks
+from dem_opt.workflows.lm_eval import TaskJob, harness_version, run_tasks
 from dem_opt.workflows.summary import summarize_stored
 
 FOLDER = "downstream"
@@ -66,7 +67,7 @@ def check_settings(context: StudyContext) -> EvaluateSection:
         mend = "the study file names no tasks; write, say, evaluate: {tasks: [hellaswag], top: 5}"
         raise InputError(context.path, "evaluate", None, mend)
     harness_version()
-    check_tasks(tuple(settings.tasks), settings.include, context.path)
+    check_tasks(settings.tasks, settings.include, context.path, "evaluate", "tasks")
     return settings
 
 
@@ -89,6 +90,8 @@ def score_candidates(
     One model at a time: a composite is written to disk, and deleted when it is scored.  Raises the first failure.
     """
     cache = _ScoreCache(context.config.output / FOLDER, settings, inputs.configuration)
+    tasks = {name: data.validation.task for name, data in context.config.corpora.items()}
+    corpora = {name: task for name, task in tasks.items() if task in settings.tasks}
     models = []
     for number, candidate in enumerate(candidates, start=1):
         scores = cache.read(candidate.composite)
@@ -109,9 +112,11 @@ def score_candidates(
                 coefficients=coefficients,
                 objective=dict(row.objective),
                 scores=scores,
+                gold={name: {split: by_name[name].nll for split, by_name in row.scores.items()} for name in corpora},
             )
         )
-    return TaskTable(context.config.name, tuple(settings.tasks), tuple(models), UNITS[context.config.objective.unit])
+    unit = UNITS[context.config.objective.unit]
+    return TaskTable(context.config.name, tuple(settings.tasks), tuple(models), unit, corpora)
 
 
 def _measure(

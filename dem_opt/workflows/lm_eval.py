@@ -1,17 +1,14 @@
 """Score a model folder on tasks with lm-evaluation-harness, an optional package."""
 
-import logging
 import warnings
 from dataclasses import dataclass
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from dem_opt.analysis.task_scores import TaskScore
-from dem_opt.errors import InputError, nearest
-
-_CHATTER = ("lm_eval", "datasets", "evaluate", "filelock")
+from dem_opt.data.harness import import_harness, task_manager
+from dem_opt.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +42,8 @@ def harness_version() -> str:
     Raises:
         InputError: It is not installed.
     """
-    _import_harness()
+    import_harness("evaluate")
     return version("lm_eval")
-
-
-def check_tasks(tasks: tuple[str, ...], include: Path | None, where: Path | None) -> None:
-    """Raise InputError for an unknown task, or for a folder of tasks that does not exist."""
-    if include is not None and not include.is_dir():
-        raise InputError(include, "evaluate.include", None, "no such folder")
-    known = _manager(include, tasks).all_tasks
-    for task in tasks:
-        if task not in known:
-            raise InputError(where, "evaluate.tasks", task, f"unknown to lm-evaluation-harness; {_near(task, known)}")
 
 
 def run_tasks(job: TaskJob) -> dict[str, TaskScore]:
@@ -67,7 +54,7 @@ def run_tasks(job: TaskJob) -> dict[str, TaskScore]:
     """
     import torch
 
-    harness = _import_harness()
+    harness = import_harness("evaluate")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -84,7 +71,7 @@ def run_tasks(job: TaskJob) -> dict[str, TaskScore]:
                 limit=job.limit,
                 bootstrap_iters=100,
                 log_samples=False,
-                task_manager=_manager(job.include, job.tasks),
+                task_manager=task_manager(job.include, job.tasks, "evaluate"),
             )
         except OSError as error:
             reason = str(error).strip().partition("\n")[0]
@@ -113,34 +100,3 @@ def _score(task: str, evaluation: Any) -> TaskScore:
         higher is not False,
         int(counted),
     )
-
-
-@cache
-def _manager(include: Path | None, tasks: tuple[str, ...]) -> Any:
-    """The index of tasks: that of `include` alone if it has them all, since indexing the harness's takes seconds."""
-    manager = _import_harness().tasks.TaskManager
-    if include is None:
-        return manager()
-    own = manager(include_path=str(include), include_defaults=False)
-    return own if {*tasks} <= {*own.all_tasks} else manager(include_path=str(include))
-
-
-def _near(task: str, known: list[str]) -> str:
-    """The known task nearest to a name; there are too many to list them all."""
-    hint = nearest(task, known)
-    return hint if hint.startswith("did") else "`lm-eval ls tasks` lists them; evaluate.include adds your own"
-
-
-def _import_harness() -> Any:
-    """Import lm-evaluation-harness without its log lines."""
-    for name in _CHATTER:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import lm_eval
-            import lm_eval.tasks
-    except ImportError:
-        mend = "needs lm-evaluation-harness: pip install 'dem-opt[downstream]'"
-        raise InputError(None, "evaluate", None, mend) from None
-    return lm_eval

@@ -48,10 +48,11 @@ def tasks() -> dict:
             coefficients=None,
             objective={SEARCH: loss},
             scores={"arithmetic": TaskScore("arithmetic", "exact_match", 1 / loss, 0.1, True, 4)},
+            gold={"code": {SEARCH: loss}},
         )
-        for label, loss in (("a", 1.0), ("b", 2.0))
+        for label, loss in zip("abcde", range(1, 6), strict=True)
     ]
-    return json_output.of_tasks(TaskTable("tiny", ("arithmetic",), tuple(models)))
+    return json_output.of_tasks(TaskTable("tiny", ("arithmetic",), tuple(models), corpora={"code": "arithmetic"}))
 
 
 def numbers(answer: object, key: str = "") -> Iterator[str]:
@@ -71,7 +72,7 @@ def numbers(answer: object, key: str = "") -> Iterator[str]:
     [
         (comparison, {"trials", "partial", "failed"}),
         (mixing, {"parameters", "mixtures", "equal_quality", "equal_cost", "weights", "coefficients"}),
-        (tasks, {"value", "error", "documents"}),
+        (tasks, {"value", "error", "documents", "models"}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

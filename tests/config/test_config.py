@@ -113,6 +113,19 @@ def test_a_data_file_is_a_path_or_a_mapping(tmp_path, field, written, columns):
     assert (data.path, data.columns) == (tmp_path / "a.jsonl", columns)
 
 
+@pytest.mark.parametrize(
+    "written", [{"task": "a"}, {"task": "a", "include": "tasks"}, {"task": "a", "include": "tasks", "split": "dev"}]
+)
+@pytest.mark.parametrize("field", ["distributions.code.validation", "distributions.code.held_out", "general.web"])
+def test_data_may_be_a_task_and_are_written_as_they_were(tmp_path, field, written):
+    config = load(write(tmp_path, changed(field, written)))
+    web = config.general.get("web")
+    data = web.validation if web else getattr(config.distributions["code"], field.rpartition(".")[2])
+    place = {"include": str(tmp_path / "tasks")} if "include" in written else {}
+    assert (data.format, data.paths, data.model_dump()) == ("prompt_completion", [], written | place)
+    assert StudyConfig.model_validate(config.model_dump()) == config
+
+
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("data", ["web.jsonl", {"path": "web.jsonl", "text": "body"}])
 def test_a_general_corpus_is_a_data_file_or_two(tmp_path, data, nested):
@@ -191,7 +204,23 @@ def test_a_learning_rate_may_be_written_in_any_notation(tmp_path):
         ("distributions.code.validation", ["a", 5], "distributions.code.validation.path: must be a path or a list"),
         ("distributions.code.validation", {"path": "a", "tools": "t"}, "tools: not a column of format text"),
         ("evaluation.date", "yesterday", "evaluation.date = 'yesterday'"),
-        ("distributions.code.validation", {}, "distributions.code.validation.path: is required"),
+        ("distributions.code.validation", {}, "distributions.code.validation: must have a `path:` or a `task:`"),
+        ("distributions.code.validation", {"task": "a", "path": "b"}, "must have a `path:` or a `task:`, and not both"),
+        (
+            "distributions.code.validation",
+            {"task": "a", "format": "text"},
+            "validation: format: of a `task:` is prompt_",
+        ),
+        ("distributions.code.validation", {"task": "a", "prompt": "b"}, "validation: prompt: is not for a `task:`"),
+        ("distributions.code.validation", {"path": "a", "split": "b"}, "validation: split: belongs to a `task:`"),
+        ("distributions.code.held_out", {"path": "a", "include": "b"}, "held_out: include: belongs to a `task:`"),
+        ("distributions.code.held_out", {"task": ["a"]}, "distributions.code.held_out.task = ['a']: must be text"),
+        ("distributions.code.train", {"task": "a"}, "distributions.code: train: must be files"),
+        (
+            "general.web",
+            {"task": "a", "splt": "b"},
+            "general.web.validation.splt = 'b': unknown key; did you mean 'split'",
+        ),
         ("distributions.code.validation", {"path": 5}, "distributions.code.validation.path: must be a path"),
         (
             "distributions.code.train",

@@ -3,19 +3,31 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import in_process
+import numpy as np
 import pytest
 import worlds
 import yaml
 from mlflow.tracking import MlflowClient
+from scipy import stats
 
-from dem_opt.analysis.task_scores import TaskResults, TaskScore, TaskTable, spearman
+from dem_opt.analysis.bootstrap import RESAMPLES
+from dem_opt.analysis.task_scores import (
+    OBJECTIVE,
+    Statistic,
+    TaskResults,
+    TaskScore,
+    TaskTable,
+    correlation,
+    kendall,
+    spearman,
+)
 from dem_opt.cli.main import main
 from dem_opt.config import load
 from dem_opt.errors import InputError
 from dem_opt.study import Study
-from dem_opt.workflows import lm_eval
 from dem_opt.workflows.lm_eval import TaskJob, run_tasks
 from dem_opt.workflows.quickstart.additions import TASK, write_task
 from dem_opt.workflows.quickstart.generated import math_problem
@@ -27,7 +39,7 @@ def write_cloze(folder: Path) -> None:
     """A task of which random models do not all score the same: the more likely of two words."""
     rng = random.Random(0)
     rows = []
-    for _ in range(24):
+    for _ in range(64):
         words = rng.sample(worlds.WORDS, 5)
         rows.append({"text": " ".join(words[:3]), "choices": words[3:], "right": rng.randint(0, 1)})
     documents = folder / f"{CLOZE}.jsonl"
@@ -48,13 +60,14 @@ def write_cloze(folder: Path) -> None:
 
 
 def tasked_study(folder: Path, **more: object) -> Path:
-    """A tiny study with two tasks: the quickstart's arithmetic, and a cloze."""
+    """A tiny study with two tasks, the quickstart's arithmetic and a cloze, whose gold answers are a general corpus."""
     rng = random.Random(0)
     write_task(folder / "tasks", [math_problem(rng) for _ in range(6)], "<eos>")
     write_cloze(folder / "tasks")
     path = worlds.study(folder, ("code", "math"), search={"algorithm": "random", "trials": 5}, report={"top": 2})
     settings = {"tasks": [TASK, CLOZE], "include": "tasks", "limit": 6, "top": 2}
-    content = yaml.safe_load(path.read_text()) | {"evaluate": settings | more}
+    general = {"gold": {"task": CLOZE, "include": "tasks"}}
+    content = yaml.safe_load(path.read_text()) | {"evaluate": settings | more, "general": general}
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
 
@@ -124,7 +137,7 @@ def test_the_command_ranks_and_tells_the_correlation(
     monkeypatch.setattr(Study, "evaluate", lambda study: results)
     assert main(["evaluate", "--by", CLOZE, str(path)]) == 0
     shown = capsys.readouterr().out
-    assert f"the best by {CLOZE} first" in shown and f"Rank correlation of loss and {CLOZE}" in shown
+    assert f"the best by {CLOZE} first" in shown and "Spearman" in shown and "Kendall" in shown
     assert main(["evaluate", "--by", CLOZE, "--json", str(path)]) == 0
     answer = json.loads(capsys.readouterr().out)
     scores = {model.label: model.scores[CLOZE].value for model in results.models}
@@ -145,13 +158,33 @@ def test_tasks_that_are_unknown(tmp_path: Path, more: dict[str, object], message
         opened(tasked_study(tmp_path, **more)).evaluate()
 
 
+@pytest.mark.parametrize(
+    ("command", "data", "field"),
+    [
+        (["check"], {"task": "tiny_close"}, "general.gold.validation.task = 'tiny_close'"),
+        (["run"], {"include": "nowhere"}, "general.gold.validation.include"),
+        (["score", "--coefficients", "code=1"], {"split": "dev"}, "general.gold.validation.split = 'dev'"),
+    ],
+)
+def test_data_of_a_task_that_cannot_be_read_are_refused_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str], data: dict[str, str], field: str
+) -> None:
+    path = tasked_study(tmp_path)
+    content = yaml.safe_load(path.read_text())
+    content["general"]["gold"] |= data
+    path.write_text(yaml.safe_dump(content))
+    assert main([*command, str(path)]) == 2
+    refusal = capsys.readouterr().err
+    assert field in refusal and refusal.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_study_without_tasks(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"study.yaml: evaluate: the study file names no tasks"):
         opened(worlds.study(tmp_path)).evaluate()
 
 
 def test_a_missing_harness_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(lm_eval.__dict__, "_CHATTER", ())
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     with pytest.raises(InputError, match=r"pip install 'dem-opt\[downstream\]'"):
         opened(tasked_study(tmp_path)).evaluate()
@@ -175,16 +208,66 @@ def table(pairs: list[tuple[float, float]], higher: bool = True) -> TaskTable:
     return TaskTable("s", ("t",), tuple(models))
 
 
-def test_agreement_is_one_where_the_lower_loss_has_the_better_score() -> None:
+def agreement(results: TaskTable, loss: str = OBJECTIVE, split: str = "search", task: str = "t") -> dict[str, Any]:
+    """The correlations of a task, loss and split: Spearman's, Kendall's."""
+    (row,) = [row for row in results.agreement if (row.task, row.loss, row.split) == (task, loss, split)]
+    return {"spearman": row.spearman, "kendall": row.kendall}
+
+
+@pytest.mark.parametrize("name", ["spearman", "kendall"])
+def test_agreement_is_one_where_the_lower_loss_has_the_better_score(name: str) -> None:
     pairs = [(3.0, 0.1), (2.0, 0.5), (1.0, 0.9)]
-    assert table(pairs).agreement["t"] == {"search": pytest.approx(1), "held_out": pytest.approx(1)}
-    assert table(pairs, higher=False).agreement["t"]["search"] == pytest.approx(-1)
-    assert table([(3.0, 0.1), (2.0, 0.1)]).agreement["t"]["search"] is None
+    for split in ("search", "held_out"):
+        assert agreement(table(pairs), split=split)[name].value == pytest.approx(1)
+    assert agreement(table(pairs, higher=False))[name].value == pytest.approx(-1)
+    assert agreement(table([(3.0, 0.1), (2.0, 0.1)]))[name] is None
+    assert agreement(table(pairs))[name].low is None, "three models have no interval"
     assert [model.label for model in table(pairs).ranked("t")] == ["2", "1", "0"]
     assert [model.label for model in table(pairs, higher=False).ranked("t")] == ["0", "1", "2"]
     assert [model.label for model in table(pairs, higher=False).ranked(None)] == ["2", "1", "0"]
 
 
-def test_ranks_of_ties_are_their_mean() -> None:
-    """Ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: covariance 4.5, spreads sqrt(4.5 * 5)."""
-    assert spearman([1, 2, 2, 9], [1, 2, 3, 4]) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+def test_the_loss_of_gold_answers_is_set_against_their_own_task(tasked: tuple[Path, TaskTable]) -> None:
+    """The scores of the ledger, on both splits; the other task is compared with the objective alone."""
+    path, results = tasked
+    assert results.corpora == {"gold": CLOZE}
+    assert {(row.task, row.loss) for row in results.agreement} == {
+        (TASK, OBJECTIVE),
+        (CLOZE, OBJECTIVE),
+        (CLOZE, "gold"),
+    }
+    rows = {row.label: row for row in opened(path).summary().results}
+    for model in results.models:
+        if model.label in rows:
+            assert model.gold["gold"] == {
+                split: scores["gold"].nll for split, scores in rows[model.label].scores.items()
+            }
+    measured = agreement(results, "gold", "search", CLOZE)["spearman"]
+    pairs = [(model.gold["gold"]["search"], -model.scores[CLOZE].value) for model in results.models]
+    assert measured.value == pytest.approx(stats.spearmanr(*zip(*pairs, strict=True)).statistic)
+    assert measured.low <= measured.value <= measured.high
+
+
+@pytest.mark.parametrize(("ours", "scipys"), [(spearman, stats.spearmanr), (kendall, stats.kendalltau)])
+def test_correlations_of_rows_are_scipys_with_ties(ours: Statistic, scipys: Any) -> None:
+    rng = np.random.default_rng(0)
+    left, right = rng.integers(0, 5, (20, 9)).astype(float), rng.integers(0, 4, (20, 9)).astype(float)
+    expected = [scipys(*pair).statistic for pair in zip(left, right, strict=True)]
+    assert ours(left, right) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("statistic", [spearman, kendall])
+def test_a_correlation_has_the_interval_of_resampled_models(statistic: Statistic) -> None:
+    """Quantiles of scipy's correlation over draws of the same generator; narrower where every model is there twice."""
+    rng = np.random.default_rng(1)
+    left = rng.normal(size=12)
+    right = left + rng.normal(size=12)
+    measured = correlation(statistic, left, right)
+    draws = np.random.default_rng(0).integers(12, size=(RESAMPLES, 12))
+    scipys = stats.spearmanr if statistic is spearman else stats.kendalltau
+    values = [scipys(left[draw], right[draw]).statistic for draw in draws[:300]]
+    assert measured is not None and measured.low < measured.value < measured.high
+    assert statistic(left[draws[:300]], right[draws[:300]]) == pytest.approx(values)
+    assert (measured.low, measured.high) == pytest.approx(np.quantile(values, [0.025, 0.975]), abs=0.12)
+    doubled = correlation(statistic, np.tile(left, 2), np.tile(right, 2))
+    assert doubled is not None and doubled.high - doubled.low < measured.high - measured.low
