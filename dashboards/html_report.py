@@ -30,7 +30,14 @@ from dem_opt.dashboards.tables import (
     usage_table,
     vector_table,
 )
-from dem_opt.dashboards.words import cost_line, loss_title, objective_name, precision_lines, rival_lines
+from dem_opt.dashboards.words import (
+    cost_line,
+    loss_title,
+    objective_name,
+    precision_lines,
+    rival_lines,
+    sampled_note,
+)
 from dem_opt.data.overlap import Overlap
 from dem_opt.errors import InputError
 from dem_opt.evaluation.objective import mean_nll
@@ -149,7 +156,8 @@ def render(summary: Summary, overlap: Overlap | None = None) -> str:
         unit=summary.unit_words,
         margins=_html_table(
             margin_table(summary),
-            f"Rival minus winner: {objective} in {summary.unit_words}; above 0, the winner is better",
+            f"Rival minus winner: {objective} in {summary.unit_words}; above 0, the winner is better; "
+            f"{sampled_note(summary)}",
         ),
         rivals=_rivals(summary),
         change=_figures(("change", "price"), figures),

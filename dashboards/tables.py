@@ -8,7 +8,7 @@ from math import comb, exp
 from dem_opt.analysis.regret import Comparison, Regret, compare
 from dem_opt.analysis.rivals import RIVALS
 from dem_opt.analysis.utilization import usage_of
-from dem_opt.dashboards.words import ABSENT, coefficients_text
+from dem_opt.dashboards.words import ABSENT, coefficients_text, margin_text
 from dem_opt.data.overlap import Overlap, OverlapRow
 from dem_opt.evaluation.objective import mean_nll
 from dem_opt.types import BITS_PER_BYTE, HELD_OUT, SEARCH, Margin, ResultRow, Summary
@@ -313,7 +313,7 @@ def _lowest(values: Iterable[float | None]) -> list[int]:
 
 
 def _interval(margin: Margin | None) -> str:
-    return ABSENT if margin is None else f"{margin.mean:+.4f} [{margin.low:+.4f}, {margin.high:+.4f}]"
+    return ABSENT if margin is None else margin_text(margin)
 
 
 def _conclusion(margins: Sequence[Margin | None]) -> str:

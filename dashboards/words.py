@@ -1,10 +1,13 @@
 """How results are put into words, for text and figures alike; loads no plotting library."""
 
+from math import isfinite
+
+from dem_opt.analysis.power import Power
 from dem_opt.analysis.rivals import RIVALS
 from dem_opt.errors import shorten
 from dem_opt.evaluation.objective import objective_words
 from dem_opt.simplex import Coefficients
-from dem_opt.types import BITS_PER_BYTE, SEARCH, Rival, Summary
+from dem_opt.types import BITS_PER_BYTE, DOCUMENTS, SEARCH, Margin, ResultRow, Rival, Summary
 
 ABSENT = "-"
 """Shown for a value that was not measured."""
@@ -41,10 +44,11 @@ def precision_lines(summary: Summary) -> list[str]:
         f"{shorten(name, 16)} {low:.2f} to {high:.2f}" for name, (low, high) in precision.intervals.items()
     )
     return [
-        f"Coefficients of the optimum, 95% intervals over resampled windows: {intervals}.",
+        f"Coefficients of the optimum, 95% intervals over resampled {precision.sampled}: {intervals}.",
         f"Chosen on {precision.windows} other windows of each corpus, they would cost {precision.regret:.5f} "
         f"{summary.unit_words} on average, and {precision.high:.5f} or more in one case of 20; with four times the "
         f"windows, {4 * precision.windows}, about {precision.regret_with(4):.5f}.",
+        _detection_line(summary),
     ]
 
 
@@ -79,7 +83,52 @@ def _against(rival: Rival, name: str, otherwise: str, unit: str) -> list[str]:
     if margin is None:
         return []
     better, words = margin.low > 0, f"{abs(margin.mean):.4f} {unit}"
-    interval = f"held out, 95% interval {margin.low:+.4f} to {margin.high:+.4f}"
+    interval = f"held out, 95% interval {interval_text(margin)}"
     if better:
         return [f"Better than {name}: by {words} ({interval})."]
     return [f"{otherwise}: {name} is {words} {'above' if margin.mean > 0 else 'below'} the winner ({interval})."]
+
+
+def detectable(summary: Summary) -> dict[str, float]:
+    """Least difference between two composites that each split's windows detect, in its unit; empty if unknown."""
+    if summary.precision is None:
+        return {}
+    power = Power(summary.precision.error, summary.precision.windows)
+    return {split: power.detectable(windows) for split, windows in _windows(summary.winner).items()}
+
+
+def _windows(row: ResultRow) -> dict[str, int]:
+    """Windows of each corpus that a row was scored on, by split."""
+    return {split: min(len(score.nats_W) for score in scores.values()) for split, scores in row.scores.items()}
+
+
+def _detection_line(summary: Summary) -> str:
+    windows = _windows(summary.winner)
+    least = ", ".join(
+        f"{difference:.2g} on the {split.replace('_', '-')} split ({windows[split]} windows)"
+        for split, difference in detectable(summary).items()
+    )
+    return (
+        f"Least difference between two composites that is detected (5%, power 80%), in {summary.unit_words}: {least}; "
+        "half of it takes four times the windows."
+    )
+
+
+def margin_text(margin: Margin) -> str:
+    """A margin with its interval."""
+    ends = f"{margin.low:+.4f}, {margin.high:+.4f}" if isfinite(margin.high - margin.low) else interval_text(margin)
+    return f"{margin.mean:+.4f} [{ends}]"
+
+
+def interval_text(margin: Margin) -> str:
+    """A margin's interval; all windows being of one document, other documents could give any margin."""
+    if isfinite(margin.high - margin.low):
+        return f"{margin.low:+.4f} to {margin.high:+.4f}"
+    return "unknown, one document"
+
+
+def sampled_note(summary: Summary) -> str:
+    """What the margins' intervals take to be sampled."""
+    if all(margin.sampled == DOCUMENTS for margin in summary.margins):
+        return "95% intervals over documents"
+    return "95% intervals over windows, as if these were independent: the database does not name their documents"

@@ -9,6 +9,7 @@ import pandas as pd
 
 from dem_opt import config as study_file
 from dem_opt.analysis.mixing_cost import MixingComparison
+from dem_opt.analysis.power import Power
 from dem_opt.analysis.surrogate import Prediction
 from dem_opt.analysis.task_scores import TaskTable
 from dem_opt.compute import Compute, RayCompute
@@ -263,8 +264,9 @@ class Study:
         - `run`: run that found an algorithm's best, else empty.
         - `w.NAME`: coefficient of each distribution; missing for the base.
         - `SPLIT.objective`: what is minimized, in the objective's unit.
-        - `SPLIT.margin`, `SPLIT.margin_low`, `SPLIT.margin_high`: objective minus the winner's with a 95% bootstrap
-          interval, in nats per token, for the rows of the table but the winner.
+        - `SPLIT.margin`, `SPLIT.margin_low`, `SPLIT.margin_high`: objective minus the winner's with a 95% interval
+          over documents, in the objective's unit, for the rows of the table but the winner; infinite where all windows
+          of a distribution are of one document.
         - `SPLIT.nll.NAME`, `SPLIT.perplexity.NAME`, `SPLIT.bpb.NAME`: NLL in nats per token, exp(NLL) and bits per byte
           on each corpus.
         - `violation`: excess of protected corpora over their allowances on the search split, in the objective's unit.
@@ -308,6 +310,15 @@ class Study:
             InputError: The coefficients are outside of the study's space, or there are too few trials to predict from.
         """
         return summary.predict(self._context, self._checked(coefficients))
+
+    def power(self) -> Power:
+        """Return the power of comparing two composites on the study's windows.
+
+        `power().detectable(windows)` is the least difference, in the objective's unit, that so many windows of each
+        corpus detect (two-sided at 5%, in 80% of the cases), `power().windows_for(difference)` the number that a
+        difference needs.  Measured on the trials, or where these are few, by a default (`is_measured` is False).
+        """
+        return Power.of(self.config, self.summary().precision)
 
     def report(self, path: str | Path) -> Path:
         """Write the report, one HTML file that needs no network, and return its path."""

@@ -38,6 +38,9 @@ BITS_PER_BYTE = "bits_per_byte"
 UNITS = {NATS_PER_TOKEN: "nats per token", BITS_PER_BYTE: "bits per byte"}
 """Units of an objective, in words."""
 
+DOCUMENTS = "documents"
+"""The unit that intervals take to be sampled; "windows" in databases that do not name the documents of windows."""
+
 
 @dataclass(frozen=True)
 class Composite:
@@ -449,13 +452,23 @@ class ResultRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Margin:
-    """Rival minus winner in the objective, in its unit (positive: the winner is better), with a 95% interval."""
+    """Rival minus winner in the objective, in its unit (positive: the winner is better), with a 95% interval.
+
+    Attributes:
+        rival: Label of the rival's row.
+        split: Split.
+        mean: The margin.
+        low: Lower end; infinite, as the upper one, where all windows of a distribution are of one document.
+        high: Upper end.
+        sampled: Unit that the interval takes to be sampled: "documents", or "windows" where documents are unknown.
+    """
 
     rival: str
     split: str
     mean: float
     low: float
     high: float
+    sampled: str = DOCUMENTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -552,6 +565,9 @@ class Precision:
         regret: Nats per token by which coefficients chosen on other windows would miss the optimum, on average.
         high: 95% quantile of that regret.
         intervals: 95% interval of each coefficient, by distribution.
+        error: Standard error of the difference between the best of the composites and another, in the objective's
+            unit: paired, median over the others.
+        sampled: Unit that is taken to be sampled: "documents", or "windows" where documents are unknown.
     """
 
     windows: int
@@ -559,6 +575,8 @@ class Precision:
     regret: float
     high: float
     intervals: Mapping[str, tuple[float, float]]
+    error: float
+    sampled: str = DOCUMENTS
 
     def regret_with(self, factor: float) -> float:
         """The expected regret with so many times the windows, in the objective's unit: it falls with their number."""

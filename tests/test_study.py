@@ -5,6 +5,7 @@ import shutil
 import sqlite3
 from collections import Counter
 from contextlib import closing
+from math import inf
 from pathlib import Path
 
 import pyarrow
@@ -480,3 +481,31 @@ def test_a_study_that_grows_looks_first_at_few_points_and_the_new_vertex(tmp_pat
     for point in first[:6]:
         composite = load_inputs(load(grown), grown).identity().composite(point)
         assert [key for known, key in evaluated if known == composite and key in search_keys(grown)] == [new]
+
+
+def test_intervals_are_over_documents_unless_the_database_does_not_name_them(tmp_path):
+    """A document that all windows are cut from says nothing of others."""
+    path = worlds.study(tmp_path, search=GRID)
+    study = open_study(path)
+    margins = study.run().summary.margins
+    assert {margin.sampled for margin in margins} == {"documents"}
+    with closing(sqlite3.connect(tmp_path / "runs/tiny/study.db")) as connection, connection:
+        one = json.dumps([[[0, 1]]] * 4)
+        connection.execute("UPDATE dem_corpus SET documents = ?", (one,))
+    assert all(margin.low == -inf and margin.high == inf for margin in study.summary().margins)
+    with closing(sqlite3.connect(tmp_path / "runs/tiny/study.db")) as connection, connection:
+        connection.execute("DELETE FROM dem_corpus")
+    unnamed = study.summary().margins
+    assert {margin.sampled for margin in unnamed} == {"windows"}
+    assert [margin.mean for margin in unnamed] == [margin.mean for margin in margins]
+    assert all(margin.low < margin.mean < margin.high for margin in unnamed)
+
+
+def test_the_power_is_a_default_before_trials_tell_it(tmp_path):
+    path = worlds.study(tmp_path, search=GRID | {"trials": 2})
+    study = open_study(path)
+    with pytest.raises(InputError):
+        study.power()
+    study.run()
+    power = study.power()
+    assert power.windows == 4 and power.detectable(16) == pytest.approx(power.detectable(4) / 2)

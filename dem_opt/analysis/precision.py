@@ -1,13 +1,14 @@
-"""How well a study's coefficients are known: the choice of the winner, repeated on resampled windows.
+"""How well a study's coefficients are known: the choice of the winner, repeated on resampled documents.
 
-The windows of the search split are a sample, and other windows of the same data would have chosen other coefficients.
-With the surrogate's mean m over the coefficients, and m_r the same for resample r of the windows (drawn with
-replacement within each corpus, the same for all composites),
+The documents of the search split are a sample, and others of the same data would have chosen other coefficients.  With
+the surrogate's mean m over the coefficients, and m_r the same for resample r of the documents (`sampling`; the same
+draws for all composites),
 
     w_r = argmin m_r ,    regret_r = m(w_r) - min m  >= 0        nats per token
 
-estimate where the choice falls and what it costs (Efron and Tibshirani 1993, chapter 6).  Near the optimum m is a
-quadratic and the error of its slope falls with the square root of the number of windows, so the regret falls with the
+estimate where the choice falls and what it costs (Efron and Tibshirani 1993, chapter 6).  The mean of regret_r is over
+normal resamples, its quantile and the intervals of w_r are over resamples with Student's tails.  Near the optimum m is
+a quadratic and the error of its slope falls with the square root of the number of windows, so the regret falls with the
 number itself: four times the windows leave a quarter of it.
 
 Shape suffixes beside the project's: N composites, R resamples, M candidate points, F shares.
@@ -17,9 +18,11 @@ from collections.abc import Mapping, Sequence
 from math import ceil
 
 import numpy as np
+from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from dem_opt.analysis.bootstrap import resampled_objectives
+from dem_opt.analysis.bootstrap import resampled_objectives, samplings_of
+from dem_opt.analysis.sampling import Documents, Sampling, documents_of, sampled_unit
 from dem_opt.analysis.surrogate import optimum
 from dem_opt.evaluation.objective import Objective
 from dem_opt.search.samplers import gp
@@ -31,7 +34,7 @@ from dem_opt.storage.ledger import Ledger
 from dem_opt.types import PENALTY, SEARCH, Precision, TrialRecord
 
 RESAMPLES = 400
-"""Resamples of the windows: a 95% quantile rests on 20 of them."""
+"""Resamples of the documents: a 95% quantile rests on 20 of them."""
 
 FEWEST = 8
 """Composites scored on all windows below which nothing is said: a quadratic in three coefficients has ten terms."""
@@ -53,39 +56,75 @@ def study_precision(
     objective = objectives(ledger, identity).get(SEARCH)
     if objective is None:
         return None
-    return precision_of(identity.space, [record for records in trials.values() for record in records], objective)
+    records = [record for records in trials.values() for record in records]
+    return precision_of(identity.space, records, objective, documents_of(ledger, identity, SEARCH))
 
 
-def precision_of(space: Space, trials: Sequence[TrialRecord], objective: Objective) -> Precision | None:
-    """Estimate how well the coefficients are known; None for a single point and where too few composites are whole."""
+def precision_of(
+    space: Space,
+    trials: Sequence[TrialRecord],
+    objective: Objective,
+    documents: Mapping[str, Documents] | None = None,
+) -> Precision | None:
+    """Estimate how well the coefficients are known.
+
+    Args:
+        space: Coefficient space.
+        trials: Finished trials.
+        objective: The objective on the search split.
+        documents: Documents of its windows by distribution; where they are unknown, windows count as independent.
+
+    Returns:
+        None for a space of a single point, where too few composites are whole, and where the windows of a distribution
+        are all of one document.
+    """
     whole = {trial.coefficients: trial for trial in trials if trial.objective is not None and not trial.is_partial}
     chosen = sorted(whole.values(), key=lambda trial: trial.rank)[:MOST]
     if space.is_point or len(chosen) < FEWEST:
         return None
-    values_N = np.array([trial.penalized for trial in chosen], dtype=np.float64)
-    resampled_NR = resampled_objectives([trial.scores for trial in chosen], objective, RESAMPLES)
-    resampled_NR += PENALTY * np.array([trial.violation for trial in chosen])[:, None]
-    resampled_NR = resampled_NR[:, np.isfinite(resampled_NR).all(axis=0)]  # a custom objective may have gaps
-    if not resampled_NR.size:
+    samplings = samplings_of(chosen[0].scores, objective, documents)
+    if not all(sampling.is_defined for sampling in samplings.values()):
         return None
+    normal_NR, student_NR = (_resampled(chosen, objective, samplings, tails) for tails in (False, True))
+    if not normal_NR.size or not student_NR.size:
+        return None
+    values_N = np.array([trial.penalized for trial in chosen], dtype=np.float64)
     with threadpool_limits(1, "blas"):
         process = gp.fit(gp.observe(np.array([space.shares(trial.coefficients) for trial in chosen]), values_N))
         points_MF = _candidates(space.shares(optimum(space, process, chosen)), process, space.caps_F)
         weights_MN = process.mean_weights(points_MF)
-        # What all composites share in a resample says nothing about which is best, but the process would notice it.
-        centred_NR = resampled_NR - resampled_NR.mean(axis=0)
-        choice_R = (weights_MN @ centred_NR).argmin(axis=0)
+        normal_R, student_R = (_choices(weights_MN, resampled_NR) for resampled_NR in (normal_NR, student_NR))
         mean_M = weights_MN @ (values_N - values_N.mean())
-    regret_R = (mean_M - mean_M.min())[choice_R]
-    points_RK = np.array([space.point(space.at(points_MF[choice])) for choice in choice_R])
+    regret_M = mean_M - mean_M.min()
+    points_RK = np.array([space.point(space.at(points_MF[choice])) for choice in student_R])
     low_K, high_K = np.quantile(points_RK, [0.025, 0.975], axis=0)
     return Precision(
         windows=min(len(score.nats_W) for score in chosen[0].scores.values()),
         composites=len(chosen),
-        regret=float(regret_R.mean()),
-        high=float(np.quantile(regret_R, 0.95)),
+        regret=float(regret_M[normal_R].mean()),
+        high=float(np.quantile(regret_M[student_R], 0.95)),
         intervals={name: (float(low), float(high)) for name, low, high in zip(space.names, low_K, high_K, strict=True)},
+        error=float(np.median((normal_NR[1:] - normal_NR[0]).std(axis=1))),
+        sampled=sampled_unit(samplings.values()),
     )
+
+
+def _resampled(
+    trials: Sequence[TrialRecord], objective: Objective, samplings: Mapping[str, Sampling], tails: bool
+) -> Array:
+    """The penalized objective of trials in resamples, [N, R], without those in which a custom one is not finite."""
+    scores = [trial.scores for trial in trials]
+    resampled_NR = resampled_objectives(scores, objective, samplings, RESAMPLES, tails=tails)
+    resampled_NR += PENALTY * np.array([trial.violation for trial in trials])[:, None]
+    finite_NR: Array = resampled_NR[:, np.isfinite(resampled_NR).all(axis=0)]
+    return finite_NR
+
+
+def _choices(weights_MN: Array, resampled_NR: Array) -> NDArray[np.int64]:
+    """The candidate with the lowest mean in each resample."""
+    # What all composites share in a resample says nothing about which is best, but the process would notice it.
+    choice_R: NDArray[np.int64] = (weights_MN @ (resampled_NR - resampled_NR.mean(axis=0))).argmin(axis=0)
+    return choice_R
 
 
 def _candidates(best_F: Array, process: gp.GaussianProcess, caps_F: Array) -> Array:

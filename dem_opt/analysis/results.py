@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dem_opt.analysis.bootstrap import difference
+from dem_opt.analysis.sampling import Documents, documents_of
 from dem_opt.config import TOP, ReportSection
 from dem_opt.errors import EvaluationError
 from dem_opt.evaluation.objective import Objective
@@ -183,8 +184,9 @@ def summarize(
     listed = [entry for entry in entries(identity, trials) if is_known(ledger, identity, entry.composite, SEARCH)]
     results = known_rows(ledger, identity, listed)
     *rivals, winner = results
+    documents = {split: documents_of(ledger, identity, split) for split in SPLITS}
     margins = tuple(
-        _margin(by_split[split], rival, winner, split)
+        _margin(by_split[split], rival, winner, split, documents[split])
         for split in SPLITS
         for rival in rivals
         if split in rival.objective and split in winner.objective
@@ -254,6 +256,8 @@ def rescored(
     return replace(row, label=label, scores=scores, objective=objective)
 
 
-def _margin(objective: Objective, rival: ResultRow, winner: ResultRow, split: str) -> Margin:
-    gap = difference(rival.scores[split], winner.scores[split], objective)
-    return Margin(rival=rival.label, split=split, mean=gap.mean, low=gap.low, high=gap.high)
+def _margin(
+    objective: Objective, rival: ResultRow, winner: ResultRow, split: str, documents: Mapping[str, Documents]
+) -> Margin:
+    gap = difference(rival.scores[split], winner.scores[split], objective, documents)
+    return Margin(rival=rival.label, split=split, mean=gap.mean, low=gap.low, high=gap.high, sampled=gap.sampled)

@@ -10,6 +10,7 @@ from hashlib import sha256
 
 from dem_opt.analysis.bootstrap import difference
 from dem_opt.analysis.results import finite_objectives
+from dem_opt.analysis.sampling import documents_of
 from dem_opt.atomic import write_text
 from dem_opt.config import StudyConfig
 from dem_opt.errors import InputError
@@ -112,7 +113,7 @@ def _recall(record: RivalRecord, ledger: Ledger, identity: StudyIdentity, winner
     if objective.keys() != set(SPLITS):
         return None
     gaps = {
-        split: difference(scores[split], winner.scores[split], by_split[split])
+        split: difference(scores[split], winner.scores[split], by_split[split], documents_of(ledger, identity, split))
         for split in SPLITS
         if split in winner.objective
     }
@@ -120,7 +121,7 @@ def _recall(record: RivalRecord, ledger: Ledger, identity: StudyIdentity, winner
         kind=record.kind,
         objective=objective,
         margins=tuple(
-            Margin(rival=record.kind, split=split, mean=gap.mean, low=gap.low, high=gap.high)
+            Margin(rival=record.kind, split=split, mean=gap.mean, low=gap.low, high=gap.high, sampled=gap.sampled)
             for split, gap in gaps.items()
         ),
         coefficients=record.coefficients,

@@ -24,7 +24,7 @@ def check(arguments: Namespace, terminal: Terminal) -> None:
 
     config = load(arguments.study)
     with terminal.progress():
-        findings = workflow.check(config, arguments.study)
+        findings = workflow.check(config, arguments.study, arguments.difference)
         overlap = measure_overlap(config, arguments.study) if arguments.overlap else None
     if arguments.json:
         terminal.json(json_output.of_findings(findings) | ({"overlap": asdict(overlap)} if overlap else {}))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dem_opt.analysis.task_scores import TaskTable
     from dem_opt.costs import Cost
     from dem_opt.export.writer import Export
-    from dem_opt.types import ResultRow, Score, Summary
+    from dem_opt.types import Margin, ResultRow, Rival, Score, Summary
     from dem_opt.workflows.check import Findings
 
 
@@ -81,15 +81,15 @@ def of_summary(summary: "Summary") -> dict[str, Any]:
         "weights": dict(summary.weights),
         "winner": summary.winner.label,
         "results": [_of_row(row) for row in summary.results],
-        "margins": [asdict(margin) for margin in summary.margins],
+        "margins": [_of_margin(margin) for margin in summary.margins],
         "top": [_of_row(row) for row in summary.top],
         "trials": {run: len(records) for run, records in summary.trials.items()},
         "stopped_early": {run: sum(record.is_partial for record in records) for run, records in summary.trials.items()},
-        "precision": summary.precision and asdict(summary.precision),
+        "precision": summary.precision and asdict(summary.precision) | {"detectable": _detectable(summary)},
         "stop_reasons": dict(summary.stopped or {}),
         "cost": {"forward_equivalents": summary.forwards, "parts": [_of_cost(cost) for cost in summary.costs]},
         "usage": {run: asdict(usage_of(records)) for run, records in summary.trials.items()},
-        "rivals": [asdict(rival) for rival in summary.rivals],
+        "rivals": [_of_rival(rival) for rival in summary.rivals],
     }
 
 
@@ -105,7 +105,7 @@ def of_rivals(summary: "Summary") -> dict[str, Any]:
     return {
         "study": summary.study,
         "winner": _of_row(summary.winner),
-        "rivals": [asdict(rival) for rival in summary.rivals],
+        "rivals": [_of_rival(rival) for rival in summary.rivals],
         "conclusions": rival_lines(summary),
         "units": units,
     }
@@ -153,6 +153,23 @@ def _of_cost(cost: "Cost") -> dict[str, Any]:
         "forward_equivalents": cost.forwards,
         "seconds": cost.seconds,
     }
+
+
+def _of_margin(margin: "Margin") -> dict[str, Any]:
+    """A margin; an interval without ends is null."""
+    ends = {end: value if isfinite(value) else None for end, value in (("low", margin.low), ("high", margin.high))}
+    return asdict(margin) | ends
+
+
+def _of_rival(rival: "Rival") -> dict[str, Any]:
+    return asdict(rival) | {"margins": [_of_margin(margin) for margin in rival.margins]}
+
+
+def _detectable(summary: "Summary") -> dict[str, float]:
+    """Least difference that the windows of each split detect, in the objective's unit."""
+    from dem_opt.dashboards.words import detectable
+
+    return detectable(summary)
 
 
 def _of_row(row: "ResultRow") -> dict[str, Any]:

@@ -181,13 +181,19 @@ def _add_preparation(commands: Any) -> None:
             "Plans from the headers of checkpoints. Then reads each model once, to compare its forward\n"
             "pass with that of its vertex. Writes nothing but the cache."
         ),
-        examples="dem-opt check study.yaml\ndem-opt check study.yaml --overlap",
+        examples="dem-opt check study.yaml --overlap\ndem-opt check study.yaml --difference .002",
     )
     checked.add_argument(
         "--overlap",
         action="store_true",
         help="read all data too, and measure how much of the validation and held-out documents stands in the training "
         "data and in each other; kept in OUTPUT/overlap.json for the report",
+    )
+    checked.add_argument(
+        "--difference",
+        type=float,
+        metavar="D",
+        help="also tell how many windows detect D, in the objective's unit",
     )
     _add(
         commands,

@@ -137,7 +137,14 @@ def print_comparison(summary: "Summary", folder: Path, terminal: Terminal) -> No
 def print_results(summary: "Summary", terminal: Terminal) -> None:
     """Print the results table on both splits, the best five composites, the margins and the winner."""
     from dem_opt.dashboards.tables import SPLIT_NAMES, final_table, margin_table, top_table
-    from dem_opt.dashboards.words import cost_line, loss_title, objective_name, precision_lines, rival_lines
+    from dem_opt.dashboards.words import (
+        cost_line,
+        loss_title,
+        objective_name,
+        precision_lines,
+        rival_lines,
+        sampled_note,
+    )
 
     objective = objective_name(summary)
     for split, words in SPLIT_NAMES.items():
@@ -153,12 +160,8 @@ def print_results(summary: "Summary", terminal: Terminal) -> None:
     title = f"Top five by the search split: {objective}, {summary.unit_words}"
     terminal.table(title, top.headers, top.rows, words=top.words)
     margins = margin_table(summary)
-    terminal.table(
-        f"Rival minus winner in {objective}, {summary.unit_words}",
-        margins.headers,
-        margins.rows,
-        groups=margins.groups,
-    )
+    title = f"Rival minus winner in {objective}, {summary.unit_words}; {sampled_note(summary)}"
+    terminal.table(title, margins.headers, margins.rows, groups=margins.groups)
     terminal.line(f"The winner: {summary.winner.label}: {summary.winner.coefficients}")
     for line in filter(None, [*rival_lines(summary), *precision_lines(summary), cost_line(summary)]):
         terminal.line(line)

@@ -6,7 +6,7 @@ a stratified sample without replacement, and tested at each interim analysis at 
 Array suffix: k windows of a corpus seen so far.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import fsum, inf, isfinite, sqrt
@@ -42,6 +42,17 @@ class Estimate:
     difference: float
     error: float
     freedom: float
+
+
+def satterthwaite(variances: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Standard error of a sum of independent parts and its degrees of freedom, from each part's variance and freedom.
+
+    freedom = (sum v)^2 / sum(v^2 / freedom)   (Satterthwaite 1946); infinite without an error, or a bound on it.
+    """
+    variance = sum(part for part, _ in variances)
+    is_defined = 0 < variance < inf
+    freedom = variance**2 / fsum(part**2 / freedom for part, freedom in variances) if is_defined else inf
+    return sqrt(variance), freedom
 
 
 @dataclass(frozen=True)
@@ -81,18 +92,19 @@ class Race:
 
             (1 - k / W)  sum_j r_j^2 / (k - 1)  k / (sum_j t_j)^2 ,     r_j = x_j - y_j - d t_j
 
-        (Cochran 1977, Sampling Techniques, sections 2.6 and 6.4).  Variances add up with squared weights; the degrees
-        of freedom of their sum are Satterthwaite's (1946).
+        (Cochran 1977, Sampling Techniques, sections 2.6 and 6.4).  Variances add up with squared weights.
+
+        What is estimated is the trial's mean over the W windows at hand, and these come in an order that was drawn at
+        random: so the windows seen are a simple random sample of all, and the variance is unbiased whatever the windows
+        have in common.  Documents that several windows share widen intervals for other texts (`analysis.sampling`), but
+        not this error.
         """
         total = fsum(self.weights.values())
         parts = [(weight / total, *self._part(key, scores[key])) for key, weight in self.weights.items()]
         lead = mean_nll(self.control, self.weights, self.unit) - self.goal
         difference = fsum([lead, *(weight * mean for weight, mean, _, _ in parts)])
-        variances = [(weight**2 * variance, freedom) for weight, _, variance, freedom in parts]
-        variance = sum(part for part, _ in variances)
-        is_defined = 0 < variance < inf
-        freedom = variance**2 / fsum(part**2 / freedom for part, freedom in variances) if is_defined else inf
-        return Estimate(difference, sqrt(variance), freedom)
+        error, freedom = satterthwaite([(weight**2 * variance, freedom) for weight, _, variance, freedom in parts])
+        return Estimate(difference, error, freedom)
 
     def loss(self, key: str, score: Score) -> float:
         """Estimate a corpus's NLL from its first windows, in the objective's unit."""

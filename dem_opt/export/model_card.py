@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import exp
+from math import exp, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from dem_opt.export.writer import Export
 from dem_opt.planning.inputs import Inputs
 from dem_opt.simplex import UNIT, Coefficients
 from dem_opt.storage.engine import masked
-from dem_opt.types import BITS_PER_BYTE, NATS_PER_TOKEN, UNITS, Margin, ResultRow, StoredModel
+from dem_opt.types import BITS_PER_BYTE, DOCUMENTS, NATS_PER_TOKEN, UNITS, Margin, ResultRow, StoredModel
 
 CARD, RECIPE = "README.md", "mergekit.yaml"
 
@@ -251,12 +251,17 @@ def _losses(split: str, results: Sequence[ResultRow], unit: str, objective: str)
 
 def _margins(margins: Sequence[Margin], objective: str, unit: str) -> str:
     """The table of the winner's margins."""
-    rows = [
-        [margin.rival, _words(margin.split), f"{margin.mean:.4f}", f"{margin.low:.4f} to {margin.high:.4f}"]
-        for margin in margins
-    ]
+    rows = [[margin.rival, _words(margin.split), f"{margin.mean:.4f}", _interval(margin)] for margin in margins]
     title = f"## Margins\n\nRival minus winner in {_plain(objective)}, {UNITS[unit]}; positive: the winner is better."
     return f"{title}\n\n{_table(['rival', 'split', 'margin', '95% paired interval'], rows)}"
+
+
+def _interval(margin: Margin) -> str:
+    """The interval, and what it takes to be sampled where that is not documents."""
+    if not isfinite(margin.high - margin.low):
+        return "unknown, one document"
+    unit = "" if margin.sampled == DOCUMENTS else f", over {margin.sampled}"
+    return f"{margin.low:.4f} to {margin.high:.4f}{unit}"
 
 
 def _words(split: str) -> str:

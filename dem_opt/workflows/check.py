@@ -5,10 +5,11 @@ import socket
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import ceil, prod
+from math import ceil, inf, prod
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from dem_opt.analysis.power import Power
 from dem_opt.analysis.precision import windows_for
 from dem_opt.checkpoints.files import Header, known_content
 from dem_opt.compute import ray_warnings
@@ -33,7 +34,7 @@ from dem_opt.storage.engine import is_there, masked, probe
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
 from dem_opt.storage.retry import opened
-from dem_opt.types import UNITS, Precision
+from dem_opt.types import HELD_OUT, SEARCH, SPLITS, UNITS, Precision
 from dem_opt.workflows.remaining import Remaining, remaining_work
 
 COMPARED = ("grid", "random", "simplex-gp")
@@ -63,6 +64,42 @@ class Stored:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Detection:
+    """Differences between two composites that a study detects: two-sided at 5%, in 80% of the cases.
+
+    Attributes:
+        is_measured: False for a default before there are trials.
+        windows: Windows of each corpus by split.
+        least: Least difference that these detect by split, in the objective's unit.
+        difference: A difference that was asked about.
+        needed: Windows of each corpus that detect it.
+        unit: Unit of the differences, a key of `UNITS`.
+    """
+
+    is_measured: bool
+    windows: dict[str, int]
+    least: dict[str, float]
+    difference: float | None
+    needed: int | None
+    unit: str
+
+    def lines(self) -> list[str]:
+        """The least differences, and the windows that the given one needs."""
+        source = "measured on the trials" if self.is_measured else "by a default: nothing is measured yet"
+        least = " and ".join(
+            f"{self.least[split]:.2g} on {self.windows[split]} windows of the {split.replace('_', '-')} split"
+            for split in SPLITS
+        )
+        line = f"Least difference that is detected (5%, power 80%), in {UNITS[self.unit]}: {least} ({source})."
+        if self.needed is None:
+            return [line]
+        return [
+            line,
+            f"A difference of {self.difference:g} {UNITS[self.unit]} needs {self.needed:,} windows of each corpus.",
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Findings:
     """Findings of `dem-opt check`.
 
@@ -84,6 +121,7 @@ class Findings:
         left_range: The least and the most that they may be.
         comparison: What `dem-opt compare` would do, in words.
         windows: The number of windows of the search split that is proposed, in words.
+        detection: Least differences that the windows of both splits detect.
         warnings: Problems that do not stop a run.
     """
 
@@ -104,6 +142,7 @@ class Findings:
     left_range: tuple[float, float]
     comparison: str
     windows: str
+    detection: Detection
     warnings: tuple[str, ...]
 
     @property
@@ -125,6 +164,7 @@ class Findings:
             self._time(),
             self.comparison,
             self.windows,
+            *self.detection.lines(),
             f"{self.kernel[0].upper()}{self.kernel[1:]}.",
             f"An export takes {sized(self.export)}, {sized(self.free)} are free on its disk.",
             hashed,
@@ -150,13 +190,20 @@ class Findings:
         )
 
 
-def check(config: StudyConfig, where: Path) -> Findings:
+def check(config: StudyConfig, where: Path, difference: float | None = None) -> Findings:
     """Check a study by its configuration, the headers of its checkpoints and its first documents; nothing is written.
+
+    Args:
+        config: The study file's content.
+        where: The study file.
+        difference: Difference in the objective's unit for which to tell the number of windows that detect it.
 
     Raises:
         InputError: Something would stop a run, as far as these tell.  A study that does not fit into memory is left
             to `refuse`, so that its plan can be shown first.
     """
+    if difference is not None and not 0 < difference < inf:
+        raise InputError(None, "--difference", difference, "a difference is above 0, in the objective's unit")
     files = check_headers(config, where)
     _refuse_bad_function(config, where)
     _refuse_unreadable_texts(config)
@@ -183,6 +230,7 @@ def check(config: StudyConfig, where: Path) -> Findings:
         left_seconds=left.work.seconds(speed) / plan.parallel if left else 0.0,
         left_range=plan.seconds_range(left.work, speed) if left else (0.0, 0.0),
         windows=proposed_windows(config, left.precision if left else None),
+        detection=_detection(config, left.precision if left else None, difference),
         comparison=f"dem-opt compare: {_comparison(config, plan, speed, COMPARED)}",
         warnings=(
             *files.left_out(),
@@ -218,6 +266,20 @@ def proposed_windows(config: StudyConfig, precision: Precision | None) -> str:
     if evaluation.windows >= enough:
         return f"{windows}: {tokens}, enough to tell coefficients apart ({enough} windows are proposed at least)."
     return f"{windows}: {tokens} are few to tell coefficients apart; {enough} windows or more are proposed."
+
+
+def _detection(config: StudyConfig, precision: Precision | None, difference: float | None) -> Detection:
+    """Differences that are detected: by the trials of the study, else by a default."""
+    power, evaluation = Power.of(config, precision), config.evaluation
+    windows = {SEARCH: evaluation.windows, HELD_OUT: evaluation.held_out}
+    return Detection(
+        is_measured=power.is_measured,
+        windows=windows,
+        least={split: power.detectable(count) for split, count in windows.items()},
+        difference=difference,
+        needed=None if difference is None else power.windows_for(difference),
+        unit=config.objective.unit,
+    )
 
 
 def _comparison(config: StudyConfig, plan: Plan, speed: Speed, algorithms: Sequence[str], seeds: int = 1) -> str:

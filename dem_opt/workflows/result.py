@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from dem_opt.dashboards.words import cost_line, objective_name
+from dem_opt.dashboards.words import cost_line, margin_text, objective_name, sampled_note
 from dem_opt.types import HELD_OUT, SEARCH, Margin, ResultRow, Summary
 
 ABSENT = "-"
@@ -115,7 +115,7 @@ class StudyResult:
         return (
             f"search, held-out: {objective_name(self.summary)} in {self.summary.unit_words} on each split, lower is "
             "better; FE: forward-equivalents, full passes over the search split; *: the winner, chosen on the search "
-            "split."
+            f"split. {sampled_note(self.summary)}."
         )
 
     def _hints(self) -> str:
@@ -145,4 +145,4 @@ def _number(value: float | None) -> str:
 
 
 def _interval(margin: Margin | None) -> str:
-    return ABSENT if margin is None else f"{margin.mean:+.4f} [{margin.low:+.4f}, {margin.high:+.4f}]"
+    return ABSENT if margin is None else margin_text(margin)

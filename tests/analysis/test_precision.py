@@ -5,6 +5,8 @@ all windows there are has its optimum at the mean of the a_i, and W windows of e
 of K W values of g.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -69,7 +71,7 @@ def test_four_times_the_windows_leave_a_quarter() -> None:
         for windows in (16, 64)
     )
     assert many == pytest.approx(few / 4, rel=0.4)
-    known = Precision(windows=16, composites=9, regret=0.004, high=0.01, intervals={})
+    known = Precision(windows=16, composites=9, regret=0.004, high=0.01, intervals={}, error=0.01)
     assert known.regret_with(4) == 0.001 and windows_for(known, 0.0005) == 128 and windows_for(known, 0.1) == 8
 
 
@@ -82,6 +84,34 @@ def test_intervals_hold_the_optimum_about_as_often_as_they_say() -> None:
             low <= value <= high for (low, high), value in zip(precision.intervals.values(), OPTIMUM, strict=True)
         ]
     assert np.mean(covered) >= 0.85
+
+
+def test_windows_of_one_document_count_once() -> None:
+    """Every window four times, as windows of a document of its own: nothing is known better than from it once."""
+    documents = {name: [{window // 4: 100} for window in range(64)] for name in SPACE.names}
+    estimates = []
+    for seed in range(6):
+        once = trials(16, seed)
+        repeated = [
+            replace(record, scores={name: _repeated(score, 4) for name, score in record.scores.items()})
+            for record in once
+        ]
+        alone, together = precision_of(SPACE, once, OBJECTIVE), precision_of(SPACE, repeated, OBJECTIVE, documents)
+        assert alone is not None and together is not None
+        estimates.append((alone.regret, together.regret))
+        assert together.error == pytest.approx(alone.error, rel=0.15)  # other draws of the same distribution
+        assert (alone.sampled, together.sampled) == ("windows", "documents")
+    alone_R, together_R = np.transpose(estimates)
+    assert together_R.mean() == pytest.approx(alone_R.mean(), rel=0.2)
+
+
+def _repeated(score: Score, times: int) -> Score:
+    return Score(tuple(np.repeat(score.nats_W, times).tolist()), tuple(np.repeat(score.tokens_W, times).tolist()))
+
+
+def test_nothing_is_said_where_a_corpus_is_one_document() -> None:
+    documents = {"b": [{0: 100}] * 16}
+    assert precision_of(SPACE, trials(16, 0), OBJECTIVE, documents) is None
 
 
 def test_windows_that_agree_leave_no_regret() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from math import ceil
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from dem_opt.planning.inputs import identical_checkpoints, load_inputs
 from dem_opt.progress import NullProgress, reporting
 from dem_opt.storage.engine import connect
 from dem_opt.storage.ledger import Ledger, StudyRow
-from dem_opt.types import SEARCH, Composite, Score
+from dem_opt.types import HELD_OUT, SEARCH, Composite, Score
 from dem_opt.workflows.check import check, comparison_plan
 
 
@@ -340,3 +341,22 @@ def test_the_date_of_a_chat_template_is_told_and_lets_a_study_go_on(world):
             fields.append(load_inputs(load(world / "study.yaml"), world / "study.yaml").identity().scoring_fields())
         assert any((date or "2025-01-01") in note for note in progress.notes)
     assert fields[0] == fields[1] != fields[2]
+
+
+def test_a_check_tells_what_windows_detect_by_a_default_before_there_are_trials(world):
+    config = load(world / "study.yaml")
+    detection = check(config, "study.yaml", difference=0.01).detection
+    assert not detection.is_measured and detection.windows == {
+        SEARCH: config.evaluation.windows,
+        HELD_OUT: config.evaluation.held_out,
+    }
+    search, held_out = detection.least[SEARCH], detection.least[HELD_OUT]
+    assert search**2 * config.evaluation.windows == pytest.approx(held_out**2 * config.evaluation.held_out)
+    assert detection.needed == ceil(config.evaluation.windows * (search / 0.01) ** 2)
+    assert check(config, "study.yaml").detection.needed is None
+
+
+@pytest.mark.parametrize("difference", ["0", "-0.1", "nan", "inf"])
+def test_a_difference_to_detect_is_above_zero(world, capsys, difference):
+    assert main(["check", str(world / "study.yaml"), "--difference", difference]) == 2
+    assert "--difference" in capsys.readouterr().err
