@@ -47,7 +47,11 @@ def ray_session(own_cache):
     os.environ.update(
         SETTINGS | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
     )
-    ray.init(address="local", num_cpus=CPUS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        ray.init(
+            address="local", num_cpus=CPUS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+        )
     yield ray
     ray.shutdown()
 
