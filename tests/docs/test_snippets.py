@@ -183,12 +183,8 @@ SNIPPETS = [snippet for page in PAGES for snippet in snippets_of(page)]
 
 @pytest.mark.parametrize(
     ("reader", "snippet"),
-    [
-        pytest.param(
-            snippet.page, snippet, id=str(snippet), marks=pytest.mark.xdist_group(str(snippet.page.relative_to(ROOT)))
-        )
-        for snippet in SNIPPETS
-    ],
+    [(snippet.page, snippet) for snippet in SNIPPETS],
+    ids=map(str, SNIPPETS),
     indirect=["reader"],
     scope="module",  # one reader for a page
 )
