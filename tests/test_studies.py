@@ -134,7 +134,7 @@ def test_those_of_openllama_pass_the_check(size: str, tmp_path: Path) -> None:
             (source.path / "adapter_config.json").write_text(json.dumps(adapter))
         for file in (distribution.validation, distribution.held_out):
             file.path.parent.mkdir(exist_ok=True)
-            file.path.write_text("{}\n")
+            file.path.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
     report = check(config, path)
     assert report.architecture == "LlamaForCausalLM" and len(report.checkpoints) == 5
     assert report.plan.work.trial_tokens == 4 * 64 * 1024

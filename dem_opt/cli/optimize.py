@@ -35,7 +35,8 @@ def _answer_finished(arguments: Namespace, terminal: Terminal) -> bool:
     config = load(arguments.study)
     if config.objective.function is not None:
         import_from(arguments.study.resolve().parent)
-    known = find_finished(config, [config.search.algorithm])
+    with terminal.progress() as progress:
+        known = find_finished(config, [config.search.algorithm], progress)
     if known is None:
         return False
     summary = stored_results(config, arguments.study)

@@ -15,12 +15,13 @@ from dem_opt.atomic import write_text
 from dem_opt.config import StudyConfig
 from dem_opt.json_files import find_json
 from dem_opt.planning.input_stamp import stamp_inputs
+from dem_opt.progress import Progress
 from dem_opt.search.runs import Runs
 from dem_opt.search.trials import finished, is_known
-from dem_opt.storage.engine import is_there
+from dem_opt.storage.engine import is_there, masked
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
-from dem_opt.storage.retry import opened
+from dem_opt.storage.retry import RetryPolicy, opened
 from dem_opt.types import SPLITS
 from dem_opt.workflows.libraries import libraries
 
@@ -54,12 +55,13 @@ def keep_inputs(config: StudyConfig, known: KnownInputs) -> None:
         write_text(config.output / FILE, json.dumps(asdict(known)) + "\n")
 
 
-def find_finished(config: StudyConfig, runs: Sequence[str]) -> KnownInputs | None:
+def find_finished(config: StudyConfig, runs: Sequence[str], progress: Progress) -> KnownInputs | None:
     """Return what is known of a study's inputs where these runs, and all that follows them, are finished.
 
     Args:
         config: The study file.
         runs: Labels of the runs that are asked for.
+        progress: Gets a note while a database that is away is waited for.
 
     Returns:
         None where an input may have changed, and where anything is left to do.
@@ -67,8 +69,9 @@ def find_finished(config: StudyConfig, runs: Sequence[str]) -> KnownInputs | Non
     known = find_json(config.output / FILE, KnownInputs)
     if known is None or not is_there(config.storage) or stamp_of(config) != known.stamp:
         return None
-    with opened(config.storage) as engine:
-        ledger = Ledger(engine) if Ledger.is_in(engine) else None
+    patience = RetryPolicy(f"the database {masked(config.storage)}", config.outages.storage, progress)
+    with opened(config.storage, patience) as engine:
+        ledger = Ledger(engine, patience) if Ledger.is_in(engine) else None
         row = ledger.study(config.name) if ledger else None
         if ledger is None or row is None or row.identity != known.identity:
             return None
@@ -80,13 +83,13 @@ def find_finished(config: StudyConfig, runs: Sequence[str]) -> KnownInputs | Non
 
 
 def _are_ended(config: StudyConfig, generation: int, runs: Sequence[str]) -> bool:
-    """Whether these runs have ended, by the budget that the study file gives them now."""
+    """True if these runs have ended, by the budget that the study file gives them now."""
     with Runs(config, generation).existing() as searches:
         return all(run in searches and searches[run].stopped and not searches[run].unfinished for run in runs)
 
 
 def _is_measured(config: StudyConfig, ledger: Ledger, identity: StudyIdentity, generation: int) -> bool:
-    """Whether all that a run measures beside its trials is known, with the libraries of today."""
+    """True if all that a run measures beside its trials is known, with the libraries of today."""
     if ledger.libraries(config.name) != libraries():
         return False
     if recall_vectors(identity.base, identity.fine_tunes, config.output) is None:
@@ -99,7 +102,7 @@ def _is_measured(config: StudyConfig, ledger: Ledger, identity: StudyIdentity, g
 
 
 def _is_error_known(ledger: Ledger, identity: StudyIdentity) -> bool:
-    """Whether the error of compressed vectors is known, where the study uses them."""
+    """True if the error of compressed vectors is known, where the study uses them."""
     if identity.vectors == "exact":
         return True
     from dem_opt.workflows.int8_error import recall_error  # loads torch

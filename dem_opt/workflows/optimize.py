@@ -36,7 +36,7 @@ def optimize(context: StudyContext, algorithms: Sequence[str], seeds: int = 1) -
     """
     check_algorithms(context.config, context.path, algorithms)
     runs = run_names(algorithms, seeds)
-    if known := find_finished(context.config, runs):
+    if known := find_finished(context.config, runs, context.progress):
         return _answer(context, known)
     stamp = stamp_of(context.config)
     inputs = context.load_inputs(for_workers=True)

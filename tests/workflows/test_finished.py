@@ -17,6 +17,7 @@ from dem_opt.cli import published
 from dem_opt.cli.main import main
 from dem_opt.compute import InProcessCompute
 from dem_opt.config import load
+from dem_opt.progress import NullProgress
 from dem_opt.study import Study
 from dem_opt.tracking import NullTracker
 from dem_opt.workflows.finished import FILE, find_finished
@@ -154,7 +155,7 @@ CHANGES: dict[str, Callable[[Path], AbstractContextManager[None]]] = {
 
 def is_known(path: Path) -> bool:
     config = load(path)
-    return find_finished(config, [config.search.algorithm]) is not None
+    return find_finished(config, [config.search.algorithm], NullProgress()) is not None
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
@@ -183,7 +184,7 @@ def test_after_a_change_a_run_looks_at_its_inputs_and_knows_them_again(finished)
     with touched(finished.parent / "models/code/model.safetensors"):
         compute = Watched()
         open_study(finished, compute).run()
-        assert compute.entered and find_finished(config, ["random"]) is not None
+        assert compute.entered and find_finished(config, ["random"], NullProgress()) is not None
     open_study(finished).run()
 
 

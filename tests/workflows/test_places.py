@@ -46,7 +46,7 @@ def test_a_study_runs_in_a_folder_of_any_name(tmp_path: Path, kind: str) -> None
     assert not progress.warnings
     assert entries(tmp_path) == {FOLDERS[kind]}
     assert entries(path.parent) == {"models", "data", "study.yaml", "runs", "best"}
-    assert entries(path.parent / "runs/tiny") == {"study.db", "report.html", "vectors.json"}
+    assert entries(path.parent / "runs/tiny") == {"study.db", "report.html", "vectors.json", "inputs.json"}
 
 
 @pytest.mark.parametrize("output", [None, "runs/out %3F#{x}?"])
