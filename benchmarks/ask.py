@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from dem_opt.search.samplers import SimplexSampler
 from dem_opt.search.samplers.history import Trial, distributions, parameters
-from dem_opt.search.trial_attributes import MEASUREMENTS, TrialAttributes
+from dem_opt.search.trial_attributes import TrialAttributes
 from dem_opt.simplex import Coefficients, Space
 
 SPACE = Space(tuple("abcdefgh"))
@@ -69,7 +69,7 @@ def _frozen(trial: Trial) -> FrozenTrial:
         value=trial.objective,
         params=parameters(trial.coefficients),
         distributions=distributions(SPACE),
-        user_attrs={MEASUREMENTS: trial.attributes.to_stored()},
+        user_attrs=trial.attributes.to_stored(),
     )
 
 

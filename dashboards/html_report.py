@@ -76,26 +76,10 @@ def study_note(summary: Summary, links: Mapping[str, str]) -> str:
         f"{_baseline_objectives(summary)}.",
         "\n".join(table),
         *rival_lines(summary),
-        *_estimate_warning(summary),
         *(f"[{text}]({address})" for text, address in links.items()),
         *(["Links to this machine work while `dem-opt dashboard` runs."] if links else []),
     ]
     return "\n\n".join(paragraphs)
-
-
-def _estimate_warning(summary: Summary) -> list[str]:
-    """Warn where an estimate lies below the winner: Optuna Dashboard does not know estimates from scores."""
-    best = summary.winner.objective.get(SEARCH)
-    has_lower_estimate = best is not None and any(
-        record.is_partial and record.penalized is not None and record.penalized < best
-        for records in summary.trials.values()
-        for record in records
-    )
-    warning = (
-        "The objective of a trial that was stopped early is an estimate and can lie below the winner's, so Optuna's "
-        '"Best Trial" may be such a trial. Only fully scored trials can win.'
-    )
-    return [warning] if has_lower_estimate else []
 
 
 def _baseline_objectives(summary: Summary) -> str:

@@ -372,6 +372,8 @@ class TrialRecord:
         forwards: Forward-equivalents that the trial stands for: 1 for all windows of the search split, measured or
             known.
         error: Standard error of the objective; above 0 where the trial was stopped.
+        estimates: Estimated objective of a stopped trial at each interim analysis, by the number of windows seen of the
+            corpus that has most of them.
         gradient: d penalized / d w_i by distribution, where it was measured.
         unit: Unit of these, a key of `UNITS`.
     """
@@ -387,6 +389,7 @@ class TrialRecord:
     violation: float = 0.0
     forwards: float = 1.0
     error: float = 0.0
+    estimates: Mapping[int, float] = dataclass_field(default_factory=dict)
     gradient: Mapping[str, float] = dataclass_field(default_factory=dict)
     unit: str = NATS_PER_TOKEN
 

@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from itertools import count
+from math import inf
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,6 +25,10 @@ from dem_opt.checkpoints.training_record import read_journal
 from dem_opt.cli.main import main
 from dem_opt.compute import InProcessCompute
 from dem_opt.config import load
+from dem_opt.errors import InputError
+from dem_opt.storage import trial_upgrade
+from dem_opt.storage.engine import connect
+from dem_opt.storage.leases import holding
 from dem_opt.storage.ledger import Ledger
 from dem_opt.storage.retry import opened
 from dem_opt.types import Request, Summary
@@ -42,6 +47,12 @@ MORE = 16
 
 Runs = Mapping[str, Mapping[str, str]]
 """MLflow's runs by id: tags, parameters and metrics, these without their values."""
+
+STATE = "tags.dem_opt.state"
+"""The tag of trials' runs that release 0.1.0 did not have."""
+
+TRIAL = "tags.dem_opt.trial"
+"""The tag that a trial's run has of its number."""
 
 ACTIVE = "SELECT run_uuid FROM runs WHERE lifecycle_stage = 'active'"
 
@@ -241,6 +252,88 @@ def test_a_study_opens_with_every_number_as_it_was(earlier: Callable[[str], Earl
 
 
 @pytest.mark.parametrize("name", DATABASES)
+def test_trials_are_upgraded_when_a_study_is_opened(earlier: Callable[[str], EarlierStudy], name: str) -> None:
+    """Flat attributes; a trial that was stopped has no value but an estimate; all else is as it was."""
+    study = earlier(name)
+    before = study.trials()
+    Study.load(study.path).summary()
+    after = study.trials()
+    assert after.keys() == before.keys()
+    kinds = set()
+    for search, trials in before.items():
+        for old, new in zip(trials, after[search], strict=True):
+            stored = old.user_attrs.get("dem_opt", {})
+            assert (new.number, new.params, new.datetime_complete) == (old.number, old.params, old.datetime_complete)
+            assert not any(isinstance(value, dict | list) for value in new.user_attrs.values())
+            kinds.add(
+                kind := "stopped" if stored.get("error") else "violating" if stored.get("violation") else "as it was"
+            )
+            if kind == "as it was":
+                assert (new.state, new.values, new.constraints) == (old.state, old.values, {})
+                continue
+            assert new.user_attrs["penalized"] == old.value and new.user_attrs["estimate"] == (kind == "stopped")
+            assert any(value > 0 for value in new.constraints.values()) == bool(stored.get("violation"))
+            if kind == "stopped":
+                estimates = {max(stored["windows"].values()): stored["objective"]}
+                assert (new.state.name, new.value, new.intermediate_values) == ("PRUNED", None, estimates)
+            else:
+                assert (new.state.name, new.value) == ("COMPLETE", inf)
+    assert {"stopped", "as it was"} <= kinds
+    Study.load(study.path).summary()
+    assert study.trials() == after
+
+
+@pytest.mark.parametrize("name", DATABASES)
+def test_the_best_trial_of_an_upgraded_study_is_its_winner(earlier: Callable[[str], EarlierStudy], name: str) -> None:
+    study = earlier(name)
+    winner = Study.load(study.path).summary().winner
+    storage = optuna.storages.RDBStorage(study.storage)
+    best = optuna.load_study(study_name=f"tiny/{winner.run}#2", storage=storage).best_trial
+    assert winner.coefficients is not None and best.params == winner.coefficients.weights
+    assert best.value == winner.objective["search"] == study.expected["winner"]["objective"]["search"]
+    storage.remove_session()
+    storage.engine.dispose()
+
+
+@pytest.mark.parametrize("name", DATABASES)
+def test_an_upgrade_that_dies_has_changed_nothing(
+    earlier: Callable[[str], EarlierStudy], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = earlier(name)
+    before = study.trials()
+    with monkeypatch.context() as patch:
+        patch.setattr(trial_upgrade, "write_outcomes", fail)
+        with pytest.raises(ZeroDivisionError):
+            Study.load(study.path).summary()
+    assert study.trials() == before
+    Study.load(study.path).summary()
+    assert study.trials() != before
+
+
+def fail(*_: object) -> None:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("name", DATABASES)
+def test_a_study_that_an_earlier_release_drives_is_not_upgraded(
+    earlier: Callable[[str], EarlierStudy], name: str
+) -> None:
+    """Its driver would take trials that are stopped for failed ones."""
+    study = earlier(name)
+    before = study.trials()
+    engine = connect(study.storage)
+    with holding(engine, "tiny", several=True):
+        for _ in range(2):
+            with pytest.raises(InputError) as caught:
+                Study.load(study.path).summary()
+            assert caught.value.field == "storage" and "earlier release" in str(caught.value)
+        assert study.trials() == before
+    engine.dispose()
+    Study.load(study.path).summary()
+    assert study.trials() != before
+
+
+@pytest.mark.parametrize("name", DATABASES)
 def test_a_study_is_reported(earlier: Callable[[str], EarlierStudy], name: str, tmp_path: Path) -> None:
     study = earlier(name)
     assert main(["report", "--quiet", "--out", str(tmp_path / "page.html"), str(study.path)]) == 0
@@ -252,6 +345,7 @@ def test_a_study_is_reported(earlier: Callable[[str], EarlierStudy], name: str, 
 @pytest.mark.parametrize("name", DATABASES)
 def test_a_study_goes_on_and_repeats_nothing(earlier: Callable[[str], EarlierStudy], name: str) -> None:
     study = earlier(name)
+    Study.load(study.path).summary()
     trials, runs, scores, identities = study.trials(), study.runs(), study.scores(), study.identities()
     content = yaml.safe_load(study.path.read_text(encoding="utf-8"))
     content["search"]["trials"] = MORE
@@ -302,12 +396,11 @@ def check_trials(study: EarlierStudy, before: Mapping[str, Sequence[optuna.trial
     assert after[search][number].params == before[search][number].params
     assert len(records["simplex-gp"]) == MORE
     assert [trial.number for trial in after[search]] == list(range(MORE + 1)), "one driver died while it proposed"
-    check_names(
-        *(
-            [set(trial.user_attrs["dem_opt"]) for trial in studies[search] if trial.values]
-            for studies in (before, after)
-        )
+    named = (
+        [{key for key in trial.user_attrs if not key.startswith("bpb.")} for trial in studies[search] if trial.values]
+        for studies in (before, after)
     )
+    check_names(*named)  # but for bits per byte, which are new
 
 
 def measured(requests: Sequence[Request], windows: int) -> set[tuple[str, str]]:
@@ -329,7 +422,20 @@ def check_runs(study: EarlierStudy, before: Runs) -> None:
     assert after[parent].keys() == before[parent].keys()
     old, new = children(before, parent), children(after, parent)
     assert sorted(int(run["tags.dem_opt.trial"]) for run in new) == [trial["number"] for trial in trials]
-    check_names(*([set(run) for run in runs if "latest_metrics.objective_nll" in run] for runs in (old, new)))
+    states = {trial["number"]: state_of(trial) for trial in trials}
+    assert {int(run["tags.dem_opt.trial"]): run[STATE] for run in new} == states
+    complete = {str(number) for number, state in states.items() if state == "complete"}
+    named = ([set(run) - {STATE} for run in runs if run["tags.dem_opt.trial"] in complete] for runs in (old, new))
+    check_names(*named)
+    for run in new:
+        assert ("latest_metrics.estimate" in run) == (run[STATE] == "stopped")
+
+
+def state_of(trial: Mapping[str, Any]) -> str:
+    """The state of a trial as its run in MLflow has it."""
+    if trial["objective"] is None:
+        return "failed"
+    return "stopped" if trial["error"] else "infeasible" if trial["violation"] else "complete"
 
 
 def check_names(before: Sequence[set[str]], after: Sequence[set[str]]) -> None:
@@ -359,7 +465,15 @@ def test_a_study_is_described_where_it_was(earlier: Callable[[str], EarlierStudy
     opened = Study.load(study.path)
     opened.describe(opened.summary(), "As it was.", {})
     after = study.runs()
-    assert {key: run.keys() for key, run in after.items()} == {key: run.keys() for key, run in before.items()}
+    trials = [(run["tags.mlflow.parentRunId"], run["tags.dem_opt.trial"]) for run in after.values() if TRIAL in run]
+    assert before.keys() <= after.keys() and len(set(trials)) == len(trials)
+    assert all(TRIAL in after[key] for key in after.keys() - before.keys()), "trials that the release did not log"
+    for key, run in before.items():
+        new = {
+            name.removeprefix("latest_metrics.").removeprefix("held_out.") for name in after[key].keys() - run.keys()
+        }
+        assert run.keys() <= after[key].keys()
+        assert new <= {STATE, "estimate", "standard_error", "infeasible_nll", "protect_violation"}
 
 
 @pytest.mark.parametrize("name", DATABASES)

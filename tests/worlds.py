@@ -107,6 +107,12 @@ def study(folder: Path, names: tuple[str, ...] = ("code", "math", "prose"), **se
     return path
 
 
+def racing_study(folder: Path, **sections: Any) -> Path:
+    """A study that ends with a stopped trial whose estimate is lower than the winner's objective."""
+    search = {"algorithm": "simplex-gp", "trials": 12, "lookahead": 0, **sections.pop("search", {})}
+    return study(folder, search=search, evaluation={"window": 32, "windows": 16, "held_out": 4}, **sections)
+
+
 LLAMAS = {
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},

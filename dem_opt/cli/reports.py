@@ -108,10 +108,17 @@ def dashboard(arguments: Namespace, terminal: Terminal) -> None:
     """Serve both dashboards until interrupted."""
     from dem_opt.config import load
     from dem_opt.dashboards.servers import serve
+    from dem_opt.storage.engine import is_there
+    from dem_opt.storage.ledger import Ledger
+    from dem_opt.storage.retry import opened
     from dem_opt.study import mlflow_store
     from dem_opt.tracking.mlflow_client import follow_artifacts
 
     config = load(arguments.study)
+    if is_there(config.storage):
+        with opened(config.storage) as engine:
+            if Ledger.is_in(engine):
+                Ledger(engine)  # upgrades what an earlier release has written, which Optuna Dashboard reads by itself
     follow_artifacts(mlflow_store(config))
     serve(config.storage, config.tracking.uri, config.output / "artifacts", terminal.line, arguments.open)
 

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 
 import optuna
 from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial, TrialState
 
 from dem_opt.search.optuna_study import opened_storage
 from dem_opt.search.run_name import RunName
-from dem_opt.search.trial_attributes import MEASUREMENTS, TrialAttributes
 from dem_opt.storage.ledger import Ledger, StudyRow
+from dem_opt.storage.optuna_tables import COMPLETE, FAIL, PRUNED, RUNNING, best_value, count_states
 from dem_opt.types import NATS_PER_TOKEN, UNITS
 
 
@@ -62,27 +61,20 @@ def _study_overview(row: StudyRow, names: Sequence[str], storage: RDBStorage) ->
     for name in names:
         run = RunName.from_optuna(name, row.name)
         if run is not None and run.generation == row.generation:
-            trials = storage.get_all_trials(storage.get_study_id_from_name(name), deepcopy=False)
-            runs.append(_run_overview(run.label, trials))
+            runs.append(_run_overview(run.label, storage, storage.get_study_id_from_name(name)))
     unit = UNITS[row.identity.get("objective.unit", NATS_PER_TOKEN)]
     return StudyOverview(name=row.name, generation=row.generation, runs=tuple(runs), unit=unit)
 
 
-def _run_overview(name: str, trials: Sequence[FrozenTrial]) -> RunOverview:
-    scored = [
-        (trial, TrialAttributes.from_stored(trial.user_attrs.get(MEASUREMENTS, {})))
-        for trial in trials
-        if trial.state == TrialState.COMPLETE
-    ]
-    complete = [(trial, attributes) for trial, attributes in scored if not attributes.error]
-    feasible = [trial.value for trial, attributes in complete if not attributes.violation]
+def _run_overview(name: str, storage: RDBStorage, study: int) -> RunOverview:
+    states = count_states(storage.engine, study)
     return RunOverview(
         name=name,
-        complete=len(complete),
-        stopped=len(scored) - len(complete),
-        failed=sum(trial.state == TrialState.FAIL for trial in trials),
-        running=sum(not trial.state.is_finished() for trial in trials),
-        best=min((value for value in feasible if value is not None), default=None),
+        complete=states.get(COMPLETE, 0),
+        stopped=states.get(PRUNED, 0),
+        failed=states.get(FAIL, 0),
+        running=states.get(RUNNING, 0),
+        best=best_value(storage.engine, study),
     )
 
 

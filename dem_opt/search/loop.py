@@ -290,7 +290,7 @@ class Driver:
         record = trial_record(
             self.ledger, self.identity, search.name, assignment.trial, answer, assignment.race, assignment.gradient
         )
-        if search.tell(record.number, record.penalized, attributes(record)):
+        if search.tell(record.number, record.penalized, attributes(record), record.estimates):
             tracker.trial_ended(record)
             left.finished(record, assignment.race is not None)
             if (seconds := left.seconds()) is not None:

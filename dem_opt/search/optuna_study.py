@@ -1,33 +1,43 @@
 """The Optuna study: ask, tell, and adopt the trials of a driver that died."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from math import inf, isfinite
 from time import monotonic, perf_counter
 from typing import Any
 from uuid import uuid4
 
 import optuna
-from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning
 from optuna.storages import RDBStorage
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from dem_opt import config
 from dem_opt.search.samplers import make_proposer, propose
 from dem_opt.search.samplers.history import History, HistoryReader, Trial, distributions, parameters
-from dem_opt.search.trial_attributes import DRIVER, EXPECTED_IMPROVEMENT, MEASUREMENTS, TrialAttributes
+from dem_opt.search.trial_attributes import DRIVER, EXPECTED_IMPROVEMENT, TrialAttributes
 from dem_opt.simplex import Coefficients, Space
 from dem_opt.storage import engine
 from dem_opt.storage.leases import Lease
+from dem_opt.storage.optuna_tables import (
+    COMPLETE,
+    FAIL,
+    PRUNED,
+    Outcome,
+    StoredTrial,
+    finish_trial,
+    read_attribute,
+    read_trials,
+)
 from dem_opt.storage.retry import BRIEF, RetryPolicy, patient
 from dem_opt.types import GRADIENT_FORWARDS, NATS_PER_TOKEN, UNITS
 
 __all__ = ["METRIC", "PendingTrial", "Search", "Trial"]
 
 METRIC = "nll"
-"""Optuna's name of the objective: mean NLL in nats per token, with the penalty where a study protects corpora."""
+"""Optuna's name of the objective, in nats per token."""
 
 BITS_METRIC = "bpb"
 """The same where it is in bits per byte."""
@@ -102,10 +112,10 @@ class Search:
             trials=search.trials,
             forwards=search.forwards,
         )
-        self._reader = HistoryReader(space)
         self._mine: set[int] = set()
         self._study = patience(lambda: self._opened(url, start))
         self._study_id = self._storage.get_study_id_from_name(name)
+        self._trials = _Trials(self._storage, self._study_id, space)
         self._start = _starting_points(self._study, space)
         self._known = frozenset([*space.landmarks(), *self._start])
         self._history = patience(self._read)
@@ -220,7 +230,8 @@ class Search:
 
     def _next(self, history: History, confirm: Callable[[], None]) -> PendingTrial | None:
         for number in history.incomplete:
-            self._tell(number, None, TrialAttributes(reason="interrupted while it was being proposed", forwards=0.0))
+            reason = "interrupted while it was being proposed"
+            self._tell(number, None, TrialAttributes(reason=reason, forwards=0.0), {})
         self.finished = len(history.trials) - len(history.running)
         running = [trial for trial in history.running if trial.number not in self._mine]
         alive = self._lease.others() if self._lease and running else {}
@@ -316,38 +327,47 @@ class Search:
         return self._history.whole(before)
 
     @patient
-    def tell(self, number: int, objective: float | None, attributes: TrialAttributes) -> bool:
-        """Finish a trial with its objective in the objective's unit, or as failed: None, with `attributes.reason`.
+    def tell(
+        self,
+        number: int,
+        objective: float | None,
+        attributes: TrialAttributes,
+        estimates: Mapping[int, float] | None = None,
+    ) -> bool:
+        """Finish a trial.
 
         A finished trial stays as it is, and so does one that another driver has taken over from this one, which was
         silent for too long.  Raises ValueError for an objective that is not finite.
+
+        Args:
+            number: The trial.
+            objective: The value that the search minimizes, in the objective's unit; None for a failed trial.
+            attributes: Its measurements; a failed trial has a reason.
+            estimates: Of a trial that was stopped early, at each interim analysis by windows seen.
 
         Returns:
             Whether the trial was this driver's to finish.
         """
         is_mine = self._is_mine(number)
         if is_mine:
-            self._tell(number, objective, attributes)
+            self._tell(number, objective, attributes, estimates or {})
         self._mine.discard(number)
         return is_mine
 
     def _is_mine(self, number: int) -> bool:
         if self._lease is None:
             return True
-        trial = self._storage.get_trial(self._id_of(number))
-        return bool(trial.user_attrs.get(DRIVER, self._lease.token) == self._lease.token)
+        driver = read_attribute(self._storage.engine, self._id_of(number), DRIVER)
+        return bool(driver is None or driver == self._lease.token)
 
-    def _tell(self, number: int, objective: float | None, attributes: TrialAttributes) -> None:
+    def _tell(
+        self, number: int, objective: float | None, attributes: TrialAttributes, estimates: Mapping[int, float]
+    ) -> None:
         if objective is not None and not isfinite(objective):
             raise ValueError(f"the objective of trial {number} is {objective}")
         assert objective is not None or attributes.reason, f"trial {number} fails without a reason"
-        trial_id = self._id_of(number)
-        state = TrialState.FAIL if objective is None else TrialState.COMPLETE
-        # Another driver may have finished an adopted trial, or finish it between the two writes: the first one counts.
-        with suppress(UpdateFinishedTrialError):
-            self._storage.set_trial_user_attr(trial_id, MEASUREMENTS, attributes.to_stored())
-            # By the storage: Study.tell reads the trial three times more, for pruners and samplers that are not asked.
-            self._storage.set_trial_state_values(trial_id, state, None if objective is None else [objective])
+        # Another driver may have finished an adopted trial: the first one counts.
+        if finish_trial(self._storage.engine, self._id_of(number), _outcome(objective, attributes, estimates)):
             self.finished += 1
 
     def _id_of(self, number: int) -> int:
@@ -359,7 +379,62 @@ class Search:
         return list(self._read().trials)
 
     def _read(self) -> History:
-        return self._reader.read(self._study)
+        return self._trials.read()
+
+
+class _Trials:
+    """The trials of an Optuna study; each finished one is read once."""
+
+    def __init__(self, storage: RDBStorage, study: int, space: Space) -> None:
+        self._engine, self._study, self._space = storage.engine, study, space
+        self._reader = HistoryReader(space)
+        self._frozen: dict[int, FrozenTrial] = {}
+        self._last, self._unfinished = 0, set[int]()
+
+    def read(self) -> History:
+        """The trials as they are now."""
+        for stored in read_trials(self._engine, self._study, self._last, self._unfinished):
+            self._frozen[stored.number] = _frozen(stored, self._space)
+            self._last = max(self._last, stored.id)
+            if self._frozen[stored.number].state.is_finished():
+                self._unfinished.discard(stored.id)
+            else:
+                self._unfinished.add(stored.id)
+        return self._reader.parse([self._frozen[number] for number in sorted(self._frozen)])
+
+
+def _frozen(stored: StoredTrial, space: Space) -> FrozenTrial:
+    """A trial as Optuna's own reader gives it, but for times, distributions and system attributes."""
+    state = TrialState[stored.state]
+    return FrozenTrial(
+        number=stored.number,
+        trial_id=stored.id,
+        state=state,
+        value=stored.value,
+        datetime_start=None,
+        datetime_complete=None,
+        params=dict(stored.parameters),
+        distributions={},
+        user_attrs=dict(stored.attributes),
+        system_attrs={},
+        intermediate_values=dict(stored.intermediate),
+    )
+
+
+def _outcome(objective: float | None, attributes: TrialAttributes, estimates: Mapping[int, float]) -> Outcome:
+    """The end of a trial in Optuna's terms: only what may win the study is complete with a finite value.
+
+    So Optuna's best trial, its tables and its Dashboard show the winner of the report.  Optuna itself passes over
+    trials that violate a constraint, but its Dashboard and whoever sorts by the value do not: theirs is infinite.
+    """
+    if objective is None:
+        return Outcome(state=FAIL, attributes=attributes.to_stored())
+    if not attributes.error and not attributes.violation:
+        return Outcome(state=COMPLETE, value=objective, attributes=attributes.to_stored())
+    stored, violation = replace(attributes, penalized=objective).to_stored(), attributes.violation
+    if attributes.error:
+        return Outcome(state=PRUNED, attributes=stored, intermediate=estimates, violation=violation)
+    return Outcome(state=COMPLETE, value=inf, attributes=stored, violation=violation)
 
 
 def _alone() -> None:

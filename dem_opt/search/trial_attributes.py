@@ -1,11 +1,13 @@
-"""The user attributes that Optuna keeps of a trial: one schema for the writer and for every reader."""
+"""The user attributes that Optuna keeps of a trial: one schema for the writer and for every reader.
+
+Each measurement is an attribute of its own with one type, so that Optuna's tables of trials have a column for it.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-MEASUREMENTS = "dem_opt"
-"""User attribute of a finished trial: `TrialAttributes`, as a JSON object."""
+from dem_opt.storage.trial_upgrade import NESTED, flattened
 
 EXPECTED_IMPROVEMENT = "expected_improvement"
 """User attribute of a trial: the improvement that its proposer expected, in the objective's unit."""
@@ -18,7 +20,8 @@ DRIVER = "driver"
 class TrialAttributes:
     """Measurements of a finished trial beside its objective.
 
-    Fields have the names of the stored keys.  A key that an earlier release did not write reads as the default.
+    Most fields have the names of the stored keys; `forwards` is stored as `fe`, `error` as `standard_error`, and a
+    mapping as one attribute for each name, `nll.NAME`.  A key that is lacking reads as the default.
 
     Attributes:
         forward_tokens: Tokens that went through the model.
@@ -30,11 +33,14 @@ class TrialAttributes:
         forwards: Forward-equivalents that the trial is charged with.
         propose_seconds: Seconds of proposing it.
         reason: Why it failed; empty where it did not.
-        perplexity: Perplexity by distribution, for people who read the trial in Optuna Dashboard.
+        nll: NLL in nats per token by distribution, of the windows that were scored.
+        bpb: The same in bits per byte, where the bytes are known.
         violation: Nats per token by which protected corpora exceed their allowance.
         gradient: d penalized objective / d w_i by distribution, in its unit; empty where it was not measured.
         error: Standard error of the objective, in its unit; above 0 where the trial was stopped early.
-        objective: Estimated objective of a trial that was stopped early, without penalty, in the objective's unit.
+        objective: Objective without penalty, where Optuna's value is not that: the estimate of a
+            trial that was stopped early, and the objective of one that violates a constraint.
+        penalized: Value that the search minimizes, for the same trials: objective + PENALTY x violation.
         windows: Windows by distribution that a trial which was stopped early has seen.
     """
 
@@ -47,54 +53,75 @@ class TrialAttributes:
     forwards: float = 1.0
     propose_seconds: float = 0.0
     reason: str = ""
-    perplexity: Mapping[str, float] = field(default_factory=dict)
+    nll: Mapping[str, float] = field(default_factory=dict)
+    bpb: Mapping[str, float] = field(default_factory=dict)
     violation: float = 0.0
     gradient: Mapping[str, float] = field(default_factory=dict)
     error: float = 0.0
     objective: float | None = None
+    penalized: float | None = None
     windows: Mapping[str, int] = field(default_factory=dict)
 
     def to_stored(self) -> dict[str, Any]:
-        """The JSON object under `MEASUREMENTS`."""
+        """The user attributes of the trial."""
         stored: dict[str, Any] = {
             "forward_tokens": self.forward_tokens,
             "scored_tokens": self.scored_tokens,
             "merge_seconds": self.merge_seconds,
             "score_seconds": self.score_seconds,
             "wait_seconds": self.wait_seconds,
-            "batch_tokens": self.batch_tokens,
-            "forwards": self.forwards,
             "propose_seconds": self.propose_seconds,
+            "fe": self.forwards,
         }
+        rare = {
+            "batch_tokens": self.batch_tokens,
+            "reason": self.reason,
+            "violation": self.violation,
+            "standard_error": self.error,
+        }
+        stored |= {key: value for key, value in rare.items() if value}
         if self.reason:
-            return stored | {"reason": self.reason}
-        stored["perplexity"] = dict(self.perplexity)
-        if self.violation:
-            stored["violation"] = self.violation
-        if self.gradient:
-            stored["gradient"] = dict(self.gradient)
-        if self.error:
-            # `partial` repeats what `error` says, for readers of the database.
-            stored |= {"partial": True, "error": self.error, "objective": self.objective, "windows": dict(self.windows)}
+            return stored
+        stored["estimate"] = self.error > 0
+        if self.objective is not None:
+            stored["objective"] = self.objective
+        if self.penalized is not None:
+            stored["penalized"] = self.penalized
+        for kind in _BY_NAME:
+            stored |= {f"{kind}.{name}": value for name, value in getattr(self, kind).items()}
         return stored
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> Self:
-        """The attributes of a trial, of this release or an earlier one."""
+        """The measurements among the user attributes of a trial, of this release or an earlier one.
+
+        Attributes of other programs, or of users, may have the same keys: those of another type are passed over.
+        """
+        if NESTED in stored:
+            stored = {**stored, **flattened(stored[NESTED])}
+        numbers = {key: value for key, value in stored.items() if type(value) in (int, float)}
+        by_name: dict[str, dict[str, Any]] = {kind: {} for kind in _BY_NAME}
+        for key, value in numbers.items():
+            kind, dot, name = key.partition(".")
+            if dot and kind in by_name:
+                by_name[kind][name] = value
         return cls(
-            forward_tokens=stored.get("forward_tokens", 0),
-            scored_tokens=stored.get("scored_tokens", 0),
-            merge_seconds=stored.get("merge_seconds", 0.0),
-            score_seconds=stored.get("score_seconds", 0.0),
-            wait_seconds=stored.get("wait_seconds", 0.0),
-            batch_tokens=stored.get("batch_tokens", 0),
-            forwards=float(stored.get("forwards", 1.0)),
-            propose_seconds=stored.get("propose_seconds", 0.0),
-            reason=stored.get("reason", ""),
-            perplexity=stored.get("perplexity", {}),
-            violation=stored.get("violation", 0.0),
-            gradient=stored.get("gradient", {}),
-            error=float(stored.get("error", 0.0)),
-            objective=stored.get("objective"),
-            windows=stored.get("windows", {}),
+            forward_tokens=numbers.get("forward_tokens", 0),
+            scored_tokens=numbers.get("scored_tokens", 0),
+            merge_seconds=numbers.get("merge_seconds", 0.0),
+            score_seconds=numbers.get("score_seconds", 0.0),
+            wait_seconds=numbers.get("wait_seconds", 0.0),
+            batch_tokens=numbers.get("batch_tokens", 0),
+            forwards=float(numbers.get("fe", 1.0)),
+            propose_seconds=numbers.get("propose_seconds", 0.0),
+            reason=str(stored.get("reason", "")),
+            violation=numbers.get("violation", 0.0),
+            error=float(numbers.get("standard_error", 0.0)) if stored.get("estimate") is True else 0.0,
+            objective=numbers.get("objective"),
+            penalized=numbers.get("penalized"),
+            **by_name,
         )
+
+
+_BY_NAME = ("nll", "bpb", "gradient", "windows")
+"""Fields of `TrialAttributes` that are mappings by distribution."""

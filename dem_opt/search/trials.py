@@ -8,7 +8,7 @@ from math import fsum, inf
 import numpy as np
 
 from dem_opt.errors import EvaluationError
-from dem_opt.evaluation.interim_analyses import first_windows, replay
+from dem_opt.evaluation.interim_analyses import analysis_count, first_windows, replay, scores_at
 from dem_opt.evaluation.objective import Objective, mean_nll, violation
 from dem_opt.evaluation.racing import Race
 from dem_opt.search.optuna_study import PendingTrial, Search, Trial
@@ -235,7 +235,19 @@ def _stopped_record(
         forwards=sum(len(score.nats_W) for score in by_key.values()) / (len(by_key) * identity.windows(SEARCH)),
         error=max(estimate.error, LEAST_ERROR),
         unit=identity.unit,
+        estimates=_estimates(identity, race, by_key),
     )
+
+
+def _estimates(identity: StudyIdentity, race: Race, scores: Mapping[str, Score]) -> dict[int, float]:
+    """The estimated objective at each interim analysis that the scores reach, by the most windows of a corpus."""
+    sizes = identity.sizes(SEARCH)
+    analyses = (scores_at(scores, sizes, analysis) for analysis in range(1, analysis_count(sizes) + 1))
+    return {
+        max(len(score.nats_W) for score in seen.values()): race.goal + race.estimate(seen).difference
+        for seen in analyses
+        if seen is not None
+    }
 
 
 def slope(
@@ -278,14 +290,18 @@ def attributes(record: TrialRecord) -> TrialAttributes:
         return replace(costs, reason=record.reason)
     measured = replace(
         costs,
-        perplexity={name: score.perplexity for name, score in record.scores.items()},
+        nll={name: score.nll for name, score in record.scores.items()},
+        bpb={name: bits for name, score in record.scores.items() if (bits := score.bits_per_byte) is not None},
         violation=record.violation,
         gradient=record.gradient,
     )
+    if not record.is_partial and not record.violation:
+        return measured
+    measured = replace(measured, objective=record.objective, penalized=record.penalized)
     if not record.is_partial:
         return measured
     windows = {name: len(score.nats_W) for name, score in record.scores.items()}
-    return replace(measured, error=record.error, objective=record.objective, windows=windows)
+    return replace(measured, error=record.error, windows=windows)
 
 
 def recorded(ledger: Ledger, identity: StudyIdentity, study: str, trial: Trial) -> TrialRecord:
@@ -319,6 +335,7 @@ def recorded(ledger: Ledger, identity: StudyIdentity, study: str, trial: Trial) 
         forwards=trial.forwards,
         error=trial.error,
         unit=identity.unit,
+        estimates=trial.estimates,
     )
 
 

@@ -10,9 +10,11 @@ from typing import Any, TypeVar
 
 from sqlalchemy import (
     URL,
+    Connection,
     MetaData,
     Select,
     String,
+    TableClause,
     create_engine,
     event,
     func,
@@ -212,11 +214,26 @@ def masked(url: str) -> str:
     return _SECRET.sub(r"\1***", _PASSWORD.sub(r"\1:***", url))
 
 
+@contextmanager
+def exclusive(engine: Engine) -> Iterator[Connection]:
+    """A transaction that waits for any other of its kind, of this or an earlier release."""
+    with engine.begin() as connection:
+        if engine.dialect.name == "sqlite":
+            connection.execute(text("BEGIN IMMEDIATE"))
+        _wait_for_others(connection)
+        yield connection
+
+
+def _wait_for_others(connection: Connection) -> None:
+    """Take PostgreSQL's lock for changes of tables, until the end of the transaction."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(select(func.pg_advisory_xact_lock(_CREATING)))
+
+
 def create_missing(engine: Engine, metadata: MetaData) -> None:
     """Create the tables that are missing; several processes may do so at once."""
     with engine.begin() as connection:
-        if engine.dialect.name == "postgresql":
-            connection.execute(select(func.pg_advisory_xact_lock(_CREATING)))
+        _wait_for_others(connection)
         for table in metadata.sorted_tables:
             connection.execute(CreateTable(table, if_not_exists=True))
 
@@ -234,8 +251,10 @@ def making_tables(make: Callable[[], T]) -> T:
     return make()
 
 
-def insert_into(engine: Engine, table: type[DeclarativeBase]) -> sqlite.Insert | postgresql.Insert:
-    """An INSERT in the dialect of `engine`, which has ON CONFLICT."""
+def insert_into(
+    engine: Engine | Connection, table: type[DeclarativeBase] | TableClause
+) -> sqlite.Insert | postgresql.Insert:
+    """An INSERT in the dialect of a database, which has ON CONFLICT."""
     return sqlite.insert(table) if engine.dialect.name == "sqlite" else postgresql.insert(table)
 
 

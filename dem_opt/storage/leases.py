@@ -15,7 +15,7 @@ from time import monotonic, sleep
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import Connection, Engine, delete, func, select, text, update
+from sqlalchemy import Connection, Engine, delete, func, inspect, select, text, update
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -267,6 +267,14 @@ def visiting(engine: Engine, study: str, patience: RetryPolicy = BRIEF) -> Lease
     """A lease that is not taken: shows a study's drivers, and gives turns beside them."""
     patience(lambda: create_missing(engine, _Tables.metadata))
     return Lease(engine, study, _has_several(engine), patience)
+
+
+def living_drivers(connection: Connection) -> list[str]:
+    """Names of the drivers of all studies in a database, as far as they are alive."""
+    if not inspect(connection).has_table(_Driver.__tablename__):
+        return []
+    now, rows = _now(connection), connection.execute(select(_Driver.__table__)).all()
+    return [_name(row) for row in rows if _is_alive(row, row.renewed, now)]
 
 
 def _has_several(engine: Engine) -> bool:

@@ -28,14 +28,16 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from dem_opt.costs import Cost, Expense
 from dem_opt.errors import InputError
 from dem_opt.storage.costs import CostTables, add_earlier_expenses, add_expense, forget_expenses, read_costs
-from dem_opt.storage.engine import create_missing, insert_into, masked
+from dem_opt.storage.engine import create_missing, exclusive, insert_into, masked
 from dem_opt.storage.identity import StudyIdentity
+from dem_opt.storage.leases import living_drivers
 from dem_opt.storage.retry import BRIEF, RetryPolicy, patient
+from dem_opt.storage.trial_upgrade import upgrade_trials
 from dem_opt.types import Composite, CorpusLayout, Gradient, Score
 
-SCHEMA = 6
+SCHEMA = 7
 """Version of the tables that this module reads and writes: 2 added gradients, 3 libraries, 4 configurations and
-earlier generations, 5 layouts of corpora, 6 costs.
+earlier generations, 5 layouts of corpora, 6 costs, 7 flat attributes of trials (`trial_upgrade`).
 """
 
 COSTS_SINCE = 6
@@ -177,31 +179,41 @@ class Ledger:
     """
 
     def __init__(self, engine: Engine, patience: RetryPolicy = BRIEF) -> None:
-        """Create the tables that are missing.
+        """Create the tables that are missing, and upgrade what an earlier release has written.
 
         Raises:
-            InputError: A newer version of dem_opt made the tables.
+            InputError: A newer version of dem_opt made the tables, or an earlier one is at work on them.
         """
         self.engine, self.patience = engine, patience
-        self._refuse_newer()
+        is_present = self._version() == SCHEMA
         self._make_tables()
+        if not is_present:
+            self._upgrade()
 
     @patient
     def _make_tables(self) -> None:
         for tables in (_Tables, CostTables):
             create_missing(self.engine, tables.metadata)
-        entry = insert_into(self.engine, _Schema).values(version=SCHEMA).on_conflict_do_nothing()
-        with self.engine.begin() as connection:
+
+    @patient
+    def _upgrade(self) -> None:
+        """Rewrite what earlier releases have written, in one transaction with the new version's number."""
+        with exclusive(self.engine) as connection:
             version = connection.scalar(select(func.max(_Schema.version)))
-            # Of several processes that open an earlier release's database, the one whose entry it is upgrades it.
-            if connection.execute(entry).rowcount and version is not None and version < COSTS_SINCE:
+            if version is not None and version >= SCHEMA:
+                return  # another process has done it meanwhile
+            if version is not None and (drivers := living_drivers(connection)):
+                mend = f"{drivers[0]} drives a study in it with an earlier release; first wait for it, or stop it"
+                raise InputError(None, "storage", masked(str(self.engine.url)), mend)
+            if version is not None and version < COSTS_SINCE:
+                rows = connection.execute(select(_Study.name, _Study.identity, _Study.scoring))
                 studies = {
                     name: StudyIdentity.recall(json.loads(identity), json.loads(scoring))
-                    for name, identity, scoring in connection.execute(
-                        select(_Study.name, _Study.identity, _Study.scoring)
-                    )
+                    for name, identity, scoring in rows
                 }
                 add_earlier_expenses(connection, studies, _Score.__table__, _Gradient.__table__)
+            upgrade_trials(connection)
+            connection.execute(insert_into(self.engine, _Schema).values(version=SCHEMA))
 
     @staticmethod
     def is_in(engine: Engine) -> bool:
@@ -497,14 +509,16 @@ class Ledger:
             return {row.content: row.fields for row in session.scalars(select(_Configuration))}
 
     @patient
-    def _refuse_newer(self) -> None:
+    def _version(self) -> int:
+        """The version of the tables; 0 where there are none."""
         if not inspect(self.engine).has_table(_Schema.__tablename__):
-            return
+            return 0
         with Session(self.engine) as session:
-            version = session.scalar(select(func.max(_Schema.version))) or SCHEMA
+            version = session.scalar(select(func.max(_Schema.version))) or 0
         if version > SCHEMA:
             mend = f"its schema has version {version}, this dem_opt knows {SCHEMA}; use a newer dem_opt"
             raise InputError(None, "storage", masked(str(self.engine.url)), mend)
+        return version
 
 
 def _columns(corpus: str, score: Score) -> dict[str, object]:

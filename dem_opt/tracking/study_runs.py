@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import file_digest, sha256
+from math import nan
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import time
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 CHAMPION = "champion"
 """The alias of the registered model's version that holds the winner."""
 
+BEST = "best."
+"""Beginning of the names of a search's metrics, which are of its best composite."""
+
 PAGE = 1000
 """Runs that one query returns at most."""
 
@@ -31,6 +35,14 @@ _STUDY, _UID, _CONTENT = "dem_opt.study", "dem_opt.uid", "dem_opt.content"
 _TRIAL, _REASON, _BASELINE = "dem_opt.trial", "dem_opt.reason", "dem_opt.baseline"
 _PARENT, _NOTE, _CONTEXT = "mlflow.parentRunId", "mlflow.note.content", "mlflow.data.context"
 _ROLE = "role"
+_STATE = "dem_opt.state"
+"""Tag of a trial's run: "complete", "stopped", "infeasible" or "failed"; runs of release 0.1.0 have none."""
+
+_OBJECTIVE = "objective_nll"
+"""Metric of the composites that may win, in nats per token: sorted by it, the winner comes first."""
+
+_ESTIMATE, _INFEASIBLE = "estimate", "infeasible_nll"
+"""Metrics in its place: of a trial that was stopped early, and of a composite that violates a constraint."""
 _RESET = "dem_opt.reset"
 """Tag of a search whose trials were removed from the study's database."""
 
@@ -42,7 +54,7 @@ class MlflowRuns:
     """A search's runs, in plain calls that raise whatever MLflow raises.
 
     Of the trials that MLflow has, `_logged` maps the finished ones to the ids of their runs, `_begun` the others to
-    their runs.
+    their runs; `_earlier` are the finished ones that release 0.1.0 logged.
     """
 
     def __init__(self, store: MlflowStore, search: SearchInfo, peers: Peers) -> None:
@@ -55,12 +67,28 @@ class MlflowRuns:
             self._find_children()
 
     def log_all(self, records: Records) -> None:
-        """Log the trials that MLflow lacks."""
+        """Log the trials that MLflow lacks, and upgrade those that an earlier release logged."""
         with self._peers.exclusive():
             self._find_children()
             for number, make in records.items():
                 if number not in self._logged:
                     self.log(make())
+                elif number in self._earlier:
+                    self._upgrade(make())
+
+    def _upgrade(self, record: TrialRecord) -> None:
+        """Rename the objective of a trial that may not win, in a run of release 0.1.0, and tag the run.
+
+        MLflow can't remove a metric; a later value that is no number takes its place, and is sorted behind all numbers.
+        """
+        run, (name, value) = self._logged[record.number], _objective_metric(record)
+        if record.objective is not None and name != _OBJECTIVE:
+            now, metric = int(time() * 1000), self._mlflow.entities.Metric
+            renamed = [metric(_OBJECTIVE, nan, now, record.number), metric(name, value, now, record.number)]
+            renamed += [metric("standard_error", record.error, now, record.number)] if record.is_partial else []
+            self._client.log_batch(run, renamed)
+        self._client.set_tag(run, _STATE, _state(record))
+        self._earlier.discard(record.number)
 
     def log(self, record: TrialRecord) -> None:
         """Log a trial in three calls: create, log, end.  Each is safe to repeat where a former driver died."""
@@ -95,9 +123,12 @@ class MlflowRuns:
         note = "\n\n".join(part for part in (description.note, page) if part)
         tags = dict(description.tags) | ({_NOTE: note} if note else {})
         # MLflow shows of each metric the value of the largest step, then of the latest time, then the largest: all
-        # metrics of one description have the same, so those of two winners are never mixed.
+        # metrics of one description have the same, so those of two winners are never mixed.  A metric that an earlier
+        # description had, and this one lacks, becomes no number.
         now, step = int(time() * 1000), description.trials
-        measured = [values.Metric(key, value, now, step) for key, value in description.metrics.items()]
+        former = self._client.get_run(parent).data.metrics if description.metrics else {}
+        lacking = {key: nan for key in former if key.startswith(BEST) and key not in description.metrics}
+        measured = [values.Metric(key, value, now, step) for key, value in {**lacking, **description.metrics}.items()]
         self._client.log_batch(parent, measured, tags=[values.RunTag(key, value) for key, value in tags.items()])
         if description.data:
             self._client.log_inputs(parent, [_dataset(values, source) for source in description.data])
@@ -136,6 +167,9 @@ class MlflowRuns:
         start = run.info.start_time
         params = [values.Param(*weight) for weight in weights.items()]
         metrics = [values.Metric(key, value, start, 0) for key, value in result_metrics(result)]
+        if result.violation and _OBJECTIVE in run.data.metrics:  # of an earlier release: behind all numbers
+            prefixes = ("", "held_out.") if f"held_out.{_OBJECTIVE}" in run.data.metrics else ("",)
+            metrics += [values.Metric(f"{prefix}{_OBJECTIVE}", nan, start, 1) for prefix in prefixes]
         metrics += [
             values.Metric(key, nll, start, step) for key, nll, step in _window_metrics(result.scores.get(SEARCH, {}))
         ]
@@ -196,6 +230,7 @@ class MlflowRuns:
         """Sort the trials that MLflow has; delete a second run of a trial, which a repeated request leaves."""
         self._logged: dict[int, str] = {}
         self._begun: dict[int, RunInfo] = {}
+        self._earlier = set[int]()
         runs = self._find_runs(f"tags.`{_PARENT}` = '{self._parent.info.run_id}'")
         ended = {"FINISHED", "FAILED"}
         for run in sorted(runs, key=lambda run: run.info.status not in ended):
@@ -206,11 +241,13 @@ class MlflowRuns:
                 self._client.delete_run(run.info.run_id)
             elif run.info.status in ended:
                 self._logged[number] = run.info.run_id
+                if _STATE not in run.data.tags:
+                    self._earlier.add(number)
             else:
                 self._begun[number] = run.info
 
     def _begin(self, record: TrialRecord) -> "RunInfo":
-        tags = {_PARENT: self._parent.info.run_id, _TRIAL: str(record.number)}
+        tags = {_PARENT: self._parent.info.run_id, _TRIAL: str(record.number), _STATE: _state(record)}
         if record.reason:
             tags[_REASON] = shorten(record.reason, 500)
         if self._search.trial_page is not None:
@@ -253,7 +290,9 @@ def _metrics(record: TrialRecord) -> list[tuple[str, float]]:
         ("propose_seconds", record.propose_seconds),
     ]
     if record.objective is not None:
-        metrics.append(("objective_nll", record.objective))
+        metrics.append(_objective_metric(record))
+    if record.is_partial:
+        metrics.append(("standard_error", record.error))
     if measured.batch_tokens:
         metrics.append(("batch_tokens", float(measured.batch_tokens)))
     if record.violation:
@@ -268,6 +307,20 @@ def _losses(scores: Mapping[str, Score], prefix: str = "") -> Iterator[tuple[str
         yield f"{prefix}perplexity.{name}", score.perplexity
         if score.bits_per_byte is not None:
             yield f"{prefix}bpb.{name}", score.bits_per_byte
+
+
+def _state(record: TrialRecord) -> str:
+    if record.objective is None:
+        return "failed"
+    if record.is_partial:
+        return "stopped"
+    return "infeasible" if record.violation else "complete"
+
+
+def _objective_metric(record: TrialRecord) -> tuple[str, float]:
+    """The objective under the name that says whether it may win; NaN for a failed trial."""
+    names = {"stopped": _ESTIMATE, "infeasible": _INFEASIBLE}
+    return names.get(_state(record), _OBJECTIVE), nan if record.objective is None else record.objective
 
 
 def _window_metrics(scores: Mapping[str, Score]) -> Iterator[tuple[str, float, int]]:
@@ -287,11 +340,17 @@ def _baseline_label(result: ResultRow) -> str:
 
 
 def result_metrics(result: ResultRow) -> list[tuple[str, float]]:
-    """Metrics of a composite: those of trials for the search split, with the prefix `held_out.` for the other."""
+    """Metrics of a composite: those of trials for the search split, with the prefix `held_out.` for the other.
+
+    A composite that violates a constraint has its objective under another name, also on the held-out split.
+    """
     metrics = [("forward_equivalents", result.forwards)]
+    if result.violation:
+        metrics.append(("protect_violation", result.violation))
+    objective = _INFEASIBLE if result.violation else _OBJECTIVE
     for split, prefix in ((SEARCH, ""), (HELD_OUT, "held_out.")):
         if split in result.objective:
-            metrics.append((f"{prefix}objective_nll", result.objective[split]))
+            metrics.append((f"{prefix}{objective}", result.objective[split]))
         metrics += _losses(result.scores.get(split, {}), prefix)
     return metrics
 

@@ -205,9 +205,10 @@ def describe(
 
 def _register(context: StudyContext, stored: StoredStudy, row: ResultRow, written: Export) -> str | None:
     """Register the winner under the run that found it; return its version."""
+    objective = {f"{split}.objective_nll": f"{nll:.4f}" for split, nll in row.objective.items()}
     tags = {"composite": written.composite.key, "content": written.content, "coefficients": str(row.coefficients)}
     with (
         closing(context.runs(stored.generation).open(row.run)) as search,
         closing(context.track(search, context.visit(stored.ledger))) as tracker,
     ):
-        return tracker.register(written.path, winner_metrics(row), tags)
+        return tracker.register(written.path, winner_metrics(row), tags | objective)

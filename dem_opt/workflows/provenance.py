@@ -20,7 +20,7 @@ from dem_opt.search.trials import objectives, recall
 from dem_opt.storage.engine import masked
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.tracking import DataSource, SearchInfo, StudyDescription
-from dem_opt.tracking.study_runs import result_metrics
+from dem_opt.tracking.study_runs import BEST, result_metrics
 from dem_opt.tracking.urls import optuna_study, optuna_trial
 from dem_opt.types import NATS_PER_TOKEN, SEARCH, SPLITS, UNITS, ResultRow, Summary, TrialRecord
 from dem_opt.workflows.libraries import libraries
@@ -112,7 +112,7 @@ def study_descriptions(summary: Summary, note: str, files: Mapping[str, str | by
     descriptions = {}
     for best in summary.results:
         if best.run:
-            metrics = {f"best.{key}": value for key, value in result_metrics(best)}
+            metrics = {f"{BEST}{key}": value for key, value in result_metrics(best)}
             trials = len(summary.trials.get(best.run, ()))
             descriptions[best.run] = StudyDescription(note=note, metrics=metrics, trials=trials)
             if best is summary.winner:

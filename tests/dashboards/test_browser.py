@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 import worlds
@@ -20,6 +21,7 @@ from summaries import CASES, a_summary
 
 from dem_opt.config import load
 from dem_opt.dashboards import figures, html_report, servers
+from dem_opt.study import Study
 from dem_opt.tracking.urls import mlflow_run
 
 pytestmark = [
@@ -85,7 +87,7 @@ def browser() -> Iterator[Any]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study of three distributions that ended, with its champion exported."""
     folder = tmp_path_factory.mktemp("finished")
-    path = worlds.study(folder, NAMES, search={"algorithm": "simplex-gp", "trials": 10})
+    path = worlds.racing_study(folder)
     for words in (["run"], ["export", "--out", str(folder / "best")]):
         subprocess.run(command(*words, str(path)), check=True, stdout=subprocess.DEVNULL)
     return path
@@ -164,10 +166,10 @@ def see_study(seen: Visit, address: str, shot: str) -> None:
 
 
 def test_optuna_dashboard_on_a_finished_study(dashboards: tuple[Path, servers.Addresses], visit: Any) -> None:
-    _, addresses = dashboards
+    path, addresses = dashboards
     seen = visit()
     see_study(seen, addresses.optuna, "optuna-finished")
-    assert seen.page.get_by_text("ended after all 10 planned trials").count()
+    assert seen.page.get_by_text(f"ended after all {load(path).search.trials} planned trials").count()
     assert "/runs/" in seen.page.get_by_text("This search in MLflow").get_attribute("href")
     seen.keep("optuna-note")
     seen.page.goto(f"{study_pages(addresses.optuna)}/trials?numbers=7")
@@ -200,6 +202,37 @@ def test_mlflow_shows_parent_children_and_champion(dashboards: tuple[Path, serve
     seen.page.goto(f"{addresses.mlflow}#/models/tiny")
     seen.page.get_by_text("@ champion").first.wait_for()
     seen.keep("mlflow-champion")
+
+
+def test_every_page_names_one_winner(dashboards: tuple[Path, servers.Addresses], visit: Any) -> None:
+    """Though the estimate of a trial that was stopped early is lower."""
+    path, addresses = dashboards
+    summary = Study.load(path).summary()
+    (records,), winner = summary.trials.values(), summary.winner
+    value = winner.objective["search"]
+    assert min(record.objective for record in records if record.is_partial) < value
+    (number,) = (r.number for r in records if r.coefficients == winner.coefficients and not r.is_partial)
+    seen = visit()
+    seen.page.goto(study_pages(addresses.optuna))
+    seen.page.get_by_text(f"Best Trial (number={number})").wait_for()
+    assert seen.page.get_by_text(str(value), exact=True).count()
+    seen.keep("winner-optuna")
+    experiment = addresses.mlflow + "#/experiments/1/runs"
+    query = {
+        "orderByKey": "metrics.`objective_nll`",
+        "orderByAsc": "true",
+        "searchFilter": "tags.`dem_opt.trial` LIKE '%'",
+    }
+    seen.page.goto(f"{experiment}?{urlencode(query)}")
+    first = seen.page.locator(".ag-row[row-index='0']")
+    first.get_by_text(f"trial-{number}", exact=True).first.wait_for()
+    seen.keep("winner-mlflow")
+    seen.page.goto(f"{addresses.mlflow}#/models/tiny/versions/1")
+    seen.page.get_by_text(f"{value:.4f}").first.wait_for()
+    seen.keep("winner-model")
+    seen.page.goto(page_of(path).as_uri())
+    assert f"{winner.label}" in seen.page.locator("main, body").first.inner_text()
+    assert seen.page.get_by_text(f"{value:.4f}").count()
 
 
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])

@@ -1,11 +1,13 @@
 """The Optuna study: ask, tell, best, adopt, on a real SQLite file."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
+from optuna import load_study
 from optuna.distributions import FloatDistribution
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
@@ -81,7 +83,7 @@ def test_a_trial_keeps_exact_units_and_what_was_told(url: str, name: str, algori
     for number in range(5):
         proposal = search.ask()
         assert proposal is not None and proposal.number == number and proposal.propose_seconds > 0
-        attributes = TrialAttributes(perplexity={"code": 7.5}, forward_tokens=12, forwards=0.5, gradient={"code": -0.5})
+        attributes = TrialAttributes(nll={"code": 2.5}, forward_tokens=12, forwards=0.5, gradient={"code": -0.5})
         search.tell(number, 2.0 + number, attributes)
         (*_, trial) = open_search(url, name, algorithm).trials()
         assert trial.coefficients == proposal.coefficients
@@ -136,7 +138,47 @@ def test_what_died_while_asking_is_failed_and_not_counted(url: str, name: str) -
     assert [trial.number for trial in search.trials()] == [0, 2] and search.finished == 0
     storage, study_id = storage_of(url, name)
     broken = storage.get_all_trials(study_id)[1]
-    assert broken.state is TrialState.FAIL and "interrupted" in broken.user_attrs["dem_opt"]["reason"]
+    assert broken.state is TrialState.FAIL and "interrupted" in broken.user_attrs["reason"]
+
+
+OUTCOMES = {
+    "stopped": (1.9, TrialAttributes(error=0.25, objective=1.9, windows={"code": 4}), {2: 1.8, 4: 1.9}),
+    "infeasible": (2.001, TrialAttributes(violation=1e-4, objective=2.0), {}),
+    "stopped and infeasible": (1.901, TrialAttributes(violation=1e-4, error=0.5, objective=1.9), {4: 1.9}),
+    "winner": (2.05, TrialAttributes(nll={"code": 2.05}), {}),
+    "worse": (2.1, TrialAttributes(), {}),
+    "failed": (None, TrialAttributes(reason="lost"), {}),
+}
+"""Value that is minimized, measurements and estimates of trials."""
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_only_what_may_win_is_optunas_best_trial_and_all_is_read_back(url: str, name: str, reverse: bool) -> None:
+    search = open_search(url, name)
+    outcomes = dict(reversed(OUTCOMES.items()) if reverse else OUTCOMES)
+    for number, outcome in enumerate(outcomes.values()):
+        search.ask()
+        search.tell(number, *outcome)
+    storage, study_id = storage_of(url, name)
+    study = load_study(study_name=name, storage=storage)
+    winner = list(outcomes).index("winner")
+    assert study.best_trial.number == storage.get_best_trial(study_id).number == winner
+    table = study.trials_dataframe().sort_values(f"value_{METRIC}")
+    assert table["number"].iloc[0] == winner
+    states = {label: trial.state.name for label, trial in zip(outcomes, study.trials, strict=True)}
+    assert states == {
+        "stopped": "PRUNED",
+        "infeasible": "COMPLETE",
+        "stopped and infeasible": "PRUNED",
+        "winner": "COMPLETE",
+        "worse": "COMPLETE",
+        "failed": "FAIL",
+    }
+    for label, trial in zip(outcomes, open_search(url, name).trials(), strict=True):
+        value, attributes, estimates = outcomes[label]
+        assert (trial.objective, trial.estimates) == (value, estimates)
+        assert replace(trial.attributes, penalized=None) == attributes
+        assert trial.is_whole == (label in ("infeasible", "winner", "worse"))
 
 
 def test_failure_is_told_with_its_reason(url: str, name: str) -> None:

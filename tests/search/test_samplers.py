@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import optuna
@@ -13,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from dem_opt.search.samplers import SimplexSampler, make_proposer, propose
 from dem_opt.search.samplers.history import HistoryReader, Trial, distributions, from_parameters, parameters
 from dem_opt.search.samplers.simplex_gp import OBSERVATIONS, SimplexGP
-from dem_opt.search.trial_attributes import MEASUREMENTS
+from dem_opt.search.trial_attributes import TrialAttributes
 from dem_opt.simplex import Coefficients, Space
 
 ALGORITHMS = ["simplex-gp", "grid", "random", "tpe", "cmaes", "gradient"]
@@ -77,31 +78,30 @@ def bowl(space: Space, coefficients: Coefficients) -> float:
     return float((from_the_edge(space, coefficients) ** 2).sum())
 
 
-def slopes(space: Space, coefficients: Coefficients) -> dict[str, dict[str, float]]:
-    """The bowl's gradient, as a user attribute."""
+def slopes(space: Space, coefficients: Coefficients) -> dict[str, float]:
+    """The bowl's gradient, as user attributes."""
     slope = 2 * from_the_edge(space, coefficients) / space.total
-    return {"gradient": dict(zip(space.names, slope.tolist(), strict=True))}
+    return {f"gradient.{name}": value for name, value in zip(space.names, slope.tolist(), strict=True)}
 
 
 def play(study: optuna.Study, space: Space, trials: int) -> list[Coefficients]:
     points = []
     for _ in range(trials):
         trial, coefficients = ask(study, space)
-        trial.set_user_attr(MEASUREMENTS, slopes(space, coefficients))
+        for name, slope in slopes(space, coefficients).items():
+            trial.set_user_attr(name, slope)
         study.tell(trial, bowl(space, coefficients), state=TrialState.COMPLETE)
         points.append(coefficients)
     return points
 
 
-def frozen(
-    space: Space, point: Coefficients, state: TrialState, measured: dict[str, float] | None = None
-) -> FrozenTrial:
+def frozen(space: Space, point: Coefficients, state: TrialState, measured: dict[str, Any] | None = None) -> FrozenTrial:
     return create_trial(
         state=state,
         value=bowl(space, point) if state is TrialState.COMPLETE else None,
         params=parameters(point),
         distributions=distributions(space),
-        user_attrs={MEASUREMENTS: slopes(space, point) if measured is None else measured},
+        user_attrs=slopes(space, point) if measured is None else measured,
     )
 
 
@@ -172,7 +172,11 @@ def test_trials_that_run_together_keep_their_distance(size: int) -> None:
 @pytest.mark.parametrize("space", [SPACES[4], *SPACES[8:10]], ids=["3", "free", "bounded"])
 def test_failed_and_stopped_trials_and_duplicates_do_no_harm(algorithm: str, space: Space) -> None:
     study = study_of(algorithm, space)
-    stopped = [frozen(space, point, TrialState.COMPLETE, {"error": 0.01}) for point in space.landmarks()]
+    stopped = [
+        frozen(space, point, TrialState.PRUNED, TrialAttributes(error=0.01, penalized=bowl(space, point)).to_stored())
+        for point in space.landmarks()
+    ]
+    assert all(trial.error and trial.objective is not None for trial in HistoryReader(space).parse(stopped).trials)
     study.add_trials([*stopped, *stopped])
     add(study, space, list(islice(space.lattice(4), 8)), TrialState.FAIL)
     known = points_of(study, space)

@@ -152,7 +152,8 @@ def test_gradients_of_the_user_are_learned_from() -> None:
     def with_gradient(trial: optuna.Trial) -> float:
         recipe = suggest(trial)
         slopes = {name: 2 * (recipe[name] - OPTIMUM[name]) for name in NAMES}
-        trial.set_user_attr("dem_opt", {"gradient": slopes})
+        for name, slope in slopes.items():
+            trial.set_user_attr(f"gradient.{name}", slope)
         return bowl(recipe)
 
     study = optuna.create_study(sampler=SimplexSampler(NAMES, algorithm="gradient"))

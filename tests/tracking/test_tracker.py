@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from math import isnan
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -220,7 +221,7 @@ def test_a_trial_is_logged_with_all_that_is_known_of_it(make: Make, logged: Call
 def test_a_violation_stands_beside_the_plain_objective(make: Make, logged: Callable[[], Logged]) -> None:
     run(make(), [], [trial(1, violation=0.25)])
     (child,) = logged().children
-    assert (child.data.metrics["objective_nll"], child.data.metrics["protect_violation"]) == (0.625, 0.25)
+    assert (child.data.metrics["infeasible_nll"], child.data.metrics["protect_violation"]) == (0.625, 0.25)
 
 
 def test_a_smaller_batch_is_marked(make: Make, logged: Callable[[], Logged]) -> None:
@@ -493,6 +494,78 @@ def test_a_dossier_can_be_told_again_and_baselines_have_one_run_each(
     assert base.metrics["nll.code"] == 0.5 and base.metrics["held_out.objective_nll"] == 0.7
     assert named["winner without math"].data.params == {"w.code": "1.0", "w.math": "0.0"}
     assert not snapshot.children, "baselines are no trials"
+
+
+STOPPED = trial(1, objective=0.5, error=0.25, forwards=0.5)
+INFEASIBLE = trial(2, objective=0.25, violation=0.5)
+STATES = {"complete": trial(0), "stopped": STOPPED, "infeasible": INFEASIBLE, "failed": failed(3)}
+OBJECTIVES = {"complete": "objective_nll", "stopped": "estimate", "infeasible": "infeasible_nll"}
+
+
+def objectives_of(run: Any) -> dict[str, float]:
+    """The metrics of a run, by name, that are its objective, and numbers."""
+    names = {*OBJECTIVES.values(), "standard_error"}
+    return {name: value for name, value in run.data.metrics.items() if name in names and not isnan(value)}
+
+
+def check_states(runs: Sequence[Any]) -> None:
+    """Sorted by the objective, the only trial that may win comes first, though others have lower numbers."""
+    assert runs[0].info.run_name == "trial-0"
+    found = {run.data.tags["dem_opt.state"]: objectives_of(run) for run in runs}
+    assert found.pop("failed") == {}
+    assert found.pop("stopped") == {"estimate": 0.5, "standard_error": 0.25}
+    assert found == {"complete": {"objective_nll": 0.625}, "infeasible": {"infeasible_nll": 0.25}}
+
+
+def sorted_runs(client: Any, logged: Logged) -> list[Any]:
+    """The runs of trials as MLflow's page sorts them."""
+    order = ["metrics.objective_nll ASC"]
+    runs = client.search_runs([logged.experiment.experiment_id], "tags.`dem_opt.trial` LIKE '%'", order_by=order)
+    return list(runs)
+
+
+def test_only_what_may_win_has_the_objective(make: Make, logged: Callable[[], Logged], client: Any) -> None:
+    run(make(), [], list(STATES.values()))
+    check_states(sorted_runs(client, logged()))
+
+
+def test_runs_of_the_earlier_release_are_upgraded_in_place(
+    make: Make, logged: Callable[[], Logged], client: Any
+) -> None:
+    """They had the objective of every trial under one name, and no state."""
+    from mlflow.entities import Metric
+
+    run(make(), [], [trial(0)])
+    (parent,) = logged().parents
+    client.delete_run(logged().children[0].info.run_id)
+    for record in STATES.values():
+        tags = {"mlflow.parentRunId": parent.info.run_id, "dem_opt.trial": str(record.number)}
+        child = client.create_run(parent.info.experiment_id, tags=tags, run_name=f"trial-{record.number}").info
+        if record.objective is not None:
+            client.log_batch(child.run_id, [Metric("objective_nll", record.objective, child.start_time, record.number)])
+        client.set_terminated(child.run_id, "FINISHED" if record.objective is not None else "FAILED")
+    runs = {child.info.run_id for child in logged().children}
+    for _ in range(2):
+        run(make(), list(STATES.values()))
+        check_states(sorted_runs(client, logged()))
+        assert {child.info.run_id for child in logged().children} == runs
+    stopped = next(child for child in logged().children if child.data.tags["dem_opt.state"] == "stopped")
+    assert len(client.get_metric_history(stopped.info.run_id, "estimate")) == 1, "upgraded once"
+
+
+def test_a_metric_that_the_latest_winner_lacks_is_no_number(make: Make, logged: Callable[[], Logged]) -> None:
+    """The first winner violates a constraint, the next one does not."""
+    for trials, metrics in (
+        (1, {"best.infeasible_nll": 0.1, "best.protect_violation": 0.5}),
+        (2, {"best.objective_nll": 0.6}),
+    ):
+        tracker = make()
+        tracker.describe(StudyDescription(metrics=metrics, trials=trials))
+        tracker.close()
+    (parent,) = logged().parents
+    assert {name: value for name, value in parent.data.metrics.items() if not isnan(value)} == {
+        "best.objective_nll": 0.6
+    }
 
 
 @pytest.mark.parametrize(("before", "after"), [(20, 40), (20, 20)], ids=["more trials", "as many"])

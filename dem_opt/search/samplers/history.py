@@ -15,7 +15,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from dem_opt.search.trial_attributes import DRIVER, EXPECTED_IMPROVEMENT, MEASUREMENTS, TrialAttributes
+from dem_opt.search.trial_attributes import DRIVER, EXPECTED_IMPROVEMENT, TrialAttributes
 from dem_opt.simplex import TOLERANCE, UNIT, Coefficients, Space
 
 State = Literal["running", "complete", "failed"]
@@ -23,7 +23,7 @@ _STATES: dict[TrialState, State] = {
     TrialState.RUNNING: "running",
     TrialState.COMPLETE: "complete",
     TrialState.FAIL: "failed",
-    # A pruner judged the trial bad before its end: like a failed one it counts as the worst value.
+    # A pruner judged the trial bad before its end, and left no estimate (`_objective`): as bad as a failed one.
     TrialState.PRUNED: "failed",
 }
 
@@ -39,6 +39,7 @@ class Trial:
         objective: Value to minimize, in the objective's unit; a number if and only if the state is "complete".
         attributes: Measurements beside the objective.
         expected_improvement: Improvement that its proposer expected, in the objective's unit; None without an opinion.
+        estimates: Estimates of the objective of a trial that was stopped early, by windows seen.
         driver: Token of the driver that has or had it in hand; "" where a study has one driver at a time.
     """
 
@@ -49,6 +50,7 @@ class Trial:
     objective: float | None = None
     attributes: TrialAttributes = field(default_factory=TrialAttributes)
     expected_improvement: float | None = None
+    estimates: Mapping[int, float] = field(default_factory=dict)
     driver: str = ""
 
     @property
@@ -114,7 +116,10 @@ class HistoryReader:
     def read(self, study: Study) -> History:
         """The trials of a study as they are now, with objectives to minimize."""
         sign = -1.0 if study.direction == StudyDirection.MAXIMIZE else 1.0
-        frozen = study.get_trials(deepcopy=False)
+        return self.parse(study.get_trials(deepcopy=False), sign)
+
+    def parse(self, frozen: Sequence[FrozenTrial], sign: float = 1.0) -> History:
+        """The history of trials as Optuna has them; objectives are multiplied by `sign`."""
         trials = [self._parse(trial, sign) for trial in frozen]
         incomplete = [
             stored.number
@@ -142,23 +147,36 @@ def _trial(frozen: FrozenTrial, space: Space, sign: float) -> Trial | None:
     except ValueError as error:
         warnings.warn(f"trial {frozen.number} is passed over: {error}", stacklevel=2)
         return None
-    attributes = TrialAttributes.from_stored(frozen.user_attrs.get(MEASUREMENTS, {}))
+    attributes = TrialAttributes.from_stored(frozen.user_attrs)
     if sign < 0:
         attributes = replace(attributes, gradient={name: -slope for name, slope in attributes.gradient.items()})
+    objective = _objective(frozen, attributes)
     state = _STATES[frozen.state]
-    value = frozen.value if state == "complete" else None
-    if value is not None and not isfinite(value):
-        # Optuna accepts an infinite value; no model of the objective does.
-        state, value = "failed", None
+    if state != "running":
+        state = "failed" if objective is None else "complete"
     return Trial(
         frozen.number,
         coefficients,
         state,
-        objective=None if value is None else sign * value,
+        objective=None if objective is None else sign * objective,
         attributes=attributes,
         expected_improvement=frozen.user_attrs.get(EXPECTED_IMPROVEMENT),
+        estimates=frozen.intermediate_values,
         driver=frozen.user_attrs.get(DRIVER, ""),
     )
+
+
+def _objective(frozen: FrozenTrial, attributes: TrialAttributes) -> float | None:
+    """The value of a finished trial that the search learns from, None where there is none.
+
+    Optuna's own value is only that of trials which may win: one that was stopped early has no value, and one that
+    violates a constraint an infinite one.  No model of the objective takes an infinite value.
+    """
+    value = frozen.value if frozen.state == TrialState.COMPLETE else None
+    if value is not None and isfinite(value):
+        return value
+    is_measured = value is not None or (frozen.state == TrialState.PRUNED and attributes.error > 0)
+    return attributes.penalized if is_measured else None
 
 
 def thin(trials: Sequence[Trial], most: int) -> list[Trial]:

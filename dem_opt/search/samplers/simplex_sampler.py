@@ -39,7 +39,8 @@ class SimplexSampler(BaseSampler):
 
     "gradient" needs the objective's gradient, and "simplex-gp" learns more with it::
 
-        trial.set_user_attr("dem_opt", {"gradient": {"flour": 0.2, "butter": -1.3, "sugar": 0.4}})
+        for name, slope in {"flour": 0.2, "butter": -1.3, "sugar": 0.4}.items():
+            trial.set_user_attr(f"gradient.{name}", slope)
 
     Args:
         names: Names of the parameters.
