@@ -299,10 +299,9 @@ def test_thirteen_billion_parameters_six_times(tmp_path, monkeypatch):
     assert [checkpoint.parameters for checkpoint in report.checkpoints] == 6 * [parameters] == 6 * [13_015_864_320]
     assert report.unhashed == report.plan.memory.stored == 6 * 2 * parameters and report.export == 2 * parameters
     assert report.plan.memory.live == (4 if report.plan.calls.dtype == "float32" else 2) * parameters
-    assert (
-        report.plan.work.trial_tokens == 5 * 64 * 1024
-        and report.plan.work.tokens == (1 + 40 + 8) * 5 * 64 * 1024
-    ), "base, trials, and the final table"
+    assert report.plan.work.trial_tokens == 5 * 64 * 1024 and report.plan.work.tokens == (1 + 40 + 8) * 5 * 64 * 1024, (
+        "base, trials, and the final table"
+    )
     assert not any(tmp_path.glob("runs"))
 
 
