@@ -23,16 +23,18 @@ FOUR = ("code", "math", "prose", "records")
 
 @dataclass(frozen=True)
 class Tune:
-    """A fine-tune: on which data, how many steps, in which order of windows."""
+    """A fine-tune: on which data, how many steps, in which order of windows, at which learning rate."""
 
     data: str
     steps: int
     seed: int
+    learning_rate: float = QUICKSTART.fine_tuning_learning_rate
 
     @property
     def folder(self) -> str:
         """Its name among the world's models."""
-        return f"{self.data}-{self.steps}-{self.seed}"
+        rate = "" if self.learning_rate == QUICKSTART.fine_tuning_learning_rate else f"-{self.learning_rate:g}"
+        return f"{self.data}-{self.steps}-{self.seed}{rate}"
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,9 @@ class Landscape:
     weights: dict[str, float] = field(default_factory=dict)
 
 
-def four(steps: int, seed: int) -> dict[str, Tune]:
+def four(steps: int, seed: int, learning_rate: float = QUICKSTART.fine_tuning_learning_rate) -> dict[str, Tune]:
     """One fine-tune on each of the quickstart's distributions."""
-    return {data: Tune(data, steps, seed) for data in FOUR}
+    return {data: Tune(data, steps, seed, learning_rate) for data in FOUR}
 
 
 def eight(steps: int, seed: int) -> dict[str, Tune]:
@@ -119,14 +121,13 @@ def _train(world: Path, tune: Tune, say: Callable[[str], None]) -> None:
     say(f"fine-tuning {tune.folder}")
     data = DataFile(path=world / "data" / f"{tune.data}.train.jsonl")
     settings = {"window": QUICKSTART.window, "steps": tune.steps, "batch_size": QUICKSTART.batch_size}
-    rate = QUICKSTART.fine_tuning_learning_rate
     fine_tune(
         FineTuneJob(
             name=tune.folder,
             base=world / "models" / "base",
             train=data,
             out=out,
-            learning_rate=rate,
+            learning_rate=tune.learning_rate,
             seed=tune.seed,
             **settings,
         )

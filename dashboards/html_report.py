@@ -37,6 +37,7 @@ from dem_opt.dashboards.words import (
     precision_lines,
     rival_lines,
     sampled_note,
+    total_lines,
 )
 from dem_opt.data.overlap import Overlap
 from dem_opt.errors import InputError
@@ -76,6 +77,7 @@ def study_note(summary: Summary, links: Mapping[str, str]) -> str:
         f"{_baseline_objectives(summary)}.",
         "\n".join(table),
         *rival_lines(summary),
+        *total_lines(summary),
         *(f"[{text}]({address})" for text, address in links.items()),
         *(["Links to this machine work while `dem-opt dashboard` runs."] if links else []),
     ]
@@ -223,7 +225,7 @@ def _answer(summary: Summary) -> str:
         scores += _other_means(summary)
     objective = objective_name(summary)
     sentence = f"{objective[0].upper()}{objective[1:]} {escape(scores)}."
-    said = [*rival_lines(summary), *precision_lines(summary), cost_line(summary)]
+    said = [*rival_lines(summary), *total_lines(summary), *precision_lines(summary), cost_line(summary)]
     lines = [sentence, *map(escape, filter(None, said))]
     return f"<strong>{escape(winner.label)}</strong>: {escape(coefficients)}.<br>{'<br>'.join(lines)}"
 

@@ -4,9 +4,10 @@ from math import isfinite
 
 from dem_opt.analysis.power import Power
 from dem_opt.analysis.rivals import RIVALS
+from dem_opt.analysis.total_price import price_line
 from dem_opt.errors import shorten
 from dem_opt.evaluation.objective import objective_words
-from dem_opt.simplex import Coefficients
+from dem_opt.simplex import UNIT, Coefficients
 from dem_opt.types import BITS_PER_BYTE, DOCUMENTS, SEARCH, Margin, ResultRow, Rival, Summary
 
 ABSENT = "-"
@@ -58,6 +59,16 @@ def cost_line(summary: Summary) -> str:
         return ""
     parts = ", ".join(f"{cost.part} {cost.forwards:,.1f}" for cost in summary.costs)
     return f"The whole study has cost {summary.forwards:,.1f} forward-equivalents: {parts}."
+
+
+def total_lines(summary: Summary) -> list[str]:
+    """Say what the constraint on the sum of coefficients costs, as far as that was measured."""
+    if summary.total_price is not None:
+        return [price_line(summary.total_price, summary.unit_words)]
+    coefficients = summary.winner.coefficients
+    if summary.winner.role != "best" or coefficients is None or not coefficients.base_units:
+        return []
+    return [f"The winner's coefficients sum to {1 - coefficients.base_units / UNIT:.3f}."]
 
 
 def rival_lines(summary: Summary) -> list[str]:

@@ -260,9 +260,15 @@ class Space:
         return self.nearest(np.full(self.dimension, self._ordinary_total / self.dimension))
 
     def landmarks(self) -> list[Coefficients]:
-        """Points scored before the search: the base where the space has it, vertices and centroid, each once."""
+        """Points scored before the search: the base where the space has it, vertices and centroid, each once.
+
+        In a range of totals the last is the centroid of the greatest total, which is the sum of all vectors where that is
+        their number: with base and centroid it tells how far up the optimum is (`benchmarks/totals.py`).
+        """
         base = Coefficients(tuple((name, 0) for name in self.names))
         points = [*self.vertices(), self.centroid()]
+        if self.least_units < self.total_units:
+            points.append(self.nearest(np.full(self.dimension, self.total / self.dimension)))
         if self.contains(base):
             points.insert(0, base)
         return list(dict.fromkeys(points))

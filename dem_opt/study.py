@@ -259,8 +259,9 @@ class Study:
         Columns, with SPLIT `search` and `held_out`; a value that was not measured is missing:
 
         - `label`: name of the composite.
-        - `role`: "base", "single" (a fine-tune as it is), "uniform", "best" (of an algorithm), "top" (one of the best
-          composites) or "without" (the winner without the distribution that `label` names).
+        - `role`: "base", "single" (a fine-tune as it is), "uniform", "sum" (of all vectors, each with the coefficient
+          1), "best" (of an algorithm), "top" (one of the best composites) or "without" (the winner without the
+          distribution that `label` names).
         - `run`: run that found an algorithm's best, else empty.
         - `w.NAME`: coefficient of each distribution; missing for the base.
         - `SPLIT.objective`: what is minimized, in the objective's unit.

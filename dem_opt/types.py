@@ -425,8 +425,8 @@ class ResultRow:
 
     Attributes:
         label: Name of the row.
-        role: "base", "single" (a fine-tune as it is), "uniform" (the centroid), "best" (of an algorithm), "top", or
-            "without" (the winner without one distribution).
+        role: "base", "single" (a fine-tune as it is), "uniform" (the centroid), "sum" (of all vectors, each with the
+            coefficient 1), "best" (of an algorithm), "top", or "without" (the winner without one distribution).
         algorithm: Algorithm whose best this is; "" for baselines.
         coefficients: None for the base.
         scores: By split, then by distribution.
@@ -506,6 +506,38 @@ class Rival:
     def held_out(self) -> Margin | None:
         """The margin on the held-out split."""
         return next((margin for margin in self.margins if margin.split == HELD_OUT), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TotalPrice:
+    """Cost of the constraint on the sum of coefficients, on the search split (see `analysis.total_price`).
+
+    Attributes:
+        total: Sum of the winner's coefficients.
+        slope: Derivative of the objective by the total at the winner, the constraint's multiplier, in the objective's
+            unit for each unit of the total; below 0, a greater total is better.
+        low: Lower end of its 95% interval; None of a gradient.
+        high: Upper end.
+        basis: "step" (a composite with a total a tenth greater was scored) or "gradient".
+        optimum: Total at which the winner, scaled, is expected to be best.
+        rivals: Composites of other totals minus the winner: "scaled", the winner scaled to `optimum`, and "sum", the
+            sum of all vectors, as far as they are scored; below 0, the winner is worse.
+        mend: Range of totals to search, where one of them is clearly better than the winner.
+    """
+
+    total: float
+    slope: float
+    low: float | None
+    high: float | None
+    basis: str
+    optimum: float
+    rivals: tuple[Margin, ...]
+    mend: tuple[float, float] | None
+
+    @property
+    def best(self) -> Margin | None:
+        """The better of the rivals."""
+        return min(self.rivals, key=lambda margin: margin.mean, default=None)
 
 
 @dataclass(frozen=True)
@@ -605,6 +637,7 @@ class Summary:
             distribution that is left out.
         costs: What the study has spent since it began, by part.
         rivals: Placebos and models trained on the search split, as far as they have been compared.
+        total_price: What the constraint on the sum of coefficients costs, where it was measured.
     """
 
     study: str
@@ -624,6 +657,7 @@ class Summary:
     precision: Precision | None = None
     rivals: tuple[Rival, ...] = ()
     costs: tuple[Cost, ...] = ()
+    total_price: TotalPrice | None = None
 
     @property
     def forwards(self) -> float:

@@ -8,6 +8,7 @@ import numpy as np
 
 from dem_opt.analysis.bootstrap import difference
 from dem_opt.analysis.sampling import Documents, documents_of
+from dem_opt.analysis.total_price import sum_of_all, total_price
 from dem_opt.config import TOP, ReportSection
 from dem_opt.errors import EvaluationError
 from dem_opt.evaluation.objective import Objective
@@ -16,7 +17,7 @@ from dem_opt.search.trials import exceeded, is_known, objectives, recall
 from dem_opt.simplex import UNIT, Coefficients, Space
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
-from dem_opt.types import SEARCH, SPLITS, Composite, Margin, ResultRow, Score, Summary, TrialRecord
+from dem_opt.types import SEARCH, SPLITS, Composite, Margin, ResultRow, Score, Summary, TotalPrice, TrialRecord
 
 APART = 0.01
 """Least difference of some coefficient between two composites that are both listed."""
@@ -75,6 +76,11 @@ def _baselines(identity: StudyIdentity) -> list[Entry]:
     return baselines
 
 
+def sum_entries(identity: StudyIdentity) -> list[Entry]:
+    """The sum of all vectors, where there are several."""
+    return [_entry(identity, "sum of all", "sum", sum_of_all(identity))] if identity.space.dimension > 1 else []
+
+
 def _entry(identity: StudyIdentity, label: str, role: str, point: Coefficients) -> Entry:
     return Entry(label=label, role=role, coefficients=point, composite=identity.composite(point))
 
@@ -113,6 +119,12 @@ def _best_entry(identity: StudyIdentity, run: str, best: TrialRecord, trials: Se
 def best_of(trials: Sequence[TrialRecord]) -> TrialRecord | None:
     """The best of the whole trials; one that was stopped early never wins."""
     return min((trial for trial in trials if is_whole(trial)), key=lambda trial: trial.rank, default=None)
+
+
+def winner_of(identity: StudyIdentity, trials: Mapping[str, Sequence[TrialRecord]]) -> Coefficients | None:
+    """The coefficients of the best run of all; None where nothing is found yet."""
+    best = _best_entries(identity, trials)
+    return best[-1].coefficients if best else None
 
 
 def is_whole(trial: TrialRecord) -> bool:
@@ -181,7 +193,8 @@ def summarize(
         stopped: Why each run ended.
     """
     by_split = objectives(ledger, identity)
-    listed = [entry for entry in entries(identity, trials) if is_known(ledger, identity, entry.composite, SEARCH)]
+    table = [*_baselines(identity), *sum_entries(identity), *_best_entries(identity, trials)]
+    listed = [entry for entry in table if is_known(ledger, identity, entry.composite, SEARCH)]
     results = known_rows(ledger, identity, listed)
     *rivals, winner = results
     documents = {split: documents_of(ledger, identity, split) for split in SPLITS}
@@ -205,7 +218,15 @@ def summarize(
         unit=identity.unit,
         left_out=known_rows(ledger, identity, left_out_entries(identity, listed[-1])),
         costs=ledger.costs(study, identity),
+        total_price=_total_price(ledger, identity, winner),
     )
+
+
+def _total_price(ledger: Ledger, identity: StudyIdentity, winner: ResultRow) -> TotalPrice | None:
+    """The price of the sum at a winner that a search found."""
+    if winner.role != "best" or winner.coefficients is None:
+        return None
+    return total_price(ledger, identity, winner.coefficients)
 
 
 def known_rows(ledger: Ledger, identity: StudyIdentity, listed: Iterable[Entry]) -> tuple[ResultRow, ...]:

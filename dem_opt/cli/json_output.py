@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dem_opt.analysis.task_scores import TaskTable
     from dem_opt.costs import Cost
     from dem_opt.export.writer import Export
-    from dem_opt.types import Margin, ResultRow, Rival, Score, Summary
+    from dem_opt.types import Margin, ResultRow, Rival, Score, Summary, TotalPrice
     from dem_opt.workflows.check import Findings
 
 
@@ -90,6 +90,7 @@ def of_summary(summary: "Summary") -> dict[str, Any]:
         "cost": {"forward_equivalents": summary.forwards, "parts": [_of_cost(cost) for cost in summary.costs]},
         "usage": {run: asdict(usage_of(records)) for run, records in summary.trials.items()},
         "rivals": [_of_rival(rival) for rival in summary.rivals],
+        **({"total_price": _of_price(summary.total_price)} if summary.total_price else {}),
     }
 
 
@@ -163,6 +164,16 @@ def _of_margin(margin: "Margin") -> dict[str, Any]:
 
 def _of_rival(rival: "Rival") -> dict[str, Any]:
     return asdict(rival) | {"margins": [_of_margin(margin) for margin in rival.margins]}
+
+
+def _of_price(price: "TotalPrice") -> dict[str, Any]:
+    """The price of the sum; an interval without ends is null."""
+    ends = {end: value if value is not None and isfinite(value) else None for end, value in _ends(price)}
+    return asdict(price) | ends | {"rivals": [_of_margin(margin) for margin in price.rivals]}
+
+
+def _ends(price: "TotalPrice") -> tuple[tuple[str, float | None], ...]:
+    return ("low", price.low), ("high", price.high)
 
 
 def _detectable(summary: "Summary") -> dict[str, float]:

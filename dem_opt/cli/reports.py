@@ -151,6 +151,7 @@ def print_results(summary: "Summary", terminal: Terminal) -> None:
         precision_lines,
         rival_lines,
         sampled_note,
+        total_lines,
     )
 
     objective = objective_name(summary)
@@ -170,7 +171,8 @@ def print_results(summary: "Summary", terminal: Terminal) -> None:
     title = f"Rival minus winner in {objective}, {summary.unit_words}; {sampled_note(summary)}"
     terminal.table(title, margins.headers, margins.rows, groups=margins.groups)
     terminal.line(f"The winner: {summary.winner.label}: {summary.winner.coefficients}")
-    for line in filter(None, [*rival_lines(summary), *precision_lines(summary), cost_line(summary)]):
+    lines = [*rival_lines(summary), *total_lines(summary), *precision_lines(summary), cost_line(summary)]
+    for line in filter(None, lines):
         terminal.line(line)
 
 

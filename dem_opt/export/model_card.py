@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from dem_opt.analysis.total_price import price_line
 from dem_opt.checkpoints.files import DTYPES, read_header
 from dem_opt.config import StudyConfig
 from dem_opt.evaluation.objective import objective_words
@@ -17,7 +18,7 @@ from dem_opt.export.writer import Export
 from dem_opt.planning.inputs import Inputs
 from dem_opt.simplex import UNIT, Coefficients
 from dem_opt.storage.engine import masked
-from dem_opt.types import BITS_PER_BYTE, DOCUMENTS, NATS_PER_TOKEN, UNITS, Margin, ResultRow, StoredModel
+from dem_opt.types import BITS_PER_BYTE, DOCUMENTS, NATS_PER_TOKEN, UNITS, Margin, ResultRow, StoredModel, TotalPrice
 
 CARD, RECIPE = "README.md", "mergekit.yaml"
 
@@ -58,6 +59,7 @@ def texts(
     results: Sequence[ResultRow] = (),
     margins: Sequence[Margin] = (),
     lora: Export | None = None,
+    total_price: TotalPrice | None = None,
 ) -> dict[str, str]:
     """Card and recipe of a study's composite by file name; `folder` is that of the study file."""
     base = Ingredient("base", sources.base, coefficients.base_units)
@@ -66,7 +68,7 @@ def texts(
     objective = sources.config.objective
     words = objective_words(sources.config.weights, objective.worst, objective.function or "", objective.unit)
     name, unit = sources.config.name, objective.unit
-    card = model_card(name, ingredients, libraries, study, results, margins, dtype, words, lora, unit)
+    card = model_card(name, ingredients, libraries, study, results, margins, dtype, words, lora, unit, total_price)
     return {CARD: card, RECIPE: recipe(ingredients, dtype)}
 
 
@@ -81,6 +83,7 @@ def model_card(
     objective: str = "mean NLL",
     lora: Export | None = None,
     unit: str = NATS_PER_TOKEN,
+    total_price: TotalPrice | None = None,
 ) -> str:
     """The README of an export: formula, coefficients, scores on both splits, provenance.
 
@@ -95,6 +98,7 @@ def model_card(
         objective: The quantity that was minimized (see `objective_words`).
         lora: The export, where it is a LoRA of the base.
         unit: Unit of the objective.
+        total_price: What the constraint on the sum of coefficients costs, where it was measured.
     """
     rows = [
         [ingredient.name, f"{ingredient.units / UNIT:.9f}", licence(ingredient.path), ingredient.model.content]
@@ -110,6 +114,8 @@ def model_card(
         *([_lora(lora)] if lora else []),
         "## Coefficients",
         _table(["model", "coefficient", "licence", "content (SHA-256)"], rows),
+        *_total(ingredients[0].units),
+        *([_plain(price_line(total_price, UNITS[unit]))] if total_price else []),
         *[_scores(split, results, objective, unit) for split in (results[0].objective if results else ())],
         *([_margins(margins, objective, unit)] if margins else []),
         "## Made with",
@@ -182,6 +188,19 @@ def _lora(lora: Export) -> str:
         f"Written as {kind} {lora.rank}: Theta_D - Theta = B A, with alpha equal to the rank. Load it on the base:\n\n"
         "    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER)"
     )
+
+
+def _total(base_units: int) -> list[str]:
+    """What a sum of coefficients other than 1 means."""
+    if not base_units:
+        return []
+    total = (UNIT - base_units) / UNIT
+    meaning = (
+        "the vectors are added beyond an average of the fine-tunes"
+        if base_units < 0
+        else "the composite lies between the base and an average of the fine-tunes"
+    )
+    return [f"The coefficients of the fine-tunes sum to {total:.9g} and the base has the rest: {meaning}."]
 
 
 def _front_matter(ingredients: Sequence[Ingredient], is_lora: bool) -> str:

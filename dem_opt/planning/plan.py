@@ -340,17 +340,19 @@ def _work(study: StudyConfig, *, token_flops: float, merge_bytes: int) -> Work:
 
     The final table has base, single fine-tunes, their uniform average and the best.  The Gaussian process begins with
     singles and average, the grid has the singles.  Where the report asks for them, the held-out split has the next best
-    composites too, and both splits have the best without each of its distributions.
+    composites too, and both splits have the best without each of its distributions.  The price of the sum takes three
+    composites with other sums.
     """
     space, search, evaluation = study.space, study.search, study.evaluation
     is_point = space.dimension == 1
     trials = study.planned_trials(search.algorithm)
     singles, average = len(space.names), 0 if is_point else 1
+    price = price_count(study)
     extra = {"grid": average, "simplex-gp": max(singles + average - trials, 0)}.get(search.algorithm, singles + average)
     without = left_out_count(study)
     return Work(
         trials=trials,
-        composites=1 + trials + extra + without,
+        composites=1 + trials + extra + without + price,
         reported=1 + singles + average + max(study.report.top, 1) + without,
         trial_tokens=len(study.corpora) * evaluation.windows * evaluation.window,
         report_tokens=len(study.corpora) * evaluation.held_out * evaluation.window,
@@ -363,3 +365,13 @@ def left_out_count(study: StudyConfig) -> int:
     """Composites of leave-one-out that no search has scored; of two distributions these are the singles."""
     singles = len(study.space.names)
     return singles if study.report.leave_one_out and singles > 2 else 0
+
+
+def price_count(study: StudyConfig) -> int:
+    """Composites with other sums of coefficients that a run scores at most.
+
+    The sum of all vectors, and where the search is bound to a sum, two in the winner's proportions.
+    """
+    if study.space.dimension == 1:
+        return 0
+    return 1 if study.space.is_point else 3

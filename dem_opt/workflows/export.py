@@ -199,8 +199,9 @@ def describe(
         summary: Results and margins, where the study has been run.
         lora: The export, where it is a LoRA.
     """
-    results, margins = (summary.results, summary.margins) if summary else ((), ())
-    return texts(inputs, coefficients, context.path.resolve().parent, libraries(), dtype, results, margins, lora)
+    results, margins, price = (summary.results, summary.margins, summary.total_price) if summary else ((), (), None)
+    folder = context.path.resolve().parent
+    return texts(inputs, coefficients, folder, libraries(), dtype, results, margins, lora, price)
 
 
 def _register(context: StudyContext, stored: StoredStudy, row: ResultRow, written: Export) -> str | None:

@@ -1,16 +1,20 @@
-"""Measure the final table: its composites on both splits, as far as they have no scores yet."""
+"""Measure the final table, and the price of the sum of coefficients, as far as their composites have no scores yet."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from time import monotonic
 
-from dem_opt.analysis.results import best_of, entries, final_entries
+from dem_opt.analysis import total_price
+from dem_opt.analysis.results import entries, final_entries, winner_of
 from dem_opt.config import TOP, ReportSection
-from dem_opt.planning.plan import left_out_count
+from dem_opt.errors import EvaluationError
+from dem_opt.planning.plan import left_out_count, price_count
 from dem_opt.search.loop import Driver
 from dem_opt.search.time_left import FinalTable
 from dem_opt.search.trials import is_known
+from dem_opt.simplex import Coefficients
 from dem_opt.storage.leases import Lease
-from dem_opt.types import HELD_OUT, SEARCH, SPLITS, Summary
+from dem_opt.types import HELD_OUT, SEARCH, SPLITS, Composite, Summary
 from dem_opt.workflows.configurations import distinguish
 from dem_opt.workflows.context import StoredStudy, StudyContext
 from dem_opt.workflows.summary import summarize_generation, summarize_stored, trials_by_run
@@ -21,6 +25,9 @@ FULL = ReportSection(top=TOP, leave_one_out=True)
 PART = "final table"
 """The part of a study whose cost it is."""
 
+PRICE = "price of the sum"
+"""Likewise of the composites with other sums of coefficients (see `analysis.total_price`)."""
+
 
 def measure_final_table(
     context: StudyContext, driver: Driver, generation: int, lease: Lease, report: ReportSection
@@ -28,22 +35,57 @@ def measure_final_table(
     """Score the composites that the report asks for on both splits; tell the cost before, and count it after."""
     with lease.turn("measuring the final table"):
         trials = trials_by_run(context, driver.ledger, driver.identity, generation)
+        _measure_price(context, driver, winner_of(driver.identity, trials), is_full=report == FULL)
         composites = [entry.composite for entry in final_entries(driver.identity, trials, report)]
         requests = driver.missing(composites, SPLITS)
         if not requests:
             return
         count, forwards = len({request.composite for request in requests}), driver.forwards(requests)
         context.progress.note(f"{PART}: {count} composites to score, {forwards:.1f} forward-equivalents")
-        began, before = monotonic(), _spent(context, driver)
-        driver.measure(composites, SPLITS, PART)
-        spent = _spent(context, driver) - before
-        context.progress.note(f"{PART}: took {spent:.1f} forward-equivalents and {monotonic() - began:.0f} s")
+        with _counting(context, driver, PART):
+            driver.measure(composites, SPLITS, PART)
 
 
-def _spent(context: StudyContext, driver: Driver) -> float:
-    """Forward-equivalents that final tables of the study have taken so far."""
+def _measure_price(context: StudyContext, driver: Driver, winner: Coefficients | None, is_full: bool) -> None:
+    """Score the composites that show what the sum of coefficients costs the winner.
+
+    Each follows from the scores of those before.  One that can't be scored, like a sum of long vectors, is left out.
+    """
+    if winner is None:
+        return
+    failed = set[tuple[Composite, str]]()
+
+    def next_composite() -> tuple[Composite, str] | None:
+        missing = total_price.unmeasured(driver.ledger, driver.identity, winner, is_full)
+        return next((each for each in missing if each not in failed), None)
+
+    if next_composite() is None:
+        return
+    most = total_price.MOST + (driver.identity.windows(HELD_OUT) / driver.identity.windows(SEARCH) if is_full else 0)
+    context.progress.note(f"{PRICE}: at most {total_price.MOST} composites, {most:.1f} forward-equivalents")
+    with _counting(context, driver, PRICE):
+        while wanted := next_composite():
+            composite, split = wanted
+            try:
+                driver.measure([composite], [split], PRICE)
+            except EvaluationError as error:
+                failed.add(wanted)
+                context.progress.warning(f"{PRICE}: left out, {error}")
+
+
+@contextmanager
+def _counting(context: StudyContext, driver: Driver, part: str) -> Iterator[None]:
+    """Tell at the end what a part of the study has cost meanwhile."""
+    began, before = monotonic(), _spent(context, driver, part)
+    yield
+    spent = _spent(context, driver, part) - before
+    context.progress.note(f"{part}: took {spent:.1f} forward-equivalents and {monotonic() - began:.0f} s")
+
+
+def _spent(context: StudyContext, driver: Driver, part: str) -> float:
+    """Forward-equivalents that a part of the study has taken so far."""
     costs = driver.ledger.costs(context.config.name, driver.identity)
-    return sum(cost.forwards for cost in costs if cost.part == PART)
+    return sum(cost.forwards for cost in costs if cost.part == part)
 
 
 def complete_report(context: StudyContext) -> Summary:
@@ -69,8 +111,11 @@ def _is_complete(context: StudyContext, stored: StoredStudy) -> bool:
     """Whether all rows are scored."""
     identity, ledger = stored.identity, stored.ledger
     trials = trials_by_run(context, ledger, identity, stored.generation)
-    if best_of([trial for records in trials.values() for trial in records]) is None:
+    winner = winner_of(identity, trials)
+    if winner is None:
         raise context.not_run()
+    if any(total_price.unmeasured(ledger, identity, winner, full=True)):
+        return False
     listed = final_entries(identity, trials, FULL)
     return all(is_known(ledger, identity, entry.composite, split) for entry in listed for split in SPLITS)
 
@@ -89,7 +134,8 @@ def expect_final_table(
     splits = [HELD_OUT] if "simplex-gp" in algorithms else SPLITS
     missing = driver.missing(baselines, splits)
     held_out = identity.windows(HELD_OUT) / identity.windows(SEARCH)
+    price = price_count(context.config)
     return FinalTable(
-        requests=len(missing) + winners + 2 * without,
-        forwards=driver.forwards(missing) + winners * held_out + without * (1 + held_out),
+        requests=len(missing) + winners + 2 * without + price,
+        forwards=driver.forwards(missing) + winners * held_out + without * (1 + held_out) + price,
     )

@@ -22,7 +22,7 @@ from dem_opt.storage.identity import StudyIdentity
 from dem_opt.tracking import DataSource, SearchInfo, StudyDescription
 from dem_opt.tracking.study_runs import BEST, result_metrics
 from dem_opt.tracking.urls import optuna_study, optuna_trial
-from dem_opt.types import NATS_PER_TOKEN, SEARCH, SPLITS, UNITS, ResultRow, Summary, TrialRecord
+from dem_opt.types import NATS_PER_TOKEN, SEARCH, SPLITS, UNITS, ResultRow, Summary, TotalPrice, TrialRecord
 from dem_opt.workflows.libraries import libraries
 
 GIT_SECONDS = 10
@@ -116,8 +116,18 @@ def study_descriptions(summary: Summary, note: str, files: Mapping[str, str | by
             trials = len(summary.trials.get(best.run, ()))
             descriptions[best.run] = StudyDescription(note=note, metrics=metrics, trials=trials)
             if best is summary.winner:
-                descriptions[best.run] = replace(descriptions[best.run], files=files, baselines=baselines)
+                metrics |= _price_metrics(summary.total_price)
+                described = StudyDescription(note=note, metrics=metrics, trials=trials)
+                descriptions[best.run] = replace(described, files=files, baselines=baselines)
     return descriptions
+
+
+def _price_metrics(price: TotalPrice | None) -> dict[str, float]:
+    """Return the slope by the sum of coefficients and what other sums gain, in the objective's unit."""
+    if price is None:
+        return {}
+    gains = {f"{BEST}gain_of.{margin.rival}": -margin.mean for margin in price.rivals}
+    return {f"{BEST}total_slope": price.slope, **gains}
 
 
 def fingerprint(identity: StudyIdentity) -> str:
