@@ -48,7 +48,7 @@ def change_heat_map(summary: Summary, split: str = HELD_OUT) -> go.Figure:
     Colours saturate at the largest gain, so that the loss of a single fine-tune on foreign data does not wash the
     gains out; the numbers in the cells are exact.
     """
-    base, *others = summary.results
+    base, *others = (row for row in summary.results if row.role != "sum" or split in row.scores)
     names = list(summary.weights)
     return _heat_map(
         HeatMap(

@@ -82,11 +82,13 @@ def final_table(summary: Summary, split: str) -> Table:
     objective = (mean, *others) if summary.is_mean else ("largest regret" if summary.worst else "objective",)
     corpora = [_corpus_header(name, summary) for name in summary.weights]
     headers = ("composite", *corpora, *objective, "evals", "FE", "seconds")
-    values = [_measurements(result, split, summary, others) for result in summary.results]
+    # The sum of all vectors is scored on the held-out split only where it is good on the search split.
+    results = [result for result in summary.results if result.role != "sum" or split in result.objective]
+    values = [_measurements(result, split, summary, others) for result in results]
     lowest = {(row, column) for column, cells in enumerate(zip(*values, strict=True), 1) for row in _lowest(cells)}
     rows = tuple(
         (result.label + _violation(result), *_format_measurements(measured, others), *_costs(result))
-        for result, measured in zip(summary.results, values, strict=True)
+        for result, measured in zip(results, values, strict=True)
     )
     first = 1 + len(corpora)
     last = len(headers) - 1

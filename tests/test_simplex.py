@@ -166,7 +166,7 @@ def test_landmarks_are_the_base_where_it_belongs_then_the_vertices_then_the_cent
     ]
     corners = [at(FREE), at(FREE, a=1), at(FREE, b=1), at(FREE, c=1)]
     assert FREE.landmarks() == [*corners, FREE.nearest(np.full(3, third)), FREE.nearest(np.full(3, 2 * third))]
-    assert LONELY.landmarks() == [at(LONELY), at(LONELY, a=1)]
+    assert LONELY.landmarks() == [at(LONELY), at(LONELY, a=1), at(LONELY, a=2)]
     assert FIXED.landmarks() == [at(FIXED, a=0.7, b=0.3), at(FIXED, b=0.3, c=0.7), at(FIXED, a=0.35, b=0.3, c=0.35)]
     assert at(BOUNDED, b=0.1, c=0.9) in BOUNDED.landmarks() and BOUNDED.centroid() == at(
         BOUNDED, **dict.fromkeys(A_TO_D, 0.25)

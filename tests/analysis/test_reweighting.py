@@ -14,7 +14,7 @@ from dem_opt.cli.coefficients import format_coefficients
 from dem_opt.errors import InputError
 from dem_opt.evaluation.objective import Objective, mean_nll
 from dem_opt.evaluation.worker import Worker
-from dem_opt.search.trials import recall
+from dem_opt.search.trials import coefficients_of, recall
 from dem_opt.storage.engine import connect
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.leases import holding
@@ -35,13 +35,15 @@ def measured(tmp_path_factory):
 
 
 def known_scores(study):
-    """Scores on the search split of every composite that has three or more there, and the question."""
+    """Scores on the search split of the base and of the space's composites that have three or more, and the study."""
     with closing_engine(study) as engine:
         ledger = Ledger(engine)
         row = ledger.study("tiny")
         identity = StudyIdentity.recall(row.identity, row.scoring)
         by_composite = {
-            composite: recall(ledger, identity, composite, SEARCH) for composite in ledger.composites(identity.scoring)
+            composite: recall(ledger, identity, composite, SEARCH)
+            for composite in ledger.composites(identity.scoring)
+            if composite == Composite.single(identity.base) or coefficients_of(identity, composite) is not None
         }
     return {composite: scores for composite, scores in by_composite.items() if len(scores) >= 3}, identity
 
@@ -77,7 +79,7 @@ def test_the_winner_is_that_of_brute_force_and_nothing_is_measured_or_written(me
     assert [row.objective[SEARCH] for row in result.top] == sorted(values.values())[:5]
     assert dict(result.weights) == {"code": 0.0, "math": 0.0, "prose": 0.0} | weights
     assert list(result.weights) == ["code", "math", "prose"]
-    assert [row.label for row in result.results[:-1]] == ["base", "code", "math", "prose", "uniform"]
+    assert [row.label for row in result.results[:-1]] == ["base", "code", "math", "prose", "uniform", "sum of all"]
     for row in result.results:
         assert row.objective[SEARCH] == mean_nll(row.scores[SEARCH], weights)
 

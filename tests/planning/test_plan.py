@@ -265,10 +265,10 @@ def test_a_worker_passes_the_tokens_that_are_planned(template):
 @pytest.mark.parametrize(
     ("search", "composites"),
     [
-        ({"algorithm": "random", "trials": 6}, 1 + 6 + 3 + 1),
-        ({"algorithm": "simplex-gp", "trials": 6}, 1 + 6),
-        ({"algorithm": "simplex-gp", "trials": 2}, 1 + 4),
-        ({"algorithm": "grid", "divisions": 4}, 1 + 15 + 1),
+        ({"algorithm": "random", "trials": 6}, 1 + 6 + 3 + 1 + 3),
+        ({"algorithm": "simplex-gp", "trials": 6}, 1 + 6 + 3),
+        ({"algorithm": "simplex-gp", "trials": 2}, 1 + 4 + 3),
+        ({"algorithm": "grid", "divisions": 4}, 1 + 15 + 1 + 3),
     ],
 )
 @pytest.mark.parametrize(
@@ -276,6 +276,7 @@ def test_a_worker_passes_the_tokens_that_are_planned(template):
     [({}, 0, 0), ({"top": 5}, 0, 4), ({"leave_one_out": True}, 3, 3), ({"top": 2, "leave_one_out": True}, 3, 4)],
 )
 def test_passes_are_base_trials_and_what_the_table_needs(world, search, composites, report, more_search, more_held_out):
+    """The last three of each are those of the price of the sum."""
     plan = plan_of(configured(world, search=search, report=report))
     composites, reported = composites + more_search, 6 + more_held_out
     assert (plan.work.composites, plan.work.reported) == (composites, reported)
@@ -299,8 +300,8 @@ def test_thirteen_billion_parameters_six_times(tmp_path, monkeypatch):
     assert [checkpoint.parameters for checkpoint in report.checkpoints] == 6 * [parameters] == 6 * [13_015_864_320]
     assert report.unhashed == report.plan.memory.stored == 6 * 2 * parameters and report.export == 2 * parameters
     assert report.plan.memory.live == (4 if report.plan.calls.dtype == "float32" else 2) * parameters
-    assert report.plan.work.trial_tokens == 5 * 64 * 1024 and report.plan.work.tokens == (1 + 40 + 8) * 5 * 64 * 1024, (
-        "base, trials, and the final table"
+    assert report.plan.work.trial_tokens == 5 * 64 * 1024 and report.plan.work.tokens == (1 + 40 + 3 + 8) * 5 * 64 * 1024, (
+        "base, trials, the price of the sum, and the final table"
     )
     assert not any(tmp_path.glob("runs"))
 
