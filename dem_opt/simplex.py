@@ -262,8 +262,8 @@ class Space:
     def landmarks(self) -> list[Coefficients]:
         """Points scored before the search: the base where the space has it, vertices and centroid, each once.
 
-        In a range of totals the last is the centroid of the greatest total, which is the sum of all vectors where that is
-        their number: with base and centroid it tells how far up the optimum is (`benchmarks/totals.py`).
+        In a range of totals the last is the centroid of the greatest total, which is the sum of all vectors where that
+        is their number: with base and centroid it tells how far up the optimum is (`benchmarks/totals.py`).
         """
         base = Coefficients(tuple((name, 0) for name in self.names))
         points = [*self.vertices(), self.centroid()]

@@ -15,8 +15,8 @@ total of  s + h = STEP s , and the parabola through base, winner and step,
     f(t) = f(s) + a (t - s) + b (t - s)^2 ,    a = (d_h s^2 - d_0 h^2) / c ,    b = (d_h s + d_0 h) / c ,
 
 with  c = h s (s + h) ,  d_0 = f(0) - f(s)  and  d_h = f(s + h) - f(s) : a is the slope, with an interval over resampled
-documents, since all three are scored on the same windows.  A step costs one forward pass where a gradient costs three, holds no
-activations, and has an interval (dev/LOG.md compares them).
+documents, since all three are scored on the same windows.  A step costs one forward pass where a gradient costs three,
+holds no activations, and has an interval (dev/LOG.md compares them).
 
 A parabola says little of totals far away: losses of long fine-tunes rise much faster.  So where the slope is not 0,
 the winner is scored at the total  s - a / 2b  at which the parabola is least, and what is told is the difference that
