@@ -86,9 +86,9 @@ def tasked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TaskTable]:
 def test_base_fine_tunes_average_and_the_best_do_the_tasks(tasked: tuple[Path, TaskTable]) -> None:
     path, results = tasked
     summary = opened(path).summary()
-    expected = [row.label for row in summary.results if row.role != "best"]
+    expected = [row.label for row in summary.results if row.role not in ("best", "sum")]
     assert [row.label for row in results.models][: len(expected)] == expected
-    composites = {row.coefficients for row in summary.results if row.role != "best"}
+    composites = {row.coefficients for row in summary.results if row.role not in ("best", "sum")}
     best = [row.coefficients for row in summary.top[:2] if row.coefficients not in composites]
     assert len(results.models) == len(expected) + len(best)
     for model in results.models:
