@@ -13,7 +13,9 @@ from math import isclose
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.activations import ACT2CLS, ACT2FN
 
 from dem_opt.checkpoints.architecture import CONFIG_ERRORS
 from dem_opt.checkpoints.files import read_json
@@ -66,7 +68,25 @@ _OLD_ROTARY = {"partial_rotary_factor", "rope_scaling", "rope_theta", "rotary_em
 _ROPE_TYPE = re.compile(r"rope_parameters\.(?:.+\.)?type$")
 """The earlier name of `rope_type`, which stays beside it."""
 
+_REPEATED = {"intermediate_size", "max_window_layers", "n_inner"}
+"""Fields that repeat others: widths of the tensors, and what `layer_types` says of each layer."""
+
+_UNREAD = {"prefix", "tf_legacy_loss", "torchscript", "use_bfloat16"}
+"""Fields of every config of earlier versions that no forward pass of torch reads."""
+
+_PRECISION = {
+    *("attention_softmax_in_fp32", "reorder_and_upcast_attn", "residual_in_fp32", "scale_attention_softmax_in_fp32"),
+    "slow_but_exact",
+}
+"""Fields that round the same function in another way."""
+
+_ROTARY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"yarn": {"beta_fast": 32, "beta_slow": 1, "truncate": True}}
+"""What transformers computes with where a kind of rotary embedding does not say it."""
+
 _FLOAT32_EPS = 2.0**-23
+
+_LEARNED_ACTIVATIONS = {"prelu", "xielu"}
+"""Activation functions with parameters of their own."""
 
 _SHOWN = 3
 """Differences listed in a message; the rest are counted."""
@@ -165,7 +185,17 @@ def _is_same(ours: Any, theirs: Any) -> bool:
         return all(map(_is_same, ours, theirs))
     if isinstance(ours, float) and isinstance(theirs, int | float):
         return isclose(ours, theirs, rel_tol=_FLOAT32_EPS)
+    if isinstance(ours, str) and isinstance(theirs, str) and ours != theirs:
+        return _is_same_activation(ours, theirs)
     return bool(ours == theirs)
+
+
+def _is_same_activation(ours: str, theirs: str) -> bool:
+    """Two names are those of one activation function, up to float32: silu and swish, gelu_new and gelu_pytorch_tanh."""
+    if not {ours, theirs} <= ACT2CLS.keys() - _LEARNED_ACTIVATIONS:
+        return False
+    x = torch.linspace(-12, 12, 4801, dtype=torch.float64)
+    return torch.allclose(ACT2FN[ours](x), ACT2FN[theirs](x), rtol=_FLOAT32_EPS, atol=_FLOAT32_EPS)
 
 
 def _is_label(name: str) -> bool:
@@ -178,6 +208,8 @@ def _computes(name: str, configuration: Configuration) -> bool:
     text = _text(configuration.written)
     if text is None:
         return True
+    if name in _PRECISION:
+        return False
     if name.rpartition(".")[2] in _LENGTHS:
         rotations = {value for key, value in _completed(text).items() if key.rpartition(".")[2] == "rope_type"}
         return not rotations <= _FIXED_ROTATIONS
@@ -187,8 +219,25 @@ def _computes(name: str, configuration: Configuration) -> bool:
 def _completed(text: PreTrainedConfig) -> dict[str, Any]:
     """The fields of a language model that compute, with the defaults of its class."""
     values = {name: value for name, value in _flat(text.to_dict()).items() if not _is_label(name) and value is not None}
-    rotary = _OLD_ROTARY - _declared(text) if getattr(text, "rope_parameters", None) else set()
-    return {name: value for name, value in values.items() if name not in rotary and not _ROPE_TYPE.match(name)}
+    silent = _REPEATED | _UNREAD
+    if getattr(text, "rope_parameters", None):
+        silent |= _OLD_ROTARY - _declared(text)
+    values = {name: value for name, value in values.items() if name not in silent and not _ROPE_TYPE.match(name)}
+    if {"hidden_size", "num_attention_heads"} <= values.keys():
+        values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
+    for name in [name for name in values if name.endswith("rope_type")]:
+        _complete_rotation(values, name)
+    return values
+
+
+def _complete_rotation(values: dict[str, Any], name: str) -> None:
+    """Give a rotary embedding, by the name of its `rope_type`, the defaults of its kind; stretched by 1 it is plain."""
+    prefix = name.removesuffix("rope_type")
+    if values[name] == "linear" and values.get(f"{prefix}factor") == 1:
+        values[name] = "default"
+        del values[f"{prefix}factor"]
+    for field, default in _ROTARY_DEFAULTS.get(values[name], {}).items():
+        values.setdefault(f"{prefix}{field}", default)
 
 
 def _declared(text: PreTrainedConfig) -> set[str]:

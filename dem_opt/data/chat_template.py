@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import lru_cache
@@ -31,6 +32,17 @@ _RENDERED = {"add_special_tokens": False}
 
 _PROBE = "\ue000"
 """A character of private use, which stands for the words of a message or the name of a tool."""
+
+_ASKS_FOR_NULL = re.compile(r"content['\"\])\s]*\s(is|==)\s+none\b", re.IGNORECASE)
+"""A template's test whether a message's content is null."""
+
+_WITH_NULLS = (
+    "{%- set with_nulls = namespace(messages=[]) -%}{%- for message in messages -%}"
+    "{%- set with_nulls.messages = with_nulls.messages + "
+    "[message if 'content' in message else dict(message, content=none)] -%}"
+    "{%- endfor -%}{%- set messages = with_nulls.messages -%}{{ '' }}"
+)
+"""The beginning of a template that has null as the content of messages without one; transformers drops keys of null."""
 
 _TEMPLATE_FAULTS = (
     *(TemplateError, TypeError, ValueError, LookupError, AttributeError),
@@ -103,7 +115,7 @@ class ChatTemplate:
         self._check_calls(chat)
         if self.tokenizer.is_fast and not chat.scored_from and _GENERATION.search(self._source(chat)):
             tokens = self._by_marks(chat)
-            if tokens.scored_L.any():
+            if tokens is not None and tokens.scored_L.any():
                 yield tokens
                 return
         text = self.text(chat)
@@ -115,15 +127,24 @@ class ChatTemplate:
         for place in chat.scored_places:
             yield self._last_turn(_first(chat, place + 1))
 
-    def _by_marks(self, chat: Chat) -> Tokens:
-        """A conversation of which the tokens within the marks are scored, each that has a character there."""
+    def _by_marks(self, chat: Chat) -> Tokens | None:
+        """A conversation of which the tokens within the marks are scored, each that has a character there.
+
+        None where turns are masked and the template does not write one pair of marks for each of the assistant's.
+        """
         source = _with_marks(self._source(chat))
         pieces = re.split(f"[{_MARKS}]", str(self._apply(chat, self._messages(chat), source, tokenize=False)))
         text = "".join(pieces)
         encoding = self.tokenizer(text, add_special_tokens=False, verbose=False)
         ids, places = list(encoding["input_ids"]), np.cumsum([len(piece) for piece in pieces]).tolist()
+        regions = list(zip(places[:-1:2], places[1::2], strict=True))
+        if chat.masked_places:
+            masked = [turn.masked for turn in chat.turns if turn.role == "assistant"]
+            if len(regions) != len(masked):
+                return None
+            regions = [region for region, is_masked in zip(regions, masked, strict=True) if not is_masked]
         spans = []
-        for start, end in zip(places[:-1:2], places[1::2], strict=True):
+        for start, end in regions:
             if start < end:
                 first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
                 begin = self._tokens_before(text, start, ids) if first is None else first
@@ -195,21 +216,30 @@ class ChatTemplate:
         """
         if not chat.has_calls:
             return
-        turns: list[Turn] = []
-        places: list[int] = []
-        for place, turn in enumerate(chat.turns):
-            message = turn.message
-            for function in _calls(message):
+        place = self._left_out(chat, self._messages(chat))
+        if place is None:
+            return
+        turn, mend = chat.turns[place], "take one that writes them"
+        if turn.content and _ASKS_FOR_NULL.search(self._source(chat)):
+            mend = "it writes those of messages whose content is null: make it null, or take one that writes both"
+        mend = f"the chat template leaves out the tool calls of message {place + 1}; {mend}"
+        raise InputError(None, "messages", turn.message, mend)
+
+    def _left_out(self, chat: Chat, messages: list[dict[str, Any]]) -> int | None:
+        """The place of the first message with a tool call that the template leaves out; None if it writes all."""
+        messages, places = deepcopy(messages), list[int]()
+        for place, (turn, message) in enumerate(zip(chat.turns, messages, strict=True)):
+            for original, function in zip(_calls(turn.message), _calls(message), strict=True):
                 probe = f"{_PROBE}{len(places)}{_PROBE}"
-                function |= {"arguments": {probe: probe}} if function.get("arguments") else {"name": probe}
+                if not original.get("arguments"):
+                    function["name"] = probe
+                elif isinstance(function["arguments"], dict):
+                    function["arguments"] = {probe: probe}
+                else:
+                    function["arguments"] = json.dumps({probe: probe}, ensure_ascii=False)
                 places.append(place)
-            more = {key: value for key, value in message.items() if key not in ("role", "content")}
-            turns.append(replace(turn, more=json.dumps(more)))
-        text = self.text(replace(chat, turns=tuple(turns)))
-        for number, place in enumerate(places):
-            if f"{_PROBE}{number}{_PROBE}" not in text:
-                mend = f"the chat template leaves out the tool calls of message {place + 1}; take one that writes them"
-                raise InputError(None, "messages", chat.turns[place].message, mend)
+        text = str(self._apply(chat, messages, self._source(chat), tokenize=False))
+        return next((place for k, place in enumerate(places) if f"{_PROBE}{k}{_PROBE}" not in text), None)
 
     def _ids(self, chat: Chat, prompted: bool = False) -> list[int]:
         return self._ids_of(self.text(chat, prompted))
@@ -222,26 +252,36 @@ class ChatTemplate:
         """The messages in the first spelling that the template takes.
 
         Data and templates differ in three ways that change no meaning: whether a message with tool calls has an empty
-        content or none, whether the calls' arguments are an object or its JSON text, and who gives the instructions
-        where a template knows no developer.
+        content, none or null, whether the calls' arguments are an object or its JSON text, and who gives the
+        instructions where a template knows no developer.  Of a template that asks for null, as DeepSeek's do, a
+        spelling has to have its tool calls written: such a template leaves them out beside any other content.
         """
-        developer = "developer" if "developer" in self._source(chat) else "system"
+        source = self._source(chat)
+        developer = "developer" if "developer" in source else "system"
         turns = [replace(turn, role=developer) if turn.role == "developer" else turn for turn in chat.turns]
         if not chat.has_calls and all(turn.content is not None for turn in turns):
             return [turn.message for turn in turns]
+        asks_for_null = _ASKS_FOR_NULL.search(source) is not None
+        contents: list[dict[str, str | None]] = [{}, {"content": ""}]
         spellings = [
-            [_spelled(turn, as_object, content) for turn in turns]
-            for as_object in (True, False)
-            for content in (None, "")
+            [_spelled(turn, as_object, each) for turn in turns] for as_object in (True, False) for each in contents
         ]
+        if asks_for_null:
+            spellings += [
+                [_spelled(turn, as_object, {"content": None}) for turn in turns] for as_object in (True, False)
+            ]
+        readable = []
         for messages in spellings:
             try:
-                text = str(self._apply(chat, messages, self._source(chat), tokenize=False))
+                text = str(self._apply(chat, messages, source, tokenize=False))
+                is_written = not asks_for_null or self._left_out(chat, messages) is None
             except InputError:
                 continue
             if not _shows_python(text, messages):
-                return messages
-        return spellings[0]
+                readable.append(messages)
+                if is_written:
+                    return messages
+        return readable[0] if readable else spellings[0]
 
     def _apply(self, chat: Chat, messages: list[dict[str, Any]], source: str, **options: Any) -> Any:
         roles = [turn.role for turn in chat.turns]
@@ -249,6 +289,8 @@ class ChatTemplate:
             mend = "a conversation begins with the assistant, which needs a chat template with {% generation %}"
             raise InputError(None, "messages", None, mend)
         source = _on_date(source, self.today)
+        if any(message.get("content", "") is None for message in messages):
+            source = _WITH_NULLS + source
         tools = json.loads(chat.tools) if chat.tools else None
         try:
             return self.tokenizer.apply_chat_template(messages, tools=tools, chat_template=source, **options)
@@ -285,8 +327,8 @@ def _calls(message: dict[str, Any]) -> list[dict[str, Any]]:
     return [*calls, message["function_call"]] if "function_call" in message else calls
 
 
-def _spelled(turn: Turn, as_object: bool, content: str | None) -> dict[str, Any]:
-    """A turn's message with its calls' arguments as objects or as text, and with `content` where it has none."""
+def _spelled(turn: Turn, as_object: bool, content: Mapping[str, str | None]) -> dict[str, Any]:
+    """A turn's message with its calls' arguments as objects or as text, and with this content where it has none."""
     message = turn.message
     for function in _calls(message):
         arguments = function.get("arguments")
@@ -294,7 +336,7 @@ def _spelled(turn: Turn, as_object: bool, content: str | None) -> dict[str, Any]
             function["arguments"] = _object(arguments)
         elif not as_object and isinstance(arguments, dict):
             function["arguments"] = json.dumps(arguments, ensure_ascii=False)
-    return message if content is None else {"role": turn.role, "content": content} | message
+    return {"role": turn.role, **content} | message
 
 
 def _object(text: str) -> Any:

@@ -90,9 +90,18 @@ def read_documents(data: DataFile, field: str | None = None, role: Role = "valid
     if not documents:
         raise InputError(str(data), field, None, "has no text to score; give at least one document that is not empty")
     if len(documents) < entries:
-        count = f"{entries - len(documents)} of {entries} documents are null or empty and were passed over"
-        current_progress().note(f"{data}: {count}")
+        count = f"{entries - len(documents)} of {entries} documents"
+        current_progress().note(f"{data}: {count} have nothing to score (null, empty or masked) and were passed over")
+    _report_masks(data, [document for document in documents if isinstance(document, Chat)])
     return documents
+
+
+def _report_masks(data: DataFile, chats: Sequence[Chat]) -> None:
+    """Tell how many of the assistant's messages the data leaves out."""
+    masked = sum(len(chat.masked_places) for chat in chats)
+    if masked:
+        messages = masked + sum(len(chat.scored_places) for chat in chats)
+        current_progress().note(f"{data}: {masked} of {messages} messages of the assistant are masked, and not scored")
 
 
 def stream_documents(data: DataFile, field: str | None = None) -> Generator[Document]:

@@ -28,6 +28,14 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 _SPEECH = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 """Keys in which the assistant says something beside its content."""
 
+MASKS = ("weight", "train", "training", "loss")
+"""Keys of a message that say by 0 or 1, or by false or true, whether to learn what the assistant says in it.
+
+OpenAI's, Mistral's and Together's fine-tuning call it `weight`, axolotl `train` or `training`, ms-swift `loss`.
+"""
+
+_PARTIAL_MASKS = ("train_detail", "training_detail")
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -39,11 +47,13 @@ class Turn:
         role: One of `ROLES`.
         content: Its text; None where it has none beside its tool calls or reasoning.
         more: Its other keys as a JSON object, in the order of the file; "" where there are none.
+        masked: It is not to be learned: no token of it is scored.
     """
 
     role: str
     content: str | None
     more: str = ""
+    masked: bool = False
 
     @property
     def message(self) -> dict[str, Any]:
@@ -76,12 +86,18 @@ class Chat:
     def scored_places(self) -> list[int]:
         """Places of the turns that are scored."""
         places = range(self.scored_from, len(self.turns))
-        return [place for place in places if self.turns[place].role == "assistant"]
+        return [place for place in places if self.turns[place].role == "assistant" and not self.turns[place].masked]
+
+    @property
+    def masked_places(self) -> list[int]:
+        """Places of the assistant's turns that the data leaves out of what is scored."""
+        return [place for place, turn in enumerate(self.turns) if turn.role == "assistant" and turn.masked]
 
     @property
     def bare(self) -> "Chat":
         """The conversation of roles and contents alone."""
-        return Chat(tuple(Turn(turn.role, turn.content) for turn in self.turns), "", self.scored_from)
+        turns = (Turn(turn.role, turn.content, masked=turn.masked) for turn in self.turns)
+        return Chat(tuple(turns), "", self.scored_from)
 
     @property
     def has_calls(self) -> bool:
@@ -138,9 +154,26 @@ def _turn(message: Any, number: int, row: Row) -> Turn:
     functions = [more["function_call"]] if "function_call" in more else []
     if not isinstance(calls, list) or not all(map(_is_call, [*calls, *functions])):
         raise row.error(f'{place} must have "tool_calls" that are a list of objects with a "function"', message)
-    turn = Turn(_role(role, keys[0] == "from", place, row), content, _json(more, row) if more else "")
+    masked = _is_masked(more, place, row)
+    more = {key: value for key, value in more.items() if key not in MASKS}
+    turn = Turn(_role(role, keys[0] == "from", place, row), content, _json(more, row) if more else "", masked)
     check_text(content or "", row)
     return turn
+
+
+def _is_masked(message: Mapping[str, Any], place: str, row: Row) -> bool:
+    """True if a message is not to be learned."""
+    marks = {key: message[key] for key in MASKS if key in message}
+    for key in _PARTIAL_MASKS:
+        if message.get(key):
+            raise row.error(f'{place} masks parts of itself by "{key}"; only a whole message can be left out', message)
+    for key, value in marks.items():
+        if value not in (0, 1):
+            mend = f'{place} has a "{key}" that is neither 0 nor 1, false nor true: a message is scored or not'
+            raise row.error(mend, value)
+    if len(set(marks.values())) > 1:
+        raise row.error(f"{place} is both to be learned and not ({', '.join(marks)}); say one of them", message)
+    return 0 in marks.values()
 
 
 def _is_call(value: Any) -> bool:
@@ -170,6 +203,8 @@ def _part_text(part: Any, place: str, row: Row) -> str:
     text = part.get("text") if isinstance(part, dict) else None
     if kind not in _TEXT_PARTS or not isinstance(text, str):
         raise row.error(f"{place} is no text; only parts of type text can be scored", part)
+    if any(key in part for key in MASKS):
+        raise row.error(f"{place} has a weight of its own; only a whole message can be left out", part)
     return text
 
 

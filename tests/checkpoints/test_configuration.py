@@ -16,8 +16,8 @@ from dem_opt.errors import InputError
 def folders(tmp_path):
     """Writes two config.json, the second with changed fields, and returns their folders."""
 
-    def write(name: str, changes: dict[str, Any]) -> tuple[Path, Path]:
-        base = json.loads(zoo.config(name).to_json_string(use_diff=False))
+    def write(name: str, changes: dict[str, Any], of_base: dict[str, Any] | None = None) -> tuple[Path, Path]:
+        base = json.loads(zoo.config(name).to_json_string(use_diff=False)) | (of_base or {})
         for folder, fields in (("base", base), ("other", base | changes)):
             (tmp_path / folder).mkdir()
             (tmp_path / folder / "config.json").write_text(json.dumps(fields))
@@ -35,6 +35,13 @@ COMPUTING = [
     ("llama", {"rope_theta": 5e5, "rope_parameters": None}, "rope_parameters.rope_theta"),
     ("llama", {"rms_norm_eps": 1e-3}, "rms_norm_eps"),
     ("llama", {"hidden_act": "gelu"}, "hidden_act"),
+    ("llama", {"hidden_act": "relu"}, "hidden_act"),
+    ("gpt2", {"activation_function": "gelu"}, "activation_function"),
+    ("gpt2", {"activation_function": "quick_gelu"}, "activation_function"),
+    ("gpt2", {"activation_function": "gelu_10"}, "activation_function"),
+    ("gpt2", {"activation_function": "xielu"}, "activation_function"),
+    ("llama", {"head_dim": 4}, "head_dim"),
+    ("llama", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}}, "rope_parameters.factor"),
     ("llama", {"num_attention_heads": 1}, "num_attention_heads"),
     ("llama", {"model_type": "mistral"}, "model_type"),
     ("mistral", {"sliding_window": 8}, "sliding_window"),
@@ -80,6 +87,43 @@ def test_labels_and_spellings_are_the_same(folders, name, changes):
     base, other = folders(name, changes)
     assert check_configuration(base, other, "checkpoint") == []
     assert read_configuration(base, "base").differences(read_configuration(other, "other")) == {}
+
+
+YARN = {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+LINEAR = {"rope_theta": 1e4, "rope_type": "linear", "factor": 2}
+SAME_FUNCTION: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("llama", {"hidden_act": "silu"}, {"hidden_act": "swish"}),
+    ("gpt2", {"activation_function": "gelu_new"}, {"activation_function": "gelu_pytorch_tanh"}),
+    ("gpt2", {"activation_function": "gelu_new"}, {"activation_function": "gelu_fast"}),
+    ("gpt2", {"activation_function": "gelu"}, {"activation_function": "gelu_python"}),
+    ("gpt2", {"n_inner": None}, {"n_inner": 64}),
+    (
+        "mixtral",
+        {"head_dim": None},
+        {"head_dim": zoo.config("mixtral").hidden_size // zoo.config("mixtral").num_attention_heads},
+    ),
+    ("qwen2", {"max_window_layers": 28, "layer_types": None}, {"max_window_layers": 21, "layer_types": None}),
+    ("qwen2", {"use_sliding_window": False, "sliding_window": 32768}, {"use_sliding_window": False}),
+    ("llama", {"rope_parameters": YARN}, {"rope_parameters": YARN | {"beta_fast": 32, "beta_slow": 1.0}}),
+    ("llama", {"rope_parameters": YARN}, {"rope_parameters": YARN | {"truncate": True, "attention_factor": None}}),
+    ("llama", {"rope_parameters": LINEAR}, {"rope_parameters": None, "rope_theta": 10000, "rope_scaling": LINEAR}),
+    ("llama", {}, {"rope_parameters": LINEAR | {"factor": 1.0}}),
+    ("llama", {"rope_parameters": None, "rope_theta": 10000}, {"rope_parameters": None, "rope_scaling": None}),
+    ("llama", {}, {"torchscript": True, "use_bfloat16": True, "prefix": "a"}),
+]
+
+
+@pytest.mark.parametrize(("name", "of_base", "changes"), SAME_FUNCTION)
+def test_configurations_that_compute_the_same_function_are_the_same(folders, name, of_base, changes):
+    base, other = folders(name, changes, of_base)
+    for pair in ((base, other), (other, base)):
+        assert check_configuration(*pair, "checkpoint") == []
+
+
+@pytest.mark.parametrize("field", ["reorder_and_upcast_attn"])
+def test_another_precision_of_the_same_function_is_told(folders, field):
+    (warning,) = check_configuration(*folders("gpt2", {field: True}), "checkpoint")
+    assert field in warning
 
 
 @pytest.mark.parametrize("changes", [{"max_position_embeddings": 128}, {"unsloth_version": "1"}, {"n_ctx": 3}])

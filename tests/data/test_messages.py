@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import pytest
 import worlds
+from recorded import RecordedProgress
 from test_documents import CHATS, PAIRS, refusal, write_lines
 
 from dem_opt.config import DataFile, EvaluationSection, GeneralSection
@@ -17,6 +18,7 @@ from dem_opt.data.messages import Chat, Turn
 from dem_opt.data.packing import pack
 from dem_opt.data.windows import build_corpora
 from dem_opt.errors import InputError
+from dem_opt.progress import reporting
 
 HEAD = "{% if tools %}<tools>{{ tools|tojson }}</tools>{% endif %}{% for m in messages %}<{{ m.role }}>"
 TAIL = "</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -37,6 +39,16 @@ CALLING: dict[str, str] = {
     '"{{ k }}": {{ v|tojson }}{% if not loop.last %}, {% endif %}{% endfor %}{{ "}" }}}</call>{% endfor %}' + TAIL,
 }
 """Templates by the way in which they write a call's arguments; all write the same."""
+
+ASKS_FOR_NULL = (
+    "\n{% for m in messages %}{% if m['role'] == 'assistant' and m['content'] is none %}<assistant>"
+    "{% for t in m['tool_calls'] %}{{ '<call>' + t['type'] + ' ' + t['function']['name'] + ' ' "
+    "+ t['function']['arguments'] + '</call>' }}{% endfor %}</s>"
+    "{% elif m['role'] == 'assistant' %}{{ '<assistant>' + m['content'] + '</s>' }}"
+    "{% else %}{{ '<' + m['role'] + '>' + m['content'] + '</s>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+"""A template that writes the calls of messages whose content is null, and refuses a message without one."""
 
 ARGUMENTS = {"city": "M\u00fcnchen", "days": 2}
 
@@ -78,6 +90,22 @@ def test_tool_calls_are_scored_however_they_are_written(
     (chat,) = read(tmp_path, {"messages": calling(arguments, **content)})
     call = '<call>{"name": "weather", "arguments": {"city": "M\u00fcnchen", "days": 2}}</call>'
     assert said(chat, CALLING[name]) == f"{call}</s>It is 42.</s>"
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}], ids=["missing", "null"])
+@pytest.mark.parametrize("arguments", [ARGUMENTS, json.dumps(ARGUMENTS, ensure_ascii=False)], ids=["object", "text"])
+def test_a_template_that_asks_for_null_gets_it(tmp_path: Path, arguments: Any, content: dict[str, Any]) -> None:
+    (chat,) = read(tmp_path, {"messages": calling(arguments, **content)})
+    call = '<call>function weather {"city": "M\u00fcnchen", "days": 2}</call></s>'
+    assert said(chat, ASKS_FOR_NULL) == f"{call}It is 42.</s>"
+    whole = f"\n<user>What now?</s><assistant>{call}<tool>42</s><assistant>It is 42.</s>"
+    assert rendered(chat, talking(ASKS_FOR_NULL)) == whole
+
+
+def test_calls_beside_a_content_need_null_where_the_template_asks_for_it(tmp_path: Path) -> None:
+    (chat,) = read(tmp_path, {"messages": calling(ARGUMENTS, content="I look.")})
+    with pytest.raises(InputError, match=r"leaves out the tool calls of message 2; .* null"):
+        said(chat, ASKS_FOR_NULL)
 
 
 @pytest.mark.parametrize("name", [name for name in CALLING if name != "items"])
@@ -172,6 +200,80 @@ def test_sharegpt_is_the_same_conversation(tmp_path: Path) -> None:
     (expected,) = read(tmp_path, {"messages": messages})
     assert read(tmp_path, {"conversations": conversation}) == [expected]
     assert read(tmp_path, {"talk": conversation}, messages="talk") == [expected]
+
+
+MARKED = HEAD + (
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>{% endgeneration %}{% else %}{{ m.content }}</s>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TEMPLATES = {
+    "spans": HEAD + "{{ m.content }}" + TAIL,
+    "marks": MARKED,
+    "two marks": MARKED.replace(
+        "{{ m.content }}</s>{% endg", "{{ m.content }}{% endgeneration %}{% generation %}</s>{% endg"
+    ),
+    "earlier turns rewritten": HEAD + "{{ m.content if loop.last else m.content|upper }}" + TAIL,
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize(
+    ("key", "no", "yes"),
+    [("weight", 0, 1), ("weight", 0.0, None), ("train", False, True), ("training", False, None), ("loss", False, True)],
+)
+def test_a_masked_message_is_read_and_not_scored(tmp_path: Path, name: str, key: str, no: Any, yes: Any) -> None:
+    plain = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "wrong"},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "right"},
+    ]
+    masks = {1: {key: no}, 2: {key: no}, 3: {key: yes}}
+    (chat,) = read(tmp_path, {"messages": [m | masks.get(k, {}) for k, m in enumerate(plain)]})
+    (whole,) = read(tmp_path, {"messages": plain})
+    template = TEMPLATES[name]
+    assert said(chat, template) == "right</s>" and rendered(chat, talking(template)) == rendered(
+        whole, talking(template)
+    )
+    assert [turn.masked for turn in chat.turns] == [False, True, True, False]
+    assert "wrong" in said(whole, template)
+
+
+def test_masks_are_counted_and_a_conversation_of_them_alone_is_passed_over(tmp_path: Path) -> None:
+    def talk(*weights: int) -> Mapping[str, Any]:
+        return {"conversations": [{"from": "gpt", "value": "a", "weight": weight} for weight in weights]}
+
+    progress = RecordedProgress()
+    with reporting(progress):
+        (chat,) = read(tmp_path, talk(0, 0), talk(0, 1))
+    assert [turn.masked for turn in chat.turns] == [True, False]
+    assert [note for note in progress.notes if "1 of 2 messages" in note]
+    with pytest.raises(InputError, match="no text to score"):
+        read(tmp_path, talk(0))
+
+
+def test_conversations_that_differ_in_their_masks_are_two(tmp_path: Path) -> None:
+    last = {"role": "assistant", "content": "b"}
+    rows = [{"messages": [{"role": "assistant", "content": "a", "weight": weight}, last]} for weight in (1, 0, 1)]
+    chats = read(tmp_path, *rows)
+    assert len({*chats}) == len({chat.bare for chat in chats}) == 2
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"weight": 0.5},
+        {"weight": "0"},
+        {"weight": -1},
+        {"train": []},
+        {"weight": 0, "train": True},
+        {"training_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]},
+        {"content": [{"type": "text", "text": "a", "weight": 0}]},
+    ],
+)
+def test_a_mask_that_is_neither_yes_nor_no_is_refused(tmp_path: Path, keys: Mapping[str, Any]) -> None:
+    with pytest.raises(InputError, match="line 1, message 1"):
+        read(tmp_path, {"messages": [{"role": "assistant", "content": "a", **keys}]})
 
 
 def test_a_prompt_and_a_completion_may_be_messages(tmp_path: Path) -> None:
