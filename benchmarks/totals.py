@@ -13,6 +13,7 @@ from pathlib import Path
 from time import perf_counter
 
 import numpy as np
+import optuna
 import torch
 from landscapes import Landscape, four, make_landscape
 from search import Curve, opened, quartiles, say
@@ -107,6 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     landscapes = [Landscape(f"{steps}-{rate:g}", 0, four(steps, 0, rate)) for steps, rate in TUNES.values()]
     results = []
     for landscape in landscapes:

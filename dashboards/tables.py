@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import comb, exp
+from math import comb
 
 from dem_opt.analysis.regret import Comparison, Regret, compare
 from dem_opt.analysis.rivals import RIVALS
@@ -11,7 +11,7 @@ from dem_opt.analysis.utilization import usage_of
 from dem_opt.dashboards.words import ABSENT, coefficients_text, margin_text
 from dem_opt.data.overlap import Overlap, OverlapRow
 from dem_opt.evaluation.objective import mean_nll
-from dem_opt.types import BITS_PER_BYTE, HELD_OUT, SEARCH, Margin, ResultRow, Summary
+from dem_opt.types import BITS_PER_BYTE, HELD_OUT, SEARCH, Margin, ResultRow, Summary, perplexity
 
 SPLIT_NAMES = {SEARCH: "search split", HELD_OUT: "held-out split"}
 """Each split, as readers know it."""
@@ -115,7 +115,7 @@ def _mean(form: str, result: ResultRow, split: str, summary: Summary) -> float |
     if form.startswith("bits"):
         return mean_nll(scores, summary.weights, BITS_PER_BYTE)
     nll = mean_nll(scores, summary.weights)
-    return exp(nll) if form == "perplexity" else nll
+    return perplexity(nll) if form == "perplexity" else nll
 
 
 def _weighs_equally(summary: Summary) -> bool:

@@ -165,6 +165,11 @@ class Corpus:
     windows: Windows
 
 
+def perplexity(nll: float) -> float:
+    """exp(NLL) of nats per token; infinite from 709 on, where exp overflows float64."""
+    return exp(nll) if nll < 709 else inf
+
+
 @dataclass(frozen=True)
 class Score:
     """Loss of one composite on one corpus, or on the first of its windows.
@@ -201,8 +206,8 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp(NLL); infinite from 709 nats per token on, where exp overflows float64."""
-        return exp(self.nll) if self.nll < 709 else inf
+        """exp(NLL)."""
+        return perplexity(self.nll)
 
     @property
     def bytes(self) -> int | None:

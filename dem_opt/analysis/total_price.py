@@ -72,8 +72,8 @@ def price_line(price: TotalPrice, unit: str) -> str:
     if price.mend is not None and price.best is not None:
         best, (low, high) = price.best, price.mend
         return (
-            f"A sum of {price.total:g} costs about {-best.mean:.2g} {unit} here: {words[best.rival]} is better by so "
-            f"much (search split, 95% interval {-best.high:.4f} to {-best.low:.4f}). "
+            f"A sum of {price.total:g} costs at least {-best.mean:.2g} {unit} here: {words[best.rival]} is better by "
+            f"so much (search split, 95% interval {-best.high:.4f} to {-best.low:.4f}). "
             f"Try simplex: {{total: [{low:g}, {high:g}]}}."
         )
     ends = "" if price.low is None or price.high is None else f" ({price.low:+.3f} to {price.high:+.3f})"
@@ -165,8 +165,8 @@ def total_price(ledger: Ledger, identity: StudyIdentity, winner: Coefficients) -
 
 
 def _mend(total: float, better: float, dimension: int) -> tuple[float, float]:
-    """A range of totals that has the better one, and room around it."""
-    return (0.0, float(max(dimension, ceil(2 * better)))) if better > total else (0.0, total)
+    """A range of totals that has the better one: up to the sum of all vectors, or down to the base."""
+    return (0.0, float(max(dimension, ceil(better)))) if better > total else (0.0, total)
 
 
 @dataclass(frozen=True, kw_only=True)

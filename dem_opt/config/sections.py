@@ -321,7 +321,9 @@ class SimplexSection(Section):
     """The coefficient space: coefficients of at least 0 that sum to `total`."""
 
     total: PositiveReal | Range = 1.0
-    """Sum of the coefficients; the base has the rest, 1 - total. A pair `[0, 2]` lets the sum vary between the two."""
+    """Sum of the coefficients; the base has the rest, 1 - total. A pair `[0, 3]` lets the sum vary between the two: the
+    number of distributions is a good upper end, since the sum of all vectors has it. `run` says where that pays.
+    """
 
     bounds: dict[Name, Range] = Field(default_factory=dict)
     """Lowest and highest coefficient, by distribution: `{code: [0, 0.8]}`."""
@@ -450,9 +452,9 @@ class SearchSection(Section):
     """Seed of the proposals."""
 
     divisions: Positive = 10
-    """Steps of the grid along each edge of the simplex: 10 makes steps of a tenth of the total. It has
-    C(divisions + n - 1, n - 1) points for n distributions, whatever `trials` says: 286 for four, 1,001 for five, 3,003
-    for six.
+    """Steps of the grid along each edge of the simplex: 10 makes steps of a tenth of the total, or of the
+    greatest total. It has C(divisions + n - 1, n - 1) points for n distributions, whatever `trials` says: 286 for four,
+    1,001 for five, 3,003 for six. A range of totals counts as one distribution more.
     """
 
     grid_limit: Positive = 500

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, isfinite
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,17 @@ from dem_opt.export.writer import Export
 from dem_opt.planning.inputs import Inputs
 from dem_opt.simplex import UNIT, Coefficients
 from dem_opt.storage.engine import masked
-from dem_opt.types import BITS_PER_BYTE, DOCUMENTS, NATS_PER_TOKEN, UNITS, Margin, ResultRow, StoredModel, TotalPrice
+from dem_opt.types import (
+    BITS_PER_BYTE,
+    DOCUMENTS,
+    NATS_PER_TOKEN,
+    UNITS,
+    Margin,
+    ResultRow,
+    StoredModel,
+    TotalPrice,
+    perplexity,
+)
 
 CARD, RECIPE = "README.md", "mergekit.yaml"
 
@@ -262,7 +272,7 @@ def _losses(split: str, results: Sequence[ResultRow], unit: str, objective: str)
         value = result.objective[split]
         losses = [f"{result.scores[split][name].loss(unit):.4f}" for name in names]
         mean = [f"{value:.4f}"] if objective else []
-        rows.append([result.label, *losses, *mean, *([f"{exp(value):.3f}"] if has_perplexity else [])])
+        rows.append([result.label, *losses, *mean, *([f"{perplexity(value):.3f}"] if has_perplexity else [])])
     title = "NLL in nats per token." if unit == NATS_PER_TOKEN else "Bits per byte of the scored text."
     heads = ["composite", *names, *([objective] if objective else [])]
     return f"{title}\n\n{_table([*heads, *(['perplexity of the mean'] if has_perplexity else [])], rows)}"

@@ -1,15 +1,17 @@
 """Cards and recipes: what they tell is what was done, and whatever users write shows as it is."""
 
+import re
 from dataclasses import replace
 
 import pytest
 import worlds
 import yaml
 
+from dem_opt.analysis.total_price import price_line
 from dem_opt.config import load
 from dem_opt.export.model_card import Ingredient, licence, model_card, recipe, resolved
 from dem_opt.simplex import UNIT, Coefficients
-from dem_opt.types import Margin, ResultRow, Score, StoredModel
+from dem_opt.types import Margin, ResultRow, Score, StoredModel, TotalPrice
 
 UNITS = {"base": 10**8, "code": 3 * 10**8, "math": 6 * 10**8}
 
@@ -63,6 +65,34 @@ def test_a_card_tells_coefficients_scores_margins_and_provenance(tmp_path):
     assert ["base", "held-out", "0.5000", "0.2500 to 0.7500"] in rows(card)
     assert "search split" in card and "held-out split" in card and "All weights are bfloat16" in card
     assert "    name: tiny\n    base: <b>models</b>\n" in card
+
+
+@pytest.mark.parametrize("mend", [None, (0.0, 3.0)])
+def test_a_card_tells_the_price_of_the_sum(tmp_path, mend):
+    rival = Margin(rival="sum", split="search", mean=-0.06, low=-0.07, high=-0.05)
+    price = TotalPrice(
+        total=1.0, slope=-0.1, low=-0.12, high=-0.08, basis="step", optimum=1.5, rivals=(rival,), mend=mend
+    )
+    card = model_card("study", ingredients(tmp_path), {}, total_price=price)
+    assert re.sub(r"\\(.)", r"\1", card).count(price_line(price, "nats per token")) == 1
+
+
+@pytest.mark.parametrize(("total", "base"), [(1.8, -0.8), (0.9, 0.1), (1.0, 0.0)])
+def test_a_sum_other_than_1_is_said_and_its_recipe_keeps_it(tmp_path, total, base):
+    units = {"base": round(base * UNIT), "code": UNIT // 2, "math": round((total - 0.5) * UNIT)}
+    made = ingredients(tmp_path, units)
+    worlds.save_model(made[0].path, seed=0)
+    card = model_card("study", made, {})
+    assert (f"sum to {total:g} " in card) == (total != 1)
+    assert ["base", f"{base:.9f}", "not stated", "base-content"] in rows(card)
+    weights = [model["parameters"]["weight"] for model in yaml.safe_load(recipe(made))["models"]]
+    assert sum(weights) == pytest.approx(total)
+
+
+def test_a_loss_beyond_the_range_of_exponentials_has_an_infinite_perplexity(tmp_path):
+    """As the sum of long vectors may have."""
+    card = model_card("study", ingredients(tmp_path), {}, "", [result("winner", 1e4)])
+    assert rows(card).count(["winner", "10000.0000", "20000.0000", "15000.0000", "inf"]) == 2
 
 
 def test_a_card_leaves_out_a_composite_where_a_split_was_not_scored(tmp_path):
