@@ -3,16 +3,20 @@
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
 import optuna
+import psutil
 from counted import notes_of
 from mlflow.tracking import MlflowClient
 
@@ -64,6 +68,19 @@ def live(moment: str, words: list[str], variables: Mapping[str, str], output: st
     import driver
 
     driver.drive(moment, words)
+
+
+@contextmanager
+def standing_still(*drivers: subprocess.Popen[str]) -> Iterator[None]:
+    """While these drivers stand still, each after the trial at which it stops itself; then they go on."""
+    for driver in drivers:
+        process = psutil.Process(driver.pid)
+        while process.status() != psutil.STATUS_STOPPED:
+            assert driver.poll() is None, driver.communicate()[0]
+            time.sleep(0.05)
+    yield
+    for driver in drivers:
+        driver.send_signal(signal.SIGCONT)
 
 
 @dataclass(frozen=True)

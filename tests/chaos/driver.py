@@ -1,13 +1,15 @@
-"""A driver that dies when it is told to: `dem-opt`, with every evaluation noted and one SIGKILL at a chosen boundary.
+"""A driver that dies or stands still by itself: `dem-opt`, with every evaluation noted.
 
     python driver.py MOMENT COMMAND...
 
-MOMENT is "never", BOUNDARY:CALL (right after that call of it), or "told+SECONDS" (after the first trial is told).
+MOMENT is "never", BOUNDARY:CALL (a SIGKILL right after that call of it), BOUNDARY:CALL+SECONDS (so much later), or
+"stop:COUNT" (a SIGSTOP after so many trials are told; whoever started the driver lets it go on; several by commas).
 """
 
 import os
 import signal
 import sys
+from functools import partial
 from threading import Timer
 from typing import Any
 
@@ -35,26 +37,31 @@ BOUNDARIES: dict[str, tuple[Any, str]] = {
 }
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
 
 
 def arm(moment: str) -> None:
-    """Die at this moment."""
-    if moment.startswith("told+"):
-        timer = Timer(float(moment.removeprefix("told+")), die)
-        timer.daemon = True
-        after(Search, "tell", lambda call: timer.start() if call == 1 else None)
-    elif moment != "never":
-        boundary, _, last = moment.partition(":")
-        owner, name = BOUNDARIES[boundary]
-        after(owner, name, lambda call: die() if call == int(last) else None)
-        if name == "write_composite":
-            export.write_composite = writer.write_composite
+    """Die or stand still at this moment."""
+    if moment == "never":
+        return
+    boundary, _, when = moment.partition(":")
+    if boundary == "stop":
+        counts = {int(count) for count in when.split(",")}
+        after(Search, "tell", lambda call: send(signal.SIGSTOP) if call in counts else None)
+        return
+    last, _, seconds = when.partition("+")
+    timer = Timer(float(seconds or 0), send, [signal.SIGKILL])
+    timer.daemon = True
+    act = timer.start if seconds else partial(send, signal.SIGKILL)
+    owner, name = BOUNDARIES[boundary]
+    after(owner, name, lambda call: act() if call == int(last) else None)
+    if name == "write_composite":
+        export.write_composite = writer.write_composite
 
 
 def drive(moment: str, words: list[str]) -> None:
-    """Be `dem-opt` with these words, until the moment."""
+    """Be `dem-opt` with these words."""
     context.build = build
     arm(moment)
     sys.exit(main.main(words))

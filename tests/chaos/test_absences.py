@@ -66,21 +66,15 @@ def mlflow(tmp_path: Path) -> Iterator[MlflowServer]:
     server.kill()
 
 
-def wait_until_told(driver: "subprocess.Popen[str]", study: Path, count: int) -> None:
-    while books.count_ended(study) < count:
-        assert driver.poll() is None, driver.communicate()[0]
-        time.sleep(0.2)
-
-
 def test_mlflow_may_go_and_come_back(make_study: Callable[..., Path], mlflow: MlflowServer) -> None:
     planned = 200
     study = make_study(planned, tracking={"uri": mlflow.uri})
     mlflow.start()
-    driver = books.start("never", "run", study)
-    wait_until_told(driver, study, 30)
-    mlflow.kill()
-    wait_until_told(driver, study, 60)
-    mlflow.start()
+    driver = books.start("stop:30,60", "run", study)
+    with books.standing_still(driver):
+        mlflow.kill()
+    with books.standing_still(driver):
+        mlflow.start()
     said, _ = driver.communicate(timeout=600)
     assert driver.returncode == 0, said
     assert said.count("the study goes on, the next run logs what is missing") == 1
@@ -157,14 +151,17 @@ def test_a_database_that_refuses_writes_is_waited_for(
     planned = 120
     study = make_study(planned, storage=postgres_url)
     name = make_url(postgres_url).database
-    driver = books.start("never", "run", study)
+    driver = books.start("stop:20", "run", study)
     lines = Lines(driver)
-    wait_until_told(driver, study, 20)
-    for mode in ("on", "off"):
+
+    def refuse(mode: str) -> None:
         postgres.psql(f"ALTER DATABASE {name} SET default_transaction_read_only = {mode}")
         postgres.psql(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
-        if mode == "on":
-            lines.wait_for("read-only")
+
+    with books.standing_still(driver):
+        refuse("on")
+    lines.wait_for("read-only")
+    refuse("off")
     assert lines.end() == 0, lines.text
     assert "is back after" in lines.text
     books.read(study).check(planned)
@@ -175,9 +172,9 @@ def test_a_database_that_stays_away_ends_the_run_in_a_line(
 ) -> None:
     planned = 120
     study = make_study(planned, storage=postgres_url, outages={"storage": 3})
-    driver = books.start("never", "run", study)
-    wait_until_told(driver, study, 20)
-    postgres.stop()
+    driver = books.start("stop:20", "run", study)
+    with books.standing_still(driver):
+        postgres.stop()
     said, _ = driver.communicate(timeout=300)
     postgres.ensure_postgres_running()
     assert driver.returncode == 1, said

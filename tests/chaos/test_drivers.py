@@ -2,7 +2,6 @@
 
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +15,10 @@ KILLS = 25
 
 
 def moments(seed: int) -> list[str]:
-    """Once each boundary that `run` crosses, and seeded moments after the first trial of a driver's life is told."""
+    """Once each boundary that `run` crosses, and seeded moments within the first trials of a driver's life."""
     rng = random.Random(seed)
     at = [f"{boundary}:{rng.randint(2, 6)}" for boundary in BOUNDARIES if boundary != "export renamed"]
-    return at + [f"told+{rng.uniform(0.0, 0.6):.3f}" for _ in range(KILLS - len(at))]
+    return at + [f"told:{rng.randint(1, 6)}+{rng.uniform(0.0, 0.05):.3f}" for _ in range(KILLS - len(at))]
 
 
 def test_a_study_whose_drivers_are_killed_ends_with_every_trial_once(make_study: Callable[..., Path]) -> None:
@@ -51,13 +50,6 @@ def test_an_export_that_is_killed_registers_its_model_once(make_study: Callable[
     assert len(books.versions(study)) == 1
 
 
-def wait_for_trials(drivers: list[subprocess.Popen[str]], study: Path, count: int) -> None:
-    """Until the study has so many told trials."""
-    while books.count_ended(study) < count:
-        assert any(driver.poll() is None for driver in drivers), "somebody drives"
-        time.sleep(0.2)
-
-
 def test_three_drivers_divide_a_study_whatever_happens_to_one_and_to_the_server(
     make_study: Callable[..., Path], postgres: PostgresServer, postgres_url: str
 ) -> None:
@@ -65,19 +57,18 @@ def test_three_drivers_divide_a_study_whatever_happens_to_one_and_to_the_server(
     # The lattice of 299 divisions of two distributions has 300 points.
     search = {"algorithm": "grid", "divisions": planned - 1}
     study = make_study(planned, storage=postgres_url, search=search)
-    drivers = [books.start("never", "run", study) for _ in range(3)]
-    wait_for_trials(drivers, study, 60)
-    drivers[0].kill()
-    drivers[0].communicate()
-    wait_for_trials(drivers[1:], study, 120)
-    postgres.stop()
+    killed, *others = [books.start(moment, "run", study) for moment in ("told:20", "stop:40", "stop:40")]
+    died_with, _ = killed.communicate(timeout=600)
+    assert killed.returncode == -signal.SIGKILL, died_with
+    with books.standing_still(*others):
+        postgres.stop()
     time.sleep(3)
     postgres.ensure_postgres_running()
-    said = [driver.communicate(timeout=600)[0] for driver in drivers[1:]]
-    assert [driver.returncode for driver in drivers[1:]] == [0, 0], "\n".join(said)
+    said = [driver.communicate(timeout=600)[0] for driver in others]
+    assert [driver.returncode for driver in others] == [0, 0], "\n".join(said)
     assert any("is back after" in output for output in said), said
     outcome = books.read(study)
     outcome.check(planned)
     assert len(set(outcome.coefficients.values())) == planned, "no point was proposed twice"
     # What the killed driver had in hand, and what the outage caught between its score and its record.
-    assert outcome.repeated <= 2 + 2 * len(drivers)
+    assert outcome.repeated <= 2 + 2 * 3
