@@ -295,7 +295,7 @@ def test_a_study_runs_on_the_services(
     storage = optuna.storages.RDBStorage(lines["storage"])
     (summary,) = optuna.get_all_study_summaries(storage)
     trials = optuna.load_study(study_name=summary.study_name, storage=storage).trials
-    assert len(trials) >= 3 and {trial.state.name for trial in trials} == {"COMPLETE"}
+    assert len(trials) >= 3 and {trial.state.name for trial in trials} <= {"COMPLETE", "PRUNED"}
     storage.remove_session()
     storage.engine.dispose()
 
