@@ -20,7 +20,7 @@ FILE = "published.json"
 
 @dataclass(frozen=True)
 class _Published:
-    """Digest of the results, and the URL of MLflow, which had all trials too."""
+    """Digest of the results, and the URL of MLflow, which had all trials too; without its password."""
 
     results: str
     tracking: str
@@ -43,5 +43,7 @@ def is_published(config: StudyConfig, summary: "Summary") -> bool:
 
 
 def _published(config: StudyConfig, summary: "Summary") -> _Published:
+    from dem_opt.storage.engine import masked
+
     results = {key: value for key, value in json_output.of_summary(summary).items() if key != "cost"}
-    return _Published(sha256(json.dumps(results).encode()).hexdigest(), config.tracking.uri)
+    return _Published(sha256(json.dumps(results).encode()).hexdigest(), masked(config.tracking.uri))

@@ -32,6 +32,17 @@ def ray_address() -> Iterator[str]:
 
 
 @pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A head that holds nothing, and one node that holds workers."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("PYTHONPATH", books.environment()["PYTHONPATH"])
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture
 def make_study(tmp_path: Path, ray_address: str) -> Callable[..., Path]:
     """Makes a study of two tiny distributions; sections of the study file replace the usual ones."""
 

