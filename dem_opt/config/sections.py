@@ -86,9 +86,9 @@ class DataFile(Section):
 
     path: Annotated[StudyPath | list[StudyPath] | None, default_note("required, unless `task` is given")] = None
     """Data file, folder of data files, or glob pattern such as `data/math-*.jsonl`; or a list of these. Files are JSON
-    lines or an array of objects (`.jsonl`, `.json`), tables (`.csv`, `.tsv`, `.parquet`) or one document each (`.txt`),
-    compressed or not (`.gz`, `.zst`, `.bz2`, `.xz`, `.lz4`, `.zip`). A folder that `datasets` wrote with `save_to_disk`
-    is read too.
+    lines or an array of objects (`.jsonl`, `.json`), tables (`.csv`, `.tsv`, `.parquet`, `.arrow`) or one document each
+    (`.txt`), compressed or not (`.gz`, `.zst`, `.bz2`, `.xz`, `.lz4`, `.zip`). A folder that `datasets` wrote with
+    `save_to_disk` is read too.
     """
 
     format: Literal["text", "prompt_completion", "messages"] = "text"

@@ -51,6 +51,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises InputError for a file that is missing, unreadable or no YAML, and for a key that is given twice.
     """
     try:
+        _refuse_other_than_file(path)
         data = _parse(path, path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(path, None, None, "no such study file") from None
@@ -61,6 +62,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise InputError(path, None, data, "a study file is a mapping that begins with `name:`")
     return data
+
+
+def _refuse_other_than_file(path: Path) -> None:
+    """Raise InputError for a folder, and for what may have no end: a pipe, a socket or a device."""
+    if path.is_dir():
+        inside = path / "study.yaml"
+        named = f": {inside}" if inside.is_file() else ""
+        raise InputError(path, None, None, f"is a folder; name the study file in it{named}")
+    if path.exists() and not path.is_file():
+        raise InputError(
+            path, None, None, "is no file, but a pipe or device; write the study to a file, which is read again"
+        )
 
 
 def _parse(path: Path, text: str) -> object:

@@ -17,7 +17,7 @@ from typing import Literal
 from dem_opt.config import DataFile
 from dem_opt.errors import InputError
 
-Kind = Literal["json", "csv", "tsv", "parquet", "text", "saved"]
+Kind = Literal["json", "csv", "tsv", "parquet", "arrow", "text", "saved"]
 
 _KINDS: Mapping[str, Kind] = {
     ".jsonl": "json",
@@ -27,12 +27,14 @@ _KINDS: Mapping[str, Kind] = {
     ".tsv": "tsv",
     ".tab": "tsv",
     ".parquet": "parquet",
+    ".arrow": "arrow",
     ".txt": "text",
 }
 """Kinds of files by their ending, in lower case."""
 
 _READABLE = (
-    "must be a .jsonl or .json file (JSON objects), a .csv, .tsv or .parquet file (a table) or a .txt file "
+    "must be a .jsonl or .json file (JSON objects), a .csv, .tsv, .parquet or .arrow file (a table) or a "
+    ".txt file "
     "(one document), which may be compressed (.gz, .zst, .bz2, .xz, .lz4, .zip)"
 )
 
@@ -186,7 +188,7 @@ def _kind(path: Path) -> Kind | None:
     if name.suffix not in _COMPRESSIONS:
         return _KINDS.get(name.suffix)
     kind = _KINDS.get(PurePath(name.stem).suffix)
-    return None if kind == "parquet" else kind
+    return None if kind in ("parquet", "arrow") else kind
 
 
 def is_data_file(path: Path) -> bool:

@@ -6,7 +6,7 @@ The only module of the package that imports the harness, together with `workflow
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -73,6 +73,13 @@ def task_manager(include: Path | None, tasks: tuple[str, ...], field: str) -> An
         return manager()
     own = manager(include_path=str(include), include_defaults=False)
     return own if {*tasks} <= {*own.all_tasks} else manager(include_path=str(include))
+
+
+@contextmanager
+def in_folder(include: Path | None) -> Iterator[None]:
+    """Work in the folder of task files: the harness takes relative `data_files` from the current one."""
+    with nullcontext() if include is None else chdir(include):
+        yield
 
 
 def check_tasks(tasks: Sequence[str], include: Path | None, where: Path | str | None, field: str, key: str) -> None:
@@ -173,7 +180,7 @@ def _load(data: DataFile, field: str) -> list[Any]:
     from datasets.exceptions import DatasetsError
 
     try:
-        with _offline(), warnings.catch_warnings():
+        with _offline(), in_folder(data.include), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tasks = manager.load([data.task])["tasks"].values()
     except (OSError, DatasetsError, *_FAULTS) as error:

@@ -1,8 +1,8 @@
 """Data files -> rows: JSON objects, rows of tables, or a whole text, each with its place for messages.
 
 JSON and CSV are read here, because `datasets` does not name the line that is broken, and .txt too, because it makes a
-document of every line.  Parquet and folders of `save_to_disk` are read through `datasets`, a row at a time: nothing is
-downloaded or left on disk.
+document of every line.  Arrow files are mapped into memory.  Parquet and folders of `save_to_disk` are read through
+`datasets`, a row at a time: nothing is downloaded or left on disk.
 """
 
 import codecs
@@ -31,6 +31,7 @@ _ROWS_AT_ONCE = 1000
 _WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # UTF-32's other mark begins with UTF-16's
 _WIDE_JSON = (b"{\0", b"\0{", b"[\0", b"\0[")
 _SPACE = re.compile(r"[ \t\r\n]*")
+_ARROW_FILE = b"ARROW1"
 _DELIMITERS: Mapping[Kind, str] = {"csv": ",", "tsv": "\t"}
 
 
@@ -53,7 +54,10 @@ class Row:
     noun: str = "must have"
 
     def __getitem__(self, names: tuple[str, ...]) -> Any:
-        """The value of the first of a column's names that the row has, else MISSING; `a.b` is b within the column a."""
+        """The value of the first of a column's names that the row has, else MISSING.
+
+        `a.b` is b within the column a, and `a.0` the first item of a list.
+        """
         return next((value for name in names if (value := _look_up(self.entry, name)) is not MISSING), MISSING)
 
     def error(self, mend: str, value: object = MISSING) -> InputError:
@@ -65,12 +69,17 @@ class Row:
         return self.error(f" {self.noun} {form}")
 
 
-def _look_up(entry: Mapping[str, Any], column: str) -> Any:
-    if column in entry:
-        return entry[column]
-    outer, dot, rest = column.partition(".")
-    within = entry.get(outer)
-    return _look_up(within, rest) if dot and isinstance(within, Mapping) else MISSING
+def _look_up(value: Any, column: str) -> Any:
+    """What a dotted name leads to within nested objects and lists; MISSING where it leads to nothing."""
+    if isinstance(value, Mapping) and column in value:
+        return value[column]
+    key, dot, rest = column.partition(".")
+    inner: Any = MISSING
+    if isinstance(value, Mapping):
+        inner = value.get(key, MISSING) if dot else MISSING
+    elif isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+        inner = value[int(key)]
+    return _look_up(inner, rest) if dot else inner
 
 
 def read_rows(file: SourceFile, columns: Columns, optional: Columns) -> Generator[Row]:
@@ -91,6 +100,8 @@ def read_rows(file: SourceFile, columns: Columns, optional: Columns) -> Generato
             return _csv(file, columns)
         case "parquet":
             return _parquet(file, columns, optional)
+        case "arrow":
+            return _arrow(file, columns, optional)
         case "saved":
             return _saved(file, columns, optional)
         case "text":
@@ -247,6 +258,19 @@ def _parquet(file: SourceFile, columns: Columns, optional: Columns) -> Generator
             chosen = _table_columns(names, columns, optional, file)
             options = {"columns": chosen, "batch_size": _ROWS_AT_ONCE, "cache_dir": cache}
             yield from _table_rows(datasets.IterableDataset.from_parquet(escape(str(file.path)), **options), file)
+
+
+def _arrow(file: SourceFile, columns: Columns, optional: Columns) -> Generator[Row]:
+    """The rows of an Arrow file, mapped into memory: of a stream, as `datasets` has in its cache, or of a file."""
+    from pyarrow import ipc, memory_map
+
+    with _table_errors(file, "Arrow"), memory_map(str(file.path)) as source:
+        is_file = source.read(len(_ARROW_FILE)) == _ARROW_FILE
+        source.seek(0)
+        reader = ipc.open_file(source) if is_file else ipc.open_stream(source)
+        chosen = _table_columns(reader.schema.names, columns, optional, file)
+        batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+        yield from _table_rows((row for batch in batches for row in batch.select(chosen).to_pylist()), file)
 
 
 def _saved(file: SourceFile, columns: Columns, optional: Columns) -> Generator[Row]:

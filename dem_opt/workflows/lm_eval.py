@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dem_opt.analysis.task_scores import TaskScore
-from dem_opt.data.harness import import_harness, task_manager
+from dem_opt.data.harness import import_harness, in_folder, task_manager
 from dem_opt.errors import InputError
 
 
@@ -55,13 +55,15 @@ def run_tasks(job: TaskJob) -> dict[str, TaskScore]:
     import torch
 
     harness = import_harness("evaluate")
-    with warnings.catch_warnings():
+    tasks = task_manager(job.include, job.tasks, "evaluate")
+    model, tokenizer = job.model.absolute(), job.tokenizer.absolute()
+    with in_folder(job.include), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             evaluation = harness.simple_evaluate(
                 model="hf",
                 model_args={
-                    **{"pretrained": str(job.model), "tokenizer": str(job.tokenizer)},
+                    **{"pretrained": str(model), "tokenizer": str(tokenizer)},
                     "trust_remote_code": False,
                 },
                 tasks=list(job.tasks),
@@ -71,7 +73,7 @@ def run_tasks(job: TaskJob) -> dict[str, TaskScore]:
                 limit=job.limit,
                 bootstrap_iters=100,
                 log_samples=False,
-                task_manager=task_manager(job.include, job.tasks, "evaluate"),
+                task_manager=tasks,
             )
         except OSError as error:
             reason = str(error).strip().partition("\n")[0]

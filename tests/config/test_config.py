@@ -1,6 +1,7 @@
 """The study file: defaults, and one line for each mistake."""
 
 import copy
+import os
 from pathlib import Path
 
 import pytest
@@ -443,6 +444,26 @@ def test_a_file_that_is_not_there_or_not_text_is_named(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match=r"binary.yaml: the study file must be UTF-8"):
         load(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device"])
+def test_what_is_no_file_is_told_at_once(tmp_path, kind):
+    path = tmp_path / "study.yaml"
+    match kind:
+        case "folder":
+            (path / "study.yaml").mkdir(parents=True)
+        case "pipe":
+            os.mkfifo(path)
+        case "device":
+            path.symlink_to("/dev/zero")
+    with pytest.raises(InputError, match="is a folder" if kind == "folder" else "is no file"):
+        load(path)
+
+
+def test_a_folder_in_the_place_of_its_study_file_names_it(tmp_path):
+    (tmp_path / "study.yaml").write_text("name: a\n")
+    with pytest.raises(InputError, match=r"name the study file in it: .*/study\.yaml"):
+        load(tmp_path)
 
 
 MODELS = {

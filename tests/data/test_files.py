@@ -61,6 +61,14 @@ def write_folder(path: Path, entries: Entries) -> None:
         (path / other).write_text("{")
 
 
+def write_arrow(path: Path, entries: Entries) -> None:
+    """A file of Arrow, in two batches; the cache of `datasets` has streams."""
+    table = pyarrow.Table.from_pylist(list(entries))
+    new = pyarrow.ipc.new_stream if path.name.startswith("stream") else pyarrow.ipc.new_file
+    with pyarrow.OSFile(str(path), "wb") as sink, new(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+
+
 WRITERS: dict[str, Callable[[Path, Entries], Any]] = {
     "a.JSONL": lambda path, entries: path.write_bytes(lines(entries)),
     "a.ndjson": lambda path, entries: path.write_bytes(b"\xef\xbb\xbf" + lines(entries)),
@@ -82,6 +90,8 @@ WRITERS: dict[str, Callable[[Path, Entries], Any]] = {
     "a.csv": write_table,
     "a.TSV": write_table,
     "a.Parquet": lambda path, entries: parquet.write_table(pyarrow.Table.from_pylist(list(entries)), path),
+    "stream.arrow": write_arrow,
+    "a.Arrow": write_arrow,
     "saved": lambda path, entries: datasets.Dataset.from_list(list(entries)).save_to_disk(path),
     "folder": write_folder,
 }
@@ -164,6 +174,40 @@ def test_columns_may_be_nested(tmp_path: Path, name: str) -> None:
             read_documents(DataFile(**path, text=missing))
 
 
+@pytest.mark.parametrize("name", [name for name in WRITERS if name[-3:].lower() not in ("csv", "tsv")])
+def test_a_column_may_be_an_item_of_a_list(tmp_path: Path, name: str) -> None:
+    rows = [{"answers": [{"text": text}, {"text": "z"}], "lines": [[text], []]} for text in "ab"]
+    WRITERS[name](tmp_path / name, rows)
+    for column in ("answers.0.text", "lines.0.0"):
+        assert read_documents(DataFile(path=tmp_path / name, text=column)) == ["a", "b"]
+    assert read_documents(DataFile(path=tmp_path / name, text="answers.1.text")) == ["z", "z"]
+    for missing in ("answers.2.text", "answers.-1.text", "answers.text", "answers.0", "lines.1.0", "lines.0.0.0"):
+        with pytest.raises(InputError):
+            read_documents(DataFile(path=tmp_path / name, text=missing))
+
+
+def test_a_cache_of_datasets_is_read_by_file(tmp_path: Path) -> None:
+    """The cache of a data set with two splits, as `load_dataset` leaves it: its folder does not say which to take."""
+    for split in "ab":
+        (tmp_path / f"{split}.jsonl").write_bytes(lines([{"text": split}]))
+    files = {split: str(tmp_path / f"{split}.jsonl") for split in "ab"}
+    datasets.load_dataset("json", data_files=files, cache_dir=str(tmp_path / "cache"))
+    for split in "ab":
+        (path,) = (tmp_path / "cache").rglob(f"json-{split}.arrow")
+        assert read_documents(DataFile(path=path)) == [split]
+    with pytest.raises(InputError, match="several kinds"):
+        read_documents(DataFile(path=path.parent))
+
+
+def test_what_may_have_no_end_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
+    for name in ("a.jsonl", "zero.jsonl"):
+        assert "not a file" in refusal(DataFile(path=tmp_path / name))
+    assert "no data files" in refusal(DataFile(path=tmp_path))
+    assert "no file matches" in refusal(DataFile(path=tmp_path / "*.jsonl"))
+
+
 def test_a_table_keeps_its_texts_as_they_are(tmp_path: Path) -> None:
     texts = ["NA", "null", "1.0", " padded ", 'with "quotes", commas', "two\r\nlines", "x" * 200_000]
     write_table(tmp_path / "a.csv", [{"text": text, "id": 1} for text in texts])
@@ -208,6 +252,10 @@ DAMAGED: list[tuple[str, bytes, dict[str, str], str]] = [
     ("open.csv", b'text\n"a\nb\n', {}, "is no line of a table (unexpected end of data)"),
     ("latin.csv", b"text\ncaf\xe9\n", {}, "must be UTF-8 text; byte 8 is not"),
     ("list.csv", b"messages\nhello\n", CHATS, 'row 1, line 2 must have "messages", a list of objects'),
+    ("text.arrow", b"ARROW1 and no more", {}, "can't be read as Arrow"),
+    ("empty.arrow", b"", {}, "can't be read as Arrow"),
+    ("lines.arrow", b'{"text": "a"}\n' * 9, {}, "can't be read as Arrow"),
+    ("a.arrow.gz", gzip.compress(b"a"), {}, "must be a .jsonl or .json file"),
     ("pair.txt", b"a", PAIRS, "a .txt file is one document of format text"),
 ]
 
@@ -247,6 +295,16 @@ def test_paths_that_lead_to_nothing_or_twice_to_a_file_are_told(tmp_path: Path) 
         with pytest.raises(InputError, match=mend.replace("(", "\\(").replace(")", "\\)")) as caught:
             read_documents(DataFile(path=[tmp_path / name for name in names]), "train")
         assert caught.value.field == "train" and str(tmp_path) in str(caught.value.where)
+
+
+@pytest.mark.parametrize("name", ["stream.arrow", "a.arrow"])
+def test_an_arrow_file_that_is_cut_or_lacks_the_column_is_told(tmp_path: Path, name: str) -> None:
+    write_arrow(tmp_path / name, [{"text": "a" * 500}] * 9)
+    assert "did you mean 'text'?" in refusal(DataFile(path=tmp_path / name, text="txt"))
+    content = (tmp_path / name).read_bytes()
+    for end in (9, 300, 1500, len(content) - 200):
+        (tmp_path / name).write_bytes(content[:end])
+        assert "can't be read as Arrow" in refusal(DataFile(path=tmp_path / name))
 
 
 @pytest.mark.parametrize("name", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"])

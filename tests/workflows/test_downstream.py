@@ -1,7 +1,9 @@
 """Laws of models on tasks: each measured once and as the harness would, ranked, with how far rankings agree."""
 
 import json
+import os
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ from dem_opt.analysis.task_scores import (
     spearman,
 )
 from dem_opt.cli.main import main
-from dem_opt.config import load
+from dem_opt.config import DataFile, load
+from dem_opt.data.harness import gold_answers
 from dem_opt.errors import InputError
 from dem_opt.study import Study
 from dem_opt.workflows.lm_eval import TaskJob, run_tasks
@@ -95,6 +98,22 @@ def test_base_fine_tunes_average_and_the_best_do_the_tasks(tasked: tuple[Path, T
         assert set(model.scores) == {TASK, CLOZE} and set(model.objective) == {"search", "held_out"}
     assert len({model.scores[CLOZE].value for model in results.models}) > 1
     assert not list((load(path).output / "downstream").glob("model-*")), "composites are gone when they are done"
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_moved_task_has_the_documents_of_its_new_folder(tmp_path: Path, count: int) -> None:
+    rng = random.Random(0)
+    write_task(tmp_path / "made", [math_problem(rng) for _ in range(3)], "<eos>")
+    moved = shutil.copytree(tmp_path / "made", tmp_path / "moved")
+    lines = (moved / f"{TASK}.jsonl").read_text().splitlines(keepends=True)
+    (moved / f"{TASK}.jsonl").write_text("".join(lines[:count]))
+    data = DataFile.model_validate({"task": TASK, "include": moved})
+    assert len(gold_answers(data, "general.gold", "held_out")) == count
+    worlds.save_model(tmp_path / "model", seed=0)
+    model = Path(os.path.relpath(tmp_path / "model"))
+    here = Path.cwd()
+    scores = run_tasks(TaskJob(name="a", model=model, tokenizer=model, tasks=(TASK,), include=moved))
+    assert scores[TASK].documents == count and Path.cwd() == here
 
 
 def test_a_composite_scores_as_its_written_folder_does(tasked: tuple[Path, TaskTable], tmp_path: Path) -> None:

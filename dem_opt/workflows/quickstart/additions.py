@@ -36,7 +36,7 @@ def _event(rng: random.Random) -> str:
 def write_task(folder: Path, problems: Sequence[str], end: str) -> None:
     """Write a task of exact match: answer a problem that is given with its worked steps.
 
-    lm-evaluation-harness needs the absolute path of the documents.
+    The path of its documents is relative, so that the folder can be copied and moved.
     """
     folder.mkdir(parents=True, exist_ok=True)
     documents = folder / f"{TASK}.jsonl"
@@ -46,7 +46,7 @@ def write_task(folder: Path, problems: Sequence[str], end: str) -> None:
     task = {
         "task": TASK,
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(documents.absolute())}},
+        "dataset_kwargs": {"data_files": {"test": documents.name}},
         "test_split": "test",
         "output_type": "generate_until",
         "doc_to_text": "{{question}}\nAnswer:",
