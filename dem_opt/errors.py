@@ -47,7 +47,7 @@ class EvaluationError(RuntimeError):
 
 
 class TrainingError(RuntimeError):
-    """A model could not be trained (a loss that diverges, say); the others of the same command are."""
+    """A model could not be trained (a loss that diverges, say); the command's other trainings go on."""
 
 
 class OutageError(RuntimeError):

@@ -63,7 +63,7 @@ class NullPhase:
 
 
 class NullProgress:
-    """Progress that reports nothing; subclasses override the events that they need."""
+    """Progress that reports nothing."""
 
     def phase(self, name: str, total: int | None = None, unit: str = "") -> AbstractContextManager[Phase]:
         """Begin work that reports nothing."""

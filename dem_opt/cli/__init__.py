@@ -1,5 +1,5 @@
 """Command line: parse a command, call `dem_opt.study`, show what comes of it.
 
-`main` has the commands, `console` draws progress and tables, `json_output` writes the same for programs, `reports`
-and `baselines` print results. Nothing imports this package. `dem-opt --help` loads without torch.
+`parser` declares the commands, `main` runs one, `console` draws progress and tables, `json_output` writes the same for
+programs, `reports` and `baselines` print results. Nothing imports this package. `dem-opt --help` loads without torch.
 """

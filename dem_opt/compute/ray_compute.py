@@ -27,7 +27,7 @@ SETTINGS = {
 }
 """Ray's environment where the user has not set it.
 
-No usage reports; Ray's coming rule for tasks without a GPU; and workers of the driver's
+No usage reports; Ray's upcoming default for tasks without a GPU; and workers of the driver's
 priority: at Ray's niceness of 15 the driver's own work stalls a merge's threads (64 ms against 6 for a million
 parameters on two cores).
 """

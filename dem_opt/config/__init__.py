@@ -1,4 +1,4 @@
-"""The study file: strict, checked on load; every error names the file, the field, its value and the mend.
+"""The study file: strict, checked on load; every error names the file, the field, its value and the remedy.
 
 `load` reads one as a `StudyConfig`; `sections` has the sections, `reference` describes every key.  Imports root modules
 only, and no torch.

@@ -19,7 +19,7 @@ _SECTIONS: Any = {
     **dict.fromkeys(("base", "distributions", "general", "simplex", "objective", "evaluation"), True),
     "compute": {"workers", "gpus_per_worker", "ray"},
 }
-"""What decides in the study file what is scored, and how: `evaluation.batch` fits into a worker's share of memory."""
+"""Parts of the study file that decide what is scored and how; those of `compute` decide `evaluation.batch: auto`."""
 
 _COMMIT_DIGITS = 40
 """Hexadecimal digits of a commit, the only kind of revision that a hub never moves."""

@@ -10,7 +10,7 @@ _FIRST, _COUNT = 20_000, 10_000
 
 
 def preferred_port(uri: str) -> int:
-    """The port on which what is in a database is served, where that port is free: the same every time.
+    """The port that serves a database's contents: always the same, if it is free.
 
     So a link that was written while a study ran still works when its dashboards are started a week later.
     """
