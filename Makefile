@@ -29,8 +29,7 @@ chaos: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile --timeout 1200 tests/chaos
 
 ## browser: both dashboards and the report in a headless Chromium, under 2 minutes; screenshots in build/screenshots
-browser: .venv/ready
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[browser]'
+browser: .venv/browser
 	$(BIN)/python -m pytest -m browser tests/dashboards/test_browser.py
 
 ## check: lint, format, layers, types, and known vulnerabilities of the pinned dependencies
@@ -50,6 +49,10 @@ image:
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/browser: .venv/ready
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[browser]'
 	touch $@
 
 clean:
