@@ -24,7 +24,7 @@ test: .venv/ready
 docs: .venv/ready
 	$(BIN)/python -m pytest -m docs tests/docs
 
-## chaos: faults with real processes: killed drivers, residents and nodes, outages, signals, hostile text
+## chaos: faults with real processes: killed drivers, workers and nodes, outages, signals, hostile text
 chaos: .venv/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile --timeout 1200 tests/chaos
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import books
 import pytest
-from test_residents import SLOW, at_work
+from test_workers import SLOW, at_work
 
 PLANNED = 30
 

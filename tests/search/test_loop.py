@@ -23,7 +23,7 @@ class Jumbled:
     """A pool whose answers come in an order drawn from a seed."""
 
     def __init__(self, worker, capacity: int, seed: int):
-        self.capacity, self._resident = capacity, worker
+        self.capacity, self._worker = capacity, worker
         self._rng, self._waiting = random.Random(seed), []
 
     def submit(self, request: Request) -> None:
@@ -31,7 +31,7 @@ class Jumbled:
 
     def next_done(self) -> tuple[Request, Evaluation | Failure]:
         request = self._waiting.pop(self._rng.randrange(len(self._waiting)))
-        return request, self._resident.evaluate(request)
+        return request, self._worker.evaluate(request)
 
     def withdraw(self) -> set[int]:
         raise AssertionError("nobody asked to stop")
@@ -85,11 +85,11 @@ class Watched(Jumbled):
 
     def next_done(self) -> tuple[Request, Evaluation | Failure]:
         request = self._waiting.pop(0)
-        return request, self._resident.evaluate(request)
+        return request, self._worker.evaluate(request)
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 4])
-def test_no_resident_is_idle_while_a_proposal_is_made(world, tmp_path, capacity):
+def test_no_worker_is_idle_while_a_proposal_is_made(world, tmp_path, capacity):
     """With one proposal ahead for each, whichever of them is through has another one, and so have all others."""
     pool = Watched(world[2], capacity)
     made = len(trials(world, tmp_path / "study", pool, 1))

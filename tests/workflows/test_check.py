@@ -194,7 +194,7 @@ def test_a_study_too_large_for_this_machine_is_refused_before_it_loads(world, ca
     assert listing(world) == before
 
 
-def test_a_merge_holds_no_resident_and_is_not_refused(world, monkeypatch):
+def test_a_merge_holds_no_worker_and_is_not_refused(world, monkeypatch):
     monkeypatch.setattr("dem_opt.planning.inputs.this_machine", lambda: Machine("cpu", 1, 10**8, 10**7))
     assert main(["merge", str(world / "study.yaml"), "--coefficients", "code=1", "--out", str(world / "out")]) == 0
 

@@ -41,7 +41,7 @@ def at_work(driver: subprocess.Popen[str], study: Path, seen: int) -> int:
         time.sleep(0.02)
 
 
-def test_residents_that_are_killed_while_they_score_lose_no_trial(make_study: Callable[..., Path]) -> None:
+def test_workers_that_are_killed_while_they_score_lose_no_trial(make_study: Callable[..., Path]) -> None:
     kills, planned = 10, 60
     study, rng = make_study(planned, **SLOW), random.Random(3)
     driver = books.start("never", "run", study)
@@ -101,7 +101,7 @@ def test_a_node_whose_files_differ_is_refused_by_its_name(cluster: Any, pool_of:
         pool_of(NullProgress())
 
 
-def test_nodes_that_join_get_residents_and_one_whose_files_differ_does_not(
+def test_nodes_that_join_get_workers_and_one_whose_files_differ_does_not(
     cluster: Any, pool_of: Callable[..., Any]
 ) -> None:
     cluster.add_node(num_cpus=1, node_name="north")
