@@ -44,7 +44,7 @@ from dem_opt.storage.ledger import Ledger
 from dem_opt.study import Study
 from dem_opt.tracking import NoPeers, SearchInfo
 from dem_opt.tracking.mlflow_client import MlflowStore
-from dem_opt.tracking.study_runs import MlflowRuns
+from dem_opt.tracking.mlflow_runs import MlflowRuns
 from dem_opt.types import Composite, Evaluation, Request, Score, TrialRecord, WorkerSpec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

@@ -8,8 +8,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from dem_opt.compute.placement import Resources, share
 from dem_opt.compute.protocols import Build, Done, Evaluator, answer
+from dem_opt.compute.ray_placement import Resources, share
 from dem_opt.errors import InputError, OutageError
 from dem_opt.progress import Progress
 from dem_opt.types import Evaluation, Failure, Request, WorkerSpec

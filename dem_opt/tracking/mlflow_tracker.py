@@ -10,10 +10,10 @@ from typing import final
 
 from dem_opt.storage.engine import is_there, masked
 from dem_opt.tracking.background_writer import BackgroundWriter, reason_of
-from dem_opt.tracking.job_runs import MlflowJobTracker
 from dem_opt.tracking.mlflow_client import MlflowStore
+from dem_opt.tracking.mlflow_jobs import MlflowJobTracker
+from dem_opt.tracking.mlflow_runs import MlflowRuns
 from dem_opt.tracking.protocols import PageListener, Peers, Records, SearchInfo, StudyDescription
-from dem_opt.tracking.study_runs import MlflowRuns
 from dem_opt.tracking.urls import is_server
 from dem_opt.types import TrialRecord
 

@@ -20,7 +20,7 @@ from dem_opt.search.trials import objectives, recall
 from dem_opt.storage.engine import masked
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.tracking import DataSource, SearchInfo, StudyDescription
-from dem_opt.tracking.study_runs import BEST, result_metrics
+from dem_opt.tracking.mlflow_runs import BEST, result_metrics
 from dem_opt.tracking.urls import optuna_study, optuna_trial
 from dem_opt.types import NATS_PER_TOKEN, SEARCH, SPLITS, UNITS, ResultRow, Summary, TotalPrice, TrialRecord
 from dem_opt.workflows.libraries import libraries

@@ -19,7 +19,7 @@ from dem_opt.checkpoints import architecture as models
 from dem_opt.checkpoints.architecture import Architecture, describe, empty_model, read_architecture
 from dem_opt.checkpoints.files import content_hash, read_header
 from dem_opt.cli.main import main
-from dem_opt.compute.placement import share
+from dem_opt.compute.ray_placement import share
 from dem_opt.config import ComputeSection, StudyConfig, load
 from dem_opt.errors import InputError
 from dem_opt.evaluation import lm_head

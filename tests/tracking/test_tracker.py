@@ -23,8 +23,8 @@ from dem_opt.tracking import (
     SearchInfo,
     SearchTracker,
     StudyDescription,
+    mlflow_runs,
     mlflow_tracker,
-    study_runs,
 )
 from dem_opt.tracking.mlflow_client import MlflowStore
 from dem_opt.types import Evaluation, ResultRow, Score, TrialRecord
@@ -241,7 +241,7 @@ def test_a_failed_trial_says_why(make: Make, logged: Callable[[], Logged]) -> No
 def test_a_trial_has_one_run_however_often_it_is_told(
     make: Make, logged: Callable[[], Logged], warnings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study_runs, "PAGE", 2)
+    monkeypatch.setattr(mlflow_runs, "PAGE", 2)
     first, later = [trial(number) for number in range(4)], [failed(4), trial(5)]
     run(make(), [], first)
     run(make(parameters={"seed": "1", "trials": "6"}), first, later)

@@ -7,8 +7,8 @@ from dem_opt.errors import shorten
 from dem_opt.storage.engine import masked
 from dem_opt.tracking.background_writer import BackgroundWriter, reason_of
 from dem_opt.tracking.mlflow_client import MlflowStore, connect
+from dem_opt.tracking.mlflow_runs import mark_reset
 from dem_opt.tracking.protocols import JobNote
-from dem_opt.tracking.study_runs import mark_reset
 
 _KIND, _KEY = "dem_opt.kind", "dem_opt.key"
 _BATCH = 500

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from dem_opt.compute.placement import share
+from dem_opt.compute.ray_placement import share
 from dem_opt.errors import InputError
 
 BOX = {"CPU": 16, "GPU": 8}
