@@ -223,10 +223,11 @@ def summarize(
 
 
 def _total_price(ledger: Ledger, identity: StudyIdentity, winner: ResultRow) -> TotalPrice | None:
-    """The price of the sum at a winner that a search found."""
-    if winner.role != "best" or winner.coefficients is None:
-        return None
-    return total_price(ledger, identity, winner.coefficients)
+    """The price of the sum at a winner that a search found; None where a custom objective is not finite beside it."""
+    with suppress(EvaluationError):
+        if winner.role == "best" and winner.coefficients is not None:
+            return total_price(ledger, identity, winner.coefficients)
+    return None
 
 
 def known_rows(ledger: Ledger, identity: StudyIdentity, listed: Iterable[Entry]) -> tuple[ResultRow, ...]:

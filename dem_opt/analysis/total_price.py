@@ -24,6 +24,7 @@ was measured there, and that of the sum of all vectors, w = (1, ..., 1) (task ar
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil, inf
 
@@ -31,6 +32,7 @@ import numpy as np
 
 from dem_opt.analysis.bootstrap import RESAMPLES, difference, resampled_objectives, samplings_of
 from dem_opt.analysis.sampling import Array, documents_of
+from dem_opt.errors import EvaluationError
 from dem_opt.evaluation.objective import Objective
 from dem_opt.search.trials import base_scores, exceeded, is_known, objectives, recall, slope
 from dem_opt.simplex import UNIT, Coefficients
@@ -119,10 +121,11 @@ def unmeasured(
         return
     ray, everything = _Ray(ledger, identity, winner), identity.composite(sum_of_all(identity))
     wanted = [(everything, SEARCH)]
-    if is_priced(identity, winner):
-        wanted += [(identity.composite(point), SEARCH) for point in ray.points()]
-    if full or (is_known(ledger, identity, everything, SEARCH) and ray.margin(SUM, everything).mean < 0):
-        wanted.append((everything, HELD_OUT))
+    with suppress(EvaluationError):  # a custom objective may not be finite at other sums: then these are all
+        if is_priced(identity, winner):
+            wanted += [(identity.composite(point), SEARCH) for point in ray.points()]
+        if full or (is_known(ledger, identity, everything, SEARCH) and ray.margin(SUM, everything).mean < 0):
+            wanted.append((everything, HELD_OUT))
     yield from (each for each in wanted if not is_known(ledger, identity, *each))
 
 
@@ -131,6 +134,9 @@ def total_price(ledger: Ledger, identity: StudyIdentity, winner: Coefficients) -
 
     The mend is a range of totals to search: it is given where a composite with another total is better than the winner,
     beyond its 95% interval and by MATTERS of the winner's gain over the base.
+
+    Raises:
+        EvaluationError: A custom objective is not finite at another total.
     """
     if not is_priced(identity, winner):
         return None

@@ -61,7 +61,8 @@ def _measure_price(context: StudyContext, driver: Driver, winner: Coefficients |
 
     if next_composite() is None:
         return
-    most = total_price.MOST + (driver.identity.windows(HELD_OUT) / driver.identity.windows(SEARCH) if is_full else 0)
+    # The sum of all vectors alone may be scored on the held-out split, too.
+    most = total_price.MOST + driver.identity.windows(HELD_OUT) / driver.identity.windows(SEARCH)
     context.progress.note(f"{PRICE}: at most {total_price.MOST} composites, {most:.1f} forward-equivalents")
     with _counting(context, driver, PRICE):
         while wanted := next_composite():

@@ -18,6 +18,7 @@ from dem_opt.analysis.total_price import (
     total_price,
     unmeasured,
 )
+from dem_opt.errors import EvaluationError
 from dem_opt.simplex import UNIT, Coefficients, Space
 from dem_opt.storage.engine import connect
 from dem_opt.storage.identity import StudyIdentity
@@ -27,6 +28,8 @@ from dem_opt.types import BITS_PER_BYTE, HELD_OUT, NATS_PER_TOKEN, SEARCH, SPLIT
 NAMES = ("a", "b", "c")
 WINDOWS, TOKENS = 16, 100
 WINNER = {"a": 0.5, "b": 0.3, "c": 0.2}
+GENERAL, FORGETTING = "general", 0.3
+"""A corpus of weight 0, and the nats per token that it loses for each unit of the sum."""
 
 
 def point(weights: dict[str, float], total: float = 1.0) -> Coefficients:
@@ -42,11 +45,11 @@ class Bowl:
     def __init__(
         self, ledger: Ledger, optimum: float, curvature: float = 0.2, noise: float = 0.0, total: float = 1.0, **fields
     ) -> None:
-        corpora = {split: {name: f"{name} {split}" for name in NAMES} for split in SPLITS}
+        corpora = {split: {name: f"{name} {split}" for name in (*NAMES, GENERAL)} for split in SPLITS}
         settings = {"evaluation.windows": str(WINDOWS), "evaluation.held_out": str(WINDOWS)}
         contents = {name: f"hash {name}" for name in NAMES}
         space = fields.pop("space", Space(NAMES, total))
-        weights = dict.fromkeys(NAMES, 1.0)
+        weights = dict.fromkeys(NAMES, 1.0) | {GENERAL: 0.0}
         self.ledger, self.optimum, self.curvature, self.noise = ledger, optimum, curvature, noise
         self.identity = StudyIdentity("hash base", contents, space, weights, corpora, settings, **fields)
         self.winner = point(WINNER, total)
@@ -66,12 +69,14 @@ class Bowl:
         nats_W += TOKENS * self.noise * total * (gain_W - gain_W.mean())
         score = Score(tuple(nats_W.tolist()), (TOKENS,) * WINDOWS)
         keys = self.identity.keys(split)
+        general = Score((TOKENS * (3.0 + FORGETTING * total),) * WINDOWS, (TOKENS,) * WINDOWS)
+        scores = dict.fromkeys(keys, score) | {self.identity.corpora[split][GENERAL]: general}
         slope = TOKENS * WINDOWS * 2 * self.curvature * (total - self.optimum)
         gradients = {key: {f"hash {name}": slope for name in NAMES} for key in keys} if gradient else None
         identity = self.identity
         self.ledger.record(
             composite,
-            dict.fromkeys(keys, score),
+            scores,
             identity.scoring,
             gradients=gradients,
             differentiation=identity.differentiation,
@@ -166,16 +171,34 @@ def test_the_sum_is_held_out_where_it_is_better_or_asked_for(ledger, optimum, he
     assert not bowl.measure(full), "nothing is asked for twice"
 
 
-def test_a_protected_corpus_counts(ledger):
-    """The other total is better and forbidden: the base's loss plus 0 is the allowance, which more would exceed."""
-    free = Bowl(ledger, 1.6)
-    free.measure()
-    assert free.price().mend is not None
-    bound = Bowl(ledger, 1.6, protect={"a": -(free.value(0) - free.value(1.0)) - 1e-3})
-    bound.measure()
-    assert bound.price().mend is None or bound.price().best.mean < 0
-    violated = Bowl(ledger, 0.6, protect={"a": free.value(0.6) - free.value(0)})
-    assert violated.price() is not None
+@pytest.mark.parametrize(("allowance", "mend"), [(1.0, (0.0, 3.0)), (FORGETTING, None)])
+def test_another_sum_that_breaks_a_constraint_is_not_proposed(ledger, allowance, mend):
+    """The general corpus loses FORGETTING for each unit of the sum: the winner just keeps the second allowance."""
+    bowl = Bowl(ledger, 1.6, protect={GENERAL: allowance})
+    bowl.measure()
+    assert bowl.price().mend == mend and (bowl.price().slope > 0) == (mend is None)
+
+
+@pytest.mark.parametrize(("allowance", "best"), [(1.0, SUM), (0.7, SCALED)])
+def test_a_sum_of_all_that_breaks_a_constraint_is_no_evidence(ledger, allowance, best):
+    """At a sum of 3 the general corpus has lost 0.9, at 2, the farthest that the winner is scaled to, 0.6."""
+    bowl = Bowl(ledger, 2.9, protect={GENERAL: allowance})
+    bowl.measure()
+    assert bowl.price().best.rival == best and bowl.price().mend == (0.0, 3.0)
+
+
+def test_a_custom_objective_that_is_not_finite_beside_the_winner_has_no_price(ledger):
+    """Everything that can be asked for is measured, and nothing is asked for again and again."""
+
+    def function(scores):
+        if scores[GENERAL].nll > 3.0 + FORGETTING:
+            raise EvaluationError("objective: nan")
+        return scores["a"].nll
+
+    bowl = Bowl(ledger, 1.6, function=function)
+    assert len(bowl.measure()) == 2
+    with pytest.raises(EvaluationError):
+        bowl.price()
 
 
 def test_bounds_of_the_study_say_what_is_priced(ledger):
