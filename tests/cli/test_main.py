@@ -213,8 +213,8 @@ def test_run_score_and_report_say_what_they_found(world, capsys, untracked, ray_
     assert main(["run", study, "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     labels = [result["label"] for result in summary["results"]]
-    assert labels == ["base", "code", "math", "prose", "uniform", "best of random"]
-    assert summary["trials"] == {"random": 2} and len(summary["margins"]) == 10
+    assert labels == ["base", "code", "math", "prose", "uniform", "sum of all", "best of random"]
+    assert summary["trials"] == {"random": 2} and len(summary["margins"]) == 2 * 5 + 1
     assert main(["score", study, "--coefficients", "code=1", "--json"]) == 0
     score = json.loads(capsys.readouterr().out)
     assert score["search"] == summary["results"][1]["scores"]["search"]
@@ -232,7 +232,7 @@ def test_run_score_and_report_say_what_they_found(world, capsys, untracked, ray_
     capsys.readouterr()
     assert main(["run", study]) == 0
     lines = capsys.readouterr().out.splitlines()
-    tables = [line for line in lines[lines.index("") :] if not line.startswith("The whole study")]
+    tables = [line for line in lines[lines.index("") :] if not line.startswith(("The whole study", "A sum of"))]
     assert any("best of random" in line for line in tables) and max(len(line.rstrip()) for line in tables) <= 100
 
 
@@ -274,7 +274,7 @@ def test_compare_tells_and_writes_what_searches_found_for_what_they_spent(world,
     assert main(["compare", study, "--algorithms", "grid, random,tpe", "--seeds", "2"]) == 0
     output = capsys.readouterr().out
     lines = output[output.index("NLL in nats per token") :].splitlines()
-    prose = ("Written", "Chosen on", "Coefficients of", "The whole study", "Least difference")
+    prose = ("Written", "Chosen on", "Coefficients of", "The whole study", "Least difference", "A sum of")
     tables = [line for line in lines if not line.startswith(prose)]
     assert max(len(line.rstrip()) for line in tables) <= 100
     assert "Top five by the search split" in output and "Regret in nats per token" in output
