@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart headline test docs chaos browser check bench image clean
+.PHONY: quickstart headline pretrained test docs chaos browser check bench image clean
 
 ## quickstart: the whole method on this machine, into ./quickstart
 quickstart: .venv/ready
@@ -15,6 +15,16 @@ headline: .venv/ready
 	$(BIN)/dem-opt compare --placebo studies/headline.yaml
 	$(BIN)/dem-opt compare --fine-tune-on-search studies/headline.yaml
 	$(BIN)/dem-opt compare --data-mixing study studies/headline.yaml
+
+## pretrained: the method on SmolLM2-135M and this machine's texts, into ./pretrained; PRETRAINED=FOLDER takes another causal model
+pretrained: .venv/ready
+	$(BIN)/python studies/pretrained_files.py --model "$(PRETRAINED)"
+	$(BIN)/dem-opt train studies/pretrained.yaml
+	$(BIN)/dem-opt check --overlap studies/pretrained.yaml
+	$(BIN)/dem-opt run studies/pretrained.yaml
+	$(BIN)/dem-opt run studies/pretrained-sums.yaml
+	$(BIN)/dem-opt compare --algorithms random,simplex-gp studies/pretrained.yaml
+	$(BIN)/dem-opt report studies/pretrained.yaml
 
 ## test: all tests, in two processes
 test: .venv/ready
@@ -56,4 +66,4 @@ image:
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info quickstart
+	rm -rf .venv build dist *.egg-info quickstart pretrained

@@ -11,6 +11,7 @@ import pytest
 import torch
 import worlds
 import yaml
+from local_text import KINDS
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dem_opt.config import load
@@ -30,7 +31,7 @@ OPENLLAMAS = {
 
 
 def test_those_that_are_promised_are_there() -> None:
-    promised = {"quickstart", "headline", "add-a-distribution", "lora", "scale-free"}
+    promised = {"quickstart", "headline", "add-a-distribution", "lora", "scale-free", "pretrained", "pretrained-sums"}
     assert promised | {f"openllama-{size}" for size in OPENLLAMAS} == set(NAMES)
 
 
@@ -87,6 +88,14 @@ def test_sums_are_free_in_the_quickstarts_own_ledger() -> None:
     config = load(study("scale-free"))
     assert config.simplex.sums == (0, 2)
     assert config.storage == load(study("add-a-distribution")).storage
+
+
+def test_the_pretrained_studies_differ_in_their_sums_alone() -> None:
+    simplex, sums = load(study("pretrained")), load(study("pretrained-sums"))
+    assert simplex.simplex.sums == (1, 1) and sums.simplex.sums == (0, len(sums.distributions))
+    differing = {"name", "output", "tracking", "simplex"}
+    assert simplex.model_dump(exclude=differing) == sums.model_dump(exclude=differing)
+    assert sorted(KINDS) == sorted([*simplex.distributions, *simplex.general])
 
 
 def save_sparse(folder: Path, config: LlamaConfig, shards: int = 4) -> None:
