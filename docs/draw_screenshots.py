@@ -28,7 +28,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu"]
 QUALITY = 82
 """Of WebP, from 0 to 100."""
 
-DESKTOP, PHONE = {"width": 900, "height": 1350}, {"width": 390, "height": 1200}
+DESKTOP, PHONE = {"width": 1000, "height": 1350}, {"width": 390, "height": 1200}
 
 
 @contextmanager
@@ -109,7 +109,7 @@ def take_dashboards(chromium: Any, study: Path) -> None:
         parents = client.search_runs([experiment], "tags.`dem_opt.study` = 'quickstart/simplex-gp'")
         page.set_viewport_size({"width": 1400, "height": 980})
         page.goto(mlflow_run(addresses.mlflow, experiment, parents[0].info.run_id))
-        page.get_by_text("winner without").first.wait_for()
+        page.get_by_text("best of simplex-gp").first.wait_for()
         page.get_by_role("button", name="Close").first.click()  # MLflow's assistant
         page.wait_for_timeout(1000)
         keep(shot(page), "mlflow-study", 1000)
