@@ -8,12 +8,19 @@ A symbolic link is written through: it stays, and what it points to is replaced.
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
 from dem_opt.errors import InputError
+
+PATIENCE = 900.0
+"""Seconds for which another process may write nothing before it is not waited for any longer."""
+
+POLL = 0.2
+"""Seconds between two attempts to lock a folder."""
 
 
 @contextmanager
@@ -64,7 +71,8 @@ def staged_folder(path: Path, wait: bool = False) -> Iterator[Path]:
         wait: Wait for another process that is making the same folder.
 
     Raises:
-        InputError: Another process is making it, and this one does not wait.
+        InputError: Another process is making it, and this one does not wait, or has waited for `PATIENCE` seconds in
+            which nothing was written.
     """
     partial, former = _beside(path)
     lock = _make_alone(partial, path, wait)
@@ -101,6 +109,15 @@ def link_or_copy(source: str | Path, target: str | Path) -> str | Path:
     return target
 
 
+def last_write(folder: Path) -> int:
+    """Time of the last change in a folder, in nanoseconds; its files may be replaced meanwhile."""
+    latest = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            latest = max(latest, path.stat().st_mtime_ns)
+    return latest
+
+
 def _behind_link(path: Path) -> Path:
     """Where a symbolic link points to; any other path as it is."""
     return path.resolve() if path.is_symlink() else path
@@ -114,14 +131,24 @@ def _beside(path: Path) -> tuple[Path, Path]:
 
 def _make_alone(partial: Path, path: Path, wait: bool) -> int:
     """Make an empty folder that no other process works in; return the lock, which ends with this process."""
+    written, since = -1, time.monotonic()
     while True:
         partial.mkdir(parents=True, exist_ok=True)
         lock = os.open(partial, os.O_RDONLY)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
-            raise InputError(path, None, None, "another process is writing it; wait for it") from None
+            if not wait:
+                raise InputError(path, None, None, "another process is writing it; wait for it") from None
+            if (latest := last_write(partial)) != written:
+                written, since = latest, time.monotonic()
+            if time.monotonic() - since > PATIENCE:
+                mend = "continue it (kill -CONT), or end it, then try again"
+                reason = f"another process is writing it, and has written nothing for {PATIENCE:.0f} s: {mend}"
+                raise InputError(path, None, None, reason) from None
+            time.sleep(POLL)
+            continue
         except OSError:
             pass  # some network file systems lock no folders
         # The former holder may have moved or removed the folder while this process waited.

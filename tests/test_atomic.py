@@ -122,6 +122,16 @@ def test_links_stay_and_what_they_point_to_is_replaced(tmp_path):
     assert names(tmp_path / "disk") == {"folder", "text"}
 
 
+def test_a_process_that_writes_nothing_is_not_waited_for_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("dem_opt.atomic.PATIENCE", 0.3)
+    monkeypatch.setattr("dem_opt.atomic.POLL", 0.02)
+    with staged_folder(tmp_path / "out") as partial:
+        make(partial, "new")
+        with pytest.raises(InputError, match="written nothing"), staged_folder(tmp_path / "out", wait=True):
+            pass
+        assert (partial / "file").read_text() == "new"
+
+
 def test_a_folder_is_made_by_one_process_at_a_time(tmp_path):
     with staged_folder(tmp_path / "out") as partial:
         make(partial, "new")

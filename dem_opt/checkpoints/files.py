@@ -280,6 +280,7 @@ def weight_files(folder: Path, field: str) -> list[Path]:
         if (folder / "adapter_config.json").is_file():
             kind = "the base is a checkpoint" if field == "base" else "write `adapter:` instead of `checkpoint:`"
             raise InputError(folder, field, None, f"is an adapter: {kind}")
+        _refuse_loose_link(folder, field)
         raise InputError(folder, field, None, "has no config.json: name a folder in Hugging Face's format")
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
@@ -288,7 +289,16 @@ def weight_files(folder: Path, field: str) -> list[Path]:
     if any(path for pattern in PICKLED for path in folder.glob(pattern)):
         mend = "has pickled weights only: save it as safetensors, or allow them by `{path: FOLDER, pickled: true}`"
         raise InputError(folder, field, None, mend)
+    _refuse_loose_link(folder, field)
     raise InputError(folder, field, None, f"has no weights: neither {WEIGHTS} nor {INDEX}")
+
+
+def _refuse_loose_link(folder: Path, field: str) -> None:
+    """Raise InputError for a link that leads to nothing, as in a copy of a folder of the hub's cache."""
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and not path.exists():
+            mend = "is a link to nothing: copy the folder with what its links lead to (cp -rL)"
+            raise InputError(path, field, None, mend)
 
 
 @dataclass(frozen=True)

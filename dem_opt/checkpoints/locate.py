@@ -21,12 +21,16 @@ def locate(source: ModelSource, field: str) -> Path:
     """The folder of a model: its path, a kept step of a run, or the cache's folder of its hub id and revision.
 
     Raises:
-        InputError: The id is neither in the cache nor on the hub, or the step was not kept.
+        InputError: The id is neither in the cache nor on the hub, or the step was not kept; or something in the folder
+            is no file, whose opening could wait for ever.
     """
     if source.run is not None and source.step is not None:
         return step_folder(source.run, source.step, field)
     folder = source.path if source.hub is None else _cached(source, source.hub, field)
     assert folder is not None
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise InputError(path, field, None, "is no file, but a pipe, socket or device: remove it")
     return converted(folder, field, source.pickled)
 
 

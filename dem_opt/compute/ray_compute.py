@@ -10,7 +10,8 @@ from contextlib import ExitStack
 from typing import Any, Self
 
 from dem_opt.compute.protocols import Build, Job, Pool, Result
-from dem_opt.compute.ray_pool import RayPool, first_line, import_ray
+from dem_opt.compute.ray_placement import job_share
+from dem_opt.compute.ray_pool import RayPool, alive_nodes, first_line, import_ray
 from dem_opt.compute.ray_session import free_shared_memory, private_ray, shared_memory_warning, token_warning
 from dem_opt.config import ComputeSection
 from dem_opt.errors import InputError
@@ -78,16 +79,12 @@ class RayCompute:
         """Run jobs as Ray tasks, which wait for their resources; a job whose process dies twice is a RuntimeError.
 
         Raises:
-            InputError: The cluster has fewer GPUs than a job requests.
+            InputError: No node has as many GPUs as a job requests.
         """
-        ray, resources = self._ray, self._ray.cluster_resources()
-        cpus = max(int(resources.get("CPU", 1)) // max(parts or len(jobs), 1), 1)
-        requested_gpus = min(int(resources.get("GPU", 0)), 1) if gpus is None else gpus
-        if requested_gpus > resources.get("GPU", 0):
-            mend = f"the cluster has {resources.get('GPU', 0):g} GPUs; ask for as many at most"
-            raise InputError(None, "fine_tuning.gpus", requested_gpus, mend)
-        task = ray.remote(_run_job).options(num_cpus=cpus, num_gpus=requested_gpus, max_retries=1)
-        running = {task.remote(function, cpus, job): job for job in jobs}
+        ray = self._ray
+        options = job_share(alive_nodes(ray), max(parts or len(jobs), 1), gpus)
+        task = ray.remote(_run_job).options(**options, max_retries=1)
+        running = {task.remote(function, options["num_cpus"], job): job for job in jobs}
         while running:
             (done, *_), _ = ray.wait(list(running), num_returns=1)
             job = running.pop(done)

@@ -1,4 +1,4 @@
-"""Placement of workers on a cluster: the number that fits, and the resources that each requests."""
+"""Placement of workers and jobs on a cluster: the number that fits, and the resources that each requests."""
 
 from collections.abc import Mapping, Sequence
 
@@ -48,6 +48,29 @@ def _on_gpus(nodes: Sequence[Resources], workers: int | None, devices: int) -> t
     # Any node may get as many workers as it has room for: each then takes an equal share, and the driver one.
     hosts = [(_count(node, "CPU"), min(room, count)) for node, room in zip(nodes, room_N, strict=True) if room]
     return count, {"num_gpus": devices, "num_cpus": max(min(cpus // (beside + 1) for cpus, beside in hosts), 1)}
+
+
+def job_share(nodes: Sequence[Resources], parts: int, gpus: int | None = None) -> dict[str, int]:
+    """Return the options of a Ray task for each of `parts` jobs that divide the CPUs of a cluster.
+
+    A job lives on one node: Ray would let one that asks for more than any node has wait for ever.
+
+    Args:
+        nodes: Resources of each node.
+        parts: Number of jobs at a time.
+        gpus: GPUs of each job; by default one where there are any.
+
+    Raises:
+        InputError: No node has so many GPUs.
+    """
+    most = max((_count(node, "GPU") for node in nodes), default=0)
+    requested = min(most, 1) if gpus is None else gpus
+    if requested > most:
+        mend = f"the cluster has {most} GPUs on a node; ask for as many at most"
+        raise InputError(None, "fine_tuning.gpus", gpus, mend)
+    cpus = sum(_count(node, "CPU") for node in nodes) // parts
+    largest = max((_count(node, "CPU") for node in nodes if _count(node, "GPU") >= requested), default=1)
+    return {"num_gpus": requested, "num_cpus": max(min(cpus, largest), 1)}
 
 
 def _count(node: Resources, kind: str) -> int:

@@ -121,7 +121,7 @@ class RayPool:
         self._waiting: deque[tuple[Request, int]] = deque()
         self._slowest, self._answered, self._refused = 0.0, 0, 0  # seconds a window; requests; workers
         self._ready_at = self._grown_at = monotonic()
-        count, self._resources = share(_nodes(ray), workers, spec.devices)
+        count, self._resources = share(alive_nodes(ray), workers, spec.devices)
         self._members = [self._recruit() for _ in range(count)]
         self.threads: list[int] = []
         try:
@@ -291,7 +291,7 @@ class RayPool:
             return
         self._grown_at, count = monotonic(), 0
         with suppress(InputError):
-            count, _ = share(_nodes(self._ray), None, self._devices)
+            count, _ = share(alive_nodes(self._ray), None, self._devices)
         for _ in range(count - self._refused - len(self._members)):
             self._progress.note("a node has joined; it gets a worker")
             self._members.append(self._recruit())
@@ -333,7 +333,7 @@ def _get(ray: Any, reference: Any) -> Any:
         raise error.cause from None
 
 
-def _nodes(ray: Any) -> list[Resources]:
+def alive_nodes(ray: Any) -> list[Resources]:
     """Resources of the nodes that are alive."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 

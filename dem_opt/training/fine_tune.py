@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from functools import lru_cache
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dem_opt.atomic import link_or_copy, publish_folder, staged_folder
+from dem_opt.atomic import last_write, link_or_copy, publish_folder, staged_folder
 from dem_opt.checkpoints.architecture import load_model
 from dem_opt.checkpoints.training_record import JOURNAL, RECORD, STEPS, read_record
 from dem_opt.config import CHAT_DATE, DataFile
@@ -422,7 +422,7 @@ def _alone(place: Path) -> Iterator[None]:
         lock = _try_lock(place)
         if lock is not None:
             break
-        if (latest := _last_write(place)) != written:
+        if (latest := last_write(place)) != written:
             written, since = latest, time.monotonic()
         if time.monotonic() - since > PATIENCE:
             reason = f"{_named_holder(place)} works on it and has written nothing for {PATIENCE:.0f} s"
@@ -457,15 +457,6 @@ def _named_holder(place: Path) -> str:
         return shorten((place / HOLDER).read_text(encoding="utf-8", errors="replace"))
     except OSError:
         return "another process"
-
-
-def _last_write(place: Path) -> int:
-    """Time of the last change in a folder, in nanoseconds; its files may be replaced meanwhile."""
-    latest = 0
-    for path in place.rglob("*"):
-        with suppress(OSError):
-            latest = max(latest, path.stat().st_mtime_ns)
-    return latest
 
 
 def _claim(place: Path, made_from: dict[str, Any]) -> None:

@@ -85,7 +85,7 @@ class Detection:
 
     def lines(self) -> list[str]:
         """The least differences, and the windows that the given one needs."""
-        source = "measured on the trials" if self.is_measured else "by a default: nothing is measured yet"
+        source = "measured on the trials" if self.is_measured else "by a default: too few trials are measured yet"
         least = " and ".join(
             f"{self.least[split]:.2g} on {self.windows[split]} windows of the {split.replace('_', '-')} split"
             for split in SPLITS

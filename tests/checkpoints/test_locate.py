@@ -1,10 +1,13 @@
 """Hub ids: the local cache is enough, and what is not there is told in one line."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import worlds
 
+from dem_opt.checkpoints.files import read_header
 from dem_opt.checkpoints.locate import locate
 from dem_opt.config import ModelSource, load
 from dem_opt.errors import InputError
@@ -50,6 +53,30 @@ def test_what_is_not_cached_is_told(cache, name, revision):
 def test_a_name_that_is_no_hub_id_is_told(cache):
     with pytest.raises(InputError, match="is no hub id"):
         locate(ModelSource(hub="two--dashes/.git"), "base")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors", "notes"])
+def test_a_folder_with_a_pipe_is_told_at_once(tmp_path, name):
+    worlds.save_model(tmp_path, seed=0)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match="is no file") as refused:
+        locate(ModelSource(path=tmp_path), "base")
+    assert refused.value.where == tmp_path / name and refused.value.field == "base"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_copy_of_links_alone_is_told(cache, tmp_path, name):
+    """As `cp -r` makes it of a folder of the hub's cache."""
+    folder = keep(cache, "somebody/model")
+    worlds.save_model(folder, seed=0)
+    blob = (folder / name).rename(folder.parent / "blob")
+    (folder / name).symlink_to(Path("../blob"))
+    assert read_header(folder, "base").tensors
+    copy = shutil.copytree(folder, tmp_path / "a" / "copy", symlinks=True)
+    with pytest.raises(InputError, match="link to nothing") as refused:
+        read_header(copy, "base")
+    assert refused.value.where == copy / name and blob.is_file()
 
 
 def test_a_study_may_name_its_base_by_hub_id(cache, tmp_path):

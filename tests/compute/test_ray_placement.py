@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from dem_opt.compute.ray_placement import share
+from dem_opt.compute.ray_placement import job_share, share
 from dem_opt.errors import InputError
 
 BOX = {"CPU": 16, "GPU": 8}
@@ -49,3 +49,31 @@ def test_workers_fit_their_nodes(nodes, workers, devices, count, resources):
 def test_what_does_not_fit_is_refused_in_a_line(nodes, workers, devices, said):
     with pytest.raises(InputError, match=re.escape(said)):
         share(nodes, workers, devices)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "parts", "gpus", "resources"),
+    [
+        ([LAPTOP], 3, None, {"num_gpus": 0, "num_cpus": 2}),
+        ([LAPTOP], 99, None, {"num_gpus": 0, "num_cpus": 1}),
+        # Twelve in all, of which one node has eight.
+        ([LAPTOP, {"CPU": 4}], 1, None, {"num_gpus": 0, "num_cpus": 8}),
+        ([LAPTOP, {"CPU": 4}], 3, None, {"num_gpus": 0, "num_cpus": 4}),
+        ([{}, LAPTOP], 1, None, {"num_gpus": 0, "num_cpus": 8}),
+        ([BOX, LAPTOP], 1, None, {"num_gpus": 1, "num_cpus": 16}),
+        # The node with the GPU is not the one with the CPUs.
+        ([LAPTOP, {"CPU": 2, "GPU": 1}], 1, None, {"num_gpus": 1, "num_cpus": 2}),
+        ([LAPTOP, {"CPU": 2, "GPU": 1}], 1, 0, {"num_gpus": 0, "num_cpus": 8}),
+        ([BOX, BOX], 2, 8, {"num_gpus": 8, "num_cpus": 16}),
+    ],
+)
+def test_a_job_fits_a_node(nodes, parts, gpus, resources):
+    assert job_share(nodes, parts, gpus) == resources
+    needed = {"CPU": resources["num_cpus"], "GPU": resources["num_gpus"]}
+    assert any(all(node.get(kind, 0) >= number for kind, number in needed.items()) for node in nodes)
+
+
+@pytest.mark.parametrize(("nodes", "gpus", "most"), [([LAPTOP], 1, 0), ([BOX, BOX], 9, 8)])
+def test_a_job_that_fits_no_node_is_refused(nodes, gpus, most):
+    with pytest.raises(InputError, match=f"fine_tuning.gpus = {gpus}: the cluster has {most} GPUs on a node"):
+        job_share(nodes, 1, gpus)
