@@ -193,6 +193,7 @@ def test_mlflow_shows_parent_children_and_champion(dashboards: tuple[Path, serve
     ]
     seen = visit()
     seen.page.goto(mlflow_run(addresses.mlflow, parent.info.experiment_id, parent.info.run_id))
+    seen.page.get_by_role("button", name="Load more").first.click()  # ten child runs are shown before
     for words in ("trial-9", "winner without", "mean NLL over distributions", "This search in Optuna Dashboard"):
         seen.page.get_by_text(words).first.wait_for()
     seen.keep("mlflow-parent")
