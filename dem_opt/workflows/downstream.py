@@ -89,7 +89,7 @@ def score_candidates(
 
     One model at a time: a composite is written to disk, and deleted when it is scored.  Raises the first failure.
     """
-    cache = _ScoreCache(context.config.output / FOLDER, settings, inputs.tokenizer, inputs.configuration)
+    cache = _ScoreCache(context.config.output / FOLDER, settings, inputs.configuration)
     tasks = {name: data.validation.task for name, data in context.config.corpora.items()}
     corpora = {name: task for name, task in tasks.items() if task in settings.tasks}
     models = []
@@ -159,11 +159,10 @@ def _model_folder(context: StudyContext, inputs: Inputs, composite: Composite) -
 
 
 class _ScoreCache:
-    """Scores in files, named by everything that decides one: model, tokenizer, task files, settings, harness."""
+    """Scores on tasks in files, named by everything that decides a score: model, task files, settings, harness."""
 
-    def __init__(self, folder: Path, settings: EvaluateSection, tokenizer: str, configuration: str) -> None:
-        self._folder, self._settings = folder, settings
-        self._tokenizer, self._configuration = tokenizer, configuration
+    def __init__(self, folder: Path, settings: EvaluateSection, configuration: str) -> None:
+        self._folder, self._settings, self._configuration = folder, settings, configuration
         include = settings.include
         files = sorted(path for path in include.rglob("*") if path.is_file()) if include else []
         self._files = [(path.name, sha256(path.read_bytes()).hexdigest()) for path in files]
@@ -185,7 +184,6 @@ class _ScoreCache:
     def _path(self, composite: Composite, task: str) -> Path:
         settings = self._settings
         decisive = [task, settings.limit, settings.shots, settings.batch, harness_version(), *self._files]
-        decisive.append(self._tokenizer)
         decisive += [self._configuration] if self._configuration else []
         name = sha256(repr((composite.key, decisive)).encode()).hexdigest()[:32]
         return self._folder / f"{name}.json"

@@ -13,7 +13,6 @@ import pytest
 import worlds
 import yaml
 from mlflow.tracking import MlflowClient
-from recorded import RecordedProgress
 from scipy import stats
 
 from dem_opt.analysis.bootstrap import RESAMPLES
@@ -99,24 +98,6 @@ def test_base_fine_tunes_average_and_the_best_do_the_tasks(tasked: tuple[Path, T
         assert set(model.scores) == {TASK, CLOZE} and set(model.objective) == {"search", "held_out"}
     assert len({model.scores[CLOZE].value for model in results.models}) > 1
     assert not list((load(path).output / "downstream").glob("model-*")), "composites are gone when they are done"
-
-
-def test_scores_under_another_tokenizer_are_not_taken_for_its(tasked: tuple[Path, TaskTable], tmp_path: Path) -> None:
-    """A second study in the output folder of the first, with the same models and another tokenizer."""
-    path = shutil.copytree(tasked[0].parent, tmp_path / "copy") / "study.yaml"
-    content = yaml.safe_load(path.read_text()) | {"output": str(load(path).output)}
-    for name, known in (("same", True), ("other", False)):
-        if name == "other":
-            file = path.parent / "models/base/tokenizer.json"
-            tokenizer = json.loads(file.read_text())
-            tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-5]
-            file.write_text(json.dumps(tokenizer))
-        path.write_text(yaml.safe_dump(content | {"name": name, "report": {"top": 1}}))
-        progress = RecordedProgress()
-        opened(path).run()
-        in_process.open_tracked(path, progress).evaluate()
-        scored = [note for note in progress.notes if " of " in note and CLOZE in note]
-        assert scored and all(("(known)" in note) == known for note in scored)
 
 
 @pytest.mark.parametrize("count", [1, 3])
