@@ -256,10 +256,11 @@ def proposed_windows(config: StudyConfig, precision: Precision | None) -> str:
     evaluation, unit = config.evaluation, UNITS[config.objective.unit]
     windows = f"evaluation.windows is {evaluation.windows}"
     if precision is not None:
+        more = f"{windows_for(precision, PROPOSED_REGRET)} windows would leave {PROPOSED_REGRET:g}"
+        advice = "that is enough" if precision.regret <= PROPOSED_REGRET else more
         return (
             f"{windows}: by the trials so far, coefficients chosen on other windows would cost {precision.regret:.5f} "
-            f"{unit} on average; {windows_for(precision, PROPOSED_REGRET)} windows would leave "
-            f"{PROPOSED_REGRET:g}."
+            f"{unit} on average; {advice}."
         )
     enough = ceil(PROPOSED_TOKENS / evaluation.window)
     tokens = f"{evaluation.windows * evaluation.window:,} tokens of each corpus"

@@ -19,8 +19,8 @@ from dem_opt.planning.inputs import identical_checkpoints, load_inputs
 from dem_opt.progress import NullProgress, reporting
 from dem_opt.storage.engine import connect
 from dem_opt.storage.ledger import Ledger, StudyRow
-from dem_opt.types import HELD_OUT, SEARCH, Composite, Score
-from dem_opt.workflows.check import check, comparison_plan
+from dem_opt.types import HELD_OUT, SEARCH, Composite, Precision, Score
+from dem_opt.workflows.check import PROPOSED_REGRET, check, comparison_plan, proposed_windows
 
 
 @pytest.fixture
@@ -360,3 +360,17 @@ def test_a_check_tells_what_windows_detect_by_a_default_before_there_are_trials(
 def test_a_difference_to_detect_is_above_zero(world, capsys, difference):
     assert main(["check", str(world / "study.yaml"), "--difference", difference]) == 2
     assert "--difference" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("factor", [0.1, 1.0, 1.5, 10.0])
+def test_windows_are_proposed_only_where_more_are_needed(world, factor):
+    config = load(world / "study.yaml")
+    windows = config.evaluation.windows
+    precision = Precision(
+        windows=windows, composites=9, regret=factor * PROPOSED_REGRET, high=1.0, intervals={}, error=0.1
+    )
+    advice = proposed_windows(config, precision).partition("; ")[2]
+    if factor > 1:
+        assert int(advice.split()[0]) >= factor * windows
+    else:
+        assert not any(character.isdigit() for character in advice)
