@@ -1,4 +1,4 @@
-"""What a sum of 1 costs, and how a search over a range of totals finds it: `python benchmarks/totals.py FOLDER`.
+"""Cost of a sum of 1, and a search over a range of totals that avoids it: `python benchmarks/totals.py FOLDER`.
 
 Makes a world of `landscapes` in FOLDER: fine-tunes of one base with short and long vectors, whose best totals differ.
 On each, every algorithm searches the coefficients with totals from 0 to 4, and the default those with a total of 1.

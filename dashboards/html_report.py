@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
-from math import exp
 from pathlib import Path
 from string import Template
 
@@ -42,7 +41,7 @@ from dem_opt.dashboards.words import (
 from dem_opt.data.overlap import Overlap
 from dem_opt.errors import InputError
 from dem_opt.evaluation.objective import mean_nll
-from dem_opt.types import BITS_PER_BYTE, HELD_OUT, SEARCH, Summary
+from dem_opt.types import BITS_PER_BYTE, HELD_OUT, SEARCH, Summary, perplexity
 
 _POLICY = (
     b"""content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:\""""
@@ -235,8 +234,8 @@ def _other_means(summary: Summary) -> str:
     pair = [result.scores.get(HELD_OUT, {}) for result in (summary.winner, summary.results[0])]
     if any(HELD_OUT not in result.objective for result in (summary.winner, summary.results[0])):
         return ""
-    perplexity, of_base = (exp(mean_nll(scores, summary.weights)) for scores in pair)
-    words = f"; perplexity {perplexity:.2f} on the {SPLIT_NAMES[HELD_OUT]} (base: {of_base:.2f})"
+    of_winner, of_base = (perplexity(mean_nll(scores, summary.weights)) for scores in pair)
+    words = f"; perplexity {of_winner:.2f} on the {SPLIT_NAMES[HELD_OUT]} (base: {of_base:.2f})"
     if summary.unit == BITS_PER_BYTE or not all(score.bytes for scores in pair for score in scores.values()):
         return words
     bits, of_base = (mean_nll(scores, summary.weights, BITS_PER_BYTE) for scores in pair)

@@ -81,7 +81,7 @@ _PRECISION = {
 """Fields that round the same function in another way."""
 
 _ROTARY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"yarn": {"beta_fast": 32, "beta_slow": 1, "truncate": True}}
-"""What transformers computes with where a kind of rotary embedding does not say it."""
+"""Values with which transformers completes a rotary embedding, by its kind."""
 
 _FLOAT32_EPS = 2.0**-23
 

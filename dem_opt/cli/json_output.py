@@ -168,12 +168,9 @@ def _of_rival(rival: "Rival") -> dict[str, Any]:
 
 def _of_price(price: "TotalPrice") -> dict[str, Any]:
     """The price of the sum; an interval without ends is null."""
-    ends = {end: value if value is not None and isfinite(value) else None for end, value in _ends(price)}
-    return asdict(price) | ends | {"rivals": [_of_margin(margin) for margin in price.rivals]}
-
-
-def _ends(price: "TotalPrice") -> tuple[tuple[str, float | None], ...]:
-    return ("low", price.low), ("high", price.high)
+    ends = {"low": price.low, "high": price.high}
+    finite = {end: value if value is not None and isfinite(value) else None for end, value in ends.items()}
+    return asdict(price) | finite | {"rivals": [_of_margin(margin) for margin in price.rivals]}
 
 
 def _detectable(summary: "Summary") -> dict[str, float]:

@@ -70,7 +70,7 @@ class Row:
 
 
 def _look_up(value: Any, column: str) -> Any:
-    """What a dotted name leads to within nested objects and lists; MISSING where it leads to nothing."""
+    """The value of a dotted name within nested objects and lists; MISSING where there is none."""
     if isinstance(value, Mapping) and column in value:
         return value[column]
     key, dot, rest = column.partition(".")

@@ -201,7 +201,7 @@ def _lora(lora: Export) -> str:
 
 
 def _total(base_units: int) -> list[str]:
-    """What a sum of coefficients other than 1 means."""
+    """The meaning of a sum of coefficients other than 1."""
     if not base_units:
         return []
     total = (UNIT - base_units) / UNIT
