@@ -1,35 +1,53 @@
-"""Ctrl-C and SIGTERM: the first signal lets the work at hand finish, the second stops at once."""
+"""Ctrl-C and SIGTERM: the first signal lets the work at hand finish, the second stops at the next safe moment."""
 
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Event
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-@contextmanager
-def finishing(announce: Callable[[], None]) -> Iterator[Event]:
-    """Turn the first Ctrl-C or SIGTERM into an event; the next one raises KeyboardInterrupt.
+class Stop:
+    """Requests to stop a piece of work, which looks at them between its steps."""
 
-    The block looks at the event, ends its work in good order, and raises KeyboardInterrupt itself.  Python lets only
-    its main thread receive signals: in another thread the event is never set.
+    def __init__(self) -> None:
+        self.requests = 0
+
+    def is_set(self) -> bool:
+        """True once a stop was requested."""
+        return self.requests > 0
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if a stop at once was requested."""
+        if self.requests > 1:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def finishing(announce: Callable[[], None]) -> Iterator[Stop]:
+    """Turn Ctrl-C and SIGTERM into requests to stop.
+
+    The block looks at them: after the first it ends its work in good order and raises KeyboardInterrupt itself, after
+    the second it does so at the next `check`.  An exception at any other moment could leave a transaction open, and
+    with it the database locked for all threads.  The third signal raises all the same: a block that is stuck ends.
+    Python lets only its main thread receive signals: in another thread nothing is requested.
 
     Args:
-        announce: Called when the event is set.
+        announce: Called at the first request.
     """
-    stop = Event()
+    stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def receive(_number: int, _frame: FrameType | None) -> None:
-        if stop.is_set():
+        stop.requests += 1
+        if stop.requests == 1:
+            announce()
+        elif stop.requests > 2:
             raise KeyboardInterrupt
-        stop.set()
-        announce()
 
     before = {number: signal.signal(number, receive) for number in SIGNALS}
     try:

@@ -68,6 +68,18 @@ class Fragile(Echo):
             raise InputError(spec.base.path, None, None, "its weights differ")
 
 
+class Slow(Echo):
+    """Tells on which node it loads by a file in the spec's folder, and waits there for a file "ready"."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        import ray
+
+        super().__init__(spec)
+        (spec.base.path / ray.get_runtime_context().get_node_id()).touch()
+        while not (spec.base.path / "ready").exists():
+            sleep(0.1)
+
+
 class Broken(Echo):
     """Has a bug."""
 

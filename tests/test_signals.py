@@ -11,14 +11,19 @@ from dem_opt.signals import SIGNALS, finishing, sigterm_as_ctrl_c
 
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("again", SIGNALS)
-def test_the_first_signal_asks_and_the_second_stops(number: int, again: int) -> None:
+def test_the_first_signal_asks_the_second_stops_between_steps_and_the_third_anywhere(number: int, again: int) -> None:
     before, calls = [signal.getsignal(signum) for signum in SIGNALS], []
-    with pytest.raises(KeyboardInterrupt), finishing(lambda: calls.append("asked")) as stopping:
-        assert not stopping.is_set()
+    with pytest.raises(KeyboardInterrupt), finishing(lambda: calls.append("asked")) as stop:
+        assert not stop.is_set()
         os.kill(os.getpid(), number)
-        assert stopping.is_set() and calls == ["asked"]
+        stop.check()
+        assert stop.is_set() and calls == ["asked"]
         os.kill(os.getpid(), again)
-    assert calls == ["asked"]
+        with pytest.raises(KeyboardInterrupt):
+            stop.check()
+        calls.append("after the second")
+        os.kill(os.getpid(), number)
+    assert calls == ["asked", "after the second"]
     assert [signal.getsignal(signum) for signum in SIGNALS] == before
 
 

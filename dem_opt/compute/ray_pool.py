@@ -72,11 +72,13 @@ class _Member:
         loading: Reference of its loading; None when it is ready.
         queue: Requests sent to it; it works on the first one.
         since: When it began with that one, by the monotonic clock.
-        deaths: Consecutive deaths of workers in this place while they loaded.
+        nodes: Ids of the nodes that were alive when it was started.
+        deaths: Consecutive deaths of workers in this place while they loaded, but for those that lost their node.
     """
 
     actor: Any
     loading: Any
+    nodes: frozenset[str]
     queue: deque[_Sent] = field(default_factory=deque)
     since: float = 0.0
     deaths: int = 0
@@ -182,7 +184,7 @@ class RayPool:
 
     def _recruit(self) -> _Member:
         actor = self._ray.remote(_Actor).options(max_restarts=0, max_task_retries=0, **self._resources).remote()
-        return _Member(actor=actor, loading=actor.load.remote(*self._build))
+        return _Member(actor=actor, loading=actor.load.remote(*self._build), nodes=node_ids(self._ray))
 
     def _send(self, request: Request, attempt: int) -> None:
         ready = self._ready()
@@ -221,9 +223,9 @@ class RayPool:
 
     def _replace(self, member: _Member) -> None:
         self._ray.kill(member.actor)
-        deaths = member.deaths + (member.loading is not None)
         self._members[self._members.index(member)] = new = self._recruit()
-        new.deaths = deaths
+        # Ray may start a worker on a node that has died and say so when it finds out: not the worker's fault.
+        new.deaths = member.deaths + (member.loading is not None and member.nodes <= new.nodes)
 
     def _loaded(self, member: _Member) -> None:
         """Take a worker that is ready into use, replace one that died while loading, or drop one that can't load.
@@ -234,7 +236,7 @@ class RayPool:
         try:
             self.threads.append(_get(self._ray, member.loading))
         except self._ray.exceptions.RayActorError as error:
-            if member.deaths + 1 < ATTEMPTS:
+            if member.deaths + 1 < ATTEMPTS or not member.nodes <= node_ids(self._ray):
                 self._replace(member)
             else:
                 died = f"a worker died {ATTEMPTS} times while loading: {first_line(error)}"
@@ -336,6 +338,11 @@ def _get(ray: Any, reference: Any) -> Any:
 def alive_nodes(ray: Any) -> list[Resources]:
     """Resources of the nodes that are alive."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def node_ids(ray: Any) -> frozenset[str]:
+    """Ids of the nodes that are alive."""
+    return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
 
 
 def _on_this_node(path: Path | str | None) -> Path | str | None:

@@ -4,7 +4,6 @@ from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from math import inf
-from threading import Event
 from time import sleep
 
 from dem_opt.compute import Pool
@@ -17,7 +16,7 @@ from dem_opt.search.optuna_study import PendingTrial, Search
 from dem_opt.search.run_name import RunName
 from dem_opt.search.time_left import FinalTable, TimeLeft, plan_search
 from dem_opt.search.trials import attributes, race_for, trial_record
-from dem_opt.signals import finishing
+from dem_opt.signals import Stop, finishing
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.leases import Lease
 from dem_opt.storage.ledger import Ledger
@@ -98,6 +97,7 @@ class Driver:
         awaited = 0
         with finishing(self._announce_stop) as stop:
             while True:
+                stop.check()
                 if stop.is_set():
                     withdrawn = self.pool.withdraw()
                     in_flight = deque(assignment for assignment in in_flight if assignment.number not in withdrawn)
@@ -132,10 +132,11 @@ class Driver:
         left.proposed(search.name, trial.propose_seconds, search.is_known(trial.coefficients))
         return self._assign(search, trial, most)
 
-    def _collect(self, oldest: Assignment, answers: dict[int, Evaluation | Failure], stop: Event, part: str) -> None:
+    def _collect(self, oldest: Assignment, answers: dict[int, Evaluation | Failure], stop: Stop, part: str) -> None:
         """Record answers as they come, until the oldest trial's has come, or a stop is newly requested."""
         stopping = stop.is_set()
         while oldest.number not in answers and stop.is_set() == stopping:
+            stop.check()
             if done := self.pool.next_done():
                 request, answer = done
                 self._record(request, answer, part)
@@ -167,6 +168,7 @@ class Driver:
         scoring = self.progress.phase(f"scoring, {part}", sum(windows.values()), "windows")
         with finishing(self._announce_stop) as stop, scoring as phase:
             while requests:
+                stop.check()
                 if stop.is_set():
                     for ticket in self.pool.withdraw():
                         del requests[ticket]

@@ -7,8 +7,10 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, Literal
 
 import books
 import pytest
@@ -16,7 +18,7 @@ import stub_workers
 from counted import notes_of
 from recorded import RecordedProgress
 
-from dem_opt.compute import RayCompute
+from dem_opt.compute import ATTEMPTS, RayCompute
 from dem_opt.config import ComputeSection
 from dem_opt.errors import InputError
 from dem_opt.progress import NullProgress, Progress
@@ -82,15 +84,19 @@ def pool_of(cluster: Any) -> Iterator[Callable[..., Any]]:
     """Makes pools of stand-ins on the cluster, in this process."""
     import ray
 
-    compute = RayCompute(ComputeSection(ray=cluster.address, patience=120))
-    spec = WorkerSpec(base=StoredModel(Path("models/code"), "content"), fine_tunes=(), corpora=(), batch_tokens=64)
+    with ExitStack() as stack:
 
-    def make(progress: Progress) -> Any:
-        compute.__enter__()
-        return compute.workers(stub_workers.Fragile, spec, progress)
+        def make(
+            progress: Progress,
+            build: type = stub_workers.Fragile,
+            folder: Path = Path("models/code"),
+            workers: int | Literal["auto"] = "auto",
+        ) -> Any:
+            settings = ComputeSection(ray=cluster.address, workers=workers, patience=120)
+            spec = WorkerSpec(base=StoredModel(folder, "content"), fine_tunes=(), corpora=(), batch_tokens=64)
+            return stack.enter_context(RayCompute(settings)).workers(build, spec, progress)
 
-    yield make
-    compute.__exit__()
+        yield make
     assert not ray.is_initialized()
 
 
@@ -124,4 +130,24 @@ def test_nodes_that_join_get_workers_and_one_whose_files_differ_does_not(
     assert pool.capacity == 2
     assert progress.notes[0] == "a node has joined; it gets a worker"
     assert progress.warnings[-1].endswith("models/code on node south: its weights differ")
+    pool.close()
+
+
+def test_nodes_that_are_lost_while_their_worker_loads_are_no_fault_of_the_worker(
+    cluster: Any, pool_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    nodes = {node.node_id: node for node in (cluster.add_node(num_cpus=1) for _ in range(ATTEMPTS + 2))}
+
+    def lose_nodes() -> None:
+        for _ in range(ATTEMPTS + 1):
+            while not (loading := [name for name in nodes if (tmp_path / name).exists()]):
+                time.sleep(0.1)
+            cluster.remove_node(nodes.pop(loading[0]), allow_graceful=False)
+        (tmp_path / "ready").touch()
+
+    thread = Thread(target=lose_nodes, daemon=True)
+    thread.start()
+    pool = pool_of(NullProgress(), stub_workers.Slow, tmp_path, workers=1)
+    thread.join()
+    assert pool.capacity == 1
     pool.close()

@@ -1,10 +1,15 @@
 """Laws of the loop: what is proposed follows from what was told, and never from which worker is faster."""
 
+import os
 import random
+import signal
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import worlds
+from sqlalchemy import Engine, event
 
 from dem_opt.config import load
 from dem_opt.evaluation.worker import build
@@ -94,3 +99,36 @@ def test_no_worker_is_idle_while_a_proposal_is_made(world, tmp_path, capacity):
     pool = Watched(world[2], capacity)
     made = len(trials(world, tmp_path / "study", pool, 1))
     assert pool.out == [min(number, 2 * capacity - 1) for number in range(made)]
+
+
+@pytest.mark.parametrize("table", ["dem_score", "dem_cost", "trials", "trial_params", "trial_values"])
+def test_two_signals_in_the_middle_of_a_transaction_stop_the_search_and_leave_the_database_free(world, tmp_path, table):
+    """The transaction ends first: else the thread that logs trials would wait for the database, and close() for it."""
+    written = 0
+
+    def interrupt(_connection, _cursor, statement: str, *_) -> None:
+        nonlocal written
+        written += statement.startswith((f"INSERT INTO {table} ", f"UPDATE {table} "))
+        if written == 3:
+            written += 1
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    event.listen(Engine, "after_cursor_execute", interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt) as interrupted:
+            trials(world, tmp_path / "study", Stoppable(world[2], 1, 0), 1)
+    finally:
+        event.remove(Engine, "after_cursor_execute", interrupt)
+    assert written > 3 and interrupted.tb, "the frames that were left are alive, and whatever they hold"
+    with closing(sqlite3.connect(tmp_path / "study/study.db", timeout=0.1)) as database:
+        database.execute("BEGIN IMMEDIATE")
+
+
+class Stoppable(Jumbled):
+    """A pool from which everything that waits can be taken back."""
+
+    def withdraw(self) -> set[int]:
+        tickets = {request.ticket for request in self._waiting}
+        self._waiting.clear()
+        return tickets
