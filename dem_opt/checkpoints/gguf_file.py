@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from dem_opt.checkpoints.architecture import silent
 from dem_opt.checkpoints.files import INDEX, WEIGHTS
 from dem_opt.errors import InputError, shorten
+from dem_opt.progress import current_progress
 
 _PLAIN = {"F32", "F16", "BF16"}
 """Types of tensors that are not quantized."""
@@ -59,9 +61,10 @@ def read(files: Sequence[Path], field: str) -> Callable[[Path], dict[str, str]]:
             types = {tensor.tensor_type.name for tensor in reader(file).tensors}
             dtype = torch.float32 if types <= _PLAIN else torch.bfloat16
             source: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
-            config = AutoConfig.from_pretrained(file.parent, **source)
-            model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **source)
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
+            with current_progress().phase(f"converting {file.name}"), silent():
+                config = AutoConfig.from_pretrained(file.parent, **source)
+                model = AutoModelForCausalLM.from_pretrained(file.parent, config=config, dtype=dtype, **source)
+                tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
         except Exception as error:  # a damaged file may stumble over anything
             reason = shorten(" ".join(str(error).split()) or type(error).__name__, 200)
             raise InputError(file, field, None, f"transformers can't read this GGUF file ({reason})") from None

@@ -6,6 +6,7 @@ import pytest
 import torch
 import worlds
 import zoo
+from recorded import RecordedProgress
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -16,6 +17,7 @@ from dem_opt.checkpoints.fit import check_base
 from dem_opt.checkpoints.locate import locate
 from dem_opt.config import ModelSource
 from dem_opt.errors import InputError
+from dem_opt.progress import reporting
 
 FP8 = torch.float8_e4m3fn
 MATRIX = "model.layers.0.self_attn.q_proj.weight"
@@ -145,7 +147,10 @@ def tokenizer():
 def test_a_gguf_file_is_dequantized(gguf_files, llama, tmp_path, quantized, in_folder):
     (tmp_path / "m").mkdir()
     file = gguf_files.save(tmp_path / "m/model.gguf", llama, tokenizer(), quantized)
-    place, tensors = converted(file.parent if in_folder else file)
+    progress = RecordedProgress()
+    with reporting(progress):
+        place, tensors = converted(file.parent if in_folder else file)
+    assert any(file.name in phase for phase in progress.phases)
     dtype, error = (torch.bfloat16, 2e-3) if quantized else (torch.float32, 0)
     for name, parameter in llama.named_parameters():
         assert tensors[name].dtype == dtype
