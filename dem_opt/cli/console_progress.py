@@ -30,6 +30,9 @@ LINES = 10
 LONG = 5.0
 """Seconds after which work is worth a line where there is no terminal."""
 
+INSTANT = 0.1
+"""Seconds from the beginning in which no work is done by this run."""
+
 
 class _Run:
     """State of one run of an algorithm: its best complete trial, trials stopped early, times of the latest trials."""
@@ -73,12 +76,40 @@ class _Run:
         return f"; {60 * (len(times) - 1) / spent:.3g} trials a minute"
 
 
+class _Pace:
+    """The pace of counted work over the later half of what is done: the first steps are often slow.
+
+    What is done within an instant of the beginning was done before, by a run that this one continues.
+    """
+
+    def __init__(self) -> None:
+        self._began, self._earlier = monotonic(), 0
+        self._points = deque([(self._began, 0)])
+
+    def add(self, done: int) -> None:
+        """Note how much is done by now."""
+        now = monotonic()
+        if now - self._began < INSTANT:
+            self._points.clear()
+            self._earlier = done
+        self._points.append((now, done))
+        while len(self._points) > 2 and self._points[1][1] <= (self._earlier + done) / 2:
+            self._points.popleft()
+
+    def left(self, total: int | None) -> str:
+        """The time that the rest will take, in words; empty in the first seconds and at the end."""
+        (since, before), (now, done) = self._points[0], self._points[-1]
+        if total is None or not before < done < total or now - self._began <= LONG:
+            return ""
+        return f", about {duration((now - since) * (total - done) / (done - before))} left"
+
+
 class _Bar:
     """A phase on a terminal: a bar, or a spinner where the work cannot be counted, until the work ends."""
 
     def __init__(self, bars: rich.progress.Progress, name: str, total: int | None, unit: str) -> None:
         self._bars, self._total, self._unit = bars, total, unit
-        self._done, self._is_over, self._began = 0, False, monotonic()
+        self._done, self._is_over, self._pace = 0, False, _Pace()
         self._lock = Lock()
         self._task = bars.add_task(escape(name), total=total, count=count_of(0, total, unit), detail="")
 
@@ -86,8 +117,9 @@ class _Bar:
         """Move the bar, unless the work is over."""
         with self._lock:
             self._done += amount
+            self._pace.add(self._done)
             if not self._is_over:
-                count = count_of(self._done, self._total, self._unit) + time_left(self._began, self._done, self._total)
+                count = count_of(self._done, self._total, self._unit) + self._pace.left(self._total)
                 self._bars.update(self._task, completed=self._done, count=count, detail=detail)
 
     def end(self) -> None:
@@ -105,16 +137,17 @@ class LinePhase:
 
     def __init__(self, write: Callable[[str], None], name: str, total: int | None, unit: str) -> None:
         self._write, self._name, self._total, self._unit = write, name, total, unit
-        self._began, self._done, self._tenths = monotonic(), 0, 0
+        self._began, self._done, self._tenths, self._pace = monotonic(), 0, 0, _Pace()
 
     def advance(self, amount: int = 1, detail: str = "") -> None:
         """Write a line where another tenth of the work is done."""
         self._done += amount
+        self._pace.add(self._done)
         if self._total is None:
             return
         tenths = self._done * LINES // max(self._total, 1)
         if tenths > self._tenths and (detail or monotonic() - self._began > LONG):
-            count = count_of(self._done, self._total, self._unit) + time_left(self._began, self._done, self._total)
+            count = count_of(self._done, self._total, self._unit) + self._pace.left(self._total)
             self._write(f"{self._name}: {count}" + (f"; {detail}" if detail else ""))
         self._tenths = max(tenths, self._tenths)
 
@@ -227,14 +260,6 @@ def count_of(done: int, total: int | None, unit: str) -> str:
     if total is None:
         return ""
     return f"{decimal(done)} of {decimal(total)}" if unit == "bytes" else f"{done} of {total} {unit}"
-
-
-def time_left(began: float, done: int, total: int | None) -> str:
-    """The time that counted work will take, by the time since `began`; empty in the first seconds and at its end."""
-    elapsed = monotonic() - began
-    if total is None or not 0 < done < total or elapsed <= LONG:
-        return ""
-    return f", about {duration(elapsed * (total - done) / done)} left"
 
 
 def in_full(coefficients: Coefficients) -> str:

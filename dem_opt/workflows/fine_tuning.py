@@ -154,16 +154,18 @@ class JournalWatch:
         self._keys = {job.out: job_identity(job) for job in jobs}
         self._phases = {job.out: _TrainingPhase(job, progress) for job in jobs}
         self._running = {job.out: job for job in jobs}
-        self._closing = Event()
+        self._closing, self._starting, self._progress = Event(), ExitStack(), progress
         self._thread = Thread(target=self._poll, name="journals", daemon=True)
 
     def __enter__(self) -> Self:
+        self._starting.enter_context(self._progress.phase("starting to train"))
         self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._closing.set()
         self._thread.join()
+        self._starting.close()
         for phase in self._phases.values():
             phase.close()
         self._tracker.close()
@@ -184,6 +186,7 @@ class JournalWatch:
                 points = read_journal(job.place / JOURNAL)
                 steps = [point for point in points if point.loss is not None]
                 if steps:
+                    self._starting.close()
                     self._phases[job.out].reach(steps[-1].step, float(steps[-1].loss or 0))
                 if points:
                     self._log(job, points, "RUNNING", {})

@@ -113,6 +113,22 @@ def test_long_work_is_told_in_tenths_of_bytes_or_of_what_it_counts(capsys, monke
     assert len(lines) == 9
 
 
+@pytest.mark.parametrize("before", [0, 40])
+def test_the_time_left_is_that_of_the_latest_steps_by_this_run(capsys, monkeypatch, before):
+    """Steps of 100 s, from the tenth on of 10 s, some of them done before by the run that this one continues."""
+    clock = [0.0]
+    monkeypatch.setattr(console_progress, "monotonic", lambda: clock[0])
+    with Terminal().progress(), current_progress().phase("code", 100, "steps") as phase:
+        if before:
+            phase.advance(before, "continued")
+        for step in range(before, 80):
+            clock[0] += 100 if step - before < 9 else 10
+            phase.advance(1, "loss")
+    lines = dict(line.split(" of 100 steps") for line in capsys.readouterr().out.splitlines())
+    assert lines["code: 80"] == ", about 3 min left; loss"
+    assert lines[f"code: {before + 10}"].endswith("left; loss")
+
+
 def test_bars_of_long_work_show_and_go_when_it_is_done(monkeypatch):
     console = Console(file=StringIO(), force_terminal=True, width=100)
     with ConsoleProgress(console) as progress, reporting(progress):
