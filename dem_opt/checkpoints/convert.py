@@ -10,15 +10,20 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+import transformers
+
 from dem_opt.atomic import publish_folder, staged_folder
 from dem_opt.checkpoints import gguf_file, pickled, rounding
-from dem_opt.checkpoints.files import INDEX, PICKLED, WEIGHTS, cache_folder
+from dem_opt.checkpoints.files import INDEX, PICKLED, WEIGHTS, cache_folder, file_stamps
 from dem_opt.errors import InputError
 from dem_opt.json_files import find_json
 from dem_opt.permissions import make_private_folder
 
 RECORD = "converted.json"
 """File of a converted folder that says what was converted."""
+
+VERSION = 1
+"""Version of the conversions: one whose result changes must not be found under the old one's name."""
 
 _PICKLES = (*PICKLED, "*.bin.index.json")
 _WEIGHTS = (*_PICKLES, "*.safetensors", "*.safetensors.index.json")
@@ -34,6 +39,7 @@ class _Conversion:
         copied: The files to copy.
         write: Writes the safetensors files into a folder; returns the file's name by tensor.
         size: Bytes that it writes, at most; 0 where they are not known.
+        library: Library that reads the form, with its version.
     """
 
     form: str
@@ -41,6 +47,7 @@ class _Conversion:
     copied: Sequence[Path]
     write: Callable[[Path], dict[str, str]]
     size: int = 0
+    library: str = ""
 
 
 def converted(place: Path, field: str, allow_pickled: bool = False) -> Path:
@@ -57,8 +64,7 @@ def converted(place: Path, field: str, allow_pickled: bool = False) -> Path:
     conversion = _conversion(place, field, allow_pickled)
     if conversion is None:
         return place
-    stats = [(str(file.resolve()), file.stat()) for file in (*conversion.sources, *conversion.copied)]
-    key = repr([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
+    key = repr((VERSION, conversion.library, file_stamps((*conversion.sources, *conversion.copied))))
     out = cache_folder() / "converted" / sha256(key.encode()).hexdigest()[:32]
     try:
         make_private_folder(cache_folder())
@@ -85,7 +91,8 @@ def _conversion(place: Path, field: str, allow_pickled: bool) -> _Conversion | N
     """The conversion that a folder or file needs, if any."""
     if files := gguf_file.files_of(place, field):
         config = gguf_file.read(files, field)
-        return _Conversion("quantized weights (GGUF)", files, (), config)
+        library = f"transformers {transformers.__version__}"
+        return _Conversion("quantized weights (GGUF)", files, (), config, library=library)
     if not place.is_dir():
         return None
     if pickles := pickled.files_of(place) if allow_pickled else []:

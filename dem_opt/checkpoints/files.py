@@ -144,14 +144,14 @@ def content_hash(folder: Path, field: str = "checkpoint") -> str:
     content = known_content(header)
     if content is None:
         content = hash_tensors(header)
-        _write_cache(_read_cache() | {str(folder.resolve()): _Known(_stamp(header), content)})
+        _write_cache(_read_cache() | {str(folder.resolve()): _Known(file_stamps(header.files), content)})
     return content
 
 
 def known_content(header: Header) -> str | None:
     """The content hash in the cache for these very files; None where they have to be read."""
     known = _read_cache().get(str(header.folder.resolve()))
-    return known.content if known is not None and known.files == _stamp(header) else None
+    return known.content if known is not None and known.files == file_stamps(header.files) else None
 
 
 def hash_tensors(header: Header) -> str:
@@ -373,12 +373,12 @@ class _Known:
     content: str
 
 
-def _stamp(header: Header) -> list[tuple[str, int, int, int, int]]:
-    """Path, size, inode and both times in nanoseconds of each weight file: one changes when the file does.
+def file_stamps(files: Iterable[Path]) -> list[tuple[str, int, int, int, int]]:
+    """Path, size, both times in nanoseconds and inode of each file: one changes when the file does.
 
     The time of the content can be set back, as `cp -p` and rsync do; that of the inode can't.
     """
-    stats = [(file.resolve(), file.stat()) for file in header.files]
+    stats = [(file.resolve(), file.stat()) for file in files]
     return [(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for path, stat in stats]
 
 

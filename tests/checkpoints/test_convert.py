@@ -1,11 +1,13 @@
 """Pickled weights: refused, or converted to the same bits where the study allows it."""
 
 import json
+import os
 import shutil
 import warnings
 from contextlib import suppress
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from zipfile import ZipFile
 
 import pytest
@@ -15,6 +17,7 @@ import zoo
 from safetensors.torch import load_file
 from test_adapters import make_adapter
 
+from dem_opt.checkpoints import convert
 from dem_opt.checkpoints.adapters import CONFIG, read_adapter
 from dem_opt.checkpoints.adapters import WEIGHTS as ADAPTER
 from dem_opt.checkpoints.convert import converted
@@ -74,6 +77,30 @@ def test_other_files_are_converted_anew(pickled):
     torch.save({name: tensor + 1 for name, tensor in tensors.items()}, folder / "pytorch_model.bin")
     after = converted(folder, "base", allow_pickled=True)
     assert after != before and content_hash(after) != content_hash(before)
+
+
+def test_files_of_the_same_size_and_time_are_converted_anew(pickled):
+    """As `cp -p` and rsync leave them."""
+    folder, _ = pickled
+    file = folder / "pytorch_model.bin"
+    before, times = converted(folder, "base", allow_pickled=True), file.stat()
+    tensors = torch.load(file)
+    torch.save({name: tensor + 1 for name, tensor in tensors.items()}, file)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert file.stat().st_size == times.st_size
+    assert content_hash(converted(folder, "base", allow_pickled=True)) != content_hash(before)
+
+
+@pytest.mark.parametrize("name, other", [("VERSION", 10**6), ("transformers", SimpleNamespace(__version__="0.0"))])
+def test_another_converter_converts_anew(pickled, monkeypatch, name, other):
+    folder, _ = pickled
+    if name == "transformers":
+        monkeypatch.setattr(convert.gguf_file, "files_of", lambda place, field: [folder / "pytorch_model.bin"])
+        monkeypatch.setattr(convert.gguf_file, "read", lambda files, field: lambda out: {})
+    before = converted(folder, "base", allow_pickled=True)
+    assert converted(folder, "base", allow_pickled=True) == before
+    monkeypatch.setattr(convert, name, other)
+    assert converted(folder, "base", allow_pickled=True) != before
 
 
 def test_nothing_but_tensors_is_unpickled(pickled, tmp_path):
