@@ -12,6 +12,7 @@ from typing import NamedTuple
 import plotly.graph_objects as go
 
 from dem_opt.analysis.regret import compare
+from dem_opt.dashboards.front_plots import front_map
 from dem_opt.dashboards.heat_maps import (
     change_heat_map,
     coefficients_bar,
@@ -77,6 +78,7 @@ FIGURES: Mapping[str, Entry] = MappingProxyType(
         "coefficients": Entry(coefficients),
         "change": Entry(change),
         "price": Entry(price, lambda summary: any(row.role == "single" for row in summary.results)),
+        "pareto": Entry(front_map, lambda summary: summary.front is not None),
         "best-so-far": Entry(best_so_far),
         "comparison": Entry(comparison, lambda summary: len(summary.trials) > 1),
         "simplex": Entry(simplex_map),

@@ -99,9 +99,18 @@ def write_report(summary: Summary, path: Path, overlap: Overlap | None = None) -
     Raises:
         InputError: The file cannot be written, or is there and no report.
     """
+    write_page(render(summary, overlap), path, "report")
+
+
+def write_page(text: str, path: Path, what: str) -> None:
+    """Write a page atomically; an earlier page is replaced.  `what` names it in errors.
+
+    Raises:
+        InputError: The file cannot be written, or is there and no page of dem-opt.
+    """
     if path.exists() and not _is_page(path):
         raise InputError(path, None, None, "exists and is no report of dem-opt: name another file")
-    write(render(summary, overlap), path, "report")
+    write(text, path, what)
 
 
 def _is_page(path: Path) -> bool:

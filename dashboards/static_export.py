@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from dem_opt.atomic import staged_file, write_text
 from dem_opt.errors import InputError
-from dem_opt.manifest import FILES, manifest_of, refuse_others
+from dem_opt.manifest import FILES, listed, manifest_of, refuse_others
 
 Part = Mapping[str, Any]
 
@@ -52,7 +52,7 @@ _DASHES = {"dash": "--", "dot": ":"}
 def write_figures(figures: Mapping[str, go.Figure], folder: Path) -> list[Path]:
     """Each figure as NAME.png (200 dots an inch) and NAME.svg, with a record of these files.
 
-    Figures that this function wrote before are replaced; other files in the folder are left alone.
+    Figures of these names that this function wrote before are replaced; other files in the folder are left alone.
 
     Raises:
         InputError: The folder can't be written, or a file of these names was not written here or has changed since.
@@ -65,7 +65,8 @@ def write_figures(figures: Mapping[str, go.Figure], folder: Path) -> list[Path]:
             with staged_file(folder / name) as partial:
                 partial.write_bytes(content)
         written = [folder / name for name in images]
-        write_text(folder / RECORD, json.dumps({FILES: manifest_of(folder, written)}, indent=2) + "\n")
+        earlier = [folder / name for name in listed(folder, RECORD)]
+        write_text(folder / RECORD, json.dumps({FILES: manifest_of(folder, [*earlier, *written])}, indent=2) + "\n")
     except OSError as error:
         raise InputError(folder, "--figures", None, f"can't be written ({error.strerror})") from None
     return written

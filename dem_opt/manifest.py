@@ -38,7 +38,7 @@ def refuse_foreign(
         field: Field of the study file, or option, that names the folder.
         unlisted: The manifest of a folder whose description has none.
     """
-    foreign = next(_foreign(folder, description, _listed(folder, description) or dict(unlisted or {})), None)
+    foreign = next(_foreign(folder, description, listed(folder, description) or dict(unlisted or {})), None)
     if foreign is not None:
         mend = f"holds {foreign}, which dem-opt did not write: move it away, or name another folder"
         raise InputError(folder, field, None, mend)
@@ -46,7 +46,7 @@ def refuse_foreign(
 
 def refuse_changed(folder: Path, description: str, field: str | None = None) -> None:
     """Raise InputError where a file of a folder's manifest has been changed since; other files are no matter."""
-    for name, digest in _listed(folder, description).items():
+    for name, digest in listed(folder, description).items():
         file = folder / name
         if file.is_symlink() or (file.exists() and not (file.is_file() and _digest(file) == digest)):
             mend = f"{name} has been changed since: move it away, or name another folder"
@@ -62,8 +62,8 @@ def refuse_others(folder: Path, description: str, names: Iterable[str], field: s
         names: Names of the files that are to be written.
         field: Option that names the folder.
     """
-    listed = _listed(folder, description)
-    mine = [description, *listed] if listed else []
+    known = listed(folder, description)
+    mine = [description, *known] if known else []
     for name in (description, *names):
         if name not in mine and os.path.lexists(folder / name):
             mend = f"holds {name}, which dem-opt did not write: move it away, or name another folder"
@@ -71,7 +71,7 @@ def refuse_others(folder: Path, description: str, names: Iterable[str], field: s
     refuse_changed(folder, description, field)
 
 
-def _listed(folder: Path, description: str) -> dict[str, Any]:
+def listed(folder: Path, description: str) -> dict[str, Any]:
     """The manifest of a folder; empty where it has none."""
     manifest = read_description(folder / description).get(FILES)
     return manifest if isinstance(manifest, dict) else {}

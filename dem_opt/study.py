@@ -18,6 +18,7 @@ from dem_opt.config.objective_function import import_from
 from dem_opt.dashboards.html_report import write_report
 from dem_opt.data.overlap import Overlap
 from dem_opt.export.writer import Export
+from dem_opt.pareto import Front
 from dem_opt.progress import NullProgress, Progress, reporting
 from dem_opt.simplex import Coefficients
 from dem_opt.tracking import MlflowTracker, PageListener, Tracker
@@ -40,6 +41,7 @@ from dem_opt.workflows import (
 )
 from dem_opt.workflows.context import StudyContext
 from dem_opt.workflows.export import Champion
+from dem_opt.workflows.front import read_front
 from dem_opt.workflows.lora_export import LoraForm
 from dem_opt.workflows.overlap import stored_overlap
 from dem_opt.workflows.plots import StudyPlots
@@ -84,7 +86,7 @@ class Study:
             compute=compute or RayCompute(config.compute),
             progress=progress or NullProgress(),
         )
-        self.plot = StudyPlots(self.summary)
+        self.plot = StudyPlots(self.summary, self.pareto)
 
     @classmethod
     def load(
@@ -311,6 +313,17 @@ class Study:
             InputError: The coefficients are outside of the study's space, or there are too few trials to predict from.
         """
         return summary.predict(self._context, self._checked(coefficients))
+
+    def pareto(self, first: str, second: str) -> Front:
+        """Return the front between two losses over everything that is scored, without a forward pass.
+
+        `pareto(a, b).rows()` are the rows of a data frame; `hypervolume`, `knee` and `lowest_mean` are attributes.
+
+        Args:
+            first: A distribution or general corpus, or "mean" for the study's weighted mean.
+            second: Another.
+        """
+        return read_front(self.config, self._context.path, (first, second))
 
     def power(self) -> Power:
         """Return the power of comparing two composites on the study's windows.

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from dem_opt.costs import Cost
 from dem_opt.errors import EvaluationError
+from dem_opt.pareto import Front
 from dem_opt.simplex import UNIT, Coefficients
 
 SEARCH = "search"
@@ -381,6 +382,7 @@ class TrialRecord:
             corpus that has most of them.
         gradient: d penalized / d w_i by distribution, where it was measured.
         unit: Unit of these, a key of `UNITS`.
+        losses: The two losses whose front is searched, by name; the objective is their mean.
     """
 
     study: str
@@ -397,6 +399,7 @@ class TrialRecord:
     estimates: Mapping[int, float] = dataclass_field(default_factory=dict)
     gradient: Mapping[str, float] = dataclass_field(default_factory=dict)
     unit: str = NATS_PER_TOKEN
+    losses: Mapping[str, float] = dataclass_field(default_factory=dict)
 
     @property
     def unit_words(self) -> str:
@@ -643,6 +646,7 @@ class Summary:
         costs: What the study has spent since it began, by part.
         rivals: Placebos and models trained on the search split, as far as they have been compared.
         total_price: What the constraint on the sum of coefficients costs, where it was measured.
+        front: The front between the two losses of a study that searches for one.
     """
 
     study: str
@@ -663,6 +667,7 @@ class Summary:
     rivals: tuple[Rival, ...] = ()
     costs: tuple[Cost, ...] = ()
     total_price: TotalPrice | None = None
+    front: Front | None = None
 
     @property
     def forwards(self) -> float:

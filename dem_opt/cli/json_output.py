@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dem_opt.analysis.task_scores import TaskTable
     from dem_opt.costs import Cost
     from dem_opt.export.writer import Export
+    from dem_opt.pareto import Front
     from dem_opt.types import Margin, ResultRow, Rival, Score, Summary, TotalPrice
     from dem_opt.workflows.check import Findings
 
@@ -120,6 +121,28 @@ def of_comparison(comparison: "Comparison") -> dict[str, Any]:
         "ask, asking, measuring": "seconds",
     }
     return asdict(comparison) | {"units": units}
+
+
+def of_front(front: "Front") -> dict[str, Any]:
+    """A front with its units; `lowest_mean` and `knee` are places in `points`, which ascend in the first loss."""
+    return {
+        "between": list(front.names),
+        "unit": front.unit,
+        "composites": len(front.points) + len(front.dominated),
+        "points": front.rows(),
+        "lowest_mean": front.points.index(front.lowest_mean),
+        "knee": None if front.knee is None else front.points.index(front.knee),
+        "hypervolume": front.hypervolume,
+        "reference": _of_losses(front, front.reference),
+        "baselines": {name: _of_losses(front, point.search) for name, point in front.baselines.items()},
+        "held_out": {"scored": len(front.held_out), "on_the_front": front.confirmed},
+        "units": {"losses, gaps": front.unit, "hypervolume": f"{front.unit}, squared", "gap_low, gap_high": "95%"},
+    }
+
+
+def _of_losses(front: "Front", losses: tuple[float, float]) -> dict[str, float]:
+    """Losses by the names of the axes."""
+    return dict(zip(front.names, losses, strict=True))
 
 
 def of_mixing(comparison: "MixingComparison") -> dict[str, Any]:

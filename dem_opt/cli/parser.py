@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import shtab
 
 from dem_opt import __version__
-from dem_opt.cli import baselines, check, models, new_study, optimize, quickstart, reports, studies
+from dem_opt.cli import baselines, check, fronts, models, new_study, optimize, quickstart, reports, studies
 from dem_opt.cli.console import Terminal
 from dem_opt.errors import InputError, nearest
 
@@ -337,6 +337,36 @@ def _add_results(commands: Any) -> None:
         details="From the study's database, in a second: no checkpoint is read, nothing is scored.",
         examples="dem-opt show study.yaml\ndem-opt show study.yaml --json",
     )
+    pareto = _add(
+        commands,
+        "pareto",
+        fronts.pareto,
+        summary="print the front between two losses",
+        details=(
+            "The composites of which none is better in one loss without being worse in the other, with\n"
+            "their hypervolume. From the study's database: no checkpoint is read, nothing is scored."
+        ),
+        examples=(
+            "dem-opt pareto study.yaml --between code math\n"
+            "dem-opt pareto study.yaml --between mean general --out front.html --figures figures"
+        ),
+    )
+    pareto.add_argument(
+        "--between",
+        nargs=2,
+        metavar=("A", "B"),
+        required=True,
+        help="two distributions or general corpora; `mean` is the weighted mean of the objective",
+    )
+    pareto.add_argument("--csv", action="store_true", help="print comma-separated values")
+    page = pareto.add_argument(
+        "--out", type=Path, metavar="FILE", help="also write figure and table as an offline page"
+    )
+    _complete(page, shtab.FILE)
+    folder = pareto.add_argument(
+        "--figures", type=Path, metavar="DIR", help="also write the figure as PNG and SVG into this folder"
+    )
+    _complete(folder, shtab.DIRECTORY)
     report = _add(
         commands,
         "report",

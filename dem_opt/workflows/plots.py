@@ -6,7 +6,9 @@ import plotly.graph_objects as go
 
 from dem_opt.analysis.mixing_cost import MixingComparison
 from dem_opt.dashboards.figures import FIGURES
+from dem_opt.dashboards.front_plots import front_figure
 from dem_opt.dashboards.mixing_plots import mixing_figure
+from dem_opt.pareto import Front
 from dem_opt.types import Summary
 
 
@@ -18,10 +20,11 @@ class StudyPlots:
 
     Args:
         read_summary: Returns the study's results so far.
+        read_front: Returns the front between two losses over everything that is scored.
     """
 
-    def __init__(self, read_summary: Callable[[], Summary]) -> None:
-        self._read_summary = read_summary
+    def __init__(self, read_summary: Callable[[], Summary], read_front: Callable[[str, str], Front]) -> None:
+        self._read_summary, self._read_front = read_summary, read_front
 
     def coefficients(self) -> go.Figure:
         """Draw the winner's coefficients, a bar for each distribution."""
@@ -37,6 +40,12 @@ class StudyPlots:
         This is the price of one model for all distributions.
         """
         return self._draw("price")
+
+    def pareto(self, first: str | None = None, second: str | None = None) -> go.Figure:
+        """Draw the front between two losses: distributions, general corpora, or "mean"; by default the study's own."""
+        if first is None or second is None:
+            return self._draw("pareto")
+        return front_figure(self._read_front(first, second))
 
     def best_so_far(self) -> go.Figure:
         """Draw the best objective so far, in the objective's unit, against forward-equivalents, a line for each run."""

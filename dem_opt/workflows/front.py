@@ -1,0 +1,43 @@
+"""The front between two losses of a study, as its database holds it: no checkpoint is read, and no torch imported."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dem_opt.analysis.pareto import checked_axes, front_between
+from dem_opt.config import StudyConfig
+from dem_opt.errors import InputError
+from dem_opt.pareto import Front
+from dem_opt.storage.engine import is_there
+from dem_opt.storage.identity import StudyIdentity, refuse_other_space
+from dem_opt.storage.ledger import Ledger
+from dem_opt.storage.retry import opened
+
+FIELD = "--between"
+"""The option that names the two losses."""
+
+
+def read_front(config: StudyConfig, path: Path, names: Sequence[str]) -> Front:
+    """Find the front between two losses over everything that is scored.
+
+    Args:
+        config: The study.
+        path: The study file, which messages name.
+        names: Two distributions or general corpora, or one of them and "mean".
+
+    Raises:
+        InputError: A name is unknown or given twice; nothing is scored on both, or the study has not been run.
+    """
+    not_run = InputError(path, None, None, f"nothing is measured yet; first: dem-opt run {path}")
+    if not is_there(config.storage):
+        raise not_run
+    with opened(config.storage) as engine:
+        ledger = Ledger(engine) if Ledger.is_in(engine) else None
+        row = ledger.study(config.name) if ledger else None
+        if ledger is None or row is None:
+            raise not_run
+        identity = StudyIdentity.recall(row.identity, row.scoring)
+        refuse_other_space(path, identity, config.space)
+        front = front_between(ledger, identity, checked_axes(identity, names, None, FIELD))
+    if front is None:
+        raise InputError(path, FIELD, " ".join(names), "no composite is scored on both yet")
+    return front
