@@ -71,7 +71,9 @@ def loss(scores, name):
 def test_the_front_is_that_of_brute_force_and_nothing_is_measured_or_written(measured, monkeypatch, names):
     study = open_study(measured)
     scores, base, identity = known_scores(study)
-    losses = {composite: tuple(loss(each, name) for name in names) for composite, each in scores.items()}
+    needed = {corpus for name in names for corpus in (NAMES if name == "mean" else [name])}
+    scored = {composite: each for composite, each in scores.items() if needed <= each.keys()}
+    losses = {composite: tuple(loss(each, name) for name in names) for composite, each in scored.items()}
     expected = {
         composite: point
         for composite, point in losses.items()
@@ -84,8 +86,10 @@ def test_the_front_is_that_of_brute_force_and_nothing_is_measured_or_written(mea
     assert dump(measured) == before and sorted(measured.parent.rglob("*")) == files
     assert front.names == names and front.unit == "nats per token"
     on_front = {identity.composite(point.coefficients): point.search for point in front.points}
-    assert on_front == pytest.approx(expected)
-    assert [point.search[0] for point in front.points] == sorted(point[0] for point in expected.values())
+    assert on_front.keys() == expected.keys()
+    assert all(on_front[composite] == pytest.approx(expected[composite]) for composite in expected)
+    first = [point.search[0] for point in front.points]
+    assert first == sorted(first)
     assert len(front.points) + len(front.dominated) == len(losses)
     worst = np.array([[loss(base, name) for name in names], *losses.values()]).max(axis=0)
     assert (np.array(front.reference) <= worst + 1e-12).all()
