@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dem_opt.pareto import MEAN, Front, FrontPoint, front_of, hypervolume, joint_weights, make_axis, non_dominated
+from dem_opt.pareto import MEAN, Front, FrontPoint, Gap, front_of, hypervolume, joint_weights, make_axis, non_dominated
 from dem_opt.simplex import Space
 
 SPACE = Space(("a", "b"))
@@ -68,7 +68,8 @@ def test_a_corpus_named_mean_hides_the_mean():
 
 
 def a_front(losses):
-    points = tuple(FrontPoint(coefficients=SPACE.centroid(), search=each) for each in losses)
+    gaps = (Gap(0.0, 0.0, 0.0, "documents"), Gap(0.0, -np.inf, np.inf, "documents"))
+    points = tuple(FrontPoint(coefficients=SPACE.centroid(), search=each, gaps=gaps) for each in losses)
     return Front(
         names=("a", "b"),
         unit="nats per token",
