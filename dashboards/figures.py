@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from dem_opt.analysis.regret import compare
+from dem_opt.analysis.regret import compare_searches
 from dem_opt.dashboards.front_plots import front_map
 from dem_opt.dashboards.heat_maps import (
     change_heat_map,
@@ -43,8 +43,11 @@ def price(summary: Summary) -> go.Figure:
 
 
 def comparison(summary: Summary) -> go.Figure:
-    """Regret of each algorithm against forward-equivalents, median and quartiles over runs, in the objective's unit."""
-    return comparison_figure(compare(summary))
+    """Regret of each algorithm against forward-equivalents, median and quartiles over runs.
+
+    In the objective's unit; where a front is searched, the hypervolume that is missing, in the unit squared.
+    """
+    return comparison_figure(compare_searches(summary))
 
 
 def worth(summary: Summary) -> go.Figure:

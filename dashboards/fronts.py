@@ -51,6 +51,18 @@ def front_lines(front: Front) -> list[str]:
     ]
 
 
+def winner_lines(front: Front | None) -> list[str]:
+    """Say what the winner of a study is that searches for a front; nothing for others."""
+    if front is None:
+        return []
+    first, second = front.names
+    return [
+        f"The study searches for the front between {first} and {second}, on which no composite is the best: the winner "
+        "is the one with the lowest mean of both.",
+        *front_lines(front),
+    ]
+
+
 def _knee_line(front: Front) -> str:
     """Name the knee; it has no meaning beyond the scaling that defines it."""
     if front.knee is None:

@@ -10,9 +10,10 @@ from string import Template
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from dem_opt.analysis.regret import Comparison, compare
+from dem_opt.analysis.regret import Comparison, compare_searches
 from dem_opt.atomic import write_text
 from dem_opt.dashboards.figures import all_figures
+from dem_opt.dashboards.fronts import front_table, front_title, winner_lines
 from dem_opt.dashboards.regret_plots import comparison_figure
 from dem_opt.dashboards.tables import (
     SPLIT_NAMES,
@@ -75,6 +76,7 @@ def study_note(summary: Summary, links: Mapping[str, str]) -> str:
         f"**Best so far:** `{winner.label}`, {number(winner.objective.get(SEARCH))} {summary.unit_words}"
         f"{_baseline_objectives(summary)}.",
         "\n".join(table),
+        *winner_lines(summary.front),
         *rival_lines(summary),
         *total_lines(summary),
         *(f"[{text}]({address})" for text, address in links.items()),
@@ -158,8 +160,11 @@ def render(summary: Summary, overlap: Overlap | None = None) -> str:
         top=_html_table(
             top_table(summary), f"Best composites by the search split: {objective} in {summary.unit_words}", "top"
         ),
-        search=_figures(("best-so-far", "comparison", "simplex", "surrogate", "best-over-time"), figures)
-        + (_comparison_table(compare(summary)) if has_comparison else ""),
+        search=_front(summary)
+        + _figures(
+            ("pareto", "hypervolume", "best-so-far", "comparison", "simplex", "surrogate", "best-over-time"), figures
+        )
+        + (_comparison_table(compare_searches(summary)) if has_comparison else ""),
         trials=_trial_table(summary),
         vectors=_html_table(
             vector_table(summary), f"Distributions; without it: change of the objective in {summary.unit_words}"
@@ -233,7 +238,13 @@ def _answer(summary: Summary) -> str:
         scores += _other_means(summary)
     objective = objective_name(summary)
     sentence = f"{objective[0].upper()}{objective[1:]} {escape(scores)}."
-    said = [*rival_lines(summary), *total_lines(summary), *precision_lines(summary), cost_line(summary)]
+    said = [
+        *winner_lines(summary.front),
+        *rival_lines(summary),
+        *total_lines(summary),
+        *precision_lines(summary),
+        cost_line(summary),
+    ]
     lines = [sentence, *map(escape, filter(None, said))]
     return f"<strong>{escape(winner.label)}</strong>: {escape(coefficients)}.<br>{'<br>'.join(lines)}"
 
@@ -265,8 +276,15 @@ def _explain_objective(summary: Summary) -> str:
 
 
 def _comparison_table(comparison: Comparison) -> str:
-    caption = f"Regret in {comparison.unit}: median [quartiles] over runs; grid: mean over all orders of its points"
+    caption = f"{comparison.title} in {comparison.unit}: median [quartiles] over runs"
+    if any(row.is_expected for row in comparison.rows):
+        caption += "; grid: mean over all orders of its points"
     return _html_table(comparison_table(comparison), caption)
+
+
+def _front(summary: Summary) -> str:
+    """Return the table of the front of a study that searches for one."""
+    return _html_table(front_table(summary.front), front_title(summary.front)) if summary.front else ""
 
 
 def _rivals(summary: Summary) -> str:

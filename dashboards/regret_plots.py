@@ -60,18 +60,18 @@ def comparison_figure(comparison: Comparison) -> go.Figure:
         endpoints.append(f"{row.algorithm} {last.median:.4f} after {last.forwards:.1f} forward-equivalents")
     _set_cost_axis(figure)
     ticks = [digit * 10.0**power for power in range(-5, 3) for digit in (1, 3)]
-    title = {"text": f"regret ({comparison.unit}, log scale)", "standoff": 12}
+    title = {"text": f"{comparison.title.lower()} ({comparison.unit}, log scale)", "standoff": 12}
     figure.update_yaxes(title=title, type="log", tickvals=ticks, tickformat="~g")
     if not endpoints:
         show_message(figure, NOTHING)
     reading = (
-        "Regret: best fully scored objective so far minus the lowest that any run found, on the search split. Lines: "
-        "median over runs; bands: lower to upper quartile; dashed: mean over all orders of the grid's points. Regret "
-        f"below {FLOOR:.5f} {comparison.unit} is drawn at {FLOOR:.5f}. {FORWARD_EQUIVALENT}; a run that has ended "
+        f"{comparison.meaning}, on the search split. Lines: "
+        "median over runs; bands: lower to upper quartile; dashed: mean over all orders of the grid's points. Values "
+        f"below {FLOOR:.5f} {comparison.unit} are drawn at {FLOOR:.5f}. {FORWARD_EQUIVALENT}; a run that has ended "
         "keeps its last value."
     )
-    description = f"Median regret in {comparison.unit}: {'; '.join(endpoints) or NOTHING}."
-    return finish(figure, "Regret against cost", reading, description, 440)
+    description = f"Median {comparison.title.lower()} in {comparison.unit}: {'; '.join(endpoints) or NOTHING}."
+    return finish(figure, f"{comparison.title} against cost", reading, description, 440)
 
 
 def _add_run(figure: go.Figure, run: Run, is_expected: bool, is_first: bool, unit: str) -> None:

@@ -21,8 +21,9 @@ ALGORITHM_COLORS = {
     "tpe": "#009E73",
     "cmaes": "#CC79A7",
     "gradient": "#3D9FD8",
+    "nsga2": "#8C6D1F",
 }
-"""Okabe and Ito's palette, safe for colour-blind readers; orange and sky blue are darkened for white paper."""
+"""Okabe and Ito's palette, safe for colour-blind readers; orange, sky blue and yellow are darkened for white paper."""
 
 OTHER_ALGORITHM = "#332288"
 SYMBOLS = {
@@ -32,6 +33,7 @@ SYMBOLS = {
     "tpe": "triangle-up",
     "cmaes": "cross",
     "gradient": "triangle-down",
+    "nsga2": "hexagon",
 }
 OUTLINE = "#7F7F7F"
 WINNER = "#D55E00"

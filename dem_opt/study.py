@@ -314,16 +314,17 @@ class Study:
         """
         return summary.predict(self._context, self._checked(coefficients))
 
-    def pareto(self, first: str, second: str) -> Front:
+    def pareto(self, first: str | None = None, second: str | None = None) -> Front:
         """Return the front between two losses over everything that is scored, without a forward pass.
 
         `pareto(a, b).rows()` are the rows of a data frame; `hypervolume`, `knee` and `lowest_mean` are attributes.
 
         Args:
             first: A distribution or general corpus, or "mean" for the study's weighted mean.
-            second: Another.
+            second: Another.  Without names the two losses are those of `objective.pareto`.
         """
-        return read_front(self.config, self._context.path, (first, second))
+        names = None if first is None or second is None else (first, second)
+        return read_front(self.config, self._context.path, names)
 
     def power(self) -> Power:
         """Return the power of comparing two composites on the study's windows.

@@ -29,6 +29,7 @@ def checked_axes(identity: StudyIdentity, names: Sequence[str], where: Path | No
     Raises:
         InputError: For a name that is none of these, and for one that is given twice.
     """
+    own = {axis.name: axis for axis in identity.pareto or ()}  # the mean of such a study has weights of its own
     known = (*identity.weights, MEAN)
     for name in names:
         if name not in known:
@@ -36,7 +37,7 @@ def checked_axes(identity: StudyIdentity, names: Sequence[str], where: Path | No
             raise InputError(where, field, name, mend)
     if len(names) != 2 or names[0] == names[1]:
         raise InputError(where, field, " ".join(names), "must be two different names")
-    first, second = (make_axis(name, identity.weights) for name in names)
+    first, second = (own.get(name) or make_axis(name, identity.weights) for name in names)
     return first, second
 
 

@@ -6,12 +6,16 @@ objective minus the lowest of any whole trial of the study, in the unit of the o
 
     regret(w) = f(w) + PENALTY violation(w) - min over whole trials of the same
 
+Where a front between two losses is searched, no objective says how good a search is.  Its place takes the *missing
+hypervolume*: that of all whole trials of all runs minus that of a run's own, up to the front's reference point.
+
 Shape suffix beside the project's: S points of a curve.
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, count, takewhile
 from math import ceil, inf
 from statistics import median
@@ -19,6 +23,7 @@ from statistics import median
 import numpy as np
 
 from dem_opt.analysis.order_statistics import expected_best
+from dem_opt.pareto import hypervolume
 from dem_opt.search.run_name import RunName
 from dem_opt.types import NATS_PER_TOKEN, UNITS, Summary, TrialRecord
 
@@ -30,6 +35,9 @@ FIRST_MARK = 10
 
 EVERY = 500
 """Costs up to which a grid's curve has every point; beyond, as many more that are evenly spaced in the logarithm."""
+
+Curve = tuple[tuple[float, ...], tuple[float, ...]]
+"""Costs of a run, ascending, and its best value by then."""
 
 SLACK = 1e-9
 """Costs in forward-equivalents closer than this are equal: sums of parts of a pass are not exact in floats."""
@@ -105,6 +113,7 @@ class Row:
         ask: Median seconds of proposing a trial, over the trials of all runs.
         regrets: Regret at the comparison's marks; None where a run has no whole trial yet.
         curve: Regret at every cost at which one of its runs finished a trial, from where all have a whole one.
+        is_expected: True if its regret is the expectation over all orders of a grid's points instead of a run's own.
     """
 
     algorithm: str
@@ -113,11 +122,7 @@ class Row:
     ask: float
     regrets: tuple[Regret | None, ...]
     curve: tuple[Regret, ...]
-
-    @property
-    def is_expected(self) -> bool:
-        """True if its regret is the expectation over all orders of a grid's points instead of a run's own."""
-        return self.algorithm == GRID
+    is_expected: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +131,13 @@ class Comparison:
 
     Attributes:
         study: Name of the study.
-        best: Lowest penalized objective of all whole trials, in the objective's unit; None where there is none.
+        best: Lowest penalized objective of all whole trials, in the objective's unit; None where there is none.  Of a
+            front, the negative hypervolume of all.
         marks: Forward-equivalents at which regrets are reported.
         rows: Algorithms.
         unit: Unit of objectives and regrets, in words.
+        title: Name of what is compared.
+        meaning: Its definition.
     """
 
     study: str
@@ -137,6 +145,8 @@ class Comparison:
     marks: tuple[float, ...]
     rows: tuple[Row, ...]
     unit: str = UNITS[NATS_PER_TOKEN]
+    title: str = "Regret"
+    meaning: str = "Regret: best fully scored objective so far minus the lowest that any run found"
 
 
 def algorithm_of(run: str) -> str:
@@ -146,15 +156,37 @@ def algorithm_of(run: str) -> str:
 
 def compare(summary: Summary) -> Comparison:
     """The searches of a study, those of one algorithm with several seeds in one row."""
-    stopped = summary.stopped or {}
-    runs = [_run(name, records, stopped.get(name, "")) for name, records in summary.trials.items()]
+    runs = [_run(summary, name, (_grid_curve if algorithm_of(name) == GRID else _curve)) for name in summary.trials]
     best = min((run.best_S[-1] for run in runs if run.best_S), default=None)
+    return _comparison(summary, runs, best, has_expectation=True)
+
+
+def compare_searches(summary: Summary) -> Comparison:
+    """The same by what the study searches for: the objective, or the hypervolume of the front."""
+    if summary.front is None:
+        return compare(summary)
+    reference = summary.front.reference
+    runs = [_run(summary, name, partial(_hypervolume_curve, reference=reference)) for name in summary.trials]
+    losses = [losses for records in summary.trials.values() for record in records if (losses := _losses(record))]
+    best = -hypervolume(np.array(losses), reference) if losses else None
+    return replace(
+        _comparison(summary, runs, best, has_expectation=False),
+        unit=f"{summary.unit_words}, squared",
+        title="Missing hypervolume",
+        meaning="Missing hypervolume: that of the front of all runs together minus that of a run's own front so far",
+    )
+
+
+def _comparison(summary: Summary, runs: Sequence[Run], best: float | None, has_expectation: bool) -> Comparison:
     costs = marks(runs)
     by_algorithm: dict[str, list[Run]] = {}
     for run in runs:
         by_algorithm.setdefault(run.algorithm, []).append(run)
-    rows = tuple(_row(seeds, summary.trials, best, costs) for seeds in by_algorithm.values())
-    return Comparison(study=summary.study, best=best, marks=costs, rows=rows, unit=summary.unit_words)
+    rows = (
+        _row(seeds, summary.trials, best, costs, is_expected=has_expectation and algorithm == GRID)
+        for algorithm, seeds in by_algorithm.items()
+    )
+    return Comparison(study=summary.study, best=best, marks=costs, rows=tuple(rows), unit=summary.unit_words)
 
 
 def marks(runs: Sequence[Run]) -> tuple[float, ...]:
@@ -169,12 +201,12 @@ def marks(runs: Sequence[Run]) -> tuple[float, ...]:
     return (*map(float, takewhile(lambda mark: mark <= 0.8 * most, doublings)), float(most)) if most > 0 else ()
 
 
-def _run(name: str, records: Sequence[TrialRecord], stopped: str) -> Run:
-    algorithm = algorithm_of(name)
-    spent_S, best_S = (_grid_curve if algorithm == GRID else _curve)(records)
+def _run(summary: Summary, name: str, curve: Callable[[Sequence[TrialRecord]], Curve]) -> Run:
+    records = summary.trials[name]
+    spent_S, best_S = curve(records)
     return Run(
         name=name,
-        algorithm=algorithm,
+        algorithm=algorithm_of(name),
         trials=len(records),
         partial=sum(record.is_partial for record in records),
         failed=sum(record.objective is None for record in records),
@@ -182,13 +214,30 @@ def _run(name: str, records: Sequence[TrialRecord], stopped: str) -> Run:
         ask=_median_ask(records),
         asking=sum(record.propose_seconds for record in records),
         measuring=sum(record.evaluation.merge_seconds + record.evaluation.score_seconds for record in records),
-        stopped=stopped,
+        stopped=(summary.stopped or {}).get(name, ""),
         spent_S=spent_S,
         best_S=best_S,
     )
 
 
-def _curve(records: Sequence[TrialRecord]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _hypervolume_curve(records: Sequence[TrialRecord], reference: tuple[float, float]) -> Curve:
+    """Cost and negative hypervolume after every trial, in the order of their numbers, from the first whole one on."""
+    spent_S, volumes_S, losses_N2, cost = list[float](), list[float](), list[tuple[float, ...]](), 0.0
+    for record in records:
+        cost += record.forwards
+        if losses := _losses(record):
+            losses_N2.append(losses)
+            spent_S.append(cost)
+            volumes_S.append(-hypervolume(np.array(losses_N2), reference))
+    return tuple(spent_S), tuple(volumes_S)
+
+
+def _losses(record: TrialRecord) -> tuple[float, ...]:
+    """Both losses of a trial that was scored."""
+    return tuple(record.losses.values())
+
+
+def _curve(records: Sequence[TrialRecord]) -> Curve:
     """Cost and best after every trial, in the order of their numbers, from the first whole one on."""
     spent = accumulate(record.forwards for record in records)
     best = accumulate((_whole_objective(record) for record in records), min)
@@ -196,7 +245,7 @@ def _curve(records: Sequence[TrialRecord]) -> tuple[tuple[float, ...], tuple[flo
     return tuple(cost for cost, _ in known), tuple(lowest for _, lowest in known)
 
 
-def _grid_curve(records: Sequence[TrialRecord]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _grid_curve(records: Sequence[TrialRecord]) -> Curve:
     """Cost and expected best, over all orders of the grid's points, each of which costs one forward-equivalent."""
     objectives = [value for record in records if (value := _whole_objective(record)) < inf]
     if not objectives:
@@ -222,6 +271,7 @@ def _row(
     trials: Mapping[str, Sequence[TrialRecord]],
     best: float | None,
     marks: Sequence[float],
+    is_expected: bool,
 ) -> Row:
     """An algorithm's runs together; regrets count from `best`."""
     costs = sorted({cost for run in runs for cost in run.spent_S})
@@ -233,6 +283,7 @@ def _row(
         ask=_median_ask([record for run in runs for record in trials[run.name]]),
         regrets=tuple(_regret(runs, mark, best) for mark in marks),
         curve=tuple(curve),
+        is_expected=is_expected,
     )
 
 

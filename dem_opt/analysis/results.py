@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dem_opt.analysis.bootstrap import difference
+from dem_opt.analysis.pareto import front_between
 from dem_opt.analysis.sampling import Documents, documents_of
 from dem_opt.analysis.total_price import sum_of_all, total_price
 from dem_opt.config import TOP, ReportSection
@@ -219,6 +220,7 @@ def summarize(
         left_out=known_rows(ledger, identity, left_out_entries(identity, listed[-1])),
         costs=ledger.costs(study, identity),
         total_price=_total_price(ledger, identity, winner),
+        front=front_between(ledger, identity, identity.pareto) if identity.pareto else None,
     )
 
 

@@ -92,6 +92,7 @@ def of_summary(summary: "Summary") -> dict[str, Any]:
         "usage": {run: asdict(usage_of(records)) for run, records in summary.trials.items()},
         "rivals": [_of_rival(rival) for rival in summary.rivals],
         **({"total_price": _of_price(summary.total_price)} if summary.total_price else {}),
+        **({"front": of_front(summary.front)} if summary.front else {}),
     }
 
 

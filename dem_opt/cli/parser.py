@@ -355,8 +355,7 @@ def _add_results(commands: Any) -> None:
         "--between",
         nargs=2,
         metavar=("A", "B"),
-        required=True,
-        help="two distributions or general corpora; `mean` is the weighted mean of the objective",
+        help="two distributions or general corpora; `mean` is the weighted mean of the objective (objective.pareto)",
     )
     pareto.add_argument("--csv", action="store_true", help="print comma-separated values")
     page = pareto.add_argument(

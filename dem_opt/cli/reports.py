@@ -125,10 +125,10 @@ def dashboard(arguments: Namespace, terminal: Terminal) -> None:
 
 def print_comparison(summary: "Summary", folder: Path, terminal: Terminal) -> None:
     """Write the comparison of algorithms as a page and as JSON into `folder`, then print it."""
-    from dem_opt.analysis.regret import compare
+    from dem_opt.analysis.regret import compare_searches
     from dem_opt.dashboards.html_report import render_comparison, write
 
-    comparison = compare(summary)
+    comparison = compare_searches(summary)
     page, data = folder / "comparison.html", folder / "comparison.json"
     answer = json_output.of_comparison(comparison)
     write(render_comparison(summary, comparison), page, "comparison")
@@ -143,6 +143,7 @@ def print_comparison(summary: "Summary", folder: Path, terminal: Terminal) -> No
 
 def print_results(summary: "Summary", terminal: Terminal) -> None:
     """Print the results table on both splits, the best five composites, the margins and the winner."""
+    from dem_opt.dashboards.fronts import front_table, front_title, winner_lines
     from dem_opt.dashboards.tables import SPLIT_NAMES, final_table, margin_table, top_table
     from dem_opt.dashboards.words import (
         cost_line,
@@ -170,8 +171,17 @@ def print_results(summary: "Summary", terminal: Terminal) -> None:
     margins = margin_table(summary)
     title = f"Rival minus winner in {objective}, {summary.unit_words}; {sampled_note(summary)}"
     terminal.table(title, margins.headers, margins.rows, groups=margins.groups)
+    if summary.front is not None:
+        front = front_table(summary.front)
+        terminal.table(front_title(summary.front), front.headers, front.rows, words=front.words, groups=front.groups)
     terminal.line(f"The winner: {summary.winner.label}: {summary.winner.coefficients}")
-    lines = [*rival_lines(summary), *total_lines(summary), *precision_lines(summary), cost_line(summary)]
+    lines = [
+        *winner_lines(summary.front),
+        *rival_lines(summary),
+        *total_lines(summary),
+        *precision_lines(summary),
+        cost_line(summary),
+    ]
     for line in filter(None, lines):
         terminal.line(line)
 
@@ -180,5 +190,6 @@ def _print_regrets(comparison: "Comparison", terminal: Terminal) -> None:
     from dem_opt.dashboards.tables import comparison_table
 
     regrets = comparison_table(comparison)
-    title = f"Regret in {comparison.unit}: median [quartiles] over runs; of the grid the mean over orders"
+    orders = "; of the grid the mean over orders" if any(row.is_expected for row in comparison.rows) else ""
+    title = f"{comparison.title} in {comparison.unit}: median [quartiles] over runs{orders}"
     terminal.table(title, regrets.headers, regrets.rows)

@@ -69,7 +69,8 @@ def _overview_rows(study: "StudyOverview") -> Iterator[tuple[str, ...]]:
     for run in study.runs:
         counts = (str(count) for count in (run.complete, run.stopped, run.failed, run.running))
         unit = "" if study.unit == UNITS[NATS_PER_TOKEN] else f" {study.unit}"
-        best = "-" if run.best is None else f"{run.best:.4f}{unit}"
+        mean = f" mean of {' and '.join(study.pareto)}" if study.pareto else ""
+        best = "-" if run.best is None else f"{run.best:.4f}{unit}{mean}"
         yield (study.name, run.name, str(study.generation), *counts, best)
 
 
@@ -87,10 +88,12 @@ def trials(arguments: Namespace, terminal: Terminal) -> None:
         names = list(config.distributions)
         unit = UNITS[config.objective.unit]
         title = f"Trials: objective and its standard error in {unit}; FE: forward-equivalents"
-        headers = ("run", "trial", "state", "objective", "error", *names, "FE", "tokens", "seconds")
-        last = len(headers) - 1
-        groups = ((3,), tuple(range(5, last - 2)), (last - 2,), (4,), (last,), (last - 1,))
-        terminal.table(title, headers, [_cells(row, names) for row in rows], words=3, groups=groups)
+        losses = [axis.name for axis in config.axes or ()]
+        objective = "mean of\nboth" if losses else "objective"
+        headers = ("run", "trial", "state", objective, "error", *losses, *names, "FE", "tokens", "seconds")
+        first, last = 5 + len(losses), len(headers) - 1
+        groups = (tuple([3, *range(5, first)]), tuple(range(first, last - 2)), (last - 2,), (4,), (last,), (last - 1,))
+        terminal.table(title, headers, [_cells(row, names, losses) for row in rows], words=3, groups=groups)
 
 
 def _trials(config: StudyConfig, path: Path) -> dict[str, list["TrialRecord"]]:
@@ -118,6 +121,7 @@ def _trial_row(run: str, record: "TrialRecord") -> dict[str, Any]:
         "state": "failed" if record.objective is None else "stopped" if record.is_partial else "complete",
         "objective": record.objective,
         "standard_error": record.error if record.is_partial else None,
+        **{f"loss.{name}": loss for name, loss in record.losses.items()},
         **{f"w.{name}": weight for name, weight in record.coefficients.weights.items()},
         "forward_equivalents": record.forwards,
         "forward_tokens": evaluation.forward_tokens,
@@ -127,7 +131,8 @@ def _trial_row(run: str, record: "TrialRecord") -> dict[str, Any]:
 
 def _csv(rows: list[dict[str, Any]], config: StudyConfig) -> str:
     weights = [f"w.{name}" for name in config.distributions]
-    columns = ["run", "number", "state", "objective", "standard_error", *weights]
+    losses = [f"loss.{axis.name}" for axis in config.axes or ()]
+    columns = ["run", "number", "state", "objective", "standard_error", *losses, *weights]
     text = io.StringIO()
     writer = csv.DictWriter(text, [*columns, "forward_equivalents", "forward_tokens", "seconds"], lineterminator="\n")
     writer.writeheader()
@@ -135,13 +140,14 @@ def _csv(rows: list[dict[str, Any]], config: StudyConfig) -> str:
     return text.getvalue()
 
 
-def _cells(row: Mapping[str, Any], names: list[str]) -> tuple[str, ...]:
+def _cells(row: Mapping[str, Any], names: list[str], losses: list[str]) -> tuple[str, ...]:
     return (
         row["run"],
         str(row["number"]),
         row["state"],
         "-" if row["objective"] is None else f"{row['objective']:.4f}",
         "-" if row["standard_error"] is None else f"{row['standard_error']:.4f}",
+        *(f"{row[f'loss.{name}']:.4f}" if f"loss.{name}" in row else "-" for name in losses),
         *(f"{row[f'w.{name}']:.3f}" for name in names),
         f"{row['forward_equivalents']:.2f}",
         f"{row['forward_tokens']:,}",

@@ -15,6 +15,7 @@ from dem_opt.config.sections import (
     ALGORITHMS,
     BUDGETS,
     CHAT_DATE,
+    ONE_OBJECTIVE,
     RENAMED_KEYS,
     TOP,
     ComputeSection,
@@ -40,12 +41,14 @@ from dem_opt.config.sections import (
 )
 from dem_opt.config.yaml import read_yaml
 from dem_opt.errors import InputError, nearest
+from dem_opt.pareto import MEAN, Axes, joint_weights, make_axis
 from dem_opt.simplex import TOLERANCE, Space
 
 __all__ = [
     "ALGORITHMS",
     "BUDGETS",
     "CHAT_DATE",
+    "ONE_OBJECTIVE",
     "TOP",
     "ComputeSection",
     "DataFile",
@@ -145,6 +148,33 @@ class StudyConfig(Section):
         return data
 
     @model_validator(mode="after")
+    def _check_pareto(self) -> Self:
+        """Refuse names that are no losses; runs first, since weights follow from them."""
+        if self.objective.pareto is None:
+            return self
+        names = self.objective.pareto
+        for name in names:
+            if name not in (known := (*self.corpora, MEAN)):
+                mend = f"no such distribution or general corpus, nor {MEAN!r}; {nearest(name, known)}"
+                raise ValueError(f"objective.pareto: {name!r}: {mend}")
+        if names[0] == names[1]:
+            raise ValueError(f"objective.pareto: {names[0]!r} stands there twice; name two different losses")
+        conflicts = {
+            "objective.worst": self.objective.worst,
+            "objective.function": self.objective.function is not None,
+            "objective.protect": bool(self.objective.protect),
+            f"objective.weights, which belong to {MEAN!r}": self.objective.weights is not None and MEAN not in names,
+            "search.racing": "racing" in self.search.model_fields_set and self.search.racing,
+            "search.gradients": self.search.gradients is True,
+            "search.patience": self.search.patience is not None,
+            f"search.algorithm: {self.search.algorithm}": self.search.algorithm in ONE_OBJECTIVE,
+        }
+        for field, conflict in conflicts.items():
+            if conflict:
+                raise ValueError(f"objective.pareto: cannot be combined with {field}; leave one of them out")
+        return self
+
+    @model_validator(mode="after")
     def _check_names(self) -> Self:
         for name in self.general:
             if name in self.distributions:
@@ -226,8 +256,8 @@ class StudyConfig(Section):
 
     @property
     def has_gradients(self) -> bool:
-        """True if the objective has a gradient: not a largest regret, and no custom function."""
-        return not self.objective.worst and self.objective.function is None
+        """True if the objective is one number with a gradient: no largest regret, custom function or front."""
+        return not self.objective.worst and self.objective.function is None and self.objective.pareto is None
 
     @property
     def space(self) -> Space:
@@ -243,7 +273,19 @@ class StudyConfig(Section):
 
     @property
     def weights(self) -> dict[str, float]:
-        """The objective's weight of each distribution and general corpus."""
+        """The objective's weight of each distribution and general corpus; of a front, those of the two losses' mean."""
+        return joint_weights(self.axes, list(self.corpora)) if self.axes else self._weights_of_mean
+
+    @property
+    def axes(self) -> Axes | None:
+        """The two losses whose front is searched."""
+        if self.objective.pareto is None:
+            return None
+        first, second = self.objective.pareto
+        return make_axis(first, self._weights_of_mean), make_axis(second, self._weights_of_mean)
+
+    @property
+    def _weights_of_mean(self) -> dict[str, float]:
         weights = self.objective.weights
         if weights is None:
             weights = dict.fromkeys(self.distributions, 1.0)

@@ -379,6 +379,13 @@ class ObjectiveSection(Section):
     raced nor measured with gradients, and `weights` and `worst` do not apply.
     """
 
+    pareto: Annotated[tuple[Name, Name] | None, Field(strict=False)] = None
+    """Search for the front between two losses instead of one composite, as in `[code, general]`: distributions or
+    general corpora, or `mean`, the weighted mean. The winner is then the point of the front with the lowest mean of
+    both. Trials do not race. `weights` belong to `mean`; `worst`, `function`, `protect` and `search.patience` do not
+    apply.
+    """
+
     protect: dict[Name, NotNegative] = Field(default_factory=dict)
     """Constraints: NLL may exceed the base's by at most this allowance, in the objective's unit, by distribution or
     general corpus.
@@ -417,10 +424,13 @@ class EvaluationSection(Section):
     """
 
 
-Algorithm = Literal["simplex-gp", "grid", "random", "tpe", "cmaes", "gradient"]
+Algorithm = Literal["simplex-gp", "grid", "random", "tpe", "cmaes", "gradient", "nsga2"]
 
 ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 """All search algorithms."""
+
+ONE_OBJECTIVE: tuple[Algorithm, ...] = ("cmaes", "gradient")
+"""Those that cannot search for a front."""
 
 
 TOP = 5
@@ -431,7 +441,9 @@ class SearchSection(Section):
     """Proposals of coefficients, and budgets of the search."""
 
     algorithm: Algorithm = "simplex-gp"
-    """Search algorithm: a Gaussian process on the simplex, a grid, random points, TPE, CMA-ES, or gradient descent."""
+    """Search algorithm: a Gaussian process on the simplex, a grid, random points, TPE, CMA-ES, gradient descent, or
+    NSGA-II. `objective.pareto` takes all but CMA-ES and gradient descent.
+    """
 
     trials: Positive = 40
     """Trials at most."""

@@ -170,6 +170,7 @@ class Inputs:
             protect=self.config.objective.protect,
             worst=self.config.objective.worst,
             unit=self.config.objective.unit,
+            pareto=self.config.axes,
             function=ObjectiveFunction.load(self.config.objective.function) if self.config.objective.function else None,
             configuration=self.configuration,
         )

@@ -8,6 +8,7 @@ from optuna.storages import RDBStorage
 
 from dem_opt.search.optuna_study import opened_storage
 from dem_opt.search.run_name import RunName
+from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger, StudyRow
 from dem_opt.storage.optuna_tables import COMPLETE, FAIL, PRUNED, RUNNING, best_value, count_states
 from dem_opt.types import NATS_PER_TOKEN, UNITS
@@ -23,7 +24,8 @@ class RunOverview:
         stopped: Trials stopped early; their objective is an estimate.
         failed: Trials that could not be scored.
         running: Trials proposed and not finished.
-        best: The lowest objective of complete trials that violate no constraint, in its unit; None without any.
+        best: The lowest objective of complete trials that violate no constraint, in its unit; None without any.  Of a
+            search for a front, the lowest mean of both losses.
     """
 
     name: str
@@ -36,12 +38,16 @@ class RunOverview:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyOverview:
-    """A study in its present generation; `unit` is that of its objective, in words."""
+    """A study in its present generation.
+
+    `unit` is that of its objective, in words; `pareto` names the two losses whose front it searches.
+    """
 
     name: str
     generation: int
     runs: tuple[RunOverview, ...]
     unit: str = UNITS[NATS_PER_TOKEN]
+    pareto: tuple[str, ...] = ()
 
     @property
     def best(self) -> float | None:
@@ -63,7 +69,9 @@ def _study_overview(row: StudyRow, names: Sequence[str], storage: RDBStorage) ->
         if run is not None and run.generation == row.generation:
             runs.append(_run_overview(run.label, storage, storage.get_study_id_from_name(name)))
     unit = UNITS[row.identity.get("objective.unit", NATS_PER_TOKEN)]
-    return StudyOverview(name=row.name, generation=row.generation, runs=tuple(runs), unit=unit)
+    axes = StudyIdentity.recall(row.identity, row.scoring).pareto or ()
+    names = tuple(axis.name for axis in axes)
+    return StudyOverview(name=row.name, generation=row.generation, runs=tuple(runs), unit=unit, pareto=names)
 
 
 def _run_overview(name: str, storage: RDBStorage, study: int) -> RunOverview:

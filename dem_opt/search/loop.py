@@ -292,7 +292,8 @@ class Driver:
         record = trial_record(
             self.ledger, self.identity, search.name, assignment.trial, answer, assignment.race, assignment.gradient
         )
-        if search.tell(record.number, record.penalized, attributes(record), record.estimates):
+        losses = tuple(record.losses.values())
+        if search.tell(record.number, record.penalized, attributes(record), record.estimates, losses):
             tracker.trial_ended(record)
             left.finished(record, assignment.race is not None)
             if (seconds := left.seconds()) is not None:

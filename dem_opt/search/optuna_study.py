@@ -12,6 +12,7 @@ from uuid import uuid4
 import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import RDBStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from dem_opt import config
@@ -82,6 +83,8 @@ class Search:
         gradients: Whether trials are measured with their gradient, but for the landmarks and starting points.
         lease: Lease of the driver that asks.  Where it is shared, drivers ask in turns, and each knows its own trials.
         patience: How long to wait for a database that is away.
+        unit: Unit of the objective.
+        axes: Names of the two losses whose front is searched; none where there is one objective.
 
     Attributes:
         finished: Number of finished trials: as of the last `ask`, and those told here since.
@@ -99,10 +102,12 @@ class Search:
         lease: Lease | None = None,
         patience: RetryPolicy = BRIEF,
         unit: str = NATS_PER_TOKEN,
+        axes: Sequence[str] = (),
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.name, self._space, self._search, self._unit = name, space, search, unit
         self._lease, self.patience = lease if lease and lease.shared else None, patience
+        self._axes = axes
         self.gradients = gradients or search.algorithm == "gradient"
         self._proposer = make_proposer(
             search.algorithm,
@@ -111,6 +116,7 @@ class Search:
             divisions=search.divisions,
             trials=search.trials,
             forwards=search.forwards,
+            objectives=len(self._metrics),
         )
         self._mine: set[int] = set()
         self._study = patience(lambda: self._opened(url, start))
@@ -127,11 +133,18 @@ class Search:
         with self._turn():
             self._storage = _open(url)
             # Optuna's own sampler is never asked: trials are created with their coefficients (`_propose`).
+            directions = [StudyDirection.MINIMIZE] * len(self._metrics)
             study = optuna.create_study(
-                study_name=self.name, storage=self._storage, direction="minimize", load_if_exists=True
+                study_name=self.name, storage=self._storage, directions=directions, load_if_exists=True
             )
-            self.uid = _introduce(study, start, METRIC if self._unit == NATS_PER_TOKEN else BITS_METRIC)
+            self.uid = _introduce(study, start, self._metrics)
             return study
+
+    @property
+    def _metrics(self) -> list[str]:
+        """Optuna's names of the objectives: "nll", or "nll.NAME" for each of two losses."""
+        metric = METRIC if self._unit == NATS_PER_TOKEN else BITS_METRIC
+        return [f"{metric}.{name}" for name in self._axes] or [metric]
 
     @contextmanager
     def _turn(self) -> Iterator[Callable[[], None]]:
@@ -191,8 +204,11 @@ class Search:
 
     @property
     def races(self) -> bool:
-        """True if trials are stopped when they will not win: never a grid's, nor those that have a gradient."""
-        return self._search.racing and self._search.algorithm != "grid" and not self.gradients
+        """True if trials are stopped when they will not win.
+
+        Never a grid's, nor those that have a gradient, nor those of a front, which no single trial wins.
+        """
+        return self._search.racing and self._search.algorithm != "grid" and not self.gradients and not self._axes
 
     @property
     def completes(self) -> bool:
@@ -333,6 +349,7 @@ class Search:
         objective: float | None,
         attributes: TrialAttributes,
         estimates: Mapping[int, float] | None = None,
+        losses: Sequence[float] = (),
     ) -> bool:
         """Finish a trial.
 
@@ -344,13 +361,14 @@ class Search:
             objective: The value that the search minimizes, in the objective's unit; None for a failed trial.
             attributes: Its measurements; a failed trial has a reason.
             estimates: Of a trial that was stopped early, at each interim analysis by windows seen.
+            losses: Both losses, where a front is searched; Optuna's values are these instead of the objective.
 
         Returns:
             Whether the trial was this driver's to finish.
         """
         is_mine = self._is_mine(number)
         if is_mine:
-            self._tell(number, objective, attributes, estimates or {})
+            self._tell(number, objective, attributes, estimates or {}, losses)
         self._mine.discard(number)
         return is_mine
 
@@ -361,13 +379,19 @@ class Search:
         return bool(driver is None or driver == self._lease.token)
 
     def _tell(
-        self, number: int, objective: float | None, attributes: TrialAttributes, estimates: Mapping[int, float]
+        self,
+        number: int,
+        objective: float | None,
+        attributes: TrialAttributes,
+        estimates: Mapping[int, float],
+        losses: Sequence[float] = (),
     ) -> None:
         if objective is not None and not isfinite(objective):
             raise ValueError(f"the objective of trial {number} is {objective}")
         assert objective is not None or attributes.reason, f"trial {number} fails without a reason"
         # Another driver may have finished an adopted trial: the first one counts.
-        if finish_trial(self._storage.engine, self._id_of(number), _outcome(objective, attributes, estimates)):
+        outcome = _outcome(objective, attributes, estimates, losses)
+        if finish_trial(self._storage.engine, self._id_of(number), outcome):
             self.finished += 1
 
     def _id_of(self, number: int) -> int:
@@ -410,7 +434,8 @@ def _frozen(stored: StoredTrial, space: Space) -> FrozenTrial:
         number=stored.number,
         trial_id=stored.id,
         state=state,
-        value=stored.value,
+        value=None,
+        values=stored.values or None,
         datetime_start=None,
         datetime_complete=None,
         params=dict(stored.parameters),
@@ -421,7 +446,9 @@ def _frozen(stored: StoredTrial, space: Space) -> FrozenTrial:
     )
 
 
-def _outcome(objective: float | None, attributes: TrialAttributes, estimates: Mapping[int, float]) -> Outcome:
+def _outcome(
+    objective: float | None, attributes: TrialAttributes, estimates: Mapping[int, float], losses: Sequence[float]
+) -> Outcome:
     """The end of a trial in Optuna's terms: only what may win the study is complete with a finite value.
 
     So Optuna's best trial, its tables and its Dashboard show the winner of the report.  Optuna itself passes over
@@ -430,11 +457,11 @@ def _outcome(objective: float | None, attributes: TrialAttributes, estimates: Ma
     if objective is None:
         return Outcome(state=FAIL, attributes=attributes.to_stored())
     if not attributes.error and not attributes.violation:
-        return Outcome(state=COMPLETE, value=objective, attributes=attributes.to_stored())
+        return Outcome(state=COMPLETE, values=losses or (objective,), attributes=attributes.to_stored())
     stored, violation = replace(attributes, penalized=objective).to_stored(), attributes.violation
     if attributes.error:
         return Outcome(state=PRUNED, attributes=stored, intermediate=estimates, violation=violation)
-    return Outcome(state=COMPLETE, value=inf, attributes=stored, violation=violation)
+    return Outcome(state=COMPLETE, values=(inf,), attributes=stored, violation=violation)
 
 
 def _alone() -> None:
@@ -452,13 +479,13 @@ def _starting_points(study: optuna.Study, space: Space) -> list[Coefficients]:
     return [space.from_units([units[name] for name in space.names]) for units in listed]
 
 
-def _introduce(study: optuna.Study, start: Sequence[Coefficients], metric: str) -> str:
+def _introduce(study: optuna.Study, start: Sequence[Coefficients], metrics: list[str]) -> str:
     """Write what a new study lacks and return its uid, which is written last: a study that has it lacks nothing."""
     if (uid := study.user_attrs.get(UID)) is None:
         uid = str(uuid4())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
-            study.set_metric_names([metric])
+            study.set_metric_names(metrics)
         study.set_user_attr(START, [point.units for point in start])
         study.set_user_attr(UID, uid)
     return str(uid)

@@ -5,7 +5,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
-from dem_opt.config import ALGORITHMS, StudyConfig
+from dem_opt.config import ALGORITHMS, ONE_OBJECTIVE, StudyConfig
 from dem_opt.errors import InputError, nearest
 from dem_opt.search.optuna_study import Search, study_names
 from dem_opt.search.run_name import RunName
@@ -56,7 +56,8 @@ class Runs:
         gradients = run.algorithm == "simplex-gp" and (worth if search.gradients == "auto" else search.gradients)
         name = run.optuna_name(self.config.name)
         storage, unit = self.config.storage, self.config.objective.unit
-        return Search(storage, name, space, settings, start, gradients, self.lease, self.patience, unit)
+        axes = [axis.name for axis in self.config.axes or ()]
+        return Search(storage, name, space, settings, start, gradients, self.lease, self.patience, unit, axes)
 
     @contextmanager
     def existing(self) -> Iterator[dict[str, Search]]:
@@ -101,6 +102,8 @@ def check_algorithms(config: StudyConfig, where: Path | None, algorithms: Sequen
             mend = "a custom objective (objective.function) has no gradient"
         elif algorithm == "gradient" and config.objective.worst:
             mend = "a largest regret has no gradient where two are largest"
+        elif algorithm in ONE_OBJECTIVE and config.objective.pareto:
+            mend = "minimizes one number, and objective.pareto asks for a front"
         elif algorithm == "grid" and not config.space.lattice_size(config.search.divisions):
             mend = f"no point of the lattice of {config.search.divisions} divisions is within the bounds"
         elif algorithm == "grid" and (excess := grid_excess(config)):

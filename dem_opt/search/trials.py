@@ -193,6 +193,7 @@ def trial_record(
         forwards=GRADIENT_FORWARDS if gradient else 1.0 - trial.charged,
         gradient=slope(ledger, identity, scores, measured) if gradient else {},
         unit=identity.unit,
+        losses={axis.name: mean_nll(scores, axis.weights, identity.unit) for axis in identity.pareto or ()},
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dem_opt.config.objective_function import ObjectiveFunction
 from dem_opt.errors import InputError
+from dem_opt.pareto import Axes, Axis
 from dem_opt.simplex import Coefficients, Space
 from dem_opt.types import HELD_OUT, NATS_PER_TOKEN, SEARCH, Composite
 
@@ -38,6 +39,7 @@ class StudyIdentity:
         protect: Allowance above the base in the objective's unit, by distribution or general corpus.
         worst: The largest regret is minimized, not the mean.
         unit: Unit of the objective.
+        pareto: The two losses whose front is searched; the weights are then those of their mean.
         configuration: Fingerprint of the config.json that computes, where the ledger has scores of these models that
             were measured with another; "" for the configuration that the ledger met first.
     """
@@ -52,6 +54,7 @@ class StudyIdentity:
     worst: bool = False
     function: ObjectiveFunction | None = None
     unit: str = NATS_PER_TOKEN
+    pareto: Axes | None = None
     configuration: str = ""
 
     def composite(self, coefficients: Coefficients) -> Composite:
@@ -111,6 +114,7 @@ class StudyIdentity:
             **({"objective.worst": repr(True)} if self.worst else {}),
             **({"objective.function": str(self.function)} if self.function else {}),
             **({"objective.unit": self.unit} if self.unit != NATS_PER_TOKEN else {}),
+            **({"objective.pareto": _written_axes(self.pareto)} if self.pareto else {}),
             **{field: key for field, key in self._files().items() if field.startswith("general.")},
         }
 
@@ -151,6 +155,7 @@ class StudyIdentity:
             if "objective.function" in identity
             else None,
             unit=identity.get("objective.unit", NATS_PER_TOKEN),
+            pareto=_read_axes(identity["objective.pareto"]) if "objective.pareto" in identity else None,
             configuration=identity.get("configuration", ""),
         )
 
@@ -167,6 +172,17 @@ def _read_space(names: tuple[str, ...], identity: Mapping[str, str]) -> Space:
     least, most = total if isinstance(total, list) else (None, total)
     boxes = tuple((name, *json.loads(box)) for name, box in _under("simplex.bounds.", identity).items())
     return Space(names, most, least, boxes)
+
+
+def _written_axes(axes: Axes) -> str:
+    """Two axes as an identity field."""
+    return json.dumps([[axis.name, dict(axis.weights)] for axis in axes])
+
+
+def _read_axes(text: str) -> Axes:
+    """The inverse of `_written_axes`."""
+    (first, of_first), (second, of_second) = json.loads(text)
+    return Axis(first, of_first), Axis(second, of_second)
 
 
 def _under(prefix: str, fields: Mapping[str, str]) -> dict[str, str]:

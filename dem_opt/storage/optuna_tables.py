@@ -7,7 +7,7 @@ Optuna, and what is written here with what Optuna reads.
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from math import inf, isfinite
@@ -87,14 +87,14 @@ class Outcome:
 
     Attributes:
         state: COMPLETE, PRUNED or FAIL.
-        value: Optuna's value of a complete trial, which may be infinite; None for the others.
+        values: Optuna's values of a complete trial, one for each objective, which may be infinite; none for the others.
         attributes: User attributes.
         intermediate: Intermediate values by step.
         violation: Above 0 where a constraint is violated.
     """
 
     state: str
-    value: float | None = None
+    values: Sequence[float] = ()
     attributes: Mapping[str, Any] = field(default_factory=dict)
     intermediate: Mapping[int, float] = field(default_factory=dict)
     violation: float = 0.0
@@ -107,7 +107,7 @@ class StoredTrial:
     id: int
     number: int
     state: str
-    value: float | None
+    values: tuple[float, ...]
     parameters: Mapping[str, float]
     attributes: Mapping[str, Any]
     intermediate: Mapping[int, float]
@@ -139,9 +139,9 @@ def write_outcomes(connection: Connection, outcomes: Mapping[int, Outcome]) -> N
     rows: dict[TableClause, list[dict[str, Any]]] = {VALUES: [], INTERMEDIATE_VALUES: []}
     attributes: dict[TableClause, list[dict[str, Any]]] = {USER_ATTRIBUTES: [], SYSTEM_ATTRIBUTES: []}
     for trial, outcome in outcomes.items():
-        if outcome.value is not None:
-            value, kind = (outcome.value, _FINITE) if isfinite(outcome.value) else (None, _INFINITE)
-            rows[VALUES].append({"trial_id": trial, "objective": 0, "value": value, "value_type": kind})
+        for objective, measured in enumerate(outcome.values):
+            value, kind = (measured, _FINITE) if isfinite(measured) else (None, _INFINITE)
+            rows[VALUES].append({"trial_id": trial, "objective": objective, "value": value, "value_type": kind})
         rows[INTERMEDIATE_VALUES] += (
             {"trial_id": trial, "step": step, "intermediate_value": value, "intermediate_value_type": _FINITE}
             for step, value in outcome.intermediate.items()
@@ -182,11 +182,11 @@ def read_trials(engine: Engine, study: int, after: int = 0, also: Collection[int
     """
     wanted = and_(TRIALS.c.study_id == study, or_(TRIALS.c.trial_id > after, TRIALS.c.trial_id.in_(also)))
     columns = TRIALS.c.trial_id, TRIALS.c.number, TRIALS.c.state, VALUES.c.value, VALUES.c.value_type
-    valued = and_(VALUES.c.trial_id == TRIALS.c.trial_id, VALUES.c.objective == 0)
-    query = select(*columns).join_from(TRIALS, VALUES, valued, isouter=True).where(wanted).order_by(TRIALS.c.number)
+    valued = VALUES.c.trial_id == TRIALS.c.trial_id
+    query = select(*columns).join_from(TRIALS, VALUES, valued, isouter=True).where(wanted)
     with engine.connect() as connection:
         # Trials before what belongs to them: a trial that ends meanwhile is read as running, never without a part.
-        trials = connection.execute(query).all()
+        rows = connection.execute(query.order_by(TRIALS.c.number, VALUES.c.objective)).all()
         parameters, attributes, intermediate = (
             _by_trial(connection, wanted, *columns)
             for columns in (
@@ -195,17 +195,21 @@ def read_trials(engine: Engine, study: int, after: int = 0, also: Collection[int
                 (INTERMEDIATE_VALUES.c.trial_id, INTERMEDIATE_VALUES.c.step, INTERMEDIATE_VALUES.c.intermediate_value),
             )
         )
+    values: dict[int, tuple[float, ...]] = {}
+    for row in rows:  # one for each value
+        value = inf if row.value_type == _INFINITE else row.value
+        values[row.trial_id] = values.get(row.trial_id, ()) + (() if value is None else (value,))
     return [
         StoredTrial(
             id=row.trial_id,
             number=row.number,
             state=row.state,
-            value=inf if row.value_type == _INFINITE else row.value,
+            values=values[row.trial_id],
             parameters=parameters.get(row.trial_id, {}),
             attributes={key: json.loads(text) for key, text in attributes.get(row.trial_id, {}).items()},
             intermediate=intermediate.get(row.trial_id, {}),
         )
-        for row in trials
+        for row in {row.trial_id: row for row in rows}.values()
     ]
 
 
@@ -228,9 +232,15 @@ def count_states(engine: Engine, study: int) -> dict[str, int]:
 
 
 def best_value(engine: Engine, study: int) -> float | None:
-    """The least finite value of a study's complete trials, which is that of Optuna's best trial; None without any."""
+    """The least finite value of a study's complete trials, which is that of Optuna's best trial; None without any.
+
+    Of a study with several objectives, the least mean of a trial's values.
+    """
     complete = (TRIALS.c.study_id == study) & (TRIALS.c.state == COMPLETE)
-    query = select(func.min(VALUES.c.value)).join_from(TRIALS, VALUES, VALUES.c.trial_id == TRIALS.c.trial_id)
+    means = select(func.avg(VALUES.c.value).label("mean")).join_from(
+        TRIALS, VALUES, VALUES.c.trial_id == TRIALS.c.trial_id
+    )
+    by_trial = means.where(complete).group_by(TRIALS.c.trial_id).subquery()
     with engine.connect() as connection:
-        least: float | None = connection.scalar(query.where(complete))
+        least: float | None = connection.scalar(select(func.min(by_trial.c.mean)))
     return least

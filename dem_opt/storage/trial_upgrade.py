@@ -81,10 +81,10 @@ def _upgraded(state: str, value: float | None, nested: Mapping[str, Any]) -> Out
     if state == FAIL or value is None:
         return Outcome(state=state, attributes=attributes)
     if not nested.get("error") and not violation:
-        return Outcome(state=state, value=value, attributes=attributes)
+        return Outcome(state=state, values=(value,), attributes=attributes)
     attributes["penalized"] = value
     objective = attributes.setdefault("objective", value - PENALTY * violation)
     if not nested.get("error"):
-        return Outcome(state=COMPLETE, value=inf, attributes=attributes, violation=violation)
+        return Outcome(state=COMPLETE, values=(inf,), attributes=attributes, violation=violation)
     seen = {max(nested["windows"].values()): objective}
     return Outcome(state=PRUNED, attributes=attributes, intermediate=seen, violation=violation)

@@ -16,13 +16,14 @@ FIELD = "--between"
 """The option that names the two losses."""
 
 
-def read_front(config: StudyConfig, path: Path, names: Sequence[str]) -> Front:
+def read_front(config: StudyConfig, path: Path, names: Sequence[str] | None = None) -> Front:
     """Find the front between two losses over everything that is scored.
 
     Args:
         config: The study.
         path: The study file, which messages name.
-        names: Two distributions or general corpora, or one of them and "mean".
+        names: Two distributions or general corpora, or one of them and "mean"; unless given, those of
+            `objective.pareto`.
 
     Raises:
         InputError: A name is unknown or given twice; nothing is scored on both, or the study has not been run.
@@ -37,7 +38,12 @@ def read_front(config: StudyConfig, path: Path, names: Sequence[str]) -> Front:
             raise not_run
         identity = StudyIdentity.recall(row.identity, row.scoring)
         refuse_other_space(path, identity, config.space)
-        front = front_between(ledger, identity, checked_axes(identity, names, None, FIELD))
+        if names is None and identity.pareto is None:
+            mend = "the study does not search for a front: name two losses, such as code and math, or code and mean"
+            raise InputError(None, FIELD, None, mend)
+        axes = identity.pareto if names is None else checked_axes(identity, names, None, FIELD)
+        assert axes is not None
+        front = front_between(ledger, identity, axes)
     if front is None:
-        raise InputError(path, FIELD, " ".join(names), "no composite is scored on both yet")
+        raise InputError(path, FIELD, names and " ".join(names), "no composite is scored on both yet")
     return front

@@ -73,6 +73,7 @@ def search_info(config: StudyConfig, search: Search) -> SearchInfo:
         "total": str(config.simplex.total),
         "worst": str(config.objective.worst),
         **({"unit": config.objective.unit} if config.objective.unit != NATS_PER_TOKEN else {}),
+        **({"pareto": ", ".join(config.objective.pareto)} if config.objective.pareto else {}),
         **{f"evaluation.{name}": str(value) for name, value in config.evaluation.model_dump(exclude=unsaid).items()},
         **libraries(),
     }

@@ -75,6 +75,7 @@ def _is_same(config: StudyConfig, files: CheckedHeaders, identity: StudyIdentity
         and config.weights == identity.weights
         and (objective.protect, objective.worst, objective.function) == (identity.protect, identity.worst, function)
         and objective.unit == identity.unit
+        and config.axes == identity.pareto
         and all(
             identity.settings.get(f"evaluation.{field}", str(getattr(evaluation, field)))
             == str(getattr(evaluation, field))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from dem_opt.dashboards.fronts import winner_lines
 from dem_opt.dashboards.words import cost_line, margin_text, objective_name, sampled_note, total_lines
 from dem_opt.types import HELD_OUT, SEARCH, Margin, ResultRow, Summary
 
@@ -61,7 +62,7 @@ class StudyResult:
                 *lines,
                 "",
                 self._legend(),
-                *filter(None, [*total_lines(self.summary), cost_line(self.summary)]),
+                *filter(None, [*winner_lines(self.summary.front), *total_lines(self.summary), cost_line(self.summary)]),
                 self._hints(),
             ]
         )
@@ -79,7 +80,9 @@ class StudyResult:
             f"<p>Winner: <strong>{escape(self.winner.label)}</strong></p>{self._bars()}"
             f"<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>"
             f'<p class="note">{escape(self._legend())}</p>'
-            + "".join(f"<p>{escape(line)}</p>" for line in total_lines(self.summary))
+            + "".join(
+                f"<p>{escape(line)}</p>" for line in [*winner_lines(self.summary.front), *total_lines(self.summary)]
+            )
             + f'<p class="note">{escape(cost_line(self.summary))}</p>'
             f'<p class="note">{escape(self._hints())}</p></div>'
         )

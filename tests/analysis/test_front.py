@@ -152,7 +152,6 @@ def test_names_that_are_no_pair_are_refused(measured, capsys, names, field, mend
     "words",
     [
         ("--between", "code"),
-        (),
         ("--between", "code", "math", "prose"),
         ("--between", "code", "math", "--csv", "--json"),
     ],

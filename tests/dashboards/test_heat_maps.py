@@ -134,7 +134,7 @@ def test_a_report_replaces_a_report_and_nothing_else(tmp_path: Path, text: str |
 
 
 def test_an_algorithm_has_one_colour_whatever_its_seed() -> None:
-    assert len(set(ALGORITHM_COLORS.values())) == len(ALGORITHM_COLORS) == 6
+    assert len(set(ALGORITHM_COLORS.values())) == len(ALGORITHM_COLORS) == 7
     for algorithm, its in ALGORITHM_COLORS.items():
         assert color(algorithm) == color(f"{algorithm}@1") == color(f"{algorithm}@12") == its
 

@@ -17,7 +17,7 @@ from dem_opt.search.samplers.simplex_gp import OBSERVATIONS, SimplexGP
 from dem_opt.search.trial_attributes import TrialAttributes
 from dem_opt.simplex import Coefficients, Space
 
-ALGORITHMS = ["simplex-gp", "grid", "random", "tpe", "cmaes", "gradient"]
+ALGORITHMS = ["simplex-gp", "grid", "random", "tpe", "cmaes", "gradient", "nsga2"]
 UNSEEDED = ["grid", "gradient"]
 SPACES = [Space(tuple("abcdefgh"[:size]), total) for size in (1, 2, 3, 8) for total in (1.0, 0.5)]
 BOUNDED = Space(tuple("abcd"), bounds=(("a", 0.0, 0.3), ("b", 0.1, 0.5)))

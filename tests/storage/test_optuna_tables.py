@@ -26,8 +26,8 @@ from dem_opt.storage.optuna_tables import (
 
 TABLES = [value for value in vars(optuna_tables).values() if isinstance(value, TableClause)]
 OUTCOMES = {
-    "complete": Outcome(state=COMPLETE, value=2.5, attributes={"nll.code": 0.1, "estimate": False, "fe": 1.0}),
-    "infeasible": Outcome(state=COMPLETE, value=inf, attributes={"penalized": 1 / 3}, violation=0.25),
+    "complete": Outcome(state=COMPLETE, values=(2.5,), attributes={"nll.code": 0.1, "estimate": False, "fe": 1.0}),
+    "infeasible": Outcome(state=COMPLETE, values=(inf,), attributes={"penalized": 1 / 3}, violation=0.25),
     "stopped": Outcome(state=PRUNED, attributes={"windows.a": 4}, intermediate={2: 1.5, 4: 1.25}, violation=0.5),
     "failed": Outcome(state=FAIL, attributes={"reason": 'it\'s "lost"'}),
     "bare": Outcome(state=FAIL),
@@ -90,7 +90,7 @@ def test_optuna_reads_the_end_of_a_trial(
     assert finish_trial(engine, trial, outcome)
     before, after = study.trials
     assert before.state is TrialState.RUNNING and before.number == 0
-    assert after.state.name == outcome.state and after.value == outcome.value
+    assert after.state.name == outcome.state and (after.values or []) == list(outcome.values)
     assert after.params == {"a": 0.25, "b": 0.75}
     assert after.user_attrs == {"driver": "me", "fe": 0.5} | dict(outcome.attributes)
     assert after.intermediate_values == outcome.intermediate
@@ -109,10 +109,10 @@ def test_what_is_read_is_what_optuna_reads(
     number = storage.get_study_id_from_name("mine")
     stored = read_trials(engine, number)
     assert [
-        (trial.number, trial.state, trial.value, trial.parameters, trial.attributes, trial.intermediate)
+        (trial.number, trial.state, list(trial.values) or None, trial.parameters, trial.attributes, trial.intermediate)
         for trial in stored
     ] == [
-        (trial.number, trial.state.name, trial.value, trial.params, trial.user_attrs, trial.intermediate_values)
+        (trial.number, trial.state.name, trial.values, trial.params, trial.user_attrs, trial.intermediate_values)
         for trial in study.trials
     ]
     (first, second, third) = (trial.id for trial in stored)
@@ -136,7 +136,7 @@ def test_an_end_that_can_t_be_written_leaves_the_trial_running(
     trial = begin()
     before = study.trials
     with pytest.raises(TypeError):
-        finish_trial(engine, trial, Outcome(state=COMPLETE, value=1.0, attributes={"bad": object()}))
+        finish_trial(engine, trial, Outcome(state=COMPLETE, values=(1.0,), attributes={"bad": object()}))
     assert study.trials == before
 
 
@@ -145,7 +145,7 @@ def test_an_end_takes_a_few_statements_however_many_attributes_it_has(
 ) -> None:
     trial, statements = begin(), list[str]()
     event.listen(engine, "before_cursor_execute", lambda *words: statements.append(words[2]))
-    finish_trial(engine, trial, Outcome(state=COMPLETE, value=1.0, attributes={str(n): n for n in range(50)}))
+    finish_trial(engine, trial, Outcome(state=COMPLETE, values=(1.0,), attributes={str(n): n for n in range(50)}))
     assert len(statements) == 3, "the state, the value, the attributes"
     study = storage.get_study_id_from_name("mine")
     statements.clear()
@@ -160,7 +160,7 @@ def test_states_are_counted_and_the_best_value_is_that_of_optuna(
     assert best_value(engine, number) is None
     for outcome in OUTCOMES.values():
         finish_trial(engine, begin(), outcome)
-    finish_trial(engine, begin(), Outcome(state=COMPLETE, value=2.75))
+    finish_trial(engine, begin(), Outcome(state=COMPLETE, values=(2.75,)))
     begin()
     assert count_states(engine, number) == {"COMPLETE": 3, "PRUNED": 1, "FAIL": 2, "RUNNING": 1}
     assert best_value(engine, number) == study.best_value == 2.5

@@ -6,10 +6,11 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 from heapq import nsmallest
 from itertools import islice
-from math import inf, isfinite
+from math import fsum, inf, isfinite
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from optuna import Study
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.study import StudyDirection
@@ -36,7 +37,9 @@ class Trial:
         number: Optuna's number of the trial.
         coefficients: Its point.
         state: Running, complete or failed.
-        objective: Value to minimize, in the objective's unit; a number if and only if the state is "complete".
+        objective: Value to minimize, in the objective's unit; a number if and only if the state is "complete".  Where a
+            front between two losses is searched, their mean.
+        losses: Both losses then; none where there is one objective, and of a trial that is not complete.
         attributes: Measurements beside the objective.
         expected_improvement: Improvement that its proposer expected, in the objective's unit; None without an opinion.
         estimates: Estimates of the objective of a trial that was stopped early, by windows seen.
@@ -48,6 +51,7 @@ class Trial:
     state: State
     _: KW_ONLY
     objective: float | None = None
+    losses: tuple[float, ...] = ()
     attributes: TrialAttributes = field(default_factory=TrialAttributes)
     expected_improvement: float | None = None
     estimates: Mapping[int, float] = field(default_factory=dict)
@@ -159,6 +163,7 @@ def _trial(frozen: FrozenTrial, space: Space, sign: float) -> Trial | None:
         coefficients,
         state,
         objective=None if objective is None else sign * objective,
+        losses=() if objective is None or len(frozen.values or ()) < 2 else tuple(frozen.values),
         attributes=attributes,
         expected_improvement=frozen.user_attrs.get(EXPECTED_IMPROVEMENT),
         estimates=frozen.intermediate_values,
@@ -172,10 +177,10 @@ def _objective(frozen: FrozenTrial, attributes: TrialAttributes) -> float | None
     Optuna's own value is only that of trials which may win: one that was stopped early has no value, and one that
     violates a constraint an infinite one.  No model of the objective takes an infinite value.
     """
-    value = frozen.value if frozen.state == TrialState.COMPLETE else None
-    if value is not None and isfinite(value):
-        return value
-    is_measured = value is not None or (frozen.state == TrialState.PRUNED and attributes.error > 0)
+    values = frozen.values if frozen.state == TrialState.COMPLETE else None
+    if values is not None and all(map(isfinite, values)):
+        return fsum(values) / len(values)
+    is_measured = values is not None or (frozen.state == TrialState.PRUNED and attributes.error > 0)
     return attributes.penalized if is_measured else None
 
 
@@ -202,6 +207,12 @@ def values_of(trials: Sequence[Trial]) -> list[float]:
     """Objectives of finished trials; a failed trial counts as the worst of the others, so that searches stay away."""
     worst = max(trial.objective for trial in trials if trial.objective is not None)
     return [worst if trial.objective is None else trial.objective for trial in trials]
+
+
+def losses_of(trials: Sequence[Trial]) -> NDArray[np.float64]:
+    """Both losses of finished trials, [N, 2]; a failed trial counts as the worst of the others in each."""
+    worst = np.array([trial.losses for trial in trials if trial.losses]).max(axis=0)
+    return np.array([trial.losses or worst for trial in trials])
 
 
 def distributions(space: Space) -> dict[str, BaseDistribution]:

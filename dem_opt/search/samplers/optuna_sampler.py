@@ -6,17 +6,24 @@ from dataclasses import dataclass
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.samplers import BaseSampler, TPESampler
+from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 from optuna.storages import InMemoryStorage
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.study import StudyDirection
+from optuna.trial import TrialState, create_trial
 
 from dem_opt.search.samplers import cube
-from dem_opt.search.samplers.history import Trial, thin, values_of
+from dem_opt.search.samplers.history import Trial, losses_of, thin, values_of
 from dem_opt.search.samplers.proposer import Proposal, first_new, first_points
 from dem_opt.simplex import Coefficients, Space
 
 MOST = 1000
 """Finished trials that a sampler is shown at most: half the best and half the most recent."""
+
+POPULATION = 10
+"""Trials in a generation of NSGA-II."""
+
+REPLAYED = 200
+"""Finished trials that a sampler is asked for again at most, for each proposal."""
 
 _ASKS = 10
 """Asks after which a sampler that yields nothing new is given up for a uniform draw."""
@@ -27,6 +34,14 @@ def tpe(seed: int) -> BaseSampler:
     return TPESampler(seed=seed)
 
 
+def nsga2(seed: int) -> BaseSampler:
+    """Optuna's NSGA-II (Deb et al. 2002) with its defaults, but for the size of the population.
+
+    Optuna's 50 is as many trials as a whole search has.
+    """
+    return NSGAIISampler(population_size=POPULATION, seed=seed)
+
+
 @dataclass(frozen=True)
 class OptunaSampler:
     """A sampler of Optuna's over the coordinates of `cube`, by public calls only.
@@ -34,7 +49,8 @@ class OptunaSampler:
     Samplers draw from a state of their own, which a resumed study has lost.  So each proposal makes a sampler from a
     seed that is drawn, and asks it in a study in memory with the history: running trials as running, so that a sampler
     which avoids them does so, and failed ones as complete with the worst value shown, because TPE passes over failed
-    trials.  A proposal that is not new is left running there, and the sampler is asked again.
+    trials.  A proposal that is not new is left running there, and the sampler is asked again.  A sampler that marks the
+    trials which it has proposed, as NSGA-II does with their generation, is asked for the history trial by trial.
 
     The first proposals are the study's starting points, then the landmarks.
 
@@ -42,11 +58,15 @@ class OptunaSampler:
         space: The coefficients to choose from.
         make: A fresh sampler from a seed: `tpe`, or for instance  lambda seed: GPSampler(seed=seed) .
         most: Finished trials that the sampler is shown at most; a Gaussian process stands fewer than TPE.
+        objectives: 2 to search for the front between two losses.
+        is_replayed: The sampler is asked for every trial of the history.
     """
 
     space: Space
     make: Callable[[int], BaseSampler]
     most: int = MOST
+    objectives: int = 1
+    is_replayed: bool = False
 
     def propose(self, trials: Sequence[Trial], start: Sequence[Coefficients], rng: np.random.Generator) -> Proposal:
         """The next point; a uniform draw where there is nothing to learn from, or nothing new comes."""
@@ -65,20 +85,28 @@ class OptunaSampler:
 
     def _study(self, trials: Sequence[Trial], seed: int) -> optuna.Study:
         """The history over the cube, in a study of its own."""
-        study = optuna.create_study(storage=InMemoryStorage(), sampler=self.make(seed))
+        directions = [StudyDirection.MINIMIZE] * self.objectives
+        study = optuna.create_study(storage=InMemoryStorage(), sampler=self.make(seed), directions=directions)
         shown = thin([trial for trial in trials if trial.state != "running"], self.most)
-        values = {trial.number: value for trial, value in zip(shown, values_of(shown), strict=True)}
+        measured = losses_of(shown).tolist() if self.objectives > 1 else [[value] for value in values_of(shown)]
+        values = {trial.number: each for trial, each in zip(shown, measured, strict=True)}
         for trial in trials:
             if trial.state == "running" or trial.number in values:
-                study.add_trial(self._frozen(trial, values.get(trial.number)))
+                self._add(study, trial, values.get(trial.number))
         return study
 
-    def _frozen(self, trial: Trial, value: float | None) -> FrozenTrial:
-        """A trial over the cube, running where it has no value."""
+    def _add(self, study: optuna.Study, trial: Trial, values: list[float] | None) -> None:
+        """Add a trial over the cube, running where it has no values."""
         cube_F = cube.from_shares(self.space.shares(trial.coefficients), self.space.caps_F)
-        state = TrialState.RUNNING if value is None else TrialState.COMPLETE
         params = dict(zip(self._axes(), cube_F.tolist(), strict=True))
-        return create_trial(state=state, value=value, params=params, distributions=self._axes())
+        if self.is_replayed:
+            study.enqueue_trial(params)
+            asked = study.ask(self._axes())
+            if values is not None:
+                study.tell(asked, values)
+            return
+        state = TrialState.RUNNING if values is None else TrialState.COMPLETE
+        study.add_trial(create_trial(state=state, values=values, params=params, distributions=self._axes()))
 
     def _axes(self) -> dict[str, BaseDistribution]:
         return {f"u{share}": FloatDistribution(0.0, 1.0) for share in range(len(self.space.caps_F))}

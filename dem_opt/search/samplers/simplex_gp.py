@@ -99,7 +99,7 @@ class SimplexGP:
         ranked_NF = observations.points_NF[np.argsort(observations.values_N, kind="stable")]
         points_MF, improvement_M = maximize(
             lambda shares_MF: log_expected_improvement(process, best, shares_MF),
-            project(_starts(ranked_NF, rng), self.space.caps_F),
+            project(starts(ranked_NF[:4], rng), self.space.caps_F),
             self.space.caps_F,
         )
         cost = self._cost(trials)
@@ -226,12 +226,12 @@ def _density(z_M: Array) -> Array:
     return density_M
 
 
-def _starts(ranked_NF: Array, rng: np.random.Generator) -> Array:
-    """Starts of the climbs: uniform points, sparse points, and the four best points with noise of several sizes."""
-    shares = ranked_NF.shape[1]
+def starts(best_NF: Array, rng: np.random.Generator) -> Array:
+    """Starts of the climbs: uniform points, sparse points, and the best points with noise of several sizes."""
+    shares = best_NF.shape[1]
     uniform_MF = rng.dirichlet(np.ones(shares), 4 * _STARTS)
     sparse_MF = rng.dirichlet(np.full(shares, 0.3), 4 * _STARTS)
-    best_MF = np.resize(ranked_NF[:4], (_STARTS, shares))
+    best_MF = np.resize(best_NF, (_STARTS, shares))
     radius_M1 = np.exp(rng.uniform(np.log(1e-4), np.log(0.1), (_STARTS, 1)))
     return np.concatenate([uniform_MF, sparse_MF, best_MF + radius_M1 * rng.normal(size=best_MF.shape)])
 

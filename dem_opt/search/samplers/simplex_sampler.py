@@ -30,7 +30,7 @@ class SimplexSampler(BaseSampler):
             ...
 
     All coefficients of a trial are chosen together.  Each is a multiple of 1e-9, and in these units their sum is exact.
-    The vertices and the centroid are proposed first (by "simplex-gp", "tpe" and "cmaes").
+    The vertices and the centroid are proposed first (by "simplex-gp", "tpe", "cmaes" and "nsga2").
 
     What is proposed follows from the seed and the study's trials alone, so a study that is loaded from its storage goes
     on as if it had never stopped.  Failed and pruned trials count as the worst value.  Trials that run at the same time
@@ -44,7 +44,8 @@ class SimplexSampler(BaseSampler):
 
     Args:
         names: Names of the parameters.
-        algorithm: "simplex-gp" (Bayesian optimization), "tpe", "cmaes", "random", "grid" or "gradient" (SLSQP).
+        algorithm: "simplex-gp" (Bayesian optimization), "tpe", "cmaes", "nsga2", "random", "grid" or "gradient"
+            (SLSQP).
         total: Sum of the coefficients, or the least and the greatest sum.
         bounds: Least and greatest coefficient by name, where not 0 to the total; equal bounds fix a coefficient.
         seed: Seed of all randomness.
