@@ -83,7 +83,7 @@ def reweigh(context: StudyContext, weights: Mapping[str, float], field: str) -> 
             mend = "the study minimizes a function of its own (objective.function), which weighs scores itself"
             raise InputError(context.path, field, dict(weights), mend)
         new = checked(stored.identity, weights, context.path, field)
-        identity = replace(stored.identity, weights=new)
+        identity = replace(stored.identity, weights=new, pareto=None)  # of a front, a point with other weights
         settings = facts(context.config, context.path, identity)
         summary = reweighted(context.config.name, stored.ledger, identity, settings)
     if summary is None:
