@@ -243,6 +243,8 @@ class Study:
         - `penalized`: objective plus the penalty for the violation, in the objective's unit.
         - `standard_error`: of the objective, in the objective's unit; 0 for complete trials.
         - `forward_equivalents`: cost in full forward passes over the search split.
+        - `loss.NAME`: both losses in the objective's unit, where the study searches for a front; the objective is their
+          mean.
         - `w.NAME`: coefficient of each distribution.
         - `nll.NAME`: NLL in nats per token on each distribution and general corpus; of a stopped trial, on the windows
           that were scored.

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf, isfinite
 from time import monotonic, perf_counter
 from typing import Any
@@ -16,6 +16,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from dem_opt import config
+from dem_opt.search.outcomes import frozen_trial, outcome_of
 from dem_opt.search.samplers import make_proposer, propose
 from dem_opt.search.samplers.history import History, HistoryReader, Trial, distributions, parameters
 from dem_opt.search.trial_attributes import DRIVER, EXPECTED_IMPROVEMENT, TrialAttributes
@@ -23,11 +24,6 @@ from dem_opt.simplex import Coefficients, Space
 from dem_opt.storage import engine
 from dem_opt.storage.leases import Lease
 from dem_opt.storage.optuna_tables import (
-    COMPLETE,
-    FAIL,
-    PRUNED,
-    Outcome,
-    StoredTrial,
     finish_trial,
     read_attribute,
     read_trials,
@@ -390,7 +386,7 @@ class Search:
             raise ValueError(f"the objective of trial {number} is {objective}")
         assert objective is not None or attributes.reason, f"trial {number} fails without a reason"
         # Another driver may have finished an adopted trial: the first one counts.
-        outcome = _outcome(objective, attributes, estimates, losses)
+        outcome = outcome_of(objective, attributes, estimates, losses)
         if finish_trial(self._storage.engine, self._id_of(number), outcome):
             self.finished += 1
 
@@ -418,50 +414,13 @@ class _Trials:
     def read(self) -> History:
         """The trials as they are now."""
         for stored in read_trials(self._engine, self._study, self._last, self._unfinished):
-            self._frozen[stored.number] = _frozen(stored, self._space)
+            self._frozen[stored.number] = frozen_trial(stored)
             self._last = max(self._last, stored.id)
             if self._frozen[stored.number].state.is_finished():
                 self._unfinished.discard(stored.id)
             else:
                 self._unfinished.add(stored.id)
         return self._reader.parse([self._frozen[number] for number in sorted(self._frozen)])
-
-
-def _frozen(stored: StoredTrial, space: Space) -> FrozenTrial:
-    """A trial as Optuna's own reader gives it, but for times, distributions and system attributes."""
-    state = TrialState[stored.state]
-    return FrozenTrial(
-        number=stored.number,
-        trial_id=stored.id,
-        state=state,
-        value=None,
-        values=stored.values or None,
-        datetime_start=None,
-        datetime_complete=None,
-        params=dict(stored.parameters),
-        distributions={},
-        user_attrs=dict(stored.attributes),
-        system_attrs={},
-        intermediate_values=dict(stored.intermediate),
-    )
-
-
-def _outcome(
-    objective: float | None, attributes: TrialAttributes, estimates: Mapping[int, float], losses: Sequence[float]
-) -> Outcome:
-    """The end of a trial in Optuna's terms: only what may win the study is complete with a finite value.
-
-    So Optuna's best trial, its tables and its Dashboard show the winner of the report.  Optuna itself passes over
-    trials that violate a constraint, but its Dashboard and whoever sorts by the value do not: theirs is infinite.
-    """
-    if objective is None:
-        return Outcome(state=FAIL, attributes=attributes.to_stored())
-    if not attributes.error and not attributes.violation:
-        return Outcome(state=COMPLETE, values=losses or (objective,), attributes=attributes.to_stored())
-    stored, violation = replace(attributes, penalized=objective).to_stored(), attributes.violation
-    if attributes.error:
-        return Outcome(state=PRUNED, attributes=stored, intermediate=estimates, violation=violation)
-    return Outcome(state=COMPLETE, values=(inf,), attributes=stored, violation=violation)
 
 
 def _alone() -> None:

@@ -9,6 +9,7 @@ def trials_frame(summary: Summary) -> pd.DataFrame:
     """Return the finished trials, one row each; `Study.trials` documents the columns."""
     columns = [
         *("run", "number", "state", "objective", "violation", "penalized", "standard_error", "forward_equivalents"),
+        *(f"loss.{name}" for name in (summary.front.names if summary.front else ())),
         *(f"w.{name}" for name in summary.distributions),
         *(f"nll.{name}" for name in summary.weights),
         *(f"perplexity.{name}" for name in summary.weights),
@@ -88,6 +89,7 @@ def _trial_row(run: str, record: TrialRecord) -> dict[str, object]:
         "penalized": record.penalized,
         "standard_error": record.error,
         "forward_equivalents": record.forwards,
+        **{f"loss.{name}": loss for name, loss in record.losses.items()},
         **{f"w.{name}": weight for name, weight in record.coefficients.weights.items()},
         **{f"nll.{name}": score.nll for name, score in record.scores.items()},
         **{f"perplexity.{name}": score.perplexity for name, score in record.scores.items()},

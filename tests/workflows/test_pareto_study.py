@@ -97,6 +97,8 @@ def test_commands_agree(path, summary):
         losses(record) for records in summary.trials.values() for record in records
     ]
     assert "loss.code" in command("trials", path, "--csv").splitlines()[0]
+    frame = in_process.open_study(path).trials()
+    assert frame["loss.math"].tolist() == [row["loss.math"] for row in rows]
     page = (path.parent / "runs/tiny/report.html").read_text(encoding="utf-8")
     for text in (command("show", path), page):
         assert f"{summary.front.hypervolume:.6g}" in text and "lowest mean" in text
