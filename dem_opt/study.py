@@ -233,7 +233,8 @@ class Study:
     def trials(self) -> pd.DataFrame:
         """Return the finished trials of all runs, one row each, in the order of runs and numbers.
 
-        Columns, which hold values of the search split:
+        Columns, which hold values of the search split.  Of a study that searches for a front there are both losses
+        too, as `loss.NAME` in the objective's unit, and the objective is their mean.
 
         - `run`: algorithm, and `@k` where the run's seed is the study's plus k.
         - `number`: number of the trial in its run.
@@ -243,8 +244,6 @@ class Study:
         - `penalized`: objective plus the penalty for the violation, in the objective's unit.
         - `standard_error`: of the objective, in the objective's unit; 0 for complete trials.
         - `forward_equivalents`: cost in full forward passes over the search split.
-        - `loss.NAME`: both losses in the objective's unit, where the study searches for a front; the objective is their
-          mean.
         - `w.NAME`: coefficient of each distribution.
         - `nll.NAME`: NLL in nats per token on each distribution and general corpus; of a stopped trial, on the windows
           that were scored.

@@ -406,7 +406,7 @@ class _Trials:
     """The trials of an Optuna study; each finished one is read once."""
 
     def __init__(self, storage: RDBStorage, study: int, space: Space) -> None:
-        self._engine, self._study, self._space = storage.engine, study, space
+        self._engine, self._study = storage.engine, study
         self._reader = HistoryReader(space)
         self._frozen: dict[int, FrozenTrial] = {}
         self._last, self._unfinished = 0, set[int]()
