@@ -17,7 +17,6 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dem_opt.costs import Cost
 from dem_opt.errors import EvaluationError
 from dem_opt.pareto import Front
 from dem_opt.simplex import UNIT, Coefficients
@@ -624,6 +623,40 @@ class Precision:
     def regret_with(self, factor: float) -> float:
         """The expected regret with so many times the windows, in the objective's unit: it falls with their number."""
         return self.regret / factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expense:
+    """The cost of one evaluation.
+
+    Attributes:
+        study: The study that asked for it.
+        part: The part of the study, see `Cost`.
+        windows: Windows that went through a model, each GRADIENT_FORWARDS times where gradients were measured.
+        seconds: Seconds of merging and scoring, in a worker.
+    """
+
+    study: str
+    part: str
+    windows: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """The cost of a part of a study.
+
+    Attributes:
+        part: A run of its search, by its label, or "baselines", "final table", "export" ...
+        evaluations: Evaluations that went through a model.
+        forwards: Their forward-equivalents.
+        seconds: Seconds of merging and scoring, in workers.
+    """
+
+    part: str
+    evaluations: int
+    forwards: float
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)

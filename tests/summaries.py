@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from dem_opt.analysis.surrogate import surrogate_of
-from dem_opt.costs import Cost
 from dem_opt.evaluation.objective import mean_nll
 from dem_opt.simplex import UNIT, Coefficients, Space
-from dem_opt.types import Evaluation, Margin, ResultRow, Score, Summary, TrialRecord, VectorGeometry
+from dem_opt.types import Cost, Evaluation, Margin, ResultRow, Score, Summary, TrialRecord, VectorGeometry
 
 SPLITS = ("search", "held_out")
 RUNS = ("grid", "simplex-gp", "simplex-gp@1", "new")

@@ -12,10 +12,9 @@ if TYPE_CHECKING:
     from dem_opt.analysis.mixing_cost import MixingComparison
     from dem_opt.analysis.regret import Comparison
     from dem_opt.analysis.task_scores import TaskTable
-    from dem_opt.costs import Cost
     from dem_opt.export.writer import Export
     from dem_opt.pareto import Front
-    from dem_opt.types import Margin, ResultRow, Rival, Score, Summary, TotalPrice
+    from dem_opt.types import Cost, Margin, ResultRow, Rival, Score, Summary, TotalPrice
     from dem_opt.workflows.check import Findings
 
 

@@ -7,7 +7,6 @@ from math import inf
 from time import sleep
 
 from dem_opt.compute import Pool
-from dem_opt.costs import Expense
 from dem_opt.errors import EvaluationError
 from dem_opt.evaluation.interim_analyses import replay
 from dem_opt.evaluation.racing import CLEAR, Race
@@ -27,6 +26,7 @@ from dem_opt.types import (
     SEARCH,
     Composite,
     Evaluation,
+    Expense,
     Failure,
     Request,
     Score,

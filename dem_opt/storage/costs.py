@@ -10,9 +10,8 @@ from typing import Any
 from sqlalchemy import Connection, Engine, String, delete, func, insert, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from dem_opt.costs import Cost, Expense
 from dem_opt.storage.identity import StudyIdentity
-from dem_opt.types import GRADIENT_FORWARDS, SEARCH, SPLITS
+from dem_opt.types import GRADIENT_FORWARDS, SEARCH, SPLITS, Cost, Expense
 
 EARLIER = "earlier releases"
 """Part of a study whose expenses follow from its scores: the release that measured them kept no costs."""

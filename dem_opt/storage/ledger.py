@@ -25,7 +25,6 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from dem_opt.costs import Cost, Expense
 from dem_opt.errors import InputError
 from dem_opt.storage.costs import CostTables, add_earlier_expenses, add_expense, forget_expenses, read_costs
 from dem_opt.storage.engine import create_missing, exclusive, insert_into, masked
@@ -33,7 +32,7 @@ from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.leases import living_drivers
 from dem_opt.storage.retry import BRIEF, RetryPolicy, patient
 from dem_opt.storage.trial_upgrade import upgrade_trials
-from dem_opt.types import Composite, CorpusLayout, Gradient, Score
+from dem_opt.types import Composite, CorpusLayout, Cost, Expense, Gradient, Score
 
 SCHEMA = 7
 """Version of the tables that this module reads and writes: 2 added gradients, 3 libraries, 4 configurations and

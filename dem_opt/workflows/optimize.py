@@ -5,7 +5,6 @@ from contextlib import closing
 
 from dem_opt.analysis.vector_geometry import measure_once
 from dem_opt.config import sqlite_url
-from dem_opt.costs import Expense
 from dem_opt.planning.inputs import Inputs
 from dem_opt.search.loop import Driver
 from dem_opt.search.optuna_study import Search
@@ -19,7 +18,7 @@ from dem_opt.storage.engine import reading
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.leases import Lease
 from dem_opt.storage.ledger import Ledger
-from dem_opt.types import SEARCH, SPLITS, Composite, Summary
+from dem_opt.types import SEARCH, SPLITS, Composite, Expense, Summary
 from dem_opt.workflows.configurations import distinguish
 from dem_opt.workflows.context import StudyContext
 from dem_opt.workflows.final_table import expect_final_table, measure_final_table
