@@ -68,6 +68,17 @@ class Fragile(Echo):
             raise InputError(spec.base.path, None, None, "its weights differ")
 
 
+class Stillborn(Echo):
+    """Dies while it loads, as often as the file "deaths" in the spec's folder says, and leaves a file each time."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        super().__init__(spec)
+        folder = Path(spec.base.path)
+        if len(list(folder.iterdir())) <= int((folder / "deaths").read_text()):
+            (folder / str(os.getpid())).touch()
+            os._exit(1)
+
+
 class Slow(Echo):
     """Tells on which node it loads by a file in the spec's folder, and waits there for a file "ready"."""
 

@@ -202,30 +202,36 @@ class RayPool:
         try:
             evaluation: Evaluation | Failure = _get(self._ray, sent.reference)
         except self._ray.exceptions.RayActorError as error:
-            return self._lost(member, f"its worker died {ATTEMPTS} times: {first_line(error)}")
+            counted = 0 if self._has_lost_its_node(member, error) else 1
+            return self._lost(member, f"its worker died {ATTEMPTS} times: {first_line(error)}", counted)
         member.queue.popleft()
         now = monotonic()
         rate = (now - member.since) / self._work(sent.request)
         self._slowest, self._answered, member.since = max(self._slowest, rate), self._answered + 1, now
         return sent.request, evaluation
 
-    def _lost(self, member: _Member, reason: str) -> Done | None:
-        """Replace a worker and send its requests again; a Failure if the first one has used up its attempts."""
+    def _lost(self, member: _Member, reason: str, counted: int = 1) -> Done | None:
+        """Replace a worker and send its requests again; a Failure if the first one has used up its attempts.
+
+        Args:
+            member: The worker.
+            reason: Reason of the failure.
+            counted: 0 if this is no attempt of the request, since the node was lost.
+        """
         sent = list(member.queue)
         self._progress.warning("a worker was lost while scoring; it is replaced, and its requests are scored again")
         self._replace(member)
         first, *others = sent
-        if not (is_failure := first.attempt == ATTEMPTS):
-            self._send(first.request, first.attempt + 1)
+        if not (is_failure := first.attempt + counted > ATTEMPTS):
+            self._send(first.request, first.attempt + counted)
         for queued in others:  # never begun, so their attempts do not count
             self._send(queued.request, queued.attempt)
         return (first.request, Failure(reason)) if is_failure else None
 
-    def _replace(self, member: _Member) -> None:
+    def _replace(self, member: _Member, deaths: int = 0) -> None:
         self._ray.kill(member.actor)
         self._members[self._members.index(member)] = new = self._recruit()
-        # Ray may start a worker on a node that has died and say so when it finds out: not the worker's fault.
-        new.deaths = member.deaths + (member.loading is not None and member.nodes <= new.nodes)
+        new.deaths = deaths
 
     def _loaded(self, member: _Member) -> None:
         """Take a worker that is ready into use, replace one that died while loading, or drop one that can't load.
@@ -236,8 +242,9 @@ class RayPool:
         try:
             self.threads.append(_get(self._ray, member.loading))
         except self._ray.exceptions.RayActorError as error:
-            if member.deaths + 1 < ATTEMPTS or not member.nodes <= node_ids(self._ray):
-                self._replace(member)
+            deaths = member.deaths + (not self._has_lost_its_node(member, error))
+            if deaths < ATTEMPTS:
+                self._replace(member, deaths)
             else:
                 died = f"a worker died {ATTEMPTS} times while loading: {first_line(error)}"
                 self._refuse(member, OutageError(died))
@@ -250,6 +257,15 @@ class RayPool:
         waiting, self._waiting = self._waiting, deque()
         for request, attempt in waiting:
             self._send(request, attempt)
+
+    def _has_lost_its_node(self, member: _Member, error: Exception) -> bool:
+        """True if a worker's node died, and not its process alone.
+
+        Ray knows of a dead process at once.  A dead node it finds out after seconds: till then the worker is only
+        unavailable, and others may be started there, which are reported dead when Ray knows.
+        """
+        is_unavailable = isinstance(error, self._ray.exceptions.ActorUnavailableError)
+        return is_unavailable or not member.nodes <= node_ids(self._ray)
 
     def _refuse(self, member: _Member, error: Exception) -> None:
         """Continue without a worker; raise the error if no other one has proved to work."""

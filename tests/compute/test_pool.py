@@ -10,7 +10,7 @@ import stub_workers
 
 from dem_opt.compute import ATTEMPTS, InProcessCompute, RayCompute, ray_pool
 from dem_opt.config import ComputeSection
-from dem_opt.errors import InputError
+from dem_opt.errors import InputError, OutageError
 from dem_opt.progress import NullProgress
 from dem_opt.types import Composite, Evaluation, Failure, Request, StoredModel, WorkerSpec
 
@@ -105,6 +105,18 @@ def test_a_worker_that_dies_is_replaced_and_its_request_sent_again(ray_session, 
     assert isinstance(answers[3], Evaluation) and (tmp_path / "grave").exists()
 
 
+@pytest.mark.parametrize("deaths", [ATTEMPTS - 1, ATTEMPTS])
+def test_a_worker_may_die_while_it_loads_but_not_each_time(ray_session, tmp_path, deaths):
+    (tmp_path / "deaths").write_text(str(deaths))
+    compute = RayCompute(ComputeSection(workers=1))
+    if deaths < ATTEMPTS:
+        assert sorted(gather(compute, stub_workers.Stillborn, 2, tmp_path)) == [0, 1]
+    else:
+        with pytest.raises(OutageError, match=f"died {ATTEMPTS} times while loading"):
+            gather(compute, stub_workers.Stillborn, 2, tmp_path)
+    assert len(list(tmp_path.iterdir())) == deaths + 1
+
+
 def test_a_request_that_kills_every_worker_fails_with_the_reason(ray_session):
     answers = gather(RayCompute(ComputeSection(workers=1)), stub_workers.Doomed, 4)
     assert sorted(answers) == [0, 1, 2, 3]
@@ -153,7 +165,7 @@ def test_workers_that_find_no_room_are_told_in_time(ray_session):
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nonsense"])
 def test_an_address_where_nothing_answers_is_told_at_once(address):
     code = (
-        "from dem_opt.config import ComputeSection; from dem_opt.errors import InputError\n"
+        "from dem_opt.config import ComputeSection; from dem_opt.errors import InputError, OutageError\n"
         "from dem_opt.compute import RayCompute\n"
         f"try: RayCompute(ComputeSection(ray={address!r})).__enter__()\nexcept InputError as error: print(error)"
     )
