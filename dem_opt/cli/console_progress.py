@@ -30,6 +30,9 @@ LINES = 10
 LONG = 5.0
 """Seconds after which work is worth a line where there is no terminal."""
 
+FEWEST = 4
+"""Moments that a pace is taken from at least, where there are so many."""
+
 INSTANT = 0.1
 """Seconds from the beginning in which no work is done by this run."""
 
@@ -93,7 +96,7 @@ class _Pace:
             self._points.clear()
             self._earlier = done
         self._points.append((now, done))
-        while len(self._points) > 2 and self._points[1][1] <= (self._earlier + done) / 2:
+        while len(self._points) > FEWEST and self._points[1][1] <= (self._earlier + done) / 2:
             self._points.popleft()
 
     def left(self, total: int | None) -> str:
