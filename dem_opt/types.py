@@ -471,6 +471,7 @@ class Margin:
         low: Lower end; infinite, as the upper one, where all windows of a distribution are of one document.
         high: Upper end.
         sampled: Unit that the interval takes to be sampled: "documents", or "windows" where documents are unknown.
+        violation: Excess of protected corpora over their allowances, beyond the winner's, where it is compared.
     """
 
     rival: str
@@ -479,6 +480,17 @@ class Margin:
     low: float
     high: float
     sampled: str = DOCUMENTS
+    violation: float = 0.0
+
+    @property
+    def penalized(self) -> float:
+        """The margin in what a search minimizes."""
+        return self.mean + PENALTY * self.violation
+
+    @property
+    def is_better(self) -> bool:
+        """True if the rival is better than the winner beyond its interval, the violation counted."""
+        return self.high + PENALTY * self.violation < 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -526,7 +538,7 @@ class TotalPrice:
         low: Lower end of its 95% interval; None of a gradient.
         high: Upper end.
         basis: "step" (a composite with a total a tenth greater was scored) or "gradient".
-        optimum: Total at which the winner, scaled, is expected to be best.
+        optimum: Total at which the winner, scaled, is expected to be best; that of the step where this proved better.
         rivals: Composites of other totals minus the winner: "scaled", the winner scaled to `optimum`, and "sum", the
             sum of all vectors, as far as they are scored; below 0, the winner is worse.
         mend: Range of totals to search, where one of them is clearly better than the winner.
@@ -544,7 +556,7 @@ class TotalPrice:
     @property
     def best(self) -> Margin | None:
         """The better of the rivals."""
-        return min(self.rivals, key=lambda margin: margin.mean, default=None)
+        return min(self.rivals, key=lambda margin: margin.penalized, default=None)
 
 
 @dataclass(frozen=True)

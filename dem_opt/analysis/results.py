@@ -284,4 +284,12 @@ def _margin(
     objective: Objective, rival: ResultRow, winner: ResultRow, split: str, documents: Mapping[str, Documents]
 ) -> Margin:
     gap = difference(rival.scores[split], winner.scores[split], objective, documents)
-    return Margin(rival=rival.label, split=split, mean=gap.mean, low=gap.low, high=gap.high, sampled=gap.sampled)
+    return Margin(
+        rival=rival.label,
+        split=split,
+        mean=gap.mean,
+        low=gap.low,
+        high=gap.high,
+        sampled=gap.sampled,
+        violation=rival.violation - winner.violation if split == SEARCH else 0.0,
+    )

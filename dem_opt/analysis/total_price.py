@@ -20,7 +20,8 @@ holds no activations, and has an interval (dev/LOG.md compares them).
 
 A parabola says little of totals far away: losses of long fine-tunes rise much faster.  So where the slope is not 0,
 the winner is scored at the total  s - a / 2b  at which the parabola is least, and what is told is the difference that
-was measured there, and that of the sum of all vectors, w = (1, ..., 1) (task arithmetic; Ilharco et al. 2023).
+was measured there, or at the step where this is better, and that of the sum of all vectors, w = (1, ..., 1) (task
+arithmetic; Ilharco et al. 2023).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -79,7 +80,10 @@ def price_line(price: TotalPrice, unit: str) -> str:
             f"Try simplex: {{total: [{low:g}, {high:g}]}}."
         )
     ends = "" if price.low is None or price.high is None else f" ({price.low:+.3f} to {price.high:+.3f})"
-    others = "".join(f"; {words[margin.rival]} {margin.mean:+.4f}" for margin in price.rivals)
+    others = "".join(
+        f"; {words[margin.rival]} {margin.mean:+.4f}" + (", but `protect` is violated" if margin.violation > 0 else "")
+        for margin in price.rivals
+    )
     beside = f". Beside the winner{others.replace(';', ':', 1)}" if others else ""
     return (
         f"A sum of {price.total:g} costs little: for each unit of the sum the objective changes by "
@@ -124,7 +128,7 @@ def unmeasured(
     with suppress(EvaluationError):  # a custom objective may not be finite at other sums: then these are all
         if is_priced(identity, winner):
             wanted += [(identity.composite(point), SEARCH) for point in ray.points()]
-        if full or (is_known(ledger, identity, everything, SEARCH) and ray.margin(SUM, everything).mean < 0):
+        if full or (is_known(ledger, identity, everything, SEARCH) and ray.margin(SUM, everything).penalized < 0):
             wanted.append((everything, HELD_OUT))
     yield from (each for each in wanted if not is_known(ledger, identity, *each))
 
@@ -144,7 +148,7 @@ def total_price(ledger: Ledger, identity: StudyIdentity, winner: Coefficients) -
     slope = ray.slope() if ray.is_scored else None
     if slope is None:
         return None
-    optimum = ray.optimum(slope)
+    optimum = ray.best_total(slope)
     at_optimum = identity.composite(scaled(winner, optimum))
     rivals = {SCALED: (at_optimum, optimum), SUM: (everything, float(identity.space.dimension))}
     if not slope.is_clear:
@@ -154,9 +158,10 @@ def total_price(ledger: Ledger, identity: StudyIdentity, winner: Coefficients) -
         for kind, (composite, _) in rivals.items()
         if is_known(ledger, identity, composite, SEARCH)
     )
-    best = min((margin for margin in margins if margin.high < 0), key=lambda margin: margin.mean, default=None)
+    better = (margin for margin in margins if margin.is_better)
+    best = min(better, key=lambda margin: margin.penalized, default=None)
     mend = None
-    if best is not None and -best.mean >= MATTERS * ray.gain:
+    if best is not None and -best.penalized >= MATTERS * ray.gain:
         mend = _mend(ray.total, rivals[best.rival][1], identity.space.dimension)
     return TotalPrice(
         total=ray.total,
@@ -232,22 +237,31 @@ class _Ray:
             return farthest if slope.mean < 0 else 0.0
         return min(max(self.total - slope.mean / (2 * slope.curvature), 0.0), farthest)
 
+    def best_total(self, slope: _Slope) -> float:
+        """The better one of the parabola's optimum and the step, as far as they are scored; else the optimum."""
+        optimum = self.optimum(slope)
+        totals = {self.identity.composite(scaled(self.winner, total)): total for total in (optimum, STEP * self.total)}
+        scored = [composite for composite in totals if is_known(self.ledger, self.identity, composite, SEARCH)]
+        if len(scored) < len(totals):
+            return optimum
+        return totals[min(scored, key=lambda composite: self._values([self._scores(composite)])[0])]
+
     def slope(self) -> _Slope | None:
         """The slope from the gradient, else from the step; None where neither is known."""
         return self._from_gradient() or self._from_step()
 
     def margin(self, kind: str, composite: Composite) -> Margin:
-        """Another composite minus the winner in the penalized objective, with its 95% interval."""
+        """Another composite minus the winner in the objective, with its 95% interval."""
         rival, winner = self._scores(composite), self._scores(self._best)
         gap = difference(rival, winner, self._objective, documents_of(self.ledger, self.identity, SEARCH))
-        penalty = PENALTY * (self._violation(rival) - self._violation(winner))
         return Margin(
             rival=kind,
             split=SEARCH,
-            mean=gap.mean + penalty,
-            low=gap.low + penalty,
-            high=gap.high + penalty,
+            mean=gap.mean,
+            low=gap.low,
+            high=gap.high,
             sampled=gap.sampled,
+            violation=self._violation(rival) - self._violation(winner),
         )
 
     def _from_gradient(self) -> _Slope | None:

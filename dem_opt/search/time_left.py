@@ -215,6 +215,9 @@ class TimeLeft:
         """The seconds that are left; None where too few trials tell."""
         if sum(len(run.trials) for run in self._runs.values()) < FIRST:
             return None
+        # Landmarks whose scores the ledger has say nothing of the trials after them.
+        if not self._measured and sum(len(run.fitted) for run in self._runs.values()) < FIRST:
+            return None
         return sum(map(self._seconds_of, self._runs.values())) + self._final_seconds()
 
     def _seconds_of(self, run: _Run) -> float:

@@ -138,6 +138,21 @@ def test_a_price_that_matters_has_its_mend(ledger, optimum, mend):
     assert f"total: [{mend[0]:g}, {mend[1]:g}]" in price_line(bowl.price(), "nats per token")
 
 
+class Cliff(Bowl):
+    """A loss that falls fast beyond a sum of 1 and then rises slowly, as that of a pretrained model was seen to do."""
+
+    def value(self, total: float) -> float:
+        return 3.3 - 0.3 * total if total <= 1 else max(3.0 - 0.5 * (total - 1), 2.945 + 0.045 * (total - 1))
+
+
+def test_the_step_is_told_where_it_is_better_than_the_parabolas_optimum(ledger):
+    bowl = Cliff(ledger, 1.0)
+    bowl.measure()
+    price = bowl.price()
+    assert price.optimum == pytest.approx(STEP) and price.best.rival == SCALED
+    assert price.best.mean == pytest.approx(-0.05, abs=1e-3) and price.mend == (0.0, 3.0)
+
+
 @pytest.mark.parametrize("noise", [0.0, 0.01, 0.3])
 def test_an_optimum_at_the_winners_sum_is_quiet(ledger, noise):
     """Nothing is scored but step and sum of all vectors, and no other range is proposed."""
@@ -184,7 +199,11 @@ def test_a_sum_of_all_that_breaks_a_constraint_is_no_evidence(ledger, allowance,
     """At a sum of 3 the general corpus has lost 0.9, at 2, the farthest that the winner is scaled to, 0.6."""
     bowl = Bowl(ledger, 2.9, protect={GENERAL: allowance})
     bowl.measure()
-    assert bowl.price().best.rival == best and bowl.price().mend == (0.0, 3.0)
+    price = bowl.price()
+    assert price.best.rival == best and price.mend == (0.0, 3.0)
+    margins = {margin.rival: margin for margin in price.rivals}
+    assert margins[SUM].violation == pytest.approx(max(3 * FORGETTING - allowance, 0), abs=1e-9)
+    assert margins[SUM].mean == pytest.approx(bowl.value(3) - bowl.value(1), abs=1e-6), "without the penalty"
 
 
 def test_a_custom_objective_that_is_not_finite_beside_the_winner_has_no_price(ledger):

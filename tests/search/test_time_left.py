@@ -169,6 +169,17 @@ def test_trials_of_which_the_scores_are_known_take_only_their_proposals():
     assert left.seconds() == pytest.approx(1.0)
 
 
+def test_landmarks_of_which_the_scores_are_known_say_nothing():
+    left = TimeLeft(1, [PlannedRun(name="s", trials=20)], NO_TABLE, clock=lambda: 0.0)
+    for number in range(2 * FIRST):
+        left.proposed("s", 0.0, is_known=number <= FIRST)
+        left.finished(a_trial(number, 1.0), False)
+        assert left.seconds() is None
+    left.proposed("s", 0.0, is_known=False)
+    left.finished(Recorded(forwards=[1.0], scoring=[1.0], proposing=[0.0]).record(0), False)
+    assert left.seconds() > 0
+
+
 def test_trials_from_earlier_tell_what_a_forward_equivalent_takes():
     """Of a run that is resumed, five trials of this command are known to the ledger; the others take a second each."""
     left = TimeLeft(2, [PlannedRun(name="s", trials=20)], NO_TABLE, clock=lambda: 0.0)
