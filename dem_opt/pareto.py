@@ -184,7 +184,7 @@ class Front:
         return int(non_dominated(np.array(losses, dtype=np.float64)).sum()) if losses else 0
 
     def note(self, point: FrontPoint) -> str:
-        """What is special about a point: "knee", "lowest mean", both, or nothing."""
+        """The marks of a point: "knee", "lowest mean", both, or none."""
         special = {"lowest mean": self.lowest_mean, "knee": self.knee}
         return ", ".join(words for words, other in special.items() if other is point)
 

@@ -540,7 +540,7 @@ class TotalPrice:
         basis: "step" (a composite with a total a tenth greater was scored) or "gradient".
         optimum: Total at which the winner, scaled, is expected to be best; that of the step where this proved better.
         rivals: Composites of other totals minus the winner: "scaled", the winner scaled to `optimum`, and "sum", the
-            sum of all vectors, as far as they are scored; below 0, the winner is worse.
+            sum of all vectors, as far as they are scored; below 0 and without violation, the winner is worse.
         mend: Range of totals to search, where one of them is clearly better than the winner.
     """
 

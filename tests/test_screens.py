@@ -57,7 +57,7 @@ class Opened:
 
 
 def command(*words: str) -> str:
-    """What a command prints."""
+    """Output of a command."""
     with redirect_stdout(StringIO()) as printed:
         assert main(list(words)) == 0
     return printed.getvalue()

@@ -124,10 +124,13 @@ def study_descriptions(summary: Summary, note: str, files: Mapping[str, str | by
 
 
 def _price_metrics(price: TotalPrice | None) -> dict[str, float]:
-    """Return the slope by the sum of coefficients and what other sums gain, in the objective's unit."""
+    """Return the slope by the sum of coefficients and what other sums gain, in the objective's unit.
+
+    A sum that breaks a constraint gains nothing that can be had.
+    """
     if price is None:
         return {}
-    gains = {f"{BEST}gain_of.{margin.rival}": -margin.mean for margin in price.rivals}
+    gains = {f"{BEST}gain_of.{margin.rival}": -margin.mean for margin in price.rivals if margin.violation <= 0}
     return {f"{BEST}total_slope": price.slope, **gains}
 
 

@@ -30,7 +30,7 @@ def study_of(folder, names=NAMES, search=SEARCHED, **sections):
 
 
 def command(*words):
-    """What a command prints."""
+    """Output of a command."""
     with redirect_stdout(StringIO()) as printed:
         assert main([*map(str, words)]) == 0
     return printed.getvalue()

@@ -1,6 +1,7 @@
 """The price of the sum in a study: its cost, what every answer shows of it, and studies that lack it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import in_process
@@ -97,6 +98,15 @@ def test_every_answer_has_the_same_price(path, capsys):
     metrics = study_descriptions(summary, "", {})[summary.winner.run].metrics
     assert metrics["best.total_slope"] == price.slope
     assert [metrics[f"best.gain_of.{margin.rival}"] for margin in price.rivals] == [-each.mean for each in price.rivals]
+
+
+def test_a_sum_that_breaks_a_constraint_has_no_gain_in_mlflow(path):
+    summary = Study.load(path).summary()
+    first, *others = summary.total_price.rivals
+    price = replace(summary.total_price, rivals=(replace(first, violation=0.1), *others))
+    metrics = study_descriptions(replace(summary, total_price=price), "", {})[summary.winner.run].metrics
+    gains = {name.rpartition(".")[2] for name in metrics if name.startswith("best.gain_of.")}
+    assert gains == {margin.rival for margin in others}
 
 
 def test_what_cannot_be_scored_is_left_out_and_not_tried_again(tmp_path, monkeypatch):
