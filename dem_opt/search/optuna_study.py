@@ -1,7 +1,7 @@
 """The Optuna study: ask, tell, and adopt the trials of a driver that died."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf, isfinite
@@ -25,6 +25,7 @@ from dem_opt.storage import engine
 from dem_opt.storage.leases import Lease
 from dem_opt.storage.optuna_tables import (
     finish_trial,
+    mark_running,
     read_attribute,
     read_trials,
 )
@@ -234,23 +235,27 @@ class Search:
         later.
         """
         with self._turn() as confirm:
+            # Drivers before trials: the trials that a driver finished before it ended are read as finished.
+            alive = self._lease.others() if self._lease else {}
             self._history = self._read()
-            trial = self._next(self._history, confirm)
+            trial = self._next(self._history, alive, confirm)
         if trial is not None:
             self._mine.add(trial.number)
         return trial
 
-    def _next(self, history: History, confirm: Callable[[], None]) -> PendingTrial | None:
+    def _next(self, history: History, alive: Collection[str], confirm: Callable[[], None]) -> PendingTrial | None:
         for number in history.incomplete:
             reason = "interrupted while it was being proposed"
             self._tell(number, None, TrialAttributes(reason=reason, forwards=0.0), {})
         self.finished = len(history.trials) - len(history.running)
         running = [trial for trial in history.running if trial.number not in self._mine]
-        alive = self._lease.others() if self._lease and running else {}
         left = [trial for trial in running if trial.driver not in alive]
         self.elsewhere = len(running) - len(left)
+        if left and self._take_over(left[0]):
+            return self._pending(left[0].number, left[0].coefficients)
         if left:
-            return self._take_over(left[0])
+            self._history = self._read()
+            return self._next(self._history, alive, confirm)
         if reason := self._why_stop(history.trials):
             self._stop(reason)
             return None
@@ -258,11 +263,15 @@ class Search:
             return None
         return self._propose(history.trials, confirm)
 
-    def _take_over(self, trial: Trial) -> PendingTrial:
-        if self._lease is not None:
-            self._storage.set_trial_user_attr(self._id_of(trial.number), DRIVER, self._lease.token)
-        charged = self._charged(trial.number, trial.coefficients)
-        return PendingTrial(number=trial.number, coefficients=trial.coefficients, charged=charged)
+    def _take_over(self, trial: Trial) -> bool:
+        """Make a trial this driver's; False where its own driver, which was silent for too long, has finished it."""
+        return self._lease is None or mark_running(
+            self._storage.engine, self._id_of(trial.number), (DRIVER, self._lease.token)
+        )
+
+    def _pending(self, number: int, coefficients: Coefficients, propose_seconds: float = 0.0) -> PendingTrial:
+        charged = self._charged(number, coefficients)
+        return PendingTrial(number=number, coefficients=coefficients, propose_seconds=propose_seconds, charged=charged)
 
     def _propose(self, trials: Sequence[Trial], confirm: Callable[[], None]) -> PendingTrial:
         began = perf_counter()
@@ -282,12 +291,7 @@ class Search:
         )
         trial_id = self._storage.create_new_trial(self._study_id, template)
         number = self._storage.get_trial_number_from_id(trial_id)
-        return PendingTrial(
-            number=number,
-            coefficients=proposal.coefficients,
-            propose_seconds=perf_counter() - began,
-            charged=self._charged(number, proposal.coefficients),
-        )
+        return self._pending(number, proposal.coefficients, perf_counter() - began)
 
     def _charged(self, number: int, coefficients: Coefficients) -> float:
         """Forward-equivalents of the trial before `number` that was stopped at these coefficients, if there is one."""
@@ -362,11 +366,9 @@ class Search:
         Returns:
             Whether the trial was this driver's to finish.
         """
-        is_mine = self._is_mine(number)
-        if is_mine:
-            self._tell(number, objective, attributes, estimates or {}, losses)
+        self._tell(number, objective, attributes, estimates or {}, losses)
         self._mine.discard(number)
-        return is_mine
+        return self._is_mine(number)
 
     def _is_mine(self, number: int) -> bool:
         if self._lease is None:
@@ -385,9 +387,9 @@ class Search:
         if objective is not None and not isfinite(objective):
             raise ValueError(f"the objective of trial {number} is {objective}")
         assert objective is not None or attributes.reason, f"trial {number} fails without a reason"
-        # Another driver may have finished an adopted trial: the first one counts.
         outcome = outcome_of(objective, attributes, estimates, losses)
-        if finish_trial(self._storage.engine, self._id_of(number), outcome):
+        driver = (DRIVER, self._lease.token) if self._lease else None
+        if finish_trial(self._storage.engine, self._id_of(number), outcome, driver):
             self.finished += 1
 
     def _id_of(self, number: int) -> int:

@@ -45,6 +45,9 @@ Optuna has a newer form, one attribute for each constraint; its Dashboard shows 
 
 _FINITE, _INFINITE = "FINITE", "INF_POS"
 
+Attribute = tuple[str, Any]
+"""Name and value of a user attribute."""
+
 TRIALS = table(
     "trials",
     column("trial_id", Integer),
@@ -113,25 +116,43 @@ class StoredTrial:
     intermediate: Mapping[int, float]
 
 
-def finish_trial(engine: Engine, trial: int, outcome: Outcome) -> bool:
+def finish_trial(engine: Engine, trial: int, outcome: Outcome, owned: Attribute | None = None) -> bool:
     """End a running trial, with everything that is known of it, or not at all.
 
     Args:
         engine: The database.
         trial: Optuna's id of the trial.
         outcome: Its end.
+        owned: A user attribute of which the trial may not have another value.
 
     Returns:
-        False, and nothing is written, where the trial has ended before.
+        False, and nothing is written, where the trial has ended before, or the attribute has another value.
     """
-    with engine.begin() as connection:
-        ended = datetime.now(UTC).replace(tzinfo=None)  # Optuna keeps naive times in UTC
-        running = (TRIALS.c.trial_id == trial) & (TRIALS.c.state == RUNNING)
-        end = update(TRIALS).where(running).values(state=outcome.state, datetime_complete=ended)
-        if connection.execute(end).rowcount == 0:
+    ended = datetime.now(UTC).replace(tzinfo=None)  # Optuna keeps naive times in UTC
+    with engine.connect() as connection:
+        if not _update_running(connection, trial, state=outcome.state, datetime_complete=ended):
+            return False
+        # Read behind the lock of that update: whoever had the trial locked before has written its owner.
+        if owned is not None and _read_attribute(connection, trial, owned[0]) not in (None, owned[1]):
             return False
         write_outcomes(connection, {trial: outcome})
+        connection.commit()
     return True
+
+
+def mark_running(engine: Engine, trial: int, attribute: Attribute) -> bool:
+    """Give a running trial a user attribute; False, and nothing is written, where the trial has ended."""
+    with engine.begin() as connection:
+        if not _update_running(connection, trial, state=RUNNING):
+            return False
+        write_outcomes(connection, {trial: Outcome(state=RUNNING, attributes=dict([attribute]))})
+    return True
+
+
+def _update_running(connection: Connection, trial: int, **columns: Any) -> bool:
+    """Update a running trial, and keep others from it until the transaction ends; False where the trial has ended."""
+    running = (TRIALS.c.trial_id == trial) & (TRIALS.c.state == RUNNING)
+    return connection.execute(update(TRIALS).where(running).values(columns)).rowcount == 1
 
 
 def write_outcomes(connection: Connection, outcomes: Mapping[int, Outcome]) -> None:
@@ -165,9 +186,13 @@ def _attribute(trial: int, key: str, value: object) -> dict[str, Any]:
 
 def read_attribute(engine: Engine, trial: int, key: str) -> Any:
     """A user attribute of a trial, or None."""
-    same = (USER_ATTRIBUTES.c.trial_id == trial) & (USER_ATTRIBUTES.c.key == key)
     with engine.connect() as connection:
-        stored = connection.scalar(select(USER_ATTRIBUTES.c.value_json).where(same))
+        return _read_attribute(connection, trial, key)
+
+
+def _read_attribute(connection: Connection, trial: int, key: str) -> Any:
+    same = (USER_ATTRIBUTES.c.trial_id == trial) & (USER_ATTRIBUTES.c.key == key)
+    stored = connection.scalar(select(USER_ATTRIBUTES.c.value_json).where(same))
     return None if stored is None else json.loads(stored)
 
 

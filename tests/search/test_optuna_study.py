@@ -1,6 +1,7 @@
 """The Optuna study: ask, tell, best, adopt, on a real SQLite file."""
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -219,6 +220,40 @@ def test_what_was_taken_over_from_a_silent_driver_is_not_its_to_finish(postgres_
         assert second.trials()[0].objective == 2.0
         first.close()
         second.close()
+    engine.dispose()
+
+
+@pytest.mark.parametrize("moment", ["others", "_read", "_take_over"])
+def test_a_driver_may_finish_its_trial_and_end_while_another_asks(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """At each step of asking: another's last trial is taken over before it is finished, or not at all."""
+    engine = connect(postgres_url)
+    with ExitStack() as life, holding(engine, "study", several=True) as lease:
+        ending = life.enter_context(holding(engine, "study", several=True))
+        last, search = (
+            Search(postgres_url, "study", SPACE, config.SearchSection(), lease=driver) for driver in (ending, lease)
+        )
+        assert last.ask()
+        if moment == "_take_over":  # it was silent for too long, and wakes
+            with engine.begin() as connection:
+                connection.execute(text("UPDATE dem_driver SET renewed = 0 WHERE token = :it"), {"it": ending.token})
+            lease._reached = 0.0
+        owner: object = lease if moment == "others" else search
+        step = getattr(owner, moment)
+
+        def end_first(*arguments: object) -> object:
+            last.tell(0, 1.0, TrialAttributes())
+            life.close()
+            return step(*arguments)
+
+        with monkeypatch.context() as patches:
+            patches.setattr(owner, moment, end_first)
+            trial = search.ask()
+        assert trial and trial.number == 1
+        assert [trial.state for trial in search.trials()] == ["complete", "running"]
+        last.close()
+        search.close()
     engine.dispose()
 
 

@@ -20,6 +20,7 @@ from dem_opt.storage.optuna_tables import (
     best_value,
     count_states,
     finish_trial,
+    mark_running,
     read_attribute,
     read_trials,
 )
@@ -128,6 +129,18 @@ def test_a_finished_trial_stays_as_it_is(study: optuna.Study, engine: Engine, be
     before = study.trials
     assert not finish_trial(engine, trial, OUTCOMES["stopped"])
     assert study.trials == before
+
+
+def test_the_owner_of_a_trial_alone_ends_it(study: optuna.Study, engine: Engine, begin: Callable[[], int]) -> None:
+    trial, outcome = begin(), OUTCOMES["complete"]
+    assert mark_running(engine, trial, ("driver", "other"))
+    before = study.trials
+    assert not finish_trial(engine, trial, outcome, ("driver", "me"))
+    assert study.trials == before and before[0].user_attrs["driver"] == "other"
+    assert finish_trial(engine, trial, outcome, ("driver", "other"))
+    assert not mark_running(engine, trial, ("driver", "me"))
+    assert study.trials[0].user_attrs["driver"] == "other"
+    assert finish_trial(engine, begin(), outcome, ("unknown", "me")), "a trial without an owner is everyone's"
 
 
 def test_an_end_that_can_t_be_written_leaves_the_trial_running(
