@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, Engine, String, delete, func, insert, select
+from sqlalchemy import Connection, Engine, String, case, delete, func, insert, literal, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from dem_opt.storage.identity import StudyIdentity
@@ -48,14 +48,18 @@ def forget_expenses(connection: Connection, study: str) -> None:
 def read_costs(engine: Engine, study: str, identity: StudyIdentity) -> tuple[Cost, ...]:
     """The costs of a study by part, in the order in which the parts began.
 
-    Forward-equivalents are windows over those of a full pass over the search split.
+    The study of each of its placebos, NAME+KIND, is one part.  Forward-equivalents are windows over those of a full
+    pass over the search split.
     """
     full_pass = sum(identity.sizes(SEARCH).values())
+    of_placebo = func.substr(_Cost.study, 1, len(study) + 1) == f"{study}+"
+    placebo = literal("placebo, ") + func.substr(_Cost.study, len(study) + 2)
+    part = case((of_placebo, placebo), else_=_Cost.part).label("part")
+    entry = select(part, _Cost.id, _Cost.windows, _Cost.seconds).where((_Cost.study == study) | of_placebo).subquery().c
     query = (
-        select(_Cost.part, func.count(), func.sum(_Cost.windows), func.sum(_Cost.seconds))
-        .where(_Cost.study == study)
-        .group_by(_Cost.part)
-        .order_by(func.min(_Cost.id))
+        select(entry.part, func.count(), func.sum(entry.windows), func.sum(entry.seconds))
+        .group_by(entry.part)
+        .order_by(func.min(entry.id))
     )
     with Session(engine) as session:
         return tuple(

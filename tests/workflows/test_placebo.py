@@ -64,6 +64,18 @@ def records(path: Path) -> dict[str, RivalRecord]:
     return {record.kind: record for record in stored}
 
 
+def test_what_placebos_cost_is_part_of_the_study_s_total(compared: tuple[Path, tuple[Rival, ...]]) -> None:
+    path, _ = compared
+    summary, config = stored_results(load(path), path), load(path)
+    costs = {cost.part: cost for cost in summary.costs}
+    for kind in KINDS:
+        placebo = config.model_copy(update={"name": f"tiny+{kind}"})
+        of_its_own = stored_results(placebo, path)
+        assert costs.pop(f"placebo, {kind}").forwards == pytest.approx(of_its_own.forwards)
+        assert of_its_own.forwards >= 5, "its trials"
+    assert not [part for part in costs if "placebo" in part]
+
+
 def test_a_placebo_has_the_study_s_search(compared: tuple[Path, tuple[Rival, ...]]) -> None:
     """Random proposals depend on seed and number alone, so they are those of the study."""
     path, rivals = compared
