@@ -30,13 +30,20 @@ PRICE = "price of the sum"
 
 
 def measure_final_table(
-    context: StudyContext, driver: Driver, generation: int, lease: Lease, report: ReportSection
+    context: StudyContext, driver: Driver, generation: int, lease: Lease, report: ReportSection | None
 ) -> None:
-    """Score the composites that the report asks for on both splits; tell the cost before, and count it after."""
+    """Score the composites that the report asks for on both splits; tell the cost before, and count it after.
+
+    Without a report it is the winner alone, and the price of the sum is not measured.
+    """
     with lease.turn("measuring the final table"):
         trials = trials_by_run(context, driver.ledger, driver.identity, generation)
-        _measure_price(context, driver, winner_of(driver.identity, trials), is_full=report == FULL)
-        composites = [entry.composite for entry in final_entries(driver.identity, trials, report)]
+        if report is None:
+            listed = entries(driver.identity, trials)[-1:]
+        else:
+            _measure_price(context, driver, winner_of(driver.identity, trials), is_full=report == FULL)
+            listed = final_entries(driver.identity, trials, report)
+        composites = [entry.composite for entry in listed]
         requests = driver.missing(composites, SPLITS)
         if not requests:
             return
@@ -119,6 +126,11 @@ def _is_complete(context: StudyContext, stored: StoredStudy) -> bool:
         return False
     listed = final_entries(identity, trials, FULL)
     return all(is_known(ledger, identity, entry.composite, split) for entry in listed for split in SPLITS)
+
+
+def expect_winner(driver: Driver) -> FinalTable:
+    """Expect what scoring the winner alone will take."""
+    return FinalTable(requests=1, forwards=driver.identity.windows(HELD_OUT) / driver.identity.windows(SEARCH))
 
 
 def expect_final_table(

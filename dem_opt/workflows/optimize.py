@@ -21,17 +21,18 @@ from dem_opt.storage.ledger import Ledger
 from dem_opt.types import SEARCH, SPLITS, Composite, Expense, Summary
 from dem_opt.workflows.configurations import distinguish
 from dem_opt.workflows.context import StudyContext
-from dem_opt.workflows.final_table import expect_final_table, measure_final_table
+from dem_opt.workflows.final_table import expect_final_table, expect_winner, measure_final_table
 from dem_opt.workflows.finished import KnownInputs, find_finished, keep_inputs, stamp_of
 from dem_opt.workflows.int8_error import measure_error
 from dem_opt.workflows.provenance import compare_libraries, study_description
 from dem_opt.workflows.summary import read_summary, summarize_generation, trials_by_run
 
 
-def optimize(context: StudyContext, algorithms: Sequence[str], seeds: int = 1) -> Summary:
+def optimize(context: StudyContext, algorithms: Sequence[str], seeds: int = 1, *, winner_only: bool = False) -> Summary:
     """Search with each algorithm over one ledger, and score the composites of the results table on both splits.
 
-    Each algorithm has the budget of the study file, and `seeds` runs, whose seeds count on from the study's.
+    Each algorithm has the budget of the study file, and `seeds` runs, whose seeds count on from the study's.  With
+    `winner_only` neither the winner's rivals nor other sums of its coefficients are scored.
     """
     check_algorithms(context.config, context.path, algorithms)
     runs = run_names(algorithms, seeds)
@@ -48,11 +49,12 @@ def optimize(context: StudyContext, algorithms: Sequence[str], seeds: int = 1) -
         with context.driver(inputs.spec(), identity, ledger) as driver:
             _measure_references(context, driver, generation, lease)
             searches = context.runs(generation, lease, context.retry)
-            left = _expect(context, driver, generation, runs)
+            left = _expect(context, driver, generation, runs, winner_only)
             for run in runs:
                 with closing(searches.open(run, start, inputs.gradients_fit)) as search:
                     _search(context, driver, search, lease, left)
-            measure_final_table(context, driver, generation, lease, context.config.report)
+            report = None if winner_only else context.config.report
+            measure_final_table(context, driver, generation, lease, report)
         measure_error(context, inputs, ledger)
         measure_once(inputs.base, inputs.fine_tunes, context.config.output, context.progress)
         if stamp is not None:
@@ -140,7 +142,7 @@ def _measure_references(context: StudyContext, driver: Driver, generation: int, 
         compare_libraries(context.config.name, driver, trials, context.progress)
 
 
-def _expect(context: StudyContext, driver: Driver, generation: int, runs: Sequence[str]) -> TimeLeft:
+def _expect(context: StudyContext, driver: Driver, generation: int, runs: Sequence[str], winner_only: bool) -> TimeLeft:
     """Expect what these runs and the final table after them will take."""
     with context.runs(generation).existing() as present:
         plans = [
@@ -148,7 +150,8 @@ def _expect(context: StudyContext, driver: Driver, generation: int, runs: Sequen
             for run in runs
         ]
     algorithms = {RunName.parse(run).algorithm for run in runs}
-    return TimeLeft(driver.pool.capacity, plans, expect_final_table(context, driver, generation, algorithms))
+    table = expect_winner(driver) if winner_only else expect_final_table(context, driver, generation, algorithms)
+    return TimeLeft(driver.pool.capacity, plans, table)
 
 
 def _search(context: StudyContext, driver: Driver, search: Search, lease: Lease, left: TimeLeft) -> None:

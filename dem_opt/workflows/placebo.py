@@ -86,7 +86,7 @@ def _search(context: StudyContext, placebos: Mapping[str, Placebo], kind: Kind, 
     config = context.config
     _write(context, placebos, kind)
     placebo_context = replace(context, config=placebo_config(config, placebos, kind), tracker=NullTracker())
-    summary = optimize(placebo_context, [config.search.algorithm])
+    summary = optimize(placebo_context, [config.search.algorithm], winner_only=True)
     row = summary.winner
     if row.coefficients is None:
         raise EvaluationError(f"{RIVALS[kind]}: no composite of them could be scored")

@@ -72,7 +72,10 @@ def test_what_placebos_cost_is_part_of_the_study_s_total(compared: tuple[Path, t
         placebo = config.model_copy(update={"name": f"tiny+{kind}"})
         of_its_own = stored_results(placebo, path)
         assert costs.pop(f"placebo, {kind}").forwards == pytest.approx(of_its_own.forwards)
-        assert of_its_own.forwards >= 5, "its trials"
+        spent = {cost.part: cost.forwards for cost in of_its_own.costs}
+        held_out = config.evaluation.held_out / config.evaluation.windows
+        assert 0 < spent["random"] <= 5 and spent["final table"] == pytest.approx(held_out), "its winner alone"
+        assert not {"price of the sum"} & spent.keys()
     assert not [part for part in costs if "placebo" in part]
 
 
