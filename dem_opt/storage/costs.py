@@ -53,7 +53,7 @@ def read_costs(engine: Engine, study: str, identity: StudyIdentity) -> tuple[Cos
     """
     full_pass = sum(identity.sizes(SEARCH).values())
     of_placebo = func.substr(_Cost.study, 1, len(study) + 1) == f"{study}+"
-    placebo = literal("placebo, ") + func.substr(_Cost.study, len(study) + 2)
+    placebo = literal("placebo (") + func.substr(_Cost.study, len(study) + 2) + ")"
     part = case((of_placebo, placebo), else_=_Cost.part).label("part")
     entry = select(part, _Cost.id, _Cost.windows, _Cost.seconds).where((_Cost.study == study) | of_placebo).subquery().c
     query = (

@@ -28,6 +28,6 @@ def test_a_study_s_placebos_are_parts_of_it_and_other_studies_are_not(engine: En
     assert ledger.costs("a", IDENTITY) == (
         Cost(part="baselines", evaluations=1, forwards=1.0, seconds=1.0),
         Cost(part="random", evaluations=2, forwards=3.0, seconds=2.0),
-        Cost(part="placebo, permuted", evaluations=2, forwards=3.5, seconds=2.0),
+        Cost(part="placebo (permuted)", evaluations=2, forwards=3.5, seconds=2.0),
     )
     assert ledger.costs("nothing", IDENTITY) == ()

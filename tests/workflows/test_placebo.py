@@ -71,7 +71,7 @@ def test_what_placebos_cost_is_part_of_the_study_s_total(compared: tuple[Path, t
     for kind in KINDS:
         placebo = config.model_copy(update={"name": f"tiny+{kind}"})
         of_its_own = stored_results(placebo, path)
-        assert costs.pop(f"placebo, {kind}").forwards == pytest.approx(of_its_own.forwards)
+        assert costs.pop(f"placebo ({kind})").forwards == pytest.approx(of_its_own.forwards)
         spent = {cost.part: cost.forwards for cost in of_its_own.costs}
         held_out = config.evaluation.held_out / config.evaluation.windows
         assert 0 < spent["random"] <= 5 and spent["final table"] == pytest.approx(held_out), "its winner alone"
