@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from pathlib import Path
 
@@ -89,7 +89,7 @@ def score_candidates(
 
     One model at a time: a composite is written to disk, and deleted when it is scored.  Raises the first failure.
     """
-    cache = _ScoreCache(context.config.output / FOLDER, settings, inputs.configuration)
+    cache = _ScoreCache(context.config.output / FOLDER, settings, inputs)
     tasks = {name: data.validation.task for name, data in context.config.corpora.items()}
     corpora = {name: task for name, task in tasks.items() if task in settings.tasks}
     models = []
@@ -158,11 +158,22 @@ def _model_folder(context: StudyContext, inputs: Inputs, composite: Composite) -
         shutil.rmtree(out, ignore_errors=True)
 
 
-class _ScoreCache:
-    """Scores on tasks in files, named by everything that decides a score: model, task files, settings, harness."""
+@dataclass(frozen=True)
+class _KeptScore(TaskScore):
+    """A score with the digest of the tokenizer that it was measured with; "" in files of earlier releases."""
 
-    def __init__(self, folder: Path, settings: EvaluateSection, configuration: str) -> None:
-        self._folder, self._settings, self._configuration = folder, settings, configuration
+    tokenizer: str = ""
+
+
+class _ScoreCache:
+    """Scores on tasks in files, named by what decides a score: model, task files, settings, harness.
+
+    The tokenizer stands in the file.
+    """
+
+    def __init__(self, folder: Path, settings: EvaluateSection, inputs: Inputs) -> None:
+        self._folder, self._settings, self._configuration = folder, settings, inputs.configuration
+        self._tokenizer = inputs.tokenizer
         include = settings.include
         files = sorted(path for path in include.rglob("*") if path.is_file()) if include else []
         self._files = [(path.name, sha256(path.read_bytes()).hexdigest()) for path in files]
@@ -171,15 +182,16 @@ class _ScoreCache:
         """Return the known scores of a composite, by task."""
         scores = {}
         for task in self._settings.tasks:
-            score = find_json(self._path(composite, task), TaskScore)
-            if score is not None:
-                scores[task] = score
+            kept = find_json(self._path(composite, task), _KeptScore)
+            if kept is not None and kept.tokenizer in ("", self._tokenizer):
+                scores[task] = TaskScore(**{each.name: getattr(kept, each.name) for each in fields(TaskScore)})
         return scores
 
     def write(self, composite: Composite, scores: Mapping[str, TaskScore]) -> None:
         """Keep scores of a composite."""
         for task, score in scores.items():
-            write_text(self._path(composite, task), json.dumps(asdict(score)) + "\n")
+            kept = asdict(score) | {"tokenizer": self._tokenizer}
+            write_text(self._path(composite, task), json.dumps(kept) + "\n")
 
     def _path(self, composite: Composite, task: str) -> Path:
         settings = self._settings

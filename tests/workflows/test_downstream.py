@@ -140,6 +140,28 @@ def test_what_was_measured_is_not_measured_again(
     assert opened(path).evaluate() == results
 
 
+@pytest.mark.parametrize(("tokenizer", "is_known"), [(None, True), ("", True), ("another", False)])
+def test_scores_of_another_tokenizer_are_measured_again(
+    tasked: tuple[Path, TaskTable], monkeypatch: pytest.MonkeyPatch, tokenizer: str | None, is_known: bool
+) -> None:
+    """Files of earlier releases name none, and are believed."""
+    path, results = tasked
+    (file, *_) = (load(path).output / "downstream").glob("*.json")
+    content = file.read_text()
+    kept = json.loads(content)
+    assert kept.pop("tokenizer")
+    monkeypatch.setattr("dem_opt.workflows.downstream.run_tasks", None)
+    try:
+        file.write_text(json.dumps(kept if tokenizer is None else kept | {"tokenizer": tokenizer}))
+        if is_known:
+            assert opened(path).evaluate() == results
+        else:
+            with pytest.raises(TypeError):  # it is to be measured
+                opened(path).evaluate()
+    finally:
+        file.write_text(content)
+
+
 def test_the_scores_are_in_mlflow(tasked: tuple[Path, TaskTable]) -> None:
     path, results = tasked
     client = MlflowClient(load(path).tracking.uri)
