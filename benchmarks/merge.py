@@ -27,12 +27,13 @@ import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from dem_opt.checkpoints.architecture import empty_model, silence_transformers
-from dem_opt.checkpoints.files import content_hash
+from dem_opt.checkpoints.architecture import empty_model, read_architecture, silence_transformers
+from dem_opt.checkpoints.files import content_hash, read_header
+from dem_opt.checkpoints.parameter_groups import parameter_groups
 from dem_opt.merging.kernel import MergeKernel, merge_backend
 from dem_opt.merging.merged_model import MergedModel
 from dem_opt.planning.hardware import this_machine
-from dem_opt.simplex import UNIT
+from dem_opt.simplex import UNIT, Coefficients
 from dem_opt.types import Composite, StoredModel
 
 COUNTS = (2, 4, 8)
@@ -117,10 +118,25 @@ def candidates(folder: Path, rounds: int) -> dict[str, float]:
         merged = {name: sum(w * state[name] for w, state in zip(weights, states, strict=True)) for name in states[0]}
         plain.load_state_dict(merged)
 
-    seconds = best({"merged model": lambda: merged_model.merge(composite), "state dicts": loop}, rounds)
+    grouped = by_block(folders[0], stored)
+    works = {"merged model": lambda: merged_model.merge(composite), "by block": lambda: merged_model.merge(grouped)}
+    seconds = best(works | {"state dicts": loop}, rounds)
     if find_spec("mergekit") is not None:
         seconds |= best({"mergekit": lambda: by_mergekit(folder, folders, weights)}, 2)
     return seconds
+
+
+def by_block(base: Path, stored: Sequence[StoredModel]) -> Composite:
+    """A composite whose blocks of layers have coefficients of their own, no two alike."""
+    grouping = parameter_groups("blocks", read_architecture(read_header(base, "base")))
+    assert grouping is not None
+    fine_tunes = {model.content: model.content for model in stored[1:]}
+    names = sorted(fine_tunes)
+    rows = {}
+    for place, group in enumerate(grouping.names):
+        units = [UNIT // 2 - 10**6 * place, UNIT // 4 + 10**6 * place, UNIT // 8]
+        rows[group] = Coefficients(tuple(zip(names, units, strict=True)))
+    return Composite.grouped(stored[0].content, fine_tunes, grouping, rows)
 
 
 def by_mergekit(folder: Path, folders: Sequence[Path], weights: Sequence[float]) -> None:

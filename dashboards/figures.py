@@ -17,6 +17,7 @@ from dem_opt.dashboards.heat_maps import (
     change_heat_map,
     coefficients_bar,
     cosine_heat_map,
+    group_heat_map,
     price_heat_map,
     worth_heat_map,
 )
@@ -30,6 +31,11 @@ from dem_opt.types import HELD_OUT, SEARCH, Summary
 def coefficients(summary: Summary) -> go.Figure:
     """Coefficients of the winner, one bar for each distribution."""
     return coefficients_bar(summary)
+
+
+def groups(summary: Summary) -> go.Figure:
+    """Coefficients of each group of parameters minus the global ones."""
+    return group_heat_map(summary)
 
 
 def change(summary: Summary) -> go.Figure:
@@ -79,6 +85,7 @@ def _has_slice(summary: Summary) -> bool:
 FIGURES: Mapping[str, Entry] = MappingProxyType(
     {
         "coefficients": Entry(coefficients),
+        "groups": Entry(groups, lambda summary: summary.groups is not None),
         "change": Entry(change),
         "price": Entry(price, lambda summary: any(row.role == "single" for row in summary.results)),
         "pareto": Entry(front_map, lambda summary: summary.front is not None),

@@ -20,7 +20,7 @@ from dem_opt.types import HELD_OUT, ResultRow, Summary
 
 def coefficients_bar(summary: Summary) -> go.Figure:
     """Draw the winner's coefficients w_i, one bar for each distribution in the study file's order; 0 for the base."""
-    winner = summary.winner
+    winner = summary.global_winner
     coefficients = {} if winner.coefficients is None else winner.coefficients.weights
     weights = {name: coefficients.get(name, 0.0) for name in summary.distributions}
     figure = go.Figure()
@@ -40,6 +40,29 @@ def coefficients_bar(summary: Summary) -> go.Figure:
     reading = "Coefficient of each distribution vector in the winner."
     description = f"{winner.label}: {', '.join(f'{name} {weight:.3f}' for name, weight in weights.items())}."
     return finish(figure, "Coefficients of the winner", reading, description, 150 + 34 * len(weights))
+
+
+def group_heat_map(summary: Summary) -> go.Figure:
+    """Draw how far the coefficients of each group (rows) are from the global ones, for each distribution (columns)."""
+    groups, names = summary.groups, list(summary.distributions)
+    rows = groups.coefficients.rows if groups is not None else ()
+    centre = groups.centre.weights if groups is not None else {}
+    values = [[round(row[name] - centre[name], 6) for name in names] for _, row in rows]
+    return _heat_map(
+        HeatMap(
+            title="Coefficients by group, minus the global ones",
+            reading=(
+                "Coefficient of each group of parameters minus that of the whole model, for each distribution vector. "
+                "A row sums to 0 where the sum of coefficients is fixed."
+            ),
+            rows=[group for group, _ in rows],
+            columns=names,
+            values=values,
+            if_empty="no group has been searched",
+            colors=COSINE_COLORS,
+            limit=max((abs(value) for row in values for value in row), default=1.0) or 1.0,
+        )
+    )
 
 
 def change_heat_map(summary: Summary, split: str = HELD_OUT) -> go.Figure:
@@ -87,7 +110,7 @@ def worth_heat_map(summary: Summary, split: str = HELD_OUT) -> go.Figure:
 
     The last column is the change of the objective.
     """
-    names, winner, objective = list(summary.weights), summary.winner, objective_name(summary)
+    names, winner, objective = list(summary.weights), summary.global_winner, objective_name(summary)
     return _heat_map(
         HeatMap(
             title=f"Leave one out, {_split_words(split)}",

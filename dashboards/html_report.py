@@ -32,12 +32,14 @@ from dem_opt.dashboards.tables import (
 )
 from dem_opt.dashboards.words import (
     cost_line,
+    group_lines,
     loss_title,
     objective_name,
     precision_lines,
     rival_lines,
     sampled_note,
     total_lines,
+    winner_text,
 )
 from dem_opt.data.overlap import Overlap
 from dem_opt.errors import InputError
@@ -65,7 +67,7 @@ def study_note(summary: Summary, links: Mapping[str, str]) -> str:
         for run, records in summary.trials.items()
     )
     table = [
-        "| distribution | coefficient |",
+        f"| distribution | {'global coefficient' if winner.groups else 'coefficient'} |",
         "|---|---|",
         *(f"| `{name}` | {weight:.3f} |" for name, weight in weights.items()),
     ]
@@ -77,6 +79,7 @@ def study_note(summary: Summary, links: Mapping[str, str]) -> str:
         f"{_baseline_objectives(summary)}.",
         "\n".join(table),
         *winner_lines(summary.front),
+        *group_lines(summary),
         *rival_lines(summary),
         *total_lines(summary),
         *(f"[{text}]({address})" for text, address in links.items()),
@@ -143,7 +146,7 @@ def render(summary: Summary, overlap: Overlap | None = None) -> str:
     has_comparison = "comparison" in figures
     main = _template("report.html").substitute(
         answer=_answer(summary),
-        coefficients=_figure("coefficients", figures),
+        coefficients=_figures(("coefficients", "groups"), figures),
         tables="".join(
             _html_table(final_table(summary, split), f"{loss_title(summary)}, {words}")
             for split, words in SPLIT_NAMES.items()
@@ -228,7 +231,7 @@ def _template(name: str) -> Template:
 def _answer(summary: Summary) -> str:
     """Name the winner, its coefficients, and its objective beside the base's on both splits."""
     winner, base = summary.winner, summary.results[0]
-    coefficients = "the base" if winner.coefficients is None else str(winner.coefficients)
+    coefficients = winner_text(winner)
     scores = ", ".join(
         f"{number(winner.objective.get(split))} {summary.unit_words} on the {words} "
         f"(base: {number(base.objective.get(split))})"
@@ -240,6 +243,7 @@ def _answer(summary: Summary) -> str:
     sentence = f"{objective[0].upper()}{objective[1:]} {escape(scores)}."
     said = [
         *winner_lines(summary.front),
+        *group_lines(summary),
         *rival_lines(summary),
         *total_lines(summary),
         *precision_lines(summary),

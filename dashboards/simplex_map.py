@@ -48,7 +48,9 @@ def simplex_map(summary: Summary) -> go.Figure:
     draw = _draw_line if count <= 2 else _draw_ternary if count == 3 else _draw_polygon
     figure = go.Figure()
     draw(figure, summary, shown)
-    description = f"The winner is {summary.winner.label}: {coefficients_text(summary.winner.coefficients)}."
+    description = (
+        f"The winner is {summary.global_winner.label}: {coefficients_text(summary.global_winner.coefficients)}."
+    )
     return finish(figure, "Trials on the simplex", _reading(summary, shown), description, 450)
 
 
@@ -89,7 +91,7 @@ def _draw_line(figure: go.Figure, summary: Summary, shown: Shown) -> None:
         marker = key["marker"] | {"symbol": _symbols(algorithm, trials)}
         figure.add_scatter(x=weights, y=_objectives(trials), **_series(algorithm, trials) | {"marker": marker})
         figure.add_scatter(x=[None], y=[None], **key)
-    winner, surrogate = summary.winner, summary.surrogate
+    winner, surrogate = summary.global_winner, summary.surrogate
     if surrogate is not None:
         line = {"color": OUTLINE, "width": 1.5, "dash": "dot"}
         weights = [point.weights[first] for point in surrogate.points]
@@ -120,8 +122,8 @@ def _draw_ternary(figure: go.Figure, summary: Summary, shown: Shown) -> None:
         optimum = {corner: [proportions(surrogate.optimum)[name]] for corner, name in corners.items()}
         figure.add_scatterternary(**optimum, cliponaxis=False, **optimum_marker(surrogate, summary.unit_words))
     total = 1.0
-    if summary.winner.coefficients is not None:
-        best = summary.winner.coefficients
+    if summary.global_winner.coefficients is not None:
+        best = summary.global_winner.coefficients
         total = sum(best.weights.values()) or total
         star = {corner: [proportions(best)[name]] for corner, name in corners.items()}
         figure.add_scatterternary(**star, cliponaxis=False, **_star(summary))
@@ -139,8 +141,8 @@ def _draw_polygon(figure: go.Figure, summary: Summary, shown: Shown) -> None:
         x, y = barycentric([record.coefficients for _, record in trials], names, corners_K2).T.tolist()
         figure.add_scatter(x=x, y=y, marker=_objective_marker(algorithm, trials), **_series(algorithm, trials))
         figure.add_scatter(x=[None], y=[None], **_legend_key(algorithm))
-    if summary.winner.coefficients is not None:
-        x, y = barycentric([summary.winner.coefficients], names, corners_K2).T.tolist()
+    if summary.global_winner.coefficients is not None:
+        x, y = barycentric([summary.global_winner.coefficients], names, corners_K2).T.tolist()
         figure.add_scatter(x=x, y=y, **_star(summary))
     if summary.surrogate is not None:
         x, y = barycentric([summary.surrogate.optimum], names, corners_K2).T.tolist()
@@ -202,7 +204,7 @@ def _symbols(algorithm: str, trials: Sequence[Trial]) -> list[str]:
 
 
 def _star(summary: Summary) -> dict[str, Any]:
-    winner = summary.winner
+    winner = summary.global_winner
     loss = f": {winner.objective[SEARCH]:.4f} {summary.unit_words}" if SEARCH in winner.objective else ""
     text = f"winner{loss}<br>{label(coefficients_text(winner.coefficients), 200)}"
     marker = {"symbol": "star", "size": 17, "color": WINNER, "line": {"width": 1, "color": "white"}}

@@ -224,7 +224,7 @@ def cost_table(summary: Summary) -> Table:
 
 def vector_table(summary: Summary) -> Table:
     """List each distribution's coefficient, the norm of its vector, and the change of the objective without it."""
-    winner, vectors = summary.winner, summary.vectors
+    winner, vectors = summary.global_winner, summary.vectors
     weights = {} if winner.coefficients is None else winner.coefficients.weights
     norms = dict(zip(vectors.names, vectors.norms, strict=True)) if vectors else {}
     left_out = {result.label: result for result in summary.left_out}

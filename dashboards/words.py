@@ -7,6 +7,7 @@ from dem_opt.analysis.rivals import RIVALS
 from dem_opt.analysis.total_price import price_line
 from dem_opt.errors import shorten
 from dem_opt.evaluation.objective import objective_words
+from dem_opt.grouping import GroupResult
 from dem_opt.simplex import UNIT, Coefficients
 from dem_opt.types import BITS_PER_BYTE, DOCUMENTS, SEARCH, Margin, ResultRow, Rival, Summary
 
@@ -59,6 +60,43 @@ def cost_line(summary: Summary) -> str:
         return ""
     parts = ", ".join(f"{cost.part} {cost.forwards:,.1f}" for cost in summary.costs)
     return f"The whole study has cost {summary.forwards:,.1f} forward-equivalents: {parts}."
+
+
+def group_line(groups: GroupResult, unit: str) -> str:
+    """Say on one line what coefficients by group have brought on documents that did not choose them.
+
+    Args:
+        groups: The search.
+        unit: The objective's unit in words.
+    """
+    count = f"{len(groups.coefficients)} groups"
+    cost = f"{groups.gradients} gradients, {groups.forwards:g} forward-equivalents"
+    judged = groups.judged
+    if judged is None:
+        return f"{count}, searched on all search documents: no fold has judged them ({cost})."
+    if judged.other >= 0:
+        return f"Coefficients of {count} are no better than the global ones on the half that did not choose ({cost})."
+    assert groups.optimism is not None
+    penalty = f"a penalty of {groups.shrink:.2g}" if groups.shrink else "no penalty"
+    return (
+        f"Coefficients of {count}: {-judged.other:.4f} {unit} better than the global ones on the half of the search "
+        f"documents that did not choose them, with {penalty}; of their gain on the search split "
+        f"{groups.optimism:.4f} is optimism ({cost})."
+    )
+
+
+def group_lines(summary: Summary) -> list[str]:
+    """Say what coefficients by group have brought, where the study has searched them."""
+    return [] if summary.groups is None else [group_line(summary.groups, summary.unit_words)]
+
+
+def winner_text(row: ResultRow) -> str:
+    """The coefficients of a winner on one line; of groups the global ones that they deviate from."""
+    if row.coefficients is None:
+        return "the base"
+    if row.groups is None:
+        return str(row.coefficients)
+    return f"{row.coefficients}, and up to {row.groups.largest_deviation:.3f} apart by group"
 
 
 def total_lines(summary: Summary) -> list[str]:

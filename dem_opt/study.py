@@ -18,6 +18,7 @@ from dem_opt.config.objective_function import import_from
 from dem_opt.dashboards.html_report import write_report
 from dem_opt.data.overlap import Overlap
 from dem_opt.export.writer import Export
+from dem_opt.grouping import GroupedCoefficients
 from dem_opt.pareto import Front
 from dem_opt.progress import NullProgress, Progress, reporting
 from dem_opt.simplex import Coefficients
@@ -42,6 +43,7 @@ from dem_opt.workflows import (
 from dem_opt.workflows.context import StudyContext
 from dem_opt.workflows.export import Champion
 from dem_opt.workflows.front import read_front
+from dem_opt.workflows.group_coefficients import AnyCoefficients, check_coefficients
 from dem_opt.workflows.lora_export import LoraForm
 from dem_opt.workflows.overlap import stored_overlap
 from dem_opt.workflows.plots import StudyPlots
@@ -160,18 +162,19 @@ class Study:
         with self._workflow() as context:
             return downstream.evaluate(context)
 
-    def score(self, coefficients: Mapping[str, float]) -> Scored:
+    def score(self, coefficients: AnyCoefficients) -> Scored:
         """Score a composite on both splits; what was measured before is not measured again.
 
         Args:
-            coefficients: Coefficients by distribution; those left out are 0.
+            coefficients: Coefficients by distribution; those left out are 0.  Or by group, then by distribution; groups
+                left out have those of `global`.
 
         Returns:
             Scores by split ("search", "held_out"), then by distribution or general corpus, with the `objective` by
             split and the rows of base, uniform average and winner to compare with (`beside`).
         """
         with self._workflow() as context:
-            return score.score_composite(context, self._checked(coefficients))
+            return score.score_composite(context, self.checked(coefficients))
 
     def score_model(self, folder: str | Path) -> Scored:
         """Score a model folder that has the base's tokenizer; the result is that of `score`."""
@@ -180,7 +183,7 @@ class Study:
 
     def merge(
         self,
-        coefficients: Mapping[str, float],
+        coefficients: AnyCoefficients,
         out: str | Path,
         dtype: str | None = None,
         *,
@@ -191,7 +194,7 @@ class Study:
         """Write a composite as a checkpoint folder, or as one LoRA of the base, and compare it from disk.
 
         Args:
-            coefficients: Coefficients by distribution; those left out are 0.
+            coefficients: Coefficients by distribution, or by group, as in `score`.
             out: Folder to write.
             dtype: "float32", "bfloat16" or "float16"; the base's unless given.
             overwrite: Replace an earlier export.  A folder with any file that was not exported is always refused.
@@ -201,8 +204,8 @@ class Study:
         form = LoraForm.of(as_lora, rank, dtype)
         with self._workflow() as context:
             if form is not None:
-                return lora_export.merge_lora(context, self._checked(coefficients), Path(out), form, overwrite)
-            return export.merge(context, self._checked(coefficients), Path(out), dtype, overwrite)
+                return lora_export.merge_lora(context, self.checked(coefficients), Path(out), form, overwrite)
+            return export.merge(context, self.checked(coefficients), Path(out), dtype, overwrite)
 
     def export(
         self, out: str | Path, dtype: str | None = None, *, as_lora: bool = False, rank: int | None = None
@@ -220,6 +223,14 @@ class Study:
             if form is not None:
                 return lora_export.export_lora(context, Path(out), form)
             return export.export(context, Path(out), dtype)
+
+    def checked(self, coefficients: AnyCoefficients) -> Coefficients | GroupedCoefficients:
+        """Check coefficients by distribution, or by group as in `score`, and round them to units of 1e-9.
+
+        Raises:
+            InputError: They are no coefficients of this study.
+        """
+        return check_coefficients(self._context, coefficients, "coefficients")
 
     def summary(self) -> Summary:
         """Summarize what was measured so far, from the study's database alone."""
@@ -266,7 +277,8 @@ class Study:
           1), "best" (of an algorithm), "top" (one of the best composites) or "without" (the winner without the
           distribution that `label` names).
         - `run`: run that found an algorithm's best, else empty.
-        - `w.NAME`: coefficient of each distribution; missing for the base.
+        - `w.NAME`: coefficient of each distribution; missing for the base.  Of groups the global ones that they
+          deviate from (`groups` has them).
         - `SPLIT.objective`: what is minimized, in the objective's unit.
         - `SPLIT.margin`, `SPLIT.margin_low`, `SPLIT.margin_high`: objective minus the winner's with a 95% interval
           over documents, in the objective's unit, for the rows of the table but the winner; infinite where all windows
@@ -289,6 +301,16 @@ class Study:
         - `gradient.NAME`: derivative of the penalized objective by the coefficient, in the objective's unit.
         """
         return frames.gradients_frame(self.summary())
+
+    def groups(self) -> pd.DataFrame:
+        """Return the coefficients by group of parameters, one row each; no rows where the study has searched none.
+
+        Columns:
+
+        - `group`: name.
+        - `w.NAME`: coefficient of each distribution.
+        """
+        return frames.groups_frame(self.summary())
 
     def vectors(self) -> pd.DataFrame:
         """Return the geometry of the distribution vectors, one row each; no rows before the first run has ended.

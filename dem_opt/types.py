@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dem_opt.errors import EvaluationError
+from dem_opt.grouping import GroupedCoefficients, Grouping, GroupResult
 from dem_opt.pareto import Front
 from dem_opt.simplex import UNIT, Coefficients
 
@@ -42,6 +43,10 @@ DOCUMENTS = "documents"
 """The unit that intervals take to be sampled; "windows" in databases that do not name the documents of windows."""
 
 
+Terms = tuple[tuple[str, int], ...]
+"""Content hashes of checkpoints with their coefficients in units of 1e-9, which sum to 1; sorted, without zeros."""
+
+
 @dataclass(frozen=True)
 class Composite:
     """A composite model by content: {content hash of a checkpoint: its coefficient in units of 1e-9}.
@@ -49,9 +54,18 @@ class Composite:
     The right-hand form of  Theta_D = (1 - sum w) Theta + sum_i w_i Theta_i : the base is one term among the
     others, zero terms are left out, and terms are sorted by content hash.  So the base is {Theta: 1}, a single
     fine-tune {Theta_i: 1}, and names and order of the distributions change nothing.
+
+    Where groups of parameters have coefficients of their own, those with the same terms are one part, and the terms of
+    most parameters are those of the composite: so names of groups change nothing, and groups that all have the same
+    coefficients make the composite of these coefficients.
+
+    Attributes:
+        terms: Terms of all parameters that no part has.
+        parts: Parameters in ascending order with their terms; in ascending order themselves.
     """
 
-    terms: tuple[tuple[str, int], ...]
+    terms: Terms
+    parts: tuple[tuple[tuple[str, ...], Terms], ...] = ()
 
     @classmethod
     def of(cls, contents: Mapping[str, int]) -> "Composite":
@@ -68,14 +82,46 @@ class Composite:
         return cls.of(contents)
 
     @classmethod
+    def grouped(
+        cls, base: str, fine_tunes: Mapping[str, str], grouping: Grouping, coefficients: Mapping[str, Coefficients]
+    ) -> "Composite":
+        """The composite of coefficients by group, then by distribution."""
+        parameters: dict[Terms, list[str]] = {}
+        for group, members in grouping.groups:
+            terms = cls.edited(base, fine_tunes, coefficients[group]).terms
+            parameters.setdefault(terms, []).extend(members)
+        rest = min(parameters, key=lambda terms: (-len(parameters[terms]), terms))
+        parts = ((tuple(sorted(members)), terms) for terms, members in parameters.items() if terms != rest)
+        return cls(rest, tuple(sorted(parts)))
+
+    @classmethod
     def single(cls, content: str) -> "Composite":
         """One checkpoint as it is."""
         return cls.of({content: UNIT})
 
     @property
+    def is_single(self) -> bool:
+        """True if the composite is one checkpoint as it is."""
+        return len(self.contents) == 1
+
+    @cached_property
+    def contents(self) -> tuple[str, ...]:
+        """Content hashes of all checkpoints that it takes, in ascending order."""
+        terms = (self.terms, *(terms for _, terms in self.parts))
+        return tuple(sorted({content for row in terms for content, _ in row}))
+
+    @cached_property
+    def _terms_by_parameter(self) -> dict[str, Terms]:
+        return {parameter: terms for parameters, terms in self.parts for parameter in parameters}
+
+    def terms_of(self, parameter: str) -> Terms:
+        """Terms of a parameter."""
+        return self._terms_by_parameter.get(parameter, self.terms)
+
+    @property
     def key(self) -> str:
-        """Key in the ledger: SHA-256 of the terms."""
-        return sha256(repr(self.terms).encode()).hexdigest()
+        """Key in the ledger: SHA-256 of the terms, and of the parts where there are any."""
+        return sha256(repr((self.terms, self.parts) if self.parts else self.terms).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -123,6 +169,17 @@ class Windows:
 
     def __len__(self) -> int:
         return len(self.ids_WT)
+
+    def take(self, chosen: Sequence[int]) -> "Windows":
+        """Some of the windows."""
+        chosen_W = np.array(chosen, dtype=np.int64)
+        return Windows(
+            self.ids_WT[chosen_W],
+            self.positions_WT[chosen_W],
+            self.scored_WT[chosen_W],
+            None if self.documents_WT is None else self.documents_WT[chosen_W],
+            None if self.bytes_WT is None else self.bytes_WT[chosen_W],
+        )
 
     @cached_property
     def tokens_W(self) -> tuple[int, ...]:
@@ -261,6 +318,16 @@ class StoppingRule(Protocol):
         """Stop the trial, of which these scores are known."""
 
 
+Gradient = Mapping[str, float]
+"""By content of each fine-tune i:  < d nats / d Theta_D , Theta_i - Theta > , nats summed over a corpus's windows."""
+
+ParameterGradient = Mapping[str, Gradient]
+"""The same for each parameter by its name: sums over parameters are the gradient of any groups of them."""
+
+Folds = tuple[tuple[int, ...], ...]
+"""Windows of each fold of a corpus."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One evaluation for a worker: a composite's nats on the named corpora.
@@ -271,6 +338,8 @@ class Request:
         known: Scores measured before, by corpus; a short one is continued, a whole one repeated.
         race: Stopping rule; scoring ends at the first interim analysis at which the trial is lost.
         gradient: Measure the gradient too.
+        folds: With a gradient, the windows of each fold of each corpus, by its key: the gradient is measured by fold
+            and by parameter then.
     """
 
     ticket: int
@@ -279,10 +348,7 @@ class Request:
     known: Mapping[str, Score] = dataclass_field(default_factory=dict)
     race: StoppingRule | None = None
     gradient: bool = False
-
-
-Gradient = Mapping[str, float]
-"""By content of each fine-tune i:  < d nats / d Theta_D , Theta_i - Theta > , nats summed over a corpus's windows."""
+    folds: Mapping[str, Folds] = dataclass_field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,6 +361,7 @@ class Evaluation:
         merge_seconds: Time to merge the composite.
         score_seconds: Time of the forward (and backward) passes.
         gradients: By corpus key, where the request asked for them.
+        fold_gradients: By corpus key, then by the windows of a fold, where the request asked for folds.
         scored_tokens: Forward tokens whose nats count; the others are padding, prompts, first tokens.
         wait_seconds: Time the worker was idle before, since its last evaluation.
         batch_tokens: Most tokens in one forward call, where memory allowed fewer than the study file says; else 0.
@@ -306,6 +373,7 @@ class Evaluation:
     merge_seconds: float = 0.0
     score_seconds: float = 0.0
     gradients: Mapping[str, Gradient] = dataclass_field(default_factory=dict)
+    fold_gradients: Mapping[str, Mapping[tuple[int, ...], ParameterGradient]] = dataclass_field(default_factory=dict)
     scored_tokens: int = 0
     wait_seconds: float = 0.0
     batch_tokens: int = 0
@@ -444,6 +512,7 @@ class ResultRow:
         seconds: Wall time of these evaluations.
         violation: Amount by which protected corpora exceed their allowance, on the search split, in the study's unit.
         run: Search whose best this is; "" for baselines.
+        groups: Coefficients by group of parameters; `coefficients` are the global ones then.
     """
 
     label: str
@@ -458,6 +527,12 @@ class ResultRow:
     violation: float = 0.0
     forwards: float = 1.0
     run: str = ""
+    groups: GroupedCoefficients | None = None
+
+    @property
+    def merged(self) -> Coefficients | GroupedCoefficients | None:
+        """Coefficients that the composite is merged with; None for the base."""
+        return self.coefficients if self.groups is None else self.groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -692,6 +767,7 @@ class Summary:
         rivals: Placebos and models trained on the search split, as far as they have been compared.
         total_price: What the constraint on the sum of coefficients costs, where it was measured.
         front: The front between the two losses of a study that searches for one.
+        groups: The search of coefficients by group, where the study asks for it and it has ended.
     """
 
     study: str
@@ -713,6 +789,7 @@ class Summary:
     costs: tuple[Cost, ...] = ()
     total_price: TotalPrice | None = None
     front: Front | None = None
+    groups: GroupResult | None = None
 
     @property
     def forwards(self) -> float:
@@ -739,3 +816,8 @@ class Summary:
     def winner(self) -> ResultRow:
         """The best composite of the search split."""
         return self.results[-1]
+
+    @property
+    def global_winner(self) -> ResultRow:
+        """The best composite with one coefficient for each distribution."""
+        return next((row for row in reversed(self.results) if row.groups is None), self.winner)

@@ -45,6 +45,7 @@ from dem_opt.errors import InputError
 from dem_opt.evaluation.nll import prepare, score
 from dem_opt.export.model_card import Ingredient, recipe
 from dem_opt.export.writer import write_composite
+from dem_opt.planning.inputs import check_headers
 from dem_opt.simplex import UNIT
 from dem_opt.types import Composite, Score, StoredModel, Windows
 
@@ -201,6 +202,29 @@ def test_the_recipe_beside_an_export_gives_the_exported_weights(tmp_path, dtype,
         _, ulp = distance(ingredients, name)
         bound = 4 * ulp + (2**-7 * tensor.double().abs() if dtype else 0)
         assert (tensor.double() - theirs[name].double()).abs().le(bound).all(), name
+
+
+@needs_mergekit
+@pytest.mark.parametrize("groups", ["layers", "blocks", {"queries": "*.q_proj.*"}], ids=str)
+def test_the_recipe_by_group_gives_the_exported_weights(tmp_path, groups):
+    """Each tensor within the same bound of the sum with its own group's coefficients."""
+    worlds.save_model(tmp_path / "models/base", seed=0, layers=2)
+    path = worlds.study(tmp_path, coefficients={"groups": groups})
+    study, out = in_process.open_study(path), tmp_path / "out"
+    grouping = check_headers(study.config, path).groups(path).grouping
+    parts = [(place + 1) / (len(grouping) + 1) for place in range(len(grouping))]
+    rows = {name: {"code": part, "prose": 1 - part} for name, part in zip(grouping.names, parts, strict=True)}
+    study.merge(rows, out)
+    theirs, ours = mergekit(out / "mergekit.yaml", tmp_path / "theirs"), weights(out)
+    assert ours.keys() == theirs.keys()
+    models = {name: StoredModel(tmp_path / "models" / name, "") for name in ("base", "code", "prose")}
+    for group, members in grouping.groups:
+        shares = {"base": 0.0} | rows[group]
+        ingredients = [Ingredient(name, model, round(shares[name] * UNIT)) for name, model in models.items()]
+        for name in members:
+            exact, ulp = distance(ingredients, name)
+            assert (ours[name].double() - theirs[name].double()).abs().le(4 * ulp).all(), name
+            assert (ours[name].double() - exact).abs().le(4 * ulp).all(), name
 
 
 LENGTH = 24

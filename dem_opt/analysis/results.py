@@ -13,6 +13,8 @@ from dem_opt.analysis.total_price import sum_of_all, total_price
 from dem_opt.config import TOP, ReportSection
 from dem_opt.errors import EvaluationError
 from dem_opt.evaluation.objective import Objective
+from dem_opt.grouping import GroupedCoefficients, GroupResult
+from dem_opt.search.group_trials import group_result
 from dem_opt.search.run_name import RunName
 from dem_opt.search.trials import exceeded, is_known, objectives, recall
 from dem_opt.simplex import UNIT, Coefficients, Space
@@ -38,6 +40,7 @@ class Entry:
         seconds: Seconds of evaluating them; None where they are its own, in the ledger.
         forwards: Forward-equivalents of evaluating them.
         run: Label of the run that found it; "" for baselines.
+        groups: Coefficients by group; `coefficients` are the global ones then.
     """
 
     label: str
@@ -49,20 +52,50 @@ class Entry:
     seconds: float | None = None
     forwards: float = 1.0
     run: str = ""
+    groups: GroupedCoefficients | None = None
 
 
-def entries(identity: StudyIdentity, trials: Mapping[str, Sequence[TrialRecord]]) -> list[Entry]:
-    """Base, single fine-tunes, uniform average, and each algorithm's best run, the best of these last."""
-    return _baselines(identity) + _best_entries(identity, trials)
+def entries(
+    identity: StudyIdentity, trials: Mapping[str, Sequence[TrialRecord]], groups: GroupResult | None = None
+) -> list[Entry]:
+    """Base, single fine-tunes, uniform average, and each algorithm's best run, the best of these last.
+
+    The best coefficients by group, where they are not the global ones, stand behind all others.
+    """
+    best = _best_entries(identity, trials)
+    return _baselines(identity) + best + group_entries(identity, best, groups)
 
 
 def final_entries(
-    identity: StudyIdentity, trials: Mapping[str, Sequence[TrialRecord]], report: ReportSection
+    identity: StudyIdentity,
+    trials: Mapping[str, Sequence[TrialRecord]],
+    report: ReportSection,
+    groups: GroupResult | None = None,
 ) -> list[Entry]:
     """The composites that are scored on both splits: those of `entries`, and what the study's report asks for."""
-    table = entries(identity, trials)
-    left_out = left_out_entries(identity, table[-1]) if report.leave_one_out else []
-    return [*table, *top_entries(identity, trials, report.top), *left_out]
+    left_out = left_out_entries(identity, entries(identity, trials)[-1]) if report.leave_one_out else []
+    return [*entries(identity, trials, groups), *top_entries(identity, trials, report.top), *left_out]
+
+
+def group_entries(identity: StudyIdentity, best: Sequence[Entry], groups: GroupResult | None) -> list[Entry]:
+    """The best coefficients by group, with the cost of finding the global ones too; none where they are these."""
+    if groups is None or groups.is_global or not best or best[-1].coefficients != groups.centre:
+        return []
+    centre = best[-1]
+    return [
+        Entry(
+            label=f"best of {len(groups.coefficients)} groups",
+            role="best",
+            algorithm=centre.algorithm,
+            coefficients=groups.centre,
+            composite=identity.composite(groups.coefficients),
+            evaluations=centre.evaluations + round(groups.gradients + 2 * max(len(groups.judgements) - 1, 0)),
+            seconds=(centre.seconds or 0.0) + groups.seconds,
+            forwards=centre.forwards + groups.forwards,
+            run=centre.run,
+            groups=groups.coefficients,
+        )
+    ]
 
 
 def _baselines(identity: StudyIdentity) -> list[Entry]:
@@ -115,6 +148,13 @@ def _best_entry(identity: StudyIdentity, run: str, best: TrialRecord, trials: Se
         forwards=sum(trial.forwards for trial in scored),
         run=run,
     )
+
+
+def groups_of(
+    ledger: Ledger, identity: StudyIdentity, trials: Mapping[str, Sequence[TrialRecord]]
+) -> GroupResult | None:
+    """The coefficients by group that were found from the best global ones; None where there are none (yet)."""
+    return group_result(ledger, identity, winner_of(identity, trials))
 
 
 def best_of(trials: Sequence[TrialRecord]) -> TrialRecord | None:
@@ -194,10 +234,13 @@ def summarize(
         stopped: Why each run ended.
     """
     by_split = objectives(ledger, identity)
-    table = [*_baselines(identity), *sum_entries(identity), *_best_entries(identity, trials)]
+    best = _best_entries(identity, trials)
+    groups = group_result(ledger, identity, best[-1].coefficients if best else None)
+    table = [*_baselines(identity), *sum_entries(identity), *best, *group_entries(identity, best, groups)]
     listed = [entry for entry in table if is_known(ledger, identity, entry.composite, SEARCH)]
     results = known_rows(ledger, identity, listed)
     *rivals, winner = results
+    best_global = next(entry for entry in reversed(listed) if entry.groups is None)
     documents = {split: documents_of(ledger, identity, split) for split in SPLITS}
     margins = tuple(
         _margin(by_split[split], rival, winner, split, documents[split])
@@ -217,14 +260,15 @@ def summarize(
         worst=identity.worst,
         function=identity.function.name if identity.function else "",
         unit=identity.unit,
-        left_out=known_rows(ledger, identity, left_out_entries(identity, listed[-1])),
+        left_out=known_rows(ledger, identity, left_out_entries(identity, best_global)),
         costs=ledger.costs(study, identity),
-        total_price=_total_price(ledger, identity, winner),
+        total_price=_total_price(ledger, identity, best_global),
         front=front_between(ledger, identity, identity.pareto) if identity.pareto else None,
+        groups=groups,
     )
 
 
-def _total_price(ledger: Ledger, identity: StudyIdentity, winner: ResultRow) -> TotalPrice | None:
+def _total_price(ledger: Ledger, identity: StudyIdentity, winner: Entry) -> TotalPrice | None:
     """The price of the sum at a winner that a search found; None where a custom objective is not finite beside it."""
     with suppress(EvaluationError):
         if winner.role == "best" and winner.coefficients is not None:
@@ -269,6 +313,7 @@ def _row(ledger: Ledger, identity: StudyIdentity, by_split: Mapping[str, Objecti
         seconds=seconds,
         violation=exceeded(ledger, identity, scores.get(SEARCH, {})),
         run=entry.run,
+        groups=entry.groups,
     )
 
 

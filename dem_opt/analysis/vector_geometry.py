@@ -3,14 +3,14 @@
 Shape suffixes: N fine-tunes, P parameters of a tensor, B parameters of a block.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dem_opt.analysis.stored_vectors import keep, recall_vectors
-from dem_opt.checkpoints.architecture import read_architecture, stored_names
+from dem_opt.checkpoints.architecture import parameter_of, read_architecture, stored_names
 from dem_opt.checkpoints.files import read_header
 from dem_opt.merging.merged_model import merged_tensors
 from dem_opt.progress import Progress
@@ -26,19 +26,35 @@ def vectors_of(base: StoredModel, fine_tunes: Mapping[str, StoredModel]) -> Vect
     One tensor of each model is in memory at a time.  Differences are formed in float32.  Tied weights count once, as
     they are stored.
     """
+    inner_NN = torch.zeros(len(fine_tunes), len(fine_tunes), dtype=torch.float64)
+    for _, base_P, others in _side_by_side(base, fine_tunes):
+        inner_NN += inner_products(base_P, others)
+    return VectorGeometry(tuple(fine_tunes), tuple(map(tuple, inner_NN.tolist())))
+
+
+def squared_lengths(base: StoredModel, fine_tunes: Mapping[str, StoredModel]) -> dict[str, float]:
+    """sum_i |Theta_i - Theta|^2  of each parameter, read as `vectors_of` does."""
+    lengths: dict[str, float] = {}
+    for parameter, base_P, others in _side_by_side(base, fine_tunes):
+        squares = float(inner_products(base_P, others).trace())
+        lengths[parameter] = lengths.get(parameter, 0.0) + squares
+    return lengths
+
+
+def _side_by_side(
+    base: StoredModel, fine_tunes: Mapping[str, StoredModel]
+) -> Iterator[tuple[str, Tensor, list[Tensor]]]:
+    """Yield the stored tensors of all models, flat, with the name of the parameter that each becomes."""
     header = read_header(base.path, "base")
     architecture = read_architecture(header)
-    names = stored_names(architecture, header)
-    models = (base, *fine_tunes.values())
+    names, parameters = stored_names(architecture, header), parameter_of(architecture, header)
     readers = [
         merged_tensors(architecture, base, {model.content: model}, Composite.single(model.content), names)
-        for model in models
+        for model in (base, *fine_tunes.values())
     ]
-    inner_NN = torch.zeros(len(fine_tunes), len(fine_tunes), dtype=torch.float64)
     for tensors in zip(*readers, strict=True):
-        (_, base_P), *others = tensors
-        inner_NN += inner_products(base_P.reshape(-1), [tensor.reshape(-1) for _, tensor in others])
-    return VectorGeometry(tuple(fine_tunes), tuple(map(tuple, inner_NN.tolist())))
+        (name, base_P), *others = tensors
+        yield parameters[name], base_P.reshape(-1), [tensor.reshape(-1) for _, tensor in others]
 
 
 def inner_products(base_P: Tensor, stored_NP: list[Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dem_opt.grouping import GroupedCoefficients
 from dem_opt.simplex import Coefficients
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from dem_opt.analysis.regret import Comparison
     from dem_opt.analysis.task_scores import TaskTable
     from dem_opt.export.writer import Export
+    from dem_opt.grouping import GroupResult
     from dem_opt.pareto import Front
     from dem_opt.types import Cost, Margin, ResultRow, Rival, Score, Summary, TotalPrice
     from dem_opt.workflows.check import Findings
@@ -53,7 +55,9 @@ def of_objective(row: "ResultRow") -> dict[str, Any]:
     return {"objective": dict(row.objective), "scores": of_scores(row.scores)}
 
 
-def of_export(out: Path, dtype: str | None, export: "Export", coefficients: Coefficients) -> dict[str, Any]:
+def of_export(
+    out: Path, dtype: str | None, export: "Export", coefficients: Coefficients | GroupedCoefficients
+) -> dict[str, Any]:
     """A written folder; `coefficients` are those of the distributions, the base has the rest."""
     return {
         "path": str(out),
@@ -92,6 +96,7 @@ def of_summary(summary: "Summary") -> dict[str, Any]:
         "rivals": [_of_rival(rival) for rival in summary.rivals],
         **({"total_price": _of_price(summary.total_price)} if summary.total_price else {}),
         **({"front": of_front(summary.front)} if summary.front else {}),
+        **({"groups": _of_groups(summary.groups)} if summary.groups else {}),
     }
 
 
@@ -203,12 +208,30 @@ def _detectable(summary: "Summary") -> dict[str, float]:
     return detectable(summary)
 
 
+def _of_groups(groups: "GroupResult") -> dict[str, Any]:
+    """Coefficients by group with what folds say of them; an infinite penalty is null."""
+    return {
+        "coefficients": groups.coefficients.weights,
+        "global": groups.centre.weights,
+        "shrink": groups.shrink if isfinite(groups.shrink) else None,
+        "optimism": groups.optimism,
+        "folds": [
+            {"shrink": judged.shrink if isfinite(judged.shrink) else None, "own": judged.own, "other": judged.other}
+            for judged in groups.judgements
+        ],
+        "gradients": groups.gradients,
+        "forward_equivalents": groups.forwards,
+        "seconds": groups.seconds,
+    }
+
+
 def _of_row(row: "ResultRow") -> dict[str, Any]:
     return {
         "label": row.label,
         "role": row.role,
         "algorithm": row.algorithm,
         "coefficients": row.coefficients and row.coefficients.weights,
+        **({"groups": row.groups.weights} if row.groups else {}),
         **of_objective(row),
         "violation": row.violation,
         "evaluations": row.evaluations,

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from dem_opt.cli import json_output
-from dem_opt.cli.coefficients import parse_numbers
+from dem_opt.cli.coefficients import read_coefficients
 from dem_opt.cli.console import Terminal
 from dem_opt.types import SPLITS, UNITS
 
@@ -39,9 +39,8 @@ def score(arguments: Namespace, terminal: Terminal) -> None:
         if arguments.model:
             scores, label = study.score_model(arguments.model), str(arguments.model)
         else:
-            coefficients = parse_numbers(arguments.coefficients, "--coefficients")
-            scores = study.score(coefficients)
-            label = ", ".join(f"{name} {value:g}" for name, value in coefficients.items())
+            coefficients = read_coefficients(arguments.coefficients, "--coefficients")
+            scores, label = study.score(coefficients), arguments.coefficients.replace("=", " ").replace(",", ", ")
     if arguments.json:
         beside = [{"label": row.label, "objective": dict(row.objective)} for row in scores.beside]
         terminal.json(json_output.of_scores(scores) | {"objective": dict(scores.objective), "beside": beside})
@@ -87,7 +86,7 @@ def merge(arguments: Namespace, terminal: Terminal) -> None:
     """Write the composite of given coefficients."""
     from dem_opt.study import Study
 
-    numbers = parse_numbers(arguments.coefficients, "--coefficients")
+    numbers = read_coefficients(arguments.coefficients, "--coefficients")
     with terminal.progress() as progress:
         study = Study.load(arguments.study, progress=progress)
         written = study.merge(
@@ -99,7 +98,7 @@ def merge(arguments: Namespace, terminal: Terminal) -> None:
             rank=arguments.rank,
         )
     if arguments.json:
-        coefficients = study.config.space.check(numbers, arguments.study, "--coefficients")
+        coefficients = study.checked(numbers)
         terminal.json(json_output.of_export(arguments.out, arguments.dtype, written, coefficients))
         return
     if written.rank is None:
@@ -110,6 +109,7 @@ def merge(arguments: Namespace, terminal: Terminal) -> None:
 
 def export(arguments: Namespace, terminal: Terminal) -> None:
     """Write and register the winner."""
+    from dem_opt.dashboards.words import winner_text
     from dem_opt.study import Study
 
     with terminal.progress() as progress:
@@ -117,11 +117,11 @@ def export(arguments: Namespace, terminal: Terminal) -> None:
         champion = study.export(arguments.out, arguments.dtype, as_lora=arguments.as_lora, rank=arguments.rank)
     winner, exported = champion.result, champion.exported
     if arguments.json:
-        assert winner.coefficients is not None
-        written = json_output.of_export(arguments.out, arguments.dtype, champion.export, winner.coefficients)
+        assert winner.merged is not None
+        written = json_output.of_export(arguments.out, arguments.dtype, champion.export, winner.merged)
         terminal.json(written | json_output.of_objective(exported) | {"version": champion.version})
         return
-    terminal.line(f"{winner.label}: {winner.coefficients}")
+    terminal.line(f"{winner.label}: {winner_text(winner)}")
     if champion.export.rank is None:
         terminal.line(f"Written, compared from disk bit by bit, scored again: {arguments.out}")
     else:

@@ -314,7 +314,8 @@ def _add_coefficients(added: Any, required: bool = False) -> None:
     added.add_argument(
         "--coefficients",
         metavar="NAME=NUMBER,...",
-        help="coefficients by distribution, such as code=.3,math=.7; those left out are 0",
+        help="coefficients by distribution, such as code=.3,math=.7, those left out being 0; or a JSON file with them, "
+        "by group too",
         **({"required": True} if required else {}),
     )
     added.add_argument("--weights", action=_Renamed, dest=SUPPRESS, help=SUPPRESS)

@@ -147,12 +147,14 @@ def print_results(summary: "Summary", terminal: Terminal) -> None:
     from dem_opt.dashboards.tables import SPLIT_NAMES, final_table, margin_table, top_table
     from dem_opt.dashboards.words import (
         cost_line,
+        group_lines,
         loss_title,
         objective_name,
         precision_lines,
         rival_lines,
         sampled_note,
         total_lines,
+        winner_text,
     )
 
     objective = objective_name(summary)
@@ -174,9 +176,10 @@ def print_results(summary: "Summary", terminal: Terminal) -> None:
     if summary.front is not None:
         front = front_table(summary.front)
         terminal.table(front_title(summary.front), front.headers, front.rows, words=front.words, groups=front.groups)
-    terminal.line(f"The winner: {summary.winner.label}: {summary.winner.coefficients}")
+    terminal.line(f"The winner: {summary.winner.label}: {winner_text(summary.winner)}")
     lines = [
         *winner_lines(summary.front),
+        *group_lines(summary),
         *rival_lines(summary),
         *total_lines(summary),
         *precision_lines(summary),

@@ -15,9 +15,12 @@ from dem_opt.config.sections import (
     ALGORITHMS,
     BUDGETS,
     CHAT_DATE,
+    DEPTH,
     ONE_OBJECTIVE,
     RENAMED_KEYS,
+    REST,
     TOP,
+    CoefficientsSection,
     ComputeSection,
     DataFile,
     DataMixingSection,
@@ -26,6 +29,7 @@ from dem_opt.config.sections import (
     EvaluationSection,
     FineTuningSection,
     GeneralSection,
+    Groups,
     ModelSource,
     Name,
     ObjectiveSection,
@@ -48,8 +52,11 @@ __all__ = [
     "ALGORITHMS",
     "BUDGETS",
     "CHAT_DATE",
+    "DEPTH",
     "ONE_OBJECTIVE",
+    "REST",
     "TOP",
+    "CoefficientsSection",
     "ComputeSection",
     "DataFile",
     "DistributionSection",
@@ -57,6 +64,7 @@ __all__ = [
     "EvaluationSection",
     "FineTuningSection",
     "GeneralSection",
+    "Groups",
     "ModelSource",
     "ReportSection",
     "SearchSection",
@@ -88,6 +96,9 @@ class StudyConfig(Section):
 
     simplex: SimplexSection = SimplexSection()
     """Coefficient space."""
+
+    coefficients: CoefficientsSection = CoefficientsSection()
+    """Coefficients by group of parameters."""
 
     objective: ObjectiveSection = ObjectiveSection()
     """Objective and constraints."""
@@ -228,6 +239,15 @@ class StudyConfig(Section):
             raise ValueError("objective.worst: no distribution has a weight, so none has a regret")
         if self.objective.worst and needs_gradients:
             raise ValueError("objective.worst: a largest regret has no gradient where two are largest; search without")
+        return self
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Self:
+        if self.coefficients.groups == "global":
+            return self
+        if not self.has_gradients:
+            mend = "needs an objective with a gradient: the mean, not a largest regret, a function or a front"
+            raise ValueError(f"coefficients.groups: {mend}; leave one of them out")
         return self
 
     @model_validator(mode="after")

@@ -353,6 +353,52 @@ class SimplexSection(Section):
         return self
 
 
+DEPTH = "depth"
+"""Key of `coefficients.groups` whose value is a number of parts."""
+
+REST = "rest"
+"""Group of the parameters that no pattern of a study matches."""
+
+Pattern = Annotated[str, Field(min_length=1)]
+Groups = Literal["global", "layers", "blocks"] | dict[Name, Positive | Pattern | list[Pattern]]
+
+
+class CoefficientsSection(Section):
+    """Coefficients by group of parameters, which deviate from those of the whole model."""
+
+    groups: Groups = "global"
+    """Groups of parameters with coefficients of their own: `global`, one for the whole model; `layers`, one for each
+    layer and one for the embedding; `blocks`, which divides each layer into queries and keys, values and outputs, MLP
+    and norms; `{depth: 4}`, four parts of consecutive layers; or your own, `{attention: "*.self_attn.*"}`, by shell
+    patterns on parameter names, one or a list for each group (others are the group `rest`). The search finds the global
+    coefficients first, then those of the groups, from gradients.
+    """
+
+    shrink: Literal["auto", "none"] | PositiveReal = "auto"
+    """Strength of the penalty that draws the groups to the global coefficients: `auto` chooses it by two folds of the
+    search documents; `none` is the unshrunk optimum; a number is the penalty's curvature, in the objective's unit for
+    each squared unit of a coefficient.
+    """
+
+    forwards: PositiveReal = 40.0
+    """Forward-equivalents that the groups may take beyond the global search; a gradient takes 3."""
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Self:
+        if not isinstance(self.groups, dict):
+            return self
+        if not self.groups:
+            raise ValueError("groups: names no group; write global, layers, blocks, {depth: 4} or patterns by group")
+        numbers = [name for name, value in self.groups.items() if isinstance(value, int)]
+        if numbers and list(self.groups) != [DEPTH]:
+            raise ValueError(f"groups.{numbers[0]}: must be a pattern on parameter names, or a list of patterns")
+        if self.groups.get(DEPTH) == 1:
+            raise ValueError("groups.depth: one part is the whole model; write global")
+        if REST in self.groups:
+            raise ValueError(f"groups.{REST}: is the group of what no pattern matches; choose another name")
+        return self
+
+
 class ObjectiveSection(Section):
     """The objective of the search, and constraints on corpora that must not get worse."""
 

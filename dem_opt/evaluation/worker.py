@@ -22,9 +22,18 @@ from dem_opt.evaluation.interim_analyses import (
     windows_by_analysis,
 )
 from dem_opt.evaluation.lm_head import find_head
-from dem_opt.evaluation.nll import document_layout, prepare, score
-from dem_opt.merging.merged_model import MergedModel
-from dem_opt.types import Composite, Evaluation, Gradient, Request, Score, StoredModel, WorkerSpec
+from dem_opt.evaluation.nll import PreparedWindows, document_layout, prepare, score
+from dem_opt.merging.merged_model import MergedModel, total_gradient
+from dem_opt.types import (
+    Composite,
+    Evaluation,
+    Gradient,
+    ParameterGradient,
+    Request,
+    Score,
+    StoredModel,
+    WorkerSpec,
+)
 
 
 class Worker:
@@ -52,7 +61,9 @@ class Worker:
         self.merged_model.merge(Composite.single(spec.base.content))
         refuse_acausal(self.model, spec.base.path, spec.base.field)
         self._layout, self._head = document_layout(self.model), find_head(self.model)
-        self._windows = {corpus.key: prepare(corpus.windows, devices[0]) for corpus in spec.corpora}
+        self._corpora = {corpus.key: corpus.windows for corpus in spec.corpora}
+        self._windows = {key: prepare(windows, devices[0]) for key, windows in self._corpora.items()}
+        self._folds: dict[tuple[str, tuple[int, ...]], PreparedWindows] = {}
         self._base, self._fine_tunes = spec.base.content, [model.content for model in spec.fine_tunes]
         self._spec_batch_tokens = self._batch_tokens = spec.batch_tokens
         self._finished: float | None = None
@@ -86,9 +97,14 @@ class Worker:
             self.merged_model.merge(request.composite)
             _synchronize()
             merged = perf_counter()
-            scores, gradients = (
-                self._differentiate(request, tokens) if request.gradient else (self._measure(request, tokens), {})
-            )
+            gradients: dict[str, Gradient] = {}
+            fold_gradients: dict[str, dict[tuple[int, ...], ParameterGradient]] = {}
+            if request.folds:
+                scores, fold_gradients = self._differentiate_folds(request, tokens)
+            elif request.gradient:
+                scores, gradients = self._differentiate(request, tokens)
+            else:
+                scores = self._measure(request, tokens)
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
@@ -99,6 +115,7 @@ class Worker:
             merge_seconds=merged - started,
             score_seconds=perf_counter() - merged,
             gradients=gradients,
+            fold_gradients=fold_gradients,
             scored_tokens=tokens.scored,
         )
 
@@ -109,7 +126,7 @@ class Worker:
         for analysis in range(1, analysis_count(windows) + 1) if request.race else (INTERIM_ANALYSES,):
             for key, end in windows_at(windows, analysis).items():
                 if key not in scores or len(scores[key].nats_W) < end:
-                    scores[key] = self._score(key, tokens, known=scores.get(key), end=end)
+                    scores[key] = self._score(self._windows[key], tokens, known=scores.get(key), end=end)
             if (final := replay(request.race, scores, windows)) is not None:
                 return final
         raise AssertionError("a race ends at its final analysis")
@@ -123,15 +140,47 @@ class Worker:
         scores: dict[str, Score] = {}
         gradients: dict[str, Gradient] = {}
         for key in dict.fromkeys(request.corpora):
-            with self.merged_model.reduce_gradients(self._base, self._fine_tunes) as gradients[key]:
-                scores[key] = self._score(key, tokens, gradient=True)
+            with self.merged_model.reduce_gradients(self._base, self._fine_tunes) as products:
+                scores[key] = self._score(self._windows[key], tokens, gradient=True)
+            gradients[key] = total_gradient(products, self._fine_tunes)
             if self._layout != "packed":
-                scores[key] = self._score(key, tokens, known=request.known.get(key))
+                scores[key] = self._score(self._windows[key], tokens, known=request.known.get(key))
         return scores, gradients
 
-    def _score(self, key: str, tokens: "_TokenCount", known: Score | None = None, **options: Any) -> Score:
-        """Score one corpus and count its tokens."""
-        windows = self._windows[key]
+    def _differentiate_folds(
+        self, request: Request, tokens: "_TokenCount"
+    ) -> tuple[dict[str, Score], dict[str, dict[tuple[int, ...], ParameterGradient]]]:
+        """Score all windows, and differentiate the nats of each fold of each corpus by parameter.
+
+        Folds are scored one after the other, so that one backward pass gives the gradient of each.
+        """
+        scores: dict[str, Score] = {}
+        gradients: dict[str, dict[tuple[int, ...], ParameterGradient]] = {}
+        for key, folds in request.folds.items():
+            nats: dict[int, float] = {}
+            for fold in folds:
+                windows = self._fold(key, fold)
+                with self.merged_model.reduce_gradients(self._base, self._fine_tunes) as products:
+                    result = self._score(windows, tokens, gradient=True)
+                nats |= dict(zip(fold, result.nats_W, strict=True))
+                gradients.setdefault(key, {})[fold] = products
+            whole = self._windows[key]
+            if self._layout == "packed":
+                scores[key] = Score(tuple(nats[n] for n in range(len(nats))), whole.tokens_W, whole.bytes_W)
+            else:
+                scores[key] = self._score(whole, tokens, known=request.known.get(key))
+        return scores, gradients
+
+    def _fold(self, key: str, fold: tuple[int, ...]) -> PreparedWindows:
+        """The windows of a fold, prepared on first use."""
+        if (key, fold) not in self._folds:
+            self._folds[key, fold] = prepare(self._corpora[key].take(fold), self._windows[key].ids_WT.device)
+        return self._folds[key, fold]
+
+    def _score(
+        self, windows: PreparedWindows, tokens: "_TokenCount", known: Score | None = None, **options: Any
+    ) -> Score:
+        """Score windows and count their tokens."""
         result, forward_tokens = score(
             self.model, windows, self._batch_tokens, self._layout, known, head=self._head, **options
         )
@@ -146,7 +195,7 @@ class Worker:
         if largest <= max(length for _, length in shapes):
             raise EvaluationError(f"there is not enough memory for a forward pass of {largest:,} tokens")
         self._batch_tokens = largest // 2
-        for windows in self._windows.values():
+        for windows in (*self._windows.values(), *self._folds.values()):
             windows.batches.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

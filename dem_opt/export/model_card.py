@@ -1,5 +1,6 @@
 """Model card and mergekit recipe of an export."""
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,12 @@ from typing import Any
 import yaml
 
 from dem_opt.analysis.total_price import price_line
+from dem_opt.checkpoints.architecture import read_architecture
 from dem_opt.checkpoints.files import DTYPES, read_header
 from dem_opt.config import StudyConfig
 from dem_opt.evaluation.objective import objective_words
 from dem_opt.export.writer import Export
+from dem_opt.grouping import GroupedCoefficients, Grouping
 from dem_opt.planning.inputs import Inputs
 from dem_opt.simplex import UNIT, Coefficients
 from dem_opt.storage.engine import masked
@@ -30,7 +33,7 @@ from dem_opt.types import (
     perplexity,
 )
 
-CARD, RECIPE = "README.md", "mergekit.yaml"
+CARD, RECIPE, COEFFICIENTS = "README.md", "mergekit.yaml", "coefficients.json"
 
 UNSTATED = "not stated"
 """Licence of a checkpoint that states none."""
@@ -62,7 +65,7 @@ class Ingredient:
 
 def texts(
     sources: Inputs,
-    coefficients: Coefficients,
+    coefficients: Coefficients | GroupedCoefficients,
     folder: Path,
     libraries: Mapping[str, str],
     dtype: str | None = None,
@@ -72,14 +75,26 @@ def texts(
     total_price: TotalPrice | None = None,
 ) -> dict[str, str]:
     """Card and recipe of a study's composite by file name; `folder` is that of the study file."""
-    base = Ingredient("base", sources.base, coefficients.base_units)
-    ingredients = [base, *(Ingredient(name, sources.fine_tunes[name], units) for name, units in coefficients.pairs)]
+    groups = coefficients if isinstance(coefficients, GroupedCoefficients) else None
+    mean = coefficients if isinstance(coefficients, Coefficients) else coefficients.mean
+    base = Ingredient("base", sources.base, mean.base_units)
+    ingredients = [base, *(Ingredient(name, sources.fine_tunes[name], units) for name, units in mean.pairs)]
     study = resolved(sources.config, folder)
     objective = sources.config.objective
     words = objective_words(sources.config.weights, objective.worst, objective.function or "", objective.unit)
     name, unit = sources.config.name, objective.unit
-    card = model_card(name, ingredients, libraries, study, results, margins, dtype, words, lora, unit, total_price)
-    return {CARD: card, RECIPE: recipe(ingredients, dtype)}
+    card = model_card(
+        name, ingredients, libraries, study, results, margins, dtype, words, lora, unit, total_price, groups
+    )
+    if groups is None:
+        return {CARD: card, RECIPE: recipe(ingredients, dtype)}
+    assert sources.groups is not None
+    filters = mergekit_filters(sources.base, sources.groups.grouping, groups)
+    return {
+        CARD: card,
+        RECIPE: recipe(ingredients, dtype, filters),
+        COEFFICIENTS: json.dumps(groups.weights, indent=2) + "\n",
+    }
 
 
 def model_card(
@@ -94,6 +109,7 @@ def model_card(
     lora: Export | None = None,
     unit: str = NATS_PER_TOKEN,
     total_price: TotalPrice | None = None,
+    groups: GroupedCoefficients | None = None,
 ) -> str:
     """The README of an export: formula, coefficients, scores on both splits, provenance.
 
@@ -109,6 +125,7 @@ def model_card(
         lora: The export, where it is a LoRA of the base.
         unit: Unit of the objective.
         total_price: What the constraint on the sum of coefficients costs, where it was measured.
+        groups: Coefficients by group; the ingredients have their mean then.
     """
     rows = [
         [ingredient.name, f"{ingredient.units / UNIT:.9f}", licence(ingredient.path), ingredient.model.content]
@@ -123,7 +140,8 @@ def model_card(
         *([f"All weights are {dtype}, rounded once from sums in float32."] if dtype else []),
         *([_lora(lora)] if lora else []),
         "## Coefficients",
-        _table(["model", "coefficient", "licence", "content (SHA-256)"], rows),
+        _table(["model", "mean coefficient" if groups else "coefficient", "licence", "content (SHA-256)"], rows),
+        *([_groups(groups)] if groups else []),
         *_total(ingredients[0].units),
         *([_plain(price_line(total_price, UNITS[unit]))] if total_price else []),
         *[_scores(split, results, objective, unit) for split in (results[0].objective if results else ())],
@@ -136,11 +154,56 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def recipe(ingredients: Sequence[Ingredient], dtype: str | None = None) -> str:
+def _groups(groups: GroupedCoefficients) -> str:
+    """The table of coefficients by group of parameters."""
+    names = [name for name, _ in groups.rows[0][1].pairs]
+    rows = [[group, *(f"{weight:.9f}" for weight in row.values())] for group, row in groups.rows]
+    title = f"Each group of parameters has coefficients of its own; `{COEFFICIENTS}` has them as numbers."
+    return f"{title}\n\n{_table(['group', *names], rows)}"
+
+
+@dataclass(frozen=True)
+class Filter:
+    """A part of tensors' names with the coefficients of their group, in units of 1e-9 by distribution."""
+
+    part: str
+    units: Mapping[str, int]
+
+
+def mergekit_filters(base: StoredModel, grouping: Grouping, groups: GroupedCoefficients) -> list[Filter]:
+    """Filters of a recipe, of which mergekit takes the first that is a part of a tensor's name.
+
+    A group that is all that begins with one prefix, such as a layer, needs one; others have one for each tensor.
+    """
+    header = read_header(base.path, "base")
+    architecture = read_architecture(header)
+    layout = architecture.layout(header)
+    plain = {name: layout.plain_sources(name) for name in architecture.parameters}
+    everything = [name for names in plain.values() for name in names]
+    filters = []
+    for group, members in grouping.groups:
+        names = [name for member in members for name in plain[member]]
+        prefix = _common_beginning(names)
+        is_alone = prefix and sorted(name for name in everything if prefix in name) == sorted(names)
+        filters += [Filter(part, groups[group].units) for part in ([prefix] if is_alone else names)]
+    return sorted(filters, key=lambda each: -len(each.part))
+
+
+def _common_beginning(names: Sequence[str]) -> str:
+    """The parts that several dotted names begin with, as in "model.layers.3."; empty where there are none."""
+    parts = [name.split(".")[:-1] for name in names]
+    common = 0
+    while len(names) > 1 and common < min(map(len, parts)) and len({tuple(part[: common + 1]) for part in parts}) == 1:
+        common += 1
+    return "".join(f"{part}." for part in parts[0][:common])
+
+
+def recipe(ingredients: Sequence[Ingredient], dtype: str | None = None, filters: Sequence[Filter] = ()) -> str:
     """A study's composite in mergekit's words:  Theta + 1.0 sum_i w_i (Theta_i - Theta) , summed in float32.
 
     The base's own coefficient 1 - sum_i w_i follows from that form.  mergekit knows one dtype for all that it writes:
-    float32 where the base has several.  Paths are absolute, since `a/b` is the name of a model on a hub.
+    float32 where the base has several.  Paths are absolute, since `a/b` is the name of a model on a hub.  With filters
+    each tensor has the coefficients of its group.
     """
     base, *others = ingredients
     terms = [ingredient for ingredient in others if ingredient.units] or others
@@ -148,13 +211,20 @@ def recipe(ingredients: Sequence[Ingredient], dtype: str | None = None) -> str:
         "merge_method": "task_arithmetic",
         "base_model": str(base.path.resolve()),
         "models": [
-            {"model": _mergekit_name(base, term), "parameters": {"weight": term.units / UNIT}} for term in terms
+            {"model": _mergekit_name(base, term), "parameters": {"weight": _weight(term, filters)}} for term in terms
         ],
         "parameters": {"normalize": False, "lambda": 1.0},
         "dtype": "float32",
         "out_dtype": dtype or _base_dtype(base),
     }
     return f"# mergekit-yaml {RECIPE} FOLDER\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}"
+
+
+def _weight(term: Ingredient, filters: Sequence[Filter]) -> float | list[dict[str, object]]:
+    """A fine-tune's coefficient, or those of its groups by filter."""
+    if not filters:
+        return term.units / UNIT
+    return [{"filter": each.part, "value": each.units[term.name] / UNIT} for each in filters]
 
 
 def _mergekit_name(base: Ingredient, ingredient: Ingredient) -> str:

@@ -42,7 +42,7 @@ from dem_opt.manifest import FILES, manifest_of, read_description, refuse_foreig
 from dem_opt.merging.merged_model import NamedTensors, merged_tensors
 from dem_opt.progress import current_progress
 from dem_opt.simplex import UNIT
-from dem_opt.types import Composite, Score, StoredModel
+from dem_opt.types import Composite, Score, StoredModel, Terms
 
 MARKER = "dem_opt.json"
 """File of an exported folder with its coefficients, the hash of its weights, and its manifest."""
@@ -141,7 +141,7 @@ def write_composite(
             checkpoint's content is no longer what `stored` says, or a weight is beyond the dtype's range.
     """
     out = out.absolute()
-    used = {content: stored[content] for content, _ in composite.terms}
+    used = {content: stored[content] for content in composite.contents}
     refuse_place(out, [base.path, *(model.path for model in stored.values())], overwrite)
     refuse_changed(base, used.values())
     header = read_header(base.path, "base")
@@ -171,7 +171,7 @@ def _own_dtype(
     architecture: Architecture, base: StoredModel, used: Mapping[str, StoredModel], composite: Composite
 ) -> torch.dtype | None:
     """The dtype of a composite that is a single checkpoint, where it differs from the base's."""
-    if len(composite.terms) > 1 or base.content in used:
+    if not composite.is_single or base.content in used:
         return None
     (model,) = used.values()
     base_header = read_header(base.path, "base")
@@ -422,9 +422,20 @@ def _set_dtype(config: Path, dtype: torch.dtype) -> None:
 
 
 def provenance(composite: Composite, content: str) -> dict[str, object]:
-    """Content of the marker: coefficients by content hash, the composite's key, the hash of the written weights."""
-    coefficients = {term: units / UNIT for term, units in composite.terms}
-    return {"composite": composite.key, "coefficients": coefficients, "content": content}
+    """Content of the marker: coefficients by content hash, the composite's key, the hash of the written weights.
+
+    Where groups have coefficients of their own, these are `parts`, and `coefficients` those of all other parameters.
+    """
+    described: dict[str, object] = {"composite": composite.key, "coefficients": _weights(composite.terms)}
+    if composite.parts:
+        described["parts"] = [
+            {"parameters": list(parameters), "coefficients": _weights(terms)} for parameters, terms in composite.parts
+        ]
+    return described | {"content": content}
+
+
+def _weights(terms: Terms) -> dict[str, float]:
+    return {content: units / UNIT for content, units in terms}
 
 
 def write_json(file: Path, data: object) -> None:

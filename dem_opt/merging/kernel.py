@@ -114,7 +114,9 @@ class MergeKernel:
         elements = CPU_BLOCK * threads if device == "cpu" else DEVICE_BLOCK
         return elements * (2 * 4 + itemsize)
 
-    def merge(self, out_P: Tensor, terms: Sequence[tuple[int, Values]], dtype: torch.dtype) -> None:
+    def merge(
+        self, out_P: Tensor, terms: Sequence[tuple[int, Values]], dtype: torch.dtype, keeps_single: bool = True
+    ) -> None:
         """Write  sum_n (units_n / 1e9) x_n , rounded to `dtype` and cast to the dtype of `out_P`.
 
         A single term of coefficient 1 is copied, which keeps its bits even where the processor flushes denormal numbers
@@ -124,9 +126,10 @@ class MergeKernel:
             out_P: Flat output.
             terms: Units of 1e-9 and values, summed in this order; coefficients are rounded to float32.
             dtype: The base's dtype.
+            keeps_single: A single term of coefficient 1 is not rounded to `dtype`: the model is a checkpoint as it is.
         """
         if len(terms) == 1 and terms[0][0] == UNIT and isinstance(terms[0][1], Tensor):
-            out_P.copy_(terms[0][1])
+            out_P.copy_(terms[0][1] if keeps_single else terms[0][1].to(dtype))
             return
         weights, values = [units / UNIT for units, _ in terms], [x for _, x in terms]
         if self.compiled and self._device.type == "cpu" and _kernel_cpp_supports(out_P, values, dtype):

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
+from itertools import chain, groupby
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from dem_opt.merging.int8 import Int8Vector, quantize, row_count, row_length, ro
 from dem_opt.merging.kernel import CPU_BLOCK, DEVICE_BLOCK, MergeKernel, Values
 from dem_opt.merging.streaming import BLOCK, Block, StreamedCheckpoints
 from dem_opt.simplex import UNIT
-from dem_opt.types import Composite, StoredModel
+from dem_opt.types import Composite, Gradient, ParameterGradient, StoredModel, Terms
 
 ALIGNMENT = 64
 """Every parameter starts at a multiple of so many elements, hence of at least so many bytes: a cache line."""
@@ -162,48 +162,59 @@ class MergedModel:
         """Make the merged model  Theta_D = sum_n (units_n / 1e9) Theta_n , always from the stored checkpoints.
 
         Summed in float32 in the composite's order, rounded once to the base's dtype, then cast to the live one.  A
-        single term is copied as it is.  With int8 vectors v the sum is  Theta + sum_i (units_i / 1e9) v_i .
+        single term is copied as it is, rounded where the composite has other parts.  With int8 vectors v the sum is
+        Theta + sum_i (units_i / 1e9) v_i .  Neighbouring parameters with the same terms are merged in one pass.
 
         Raises:
             KeyError: A content is not stored.
         """
         if self._quantized_base is not None:
             for segment in self._segments:
-                kernel = self._kernels[segment.device]
-                kernel.merge(segment.live_P, self._base_and_vectors(composite, segment), segment.dtype)
+                for part in segment.runs(composite):
+                    terms = self._base_and_vectors(composite.terms_of(part.name), segment, part)
+                    self._kernels[segment.device].merge(segment.live_P[part.slice], terms, segment.dtype)
             return
-        contents = [content for content, _ in composite.terms]
-        has_adapters = any(content in self._adapters for content in contents)
-        streamed = {content for content in map(self._root, contents) if content in self._streamed}
-        parts = [(segment, part) for segment in self._segments for part in segment.parts(has_adapters, bool(streamed))]
+        has_adapters = any(content in self._adapters for content in composite.contents)
+        streamed = {content for content in map(self._root, composite.contents) if content in self._streamed}
+        parts = [
+            (segment, part)
+            for segment in self._segments
+            for part in segment.parts(composite, has_adapters, bool(streamed))
+        ]
         blocks = [part.block(segment.live_P.device) for segment, part in parts]
         for (segment, part), fetched in zip(parts, self._streamed.prefetch(sorted(streamed), blocks), strict=True):
-            terms = [(units, self._values(content, segment, part, fetched)) for content, units in composite.terms]
-            self._kernels[segment.device].merge(segment.live_P[part.slice], terms, segment.dtype)
+            terms = [
+                (units, self._values(content, segment, part, fetched))
+                for content, units in composite.terms_of(part.name)
+            ]
+            kernel, out_P = self._kernels[segment.device], segment.live_P[part.slice]
+            kernel.merge(out_P, terms, segment.dtype, keeps_single=composite.is_single)
 
     def _root(self, content: str) -> str:
         """The checkpoint that a term's values are read from: for an adapter its base."""
         return self._adapters[content][0] if content in self._adapters else content
 
-    def _base_and_vectors(self, composite: Composite, segment: "_Segment") -> list[tuple[int, Values]]:
-        """The terms of a composite of int8 vectors in a segment: the base, then vectors in the composite's order."""
+    def _base_and_vectors(self, terms: Terms, segment: "_Segment", part: "_ParameterSlice") -> list[tuple[int, Values]]:
+        """Terms of int8 vectors in a part of a segment: the base, then vectors in the composite's order."""
         base = self._quantized_base
         assert base is not None
-        vectors = [(units, segment.vectors_NP[content]) for content, units in composite.terms if content != base]
-        return [(UNIT, segment.stored_NP[base]), *vectors]
+        vectors = [(units, segment.vectors_NP[content]) for content, units in terms if content != base]
+        if part.shape.numel() < segment.size:
+            vectors = [(units, vector.within(part.slice)) for units, vector in vectors]
+        return [(UNIT, segment.stored_NP[base][part.slice]), *vectors]
 
     @contextmanager
-    def reduce_gradients(self, base: str, fine_tunes: Sequence[str]) -> Iterator[dict[str, float]]:
+    def reduce_gradients(self, base: str, fine_tunes: Sequence[str]) -> Iterator[dict[str, Gradient]]:
         """Within, reduce the gradients G that `backward` makes to their inner products with the vectors,
 
-            < G , Theta_i - Theta >   for each fine-tune i, by content.
+            < G_p , Theta_i,p - Theta_p >   for each parameter p and fine-tune i, by parameter, then by content.
 
         A parameter's gradient is reduced as soon as it is complete, and freed: there is never a second buffer as large
-        as the model.  Each parameter has a sum of its own, on its device; these are added in the order of the
-        parameters, so that the result depends neither on the order in which gradients come nor on the devices.
+        as the model.  Each parameter has a sum of its own, on its device; so the result depends neither on the order in
+        which gradients come nor on the devices.
 
         Yields:
-            A dictionary that has the sums after the block.
+            A dictionary that has the products after the block, in the order of the parameters (see `total_gradient`).
         """
         places: dict[Tensor, tuple[_Segment, _ParameterSlice]] = {
             self._parameters[place.name]: (segment, place) for segment in self._segments for place in segment.slices
@@ -223,17 +234,16 @@ class MergedModel:
             parameter.requires_grad_().register_post_accumulate_grad_hook(reduce)  # type: ignore[no-untyped-call]
             for parameter in places
         ]
-        products: dict[str, float] = {}
+        products: dict[str, Gradient] = {}
         try:
             yield products
         finally:
             for hook, parameter in zip(hooks, places, strict=True):
                 hook.remove()
                 parameter.requires_grad_(False)
-        total_N = torch.zeros(len(fine_tunes), dtype=torch.float64)
-        for parameter in self._parameters.values():
-            total_N += sums_N[parameter].cpu() if parameter in sums_N else 0.0
-        products.update(zip(fine_tunes, total_N.tolist(), strict=True))
+        for name, parameter in self._parameters.items():
+            if parameter in sums_N:
+                products[name] = dict(zip(fine_tunes, sums_N[parameter].cpu().tolist(), strict=True))
 
     def _base_and_fine_tunes(
         self, base: str, fine_tunes: Sequence[str], segment: "_Segment", place: "_ParameterSlice"
@@ -334,6 +344,11 @@ class MergedModel:
         move_activations(model, self._split, self._devices)
 
 
+def total_gradient(products: ParameterGradient, fine_tunes: Sequence[str]) -> Gradient:
+    """Sum inner products over the parameters, in their order."""
+    return {content: sum((products[name][content] for name in products), 0.0) for content in fine_tunes}
+
+
 def inner_products(gradient_P: Tensor, base_P: Values, stored_NP: Sequence[Values], block: int) -> Tensor:
     """Compute  < g , x_n - x_0 >  for each n over flat tensors: in float32 within a block, summed in float64.
 
@@ -380,20 +395,28 @@ def merged_tensors(
     """
     header = read_header(base.path, "base")
     dtypes = {name: DTYPES[header.tensors[name].dtype] for name in names}
-    readers = [_tensors(architecture, header, names, stored[content]) for content, _ in composite.terms]
-    return _merge_each(readers, composite, dtypes, dtype)
+    readers = [_tensors(architecture, header, names, stored[content]) for content in composite.contents]
+    parameters = parameter_of(architecture, header)
+    terms = {name: composite.terms_of(parameters[name]) for name in names}
+    return _merge_each(readers, composite, terms, dtypes, dtype)
 
 
 def _merge_each(
-    readers: Sequence[NamedTensors], composite: Composite, dtypes: Mapping[str, torch.dtype], dtype: torch.dtype | None
+    readers: Sequence[NamedTensors],
+    composite: Composite,
+    terms: Mapping[str, Terms],
+    dtypes: Mapping[str, torch.dtype],
+    dtype: torch.dtype | None,
 ) -> NamedTensors:
-    """Merge the tensors that the readers of a composite's terms yield side by side."""
-    kernel, is_single = MergeKernel(), len(composite.terms) == 1
+    """Merge the tensors that the readers of a composite's checkpoints yield side by side."""
+    kernel = MergeKernel()
     for tensors in zip(*readers, strict=True):
         name, first = tensors[0]
-        merged = torch.empty(first.shape, dtype=dtype or (first.dtype if is_single else dtypes[name]))
-        terms = [(units, x.reshape(-1)) for (_, units), (_, x) in zip(composite.terms, tensors, strict=True)]
-        kernel.merge(merged.view(-1), terms, merged.dtype)
+        values = {content: x for content, (_, x) in zip(composite.contents, tensors, strict=True)}
+        merged = torch.empty(first.shape, dtype=dtype or (first.dtype if composite.is_single else dtypes[name]))
+        kernel.merge(
+            merged.view(-1), [(units, values[content].reshape(-1)) for content, units in terms[name]], merged.dtype
+        )
         yield name, merged
 
 
@@ -512,13 +535,24 @@ class _Segment:
     stored_NP: dict[str, Tensor] = field(default_factory=dict)
     vectors_NP: dict[str, Int8Vector] = field(default_factory=dict)
 
-    def parts(self, has_adapters: bool, is_streamed: bool) -> Sequence[_ParameterSlice]:
-        """Divide a merge: by parameter for adapters, by block for streamed checkpoints, else not at all."""
+    def parts(self, composite: Composite, has_adapters: bool, is_streamed: bool) -> Sequence[_ParameterSlice]:
+        """Divide a merge: by parameter for adapters, by block for streamed checkpoints, else by runs."""
         if has_adapters:
             return self.slices
         if is_streamed:
             return [part for place in self.slices for part in place.parts(BLOCK)]
-        return [_ParameterSlice("", torch.Size([self.size]), 0)]
+        return self.runs(composite)
+
+    def runs(self, composite: Composite) -> Sequence[_ParameterSlice]:
+        """Divide it into runs of neighbouring parameters with the same terms, each named by its first parameter."""
+        if not composite.parts:
+            return [_ParameterSlice("", torch.Size([self.size]), 0)]
+        firsts = [next(run) for _, run in groupby(self.slices, key=lambda place: composite.terms_of(place.name))]
+        ends = [*(first.start for first in firsts[1:]), self.size]
+        return [
+            _ParameterSlice(first.name, torch.Size([end - first.start]), first.start)
+            for first, end in zip(firsts, ends, strict=True)
+        ]
 
     @property
     def nbytes(self) -> int:

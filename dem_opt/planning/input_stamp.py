@@ -50,6 +50,7 @@ def stamp_inputs(config: StudyConfig, versions: dict[str, str]) -> str | None:
     stamped = [
         sorted(versions.items()),
         config.model_dump_json(include=_SECTIONS),
+        *([config.coefficients.model_dump_json()] if config.coefficients.groups != "global" else []),
         str(ObjectiveFunction.load(function)) if function else "",
         sorted(files),
     ]

@@ -19,6 +19,7 @@ from dem_opt.checkpoints.files import Header, content_hash, read_header
 from dem_opt.checkpoints.fit import check_base, check_fit, left_out
 from dem_opt.checkpoints.hf_config import read_config
 from dem_opt.checkpoints.locate import locate
+from dem_opt.checkpoints.parameter_groups import parameter_groups
 from dem_opt.checkpoints.vocabulary import fitted_content, with_base_rows
 from dem_opt.config import DistributionSection, StudyConfig
 from dem_opt.config.objective_function import ObjectiveFunction
@@ -27,6 +28,7 @@ from dem_opt.data.tokenize import load_tokenizer, tokenizer_digest, without_pad_
 from dem_opt.data.windows import build_corpora, refuse_ids_beyond
 from dem_opt.errors import InputError, located
 from dem_opt.evaluation.interim_analyses import INTERIM_ANALYSES, windows_by_analysis
+from dem_opt.grouping import GroupSettings
 from dem_opt.planning.hardware import this_machine
 from dem_opt.planning.plan import BATCH_TOKENS, Plan, evaluation_dtype, make_plan, refuse_too_large, stored_dtype
 from dem_opt.planning.tokenizers import other_tokenizers
@@ -66,6 +68,22 @@ class CheckedHeaders:
         if reason := shortage(self.architecture, self.headers):
             return VertexCheck((f"no model is compared with its own forward pass: {reason}",))
         return check_vertices(*self.stored_models(), self.headers)
+
+    def groups(self, where: Path | None) -> GroupSettings | None:
+        """The groups of parameters that the study file asks for; InputError where it can't have them."""
+        section, search = self.config.coefficients, self.config.search
+        grouping = parameter_groups(section.groups, self.architecture, where)
+        if grouping is None:
+            return None
+        if search.algorithm == "grid":
+            points = self.config.space.lattice_size(search.divisions) ** len(grouping)
+            mend = (
+                f"a grid of {len(grouping)} groups has {points:.2g} points, and the limit is {search.grid_limit}: "
+                "choose another algorithm, or leave coefficients.groups out"
+            )
+            raise InputError(where, "search.algorithm", "grid", mend)
+        shrink = None if section.shrink == "auto" else 0.0 if section.shrink == "none" else section.shrink
+        return GroupSettings(grouping=grouping, shrink=shrink, forwards=section.forwards)
 
     def warnings(self) -> list[str]:
         """Warn of fine-tunes whose tokenizer, chat template or config.json is not the base's, which composites have."""
@@ -112,6 +130,7 @@ class Inputs:
         unlike_base: Warnings of what fine-tunes have otherwise than the base, or may compute otherwise than vertices.
         configuration: That of the study's identity.
         compared_tokens: Forward tokens of comparing vertices with their fine-tunes.
+        groups: Groups of parameters that have coefficients of their own.
     """
 
     config: StudyConfig
@@ -128,6 +147,7 @@ class Inputs:
     unlike_base: tuple[str, ...] = ()
     configuration: str = ""
     compared_tokens: int = 0
+    groups: GroupSettings | None = None
 
     def on(self, device: str) -> "Inputs":
         """The same inputs for workers on another kind of device."""
@@ -173,6 +193,7 @@ class Inputs:
             pareto=self.config.axes,
             function=ObjectiveFunction.load(self.config.objective.function) if self.config.objective.function else None,
             configuration=self.configuration,
+            groups=self.groups,
         )
 
     def layouts(self) -> dict[str, CorpusLayout]:
@@ -249,7 +270,7 @@ def check_headers(config: StudyConfig, where: Path) -> CheckedHeaders:
 
     Raises:
         InputError: A file is missing or damaged, a shape is not the base's, a window is longer than the base's
-            positions, or the layers can't be divided over `compute.gpus_per_worker`.
+            positions, the layers can't be divided over `compute.gpus_per_worker`, or parameters not into groups.
     """
     base = read_header(locate(config.base, "base"), "base")
     architecture = check_base(base)
@@ -271,7 +292,9 @@ def check_headers(config: StudyConfig, where: Path) -> CheckedHeaders:
             check_fit(architecture, base, header)
             headers[name] = with_base_rows(architecture, base, header)
             other_fields += check_configuration(base.folder, folder, field)
-    return CheckedHeaders(config, architecture, headers, tuple(other_fields))
+    checked = CheckedHeaders(config, architecture, headers, tuple(other_fields))
+    checked.groups(where)
+    return checked
 
 
 def check_base_alone(folder: Path) -> list[str]:
@@ -366,6 +389,7 @@ def load_inputs(config: StudyConfig, where: Path, worker: bool = True) -> Inputs
         InputError: An input is missing, damaged or does not fit; names file and field.
     """
     checked = check_headers(config, where)
+    groups = checked.groups(where)
     plan, is_local = checked.plan(), config.compute.ray == "local"
     if worker and is_local:
         refuse_too_large(plan, where)
@@ -388,6 +412,7 @@ def load_inputs(config: StudyConfig, where: Path, worker: bool = True) -> Inputs
         left_out=tuple(checked.left_out()),
         unlike_base=(*checked.warnings(), *vertices.warnings),
         compared_tokens=vertices.tokens,
+        groups=groups,
     )
 
 

@@ -6,6 +6,7 @@ Arithmetic on headers, config.json and the study file; nothing is loaded.
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -341,7 +342,7 @@ def _work(study: StudyConfig, *, token_flops: float, merge_bytes: int) -> Work:
     The final table has base, single fine-tunes, their uniform average and the best.  The Gaussian process begins with
     singles and average, the grid has the singles.  Where the report asks for them, the held-out split has the next best
     composites too, and both splits have the best without each of its distributions.  The price of the sum takes three
-    composites with other sums.
+    composites with other sums.  A gradient of coefficients by group counts as the passes that it takes.
     """
     space, search, evaluation = study.space, study.search, study.evaluation
     is_point = space.dimension == 1
@@ -352,13 +353,18 @@ def _work(study: StudyConfig, *, token_flops: float, merge_bytes: int) -> Work:
     without = left_out_count(study)
     return Work(
         trials=trials,
-        composites=1 + trials + extra + without + price,
-        reported=1 + singles + average + max(study.report.top, 1) + without,
+        composites=1 + trials + extra + without + price + group_forwards(study),
+        reported=1 + singles + average + max(study.report.top, 1) + without + (1 if group_forwards(study) else 0),
         trial_tokens=len(study.corpora) * evaluation.windows * evaluation.window,
         report_tokens=len(study.corpora) * evaluation.held_out * evaluation.window,
         token_flops=token_flops,
         merge_bytes=merge_bytes,
     )
+
+
+def group_forwards(study: StudyConfig) -> int:
+    """Forward-equivalents of coefficients by group at most; 0 for a study without groups."""
+    return 0 if study.coefficients.groups == "global" or study.space.is_point else ceil(study.coefficients.forwards)
 
 
 def left_out_count(study: StudyConfig) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import optuna
 from optuna.storages import RDBStorage
 
+from dem_opt.search.group_log import is_group_search
 from dem_opt.search.optuna_study import opened_storage
 from dem_opt.search.run_name import RunName
 from dem_opt.storage.identity import StudyIdentity
@@ -87,9 +88,13 @@ def _run_overview(name: str, storage: RDBStorage, study: int) -> RunOverview:
 
 
 def optuna_studies_of(study: str, url: str) -> dict[str, int]:
-    """The Optuna studies of all runs and generations of a study: the number of their trials, by name."""
+    """The Optuna studies of all runs, searches by group and generations of a study: the number of trials by name."""
     with opened_storage(url) as storage:
-        names = sorted(name for name in optuna.get_all_study_names(storage) if RunName.from_optuna(name, study))
+        names = sorted(
+            name
+            for name in optuna.get_all_study_names(storage)
+            if RunName.from_optuna(name, study) or is_group_search(name, study)
+        )
         return {name: storage.get_n_trials(storage.get_study_id_from_name(name)) for name in names}
 
 

@@ -1,7 +1,7 @@
 """The loop: ask, look up or score, record, tell, log."""
 
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from time import sleep
@@ -28,6 +28,7 @@ from dem_opt.types import (
     Evaluation,
     Expense,
     Failure,
+    Folds,
     Request,
     Score,
 )
@@ -161,24 +162,60 @@ class Driver:
             EvaluationError: Where a composite can't be scored.
             KeyboardInterrupt: As `optimize` does.
         """
-        requests = {request.ticket: request for request in self.missing(composites, splits)}
-        for request in requests.values():
+        requests = self.missing(composites, splits)
+        windows = {request.ticket: self._missing_windows(request) for request in requests}
+        failed: list[str] = []
+        with self.progress.phase(f"scoring, {part}", sum(windows.values()), "windows") as phase:
+            for request, answer in self._answers(requests, part):
+                phase.advance(windows[request.ticket])
+                if isinstance(answer, Failure):
+                    failed.append(f"{dict(request.composite.terms)} can't be scored: {answer.reason}")
+        if failed:
+            raise EvaluationError(failed[0])
+
+    def differentiate(self, composite: Composite, folds: Mapping[str, Folds], part: str) -> None:
+        """Measure scores and gradients by parameter on each fold of the search split, as far as the ledger lacks them.
+
+        Corpora are divided over the workers.
+
+        Args:
+            composite: The composite.
+            folds: Folds by corpus key.
+            part: The part of the study whose cost it is, for people.
+
+        Raises:
+            EvaluationError: The composite can't be scored.
+        """
+        known = self.ledger.fold_gradients(composite, folds, self.identity.differentiation)
+        missing = [key for key in folds if key not in known]
+        count = min(self.pool.capacity, len(missing))
+        requests = []
+        for ticket in range(count):
+            own = {key: folds[key] for key in missing[ticket::count]}
+            requests.append(Request(ticket=ticket, composite=composite, corpora=tuple(own), gradient=True, folds=own))
+        failed = [answer.reason for _, answer in self._answers(requests, part) if isinstance(answer, Failure)]
+        if failed:
+            raise EvaluationError(f"a composite by group can't be scored: {failed[0]}")
+
+    def _answers(self, requests: Sequence[Request], part: str) -> Iterator[tuple[Request, Evaluation | Failure]]:
+        """Submit requests, and yield each with its answer, which is recorded.
+
+        Raises:
+            KeyboardInterrupt: Where a stop was requested, when those that are under way are written.
+        """
+        for request in requests:
             self.pool.submit(request)
-        windows = {ticket: self._missing_windows(request) for ticket, request in requests.items()}
-        scoring = self.progress.phase(f"scoring, {part}", sum(windows.values()), "windows")
-        with finishing(self._announce_stop) as stop, scoring as phase:
-            while requests:
+        pending = {request.ticket for request in requests}
+        with finishing(self._announce_stop) as stop:
+            while pending:
                 stop.check()
                 if stop.is_set():
-                    for ticket in self.pool.withdraw():
-                        del requests[ticket]
-                if requests and (done := self.pool.next_done()):
+                    pending -= self.pool.withdraw()
+                if pending and (done := self.pool.next_done()):
                     request, answer = done
                     self._record(request, answer, part)
-                    del requests[request.ticket]
-                    phase.advance(windows[request.ticket])
-                    if isinstance(answer, Failure):
-                        raise EvaluationError(f"{dict(request.composite.terms)} can't be scored: {answer.reason}")
+                    pending.remove(request.ticket)
+                    yield request, answer
             if stop.is_set():
                 raise KeyboardInterrupt
 
@@ -269,6 +306,7 @@ class Driver:
                 answer.gradients,
                 self.identity.differentiation,
                 self._expense(request, answer, part),
+                answer.fold_gradients,
             )
 
     def _expense(self, request: Request, answer: Evaluation, part: str) -> Expense:

@@ -88,6 +88,8 @@ def exceeded(ledger: Ledger, identity: StudyIdentity, scores: Mapping[str, Score
 def coefficients_of(identity: StudyIdentity, composite: Composite) -> Coefficients | None:
     """A composite as coefficients of the study; None where it is no point of the study's space."""
     names = {content: name for name, content in identity.fine_tunes.items()}
+    if composite.parts:
+        return None
     units = dict(composite.terms)
     units.pop(identity.base, None)
     if not units.keys() <= names.keys():

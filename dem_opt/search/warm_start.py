@@ -12,6 +12,7 @@ import numpy as np
 
 from dem_opt.errors import EvaluationError, InputError
 from dem_opt.evaluation.objective import Objective
+from dem_opt.grouping import same_search
 from dem_opt.progress import Progress
 from dem_opt.search.trials import coefficients_of, exceeded, objectives, recall
 from dem_opt.simplex import Coefficients
@@ -56,12 +57,14 @@ def enter(
     if change and (others := lease.others()):
         mend = f"{change}, while it is driven by {' and '.join(others.values())}; stop them first"
         raise InputError(where, "name", name, mend)
-    known = find_generation(ledger, name, identity_fields)
+    known = _find_search(ledger, name, identity_fields)
     generation = known or max(ledger.generations(name)) + 1
     confirm()
     ledger.enter_study(StudyRow(name, generation, row.scoring | scoring_fields, identity_fields))
     start = carried_over(ledger, identity) if generation > 1 else []
-    if change:
+    if change and generation == row.generation:
+        progress.note(f"{name} has changed ({change}): the search of global coefficients stays")
+    elif change:
         course = "goes on" if known else f"begins {describe_reuse(ledger, identity, start)}"
         progress.note(f"{name} has changed ({change}): generation {generation} {course}")
     return generation, start
@@ -71,6 +74,12 @@ def find_generation(ledger: Ledger, name: str, identity_fields: Mapping[str, str
     """Number of a study's generation with these identity fields, the present one or an earlier one, or None."""
     generations = ledger.generations(name)
     return next((number for number in sorted(generations) if generations[number] == identity_fields), None)
+
+
+def _find_search(ledger: Ledger, name: str, identity_fields: Mapping[str, str]) -> int | None:
+    """Number of a study's generation with this search of global coefficients, whatever its groups, or None."""
+    generations = ledger.generations(name)
+    return next((number for number in sorted(generations) if same_search(generations[number], identity_fields)), None)
 
 
 @dataclass(frozen=True, kw_only=True, order=True)

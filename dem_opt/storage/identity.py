@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dem_opt.config.objective_function import ObjectiveFunction
 from dem_opt.errors import InputError
+from dem_opt.grouping import GroupedCoefficients, GroupSettings
 from dem_opt.pareto import Axes, Axis
 from dem_opt.simplex import Coefficients, Space
 from dem_opt.types import HELD_OUT, NATS_PER_TOKEN, SEARCH, Composite
@@ -42,6 +43,7 @@ class StudyIdentity:
         pareto: The two losses whose front is searched; the weights are then those of their mean.
         configuration: Fingerprint of the config.json that computes, where the ledger has scores of these models that
             were measured with another; "" for the configuration that the ledger met first.
+        groups: Groups of parameters that have coefficients of their own.
     """
 
     base: str
@@ -56,10 +58,14 @@ class StudyIdentity:
     unit: str = NATS_PER_TOKEN
     pareto: Axes | None = None
     configuration: str = ""
+    groups: GroupSettings | None = None
 
-    def composite(self, coefficients: Coefficients) -> Composite:
+    def composite(self, coefficients: Coefficients | GroupedCoefficients) -> Composite:
         """The composite of coefficients, by content."""
-        return Composite.edited(self.base, self.fine_tunes, coefficients)
+        if isinstance(coefficients, Coefficients):
+            return Composite.edited(self.base, self.fine_tunes, coefficients)
+        assert self.groups is not None, "a study without groups has no coefficients by group"
+        return Composite.grouped(self.base, self.fine_tunes, self.groups.grouping, coefficients)
 
     @property
     def scoring(self) -> str:
@@ -116,6 +122,7 @@ class StudyIdentity:
             **({"objective.unit": self.unit} if self.unit != NATS_PER_TOKEN else {}),
             **({"objective.pareto": _written_axes(self.pareto)} if self.pareto else {}),
             **{field: key for field, key in self._files().items() if field.startswith("general.")},
+            **(self.groups.fields() if self.groups else {}),
         }
 
     def scoring_fields(self) -> dict[str, str]:
@@ -157,6 +164,7 @@ class StudyIdentity:
             unit=identity.get("objective.unit", NATS_PER_TOKEN),
             pareto=_read_axes(identity["objective.pareto"]) if "objective.pareto" in identity else None,
             configuration=identity.get("configuration", ""),
+            groups=GroupSettings.parse(identity),
         )
 
 

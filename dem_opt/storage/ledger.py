@@ -28,15 +28,27 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from dem_opt.errors import InputError
 from dem_opt.storage.costs import CostTables, add_earlier_expenses, add_expense, forget_expenses, read_costs
 from dem_opt.storage.engine import create_missing, exclusive, insert_into, masked
+from dem_opt.storage.group_tables import (
+    FoldGradients,
+    GroupTables,
+    GroupTrial,
+    add_fold_gradients,
+    read_composite,
+    read_fold_gradients,
+    read_group_trials,
+    write_group_trial,
+    written_composite,
+)
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.leases import living_drivers
 from dem_opt.storage.retry import BRIEF, RetryPolicy, patient
 from dem_opt.storage.trial_upgrade import upgrade_trials
-from dem_opt.types import Composite, CorpusLayout, Cost, Expense, Gradient, Score
+from dem_opt.types import Composite, CorpusLayout, Cost, Expense, Folds, Gradient, Score
 
-SCHEMA = 7
+SCHEMA = 8
 """Version of the tables that this module reads and writes: 2 added gradients, 3 libraries, 4 configurations and
-earlier generations, 5 layouts of corpora, 6 costs, 7 flat attributes of trials (`trial_upgrade`).
+earlier generations, 5 layouts of corpora, 6 costs, 7 flat attributes of trials (`trial_upgrade`), 8 coefficients by
+group (`group_tables`).
 """
 
 COSTS_SINCE = 6
@@ -56,7 +68,7 @@ class _Schema(_Tables):
 
 
 class _Composite(_Tables):
-    """A composite; `terms` is JSON, {content hash: units of 1e-9}."""
+    """A composite; `terms` is JSON, {content hash: units of 1e-9}, or a list of these with parts by parameters."""
 
     __tablename__ = "dem_composite"
 
@@ -191,7 +203,7 @@ class Ledger:
 
     @patient
     def _make_tables(self) -> None:
-        for tables in (_Tables, CostTables):
+        for tables in (_Tables, CostTables, GroupTables):
             create_missing(self.engine, tables.metadata)
 
     @patient
@@ -251,6 +263,7 @@ class Ledger:
         gradients: Mapping[str, Gradient] | None = None,
         differentiation: str = "",
         expense: Expense | None = None,
+        fold_gradients: FoldGradients | None = None,
     ) -> None:
         """Write scores and gradients of a composite by corpus key, all or none; committed when it returns.
 
@@ -264,6 +277,7 @@ class Ledger:
             gradients: By corpus key.
             differentiation: The study identity's `differentiation`: gradients depend on the base too.
             expense: What the study that asked for the measurement has spent on it.
+            fold_gradients: By corpus key, then by the windows of a fold.
         """
         columns = {
             "composite": composite.key,
@@ -275,12 +289,13 @@ class Ledger:
         rows = [columns | _columns(corpus, score) for corpus, score in sorted(scores.items())]
         if not rows:
             return
-        terms = {"key": composite.key, "terms": json.dumps(dict(composite.terms))}
+        terms = {"key": composite.key, "terms": written_composite(composite)}
         with self.engine.begin() as connection:
             connection.execute(insert_into(self.engine, _Composite).values(terms).on_conflict_do_nothing())
             connection.execute(self._insert_longer(), rows)
             for corpus, gradient in sorted((gradients or {}).items()):
                 self._add_gradient(connection, (composite.key, corpus, differentiation or scoring), gradient)
+            add_fold_gradients(connection, composite, fold_gradients or {}, differentiation)
             if expense is not None:
                 add_expense(connection, expense)
 
@@ -332,6 +347,21 @@ class Ledger:
             return {corpus: json.loads(gradient) for corpus, gradient in session.execute(query)}
 
     @patient
+    def fold_gradients(self, composite: Composite, folds: Mapping[str, Folds], differentiation: str) -> FoldGradients:
+        """The gradients of `composite` by corpus key and fold, then by parameter, where all folds were measured."""
+        return read_fold_gradients(self.engine, composite, folds, differentiation)
+
+    @patient
+    def group_trials(self, search: str) -> list[GroupTrial]:
+        """The trials of a search of coefficients by group, in their order; `search` is its key."""
+        return read_group_trials(self.engine, search)
+
+    @patient
+    def add_group_trial(self, search: str, trial: GroupTrial) -> None:
+        """Write down a trial of such a search, unless another driver has."""
+        write_group_trial(self.engine, search, trial)
+
+    @patient
     def seconds(self, composite: Composite, corpora: Collection[str], scoring: str) -> float:
         """Wall time of measuring a composite on these corpora; an evaluation of several corpora counts once."""
         evaluations = (
@@ -362,7 +392,7 @@ class Ledger:
             .order_by(func.min(_Score.id))
         )
         with Session(self.engine) as session:
-            return [Composite.of(json.loads(terms)) for terms in session.scalars(measured)]
+            return [read_composite(terms) for terms in session.scalars(measured)]
 
     @patient
     def study(self, name: str) -> StudyRow | None:

@@ -16,7 +16,6 @@ from dem_opt.errors import InputError
 from dem_opt.export.writer import write_composite
 from dem_opt.json_files import find_json
 from dem_opt.planning.inputs import Inputs
-from dem_opt.simplex import UNIT
 from dem_opt.tracking import JobNote
 from dem_opt.types import UNITS, Composite, ResultRow, Summary
 from dem_opt.workflows.configurations import distinguish
@@ -72,11 +71,12 @@ def check_settings(context: StudyContext) -> EvaluateSection:
 
 
 def select_candidates(summary: Summary, inputs: Inputs, top: int) -> list[Candidate]:
-    """Return base, fine-tunes and uniform average, then the best composites, each composite once."""
+    """Return base, fine-tunes, uniform average, the best by group, then the best composites, each composite once."""
     identity, by_composite = inputs.identity(), dict[Composite, ResultRow]()
     baselines = [row for row in summary.results if row.role in ("base", "single", "uniform")]
-    for row in (*baselines, *summary.top[:top]):
-        coefficients = row.coefficients  # None for the base
+    by_group = [row for row in summary.results if row.groups is not None]
+    for row in (*baselines, *by_group, *summary.top[:top]):
+        coefficients = row.merged  # None for the base
         composite = Composite.single(identity.base) if coefficients is None else identity.composite(coefficients)
         by_composite.setdefault(composite, row)
     return [Candidate(row, composite) for composite, row in by_composite.items()]
@@ -144,9 +144,8 @@ def _measure(
 def _model_folder(context: StudyContext, inputs: Inputs, composite: Composite) -> Iterator[Path]:
     """Yield a model's folder: a checkpoint's own, or one that is deleted afterwards."""
     checkpoints = {model.content: model.path for model in inputs.models().values() if model.base is None}
-    (content, units), *others = composite.terms
-    if not others and units == UNIT and content in checkpoints:
-        yield checkpoints[content]
+    if composite.is_single and composite.contents[0] in checkpoints:
+        yield checkpoints[composite.contents[0]]
         return
     out = context.config.output / FOLDER / f"model-{composite.key[:16]}"
     shutil.rmtree(out, ignore_errors=True)

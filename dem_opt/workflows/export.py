@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dem_opt.analysis.results import rescored
+from dem_opt.dashboards.words import winner_text
 from dem_opt.export.model_card import texts
 from dem_opt.export.writer import (
     SAME_SCORE,
@@ -17,6 +18,7 @@ from dem_opt.export.writer import (
     refuse_place,
     write_composite,
 )
+from dem_opt.grouping import GroupedCoefficients
 from dem_opt.planning.inputs import Inputs
 from dem_opt.search.trials import objectives
 from dem_opt.search.warm_start import find_generation
@@ -50,7 +52,11 @@ class Champion:
 
 
 def merge(
-    context: StudyContext, coefficients: Coefficients, out: Path, dtype: str | None, overwrite: bool = False
+    context: StudyContext,
+    coefficients: Coefficients | GroupedCoefficients,
+    out: Path,
+    dtype: str | None,
+    overwrite: bool = False,
 ) -> Export:
     """Write a composite, and compare its bits from disk with a fresh merge.
 
@@ -113,10 +119,10 @@ class _ExportProof:
         self.identity, self.exported = inputs.identity(), summary.winner
 
     @property
-    def coefficients(self) -> Coefficients:
+    def coefficients(self) -> Coefficients | GroupedCoefficients:
         """The winner's coefficients."""
-        assert self._summary.winner.coefficients is not None, "a winner that a search found has coefficients"
-        return self._summary.winner.coefficients
+        assert self._summary.winner.merged is not None, "a winner that a search found has coefficients"
+        return self._summary.winner.merged
 
     def __call__(self, written: Export) -> Mapping[str, str]:
         """Prove the folder; return the texts to write beside its weights, by file name."""
@@ -164,7 +170,7 @@ def _generation_of(context: StudyContext, identity: StudyIdentity, stored: Store
 
 def _write(
     inputs: Inputs,
-    coefficients: Coefficients,
+    coefficients: Coefficients | GroupedCoefficients,
     out: Path,
     dtype: str | None,
     approve: Callable[[Export], Mapping[str, str]],
@@ -184,7 +190,7 @@ def model_folders(context: StudyContext) -> list[Path]:
 def describe(
     context: StudyContext,
     inputs: Inputs,
-    coefficients: Coefficients,
+    coefficients: Coefficients | GroupedCoefficients,
     dtype: str | None,
     summary: Summary | None = None,
     lora: Export | None = None,
@@ -207,7 +213,7 @@ def describe(
 def _register(context: StudyContext, stored: StoredStudy, row: ResultRow, written: Export) -> str | None:
     """Register the winner under the run that found it; return its version."""
     objective = {f"{split}.objective_nll": f"{nll:.4f}" for split, nll in row.objective.items()}
-    tags = {"composite": written.composite.key, "content": written.content, "coefficients": str(row.coefficients)}
+    tags = {"composite": written.composite.key, "content": written.content, "coefficients": winner_text(row)}
     with (
         closing(context.runs(stored.generation).open(row.run)) as search,
         closing(context.track(search, context.visit(stored.ledger))) as tracker,

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from time import monotonic
 
 from dem_opt.analysis import total_price
-from dem_opt.analysis.results import entries, final_entries, winner_of
+from dem_opt.analysis.results import entries, final_entries, groups_of, winner_of
 from dem_opt.config import TOP, ReportSection
 from dem_opt.errors import EvaluationError
 from dem_opt.planning.plan import left_out_count, price_count
@@ -38,11 +38,12 @@ def measure_final_table(
     """
     with lease.turn("measuring the final table"):
         trials = trials_by_run(context, driver.ledger, driver.identity, generation)
+        groups = groups_of(driver.ledger, driver.identity, trials)
         if report is None:
-            listed = entries(driver.identity, trials)[-1:]
+            listed = entries(driver.identity, trials, groups)[-1:]
         else:
             _measure_price(context, driver, winner_of(driver.identity, trials), is_full=report == FULL)
-            listed = final_entries(driver.identity, trials, report)
+            listed = final_entries(driver.identity, trials, report, groups)
         composites = [entry.composite for entry in listed]
         requests = driver.missing(composites, SPLITS)
         if not requests:
@@ -124,7 +125,7 @@ def _is_complete(context: StudyContext, stored: StoredStudy) -> bool:
         raise context.not_run()
     if any(total_price.unmeasured(ledger, identity, winner, full=True)):
         return False
-    listed = final_entries(identity, trials, FULL)
+    listed = final_entries(identity, trials, FULL, groups_of(ledger, identity, trials))
     return all(is_known(ledger, identity, entry.composite, split) for entry in listed for split in SPLITS)
 
 

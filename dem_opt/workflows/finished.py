@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
-from dem_opt.analysis.results import final_entries
+from dem_opt.analysis.results import final_entries, groups_of
 from dem_opt.analysis.stored_vectors import recall_vectors
 from dem_opt.atomic import write_text
 from dem_opt.config import StudyConfig
@@ -96,7 +96,10 @@ def _is_measured(config: StudyConfig, ledger: Ledger, identity: StudyIdentity, g
         return False
     with Runs(config, generation).existing() as searches:
         trials = {run: finished(ledger, identity, search) for run, search in searches.items()}
-    listed = final_entries(identity, trials, config.report)
+    groups = groups_of(ledger, identity, trials)
+    if identity.groups is not None and not identity.space.is_point and groups is None:
+        return False
+    listed = final_entries(identity, trials, config.report, groups)
     is_scored = all(is_known(ledger, identity, entry.composite, split) for entry in listed for split in SPLITS)
     return is_scored and _is_error_known(ledger, identity)
 

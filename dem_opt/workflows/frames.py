@@ -64,6 +64,14 @@ def gradients_frame(summary: Summary) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+def groups_frame(summary: Summary) -> pd.DataFrame:
+    """Return the winner's coefficients by group, one row each."""
+    names = list(summary.distributions)
+    rows = summary.groups.coefficients.rows if summary.groups else ()
+    columns = ["group", *(f"w.{name}" for name in names)]
+    return pd.DataFrame([[group, *(row[name] for name in names)] for group, row in rows], columns=columns)
+
+
 def vectors_frame(summary: Summary) -> pd.DataFrame:
     """Return the geometry of the distribution vectors; `Study.vectors` documents the columns."""
     vectors = summary.vectors

@@ -9,6 +9,7 @@ from dem_opt.errors import InputError
 from dem_opt.evaluation.objective import Objective
 from dem_opt.export.lora_writer import OPTION, RANK, SAME_LORA_SCORE, prove_lora, write_lora
 from dem_opt.export.writer import Export, Scores, prove_scores, refuse_place
+from dem_opt.grouping import GroupedCoefficients
 from dem_opt.planning.inputs import Inputs
 from dem_opt.search.trials import objectives
 from dem_opt.simplex import Coefficients
@@ -47,7 +48,11 @@ class LoraForm:
 
 
 def merge_lora(
-    context: StudyContext, coefficients: Coefficients, out: Path, form: LoraForm, overwrite: bool = False
+    context: StudyContext,
+    coefficients: Coefficients | GroupedCoefficients,
+    out: Path,
+    form: LoraForm,
+    overwrite: bool = False,
 ) -> Export:
     """Write a composite as a LoRA, and compare it from disk with a fresh merge; of a smaller rank tell what it costs.
 
@@ -59,6 +64,7 @@ def merge_lora(
         overwrite: Whether an earlier export may be replaced.  A folder with any other file is always refused.
     """
     refuse_place(out, model_folders(context), overwrite)
+    coefficients = _refuse_groups(coefficients)
     inputs = context.load_inputs(for_workers=form.rank is not None)
 
     def approve(written: Export) -> Mapping[str, str]:
@@ -89,10 +95,19 @@ def export_lora(context: StudyContext, out: Path, form: LoraForm) -> Champion:
         context.refuse_changed(stored, inputs.identity())
         summary = summarize_stored(context, stored)
         proof = _LoraProof(context, inputs, stored.ledger, summary)
-        coefficients = summary.winner.coefficients
-        assert coefficients is not None, "a winner that a search found has coefficients"
+        assert summary.winner.merged is not None, "a winner that a search found has coefficients"
+        coefficients = _refuse_groups(summary.winner.merged)
         written = _write(inputs, coefficients, out, form, proof)
         return Champion(result=summary.winner, exported=proof.exported, export=written, version=None)
+
+
+def _refuse_groups(coefficients: Coefficients | GroupedCoefficients) -> Coefficients:
+    """Raise InputError for coefficients by group."""
+    if isinstance(coefficients, GroupedCoefficients):
+        raise InputError(
+            None, OPTION, None, "writes one coefficient for each adapter, and these are by group; leave it out"
+        )
+    return coefficients
 
 
 class _LoraProof:

@@ -23,6 +23,7 @@ from dem_opt.workflows.configurations import distinguish
 from dem_opt.workflows.context import StudyContext
 from dem_opt.workflows.final_table import expect_final_table, expect_winner, measure_final_table
 from dem_opt.workflows.finished import KnownInputs, find_finished, keep_inputs, stamp_of
+from dem_opt.workflows.group_coefficients import refuse_groups, search_groups
 from dem_opt.workflows.int8_error import measure_error
 from dem_opt.workflows.provenance import compare_libraries, study_description
 from dem_opt.workflows.summary import read_summary, summarize_generation, trials_by_run
@@ -40,6 +41,7 @@ def optimize(context: StudyContext, algorithms: Sequence[str], seeds: int = 1, *
         return _answer(context, known)
     stamp = stamp_of(context.config)
     inputs = context.load_inputs(for_workers=True)
+    refuse_groups(context, inputs)
     with context.driving() as (ledger, lease), context.compute:
         inputs = distinguish(inputs.on(context.compute.device), ledger, context.progress)
         identity = inputs.identity()
@@ -53,6 +55,7 @@ def optimize(context: StudyContext, algorithms: Sequence[str], seeds: int = 1, *
             for run in runs:
                 with closing(searches.open(run, start, inputs.gradients_fit)) as search:
                     _search(context, driver, search, lease, left)
+            search_groups(context, driver, inputs, generation, lease)
             report = None if winner_only else context.config.report
             measure_final_table(context, driver, generation, lease, report)
         measure_error(context, inputs, ledger)

@@ -11,6 +11,7 @@ from pathlib import Path
 from dem_opt.analysis.results import best_of
 from dem_opt.config import CHAT_DATE, StudyConfig
 from dem_opt.export.model_card import resolved
+from dem_opt.grouping import GroupResult
 from dem_opt.merging.kernel import expected_backend
 from dem_opt.planning.hardware import this_machine
 from dem_opt.progress import Progress
@@ -117,7 +118,7 @@ def study_descriptions(summary: Summary, note: str, files: Mapping[str, str | by
             trials = len(summary.trials.get(best.run, ()))
             descriptions[best.run] = StudyDescription(note=note, metrics=metrics, trials=trials)
             if best is summary.winner:
-                metrics |= _price_metrics(summary.total_price)
+                metrics |= _price_metrics(summary.total_price) | _group_metrics(summary.groups)
                 described = StudyDescription(note=note, metrics=metrics, trials=trials)
                 descriptions[best.run] = replace(described, files=files, baselines=baselines)
     return descriptions
@@ -132,6 +133,16 @@ def _price_metrics(price: TotalPrice | None) -> dict[str, float]:
         return {}
     gains = {f"{BEST}gain_of.{margin.rival}": -margin.mean for margin in price.rivals if margin.violation <= 0}
     return {f"{BEST}total_slope": price.slope, **gains}
+
+
+def _group_metrics(groups: GroupResult | None) -> dict[str, float]:
+    """Return the number of groups, what they gain on the fold that did not choose, and the optimism of that choice."""
+    if groups is None:
+        return {}
+    metrics = {f"{BEST}groups": float(len(groups.coefficients))}
+    if groups.judged is not None and groups.optimism is not None:
+        metrics |= {f"{BEST}groups_gain": -groups.judged.other, f"{BEST}groups_optimism": groups.optimism}
+    return metrics
 
 
 def fingerprint(identity: StudyIdentity) -> str:

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dem_opt.analysis.precision import study_precision
-from dem_opt.analysis.results import Entry, entries, final_entries
+from dem_opt.analysis.results import Entry, entries, final_entries, groups_of
 from dem_opt.checkpoints.files import known_content
 from dem_opt.config import StudyConfig
 from dem_opt.planning.inputs import CheckedHeaders
-from dem_opt.planning.plan import Plan, Work, left_out_count
+from dem_opt.planning.plan import Plan, Work, group_forwards, left_out_count
 from dem_opt.search.runs import Runs
 from dem_opt.search.trials import finished, is_known
 from dem_opt.storage.engine import is_there
@@ -50,6 +50,7 @@ def remaining_work(config: StudyConfig, files: CheckedHeaders, plan: Plan) -> Re
         identity = StudyIdentity.recall(row.identity, row.scoring)
         if not _is_same(config, files, identity):
             return None
+        identity = replace(identity, groups=files.groups(None))
         algorithm = config.search.algorithm
         planned = config.planned_trials(algorithm)
         with Runs(config, row.generation).existing() as searches:
@@ -97,10 +98,11 @@ def _work_left(
     if left:
         known = [entry for entry in entries(identity, trials) if entry.role != "best"]
         # Besides the baselines: the winner and the next best, which the search scores, and leave-one-out.
-        search, held_out = left + left_out_count(config), whole.reported - len(known)
+        search, held_out = left + left_out_count(config) + group_forwards(config), whole.reported - len(known)
     else:
-        known = final_entries(identity, trials, config.report)
-        search, held_out = 0, 0
+        groups = groups_of(ledger, identity, trials)
+        known = final_entries(identity, trials, config.report, groups)
+        search, held_out = (group_forwards(config), 1) if groups is None and identity.groups is not None else (0, 0)
     search += _unknown(ledger, identity, known, SEARCH)
     held_out += _unknown(ledger, identity, known, HELD_OUT)
     return replace(whole, trials=left, composites=search, reported=held_out)

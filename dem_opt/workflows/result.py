@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from html import escape
 
 from dem_opt.dashboards.fronts import winner_lines
-from dem_opt.dashboards.words import cost_line, margin_text, objective_name, sampled_note, total_lines
+from dem_opt.dashboards.words import cost_line, group_lines, margin_text, objective_name, sampled_note, total_lines
 from dem_opt.types import HELD_OUT, SEARCH, Margin, ResultRow, Summary
 
 ABSENT = "-"
@@ -54,6 +54,8 @@ class StudyResult:
         lines = ["  ".join(_pad(row, widths)).rstrip() for row in rows]
         lines.insert(1, "-" * len(lines[0]))
         coefficients = ", ".join(f"{name} {weight:.3f}" for name, weight in self._coefficients().items())
+        if self.winner.groups is not None:
+            coefficients += f", and up to {self.winner.groups.largest_deviation:.3f} apart by group"
         return "\n".join(
             [
                 self._title(),
@@ -62,7 +64,7 @@ class StudyResult:
                 *lines,
                 "",
                 self._legend(),
-                *filter(None, [*winner_lines(self.summary.front), *total_lines(self.summary), cost_line(self.summary)]),
+                *filter(None, [*self._findings(), cost_line(self.summary)]),
                 self._hints(),
             ]
         )
@@ -80,12 +82,14 @@ class StudyResult:
             f"<p>Winner: <strong>{escape(self.winner.label)}</strong></p>{self._bars()}"
             f"<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>"
             f'<p class="note">{escape(self._legend())}</p>'
-            + "".join(
-                f"<p>{escape(line)}</p>" for line in [*winner_lines(self.summary.front), *total_lines(self.summary)]
-            )
+            + "".join(f"<p>{escape(line)}</p>" for line in self._findings())
             + f'<p class="note">{escape(cost_line(self.summary))}</p>'
             f'<p class="note">{escape(self._hints())}</p></div>'
         )
+
+    def _findings(self) -> list[str]:
+        """Return what front, groups and sum of the coefficients say, a line each."""
+        return [*winner_lines(self.summary.front), *group_lines(self.summary), *total_lines(self.summary)]
 
     def _title(self) -> str:
         trials = sum(len(records) for records in self.summary.trials.values())

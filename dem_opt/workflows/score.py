@@ -4,8 +4,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dem_opt.analysis.results import entries, finite_objectives, known_rows
+from dem_opt.analysis.results import entries, finite_objectives, groups_of, known_rows
 from dem_opt.export.writer import Scores
+from dem_opt.grouping import GroupedCoefficients
 from dem_opt.planning.inputs import Inputs
 from dem_opt.search.trials import is_known, objectives, recall
 from dem_opt.simplex import Coefficients
@@ -44,7 +45,7 @@ class Scored(Mapping[str, Mapping[str, Score]]):
         return len(self.scores)
 
 
-def score_composite(context: StudyContext, coefficients: Coefficients) -> Scored:
+def score_composite(context: StudyContext, coefficients: Coefficients | GroupedCoefficients) -> Scored:
     """Score the composite of these coefficients; what the ledger has is not measured again."""
     inputs = context.load_inputs(for_workers=True)
     return _score(context, inputs, inputs.identity().composite(coefficients))
@@ -85,4 +86,6 @@ def _beside(context: StudyContext, ledger: Ledger, identity: StudyIdentity) -> t
     row = ledger.study(context.config.name)
     was_run = row is not None and row.identity == identity.identity_fields()
     trials = trials_by_run(context, ledger, identity, row.generation) if row is not None and was_run else {}
-    return known_rows(ledger, identity, [entry for entry in entries(identity, trials) if entry.role in BESIDE])
+    groups = groups_of(ledger, identity, trials)
+    listed = [entry for entry in entries(identity, trials, groups) if entry.role in BESIDE]
+    return known_rows(ledger, identity, listed)

@@ -51,7 +51,7 @@ def train_on_search_split(context: StudyContext) -> tuple[Rival, ...]:
         inputs = distinguish(inputs, stored.ledger, context.progress)
         context.refuse_changed(stored, inputs.identity())
         inputs = inputs.exact()
-        jobs = training_jobs(context, inputs, summary.winner)
+        jobs = training_jobs(context, inputs, summary.global_winner)
         train(context, list(jobs.values()))
         with context.compute:
             folders = [job.out for job in jobs.values()]

@@ -42,7 +42,7 @@ def stored_results(config: StudyConfig, path: Path) -> Summary:
         summary = summarize(config.name, ledger, identity, trials, {"study file": str(path)}, stopped)
         precision, rivals = (
             study_precision(ledger, identity, trials),
-            recall_rivals(config, ledger, identity, summary.winner),
+            recall_rivals(config, ledger, identity, summary.global_winner),
         )
         summary = replace(summary, precision=precision, rivals=rivals)
     if summary.winner.role != "best":

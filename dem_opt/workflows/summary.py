@@ -54,7 +54,7 @@ def summarize_generation(context: StudyContext, ledger: Ledger, identity: StudyI
         vectors=vectors,
         surrogate=fitted,
         precision=study_precision(ledger, identity, trials),
-        rivals=recall_rivals(context.config, ledger, identity, summary.winner),
+        rivals=recall_rivals(context.config, ledger, identity, summary.global_winner),
     )
 
 

@@ -15,7 +15,7 @@ from dem_opt.evaluation import nll
 from dem_opt.evaluation.lm_head import find_head
 from dem_opt.evaluation.nll import document_layout, prepare
 from dem_opt.export.writer import prove, write_composite
-from dem_opt.merging.merged_model import MergedModel
+from dem_opt.merging.merged_model import MergedModel, total_gradient
 from dem_opt.simplex import UNIT
 from dem_opt.types import Composite, StoredModel, Windows
 
@@ -217,8 +217,9 @@ def differentiated(world, dtype):
     base, *fine_tunes = world.contents
     with calculating(dtype):
         plain = score(model, made, 60, kind)
-        with merged_model.reduce_gradients(base, fine_tunes) as gradient:
+        with merged_model.reduce_gradients(base, fine_tunes) as products:
             result = score(model, made, 60, kind, gradient=True)
+    gradient = total_gradient(products, fine_tunes)
     return model, made, kind, plain, result, [gradient[content] for content in fine_tunes]
 
 

@@ -226,6 +226,26 @@ def test_a_gradient_is_that_of_the_nats_of_each_corpus(inputs, worker, name):
             assert gradient[expert.content] == pytest.approx(float(sum(parts).detach()), rel=1e-4)
 
 
+@pytest.mark.parametrize("folds", [((0, 1), (2, 3)), ((0, 3), (1, 2)), ((2,), (0, 1, 3)), ((0, 1, 2, 3),)])
+def test_gradients_of_folds_by_parameter_add_up_to_the_gradient(inputs, worker, folds):
+    composite, corpora = composites(inputs)[-1], keys(inputs)
+    plain = worker.evaluate(Request(ticket=0, composite=composite, corpora=corpora, gradient=True))
+    request = Request(
+        ticket=0, composite=composite, corpora=corpora, gradient=True, folds=dict.fromkeys(corpora, folds)
+    )
+    answer = worker.evaluate(request)
+    names = {name for name, _ in worker.model.named_parameters()}
+    for key in corpora:
+        by_fold = answer.fold_gradients[key]
+        assert tuple(by_fold) == folds and all(products.keys() == names for products in by_fold.values())
+        assert answer.scores[key].nats_W == pytest.approx(plain.scores[key].nats_W, rel=1e-6)
+        assert answer.scores[key].tokens_W == plain.scores[key].tokens_W
+        for content, slope in plain.gradients[key].items():
+            parts = [products[name][content] for products in by_fold.values() for name in names]
+            assert sum(parts) == pytest.approx(slope, rel=1e-4, abs=1e-4)
+    assert not answer.gradients and answer.forward_tokens == plain.forward_tokens
+
+
 @pytest.mark.parametrize("known", [0, 2, 4])
 def test_with_a_gradient_all_windows_are_gone_through_and_scored_to_the_same_bits(inputs, worker, known):
     composite = composites(inputs)[-1]

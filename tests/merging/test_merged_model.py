@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from dem_opt.checkpoints.adapters import read_adapter
 from dem_opt.checkpoints.architecture import empty_model, read_architecture
 from dem_opt.checkpoints.files import content_hash, read_header
-from dem_opt.merging.merged_model import ALIGNMENT, MergedModel, inner_products, merged_tensors
+from dem_opt.merging.merged_model import ALIGNMENT, MergedModel, inner_products, merged_tensors, total_gradient
 from dem_opt.simplex import UNIT, Coefficients
 from dem_opt.types import Composite, StoredModel
 
@@ -374,10 +374,10 @@ def losses(model, count=2):
 
 
 def reduced(merged_model, model, contents, count=2):
-    with merged_model.reduce_gradients(contents[0], contents[1:]) as slopes:
+    with merged_model.reduce_gradients(contents[0], contents[1:]) as products:
         for loss in losses(model, count):
             loss.backward()
-    return slopes
+    return total_gradient(products, contents[1:])
 
 
 def expected(tame, model, count=2):
