@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart headline pretrained test docs chaos browser check bench image clean
+.PHONY: quickstart headline mix pretrained test docs chaos browser check bench image clean
 
 ## quickstart: the whole method on this machine, into ./quickstart
 quickstart: .venv/ready
@@ -15,6 +15,17 @@ headline: .venv/ready
 	$(BIN)/dem-opt compare --placebo studies/headline.yaml
 	$(BIN)/dem-opt compare --fine-tune-on-search studies/headline.yaml
 	$(BIN)/dem-opt compare --data-mixing study studies/headline.yaml
+
+## mix: shares of the data by `dem-opt mix`, one training on them from either start, and 16 mixtures trained beside it, into ./quickstart/runs/mix
+mix: .venv/ready
+	$(BIN)/dem-opt quickstart --files quickstart
+	$(BIN)/dem-opt train studies/mix.yaml
+	$(BIN)/dem-opt run studies/mix.yaml
+	$(BIN)/dem-opt mix studies/mix.yaml
+	$(BIN)/dem-opt train --mixture proposed studies/mix.yaml
+	$(BIN)/dem-opt train --mixture proposed --from composite studies/mix.yaml
+	$(BIN)/dem-opt compare --data-mixing study studies/mix.yaml
+	$(BIN)/dem-opt mix studies/mix.yaml
 
 ## pretrained: the method on SmolLM2-135M and this machine's texts, into ./pretrained; PRETRAINED=FOLDER takes another causal model
 pretrained: .venv/ready

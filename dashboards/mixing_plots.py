@@ -11,10 +11,12 @@ from dem_opt.analysis.mixing_cost import (
     MergeResult,
     MixingComparison,
     MixtureResult,
+    ProposedResult,
+    proposed_verdict,
     verdict,
 )
 from dem_opt.dashboards.html_report import render_page
-from dem_opt.dashboards.style import OUTLINE, color, finish, label, rgba
+from dem_opt.dashboards.style import OUTLINE, WINNER, color, finish, label, rgba
 from dem_opt.dashboards.tables import Table
 from dem_opt.types import HELD_OUT, SEARCH
 
@@ -42,12 +44,15 @@ def quality_table(comparison: MixingComparison) -> Table:
         tokens = BUDGETS[budget.budget]
         rows.append(_quality_row(f"best of {budget.mixtures} mixtures, {tokens}", total, best, names))
         rows.append(_quality_row(f"that mixture alone, {tokens}", best.cost, best, names))
+    for proposed in comparison.proposed:
+        model = f"proposed mixture, from the {proposed.start}, all included"
+        rows.append(_quality_row(model, comparison.total_cost(proposed), proposed, names))
     headers = ("model", "training tokens", "FLOPs", "seconds", "search", "held-out", *names)
     return Table(headers, tuple(rows))
 
 
 def _quality_row(
-    model: str, cost: Cost, scored: BaseScore | MergeResult | MixtureResult, names: Sequence[str]
+    model: str, cost: Cost, scored: BaseScore | MergeResult | MixtureResult | ProposedResult, names: Sequence[str]
 ) -> tuple[str, ...]:
     nll = scored.nll[HELD_OUT]
     objectives = (f"{scored.objective[split]:.4f}" for split in (SEARCH, HELD_OUT))
@@ -102,6 +107,8 @@ def mixing_figure(comparison: MixingComparison) -> go.Figure:
         marker={"color": color("simplex-gp"), "size": 12, "symbol": "diamond"},
         hovertemplate=f"%{{x:.2e}} FLOPs<br>%{{y:.4f}} {comparison.unit}<extra></extra>",
     )
+    for proposed in comparison.proposed:
+        _add_proposed(figure, comparison, proposed)
     base = round(comparison.base.objective[HELD_OUT], 6)
     figure.add_hline(y=base, line={"color": OUTLINE, "width": 1, "dash": "dot"}, annotation_text="base")
     figure.update_xaxes(title="FLOPs of training and scoring (log scale)", type="log")
@@ -115,6 +122,11 @@ def mixing_figure(comparison: MixingComparison) -> go.Figure:
         f"best of {budget.mixtures} mixtures with {BUDGETS[budget.budget]} {budget.curve[-1].objective[HELD_OUT]:.4f} "
         f"for {budget.curve[-1].flops:.2e} FLOPs"
         for budget in comparison.against
+    )
+    endpoints += "".join(
+        f"; proposed mixture from the {proposed.start} {proposed.objective[HELD_OUT]:.4f} for "
+        f"{comparison.total_cost(proposed).flops:.2e} FLOPs"
+        for proposed in comparison.proposed
     )
     description = (
         f"Objective in {comparison.unit}: base {base:.4f}; composite {composite.objective[HELD_OUT]:.4f} for "
@@ -146,12 +158,25 @@ def _add_budget(figure: go.Figure, comparison: MixingComparison, budget: BudgetC
     )
 
 
+def _add_proposed(figure: go.Figure, comparison: MixingComparison, proposed: ProposedResult) -> None:
+    """Add a model trained on proposed shares at the cost of fine-tunes, search and its own training."""
+    tokens = f"{proposed.cost.trained_tokens:,} tokens"
+    figure.add_scatter(
+        x=[comparison.total_cost(proposed).flops],
+        y=[round(proposed.objective[HELD_OUT], 6)],
+        name=f"proposed mixture from the {proposed.start}, {tokens}",
+        mode="markers",
+        marker={"color": WINNER, "size": 13, "symbol": "star" if proposed.start == "base" else "star-open"},
+        hovertemplate=f"%{{x:.2e}} FLOPs<br>%{{y:.4f}} {comparison.unit}<extra></extra>",
+    )
+
+
 def verdicts(comparison: MixingComparison) -> list[str]:
-    """Return the comparison in words, one paragraph for each budget."""
+    """Return the comparison in words, one paragraph for each budget and for each proposed mixture."""
     return [
         f"Mixtures with {BUDGETS[budget.budget]}. {' '.join(verdict(comparison, budget))}"
         for budget in comparison.against
-    ]
+    ] + [proposed_verdict(comparison, proposed) for proposed in comparison.proposed]
 
 
 def quality_title(comparison: MixingComparison) -> str:

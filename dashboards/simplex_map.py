@@ -133,7 +133,7 @@ def _draw_ternary(figure: go.Figure, summary: Summary, shown: Shown) -> None:
 def _draw_polygon(figure: go.Figure, summary: Summary, shown: Shown) -> None:
     """Draw any number of coefficients in a regular polygon with a corner for each distribution."""
     names = list(summary.distributions)
-    corners_K2 = _corners(len(names))
+    corners_K2 = polygon_corners(len(names))
     outline_x, outline_y = np.vstack([corners_K2, corners_K2[:1]]).T.tolist()
     line = {"color": OUTLINE, "width": 1}
     figure.add_scatter(x=outline_x, y=outline_y, mode="lines", line=line, hoverinfo="skip", showlegend=False)
@@ -148,21 +148,21 @@ def _draw_polygon(figure: go.Figure, summary: Summary, shown: Shown) -> None:
         x, y = barycentric([summary.surrogate.optimum], names, corners_K2).T.tolist()
         figure.add_scatter(x=x, y=y, **optimum_marker(summary.surrogate, summary.unit_words))
     for name, (x, y) in zip(names, corners_K2.tolist(), strict=True):
-        figure.add_annotation(text=label(name, 15), showarrow=False, **_corner_label(x, y, is_crowded=len(names) > 6))
+        figure.add_annotation(text=label(name, 15), showarrow=False, **corner_label(x, y, is_crowded=len(names) > 6))
     reach = 1.2 * float(corners_K2.max())
     figure.update_xaxes(visible=False, range=[-reach, reach])
     figure.update_yaxes(visible=False, range=[-reach, reach], scaleanchor="x")
     figure.update_layout(coloraxis=_objective_axis(summary, shown))
 
 
-def _corners(count: int) -> NDArray[np.float64]:
+def polygon_corners(count: int) -> NDArray[np.float64]:
     """Return the corners of a regular polygon, clockwise; an even one rests on a side, to leave room for labels."""
     top = pi / 2 + (pi / count if count % 2 == 0 else 0)
     angles = [top - 2 * pi * i / count for i in range(count)]
     return np.array([(cos(angle), sin(angle)) for angle in angles]).round(4)
 
 
-def _corner_label(x: float, y: float, is_crowded: bool) -> dict[str, Any]:
+def corner_label(x: float, y: float, is_crowded: bool) -> dict[str, Any]:
     """Return the position of a corner's label: beside the corners at the sides, above or below the others.
 
     Around a crowded polygon, labels above and below extend away from the middle, which keeps neighbours apart.

@@ -9,6 +9,7 @@ import pandas as pd
 
 from dem_opt import config as study_file
 from dem_opt.analysis.mixing_cost import MixingComparison
+from dem_opt.analysis.mixture_proposal import MixtureProposal
 from dem_opt.analysis.power import Power
 from dem_opt.analysis.surrogate import Prediction
 from dem_opt.analysis.task_scores import TaskTable
@@ -28,12 +29,14 @@ from dem_opt.training.fine_tune import FineTuned
 from dem_opt.types import Rival, Summary
 from dem_opt.workflows import (
     data_mixing,
+    data_shares,
     downstream,
     export,
     final_table,
     fine_tuning,
     frames,
     lora_export,
+    mixture_training,
     optimize,
     placebo,
     score,
@@ -143,6 +146,42 @@ class Study:
         """
         with self._workflow() as context:
             return data_mixing.mix(context, grid)
+
+    def propose_mixture(
+        self,
+        tokens: str | int = "all",
+        *,
+        by: str = "curves",
+        epochs: float = data_shares.EPOCHS,
+        kl_penalty: float = 0.0,
+        swarm: str | Path | None = None,
+    ) -> MixtureProposal:
+        """Propose shares of the training data, and write them into OUTPUT/mixture.
+
+        Args:
+            tokens: Tokens of the training: a number, "all" for those of all fine-tunes together, "one" for those of
+                one.
+            by: "curves" for the fine-tunes' training curves, or "merges" for the loss of merges, which are searched
+                where that has not been done for this budget.
+            epochs: Most passes over a distribution's data.
+            kl_penalty: Weight of the Kullback-Leibler divergence from the natural shares, in the objective's unit for
+                each nat.
+            swarm: Folder of Olmix's `ratios.csv` and `metrics.csv`, to judge the prediction by mixtures that were
+                trained elsewhere.
+        """
+        with self._workflow() as context:
+            folder = None if swarm is None else Path(swarm)
+            return data_shares.propose_mixture(context, str(tokens), by, epochs, kl_penalty, folder)
+
+    def train_mixture(self, mixture: str | Path = "proposed", *, start: str = "base") -> MixingComparison:
+        """Train one model on a mixture, unless that is done, and compare it with everything that the study knows.
+
+        Args:
+            mixture: "proposed" for what `propose_mixture` wrote, or a file of that form.
+            start: "base", or "composite" for the study's winner, which the training then begins with.
+        """
+        with self._workflow() as context:
+            return mixture_training.train_mixture(context, str(mixture), start)
 
     def placebo(self) -> tuple[Rival, ...]:
         """Search as the study did over placebos of the distribution vectors, and compare the winners.

@@ -31,7 +31,16 @@ OPENLLAMAS = {
 
 
 def test_those_that_are_promised_are_there() -> None:
-    promised = {"quickstart", "headline", "add-a-distribution", "lora", "scale-free", "pretrained", "pretrained-sums"}
+    promised = {
+        "quickstart",
+        "headline",
+        "mix",
+        "add-a-distribution",
+        "lora",
+        "scale-free",
+        "pretrained",
+        "pretrained-sums",
+    }
     assert promised | {f"openllama-{size}" for size in OPENLLAMAS} == set(NAMES)
 
 

@@ -83,6 +83,27 @@ class MixtureResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProposedResult:
+    """A model trained on the shares that the study proposed.
+
+    Attributes:
+        folder: Name of its folder among those of mixtures.
+        start: "base" or "composite", which its training began with.
+        shares: Shares of the tokens by distribution.
+        objective: Objective by split, in its unit.
+        nll: NLL by split and corpus, in nats per token.
+        cost: Cost of training it and of scoring it on the search split, without the fine-tunes and the search.
+    """
+
+    folder: str
+    start: str
+    shares: Mapping[str, float]
+    objective: Mapping[str, float]
+    nll: Mapping[str, Mapping[str, float]]
+    cost: Cost
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergeResult:
     """A composite with its scores and its cost.
 
@@ -163,6 +184,7 @@ class MixingComparison:
         mixed: The models trained on mixtures.
         base: The base.
         unit: Unit of objectives, in words.
+        proposed: The models trained on proposed shares.
     """
 
     study: str
@@ -172,6 +194,7 @@ class MixingComparison:
     mixed: tuple[MixtureResult, ...]
     base: BaseScore
     unit: str = UNITS[NATS_PER_TOKEN]
+    proposed: tuple[ProposedResult, ...] = ()
 
     @property
     def against(self) -> tuple[BudgetComparison, ...]:
@@ -180,6 +203,16 @@ class MixingComparison:
         for mixture in self.mixed:
             by_budget.setdefault(mixture.budget, []).append(mixture)
         return tuple(_against(self.edited, mixtures) for mixtures in by_budget.values())
+
+    def total_cost(self, proposed: ProposedResult) -> Cost:
+        """Cost of a proposed mixture's model with everything that led to it: fine-tunes, search, one training."""
+        return self.edited.cost + proposed.cost
+
+    def rivals_of(self, proposed: ProposedResult) -> list[MixtureResult]:
+        """The mixtures that were trained on as many tokens as a proposed one, the best on the search split first."""
+        tokens = proposed.cost.trained_tokens
+        rivals = (mixture for mixture in self.mixed if mixture.cost.trained_tokens == tokens)
+        return sorted(rivals, key=lambda mixture: mixture.objective[SEARCH])
 
     def kept(self, budget: str) -> float:
         """The composite's gain over the base on the held-out split, as a part of the gain of a budget's best mixture.
@@ -252,6 +285,23 @@ def verdict(comparison: MixingComparison, budget: BudgetComparison) -> list[str]
             f"{_gap(gap, comparison.unit)}."
         )
     return sentences
+
+
+def proposed_verdict(comparison: MixingComparison, proposed: ProposedResult) -> str:
+    """The outcome of a training on proposed shares, in sentences."""
+    value, tokens = proposed.objective[HELD_OUT], proposed.cost.trained_tokens
+    sentences = [
+        f"Proposed mixture, from the {proposed.start}, {tokens:,} tokens: {value:.4f} {comparison.unit} on the "
+        f"held-out split, {_gap(value - comparison.edited.objective[HELD_OUT], comparison.unit)} than the composite."
+    ]
+    if rivals := comparison.rivals_of(proposed):
+        flops = comparison.total_cost(proposed).flops / sum(mixture.cost.flops for mixture in rivals)
+        gap = value - rivals[0].objective[HELD_OUT]
+        sentences.append(
+            f"It is {_gap(gap, comparison.unit)} than the best of {len(rivals)} mixtures with as many tokens, for "
+            f"{flops:.2f} times their operations, fine-tunes and search included."
+        )
+    return " ".join(sentences)
 
 
 def _gap(difference: float, unit: str) -> str:

@@ -32,13 +32,19 @@ class Prediction:
     standard_deviation: float
 
 
+def process_of(space: Space, trials: Sequence[TrialRecord]) -> gp.GaussianProcess | None:
+    """The process over the space's shares, fitted to trials of any runs; None where there are too few."""
+    fitted = _fitted(trials)
+    return None if space.is_point or len(fitted) < FEWEST else _fit(space, fitted)
+
+
 def predict(space: Space, trials: Sequence[TrialRecord], coefficients: Coefficients) -> Prediction | None:
     """Predict the objective at a point of the space, from trials of any runs; None where there are too few."""
-    fitted = _fitted(trials)
-    if space.is_point or len(fitted) < FEWEST:
-        return None
     with threadpool_limits(1, "blas"):
-        posterior = _fit(space, fitted).posterior(space.shares(coefficients)[None, :])
+        process = process_of(space, trials)
+        if process is None:
+            return None
+        posterior = process.posterior(space.shares(coefficients)[None, :])
     return Prediction(float(posterior.mean_M[0]), float(posterior.variance_M[0] ** 0.5))
 
 

@@ -11,6 +11,7 @@ from dem_opt.simplex import Coefficients
 
 if TYPE_CHECKING:
     from dem_opt.analysis.mixing_cost import MixingComparison
+    from dem_opt.analysis.mixture_proposal import MixtureProposal
     from dem_opt.analysis.regret import Comparison
     from dem_opt.analysis.task_scores import TaskTable
     from dem_opt.export.writer import Export
@@ -163,6 +164,18 @@ def of_mixing(comparison: "MixingComparison") -> dict[str, Any]:
         "ratio, equal_ratio": "floating-point operations of the mixtures over those of the fine-tunes and the search",
     }
     return asdict(comparison) | {"against": [asdict(budget) for budget in comparison.against], "units": units}
+
+
+def of_proposal(result: "MixtureProposal") -> dict[str, Any]:
+    """Proposed shares of the training data, with units."""
+    units = {
+        "shares, region, natural": "shares of the tokens, from 0 to 1",
+        "predicted, at_equal, at_natural, detectable, regret": result.unit,
+        "divergence": "nats",
+        "epochs": "passes over a distribution's training data",
+        "flops, training_flops, forward_flops": "floating-point operations",
+    }
+    return asdict(result) | {"folder": str(result.folder), "cost": asdict(result.cost), "units": units}
 
 
 def of_tasks(table: "TaskTable") -> dict[str, Any]:

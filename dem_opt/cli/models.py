@@ -4,9 +4,10 @@ from argparse import Namespace
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from dem_opt.cli import json_output
+from dem_opt.cli import json_output, mixtures
 from dem_opt.cli.coefficients import read_coefficients
 from dem_opt.cli.console import Terminal
+from dem_opt.errors import InputError
 from dem_opt.types import SPLITS, UNITS
 
 if TYPE_CHECKING:
@@ -17,8 +18,14 @@ if TYPE_CHECKING:
 
 
 def train(arguments: Namespace, terminal: Terminal) -> None:
-    """Fine-tune what is missing."""
+    """Fine-tune what is missing, or train on a mixture."""
     from dem_opt.study import Study
+
+    if arguments.mixture is not None:
+        mixtures.train(arguments, terminal)
+        return
+    if arguments.start is not None:
+        raise InputError(None, "--from", arguments.start, "says what a mixture's training begins with; add --mixture")
 
     with terminal.progress() as progress:
         trained = Study.load(arguments.study, progress=progress).train()

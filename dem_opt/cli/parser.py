@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import shtab
 
 from dem_opt import __version__
-from dem_opt.cli import baselines, check, fronts, models, new_study, optimize, quickstart, reports, studies
+from dem_opt.cli import baselines, check, fronts, mixtures, models, new_study, optimize, quickstart, reports, studies
 from dem_opt.cli.console import Terminal
 from dem_opt.errors import InputError, nearest
 
@@ -195,16 +195,20 @@ def _add_preparation(commands: Any) -> None:
         metavar="D",
         help="also tell how many windows detect D, in the objective's unit",
     )
-    _add(
+    train = _add(
         commands,
         "train",
         models.train,
-        summary="fine-tune the checkpoints that are missing",
+        summary="fine-tune the checkpoints that are missing, or train on a mixture",
         details=(
             "One for each distribution. Continues an interrupted training; leaves checkpoints\nmade elsewhere alone."
         ),
-        examples="dem-opt train study.yaml",
+        examples=(
+            "dem-opt train study.yaml\ndem-opt train study.yaml --mixture proposed\n"
+            "dem-opt train study.yaml --mixture proposed --from composite"
+        ),
     )
+    _complete(mixtures.add_training_options(train), shtab.FILE)
 
 
 def _add_search(commands: Any) -> None:
@@ -271,6 +275,23 @@ def _add_models(commands: Any) -> None:
     choice = score.add_mutually_exclusive_group(required=True)
     _add_coefficients(choice)
     _complete(choice.add_argument("--model", type=Path, metavar="DIR", help="folder of a model"), shtab.DIRECTORY)
+    mix = _add(
+        commands,
+        "mix",
+        mixtures.mix,
+        summary="propose shares in which to mix the training data",
+        details=(
+            "From the fine-tunes' training curves, or from the losses of merges. Says how well\n"
+            "that ranked mixtures that were trained. Trains nothing; writes the shares into\n"
+            "OUTPUT/mixture, for `dem-opt train` and for other programs."
+        ),
+        examples=(
+            "dem-opt mix study.yaml\ndem-opt mix study.yaml --by merges\n"
+            "dem-opt mix study.yaml --tokens 20000000 --epochs 2 --kl .01\n"
+            "dem-opt mix study.yaml --swarm olmix"
+        ),
+    )
+    _complete(mixtures.add_mix_options(mix), shtab.DIRECTORY)
     evaluate = _add(
         commands,
         "evaluate",

@@ -13,6 +13,7 @@ from dem_opt.analysis.mixing_cost import (
     MergeResult,
     MixingComparison,
     MixtureResult,
+    ProposedResult,
     forward_cost,
     training_cost,
 )
@@ -28,15 +29,13 @@ from dem_opt.search.loop import Driver
 from dem_opt.search.trials import is_known, objectives, recall
 from dem_opt.storage.ledger import Ledger
 from dem_opt.tracking import JobNote
-from dem_opt.training.fine_tune import FineTuned, FineTuneJob, job_identity, result_of
+from dem_opt.training.fine_tune import FineTuned, FineTuneJob, is_finished, job_identity, result_of
 from dem_opt.types import SEARCH, SPLITS, Composite, ResultRow, StoredModel, Summary, WorkerSpec
 from dem_opt.workflows.configurations import distinguish
 from dem_opt.workflows.context import StudyContext
 from dem_opt.workflows.fine_tuning import shared_settings, train
 from dem_opt.workflows.summary import summarize_stored
-
-FOLDER = "mixing"
-"""Folder in the study's output for the models of mixtures."""
+from dem_opt.workflows.trained_mixtures import FOLDER, TrainedMixture, trained_mixtures
 
 STUDY = "study"
 """Name of the grid that stands for the mixtures of the study file."""
@@ -159,7 +158,7 @@ def mixture_jobs(
     for budget in dict.fromkeys(config.data_mixing.tokens):
         settings |= {"steps": steps[budget], "save_every": max(steps[budget] // 10, 1)}
         for number, shares in enumerate(grid, start=1):
-            mixture = _mixture(config, shares)
+            mixture = mixture_of(config, shares)
             # The folder is found again by this hash: a list of plain tuples, whatever `Part` becomes.
             digest = sha256(repr([(part.name, part.share) for part in mixture.parts]).encode()).hexdigest()[:12]
             job = FineTuneJob(
@@ -172,7 +171,8 @@ def mixture_jobs(
     return jobs
 
 
-def _mixture(config: StudyConfig, shares: Mapping[str, float]) -> Mixture:
+def mixture_of(config: StudyConfig, shares: Mapping[str, float]) -> Mixture:
+    """The study's training data with these shares."""
     parts = (
         Part(name, distribution.train, shares[name])
         for name, distribution in config.distributions.items()
@@ -241,6 +241,8 @@ def compare_costs(
     )
     mixed = tuple(_mixture_result(mixture, composites[mixture.job.out], inputs, ledger, parameters) for mixture in jobs)
     base = BaseScore(*_scores(summary.results[0]))
+    proposed = [mixture for mixture in trained_mixtures(config, ledger, inputs.identity()) if mixture.is_proposed]
+    proposed.sort(key=lambda mixture: (mixture.start, mixture.training.tokens))
     return MixingComparison(
         study=config.name,
         weights=inputs.identity().weights,
@@ -249,7 +251,26 @@ def compare_costs(
         mixed=mixed,
         base=base,
         unit=summary.unit_words,
+        proposed=tuple(_proposed_result(mixture, inputs, ledger, parameters) for mixture in proposed),
     )
+
+
+def trained_jobs(
+    config: StudyConfig, ledger: Ledger, inputs: Inputs, fine_tunes: Mapping[str, FineTuned]
+) -> list[MixtureJob]:
+    """The jobs of the study file's mixtures that are trained and scored already."""
+    identity = inputs.identity()
+    names = config.distributions
+    grid = [{name: shares.get(name, 0.0) for name in names} for shares in config.data_mixing.mixtures]
+    return [
+        mixture
+        for mixture in mixture_jobs(config, grid, fine_tunes)
+        if is_finished(mixture.job)
+        and all(
+            is_known(ledger, identity, Composite.single(content_hash(mixture.job.out, FOLDER)), split)
+            for split in SPLITS
+        )
+    ]
 
 
 def _scores(row: ResultRow) -> tuple[Mapping[str, float], Mapping[str, Mapping[str, float]]]:
@@ -270,14 +291,31 @@ def _mixture_result(
     assert record is not None, "trained just now"
     scores = {split: recall(ledger, identity, composite, split) for split in SPLITS}
     objective = objectives(ledger, identity)
-    tokens = len(identity.keys(SEARCH)) * identity.windows(SEARCH) * mixture.job.window
-    seconds = ledger.seconds(composite, identity.keys(SEARCH), identity.scoring)
     return MixtureResult(
         budget=mixture.budget,
         shares=mixture.shares,
         objective={split: objective[split](scores[split]) for split in SPLITS},
         nll={split: {name: score.nll for name, score in by_name.items()} for split, by_name in scores.items()},
-        cost=_training_cost(record, parameters) + forward_cost(parameters, tokens, seconds),
+        cost=_training_cost(record, parameters) + _scoring_cost(composite, inputs, ledger, parameters),
+    )
+
+
+def _scoring_cost(composite: Composite, inputs: Inputs, ledger: Ledger, parameters: int) -> Cost:
+    """Cost of scoring a model on the search split."""
+    identity = inputs.identity()
+    tokens = len(identity.keys(SEARCH)) * identity.windows(SEARCH) * inputs.config.evaluation.window
+    return forward_cost(parameters, tokens, ledger.seconds(composite, identity.keys(SEARCH), identity.scoring))
+
+
+def _proposed_result(mixture: TrainedMixture, inputs: Inputs, ledger: Ledger, parameters: int) -> ProposedResult:
+    composite = Composite.single(content_hash(mixture.folder, FOLDER))
+    return ProposedResult(
+        folder=mixture.folder.name,
+        start=mixture.start,
+        shares=mixture.shares,
+        objective=mixture.objective,
+        nll={split: {name: score.nll for name, score in by_name.items()} for split, by_name in mixture.scores.items()},
+        cost=_training_cost(mixture.training, parameters) + _scoring_cost(composite, inputs, ledger, parameters),
     )
 
 
@@ -285,22 +323,42 @@ def log_mixtures(context: StudyContext, jobs: Sequence[MixtureJob], comparison: 
     """Log every model of a mixture as a run of its own."""
     with closing(context.track_jobs()) as tracker:
         for mixture, result in zip(jobs, comparison.mixed, strict=True):
-            shares = {f"share.{name}": f"{share:g}" for name, share in mixture.shares.items()}
-            metrics = {f"{split}.objective_nll": nll for split, nll in result.objective.items()}
-            metrics |= {
-                f"{split}.nll.{name}": nll for split, by_name in result.nll.items() for name, nll in by_name.items()
-            }
-            metrics |= {
-                "trained_tokens": float(result.cost.trained_tokens),
-                "training_flops": result.cost.training_flops,
-                "seconds": result.cost.seconds,
-            }
             tracker.write(
                 JobNote(
                     kind="data mixing",
                     name=mixture.job.name,
                     key=job_identity(mixture.job),
-                    parameters=shares | {"tokens": mixture.budget},
-                    metrics=metrics,
+                    parameters=_shares(mixture.shares) | {"tokens": mixture.budget},
+                    metrics=_metrics(result),
                 )
             )
+
+
+def log_proposals(context: StudyContext, comparison: MixingComparison) -> None:
+    """Log every model that was trained on proposed shares as a run of its own."""
+    with closing(context.track_jobs()) as tracker:
+        for result in comparison.proposed:
+            tracker.write(
+                JobNote(
+                    kind="data mixing",
+                    name=f"proposed mixture, from the {result.start}",
+                    key=sha256(repr((result.folder, sorted(result.objective.items()))).encode()).hexdigest(),
+                    parameters=_shares(result.shares)
+                    | {"tokens": str(result.cost.trained_tokens), "start": result.start, "folder": result.folder},
+                    metrics=_metrics(result),
+                )
+            )
+
+
+def _shares(shares: Mapping[str, float]) -> dict[str, str]:
+    return {f"share.{name}": f"{share:g}" for name, share in shares.items()}
+
+
+def _metrics(result: MixtureResult | ProposedResult) -> dict[str, float]:
+    metrics = {f"{split}.objective_nll": nll for split, nll in result.objective.items()}
+    metrics |= {f"{split}.nll.{name}": nll for split, by_name in result.nll.items() for name, nll in by_name.items()}
+    return metrics | {
+        "trained_tokens": float(result.cost.trained_tokens),
+        "training_flops": result.cost.training_flops,
+        "seconds": result.cost.seconds,
+    }

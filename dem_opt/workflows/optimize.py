@@ -10,7 +10,7 @@ from dem_opt.search.loop import Driver
 from dem_opt.search.optuna_study import Search
 from dem_opt.search.run_name import RunName
 from dem_opt.search.runs import check_algorithms, run_names
-from dem_opt.search.time_left import TimeLeft, plan_run, plan_search
+from dem_opt.search.time_left import FinalTable, TimeLeft, plan_run, plan_search
 from dem_opt.search.trials import finished, missing
 from dem_opt.search.warm_start import enter
 from dem_opt.simplex import Coefficients
@@ -65,6 +65,24 @@ def optimize(context: StudyContext, algorithms: Sequence[str], seeds: int = 1, *
             known = KnownInputs(stamp=stamp, identity=identity.identity_fields(), warnings=warnings)
             keep_inputs(context.config, known)
         return summarize_generation(context, ledger, identity, generation)
+
+
+def search_only(context: StudyContext) -> None:
+    """Search with the study's own algorithm, and score no composite beside the trials: not even a final table."""
+    run = run_names([context.config.search.algorithm], 1)[0]
+    inputs = context.load_inputs(for_workers=True)
+    with context.driving() as (ledger, lease), context.compute:
+        inputs = distinguish(inputs.on(context.compute.device), ledger, context.progress)
+        identity = inputs.identity()
+        ledger.enter_layouts(inputs.layouts())
+        generation, start = _enter(context, identity, ledger, lease)
+        with context.driver(inputs.spec(), identity, ledger) as driver:
+            _measure_references(context, driver, generation, lease)
+            plan = plan_run(context.config, RunName.parse(run, generation))
+            left = TimeLeft(driver.pool.capacity, [plan], FinalTable(requests=0, forwards=0.0))
+            searches = context.runs(generation, lease, context.retry)
+            with closing(searches.open(run, start, inputs.gradients_fit)) as search:
+                _search(context, driver, search, lease, left)
 
 
 def _count_forward_check(context: StudyContext, inputs: Inputs, ledger: Ledger) -> None:

@@ -1,0 +1,217 @@
+"""Shares of training data, proposed where a predicted objective is least.
+
+Two predictors give mixtures an objective m(s), in its unit:
+
+    merges    the surrogate of a study at the coefficients  w = t s , where t is the tokens of the training to come over
+              those of a fine-tune: as if every token moved the model equally far
+    curves    the weighted mean of  L_i(s_i N)  over the training curves of the fine-tunes, N steps in all
+
+The proposed shares are
+
+    s* = argmin over s of  m(s) + penalty sum_i s_i log(s_i / n_i)
+
+    with   s_i >= 0 ,   sum_i s_i = 1 ,   s_i T <= k N_i ,   t s within the study's bounds
+
+for a budget of T windows, N_i windows of training data, natural shares n_i = N_i / sum N and at most k epochs.  The
+*region* of s* has all shares whose value is above the least by less than a difference that the study detects.
+
+Shape suffixes beside the project's: M candidates, F free shares.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import fsum, log
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from dem_opt.analysis.surrogate import process_of
+from dem_opt.analysis.training_curves import TrainingCurve
+from dem_opt.search.samplers.gp import GaussianProcess
+from dem_opt.simplex import Space, project
+from dem_opt.types import TrialRecord
+
+Array = NDArray[np.float64]
+
+DRAWS = 2000
+"""Random shares that the search begins with; they also trace the region."""
+
+AROUND = 300
+"""Candidates at each distance around the best so far."""
+
+DISTANCES = np.geomspace(0.5, 0.001, 12)
+"""Distances, in shares, one after the other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharesProposal:
+    """Proposed shares of the training data.
+
+    Attributes:
+        shares: Shares by distribution, whose sum is exactly 1.
+        region: Least and greatest share by distribution of the region.
+        predicted: Their predicted objective, in its unit.
+        at_equal: The same at equal shares, or the allowed shares nearest to them.
+        at_natural: The same at natural shares, likewise.
+        divergence: Kullback-Leibler divergence from the natural shares, in nats.
+        detectable: Difference that bounds the region, in the objective's unit.
+    """
+
+    shares: Mapping[str, float]
+    region: Mapping[str, tuple[float, float]]
+    predicted: float
+    at_equal: float
+    at_natural: float
+    divergence: float
+    detectable: float
+
+
+def allowed_shares(space: Space, total: float, most: Mapping[str, float]) -> Space | None:
+    """The shares within a study's bounds and at most so large; None where no shares are.
+
+    Args:
+        space: The study's coefficients.
+        total: Sum of the coefficients that shares stand for.
+        most: Largest share by distribution, which the repetition limit sets.
+    """
+    boxes = {name: (lower / total, upper / total) for name, lower, upper in space.bounds}
+    bounds = []
+    for name in space.names:
+        lower, upper = boxes.get(name, (0.0, 1.0))
+        bounds.append((name, lower, min(upper, most[name], 1.0)))
+    if any(lower > upper for _, lower, upper in bounds):
+        return None
+    is_reached = fsum(lower for _, lower, _ in bounds) <= 1 <= fsum(upper for _, _, upper in bounds)
+    return Space(space.names, bounds=tuple(bounds)) if is_reached else None
+
+
+class Predictor(Protocol):
+    """Predicts the objective of models that are trained on mixtures."""
+
+    def predict(self, shares_MK: Array) -> Array:
+        """The predicted objective of shares, whose columns are in ascending order of names: [M], in its unit."""
+
+
+@dataclass(frozen=True)
+class MergePredictor:
+    """The surrogate of merges, at coefficients that are `total` times the shares."""
+
+    space: Space
+    process: GaussianProcess
+    total: float
+
+    @classmethod
+    def of(cls, space: Space, trials: Sequence[TrialRecord], total: float) -> "MergePredictor | None":
+        """Fit the surrogate; None where there are too few trials."""
+        process = process_of(space, trials)
+        return None if process is None else cls(space, process, total)
+
+    def predict(self, shares_MK: Array) -> Array:
+        """m(t s)."""
+        merges = [self.space.nearest(self.total * shares_K) for shares_K in shares_MK]
+        with threadpool_limits(1, "blas"):
+            return self.process.mean(np.array([self.space.shares(merge) for merge in merges]))
+
+
+@dataclass(frozen=True)
+class CurvePredictor:
+    """The weighted mean of the fine-tunes' training curves, each after its share of the steps.
+
+    Attributes:
+        curves: Training curves, in ascending order of names.
+        weights: Weight of each in the objective, with the factor of its unit; they need not sum to 1.
+        steps: Steps of the training.
+    """
+
+    curves: tuple[TrainingCurve, ...]
+    weights: tuple[float, ...]
+    steps: float
+
+    def predict(self, shares_MK: Array) -> Array:
+        """sum_i v_i L_i(s_i N)."""
+        losses = (curve.loss(shares_M * self.steps) for curve, shares_M in zip(self.curves, shares_MK.T, strict=True))
+        predicted_M: Array = np.stack(list(losses), axis=1) @ np.array(self.weights)
+        return predicted_M
+
+
+def propose_shares(
+    predictor: Predictor,
+    allowed: Space,
+    natural: Mapping[str, float],
+    *,
+    penalty: float = 0.0,
+    detectable: float = 0.0,
+) -> SharesProposal:
+    """Propose shares.
+
+    Args:
+        predictor: What gives mixtures an objective.
+        allowed: The shares to choose from.
+        natural: Natural shares by distribution.
+        penalty: Weight of the divergence from the natural shares, in the objective's unit for each nat.
+        detectable: Difference that bounds the region, in the objective's unit.
+    """
+    natural_K = np.array([natural[name] for name in allowed.names])
+    surface = _Surface(predictor, natural_K, penalty)
+    points = [allowed.at(shares_F) for shares_F in _candidates(surface, allowed)]
+    shares_MK = np.array([allowed.point(point) for point in points])
+    values_M = surface.values(shares_MK)
+    best = points[int(np.argmin(values_M))]
+    near_MK = shares_MK[values_M <= values_M.min() + detectable]
+    equal = allowed.nearest(np.full(allowed.dimension, 1 / allowed.dimension))
+    marks = [best, equal, allowed.nearest(natural_K)]
+    predicted, at_equal, at_natural = predictor.predict(np.array([allowed.point(mark) for mark in marks])).tolist()
+    return SharesProposal(
+        shares=best.weights,
+        region={
+            name: (float(low), float(high))
+            for name, low, high in zip(allowed.names, near_MK.min(axis=0), near_MK.max(axis=0), strict=True)
+        },
+        predicted=predicted,
+        at_equal=at_equal,
+        at_natural=at_natural,
+        divergence=divergence(best.weights, natural),
+        detectable=detectable,
+    )
+
+
+def divergence(shares: Mapping[str, float], natural: Mapping[str, float]) -> float:
+    """sum_i s_i log(s_i / n_i), in nats."""
+    return fsum(share * log(share / natural[name]) for name, share in shares.items() if share)
+
+
+@dataclass(frozen=True)
+class _Surface:
+    """The function of shares that is minimized."""
+
+    predictor: Predictor
+    natural_K: Array
+    penalty: float
+
+    def values(self, shares_MK: Array) -> Array:
+        """m(s) + penalty sum_i s_i log(s_i / n_i)."""
+        ratios_MK = np.where(shares_MK > 0, shares_MK / self.natural_K, 1.0)
+        divergence_M: Array = (shares_MK * np.log(ratios_MK)).sum(axis=1)
+        return self.predictor.predict(shares_MK) + self.penalty * divergence_M
+
+
+def _candidates(surface: _Surface, allowed: Space) -> Array:
+    """Shares [M, F] everywhere, then ever nearer to the best so far; faces are among them, since all are projected."""
+    free, rng = len(allowed.caps_F), np.random.default_rng(0)
+    if free < 2:
+        return allowed.shares(allowed.centroid())[None, :]
+
+    def values(shares_MF: Array) -> Array:
+        return surface.values(np.array([allowed.point(allowed.at(shares_F)) for shares_F in shares_MF]))
+
+    corners = [allowed.shares(point) for point in (*allowed.vertices(), allowed.centroid())]
+    candidates_MF = np.concatenate([corners, project(rng.dirichlet(np.ones(free), DRAWS), allowed.caps_F)])
+    values_M = values(candidates_MF)
+    for distance in DISTANCES:
+        best_F = candidates_MF[int(np.argmin(values_M))]
+        near_MF = project(best_F + distance * rng.normal(size=(AROUND, free)), allowed.caps_F)
+        candidates_MF = np.concatenate([candidates_MF, near_MF])
+        values_M = np.concatenate([values_M, values(near_MF)])
+    return candidates_MF
