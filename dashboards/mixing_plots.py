@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
+from dem_opt.analysis.bootstrap import Difference
 from dem_opt.analysis.mixing_cost import (
     BaseScore,
     BudgetComparison,
@@ -18,6 +19,7 @@ from dem_opt.analysis.mixing_cost import (
 from dem_opt.dashboards.html_report import render_page
 from dem_opt.dashboards.style import OUTLINE, WINNER, color, finish, label, rgba
 from dem_opt.dashboards.tables import Table
+from dem_opt.dashboards.words import ABSENT
 from dem_opt.types import HELD_OUT, SEARCH
 
 BUDGETS = {"all": "the tokens of all fine-tunes", "one": "the tokens of one fine-tune"}
@@ -28,6 +30,10 @@ _PALETTE = {"all": "grid", "one": "random"}
 
 _MARKS = (1, 2, 3, 5, 8, 11, 15, 20, 30, 50, 100)
 """Numbers of mixtures that the table lists."""
+
+
+MINUS = "minus composite [95%]"
+"""Column of held-out differences to the composite, with intervals over documents."""
 
 
 def quality_table(comparison: MixingComparison) -> Table:
@@ -47,7 +53,7 @@ def quality_table(comparison: MixingComparison) -> Table:
     for proposed in comparison.proposed:
         model = f"proposed mixture, from the {proposed.start}, all included"
         rows.append(_quality_row(model, comparison.total_cost(proposed), proposed, names))
-    headers = ("model", "training tokens", "FLOPs", "seconds", "search", "held-out", *names)
+    headers = ("model", "training tokens", "FLOPs", "seconds", "search", "held-out", MINUS, *names)
     return Table(headers, tuple(rows))
 
 
@@ -57,7 +63,13 @@ def _quality_row(
     nll = scored.nll[HELD_OUT]
     objectives = (f"{scored.objective[split]:.4f}" for split in (SEARCH, HELD_OUT))
     costs = (f"{cost.trained_tokens:,}", f"{cost.flops:.2e}" if cost.flops else "0", f"{cost.seconds:.0f}")
-    return (model, *costs, *objectives, *(f"{nll[name]:.4f}" for name in names))
+    apart = None if isinstance(scored, MergeResult) else scored.difference
+    return (model, *costs, *objectives, _apart(apart), *(f"{nll[name]:.4f}" for name in names))
+
+
+def _apart(apart: Difference | None) -> str:
+    """A held-out difference to the composite with its interval."""
+    return ABSENT if apart is None else f"{apart.mean:+.4f} [{apart.low:+.4f}, {apart.high:+.4f}]"
 
 
 def curve_table(comparison: MixingComparison, budget: BudgetComparison) -> Table:
@@ -87,10 +99,11 @@ def mixture_table(comparison: MixingComparison) -> Table:
             ", ".join(f"{name} {share:g}" for name, share in mixture.shares.items() if share),
             f"{mixture.objective[SEARCH]:.4f}",
             f"{mixture.objective[HELD_OUT]:.4f}",
+            _apart(mixture.difference),
         )
         for mixture in ranked
     )
-    return Table(("training tokens", "mixture", "search", "held-out"), rows, words=2)
+    return Table(("training tokens", "mixture", "search", "held-out", MINUS), rows, words=2)
 
 
 def mixing_figure(comparison: MixingComparison) -> go.Figure:

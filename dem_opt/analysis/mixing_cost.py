@@ -15,6 +15,7 @@ from math import fsum, isfinite, nan
 
 import numpy as np
 
+from dem_opt.analysis.bootstrap import Difference
 from dem_opt.analysis.order_statistics import expected_best
 from dem_opt.types import HELD_OUT, NATS_PER_TOKEN, SEARCH, UNITS
 
@@ -57,10 +58,17 @@ def forward_cost(parameters: int, tokens: int, seconds: float) -> Cost:
 
 @dataclass(frozen=True)
 class BaseScore:
-    """The base, from which all methods start: its objective by split, its NLL by split and corpus."""
+    """The base, from which all methods start.
+
+    Attributes:
+        objective: Objective by split, in its unit.
+        nll: NLL by split and corpus, in nats per token.
+        difference: Its held-out objective minus the composite's.
+    """
 
     objective: Mapping[str, float]
     nll: Mapping[str, Mapping[str, float]]
+    difference: Difference | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +81,7 @@ class MixtureResult:
         objective: Objective by split, in its unit.
         nll: NLL by split and corpus, in nats per token.
         cost: Cost of training it, and of scoring it on the search split.
+        difference: Its held-out objective minus the composite's, with its interval over documents.
     """
 
     budget: str
@@ -80,6 +89,7 @@ class MixtureResult:
     objective: Mapping[str, float]
     nll: Mapping[str, Mapping[str, float]]
     cost: Cost
+    difference: Difference | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +103,7 @@ class ProposedResult:
         objective: Objective by split, in its unit.
         nll: NLL by split and corpus, in nats per token.
         cost: Cost of training it and of scoring it on the search split, without the fine-tunes and the search.
+        difference: Its held-out objective minus the composite's, with its interval over documents.
     """
 
     folder: str
@@ -101,6 +112,7 @@ class ProposedResult:
     objective: Mapping[str, float]
     nll: Mapping[str, Mapping[str, float]]
     cost: Cost
+    difference: Difference | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from hashlib import sha256
 from math import prod
 from pathlib import Path
 
+from dem_opt.analysis.bootstrap import Difference, difference
 from dem_opt.analysis.mixing_cost import (
     BaseScore,
     Cost,
@@ -17,6 +18,7 @@ from dem_opt.analysis.mixing_cost import (
     forward_cost,
     training_cost,
 )
+from dem_opt.analysis.sampling import documents_of
 from dem_opt.checkpoints.files import content_hash
 from dem_opt.checkpoints.locate import locate
 from dem_opt.config import StudyConfig
@@ -30,7 +32,7 @@ from dem_opt.search.trials import is_known, objectives, recall
 from dem_opt.storage.ledger import Ledger
 from dem_opt.tracking import JobNote
 from dem_opt.training.fine_tune import FineTuned, FineTuneJob, is_finished, job_identity, result_of
-from dem_opt.types import SEARCH, SPLITS, Composite, ResultRow, StoredModel, Summary, WorkerSpec
+from dem_opt.types import HELD_OUT, SEARCH, SPLITS, Composite, ResultRow, Score, StoredModel, Summary, WorkerSpec
 from dem_opt.workflows.configurations import distinguish
 from dem_opt.workflows.context import StudyContext
 from dem_opt.workflows.fine_tuning import shared_settings, train
@@ -239,8 +241,11 @@ def compare_costs(
         training=sum(trainings, Cost()),
         search=forward_cost(parameters, winner.forward_tokens, winner.seconds),
     )
-    mixed = tuple(_mixture_result(mixture, composites[mixture.job.out], inputs, ledger, parameters) for mixture in jobs)
-    base = BaseScore(*_scores(summary.results[0]))
+    minus_winner = _MinusWinner(winner, inputs, ledger)
+    mixed = tuple(
+        _mixture_result(mixture, composites[mixture.job.out], inputs, minus_winner, parameters) for mixture in jobs
+    )
+    base = BaseScore(*_scores(summary.results[0]), minus_winner(summary.results[0].scores[HELD_OUT]))
     proposed = [mixture for mixture in trained_mixtures(config, ledger, inputs.identity()) if mixture.is_proposed]
     proposed.sort(key=lambda mixture: (mixture.start, mixture.training.tokens))
     return MixingComparison(
@@ -251,8 +256,27 @@ def compare_costs(
         mixed=mixed,
         base=base,
         unit=summary.unit_words,
-        proposed=tuple(_proposed_result(mixture, inputs, ledger, parameters) for mixture in proposed),
+        proposed=tuple(_proposed_result(mixture, inputs, minus_winner, parameters) for mixture in proposed),
     )
+
+
+class _MinusWinner:
+    """The held-out objective of a model minus the winner's, on the same windows.
+
+    Args:
+        winner: The winner's row.
+        inputs: The study's inputs.
+        ledger: Its ledger.
+    """
+
+    def __init__(self, winner: ResultRow, inputs: Inputs, ledger: Ledger) -> None:
+        identity = inputs.identity()
+        self.ledger, self._winner = ledger, winner.scores[HELD_OUT]
+        self._objective = objectives(ledger, identity)[HELD_OUT]
+        self._documents = documents_of(ledger, identity, HELD_OUT)
+
+    def __call__(self, scores: Mapping[str, Score]) -> Difference:
+        return difference(scores, self._winner, self._objective, self._documents)
 
 
 def trained_jobs(
@@ -285,8 +309,9 @@ def _training_cost(record: FineTuned, parameters: int) -> Cost:
 
 
 def _mixture_result(
-    mixture: MixtureJob, composite: Composite, inputs: Inputs, ledger: Ledger, parameters: int
+    mixture: MixtureJob, composite: Composite, inputs: Inputs, minus_winner: _MinusWinner, parameters: int
 ) -> MixtureResult:
+    ledger = minus_winner.ledger
     record, identity = result_of(mixture.job.out), inputs.identity()
     assert record is not None, "trained just now"
     scores = {split: recall(ledger, identity, composite, split) for split in SPLITS}
@@ -297,6 +322,7 @@ def _mixture_result(
         objective={split: objective[split](scores[split]) for split in SPLITS},
         nll={split: {name: score.nll for name, score in by_name.items()} for split, by_name in scores.items()},
         cost=_training_cost(record, parameters) + _scoring_cost(composite, inputs, ledger, parameters),
+        difference=minus_winner(scores[HELD_OUT]),
     )
 
 
@@ -307,7 +333,10 @@ def _scoring_cost(composite: Composite, inputs: Inputs, ledger: Ledger, paramete
     return forward_cost(parameters, tokens, ledger.seconds(composite, identity.keys(SEARCH), identity.scoring))
 
 
-def _proposed_result(mixture: TrainedMixture, inputs: Inputs, ledger: Ledger, parameters: int) -> ProposedResult:
+def _proposed_result(
+    mixture: TrainedMixture, inputs: Inputs, minus_winner: _MinusWinner, parameters: int
+) -> ProposedResult:
+    ledger = minus_winner.ledger
     composite = Composite.single(content_hash(mixture.folder, FOLDER))
     return ProposedResult(
         folder=mixture.folder.name,
@@ -316,6 +345,7 @@ def _proposed_result(mixture: TrainedMixture, inputs: Inputs, ledger: Ledger, pa
         objective=mixture.objective,
         nll={split: {name: score.nll for name, score in by_name.items()} for split, by_name in mixture.scores.items()},
         cost=_training_cost(mixture.training, parameters) + _scoring_cost(composite, inputs, ledger, parameters),
+        difference=minus_winner(mixture.scores[HELD_OUT]),
     )
 
 

@@ -28,12 +28,13 @@ from dem_opt.analysis.mixing_cost import (
 from dem_opt.analysis.order_statistics import expected_best
 from dem_opt.cli.main import main
 from dem_opt.config import load
-from dem_opt.dashboards.mixing_plots import mixing_figure, quality_table
+from dem_opt.dashboards.mixing_plots import MINUS, mixing_figure, quality_table
+from dem_opt.dashboards.words import ABSENT
 from dem_opt.data.mixtures import Mixture, Part, blend, counts, lattice
 from dem_opt.errors import InputError
 from dem_opt.evaluation.worker import Worker
 from dem_opt.study import Study
-from dem_opt.types import Windows
+from dem_opt.types import DOCUMENTS, Windows
 
 NAMES = ("code", "math")
 MIXTURES = [{"code": 0.5, "math": 0.5}, {"code": 0.25, "math": 0.75}, {"math": 1.0}]
@@ -142,11 +143,23 @@ def test_the_command_prints_every_ratio_with_its_number_of_mixtures(
     assert "Quality against cost" in page
 
 
+def test_each_model_is_compared_with_the_winner_over_documents(mixed: tuple[Path, MixingComparison]) -> None:
+    _, comparison = mixed
+    for model in (comparison.base, *comparison.mixed):
+        apart = model.difference
+        assert apart is not None and apart.sampled == DOCUMENTS and apart.low < apart.mean < apart.high
+        expected = model.objective[HELD_OUT] - comparison.edited.objective[HELD_OUT]
+        assert apart.mean == pytest.approx(expected)
+    shown = [row[quality_table(comparison).headers.index(MINUS)] for row in quality_table(comparison).rows]
+    assert shown[0].startswith(f"{comparison.base.difference.mean:+.4f} [") and shown[1] == ABSENT
+
+
 def test_the_base_costs_nothing_and_is_drawn(mixed: tuple[Path, MixingComparison]) -> None:
     _, comparison = mixed
     objectives = [f"{comparison.base.objective[split]:.4f}" for split in (SEARCH, HELD_OUT)]
     each = [f"{comparison.base.nll[HELD_OUT][name]:.4f}" for name in comparison.weights]
-    assert quality_table(comparison).rows[0] == ("base", "0", "0", "0", *objectives, *each)
+    apart = quality_table(comparison).rows[0][6]
+    assert quality_table(comparison).rows[0] == ("base", "0", "0", "0", *objectives, apart, *each)
     (line,) = mixing_figure(comparison).layout.shapes
     assert line.y0 == line.y1 == pytest.approx(comparison.base.objective[HELD_OUT], abs=1e-6)
 
