@@ -35,6 +35,7 @@ pretrained: .venv/ready
 	$(BIN)/dem-opt run studies/pretrained.yaml
 	$(BIN)/dem-opt run studies/pretrained-sums.yaml
 	$(BIN)/dem-opt compare --algorithms random,simplex-gp studies/pretrained.yaml
+	$(BIN)/dem-opt compare --data-mixing study studies/pretrained.yaml
 	$(BIN)/dem-opt report studies/pretrained.yaml
 
 ## test: all tests, in two processes

@@ -271,13 +271,20 @@ def _against(composite: MergeResult, mixtures: Sequence[MixtureResult]) -> Budge
 def verdict(comparison: MixingComparison, budget: BudgetComparison) -> list[str]:
     """The outcome for one budget, in sentences; every ratio stands with its number of mixtures."""
     composite, count = comparison.edited, f"{budget.mixtures} mixtures"
-    gap = budget.curve[-1].objective[HELD_OUT] - composite.objective[HELD_OUT]
+    best = comparison.best(budget.budget)
+    gap = _gap(best.objective[HELD_OUT] - composite.objective[HELD_OUT], comparison.unit)
+    outcome = f"{gap} on the held-out split{_interval(best.difference)}."
+    times = f"{budget.ratio:.2f} times the floating-point operations of the fine-tunes and the search"
+    single = budget.mixtures == 1
     sentences = [
-        f"All {count} take {budget.ratio:.2f} times the floating-point operations of the fine-tunes and the search; "
-        f"the best of them is {_gap(gap, comparison.unit)} on the held-out split."
+        f"The mixture takes {times}, and is {outcome}"
+        if single
+        else f"All {count} take {times}; the best of them is {outcome}"
     ]
     if isfinite(kept := comparison.kept(budget.budget)):
         sentences.append(f"The composite's gain over the base is {kept:.0%} of that mixture's.")
+    if single:
+        return sentences
     if budget.equal_quality is None:
         sentences.append(
             f"At equal quality: no number of them is expected to be as good as the composite, up to {count}."
@@ -291,10 +298,10 @@ def verdict(comparison: MixingComparison, budget: BudgetComparison) -> list[str]
     if budget.equal_cost == 0:
         sentences.append("At equal cost: not one mixture.")
     else:
-        gap = budget.curve[budget.equal_cost - 1].objective[HELD_OUT] - composite.objective[HELD_OUT]
+        expected = budget.curve[budget.equal_cost - 1].objective[HELD_OUT] - composite.objective[HELD_OUT]
         sentences.append(
             f"At equal cost: {budget.equal_cost} of the {count}, whose best is expected to be "
-            f"{_gap(gap, comparison.unit)}."
+            f"{_gap(expected, comparison.unit)}."
         )
     return sentences
 
@@ -314,6 +321,13 @@ def proposed_verdict(comparison: MixingComparison, proposed: ProposedResult) -> 
             f"{flops:.2f} times their operations, fine-tunes and search included."
         )
     return " ".join(sentences)
+
+
+def _interval(apart: Difference | None) -> str:
+    """The interval of a difference to the composite, in words."""
+    if apart is None:
+        return ""
+    return f" (model minus composite, 95% interval over {apart.sampled} {apart.low:+.4f} to {apart.high:+.4f})"
 
 
 def _gap(difference: float, unit: str) -> str:

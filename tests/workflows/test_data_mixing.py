@@ -279,6 +279,12 @@ def test_what_a_composite_keeps_is_its_gain_over_the_best_mixture_s() -> None:
     assert math.isnan(worse.kept("all")) and "gain over" not in " ".join(verdict(worse, *worse.against))
 
 
+def test_of_a_single_mixture_no_numbers_of_mixtures_are_told() -> None:
+    comparison = against(edited(4.0, 1.0), (model(3.0, 3.0, 1.0),))
+    outcome, _ = verdict(comparison, *comparison.against)
+    assert outcome.startswith("The mixture takes 1.00 times") and "1.0000 nats per token better" in outcome
+
+
 def test_equal_quality_and_equal_cost_are_read_off_the_curve() -> None:
     """Three mixtures of 10 operations: the best is expected at 3, 2 1/3 and 2 nats.
 
