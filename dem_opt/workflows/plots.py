@@ -30,6 +30,10 @@ class StudyPlots:
         """Draw the winner's coefficients, a bar for each distribution."""
         return self._draw("coefficients")
 
+    def groups(self) -> go.Figure:
+        """Draw a heat map of the coefficients of each group of parameters minus the global ones."""
+        return self._draw("groups")
+
     def change(self) -> go.Figure:
         """Draw a heat map of each result's NLL minus the base's on each corpus, in nats per token."""
         return self._draw("change")
