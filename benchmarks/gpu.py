@@ -1,4 +1,4 @@
-"""What a device gives: merge bandwidth over copy bandwidth, and a trial over the bare forward pass.  Table and JSON.
+"""Figures of a device: merge bandwidth over copy bandwidth, and a trial over the bare forward pass.  Table and JSON.
 
     python benchmarks/gpu.py [--device cuda] [--most 13e9] [--seconds 480] [--json FILE]
 

@@ -1,4 +1,4 @@
-"""What a fifth distribution costs once a study of four has been run: `python benchmarks/incremental.py FOLDER`.
+"""The cost of a fifth distribution once a study of four has been run: `python benchmarks/incremental.py FOLDER`.
 
 Makes the worlds of `landscapes` in FOLDER where they are missing.  In each of five cases (two bases, three lengths of
 fine-tunes, three distributions that come last) a study of four distributions is run to its end, as the case's seed has

@@ -69,7 +69,7 @@ TUNED_ON = (
     Landscape("tuned-4", 0, four(50, 0)),
     Landscape("tuned-8", 0, eight(50, 0), SIX),
 )
-"""What the search's settings were chosen on."""
+"""Landscapes on which the search's settings were chosen."""
 
 REPORTED = (
     Landscape("four-50", 1, four(50, 1)),
@@ -81,7 +81,7 @@ REPORTED = (
     Landscape("eight-120", 1, eight(120, 3), SIX),
     Landscape("eight-50-weighted", 1, eight(50, 1), SIX | {"code": 3.0, "prose": 2.0, "records": 0.0, "math": 0.5}),
 )
-"""What the figures are reported on; had no part in choosing settings."""
+"""Landscapes of the reported figures; they had no part in choosing settings."""
 
 
 def make_landscape(landscape: Landscape, folder: Path, say: Callable[[str], None], **sections: object) -> Path:

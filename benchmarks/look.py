@@ -1,4 +1,4 @@
-"""What a study pays for being looked at: both dashboards polled every second, against both idle.
+"""The cost of looking at a study: both dashboards polled every second, against both idle.
 
     python benchmarks/look.py [--trials 160]
 

@@ -1,4 +1,4 @@
-"""What decides whether merging keeps up with mixing: `python benchmarks/mixing.py FOLDER`.
+"""When merging keeps up with mixing: `python benchmarks/mixing.py FOLDER`.
 
 Bases of the quickstart's shape, which have learnt for 240, 960 and 3,840 steps from seven times its text, are
 fine-tuned on the four distributions with two learning rates.  For each, Bayesian optimization finds the best composite,

@@ -59,7 +59,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "CMA-ES": ("cmaes", PLAIN),
     "random": ("random", PLAIN),
 }
-"""What is run: by the name in the tables, the algorithm and the search's settings."""
+"""Runs by their name in the tables: the algorithm and the search's settings."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a trial costs beside its merge and its forward pass, and how a study's own work grows with it.
+"""The cost of a trial beside its merge and its forward pass, and how a study's own work grows with it.
 
     python benchmarks/trial.py [--marks 10,100,1000] [--only trials|growth]
 

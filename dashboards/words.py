@@ -177,7 +177,7 @@ def interval_text(margin: Margin) -> str:
 
 
 def sampled_note(summary: Summary) -> str:
-    """What the margins' intervals take to be sampled."""
+    """The unit that the margins' intervals take to be sampled."""
     if all(margin.sampled == DOCUMENTS for margin in summary.margins):
         return "95% intervals over documents"
     return "95% intervals over windows, as if these were independent: the database does not name their documents"

@@ -80,7 +80,7 @@ def pip_settings() -> str:
 
 
 def mounts(settings: Path) -> Iterator[str]:
-    """What pip sees while the image is built: its settings, and the local folders and files that they name."""
+    """Paths that pip sees while the image is built: its settings, and the local folders and files that they name."""
     yield f"{settings}:/etc/pip.conf:ro"
     local = re.findall(r"(?<![\w:/.])(?:file://)?(/[^\s']+)", settings.read_text(encoding="utf-8"))
     for path in sorted({Path(name) for name in local}):

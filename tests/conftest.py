@@ -20,7 +20,7 @@ CPUS = 2
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-"""What a shell starts in the background ignores Ctrl-C, and so would all that the tests start and interrupt."""
+"""A command started in the background ignores Ctrl-C, and so would all that the tests start and interrupt."""
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -15,7 +15,7 @@ HEAVY = ("torch", "transformers", "datasets", "ray", "mlflow", "optuna", "sqlalc
 
 ROOT_MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", "study"))
 LIGHT = [*(f"dem_opt.{name}" for name in ROOT_MODULES), "dem_opt.config", "dem_opt.types", "dem_opt.cli.main"]
-"""What loads at once, so that a study file is checked and help is shown without waiting."""
+"""Modules that load at once, so that a study file is checked and help is shown without waiting."""
 
 
 def loaded(program: str, libraries: tuple[str, ...]) -> list[str]:

@@ -118,7 +118,7 @@ class Plan:
 
 
 _EXPERT = re.compile(r"\.experts\.[0-9]+\.")
-"""What the name of a module of one expert has, as those of transformers before 5 do."""
+"""The mark in the name of one expert's module, as transformers before 5 writes it."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def read_adapter(folder: Path, field: str) -> Adapter:
 
 
 def _elsewhere(folder: Path) -> str:
-    """What a folder without an adapter's config is, or which of its folders has one."""
+    """Describe a folder without an adapter's config, or name its folder that has one."""
     if (folder / "config.json").is_file():
         return ": a checkpoint is named by `checkpoint:` instead of `adapter:`"
     inner = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))

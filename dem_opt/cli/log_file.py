@@ -87,7 +87,7 @@ class LogFile:
 
 
 def _is_log(path: Path) -> bool:
-    """Whether a file is empty, or begins as `LogFile` writes a line."""
+    """True if a file is empty, or begins as `LogFile` writes a line."""
     with path.open("rb") as file:
         first = file.readline(200)
     return not first or _LINE.match(first) is not None

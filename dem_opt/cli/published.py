@@ -33,7 +33,7 @@ def keep(config: StudyConfig, summary: "Summary") -> None:
 
 
 def is_published(config: StudyConfig, summary: "Summary") -> bool:
-    """Whether both dashboards have these results, and MLflow's database is still there."""
+    """True if both dashboards have these results, and MLflow's database is still there."""
     from dem_opt.storage.engine import is_there
     from dem_opt.tracking.urls import is_server
 

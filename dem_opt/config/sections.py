@@ -22,7 +22,7 @@ PATTERNS: Mapping[str, str] = {
     r"^[\w.-]+(/[\w.-]+)?$": "an id of the Hugging Face Hub, `owner/name`",
     r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$": "an importable function, `package.module:name`",
 }
-"""What texts of a fixed form look like, and the form in words."""
+"""Patterns of texts of a fixed form, and the form in words."""
 
 _NAME, _HUB_ID, _FUNCTION = PATTERNS
 

@@ -143,7 +143,7 @@ class _Part:
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether the harness evaluates on them."""
+        """True if the harness evaluates on them."""
         evaluated: str | None = self.task.config.test_split or self.task.config.validation_split
         return self.split == evaluated
 
@@ -241,7 +241,7 @@ def _gold_answer(task: Any, document: Any) -> Iterator[tuple[str, str]]:
 
 
 def _continuation(task: Any, document: Any, prefix: str | None, answer: str) -> str:
-    """What follows the prompt in a worked example of the document, without the delimiter to the next one."""
+    """The text behind the prompt in a worked example of the document, without the delimiter to the next one."""
     asked, answered = (
         "".join(
             message.to_text()

@@ -115,7 +115,7 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 @dataclass(frozen=True, eq=False)
 class Matches:
-    """What of the evaluated documents a source has.
+    """The part of the evaluated documents that a source has.
 
     Attributes:
         seen_U: Whether each distinct n-gram stands in the source.
@@ -236,7 +236,7 @@ class Index:
 
 
 def are_near(left: NDArray[np.uint64], right: NDArray[np.uint64]) -> bool:
-    """Whether the Jaccard index  |A & B| / |A | B|  of two sets without repetition is at least SIMILARITY."""
+    """True if the Jaccard index  |A & B| / |A | B|  of two sets without repetition is at least SIMILARITY."""
     if min(len(left), len(right)) < SIMILARITY * max(len(left), len(right)) - _ROUNDING:
         return False
     common = len(np.intersect1d(left, right, assume_unique=True))
@@ -271,7 +271,7 @@ class OverlapRow:
 
     @property
     def is_large(self) -> bool:
-        """Whether a user should know: from 1% of the n-grams or of the documents on."""
+        """True if a user should know: from 1% of the n-grams or of the documents on."""
         return self.share >= LARGE or self.near_duplicates >= LARGE * self.documents
 
 

@@ -230,7 +230,7 @@ def _encode_as_one(pairs: Iterable[Pair], tokenizer: PreTrainedTokenizerBase, pa
 
 
 def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a text's tokens begin with a space that it does not have, as SentencePiece or byte-level BPE spell it."""
+    """True if a text's tokens begin with a space that it does not have, as SentencePiece or byte-level BPE spell it."""
     first = tokenizer.convert_ids_to_tokens(encode(tokenizer, text="0", add_special_tokens=False)["input_ids"])[:1]
     return any(str(token).startswith(("\u2581", "\u0120")) for token in first)
 

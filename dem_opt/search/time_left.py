@@ -66,7 +66,7 @@ class PlannedRun:
 
 @dataclass(frozen=True, kw_only=True)
 class FinalTable:
-    """What is left to score of the final table: requests to workers, and their forward-equivalents in all."""
+    """The rest of the final table to score: requests to workers, and their forward-equivalents in all."""
 
     requests: int
     forwards: float

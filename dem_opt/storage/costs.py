@@ -1,4 +1,4 @@
-"""What a study has spent: windows that went forward through a model, an entry for each evaluation.
+"""Costs of a study: windows that went forward through a model, an entry for each evaluation.
 
 An evaluation's entry is written in the transaction of its scores, so that a crash neither loses nor repeats it.
 """

@@ -307,7 +307,7 @@ class Ledger:
 
     @patient
     def costs(self, study: str, identity: StudyIdentity) -> tuple[Cost, ...]:
-        """What a study has spent, by part, in forward-equivalents of its search split."""
+        """The costs of a study by part, in forward-equivalents of its search split."""
         return read_costs(self.engine, study, identity)
 
     def _add_gradient(self, connection: Connection, key: tuple[str, str, str], gradient: Gradient) -> None:

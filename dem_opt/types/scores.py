@@ -162,7 +162,7 @@ class Score:
         return fsum(self.nats_W) / (log(2) * self.bytes) if self.bytes else None
 
     def sizes_W(self, unit: str) -> tuple[float, ...]:
-        """What nats are divided by to give a loss in this unit: tokens, or  ln 2 bytes , of each window.
+        """Divisors that turn nats into a loss in this unit: tokens, or  ln 2 bytes , of each window.
 
         Raises:
             EvaluationError: The unit is bits per byte, and the bytes are not known or there are none.

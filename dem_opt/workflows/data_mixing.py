@@ -1,6 +1,6 @@
 """The data-mixing baseline: train a model for each mixture of the data, and compare the winner with them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from hashlib import sha256
@@ -241,9 +241,10 @@ def compare_costs(
         training=sum(trainings, Cost()),
         search=forward_cost(parameters, winner.forward_tokens, winner.seconds),
     )
-    minus_winner = _MinusWinner(winner, inputs, ledger)
+    minus_winner = _difference_to(winner, inputs, ledger)
     mixed = tuple(
-        _mixture_result(mixture, composites[mixture.job.out], inputs, minus_winner, parameters) for mixture in jobs
+        _mixture_result(mixture, composites[mixture.job.out], inputs, ledger, parameters, minus_winner)
+        for mixture in jobs
     )
     base = BaseScore(*_scores(summary.results[0]), minus_winner(summary.results[0].scores[HELD_OUT]))
     proposed = [mixture for mixture in trained_mixtures(config, ledger, inputs.identity()) if mixture.is_proposed]
@@ -256,27 +257,15 @@ def compare_costs(
         mixed=mixed,
         base=base,
         unit=summary.unit_words,
-        proposed=tuple(_proposed_result(mixture, inputs, minus_winner, parameters) for mixture in proposed),
+        proposed=tuple(_proposed_result(mixture, inputs, ledger, parameters, minus_winner) for mixture in proposed),
     )
 
 
-class _MinusWinner:
-    """The held-out objective of a model minus the winner's, on the same windows.
-
-    Args:
-        winner: The winner's row.
-        inputs: The study's inputs.
-        ledger: Its ledger.
-    """
-
-    def __init__(self, winner: ResultRow, inputs: Inputs, ledger: Ledger) -> None:
-        identity = inputs.identity()
-        self.ledger, self._winner = ledger, winner.scores[HELD_OUT]
-        self._objective = objectives(ledger, identity)[HELD_OUT]
-        self._documents = documents_of(ledger, identity, HELD_OUT)
-
-    def __call__(self, scores: Mapping[str, Score]) -> Difference:
-        return difference(scores, self._winner, self._objective, self._documents)
+def _difference_to(winner: ResultRow, inputs: Inputs, ledger: Ledger) -> Callable[[Mapping[str, Score]], Difference]:
+    """A function of a model's held-out scores: its objective minus the winner's, on the same windows."""
+    identity = inputs.identity()
+    objective, documents = objectives(ledger, identity)[HELD_OUT], documents_of(ledger, identity, HELD_OUT)
+    return lambda scores: difference(scores, winner.scores[HELD_OUT], objective, documents)
 
 
 def trained_jobs(
@@ -309,9 +298,13 @@ def _training_cost(record: FineTuned, parameters: int) -> Cost:
 
 
 def _mixture_result(
-    mixture: MixtureJob, composite: Composite, inputs: Inputs, minus_winner: _MinusWinner, parameters: int
+    mixture: MixtureJob,
+    composite: Composite,
+    inputs: Inputs,
+    ledger: Ledger,
+    parameters: int,
+    minus_winner: Callable[[Mapping[str, Score]], Difference],
 ) -> MixtureResult:
-    ledger = minus_winner.ledger
     record, identity = result_of(mixture.job.out), inputs.identity()
     assert record is not None, "trained just now"
     scores = {split: recall(ledger, identity, composite, split) for split in SPLITS}
@@ -334,9 +327,12 @@ def _scoring_cost(composite: Composite, inputs: Inputs, ledger: Ledger, paramete
 
 
 def _proposed_result(
-    mixture: TrainedMixture, inputs: Inputs, minus_winner: _MinusWinner, parameters: int
+    mixture: TrainedMixture,
+    inputs: Inputs,
+    ledger: Ledger,
+    parameters: int,
+    minus_winner: Callable[[Mapping[str, Score]], Difference],
 ) -> ProposedResult:
-    ledger = minus_winner.ledger
     composite = Composite.single(content_hash(mixture.folder, FOLDER))
     return ProposedResult(
         folder=mixture.folder.name,

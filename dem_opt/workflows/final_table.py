@@ -117,7 +117,7 @@ def complete_report(context: StudyContext) -> Summary:
 
 
 def _is_complete(context: StudyContext, stored: StoredStudy) -> bool:
-    """Whether all rows are scored."""
+    """True if all rows are scored."""
     identity, ledger = stored.identity, stored.ledger
     trials = trials_by_run(context, ledger, identity, stored.generation)
     winner = winner_of(identity, trials)

@@ -31,7 +31,7 @@ FILE = "inputs.json"
 
 @dataclass(frozen=True, kw_only=True)
 class KnownInputs:
-    """What the last run knew of its inputs.
+    """The last run's knowledge of its inputs.
 
     Attributes:
         stamp: Their stamp before they were read.

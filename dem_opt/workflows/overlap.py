@@ -83,7 +83,7 @@ def measure_overlap(config: StudyConfig, where: Path) -> Overlap:
 
 
 def stored_overlap(config: StudyConfig, identity: StudyIdentity) -> Overlap | None:
-    """What was measured of this study's corpora; None where nothing was, or of other data."""
+    """The overlap measured of this study's corpora; None where none was, or of other data."""
     overlap = find_json(config.output / FILE, Overlap)
     corpora = {split: dict(by_name) for split, by_name in identity.corpora.items()}
     return overlap if overlap is not None and overlap.corpora == corpora else None
@@ -169,7 +169,7 @@ def _rows(
     groups: Sequence[_Group],
     tokenizer: PreTrainedTokenizerBase,
 ) -> Iterator[OverlapRow]:
-    """What a source, of a name and a part, has of each group's documents."""
+    """The part of each group's documents that a source, of a name and a part, has."""
     shares_E, sizes_E = index.shares(matches), index.sizes()
     for group in groups:
         shares, sizes = shares_E[group.places], sizes_E[group.places]

@@ -19,7 +19,7 @@ CASES = {
     "t5, untied": {},
     "bart": {},
 }
-"""What comes behind the output embedding, by architecture: of Phi a bias, of a tied T5 a factor before it."""
+"""The operation behind the output embedding, by architecture: of Phi a bias, of a tied T5 a factor before it."""
 
 
 def batch(model, rows=9, length=80):

@@ -1,4 +1,4 @@
-"""What is written into Optuna's tables is what Optuna reads, and what Optuna writes is what is read of them."""
+"""Optuna reads what is written into its tables, and what it writes is read as it is."""
 
 from collections.abc import Callable, Iterator
 from math import inf
