@@ -311,7 +311,8 @@ def proposed_verdict(comparison: MixingComparison, proposed: ProposedResult) -> 
     value, tokens = proposed.objective[HELD_OUT], proposed.cost.trained_tokens
     sentences = [
         f"Proposed mixture, from the {proposed.start}, {tokens:,} tokens: {value:.4f} {comparison.unit} on the "
-        f"held-out split, {_gap(value - comparison.edited.objective[HELD_OUT], comparison.unit)} than the composite."
+        f"held-out split, {_gap(value - comparison.edited.objective[HELD_OUT], comparison.unit)} than the composite"
+        f"{_interval(proposed.difference)}."
     ]
     if rivals := comparison.rivals_of(proposed):
         flops = comparison.total_cost(proposed).flops / sum(mixture.cost.flops for mixture in rivals)
