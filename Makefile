@@ -34,8 +34,8 @@ pretrained: .venv/ready
 	$(BIN)/dem-opt check --overlap studies/pretrained.yaml
 	$(BIN)/dem-opt run studies/pretrained.yaml
 	$(BIN)/dem-opt run studies/pretrained-sums.yaml
-	$(BIN)/dem-opt compare --algorithms random,simplex-gp studies/pretrained.yaml
 	$(BIN)/dem-opt compare --data-mixing study studies/pretrained.yaml
+	$(BIN)/dem-opt compare --algorithms random,simplex-gp studies/pretrained.yaml
 	$(BIN)/dem-opt report studies/pretrained.yaml
 
 ## test: all tests, in two processes

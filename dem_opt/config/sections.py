@@ -592,8 +592,9 @@ class FineTuningSection(Section):
     keep: bool = False
     """Keep the weights of every saved state with its validation NLL, to be named as `{run: FOLDER, step: best}`."""
 
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of the weights in training; `auto` is the base's. Checkpoints are saved in the base's dtype."""
+    dtype: Literal["auto", "float32", "bfloat16", "mixed"] = "auto"
+    """Dtype of the weights in training; `auto` is the base's, `mixed` float32 with matrix products in bfloat16: nearly
+    twice as fast where the device has instructions for that. Checkpoints are saved in the base's dtype."""
 
     gpus: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     """GPUs of each fine-tuning; `auto` is one where there are any."""

@@ -72,7 +72,7 @@ class FineTuneJob:
         merged: Write the adapter into a full checkpoint.
         save_every: Steps between saved states.
         validation: Keep the weights of saved states, with their NLL on these windows.
-        dtype: Dtype of the weights in training; "auto" is the base's.
+        dtype: Dtype of the weights in training; "auto" is the base's, "mixed" float32 with matrix products in bfloat16.
         gpus: GPUs to divide the model's layers over.
         today: Date that a chat template may write.
     """
@@ -103,7 +103,7 @@ class FineTuneJob:
             learning_rate=self.learning_rate,
             batch_size=self.batch_size,
             seed=self.seed,
-            trainer=self.trainer,
+            trainer={**({"bf16": True} if self.dtype == "mixed" else {}), **self.trainer},
             save_every=self.save_every,
         )
 
@@ -336,7 +336,7 @@ def _windows(job: FineTuneJob, tokenizer: PreTrainedTokenizerBase) -> Windows:
 def _load(job: FineTuneJob) -> Any:
     """Load the model to train."""
     spread = {"device_map": "auto"} if job.gpus > 1 and torch.cuda.device_count() > 1 else {}
-    model: Any = load_model(job.base, job.dtype, **spread)
+    model: Any = load_model(job.base, "float32" if job.dtype == "mixed" else job.dtype, **spread)
     return model if job.lora is None else add_lora(model, job.lora, job.seed)
 
 

@@ -171,6 +171,8 @@ def _arguments(folder: Path, recipe: Recipe, saves: bool) -> TrainingArguments:
         "warmup_steps": math.ceil(WARMUP * recipe.steps),
         "dataloader_drop_last": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        # The Trainer refuses bf16 on a CPU that it was not told to use.
+        **({"use_cpu": True} if recipe.trainer.get("bf16") and not torch.accelerator.is_available() else {}),
         **recipe.trainer,
     }
     owned: dict[str, Any] = {

@@ -86,6 +86,26 @@ def test_same_job_same_bits(job: FineTuneJob, tmp_path: Path) -> None:
     assert losses[0] == losses[1] != losses[2]
 
 
+def test_mixed_precision_rounds_products_and_keeps_small_steps(job: FineTuneJob, tmp_path: Path) -> None:
+    """Steps of 1e-5 are below half a unit in the last place of most bfloat16 weights, and above it in float32."""
+    jobs = {
+        dtype: dataclasses.replace(job, out=tmp_path / dtype, learning_rate=1e-5, dtype=dtype)
+        for dtype in ("float32", "mixed", "bfloat16")
+    }
+    losses = {dtype: fine_tune(each).first_loss for dtype, each in jobs.items()}
+    base_P = weights_of(job.base)
+    starts = {"float32": base_P, "mixed": base_P, "bfloat16": base_P.bfloat16().float()}
+    moved = {dtype: (weights_of(jobs[dtype].out) != starts[dtype]).float().mean().item() for dtype in jobs}
+    assert losses["mixed"] != losses["float32"]
+    assert losses["mixed"] == pytest.approx(losses["float32"], rel=1e-2)
+    assert moved["bfloat16"] < 0.5 < 0.9 * moved["float32"] < moved["mixed"]
+
+
+def weights_of(folder: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
 def test_a_fine_tune_lowers_its_own_loss_and_loads(
     job: FineTuneJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -269,10 +269,11 @@ def test_a_study_of_adapters_trains_them(tmp_path: Path) -> None:
     assert load_inputs(load(path), path).fine_tunes["code"].base is not None
 
 
-def test_weights_trained_in_float32_are_saved_in_the_bases_dtype(job: FineTuneJob, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "mixed"])
+def test_weights_trained_in_float32_are_saved_in_the_bases_dtype(job: FineTuneJob, dtype: str) -> None:
     base = model_of(job.base).to(torch.bfloat16)
     base.save_pretrained(job.base)
-    job = dataclasses.replace(job, dtype="float32")
+    job = dataclasses.replace(job, dtype=dtype)
     fine_tune(job)
     made = AutoModelForCausalLM.from_pretrained(job.out, dtype="auto")
     assert made.dtype == torch.bfloat16
