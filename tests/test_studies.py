@@ -40,6 +40,9 @@ def test_those_that_are_promised_are_there() -> None:
         "scale-free",
         "pretrained",
         "pretrained-sums",
+        "pretrained-long",
+        "pretrained-long-sums",
+        "pretrained-lora",
     }
     assert promised | {f"openllama-{size}" for size in OPENLLAMAS} == set(NAMES)
 
@@ -99,12 +102,24 @@ def test_sums_are_free_in_the_quickstarts_own_ledger() -> None:
     assert config.storage == load(study("add-a-distribution")).storage
 
 
-def test_the_pretrained_studies_differ_in_their_sums_alone() -> None:
-    simplex, sums = load(study("pretrained")), load(study("pretrained-sums"))
+@pytest.mark.parametrize("name", ["pretrained", "pretrained-long"])
+def test_a_pretrained_study_and_its_sums_differ_in_their_sums_alone(name: str) -> None:
+    simplex, sums = load(study(name)), load(study(f"{name}-sums"))
     assert simplex.simplex.sums == (1, 1) and sums.simplex.sums == (0, len(sums.distributions))
     differing = {"name", "output", "tracking", "simplex", "data_mixing"}
     assert simplex.model_dump(exclude=differing) == sums.model_dump(exclude=differing)
     assert sorted(KINDS) == sorted([*simplex.distributions, *simplex.general])
+
+
+@pytest.mark.parametrize("name", ["pretrained-long", "pretrained-lora"])
+def test_pretrained_studies_differ_in_their_fine_tunes_alone(name: str) -> None:
+    first, other = load(study("pretrained")), load(study(name))
+    differing = {"name", "output", "storage", "tracking", "distributions", "fine_tuning", "data_mixing"}
+    assert first.model_dump(exclude=differing) == other.model_dump(exclude=differing)
+    data = {"train", "validation", "held_out"}
+    for kind, entry in other.distributions.items():
+        assert entry.model_dump(include=data) == first.distributions[kind].model_dump(include=data)
+    assert other.fine_tuning.dtype == first.fine_tuning.dtype == "mixed"
 
 
 def save_sparse(folder: Path, config: LlamaConfig, shards: int = 4) -> None:

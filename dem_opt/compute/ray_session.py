@@ -17,7 +17,7 @@ from pathlib import Path
 from time import sleep, time
 from typing import Any
 
-from dem_opt.errors import InputError
+from dem_opt.errors import InputError, OutageError, shorten
 from dem_opt.permissions import readable_by_others
 
 PREFIX = "dem_opt-ray-"
@@ -41,6 +41,7 @@ def private_ray(ray: Any) -> Iterator[None]:
 
     Raises:
         InputError: There is no folder for its files.
+        OutageError: Ray did not start, on a machine that is too busy for its limit of 30 s, say.
     """
     with session_folder(short_folder()) as folder:
         token = folder / "token"
@@ -49,7 +50,7 @@ def private_ray(ray: Any) -> Iterator[None]:
         # A small object store stays below the room in /dev/shm, or goes to the session's folder where that is smaller.
         small = {"object_store_memory": OBJECT_STORE_BYTES} if shared_memory_warning(free_shared_memory()) else {}
         try:
-            with _own_token(token), _on_loopback():
+            with _own_token(token), _on_loopback(), _startup():
                 ray.init(
                     address="local",
                     include_dashboard=False,
@@ -62,6 +63,16 @@ def private_ray(ray: Any) -> Iterator[None]:
         finally:
             ray.shutdown()
             _forget_token()
+
+
+@contextmanager
+def _startup() -> Iterator[None]:
+    """Turn a failure of Ray to start into an OutageError, which is one line."""
+    try:
+        yield
+    except Exception as error:  # Ray raises Exception itself, and nothing else runs in the block
+        reason = shorten(str(error).strip().partition("\n")[0], 300)
+        raise OutageError(f"Ray did not start on this machine ({reason}); where it is busy, try again later") from error
 
 
 def free_shared_memory() -> int | None:

@@ -72,6 +72,29 @@ def test_ray_listens_on_loopback_and_its_token_is_its_owners_and_nothing_is_left
     assert not (home / ".ray").exists()
 
 
+REFUSED = """
+from dem_opt.compute import RayCompute
+from dem_opt.config import ComputeSection
+from dem_opt.errors import OutageError
+
+try:
+    with RayCompute(ComputeSection()):
+        print("started")
+except OutageError as error:
+    print(error)
+"""
+
+
+def test_a_ray_that_does_not_start_is_one_line_and_leaves_nothing(tmp_path):
+    """Ray reads resources from the environment while it starts, and raises there what its parser raises."""
+    variables = os.environ | {"TMPDIR": str(tmp_path), "RAY_TMPDIR": "", "RAY_OVERRIDE_RESOURCES": "{"}
+    ended = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True, env=variables, timeout=300)
+    (line,) = ended.stdout.splitlines()
+    assert ended.returncode == 0
+    assert "Ray" in line and "property name" in line
+    assert list(tmp_path.glob(f"{PREFIX}*")) == []
+
+
 def test_the_folder_of_a_killed_process_is_removed_by_the_next_and_that_of_a_running_one_is_kept(tmp_path):
     running, killed, young = (tmp_path / f"{PREFIX}{name}" for name in ("running", "killed", "young"))
     holder = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
