@@ -72,6 +72,26 @@ def test_ray_listens_on_loopback_and_its_token_is_its_owners_and_nothing_is_left
     assert not (home / ".ray").exists()
 
 
+WAITING = """
+import os
+from dem_opt.compute import RayCompute
+from dem_opt.config import ComputeSection
+
+with RayCompute(ComputeSection()) as compute:
+    print(dict(compute.jobs(os.getenv, ["OMP_WAIT_POLICY"]))["OMP_WAIT_POLICY"])
+"""
+
+
+@pytest.mark.parametrize(("given", "seen"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_of_workers_that_wait_sleep_unless_the_user_says_otherwise(tmp_path_factory, given, seen):
+    home = str(tmp_path_factory.mktemp("h"))
+    variables = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    ended = subprocess.run(
+        [sys.executable, "-c", WAITING], capture_output=True, text=True, env=variables | {"TMPDIR": home} | given
+    )
+    assert ended.stdout.split() == [seen]
+
+
 REFUSED = """
 from dem_opt.compute import RayCompute
 from dem_opt.config import ComputeSection
