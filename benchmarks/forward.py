@@ -1,6 +1,6 @@
 """How fast a worker scores a study's windows, beside a bare forward pass and a matrix product; and what loading takes.
 
-    python benchmarks/forward.py STUDY [--repeats 3]
+    python benchmarks/forward.py STUDY [--repeats 2]
 
 In one process and one thread: the worker's load, its merge, its scoring of the search split at several batches, and in
 turn transformers' own forward pass and loss over as many tokens at the same batches.  Floating-point operations are
@@ -24,7 +24,7 @@ from dem_opt.planning.inputs import load_inputs
 from dem_opt.simplex import UNIT
 from dem_opt.types import Composite, Request, WorkerSpec
 
-BATCHES = (256, 512, 1024, 2048, 4096, 8192)
+BATCHES = (256, 1024, 4096)
 """Tokens of a forward call."""
 
 
@@ -80,7 +80,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("study", type=Path)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
     silence_transformers()
     torch.set_num_threads(1)
