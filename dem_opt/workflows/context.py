@@ -1,6 +1,6 @@
 """A study file with everything that its workflows use: database, compute, tracker, progress."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,7 @@ from dem_opt.progress import Progress
 from dem_opt.search.loop import Driver
 from dem_opt.search.optuna_study import Search
 from dem_opt.search.runs import Runs
-from dem_opt.storage.engine import Engine, is_there, masked
+from dem_opt.storage.engine import Engine, masked
 from dem_opt.storage.identity import StudyIdentity, changes, refuse_other_scoring
 from dem_opt.storage.leases import Lease, holding, visiting
 from dem_opt.storage.ledger import Ledger
@@ -23,6 +23,7 @@ from dem_opt.storage.retry import BRIEF, RetryPolicy, opened
 from dem_opt.tracking import JobTracker, SearchTracker, Tracker
 from dem_opt.types import WorkerSpec
 from dem_opt.workflows.provenance import search_info
+from dem_opt.workflows.stored_study import StoredStudy, stored_study
 
 
 @dataclass(frozen=True)
@@ -38,23 +39,6 @@ class LeasePeers:
     def any_alive(self) -> bool:
         """Return whether another driver is at work now."""
         return bool(self.lease.others())
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredStudy:
-    """A study that has been run, as its database describes it.
-
-    Attributes:
-        ledger: The scores.
-        identity_fields: Identity fields of its last run (see `StudyIdentity.identity_fields`).
-        identity: The same by content.
-        generation: Number of the current generation.
-    """
-
-    ledger: Ledger
-    identity_fields: Mapping[str, str]
-    identity: StudyIdentity
-    generation: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,18 +95,10 @@ class StudyContext:
         Raises:
             InputError: The study has not been run.
         """
-        if not is_there(self.config.storage):
-            raise self.not_run()
-        with opened(self.config.storage) as engine:
-            row = Ledger(engine).study(self.config.name) if Ledger.is_in(engine) else None
-            if row is None:
+        with stored_study(self.config) as stored:
+            if stored is None:
                 raise self.not_run()
-            yield StoredStudy(
-                ledger=Ledger(engine),
-                identity_fields=row.identity,
-                identity=StudyIdentity.recall(row.identity, row.scoring),
-                generation=row.generation,
-            )
+            yield stored
 
     def refuse_changed(self, stored: StoredStudy, identity: StudyIdentity) -> None:
         """Raise InputError where a study that has been run is another one now."""

@@ -26,10 +26,11 @@ from dem_opt.simplex import Coefficients
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.types import SPLITS, Composite, ResultRow, Summary
 from dem_opt.workflows.configurations import distinguish
-from dem_opt.workflows.context import StoredStudy, StudyContext
+from dem_opt.workflows.context import StudyContext
 from dem_opt.workflows.int8_error import report_error
 from dem_opt.workflows.libraries import libraries
 from dem_opt.workflows.provenance import winner_metrics
+from dem_opt.workflows.stored_study import StoredStudy
 from dem_opt.workflows.summary import summarize_stored
 
 

@@ -16,7 +16,8 @@ from dem_opt.simplex import Coefficients
 from dem_opt.storage.leases import Lease
 from dem_opt.types import HELD_OUT, SEARCH, SPLITS, Composite, Summary
 from dem_opt.workflows.configurations import distinguish
-from dem_opt.workflows.context import StoredStudy, StudyContext
+from dem_opt.workflows.context import StudyContext
+from dem_opt.workflows.stored_study import StoredStudy
 from dem_opt.workflows.summary import summarize_generation, summarize_stored, trials_by_run
 
 FULL = ReportSection(top=TOP, leave_one_out=True)

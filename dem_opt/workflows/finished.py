@@ -21,9 +21,10 @@ from dem_opt.search.trials import finished, is_known
 from dem_opt.storage.engine import is_there, masked
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
-from dem_opt.storage.retry import RetryPolicy, opened
+from dem_opt.storage.retry import RetryPolicy
 from dem_opt.types import SPLITS
 from dem_opt.workflows.libraries import libraries
+from dem_opt.workflows.stored_study import stored_study
 
 FILE = "inputs.json"
 """The file in a study's output folder."""
@@ -70,14 +71,11 @@ def find_finished(config: StudyConfig, runs: Sequence[str], progress: Progress) 
     if known is None or not is_there(config.storage) or stamp_of(config) != known.stamp:
         return None
     patience = RetryPolicy(f"the database {masked(config.storage)}", config.outages.storage, progress)
-    with opened(config.storage, patience) as engine:
-        ledger = Ledger(engine, patience) if Ledger.is_in(engine) else None
-        row = ledger.study(config.name) if ledger else None
-        if ledger is None or row is None or row.identity != known.identity:
+    with stored_study(config, patience) as stored:
+        if stored is None or stored.identity_fields != known.identity:
             return None
-        identity = StudyIdentity.recall(row.identity, row.scoring)
-        is_finished = _are_ended(config, row.generation, runs) and _is_measured(
-            config, ledger, identity, row.generation
+        is_finished = _are_ended(config, stored.generation, runs) and _is_measured(
+            config, stored.ledger, stored.identity, stored.generation
         )
     return known if is_finished else None
 

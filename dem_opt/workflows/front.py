@@ -7,10 +7,8 @@ from dem_opt.analysis.pareto import checked_axes, front_between
 from dem_opt.config import StudyConfig
 from dem_opt.errors import InputError
 from dem_opt.pareto import Front
-from dem_opt.storage.engine import is_there
-from dem_opt.storage.identity import StudyIdentity, refuse_other_space
-from dem_opt.storage.ledger import Ledger
-from dem_opt.storage.retry import opened
+from dem_opt.storage.identity import refuse_other_space
+from dem_opt.workflows.stored_study import stored_study
 
 FIELD = "--between"
 """The option that names the two losses."""
@@ -29,21 +27,17 @@ def read_front(config: StudyConfig, path: Path, names: Sequence[str] | None = No
         InputError: A name is unknown or given twice; nothing is scored on both, or the study has not been run.
     """
     not_run = InputError(path, None, None, f"nothing is measured yet; first: dem-opt run {path}")
-    if not is_there(config.storage):
-        raise not_run
-    with opened(config.storage) as engine:
-        ledger = Ledger(engine) if Ledger.is_in(engine) else None
-        row = ledger.study(config.name) if ledger else None
-        if ledger is None or row is None:
+    with stored_study(config) as stored:
+        if stored is None:
             raise not_run
-        identity = StudyIdentity.recall(row.identity, row.scoring)
+        identity = stored.identity
         refuse_other_space(path, identity, config.space)
         if names is None and identity.pareto is None:
             mend = "the study does not search for a front: name two losses, such as code and math, or code and mean"
             raise InputError(None, FIELD, None, mend)
         axes = identity.pareto if names is None else checked_axes(identity, names, None, FIELD)
         assert axes is not None
-        front = front_between(ledger, identity, axes)
+        front = front_between(stored.ledger, identity, axes)
     if front is None:
         raise InputError(path, FIELD, names and " ".join(names), "no composite is scored on both yet")
     return front

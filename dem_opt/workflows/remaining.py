@@ -11,11 +11,10 @@ from dem_opt.planning.inputs import CheckedHeaders
 from dem_opt.planning.plan import Plan, Work, group_forwards, left_out_count
 from dem_opt.search.runs import Runs
 from dem_opt.search.trials import finished, is_known
-from dem_opt.storage.engine import is_there
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
-from dem_opt.storage.retry import opened
 from dem_opt.types import HELD_OUT, SEARCH, Precision, TrialRecord
+from dem_opt.workflows.stored_study import stored_study
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,20 +39,13 @@ def remaining_work(config: StudyConfig, files: CheckedHeaders, plan: Plan) -> Re
 
     Contents are compared as far as their hashes are known; texts are not read.
     """
-    if not is_there(config.storage):
-        return None
-    with opened(config.storage) as engine:
-        ledger = Ledger(engine) if Ledger.is_in(engine) else None
-        row = ledger.study(config.name) if ledger else None
-        if ledger is None or row is None:
+    with stored_study(config) as stored:
+        if stored is None or not _is_same(config, files, stored.identity):
             return None
-        identity = StudyIdentity.recall(row.identity, row.scoring)
-        if not _is_same(config, files, identity):
-            return None
-        identity = replace(identity, groups=files.groups(None))
+        ledger, identity = stored.ledger, replace(stored.identity, groups=files.groups(None))
         algorithm = config.search.algorithm
         planned = config.planned_trials(algorithm)
-        with Runs(config, row.generation).existing() as searches:
+        with Runs(config, stored.generation).existing() as searches:
             left = searches[algorithm].unfinished if algorithm in searches else planned
             trials = {run: finished(ledger, identity, search) for run, search in searches.items()}
         work = _work_left(config, ledger, identity, trials, left, plan.work)

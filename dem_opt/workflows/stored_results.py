@@ -11,11 +11,9 @@ from dem_opt.config.objective_function import import_from
 from dem_opt.errors import InputError
 from dem_opt.search.runs import Runs
 from dem_opt.search.trials import finished
-from dem_opt.storage.engine import is_there
-from dem_opt.storage.identity import StudyIdentity, refuse_other_space
-from dem_opt.storage.ledger import Ledger
-from dem_opt.storage.retry import opened
+from dem_opt.storage.identity import refuse_other_space
 from dem_opt.types import Summary
+from dem_opt.workflows.stored_study import stored_study
 
 
 def stored_results(config: StudyConfig, path: Path) -> Summary:
@@ -25,18 +23,14 @@ def stored_results(config: StudyConfig, path: Path) -> Summary:
         InputError: The study has no finished trial, or its distributions or bounds have changed since.
     """
     not_run = InputError(path, None, None, f"nothing is measured yet; first: dem-opt run {path}")
-    if not is_there(config.storage):
-        raise not_run
     if config.objective.function is not None:
         import_from(path.resolve().parent)
-    with opened(config.storage) as engine:
-        ledger = Ledger(engine) if Ledger.is_in(engine) else None
-        row = ledger.study(config.name) if ledger else None
-        if ledger is None or row is None:
+    with stored_study(config) as stored:
+        if stored is None:
             raise not_run
-        identity = StudyIdentity.recall(row.identity, row.scoring)
+        ledger, identity = stored.ledger, stored.identity
         refuse_other_space(path, identity, config.space)
-        with Runs(config, row.generation).existing() as searches:
+        with Runs(config, stored.generation).existing() as searches:
             trials = {run: finished(ledger, identity, search) for run, search in searches.items()}
             stopped = {run: search.stopped for run, search in searches.items()}
         summary = summarize(config.name, ledger, identity, trials, {"study file": str(path)}, stopped)

@@ -17,8 +17,9 @@ from dem_opt.simplex import Coefficients
 from dem_opt.storage.identity import StudyIdentity, refuse_other_space
 from dem_opt.storage.ledger import Ledger
 from dem_opt.types import Summary, TrialRecord
-from dem_opt.workflows.context import StoredStudy, StudyContext
+from dem_opt.workflows.context import StudyContext
 from dem_opt.workflows.provenance import facts, study_descriptions
+from dem_opt.workflows.stored_study import StoredStudy
 
 
 def read_summary(context: StudyContext) -> Summary:
