@@ -1,32 +1,41 @@
-"""Coefficients by group of parameters against one simplex: `python benchmarks/groups.py FOLDER STUDY.yaml...`.
+"""Coefficients by group of parameters against one simplex: `python benchmarks/groups.py FOLDER STUDY...`.
 
-For each study, the global optimum is searched, then coefficients by layer and by block of layers, with a penalty that
-folds of the search documents choose, and controls: the unshrunk optimum, a random grouping with as many groups as there
-are blocks, one simplex with a sum of 0 to 2, and blocks over placebos of the vectors: random ones of equal norm for
-each tensor, and the vectors with permuted layers.  All variants of a study share one database in FOLDER, so none of
-them measures a composite again; what is finished is answered from there.
+A study is a study file, or one of the kinds of `group_studies`, which is made in FOLDER.  For each, the global optimum
+is searched, then coefficients by layer and by block of layers, with a penalty that folds of the search documents
+choose, and controls: the unshrunk optimum, a random grouping with as many groups as there are blocks, one simplex with
+a sum of 0 to 2, and blocks over placebos of the vectors: random ones of equal norm for each tensor, and the vectors
+with permuted layers.  All variants of a study share one database in FOLDER, so none of them measures a composite again;
+what is finished is answered from there.
 
 Printed is the gain over the global optimum on both splits, in the objective's unit, held out with a 95% interval over
-documents, and in the part of what the global optimum gains over the uniform average; the gain that folds expected; the
-forward-equivalents beyond the global search.  A placebo's gain is over the global optimum of the placebo.
+documents, and in the part of what the global optimum gains over the uniform average; the gain that folds expected, and
+the optimism that they tell of the gain on the search split; the forward-equivalents beyond the global search.  A
+placebo's gain is over the global optimum of the placebo.
+
+A study is for coefficients by group where blocks gain at least 25% of (uniform - global), the interval is above 0, and
+no control gains half as much; it is against them where they gain less than 10%, or a control gains as much.  Controls
+are the random grouping, the sum of 0 to 2, and the placebos.
 """
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
+from group_studies import KINDS, make
 
-from dem_opt.analysis.bootstrap import difference
+from dem_opt.analysis.bootstrap import Difference, difference
 from dem_opt.analysis.sampling import documents_of
 from dem_opt.checkpoints.parameter_groups import parameter_groups
 from dem_opt.compute import InProcessCompute
 from dem_opt.evaluation.objective import Objective
+from dem_opt.export.placebo import Kind
 from dem_opt.planning.inputs import check_headers, load_inputs
 from dem_opt.progress import NullProgress
 from dem_opt.storage.engine import connect
@@ -34,13 +43,26 @@ from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
 from dem_opt.study import Study
 from dem_opt.tracking import NullTracker
-from dem_opt.types import HELD_OUT, SEARCH, Score, Summary
+from dem_opt.types import HELD_OUT, SEARCH, Summary
 from dem_opt.workflows.placebo import placebos_of
 
 PATHS = ("path", "run", "validation", "held_out", "train", "checkpoint", "adapter", "base", "include")
 """Keys of a study file whose texts are paths, relative to the file."""
 
-PLACEBOS = {"blocks, random vectors": "random", "blocks, permuted layers": "permuted"}
+BLOCKS = "blocks"
+
+PLACEBOS: dict[str, Kind] = {"blocks, random vectors": "random", "blocks, permuted layers": "permuted"}
+
+CONTROLS = ("random groups", "one simplex, sum 0 to 2", *PLACEBOS)
+
+CONFIRMED, REFUTED = 0.25, 0.1
+"""Gain of blocks in the part of (uniform - global) from which on a study is for them, and below which against them."""
+
+
+HEADERS = (
+    *("study", "coefficients", "groups", "search", "held out [95%]", "of (uniform - global)"),
+    *("folds", "optimism", "penalty", "FE"),
+)
 
 
 @dataclass(frozen=True)
@@ -51,8 +73,9 @@ class Row:
         groups: Groups of parameters.
         search: Gain over the global optimum on the search split.
         held_out: The same held out, with its interval.
-        share: Of that the part in the global optimum's gain over the uniform average.
+        share: The same in the part of what the global optimum gains over the uniform average.
         expected: Gain on the fold that did not choose; None without folds.
+        optimism: Part of the gain on the search split that the choice on it has made; None without folds.
         shrink: The penalty that was chosen; None for the global coefficients.
         forwards: Forward-equivalents beyond the global search.
     """
@@ -64,6 +87,7 @@ class Row:
     held_out: tuple[float, float, float]
     share: float
     expected: float | None
+    optimism: float | None
     shrink: float | None
     forwards: float
 
@@ -82,9 +106,8 @@ def variants(study: Path, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     architecture = check_headers(config, study).architecture
     blocks = parameter_groups("blocks", architecture)
     assert blocks is not None
+    yield BLOCKS, {"coefficients": {"groups": "blocks"}}
     yield "layers", {"coefficients": {"groups": "layers"}}
-    yield "blocks", {"coefficients": {"groups": "blocks"}}
-    yield "blocks, unshrunk", {"coefficients": {"groups": "blocks", "shrink": "none"}}
     names = list(architecture.parameters)
     order = np.random.default_rng(0).permutation(len(names))
     parts = np.array_split(order, len(blocks))
@@ -92,6 +115,7 @@ def variants(study: Path, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         "random groups",
         {"coefficients": {"groups": {f"part-{n}": [names[k] for k in part] for n, part in enumerate(parts)}}},
     )
+    yield "blocks, unshrunk", {"coefficients": {"groups": "blocks", "shrink": "none"}}
     yield "one simplex, sum 0 to 2", {"simplex": {"total": [0.0, 2.0]}}
     inputs = load_inputs(config, study, worker=False)
     for variant, kind in PLACEBOS.items():
@@ -138,63 +162,83 @@ def run(path: Path) -> tuple[Summary, Mapping[str, Any]]:
     return summary, documents
 
 
-def measure(study: Path, folder: Path) -> Iterator[Row]:
+def measure(study: Path, folder: Path, name: str) -> Iterator[Row]:
     """Rows of all variants of a study; the first variant finds the global optimum that others compare with."""
     reference: Summary | None = None
+    folder.mkdir(parents=True, exist_ok=True)
     for variant, sections in variants(study, folder):
-        print(f"{study.parent.name}/{study.name}: {variant}", flush=True)
+        print(f"{name}: {variant}", flush=True)
         summary, documents = run(write_variant(study, folder, variant, sections))
         reference = reference or summary
         own = summary if variant in PLACEBOS else reference
-        yield compare(f"{study.parent.name}/{study.stem}", variant, summary, own, documents)
+        gap, groups = gain(summary, own, documents), summary.groups
+        yield Row(
+            study=name,
+            variant=variant,
+            groups=len(groups.coefficients) if groups else 1,
+            search=own.global_winner.objective[SEARCH] - summary.winner.objective[SEARCH],
+            held_out=(gap.mean, gap.low, gap.high),
+            share=gap.mean / gain_of_search(reference),
+            expected=-groups.judged.other if groups and groups.judged else None,
+            optimism=groups.optimism if groups else None,
+            shrink=groups.shrink if groups and isfinite(groups.shrink) else None,
+            forwards=groups.forwards if groups else summary.winner.forwards - own.global_winner.forwards,
+        )
 
 
-def compare(study: str, variant: str, summary: Summary, reference: Summary, documents: Mapping[str, Any]) -> Row:
-    """The winner of a variant beside the global optimum of the reference."""
+def gain(summary: Summary, reference: Summary, documents: Mapping[str, Any]) -> Difference:
+    """The winner's held-out gain over the global optimum of the reference."""
     objective = Objective(summary.weights, unit=summary.unit)
-    best, winner = reference.global_winner, summary.winner
-    gap = difference(best.scores[HELD_OUT], winner.scores[HELD_OUT], objective, documents)
-    uniform: Mapping[str, Score] = next(row for row in reference.results if row.role == "uniform").scores[HELD_OUT]
-    groups = summary.groups
-    return Row(
-        study=study,
-        variant=variant,
-        groups=len(groups.coefficients) if groups else 1,
-        search=best.objective[SEARCH] - winner.objective[SEARCH],
-        held_out=(gap.mean, gap.low, gap.high),
-        share=gap.mean / (objective(uniform) - best.objective[HELD_OUT]),
-        expected=-groups.judged.other if groups and groups.judged else None,
-        shrink=groups.shrink if groups and isfinite(groups.shrink) else None,
-        forwards=groups.forwards if groups else winner.forwards - best.forwards,
-    )
+    return difference(reference.global_winner.scores[HELD_OUT], summary.winner.scores[HELD_OUT], objective, documents)
+
+
+def gain_of_search(summary: Summary) -> float:
+    """The global optimum's held-out gain over the uniform average."""
+    uniform = next(row for row in summary.results if row.role == "uniform")
+    return uniform.objective[HELD_OUT] - summary.global_winner.objective[HELD_OUT]
 
 
 def line(row: Row) -> str:
     """A row as Markdown."""
     mean, low, high = row.held_out
-    expected = "" if row.expected is None else f"{row.expected:+.4f}"
+    expected, optimism = ("" if gain is None else f"{gain:+.4f}" for gain in (row.expected, row.optimism))
     shrink = "global" if row.groups > 1 and row.shrink is None else "" if row.shrink is None else f"{row.shrink:.2g}"
     return (
         f"| {row.study} | {row.variant} | {row.groups} | {row.search:+.4f} | {mean:+.4f} [{low:+.4f}, {high:+.4f}] | "
-        f"{row.share:.0%} | {expected} | {shrink} | {row.forwards:.0f} |"
+        f"{row.share:.0%} | {expected} | {optimism} | {shrink} | {row.forwards:.0f} |"
     )
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """What the rows of one study say: "for", "against" or "neither"."""
+    by_variant = {row.variant: row for row in rows}
+    blocks = by_variant[BLOCKS]
+    gain, low, _ = blocks.held_out
+    best_control = max(by_variant[name].held_out[0] for name in CONTROLS if name in by_variant)
+    if blocks.share < REFUTED or best_control >= gain:
+        return "against"
+    return "for" if blocks.share >= CONFIRMED and low > 0 and best_control < gain / 2 else "neither"
 
 
 def main() -> None:
     """Every study with every variant, as a table, and JSON last."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("studies", type=Path, nargs="+")
+    parser.add_argument("studies", nargs="+", help=f"study files, or of {', '.join(KINDS)}")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [row for study in arguments.studies for row in measure(study.resolve(), folder)]
-    print(
-        "\n| study | coefficients | groups | search | held out [95%] | of (uniform - global) | folds | penalty | FE |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
-    print("\n".join(map(line, rows)))
-    print(json.dumps([asdict(row) for row in rows]))
+    by_study = {}
+    for study in arguments.studies:
+        path = make(study, folder) if study in KINDS else Path(study).resolve()
+        by_study[study] = list(measure(path, folder / "groups" / f"{path.parent.name}-{path.stem}", study))
+    print(f"\n| {' | '.join(HEADERS)} |")
+    print("|---" * len(HEADERS) + "|")
+    print("\n".join(line(row) for rows in by_study.values() for row in rows))
+    for study, rows in by_study.items():
+        print(f"{study}: {verdict(rows)}")
+    print(json.dumps([asdict(row) for rows in by_study.values() for row in rows]))
 
 
 if __name__ == "__main__":

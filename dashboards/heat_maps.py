@@ -89,7 +89,7 @@ def price_heat_map(summary: Summary, split: str = HELD_OUT) -> go.Figure:
     """Draw NLL(result) - NLL(the distribution's own fine-tune) in nats per token: the price of sharing one model."""
     own = {row.label: row for row in summary.results if row.role == "single"}
     shown = [row for row in summary.results if row.role in ("base", "uniform", "best")]
-    names = [name for name in summary.distributions if name in own]
+    names = [name for name in summary.weights if name in own]
     return _heat_map(
         HeatMap(
             title=f"Price of sharing one model, {_split_words(split)}",

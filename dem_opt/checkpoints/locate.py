@@ -18,12 +18,13 @@ HUB_TIMEOUT = 10.0
 
 
 def locate(source: ModelSource, field: str) -> Path:
-    """The folder of a model: its path, a kept step of a run, or the cache's folder of its hub id and revision.
+    """The folder of one model: its path, a kept step of a run, or the cache's folder of its hub id and revision.
 
     Raises:
         InputError: The id is neither in the cache nor on the hub, or the step was not kept; or something in the folder
             is no file, whose opening could wait for ever.
     """
+    assert not isinstance(source.step, list), "several steps are several models (`ModelSource.models`)"
     if source.run is not None and source.step is not None:
         return step_folder(source.run, source.step, field)
     folder = source.path if source.hub is None else _cached(source, source.hub, field)

@@ -85,7 +85,7 @@ def trials(arguments: Namespace, terminal: Terminal) -> None:
     elif arguments.csv:
         terminal.raw(_csv(rows, config))
     else:
-        names = list(config.distributions)
+        names = list(config.fine_tunes)
         unit = UNITS[config.objective.unit]
         title = f"Trials: objective and its standard error in {unit}; FE: forward-equivalents"
         losses = [axis.name for axis in config.axes or ()]
@@ -130,7 +130,7 @@ def _trial_row(run: str, record: "TrialRecord") -> dict[str, Any]:
 
 
 def _csv(rows: list[dict[str, Any]], config: StudyConfig) -> str:
-    weights = [f"w.{name}" for name in config.distributions]
+    weights = [f"w.{name}" for name in config.fine_tunes]
     losses = [f"loss.{axis.name}" for axis in config.axes or ()]
     columns = ["run", "number", "state", "objective", "standard_error", *losses, *weights]
     text = io.StringIO()

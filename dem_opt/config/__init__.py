@@ -10,6 +10,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from dem_opt.config.fine_tunes import FineTune, fine_tunes_of
 from dem_opt.config.places import find_place
 from dem_opt.config.sections import (
     ALGORITHMS,
@@ -40,6 +41,7 @@ from dem_opt.config.sections import (
     SimplexSection,
     StudyPath,
     TrackingSection,
+    VectorSection,
     default_note,
     resolve_path,
 )
@@ -62,6 +64,7 @@ __all__ = [
     "DistributionSection",
     "EvaluateSection",
     "EvaluationSection",
+    "FineTune",
     "FineTuningSection",
     "GeneralSection",
     "Groups",
@@ -69,6 +72,7 @@ __all__ = [
     "ReportSection",
     "SearchSection",
     "StudyConfig",
+    "VectorSection",
     "load",
     "sqlite_url",
 ]
@@ -90,6 +94,11 @@ class StudyConfig(Section):
 
     distributions: Annotated[dict[Name, DistributionSection], Field(min_length=1)]
     """Data distributions by name, each with a fine-tune of the base."""
+
+    vectors: dict[Name, VectorSection] = Field(default_factory=dict)
+    """Further fine-tunes by name, without data of their own: other seeds, other steps, checkpoints of the base's own
+    training.
+    """
 
     general: dict[Name, GeneralSection] = Field(default_factory=dict)
     """General corpora by name, without a fine-tune of their own: a data file, or `validation` and `held_out`."""
@@ -187,9 +196,12 @@ class StudyConfig(Section):
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
-        for name in self.general:
-            if name in self.distributions:
-                raise ValueError(f"general.{name}: a distribution has this name; choose another")
+        for section, names in (("vectors", self.vectors), ("general", self.general)):
+            for name in names:
+                if name in self.distributions:
+                    raise ValueError(f"{section}.{name}: a distribution has this name; choose another")
+        for name in self.general.keys() & self.vectors.keys():
+            raise ValueError(f"general.{name}: a vector has this name; choose another")
         for field in ("weights", "protect"):
             for name in getattr(self.objective, field) or ():
                 if name not in self.corpora:
@@ -197,6 +209,18 @@ class StudyConfig(Section):
                     raise ValueError(f"objective.{field}.{name}: no such distribution or general corpus; {known}")
         if not any(self.weights.values()):
             raise ValueError("objective.weights: at least one weight must be above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        if isinstance(self.base.step, list):
+            raise ValueError("base.step: the base is one model; name one step")
+        if self.objective.worst:
+            for name, distribution in self.distributions.items():
+                kind, source = distribution.fine_tune
+                if isinstance(source.step, list):
+                    mend = "regrets are against a distribution's one fine-tune; name one step, and others as vectors"
+                    raise ValueError(f"distributions.{name}.{kind}.step: {mend}")
         return self
 
     @model_validator(mode="after")
@@ -216,12 +240,10 @@ class StudyConfig(Section):
         boxes, (least, total) = self.simplex.boxes, self.simplex.sums
         for field in ("bounds", "fixed"):
             for name in getattr(self.simplex, field):
-                if name not in self.distributions:
-                    raise ValueError(
-                        f"simplex.{field}.{name}: no such distribution; {nearest(name, self.distributions)}"
-                    )
+                if name not in self.fine_tunes:
+                    raise ValueError(f"simplex.{field}.{name}: no such distribution; {nearest(name, self.fine_tunes)}")
         lowest = sum(low for low, _ in boxes.values())
-        highest = sum(boxes.get(name, (0.0, total))[1] for name in self.distributions)
+        highest = sum(boxes.get(name, (0.0, total))[1] for name in self.fine_tunes)
         if lowest > total + TOLERANCE:
             raise ValueError(f"simplex: the least coefficients sum to {lowest:g}, more than the total of {total:g}")
         if highest < least - TOLERANCE:
@@ -284,7 +306,12 @@ class StudyConfig(Section):
         """The coefficient space."""
         least, total = self.simplex.sums
         boxes = tuple((name, *box) for name, box in self.simplex.boxes.items())
-        return Space(tuple(self.distributions), total, least if least < total else None, boxes)
+        return Space(tuple(self.fine_tunes), total, least if least < total else None, boxes)
+
+    @property
+    def fine_tunes(self) -> dict[str, FineTune]:
+        """The fine-tunes by name, each with a coefficient: of the distributions, then the vectors."""
+        return dict(fine_tunes_of(self.distributions, self.vectors))
 
     @property
     def corpora(self) -> dict[str, DistributionSection | GeneralSection]:

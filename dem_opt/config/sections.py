@@ -21,12 +21,15 @@ PATTERNS: Mapping[str, str] = {
     "letter or digit",
     r"^[\w.-]+(/[\w.-]+)?$": "an id of the Hugging Face Hub, `owner/name`",
     r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$": "an importable function, `package.module:name`",
+    r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}(@([1-9][0-9]*|best))?$": "a name, or a step's, as in `code@20`: "
+    "letters, digits, `_`, `.` and `-`, at most 64, beginning with a letter or digit",
 }
 """Patterns of texts of a fixed form, and the form in words."""
 
-_NAME, _HUB_ID, _FUNCTION = PATTERNS
+_NAME, _HUB_ID, _FUNCTION, _FINE_TUNE_NAME = PATTERNS
 
 Name = Annotated[str, Field(pattern=_NAME)]
+FineTuneName = Annotated[str, Field(pattern=_FINE_TUNE_NAME)]
 Positive = Annotated[int, Field(gt=0)]
 PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -200,8 +203,11 @@ class DataFile(Section):
         return ", ".join(str(path) for path in self.paths)
 
 
+Step = Literal["best"] | Positive
+
+
 class ModelSource(Section):
-    """A model or an adapter: a folder, a model of the Hugging Face Hub, or a kept step of a fine-tuning run.
+    """A model or an adapter: a folder, a model of the Hugging Face Hub, or kept steps of a fine-tuning run.
 
     A path alone is a folder.
     """
@@ -221,8 +227,10 @@ class ModelSource(Section):
     run: StudyPath | None = None
     """Folder of a fine-tuning run that kept its steps (`fine_tuning.keep`), instead of a folder of weights."""
 
-    step: Literal["best"] | Positive | None = None
-    """Kept step of `run`: its number, or `best` for the lowest validation NLL."""
+    step: Step | Annotated[list[Step], Field(min_length=1)] | None = None
+    """Kept step of `run`: its number, or `best` for the lowest validation NLL. A list, `[20, 40, best]`, makes each
+    step a fine-tune with a coefficient of its own, called `code@20` in a distribution `code`.
+    """
 
     _paths = field_validator("path", "run", mode="before")(resolve_path)
 
@@ -239,6 +247,8 @@ class ModelSource(Section):
             raise ValueError("must be a path, or a mapping with `hub:` and `revision:`, or with `run:` and `step:`")
         if self.hub is None and self.revision is not None:
             raise ValueError("revision: belongs to a `hub:`, a folder has none")
+        if isinstance(self.step, list) and len(set(self.step)) < len(self.step):
+            raise ValueError(f"step: {self.step} names a step twice; two equal vectors can't be told apart")
         return self
 
     @model_serializer
@@ -255,10 +265,52 @@ class ModelSource(Section):
         """The folder that a fine-tuning of it writes; None for a hub id."""
         return self.run or self.path
 
+    @property
+    def models(self) -> "dict[str, ModelSource]":
+        """The models by the ending of their names: one without an ending, or each of several steps as `@20`."""
+        if not isinstance(self.step, list):
+            return {"": self}
+        return {f"@{step}": self.model_copy(update={"step": step}) for step in self.step}
+
     def __str__(self) -> str:
         if self.run is not None:
             return f"{self.run}, step {self.step}"
         return str(self.path) if self.hub is None else f"{self.hub}@{self.revision or 'main'}"
+
+
+FineTuneKind = Literal["checkpoint", "adapter"]
+
+
+class VectorSection(Section):
+    """A fine-tune of the base without data of its own: it has a coefficient, which the corpora of others decide."""
+
+    checkpoint: ModelSource | None = None
+    """Fine-tuned checkpoint of the base. Each fine-tune is a `checkpoint` or an `adapter`."""
+
+    adapter: ModelSource | None = None
+    """LoRA adapter of the base (plain, rsLoRA or DoRA, as peft saves them)."""
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Self:
+        _refuse_other_than_one(self.checkpoint, self.adapter)
+        return self
+
+    @property
+    def fine_tune(self) -> tuple[FineTuneKind, ModelSource]:
+        """The kind of the fine-tune and its source."""
+        return _fine_tune(self.checkpoint, self.adapter)
+
+
+def _refuse_other_than_one(checkpoint: ModelSource | None, adapter: ModelSource | None) -> None:
+    if (checkpoint is None) == (adapter is None):
+        raise ValueError("must have a `checkpoint:` or an `adapter:`, and not both")
+
+
+def _fine_tune(checkpoint: ModelSource | None, adapter: ModelSource | None) -> tuple[FineTuneKind, ModelSource]:
+    if checkpoint is not None:
+        return "checkpoint", checkpoint
+    assert adapter is not None
+    return "adapter", adapter
 
 
 class DistributionSection(Section):
@@ -281,19 +333,15 @@ class DistributionSection(Section):
 
     @model_validator(mode="after")
     def _check_fine_tune(self) -> Self:
-        if (self.checkpoint is None) == (self.adapter is None):
-            raise ValueError("must have a `checkpoint:` or an `adapter:`, and not both")
+        _refuse_other_than_one(self.checkpoint, self.adapter)
         if self.train is not None and self.train.task is not None:
             raise ValueError("train: must be files; a task's documents are for validation and held-out data")
         return self
 
     @property
-    def fine_tune(self) -> tuple[Literal["checkpoint", "adapter"], ModelSource]:
-        """The kind of the fine-tune and its source."""
-        if self.checkpoint is not None:
-            return "checkpoint", self.checkpoint
-        assert self.adapter is not None
-        return "adapter", self.adapter
+    def fine_tune(self) -> tuple[FineTuneKind, ModelSource]:
+        """The kind of the fine-tune and its source, which may be several steps."""
+        return _fine_tune(self.checkpoint, self.adapter)
 
 
 class GeneralSection(Section):
@@ -325,10 +373,10 @@ class SimplexSection(Section):
     number of distributions is a good upper end, since the sum of all vectors has it. `run` says where that pays.
     """
 
-    bounds: dict[Name, Range] = Field(default_factory=dict)
+    bounds: dict[FineTuneName, Range] = Field(default_factory=dict)
     """Lowest and highest coefficient, by distribution: `{code: [0, 0.8]}`."""
 
-    fixed: dict[Name, NotNegative] = Field(default_factory=dict)
+    fixed: dict[FineTuneName, NotNegative] = Field(default_factory=dict)
     """Coefficients that the search does not vary, by distribution: `{code: 0.3}`."""
 
     @property

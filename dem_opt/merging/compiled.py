@@ -56,6 +56,18 @@ class Term(ctypes.Structure):
     )
 
 
+class Run(ctypes.Structure):
+    """A run of neighbouring elements with the same terms, laid out as `struct Run` of kernel.cpp.
+
+    Attributes:
+        end: First element behind it.
+        first: Number of its first term.
+        count: Number of its terms; with none its elements are left as they are.
+    """
+
+    _fields_ = (("end", ctypes.c_int64), ("first", ctypes.c_int64), ("count", ctypes.c_int64))
+
+
 @dataclass(frozen=True)
 class CompiledKernel:
     """The compiled kernel of this process, or the reason why there is none.
@@ -85,7 +97,7 @@ def compiled_kernel() -> CompiledKernel:
         return CompiledKernel(None, _not_compiled(error), perf_counter() - started)
     merge.restype = None
     merge.argtypes = (
-        *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
         *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
     )
     return CompiledKernel(merge, f"the merge kernel was {description}", perf_counter() - started)

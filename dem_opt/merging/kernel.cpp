@@ -1,5 +1,7 @@
 // The merge kernel, one pass over memory:  out_i = cast( round( sum_n weight_n scale_n[row of i] values_n[i] ) ) .
 //
+// Runs of neighbouring elements have terms of their own, over the same flat arrays.
+//
 // compiled.py compiles it with -ffp-contract=off: every product and every sum is rounded to float32 on its own, in the
 // order of the terms, so that a value's bits depend only on its terms, and not on its position or on threads.  Each
 // stored value is read once and each result written once, with non-temporal stores where the processor has them.
@@ -21,6 +23,11 @@ struct Term {
     const float* scale;  // of each row, for int8; else null
     int64_t type;        // FLOAT32 ... FLOAT16 below
     float weight;
+};
+
+struct Run {
+    int64_t end;           // the run begins where the one before it ends
+    int64_t first, count;  // its terms; none: the elements are left as they are
 };
 
 namespace {
@@ -181,7 +188,7 @@ struct Merge {
     const Term* terms;
     int64_t count;
     void* out;
-    int64_t rounded, live, size;
+    int64_t rounded, live;
     const int64_t* rows;  // first element of each row of int8 terms, ascending; all int8 terms share it
     int64_t count_rows;
 
@@ -227,8 +234,7 @@ struct Merge {
         }
     }
 
-    void tile(int64_t start, float* weights) const {
-        const int64_t end = std::min(start + TILE, size);
+    void tile_of_dtype(int64_t start, int64_t end, float* weights) const {
         if (live == BFLOAT16) return tile<Narrow<BFloat16>>(start, end, weights);
         if (live == FLOAT16) return tile<Narrow<Float16>>(start, end, weights);
         if (rounded == BFLOAT16) return tile<RoundedFloat<BFloat16>>(start, end, weights);
@@ -239,13 +245,25 @@ struct Merge {
 
 }  // namespace
 
-extern "C" void dem_merge(const Term* terms, int64_t count, void* out, int64_t rounded, int64_t live, int64_t size,
-                          const int64_t* rows, int64_t count_rows, int64_t threads) {
-    const Merge merge{terms, count, out, rounded, live, size, rows, count_rows};
+extern "C" void dem_merge(const Term* terms, const Run* runs, int64_t count_runs, void* out, int64_t rounded,
+                          int64_t live, const int64_t* rows, int64_t count_rows, int64_t threads) {
+    const Run* last = runs + count_runs;
+    const int64_t size = last[-1].end;
+    int64_t most = 0;
+    for (const Run* run = runs; run < last; run++) most = std::max(most, run->count);
     std::atomic<int64_t> next{0};
     const auto work = [&] {
-        std::vector<float> weights(count);
-        for (int64_t start; (start = next.fetch_add(TILE)) < size;) merge.tile(start, weights.data());
+        std::vector<float> weights(most);
+        for (int64_t start; (start = next.fetch_add(TILE)) < size;) {
+            const int64_t end = std::min(start + TILE, size);
+            const auto ends_before = [](int64_t element, const Run& run) { return element < run.end; };
+            for (const Run* run = std::upper_bound(runs, last, start, ends_before); start < end; run++) {
+                const int64_t until = std::min(run->end, end);
+                const Merge merge{terms + run->first, run->count, out, rounded, live, rows, count_rows};
+                if (run->count) merge.tile_of_dtype(start, until, weights.data());
+                start = until;
+            }
+        }
 #ifdef __SSE2__
         _mm_sfence();  // non-temporal stores are weakly ordered: make them visible before the thread is joined
 #endif

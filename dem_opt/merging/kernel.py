@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dem_opt.merging.compiled import Term, compiled_kernel, expected_compiled_kernel
+from dem_opt.merging.compiled import Run, Term, compiled_kernel, expected_compiled_kernel
 from dem_opt.merging.int8 import Int8Vector
 from dem_opt.simplex import UNIT
 
@@ -48,6 +48,7 @@ _ROUNDINGS = (
 _BY_TORCH = "the merge kernel is compiled by torch"
 
 Values = Tensor | Int8Vector
+Terms = Sequence[tuple[int, Values]]
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,7 @@ class MergeKernel:
         elements = CPU_BLOCK * threads if device == "cpu" else DEVICE_BLOCK
         return elements * (2 * 4 + itemsize)
 
-    def merge(
-        self, out_P: Tensor, terms: Sequence[tuple[int, Values]], dtype: torch.dtype, keeps_single: bool = True
-    ) -> None:
+    def merge(self, out_P: Tensor, terms: Terms, dtype: torch.dtype, keeps_single: bool = True) -> None:
         """Write  sum_n (units_n / 1e9) x_n , rounded to `dtype` and cast to the dtype of `out_P`.
 
         A single term of coefficient 1 is copied, which keeps its bits even where the processor flushes denormal numbers
@@ -128,12 +127,14 @@ class MergeKernel:
             dtype: The base's dtype.
             keeps_single: A single term of coefficient 1 is not rounded to `dtype`: the model is a checkpoint as it is.
         """
-        if len(terms) == 1 and terms[0][0] == UNIT and isinstance(terms[0][1], Tensor):
-            out_P.copy_(terms[0][1] if keeps_single else terms[0][1].to(dtype))
+        if _is_copy(terms):
+            (_, x_P), *_ = terms
+            assert isinstance(x_P, Tensor)
+            out_P.copy_(x_P if keeps_single else x_P.to(dtype))
             return
         weights, values = [units / UNIT for units, _ in terms], [x for _, x in terms]
-        if self.compiled and self._device.type == "cpu" and _kernel_cpp_supports(out_P, values, dtype):
-            _merge_by_kernel_cpp(out_P, weights, values, dtype)
+        if self._is_for_kernel_cpp(out_P, values, dtype):
+            _merge_by_kernel_cpp(out_P, [(len(out_P), terms)], dtype)
             return
         weights_N1 = torch.split(torch.tensor(weights, dtype=torch.float32, device=out_P.device), 1)
         if self.compiled and self._device.type != "cpu" and all(isinstance(x, Tensor) for x in values):
@@ -142,6 +143,45 @@ class MergeKernel:
             _merge_in_threads(out_P, weights_N1, values, dtype, self.block)
         else:
             _merge_stripe(out_P, weights_N1, values, dtype, self.block)
+
+    def merge_runs(
+        self, out_P: Tensor, runs: Sequence[tuple[slice, Terms]], dtype: torch.dtype, keeps_single: bool = True
+    ) -> None:
+        """Merge runs of neighbouring elements with terms of their own, in one pass where there is a compiled kernel.
+
+        Args:
+            out_P: Flat output.
+            runs: Slices that follow each other, with their terms, whose values are as long as the output.
+            dtype: The base's dtype.
+            keeps_single: See `merge`.
+        """
+        values = {id(x): x for _, terms in runs for _, x in terms}
+        if len(runs) == 1 or not self._is_for_kernel_cpp(out_P, list(values.values()), dtype):
+            for part, terms in runs:
+                self.merge(out_P[part], _within(terms, part, len(out_P)), dtype, keeps_single)
+            return
+        for part, terms in runs:
+            if _is_copy(terms):
+                self.merge(out_P[part], _within(terms, part, len(out_P)), dtype, keeps_single)
+        _merge_by_kernel_cpp(out_P, [(part.stop, () if _is_copy(terms) else terms) for part, terms in runs], dtype)
+
+    def _is_for_kernel_cpp(self, out_P: Tensor, values: Sequence[Values], dtype: torch.dtype) -> bool:
+        """Return whether kernel.cpp is trusted, and compiled for these stored, rounded and written dtypes."""
+        stored = {(x.values_P if isinstance(x, Int8Vector) else x).dtype for x in values}
+        on_cpu = self.compiled and self._device.type == "cpu"
+        return on_cpu and stored <= _TYPES.keys() and {dtype, out_P.dtype} in _ROUNDINGS
+
+
+def _is_copy(terms: Terms) -> bool:
+    """True for a single term of coefficient 1, which is copied."""
+    return len(terms) == 1 and terms[0][0] == UNIT and isinstance(terms[0][1], Tensor)
+
+
+def _within(terms: Terms, part: slice, size: int) -> Terms:
+    """The part of each term's values; int8 vectors know the rows of a part that begins with one."""
+    if part == slice(0, size):
+        return terms
+    return [(units, x.within(part) if isinstance(x, Int8Vector) else x[part]) for units, x in terms]
 
 
 def _merge_stripe(
@@ -196,30 +236,31 @@ def _merge_in_threads(
         torch.set_num_threads(threads)  # `set_num_threads(1)` in a thread is also inherited by threads that start later
 
 
-def _kernel_cpp_supports(out_P: Tensor, values: Sequence[Values], dtype: torch.dtype) -> bool:
-    """Return whether kernel.cpp is compiled for these stored, rounded and written dtypes."""
-    stored = {(x.values_P if isinstance(x, Int8Vector) else x).dtype for x in values}
-    return stored <= _TYPES.keys() and {dtype, out_P.dtype} in _ROUNDINGS
-
-
-def _merge_by_kernel_cpp(out_P: Tensor, weights: Sequence[float], values: Sequence[Values], dtype: torch.dtype) -> None:
-    """Merge in one pass of kernel.cpp."""
+def _merge_by_kernel_cpp(out_P: Tensor, runs: Sequence[tuple[int, Terms]], dtype: torch.dtype) -> None:
+    """Merge runs of elements, each with its end and its terms, in one pass of kernel.cpp."""
     merge = compiled_kernel().merge
-    assert merge is not None and out_P.is_contiguous()
-    terms, alive = (Term * len(values))(), []  # addresses of tensors that must live until the pass ends
-    for term, weight, x in zip(terms, weights, values, strict=True):
-        x_P = (x.values_P if isinstance(x, Int8Vector) else x).contiguous()
-        x_P = (
-            x_P if x_P.data_ptr() % x_P.itemsize == 0 else x_P.clone()
-        )  # C++ needs aligned values; a mapped file may begin at any byte
+    assert merge is not None and out_P.is_contiguous() and runs[-1][0] == len(out_P)
+    listed = [term for _, terms in runs for term in terms]
+    values = {id(x): _aligned(x) for _, x in listed}  # tensors that must live until the pass ends
+    terms, spans, first = (Term * len(listed))(), (Run * len(runs))(), 0
+    for term, (units, x) in zip(terms, listed, strict=True):
+        x_P = values[id(x)]
         assert len(x_P) == len(out_P)
-        alive.append(x_P)
         scale = x.scale_R.data_ptr() if isinstance(x, Int8Vector) else None
-        term.values, term.scale, term.type, term.weight = x_P.data_ptr(), scale, _TYPES[x_P.dtype], weight
-    starts_R = next((x.starts_R for x in values if isinstance(x, Int8Vector)), None)
+        term.values, term.scale, term.type, term.weight = x_P.data_ptr(), scale, _TYPES[x_P.dtype], units / UNIT
+    for span, (end, of_run) in zip(spans, runs, strict=True):
+        span.end, span.first, span.count = end, first, len(of_run)
+        first += len(of_run)
+    starts_R = next((x.starts_R for _, x in listed if isinstance(x, Int8Vector)), None)
     rows = (None, 0) if starts_R is None else (starts_R.data_ptr(), len(starts_R))
     threads = torch.get_num_threads()
-    merge(terms, len(values), out_P.data_ptr(), _TYPES[dtype], _TYPES[out_P.dtype], len(out_P), *rows, threads)
+    merge(terms, spans, len(runs), out_P.data_ptr(), _TYPES[dtype], _TYPES[out_P.dtype], *rows, threads)
+
+
+def _aligned(x: Values) -> Tensor:
+    """Flat values as C++ needs them; a mapped file may begin at any byte."""
+    x_P = (x.values_P if isinstance(x, Int8Vector) else x).contiguous()
+    return x_P if x_P.data_ptr() % x_P.itemsize == 0 else x_P.clone()
 
 
 def _merge_on_device(out_P: Tensor, weights_N1: Sequence[Tensor], values: Sequence[Values], dtype: torch.dtype) -> None:
@@ -264,12 +305,13 @@ def _agrees(kind: str, stored: torch.dtype) -> bool:
     """Compare the bits of one random merge, long enough for a vectorized loop and a tail."""
     generator = torch.Generator().manual_seed(0)
     values: list[Values] = [torch.randn(4099, generator=generator).to(kind, stored) for _ in range(3)]
-    weights = [0.2, 0.5, 0.3]
+    units = [UNIT // 5, UNIT // 2, 3 * UNIT // 10]
+    weights = [count / UNIT for count in units]
     weights_N1 = torch.split(torch.tensor(weights, dtype=torch.float32, device=kind), 1)
     merged_P, expected_P = torch.empty(2, 4099, dtype=torch.float32, device=kind)
     _merge_stripe(expected_P, weights_N1, values, stored, 4099)
     if kind == "cpu":
-        _merge_by_kernel_cpp(merged_P, weights, values, stored)
+        _merge_by_kernel_cpp(merged_P, [(4099, list(zip(units, values, strict=True)))], stored)
     else:
         _merge_on_device(merged_P, weights_N1, values, stored)
     return torch.equal(merged_P, expected_P)

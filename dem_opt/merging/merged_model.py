@@ -168,19 +168,18 @@ class MergedModel:
         Raises:
             KeyError: A content is not stored.
         """
-        if self._quantized_base is not None:
-            for segment in self._segments:
-                for part in segment.runs(composite):
-                    terms = self._base_and_vectors(composite.terms_of(part.name), segment, part)
-                    self._kernels[segment.device].merge(segment.live_P[part.slice], terms, segment.dtype)
-            return
         has_adapters = any(content in self._adapters for content in composite.contents)
         streamed = {content for content in map(self._root, composite.contents) if content in self._streamed}
-        parts = [
-            (segment, part)
-            for segment in self._segments
-            for part in segment.parts(composite, has_adapters, bool(streamed))
-        ]
+        if not (has_adapters or streamed):
+            for segment in self._segments:
+                runs = [
+                    (part.slice, self._stored_terms(composite.terms_of(part.name), segment))
+                    for part in segment.runs(composite)
+                ]
+                kernel = self._kernels[segment.device]
+                kernel.merge_runs(segment.live_P, runs, segment.dtype, keeps_single=composite.is_single)
+            return
+        parts = [(segment, part) for segment in self._segments for part in segment.parts(has_adapters)]
         blocks = [part.block(segment.live_P.device) for segment, part in parts]
         for (segment, part), fetched in zip(parts, self._streamed.prefetch(sorted(streamed), blocks), strict=True):
             terms = [
@@ -194,14 +193,13 @@ class MergedModel:
         """The checkpoint that a term's values are read from: for an adapter its base."""
         return self._adapters[content][0] if content in self._adapters else content
 
-    def _base_and_vectors(self, terms: Terms, segment: "_Segment", part: "_ParameterSlice") -> list[tuple[int, Values]]:
-        """Terms of int8 vectors in a part of a segment: the base, then vectors in the composite's order."""
+    def _stored_terms(self, terms: Terms, segment: "_Segment") -> list[tuple[int, Values]]:
+        """Terms of a segment in the composite's order; with int8 vectors the base comes first, with coefficient 1."""
         base = self._quantized_base
-        assert base is not None
+        if base is None:
+            return [(units, segment.stored_NP[content]) for content, units in terms]
         vectors = [(units, segment.vectors_NP[content]) for content, units in terms if content != base]
-        if part.shape.numel() < segment.size:
-            vectors = [(units, vector.within(part.slice)) for units, vector in vectors]
-        return [(UNIT, segment.stored_NP[base][part.slice]), *vectors]
+        return [(UNIT, segment.stored_NP[base]), *vectors]
 
     @contextmanager
     def reduce_gradients(self, base: str, fine_tunes: Sequence[str]) -> Iterator[dict[str, Gradient]]:
@@ -535,13 +533,9 @@ class _Segment:
     stored_NP: dict[str, Tensor] = field(default_factory=dict)
     vectors_NP: dict[str, Int8Vector] = field(default_factory=dict)
 
-    def parts(self, composite: Composite, has_adapters: bool, is_streamed: bool) -> Sequence[_ParameterSlice]:
-        """Divide a merge: by parameter for adapters, by block for streamed checkpoints, else by runs."""
-        if has_adapters:
-            return self.slices
-        if is_streamed:
-            return [part for place in self.slices for part in place.parts(BLOCK)]
-        return self.runs(composite)
+    def parts(self, has_adapters: bool) -> Sequence[_ParameterSlice]:
+        """Divide a merge: by parameter for adapters, else by block, for streamed checkpoints."""
+        return self.slices if has_adapters else [part for place in self.slices for part in place.parts(BLOCK)]
 
     def runs(self, composite: Composite) -> Sequence[_ParameterSlice]:
         """Divide it into runs of neighbouring parameters with the same terms, each named by its first parameter."""

@@ -38,7 +38,7 @@ def stamp_inputs(config: StudyConfig, versions: dict[str, str]) -> str | None:
     Raises:
         InputError: The custom objective can't be imported.
     """
-    sources = [config.base, *(distribution.fine_tune[1] for distribution in config.distributions.values())]
+    sources = [config.base, *(fine_tune.source for fine_tune in config.fine_tunes.values())]
     function = config.objective.function
     try:
         files = [stamp for source in sources for stamp in _stamps_of_model(source)]
@@ -50,6 +50,7 @@ def stamp_inputs(config: StudyConfig, versions: dict[str, str]) -> str | None:
     stamped = [
         sorted(versions.items()),
         config.model_dump_json(include=_SECTIONS),
+        *([config.model_dump_json(include={"vectors"})] if config.vectors else []),
         *([config.coefficients.model_dump_json()] if config.coefficients.groups != "global" else []),
         str(ObjectiveFunction.load(function)) if function else "",
         sorted(files),

@@ -21,7 +21,7 @@ from dem_opt.checkpoints.hf_config import read_config
 from dem_opt.checkpoints.locate import locate
 from dem_opt.checkpoints.parameter_groups import parameter_groups
 from dem_opt.checkpoints.vocabulary import fitted_content, with_base_rows
-from dem_opt.config import DistributionSection, StudyConfig
+from dem_opt.config import FineTune, StudyConfig
 from dem_opt.config.objective_function import ObjectiveFunction
 from dem_opt.data.chat_template import writes_date
 from dem_opt.data.tokenize import load_tokenizer, tokenizer_digest, without_pad_beyond
@@ -55,11 +55,11 @@ class CheckedHeaders:
     other_fields: tuple[str, ...] = ()
 
     def stored_models(self) -> tuple[StoredModel, dict[str, StoredModel]]:
-        """Hash the base, and the fine-tunes by distribution."""
+        """Hash the base, and the fine-tunes by name."""
         base = _stored_checkpoint(self.headers["base"])
         fine_tunes = {
-            name: _stored_model(distribution, self.headers[name], base)
-            for name, distribution in self.config.distributions.items()
+            name: _stored_model(fine_tune, self.headers[name], base)
+            for name, fine_tune in self.config.fine_tunes.items()
         }
         return base, fine_tunes
 
@@ -278,20 +278,20 @@ def check_headers(config: StudyConfig, where: Path) -> CheckedHeaders:
     _check_gpus(config, where)
     check_window(base.folder, config.evaluation.window, where)
     headers, other_fields = {"base": base}, list[str]()
-    for name, distribution in config.distributions.items():
-        kind, source = distribution.fine_tune
-        field = f"distributions.{name}.{kind}"
-        if distribution.train is not None and source.place is not None and not exists(source.place):
-            raise InputError(where, field, str(source.place), f"no such folder; `dem-opt train {where}` makes it")
-        check_origin(name, distribution, where)
-        folder = locate(source, field)
-        if kind == "adapter":
-            headers[name] = _check_adapter(architecture, base, name, folder, config, where)
+    for name, fine_tune in config.fine_tunes.items():
+        place = fine_tune.source.place
+        if fine_tune.is_trained and place is not None and not exists(place):
+            mend = f"no such folder; `dem-opt train {where}` makes it"
+            raise InputError(where, fine_tune.field, str(place), mend)
+        check_origin(fine_tune, where)
+        folder = locate(fine_tune.source, fine_tune.field)
+        if fine_tune.kind == "adapter":
+            headers[name] = _check_adapter(architecture, base, name, folder, fine_tune.field, config, where)
         else:
-            header = read_header(folder, field)
+            header = read_header(folder, fine_tune.field)
             check_fit(architecture, base, header)
             headers[name] = with_base_rows(architecture, base, header)
-            other_fields += check_configuration(base.folder, folder, field)
+            other_fields += check_configuration(base.folder, folder, fine_tune.field)
     checked = CheckedHeaders(config, architecture, headers, tuple(other_fields))
     checked.groups(where)
     return checked
@@ -314,23 +314,34 @@ def check_base_alone(folder: Path) -> list[str]:
 
 
 def _check_adapter(
-    architecture: Architecture, base: Header, name: str, folder: Path, config: StudyConfig, where: Path
+    architecture: Architecture, base: Header, name: str, folder: Path, field: str, config: StudyConfig, where: Path
 ) -> Header:
     """Read and check an adapter's header."""
     if config.evaluation.vectors == "int8":
         mend = f"{name} is an adapter, which is small as it is: write exact, or give checkpoints only"
         raise InputError(where, "evaluation.vectors", "int8", mend)
-    adapter = read_adapter(folder, f"distributions.{name}.adapter")
+    adapter = read_adapter(folder, field)
     check_adapter(architecture, base, adapter)
     return adapter.header
 
 
-def check_origin(name: str, distribution: DistributionSection, where: Path) -> None:
-    """Raise InputError for a distribution that has neither a checkpoint nor data to train one on."""
-    kind, source = distribution.fine_tune
-    if distribution.train is None and source.place is not None and not exists(source.place):
-        mend = f"no such folder; name one that is there, or give distributions.{name}.train, so that it can be trained"
-        raise InputError(where, f"distributions.{name}.{kind}", str(source.place), mend)
+def check_origin(fine_tune: FineTune, where: Path) -> None:
+    """Raise InputError for a fine-tune that is missing, and has no data to be trained on."""
+    place = fine_tune.source.place
+    if fine_tune.train_field is None or fine_tune.is_trained or place is None or exists(place):
+        return
+    mend = f"no such folder; name one that is there, or give {fine_tune.train_field}, so that it can be trained"
+    raise InputError(where, fine_tune.field, str(place), mend)
+
+
+def refuse_several(config: StudyConfig, where: Path, mend: str) -> None:
+    """Raise InputError for a study with a distribution of several steps, or with vectors beside its distributions."""
+    for name, distribution in config.distributions.items():
+        kind, source = distribution.fine_tune
+        if isinstance(source.step, list):
+            raise InputError(where, f"distributions.{name}.{kind}.step", source.step, mend)
+    if config.vectors:
+        raise InputError(where, f"vectors.{next(iter(config.vectors))}", None, mend)
 
 
 def _check_gpus(config: StudyConfig, where: Path) -> None:
@@ -462,10 +473,9 @@ def _stored_checkpoint(header: Header) -> StoredModel:
     )
 
 
-def _stored_model(distribution: DistributionSection, header: Header, base: StoredModel) -> StoredModel:
-    """A distribution's checkpoint or adapter with its content hash."""
-    kind, _ = distribution.fine_tune
-    if kind == "adapter":
+def _stored_model(fine_tune: FineTune, header: Header, base: StoredModel) -> StoredModel:
+    """A checkpoint or adapter with its content hash."""
+    if fine_tune.kind == "adapter":
         content = read_adapter(header.folder, header.field).content(base.content)
         return StoredModel(header.folder, content, base.content, header.field)
     model = _stored_checkpoint(header)

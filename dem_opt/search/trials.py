@@ -71,6 +71,7 @@ def objectives(ledger: Ledger, identity: StudyIdentity) -> dict[str, Objective]:
         own = {
             name: recall(ledger, identity, Composite.single(content), split)
             for name, content in identity.fine_tunes.items()
+            if name in identity.corpora[split]
         }
         if all(name in scores for name, scores in own.items()):
             scores = {name: by_name[name] for name, by_name in own.items()}

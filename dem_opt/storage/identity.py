@@ -31,10 +31,11 @@ class StudyIdentity:
 
     Attributes:
         base: Content hash of the base.
-        fine_tunes: Content hashes by distribution.
+        fine_tunes: Content hashes of the K fine-tunes by name, each with a coefficient; one that has the name of a
+            corpus is that distribution's own.
         space: Coefficient space.
         weights: The objective's weights, by distribution or general corpus.
-        corpora: Corpus keys by split, then by distribution or general corpus.
+        corpora: Keys of the M corpora by split, then by distribution or general corpus.
         settings: Settings of the evaluation as text, by their name in the study file; `device` is cpu or cuda, `looks`
             the number of interim analyses, at which a corpus is scored in parts.
         protect: Allowance above the base in the objective's unit, by distribution or general corpus.
@@ -150,8 +151,8 @@ class StudyIdentity:
             weights={name: float(weight) for name, weight in weights.items()},
             corpora={
                 split: {
-                    name: (distributions if name in fine_tunes else general)[f"{name}.{field}"]
-                    for name in (*fine_tunes, *_without(f".{field}", general))
+                    **{name: distributions[key] for name in fine_tunes if (key := f"{name}.{field}") in distributions},
+                    **{name: general[f"{name}.{field}"] for name in _without(f".{field}", general)},
                 }
                 for split, field in _FIELDS.items()
             },

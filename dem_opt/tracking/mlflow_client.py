@@ -45,6 +45,11 @@ class MlflowStore:
     artifacts: Path
 
 
+def key_of(name: str) -> str:
+    """A name as a key of a parameter: MLflow takes no `@`, so the step `w.code@20` is `w.code:20`."""
+    return name.replace("@", ":")
+
+
 def connect(store: MlflowStore) -> tuple[Any, Any, str]:
     """Connect to a store; the experiment is created where it is missing.
 

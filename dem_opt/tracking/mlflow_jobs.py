@@ -6,7 +6,7 @@ from typing import final
 from dem_opt.errors import shorten
 from dem_opt.storage.engine import masked
 from dem_opt.tracking.background_writer import BackgroundWriter, reason_of
-from dem_opt.tracking.mlflow_client import MlflowStore, connect
+from dem_opt.tracking.mlflow_client import MlflowStore, connect, key_of
 from dem_opt.tracking.mlflow_runs import mark_reset
 from dem_opt.tracking.protocols import JobNote
 
@@ -91,8 +91,9 @@ class _JobRuns:
             tags = {_KIND: note.kind, _KEY: note.key}
             run = runs[0] if runs else self._client.create_run(self._experiment, tags=tags, run_name=note.name)
             run_id = self._run_ids[identity] = str(run.info.run_id)
-            new = [item for item in note.parameters.items() if item[0] not in run.data.params]
-            params = [self._mlflow.entities.Param(name, shorten(value, 500)) for name, value in new]
+            parameters = {key_of(name): shorten(value, 500) for name, value in note.parameters.items()}
+            new = [item for item in parameters.items() if item[0] not in run.data.params]
+            params = [self._mlflow.entities.Param(*item) for item in new]
             self._client.log_batch(run_id, params=params)
             self._client.update_run(run_id, "RUNNING")
         return self._run_ids[identity]

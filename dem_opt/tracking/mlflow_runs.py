@@ -11,7 +11,7 @@ from time import time
 from typing import TYPE_CHECKING, Any
 
 from dem_opt.errors import shorten
-from dem_opt.tracking.mlflow_client import MlflowStore, connect
+from dem_opt.tracking.mlflow_client import MlflowStore, connect, key_of
 from dem_opt.tracking.protocols import DataSource, Peers, Records, SearchInfo, StudyDescription
 from dem_opt.tracking.urls import mlflow_run
 from dem_opt.types import HELD_OUT, SEARCH, ResultRow, Score, TrialRecord
@@ -96,7 +96,7 @@ class MlflowRuns:
             return
         run = self._begun.get(record.number) or self._begin(record)
         values, weights = self._mlflow.entities, record.coefficients.weights
-        params = [values.Param(f"w.{name}", str(weight)) for name, weight in weights.items()]
+        params = [values.Param(key_of(f"w.{name}"), str(weight)) for name, weight in weights.items()]
         metrics = [values.Metric(*metric, run.start_time, record.number) for metric in _metrics(record)]
         metrics += [values.Metric(key, nll, run.start_time, step) for key, nll, step in _window_metrics(record.scores)]
         self._client.log_batch(run.run_id, metrics, params)
@@ -154,7 +154,7 @@ class MlflowRuns:
         label, values = _baseline_label(result), self._mlflow.entities
         parent = self._parent.info.run_id
         tags = {_PARENT: parent, _ROLE: "baseline", _BASELINE: label, "dem_opt.kind": result.role}
-        weights = {f"w.{name}": str(weight) for name, weight in (result.coefficients or {}).items()}
+        weights = {key_of(f"w.{name}"): str(weight) for name, weight in (result.coefficients or {}).items()}
         known = []
         for run in self._find_runs(f"tags.`{_PARENT}` = '{parent}' and tags.`{_ROLE}` = 'baseline'"):
             if run.data.tags.get(_BASELINE) != label:

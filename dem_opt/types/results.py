@@ -293,9 +293,10 @@ class Summary:
 
     @property
     def distributions(self) -> tuple[str, ...]:
-        """The names that have a coefficient, in the study file's order; all names where no row has coefficients."""
-        named = next((row.coefficients.weights for row in self.results if row.coefficients is not None), self.weights)
-        return tuple(name for name in self.weights if name in named)
+        """The names that have a coefficient, in the study file's order; all corpora where no row has coefficients."""
+        return tuple(
+            next((row.coefficients.weights for row in self.results if row.coefficients is not None), self.weights)
+        )
 
     @property
     def winner(self) -> ResultRow:

@@ -25,7 +25,7 @@ from dem_opt.config import StudyConfig
 from dem_opt.data.mixtures import Mixture, Part, lattice
 from dem_opt.errors import InputError
 from dem_opt.evaluation.worker import build
-from dem_opt.planning.inputs import Inputs, check_headers
+from dem_opt.planning.inputs import Inputs, check_headers, refuse_several
 from dem_opt.progress import NullPhase, Progress
 from dem_opt.search.loop import Driver
 from dem_opt.search.trials import is_known, objectives, recall
@@ -124,8 +124,10 @@ def single_fine_tunes(config: StudyConfig, path: Path) -> dict[str, FineTuned]:
     """Return the record of each distribution's own fine-tuning.
 
     Raises:
-        InputError: A distribution has no training data, or its fine-tune was not made by `dem-opt train`.
+        InputError: A distribution has no training data or several fine-tunes, or its fine-tune was not made by `dem-opt
+            train`.
     """
+    refuse_several(config, path, "mixtures are compared with one fine-tune of each distribution: name one for each")
     records = {}
     for name, distribution in config.distributions.items():
         kind, source = distribution.fine_tune

@@ -184,7 +184,7 @@ def _write(
 def model_folders(context: StudyContext) -> list[Path]:
     """Return the folders that the study file names: weights that were converted lie elsewhere."""
     config = context.config
-    sources = [config.base, *(distribution.fine_tune[1] for distribution in config.distributions.values())]
+    sources = [config.base, *(fine_tune.source for fine_tune in config.fine_tunes.values())]
     return [source.place for source in sources if source.place is not None]
 
 

@@ -51,9 +51,10 @@ def jobs(config: StudyConfig, path: Path) -> list[FineTuneJob]:
     if any(distribution.adapter and distribution.train for distribution in config.distributions.values()):
         check_lora(config.fine_tuning.lora, path)
         check_mergeable(config.fine_tuning.lora, base, path)
+    for each in config.fine_tunes.values():
+        check_origin(each, path)
     for name, distribution in config.distributions.items():
         kind, source = distribution.fine_tune
-        check_origin(name, distribution, path)
         if distribution.train is None or source.place is None:
             continue
         twin = by_folder.get(source.place)

@@ -14,7 +14,7 @@ from dem_opt.config.sections import CoefficientsSection, ModelSource, ReportSect
 from dem_opt.errors import EvaluationError, InputError
 from dem_opt.export.placebo import KINDS, Kind, Placebo, remove_placebos
 from dem_opt.export.writer import refuse_full
-from dem_opt.planning.inputs import Inputs, check_headers
+from dem_opt.planning.inputs import Inputs, check_headers, refuse_several
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.tracking import JobNote, NullTracker
 from dem_opt.types import Rival
@@ -41,6 +41,7 @@ def compare_with_placebo(context: StudyContext) -> tuple[Rival, ...]:
     if config.objective.worst:
         mend = "regrets are against the fine-tunes themselves, which a placebo has none of: minimize a mean"
         raise InputError(path, "objective.worst", True, mend)
+    refuse_several(config, path, "a placebo stands in for the one fine-tune of a distribution: name one for each")
     with context.stored() as stored:
         summarize_stored(context, stored)
         identity = stored.identity

@@ -40,7 +40,7 @@ def facts(config: StudyConfig, path: Path, identity: StudyIdentity) -> dict[str,
     """
     folder = path.resolve().parent
     revision = git_revision(folder)
-    folders = {name: distribution.fine_tune[1] for name, distribution in config.distributions.items()}
+    folders = {name: fine_tune.source for name, fine_tune in config.fine_tunes.items()}
     contents = {f"{name}: {folders.get(name, 'gone')}": content for name, content in identity.fine_tunes.items()}
     return {
         "study file": str(path),
@@ -71,6 +71,9 @@ def search_info(config: StudyConfig, search: Search) -> SearchInfo:
     parameters = {
         "base": str(config.base),
         "distributions": ", ".join(config.distributions),
+        **(
+            {"fine-tunes": ", ".join(names)} if (names := list(config.fine_tunes)) != list(config.distributions) else {}
+        ),
         "total": str(config.simplex.total),
         "worst": str(config.objective.worst),
         **({"unit": config.objective.unit} if config.objective.unit != NATS_PER_TOKEN else {}),

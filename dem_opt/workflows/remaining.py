@@ -61,7 +61,7 @@ def _is_same(config: StudyConfig, files: CheckedHeaders, identity: StudyIdentity
     stored = {"base": identity.base} | {
         name: content
         for name, content in identity.fine_tunes.items()
-        if name in config.distributions and config.distributions[name].checkpoint is not None
+        if name in config.fine_tunes and config.fine_tunes[name].kind == "checkpoint"
     }
     return (
         config.space == identity.space

@@ -117,6 +117,22 @@ def test_a_value_does_not_depend_on_its_position(kernel, dtype, live, start):
 
 @pytest.mark.parametrize("live", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_runs_have_the_bits_of_merges_of_their_own(kernel, dtype, live):
+    """Runs shorter than a strip, across the tiles that threads take, of other numbers of terms, and of a copy."""
+    size = 2**20 + 1003
+    parts, more = terms(size, dtype, 3), terms(size, dtype, 9, seed=2)
+    ends = [1, 17, 1000, 2**20 - 5, 2**20 + 5, size]
+    of_runs = [parts, more[:1], more, parts[::-1], [(UNIT, parts[0][1])], more[2:5]]
+    runs = [(slice(start, end), of_run) for start, end, of_run in zip([0, *ends], ends, of_runs, strict=False)]
+    out, expected = torch.full((2, size), 7.0, dtype=live)
+    kernel.merge_runs(out, runs, dtype, keeps_single=False)
+    for part, of_run in runs:
+        kernel.merge(expected[part], [(units, x[part]) for units, x in of_run], dtype, keeps_single=False)
+    assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("live", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_composite_is_rounded_to_the_stored_dtype_and_then_cast(kernel, dtype, live):
     """In float32: 1 * 0.5 + 0.00390625 * 0.5 = 0.501953125, which bfloat16 (8 bits) rounds to 0.5, the even one."""
     parts = [(UNIT // 2, torch.tensor([1.0], dtype=dtype)), (UNIT // 2, torch.tensor([2.0**-8], dtype=dtype))]
