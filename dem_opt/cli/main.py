@@ -28,8 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 something failed that is not the user's doing, 2 the user's mistake, 130 interrupted.
     """
-    # Before torch is loaded: threads that wait sleep, as in workers (see compute.SETTINGS).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before torch is loaded: threads that wait soon sleep, as in workers (see compute.SETTINGS).
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     words = sys.argv[1:] if arguments is None else list(arguments)
     with ExitStack() as contexts:
         terminal = Terminal()

@@ -25,14 +25,15 @@ SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_worker_niceness": "0",
-    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "1000",
 }
 """Environment of Ray and its workers where the user has not set it.
 
 No usage reports; Ray's upcoming default for tasks without a GPU; and workers of the driver's
 priority: at Ray's niceness of 15 the driver's own work stalls a merge's threads (64 ms against 6 for a million
-parameters on two cores).  Threads of OpenMP that wait for each other sleep: by default they spin for milliseconds, and
-where other processes want the cores, they spin while the one that they wait for can't run (`benchmarks/threads.py`).
+parameters on two cores).  OpenMP's threads wait for each other at every product: they spin for microseconds, then
+sleep.  By default they spin for milliseconds, which is long where the one that they wait for can't run because other
+processes have the cores (`benchmarks/threads.py`).
 """
 
 

@@ -78,14 +78,14 @@ from dem_opt.compute import RayCompute
 from dem_opt.config import ComputeSection
 
 with RayCompute(ComputeSection()) as compute:
-    print(dict(compute.jobs(os.getenv, ["OMP_WAIT_POLICY"]))["OMP_WAIT_POLICY"])
+    print(dict(compute.jobs(os.getenv, ["GOMP_SPINCOUNT"]))["GOMP_SPINCOUNT"])
 """
 
 
-@pytest.mark.parametrize(("given", "seen"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
-def test_threads_of_workers_that_wait_sleep_unless_the_user_says_otherwise(tmp_path_factory, given, seen):
+@pytest.mark.parametrize(("given", "seen"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_threads_of_workers_that_wait_soon_sleep_unless_the_user_says_otherwise(tmp_path_factory, given, seen):
     home = str(tmp_path_factory.mktemp("h"))
-    variables = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    variables = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     ended = subprocess.run(
         [sys.executable, "-c", WAITING], capture_output=True, text=True, env=variables | {"TMPDIR": home} | given
     )
