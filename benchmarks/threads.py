@@ -3,8 +3,8 @@
     python benchmarks/threads.py [--busy N]
 
 OpenMP's threads wait for each other at the end of every product.  By default they spin for milliseconds first (unset),
-with `passive` they sleep at once, with `spin 1000` they spin for microseconds, as in workers of dem_opt.  Each policy has a process of its own, in turn, once beside
-nothing and once beside N busy processes, as many as cores unless given.
+with `passive` they sleep at once, with `spin 1000` they spin for microseconds, as in workers of dem_opt.  Each policy
+has a process of its own, in turn, once beside nothing and once beside N busy processes, as many as cores unless given.
 """
 
 import argparse
