@@ -55,6 +55,7 @@ __all__ = [
     "BUDGETS",
     "CHAT_DATE",
     "DEPTH",
+    "GRADIENTS_FROM",
     "ONE_OBJECTIVE",
     "REST",
     "TOP",
@@ -78,6 +79,9 @@ __all__ = [
 ]
 
 _LOCAL_SQLITE = "sqlite:///"
+
+GRADIENTS_FROM = 7
+"""Free shares from which on gradients are worth their cost: with fewer, racing gets further for it (dev/LOG.md)."""
 
 _QUOTED = str.maketrans({character: f"%{ord(character):02X}" for character in "%?#{}"})
 """Characters of a path that mean something else in a database's URL."""
@@ -337,6 +341,12 @@ class StudyConfig(Section):
         if weights is None:
             weights = dict.fromkeys(self.distributions, 1.0)
         return {name: weights.get(name, 0.0) for name in self.corpora}
+
+    def measures_gradients(self, fits: bool) -> bool:
+        """True if trials of `simplex-gp` are measured with their gradient; `fits`: memory allows it."""
+        if self.search.gradients != "auto":
+            return self.search.gradients
+        return fits and self.has_gradients and len(self.space.caps_F) >= GRADIENTS_FROM
 
     def planned_trials(self, algorithm: str) -> int:
         """Number of trials that a search has at most: a grid's whole lattice, else `search.trials`; one for a point."""

@@ -340,16 +340,19 @@ def _work(study: StudyConfig, *, token_flops: float, merge_bytes: int) -> Work:
     """Count trials and composites.
 
     The final table has base, single fine-tunes, their uniform average and the best.  The Gaussian process begins with
-    singles and average, the grid has the singles.  Where the report asks for them, the held-out split has the next best
-    composites too, and both splits have the best without each of its distributions.  The price of the sum takes three
-    composites with other sums.  A gradient of coefficients by group counts as the passes that it takes.
+    singles and average, where it has gradients with the average alone; the grid has the singles.  Where the report asks
+    for them, the held-out split has the next best composites too, and both splits have the best without each of its
+    distributions.  The price of the sum takes three composites with other sums.  A gradient of coefficients by group
+    counts as the passes that it takes.
     """
     space, search, evaluation = study.space, study.search, study.evaluation
     is_point = space.dimension == 1
     trials = study.planned_trials(search.algorithm)
     singles, average = len(space.names), 0 if is_point else 1
     price = price_count(study)
-    extra = {"grid": average, "simplex-gp": max(singles + average - trials, 0)}.get(search.algorithm, singles + average)
+    begun = average if study.measures_gradients(fits=True) else singles + average
+    searched = {"grid": singles, "simplex-gp": min(begun, trials)}.get(search.algorithm, 0)
+    extra = singles + average - searched
     without = left_out_count(study)
     return Work(
         trials=trials,

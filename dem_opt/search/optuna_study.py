@@ -77,7 +77,8 @@ class Search:
         space: The coefficients to choose from.
         search: Algorithm and budgets.
         start: Points to propose first; written down when the study is created, ignored afterwards.
-        gradients: Whether trials are measured with their gradient, but for the landmarks and starting points.
+        gradients: Whether trials are measured with their gradient, but for starting points and for landmarks other than
+            the centroid.
         lease: Lease of the driver that asks.  Where it is shared, drivers ask in turns, and each knows its own trials.
         patience: How long to wait for a database that is away.
         unit: Unit of the objective.
@@ -114,6 +115,7 @@ class Search:
             trials=search.trials,
             forwards=search.forwards,
             objectives=len(self._metrics),
+            gradients=self.gradients,
         )
         self._mine: set[int] = set()
         self._study = patience(lambda: self._opened(url, start))
@@ -121,6 +123,7 @@ class Search:
         self._trials = _Trials(self._storage, self._study_id, space)
         self._start = _starting_points(self._study, space)
         self._known = frozenset([*space.landmarks(), *self._start])
+        self._without_gradient = self._known.difference({space.centroid()}.difference(self._start))
         self._history = patience(self._read)
         self.finished, self.elsewhere = len(self._history.trials) - len(self._history.running), 0
         self._began = monotonic()
@@ -223,7 +226,8 @@ class Search:
 
     def measures_gradient(self, coefficients: Coefficients) -> bool:
         """True if a trial at these coefficients is measured with its gradient."""
-        return self.gradients and (self._search.algorithm == "gradient" or not self.is_known(coefficients))
+        is_measured = self._search.algorithm == "gradient" or coefficients not in self._without_gradient
+        return self.gradients and is_measured
 
     @patient
     def ask(self) -> PendingTrial | None:

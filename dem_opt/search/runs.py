@@ -13,9 +13,6 @@ from dem_opt.simplex import Coefficients
 from dem_opt.storage.leases import Lease
 from dem_opt.storage.retry import BRIEF, RetryPolicy
 
-GRADIENTS_FROM = 7
-"""Free shares from which on gradients are worth their cost: with fewer, racing gets further for it (dev/LOG.md)."""
-
 
 @dataclass(frozen=True)
 class Runs:
@@ -52,8 +49,7 @@ class Runs:
             field, value = ("gradients", True) if search.gradients is True else ("algorithm", run.algorithm)
             mend = "the activations of a backward pass don't fit into memory; use a smaller evaluation.batch, or none"
             raise InputError(None, f"search.{field}", value, mend)
-        worth = bool(gradients_fit) and len(space.caps_F) >= GRADIENTS_FROM and self.config.has_gradients
-        gradients = run.algorithm == "simplex-gp" and (worth if search.gradients == "auto" else search.gradients)
+        gradients = run.algorithm == "simplex-gp" and self.config.measures_gradients(bool(gradients_fit))
         name = run.optuna_name(self.config.name)
         storage, unit = self.config.storage, self.config.objective.unit
         axes = [axis.name for axis in self.config.axes or ()]

@@ -10,6 +10,7 @@ from dem_opt.config import TOP, ReportSection
 from dem_opt.errors import EvaluationError
 from dem_opt.planning.plan import left_out_count, price_count
 from dem_opt.search.loop import Driver
+from dem_opt.search.samplers.proposer import central_points, first_points
 from dem_opt.search.time_left import FinalTable
 from dem_opt.search.trials import is_known
 from dem_opt.simplex import Coefficients
@@ -136,7 +137,7 @@ def expect_winner(driver: Driver) -> FinalTable:
 
 
 def expect_final_table(
-    context: StudyContext, driver: Driver, generation: int, algorithms: Collection[str]
+    context: StudyContext, driver: Driver, generation: int, algorithms: Collection[str], gradients_fit: bool
 ) -> FinalTable:
     """Expect what the final table will take after searches with these algorithms: their winners are not known yet."""
     report, identity = context.config.report, driver.identity
@@ -145,9 +146,12 @@ def expect_final_table(
     # The first of the best composites is a winner.
     winners = len(algorithms) + max(report.top - 1, 0)
     without = left_out_count(context.config)
-    # The Gaussian process scores the baselines itself on the search split.
-    splits = [HELD_OUT] if "simplex-gp" in algorithms else SPLITS
-    missing = driver.missing(baselines, splits)
+    # The Gaussian process scores the points that it begins with itself on the search split.
+    first = first_points if not context.config.measures_gradients(gradients_fit) else central_points
+    begun = first(identity.space, []) if "simplex-gp" in algorithms else []
+    searched = {identity.composite(point) for point in begun}
+    unsearched = [composite for composite in baselines if composite not in searched]
+    missing = [*driver.missing(baselines, [HELD_OUT]), *driver.missing(unsearched, [SEARCH])]
     held_out = identity.windows(HELD_OUT) / identity.windows(SEARCH)
     price = price_count(context.config)
     return FinalTable(

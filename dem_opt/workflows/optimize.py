@@ -51,7 +51,7 @@ def optimize(context: StudyContext, algorithms: Sequence[str], seeds: int = 1, *
         with context.driver(inputs.spec(), identity, ledger) as driver:
             _measure_references(context, driver, generation, lease)
             searches = context.runs(generation, lease, context.retry)
-            left = _expect(context, driver, generation, runs, winner_only)
+            left = _expect(context, driver, generation, runs, inputs.gradients_fit, winner_only)
             for run in runs:
                 with closing(searches.open(run, start, inputs.gradients_fit)) as search:
                     _search(context, driver, search, lease, left)
@@ -163,7 +163,14 @@ def _measure_references(context: StudyContext, driver: Driver, generation: int, 
         compare_libraries(context.config.name, driver, trials, context.progress)
 
 
-def _expect(context: StudyContext, driver: Driver, generation: int, runs: Sequence[str], winner_only: bool) -> TimeLeft:
+def _expect(
+    context: StudyContext,
+    driver: Driver,
+    generation: int,
+    runs: Sequence[str],
+    gradients_fit: bool,
+    winner_only: bool,
+) -> TimeLeft:
     """Expect what these runs and the final table after them will take."""
     with context.runs(generation).existing() as present:
         plans = [
@@ -171,7 +178,11 @@ def _expect(context: StudyContext, driver: Driver, generation: int, runs: Sequen
             for run in runs
         ]
     algorithms = {RunName.parse(run).algorithm for run in runs}
-    table = expect_winner(driver) if winner_only else expect_final_table(context, driver, generation, algorithms)
+    table = (
+        expect_winner(driver)
+        if winner_only
+        else expect_final_table(context, driver, generation, algorithms, gradients_fit)
+    )
     return TimeLeft(driver.pool.capacity, plans, table)
 
 

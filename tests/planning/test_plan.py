@@ -268,6 +268,7 @@ def test_a_worker_passes_the_tokens_that_are_planned(template):
         ({"algorithm": "random", "trials": 6}, 1 + 6 + 3 + 1 + 3),
         ({"algorithm": "simplex-gp", "trials": 6}, 1 + 6 + 3),
         ({"algorithm": "simplex-gp", "trials": 2}, 1 + 4 + 3),
+        ({"algorithm": "simplex-gp", "trials": 6, "gradients": True}, 1 + 6 + 3 + 3),
         ({"algorithm": "grid", "divisions": 4}, 1 + 15 + 1 + 3),
     ],
 )

@@ -12,6 +12,7 @@ from dem_opt.search.samplers.cmaes import CMAES
 from dem_opt.search.samplers.history import Trial
 from dem_opt.search.samplers.optuna_sampler import OptunaSampler, tpe
 from dem_opt.search.samplers.proposer import Proposal, Proposer
+from dem_opt.search.samplers.simplex_gp import SimplexGP
 from dem_opt.search.samplers.slsqp import SLSQP
 from dem_opt.search.trial_attributes import TrialAttributes
 from dem_opt.simplex import Coefficients, Space
@@ -227,3 +228,42 @@ def test_the_expected_improvement_is_half_the_slope_along_the_step() -> None:
     half_slope = -0.5 * loss(np.full(4, 0.25))[1] @ step
     assert half_slope > 0 and proposal.expected_improvement == pytest.approx(half_slope)
     assert propose(SLSQP(SIMPLEX, 0), []).expected_improvement is None
+
+
+@pytest.mark.parametrize("space", [SIMPLEX, *SPACES], ids=["simplex", "free", "bounded", "both"])
+def test_with_gradients_the_process_begins_with_the_centroid_and_leaves_vertices_out(space: Space) -> None:
+    proposer, vertices = SimplexGP(space, gradients=True), set(space.vertices())
+    optimum = space.point(space.sample(np.random.default_rng(5)))
+    points = [trial.coefficients for trial in play(proposer, space, quadratic(optimum, 0.0), 3)]
+    assert points[0] == space.centroid() and not vertices & set(points[: 1 + (space.least is not None)])
+    begin = [space.sample(np.random.default_rng(seed)) for seed in range(2)]
+    assert [trial.coefficients for trial in play(proposer, space, quadratic(optimum, 0.0), 3, begin=begin)] == [
+        *begin,
+        space.centroid(),
+    ]
+
+
+def test_with_gradients_workers_get_vertices_until_a_value_is_known() -> None:
+    proposer, trials = SimplexGP(SIMPLEX, gradients=True), list[Trial]()
+    for number in range(3):
+        trials.append(Trial(number, propose(proposer, trials).coefficients, "running"))
+    assert [trial.coefficients for trial in trials] == [SIMPLEX.centroid(), *SIMPLEX.vertices()[:2]]
+    failed = [Trial(0, SIMPLEX.centroid(), "failed")]
+    assert propose(proposer, failed).coefficients == SIMPLEX.vertices()[0]
+
+
+@pytest.mark.parametrize(("size", "count"), [(8, 6), (16, 7), (32, 7)])
+def test_few_gradients_find_the_minimum_of_many_distributions(size: int, count: int) -> None:
+    """Nearly orthogonal vectors, the minimum inside or in a face: far fewer gradients than there are directions."""
+    space, rng = Space(tuple(f"d{number:02}" for number in range(size))), np.random.default_rng(size)
+    root = rng.normal(size=(4 * size, size)) / np.sqrt(4 * size)
+    for optimum in (rng.dirichlet(np.full(size, 3.0)), np.pad(rng.dirichlet(np.ones(size // 2)), (0, size // 2))):
+        form, slope = root.T @ root, np.where(optimum > 0, 0.0, 0.1)
+
+        def loss(x: Array, optimum: Array = optimum, slope: Array = slope, form: Array = form) -> tuple[float, Array]:
+            away = form @ (x - optimum)
+            return float(0.5 * (x - optimum) @ away + slope @ x), away + slope
+
+        found = min(values(play(SimplexGP(space, gradients=True), space, loss, count)))
+        start = loss(np.full(size, 1 / size))[0]
+        assert found < 0.01 * start, (size, found, start)

@@ -74,6 +74,18 @@ def test_a_program_of_optuna_and_the_sampler_alone() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
+def test_the_sampler_needs_no_torch() -> None:
+    """Nor anything else of models and clusters; a proposal loads none of them either."""
+    program = (
+        "import sys, optuna\n"
+        "from dem_opt.search.samplers import SimplexSampler\n"
+        "study = optuna.create_study(sampler=SimplexSampler(['a', 'b']))\n"
+        "study.optimize(lambda trial: trial.suggest_float('a', 0, 1) + trial.suggest_float('b', 0, 1) ** 2, 5)\n"
+        "assert not {'torch', 'transformers', 'ray', 'mlflow'} & sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
 def test_the_example_runs() -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "docs/examples/sampler.py"], check=True, capture_output=True, text=True, cwd=ROOT

@@ -195,11 +195,15 @@ def test_gradients_are_those_of_the_objective(tmp_path):
     watching = RecordedProgress()
     study = make(tmp_path, watching, search={"gradients": True, "trials": 7})
     study.compare(["simplex-gp", "gradient"])
+    points = [record.coefficients for record in watching.records if record.study == "tiny/simplex-gp"]
     by_search = {
         algorithm: [record.forwards for record in watching.records if record.study == f"tiny/{algorithm}"]
         for algorithm in ("simplex-gp", "gradient")
     }
-    assert by_search == {"simplex-gp": [1.0] * 4 + [3.0] * 3, "gradient": [3.0] * 7}, "four landmarks have none"
+    vertices = study.config.space.vertices()
+    expected = [1.0 if point in vertices else 3.0 for point in points]
+    assert by_search == {"simplex-gp": expected, "gradient": [3.0] * 7}, "vertices have none"
+    assert points[0] == study.config.space.centroid() and expected.count(3.0) > 3
     centroid = study.config.space.centroid()
     inner = next(record for record in watching.records if record.gradient and record.coefficients == centroid)
     for name in NAMES:

@@ -20,6 +20,7 @@ def make_proposer(
     trials: int | None = None,
     forwards: float | None = None,
     objectives: int = 1,
+    gradients: bool = False,
 ) -> Proposer:
     """The proposer of an algorithm over a space.
 
@@ -31,6 +32,7 @@ def make_proposer(
         trials: Budget of "simplex-gp" in trials, if any: its last trial completes the most promising stopped one.
         forwards: Likewise in forward-equivalents.
         objectives: 2 to search for the front between two losses, which "cmaes" and "gradient" cannot.
+        gradients: Trials have their gradient: "simplex-gp" then begins with the centroid, without vertices.
 
     Raises ValueError for an unknown algorithm.
     """
@@ -38,7 +40,7 @@ def make_proposer(
         case "simplex-gp" if objectives > 1:
             return SimplexEHVI(space)
         case "simplex-gp":
-            return SimplexGP(space, trials, forwards)
+            return SimplexGP(space, trials, forwards, gradients)
         case "grid":
             return Grid(space, divisions)
         case "random":

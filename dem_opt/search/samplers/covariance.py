@@ -14,35 +14,49 @@ Array = NDArray[np.float64]
 CONSTANT = 25.0
 """Prior variance of the constant, in standardised values."""
 
+CURVATURE = 25.0
+"""Prior variance of the curvature that all directions share, in standardised values, where gradients are known."""
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Kernel:
-    """The covariance of f: a constant, a prior over quadratics about the centroid, and a residual.
+    """The covariance of f: a constant, a round bowl, a prior over quadratics about the centroid, and a residual.
 
-    k(x, y) = c + b^2 L^2 + E,    L = 1 + 2 <x - 1/F, y - 1/F>,    E = s^2 exp(-sum_i q_i r_i^2 / 2),  r = x - y
+    k(x, y) = c + d |u|^2 |v|^2 + b^2 L^2 + E,    u = x - 1/F,  v = y - 1/F,  L = 1 + 2 <u, v>,
+    E = s^2 exp(-sum_i q_i r_i^2 / 2),  r = x - y
 
-    A merge's loss is nearly quadratic in the shares x, so the middle term (the *bowl*: a polynomial kernel of degree 2,
+    A merge's loss is nearly quadratic in the shares x, so the term in L (the *bowl*: a polynomial kernel of degree 2,
     Rasmussen and Williams 2006, section 4.2.2) explains most of it from few observations.  E, the *bell*, is the
     squared exponential with a lengthscale for each share (their equation 5.1).
+
+    The term in d is for gradients.  A few of them tell the curvature along a few directions, and the bowl expects none
+    along the others, where a search then goes to the corners.  But the vectors of different distributions are nearly
+    orthogonal, so that a merge's curvature is about the same in all directions: d is the variance of what they share.
 
     Attributes:
         precision_F: q_i, one over a lengthscale squared.
         bell: s^2, variance of the residual.
         bowl: b^2, variance of the quadratic.
         noise: Variance of an observation's noise; no part of k.
+        curvature: d, variance of the curvature that all directions share.
     """
 
     precision_F: Array
     bell: float
     bowl: float
     noise: float = 0.0
+    curvature: float = 0.0
 
     @classmethod
-    def of(cls, theta: Array) -> Self:
+    def of(cls, theta: Array, curvature: float = 0.0) -> Self:
         """From the logarithms of F lengthscales, of s, of b, and of the noise's variance, [F + 3]."""
         *_, bell, bowl = np.exp(2 * theta[:-1])
         return cls(
-            precision_F=np.exp(-2 * theta[:-3]), bell=float(bell), bowl=float(bowl), noise=float(np.exp(theta[-1]))
+            precision_F=np.exp(-2 * theta[:-3]),
+            bell=float(bell),
+            bowl=float(bowl),
+            noise=float(np.exp(theta[-1])),
+            curvature=curvature,
         )
 
     def parts(self, x_MF: Array, y_NF: Array) -> tuple[Array, Array]:
@@ -53,18 +67,21 @@ class Kernel:
     def value(self, x_MF: Array, y_NF: Array) -> Array:
         """k(x, y), [M, N]."""
         bell_MN, line_MN = self.parts(x_MF, y_NF)
-        return CONSTANT + self.bowl * line_MN**2 + bell_MN
+        return CONSTANT + self.curvature * np.outer(square(x_MF), square(y_NF)) + self.bowl * line_MN**2 + bell_MN
 
     def slope(self, x_MF: Array, y_GF: Array) -> Array:
-        """dk/dy_j = E q_j r_j + 4 b^2 L (x_j - 1/F),  [M, G, F]."""
+        """dk/dy_j = E q_j r_j + 4 b^2 L u_j + 2 d |u|^2 v_j,  [M, G, F]."""
         bell_MG, line_MG = self.parts(x_MF, y_GF)
         steep_MGF = (x_MF[:, None, :] - y_GF[None, :, :]) * self.precision_F
-        return bell_MG[..., None] * steep_MGF + 4 * self.bowl * line_MG[..., None] * centred(x_MF)[:, None, :]
+        bowl_MGF = 4 * self.bowl * line_MG[..., None] * centred(x_MF)[:, None, :]
+        round_MGF = 2 * self.curvature * square(x_MF)[:, None, None] * centred(y_GF)
+        slope_MGF: Array = bell_MG[..., None] * steep_MGF + bowl_MGF + round_MGF
+        return slope_MGF
 
     def curve(self, x_MF: Array, y_GF: Array) -> Array:
         """d2k/dx_i dy_j, [M, G, F, F]:
 
-        E (q_i [i = j] - q_i r_i q_j r_j) + b^2 (8 (y_i - 1/F) (x_j - 1/F) + 4 L [i = j]) .
+        E (q_i [i = j] - q_i r_i q_j r_j) + b^2 (8 v_i u_j + 4 L [i = j]) + 4 d u_i v_j .
         """
         bell_MG, line_MG = self.parts(x_MF, y_GF)
         steep_MGF = (x_MF[:, None, :] - y_GF[None, :, :]) * self.precision_F
@@ -72,26 +89,32 @@ class Kernel:
         bell_MGFF = np.diag(self.precision_F) - steep_MGF[..., :, None] * steep_MGF[..., None, :]
         crossed_MGFF = centred(y_GF)[None, :, :, None] * centred(x_MF)[:, None, None, :]
         bowl_MGFF = 8 * crossed_MGFF + 4 * line_MG[..., None, None] * same_FF
-        curve_MGFF: Array = bell_MG[..., None, None] * bell_MGFF + self.bowl * bowl_MGFF
+        round_MGFF = 4 * centred(x_MF)[:, None, :, None] * centred(y_GF)[None, :, None, :]
+        curve_MGFF: Array = bell_MG[..., None, None] * bell_MGFF + self.bowl * bowl_MGFF + self.curvature * round_MGFF
         return curve_MGFF
 
     def variance(self, x_MF: Array) -> tuple[Array, Array]:
-        """k(x, x) and its gradient  8 b^2 (1 + 2 |x - 1/F|^2) (x - 1/F)."""
-        line_M1 = 1 + 2 * (centred(x_MF) ** 2).sum(axis=1, keepdims=True)
-        return CONSTANT + self.bowl * line_M1[:, 0] ** 2 + self.bell, 8 * self.bowl * line_M1 * centred(x_MF)
+        """k(x, x) and its gradient  (4 d |u|^2 + 8 b^2 (1 + 2 |u|^2)) u."""
+        square_M1 = square(x_MF)[:, None]
+        line_M1 = 1 + 2 * square_M1
+        variance_M1 = CONSTANT + self.curvature * square_M1**2 + self.bowl * line_M1**2 + self.bell
+        return variance_M1[:, 0], (4 * self.curvature * square_M1 + 8 * self.bowl * line_M1) * centred(x_MF)
 
     def pull(self, x_MF: Array, y_NF: Array, weights_MN: Array) -> Array:
         """d/dx of  sum_n weights_n k(x, y_n),  [M, F]."""
         bell_MN, line_MN = self.parts(x_MF, y_NF)
         pulled_MN = weights_MN * bell_MN
         bell_MF = (pulled_MN @ y_NF - pulled_MN.sum(axis=1, keepdims=True) * x_MF) * self.precision_F
-        pull_MF: Array = bell_MF + 4 * self.bowl * (weights_MN * line_MN) @ centred(y_NF)
+        round_M1 = (weights_MN @ square(y_NF))[:, None]
+        bowl_MF = self.bowl * (weights_MN * line_MN) @ centred(y_NF)
+        pull_MF: Array = bell_MF + 4 * bowl_MF + 2 * self.curvature * round_M1 * centred(x_MF)
         return pull_MF
 
     def pull_slopes(self, x_MF: Array, y_GF: Array, weights_MGF: Array) -> Array:
         """d/dx of  sum_gj weights_gj dk(x, y_g)/dy_j,  [M, F].
 
-        E (q_i W_i - q_i r_i u) + b^2 (8 <W, x - 1/F> (y_i - 1/F) + 4 L W_i) ,  u = sum_j W_j q_j r_j ,  summed over g.
+        E (q_i W_i - q_i r_i t) + b^2 (8 <W, u> v_i + 4 L W_i) + 4 d <W, v> u_i ,  t = sum_j W_j q_j r_j ,
+        summed over g.
         """
         bell_MG, line_MG = self.parts(x_MF, y_GF)
         apart_MGF = x_MF[:, None, :] - y_GF[None, :, :]
@@ -100,7 +123,8 @@ class Kernel:
         bell_MF = (bell_MF - np.einsum("mg,mgf->mf", along_MG, apart_MGF, optimize=True)) * self.precision_F
         inner_MG = (weights_MGF * centred(x_MF)[:, None, :]).sum(axis=-1)
         bowl_MF = 8 * inner_MG @ centred(y_GF) + 4 * (line_MG[..., None] * weights_MGF).sum(axis=1)
-        pull_MF: Array = bell_MF + self.bowl * bowl_MF
+        round_M1 = (weights_MGF * centred(y_GF)).sum(axis=(1, 2))[:, None]
+        pull_MF: Array = bell_MF + self.bowl * bowl_MF + 4 * self.curvature * round_M1 * centred(x_MF)
         return pull_MF
 
     def by_precision(self, x_MF: Array, y_NF: Array, weights: Array) -> Array:
@@ -153,6 +177,12 @@ def interpolate(points_NF: Array, at_F: Array) -> Array:
     weights_N = np.asarray(np.linalg.solve(own_NN, kernel.value(points_NF, at_F[None])[:, 0]))
     normalized_N: Array = weights_N / weights_N.sum()
     return normalized_N
+
+
+def square(points_MF: Array) -> Array:
+    """Squared distances to the centroid."""
+    square_M: Array = (centred(points_MF) ** 2).sum(axis=1)
+    return square_M
 
 
 def centred(points_MF: Array) -> Array:

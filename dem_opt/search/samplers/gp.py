@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.linalg import cho_solve, cholesky, solve_triangular
 from scipy.optimize import minimize
 
-from dem_opt.search.samplers.covariance import Array, Kernel
+from dem_opt.search.samplers.covariance import CURVATURE, Array, Kernel
 from dem_opt.simplex import plane
 
 NOISE_FLOOR = 1e-8
@@ -62,6 +62,11 @@ class Observations:
     def directions_FD(self) -> Array:
         """An orthonormal basis of the plane of constant sum."""
         return plane(self.points_NF.shape[1])
+
+    @property
+    def curvature(self) -> float:
+        """Prior variance of the curvature that all directions share: 0 without gradients, from which it is learned."""
+        return CURVATURE if len(self.steep_G) else 0.0
 
     @property
     def slopes(self) -> int:
@@ -233,7 +238,7 @@ def fit(observations: Observations) -> GaussianProcess:
     starts = [loss.prior_mean, np.concatenate([loss.prior_mean[:-3], _QUADRATIC, loss.prior_mean[-1:]])]
     optima = [minimize(loss, start, jac=True, method="L-BFGS-B", bounds=loss.bounds) for start in starts]
     best = min(optima, key=lambda optimum: float(optimum.fun))
-    return GaussianProcess(observations, Kernel.of(best.x))
+    return GaussianProcess(observations, Kernel.of(best.x, observations.curvature))
 
 
 class NegativeLogPosterior:
@@ -247,8 +252,8 @@ class NegativeLogPosterior:
         self._observations = observations
         count = observations.points_NF.shape[1]
         self.prior_mean, self._deviation = np.array([_LENGTHSCALE] * count + [_BELL, _BOWL, _NOISE]).T
-        # The constant and the bowl depend on theta through a factor at most: their matrices are made once.
-        flat = Kernel(precision_F=np.ones(count), bell=0.0, bowl=0.0)
+        # Constant, curvature and bowl depend on theta through a factor at most: their matrices are made once.
+        flat = Kernel(precision_F=np.ones(count), bell=0.0, bowl=0.0, curvature=observations.curvature)
         self._flat_RR = observations.own_covariance(flat)
         self._bowl_RR = observations.own_covariance(replace(flat, bowl=1.0)) - self._flat_RR
 
@@ -260,7 +265,7 @@ class NegativeLogPosterior:
 
     def __call__(self, theta: Array) -> tuple[float, Array]:
         """Value, and gradient by theta."""
-        kernel = Kernel.of(theta)
+        kernel = Kernel.of(theta, self._observations.curvature)
         bell_RR = self._observations.own_covariance(replace(kernel, bowl=0.0)) - self._flat_RR
         factor_RR = _factor(self._observations, kernel, bell_RR + kernel.bowl * self._bowl_RR + self._flat_RR)
         inverse_RR = cho_solve((factor_RR, True), np.eye(len(factor_RR)))

@@ -63,6 +63,18 @@ def first_points(space: Space, start: Sequence[Coefficients]) -> list[Coefficien
     return [*start, *vertices]
 
 
+def central_points(space: Space, start: Sequence[Coefficients]) -> list[Coefficients]:
+    """The points to propose first where gradients are measured: the starting points, then landmarks but no vertices.
+
+    These are the centroid, and with a range of sums the base and the greatest sum.  The centroid's gradient tells which
+    way to go; vertices are far from there.  ENOUGH starting points are followed by the vertices that they leave out.
+    """
+    if len(start) >= ENOUGH:
+        return first_points(space, start)
+    vertices = set(space.vertices())
+    return [*start, space.centroid(), *(point for point in space.landmarks() if point not in vertices)]
+
+
 def first_new(points: Iterable[Coefficients], trials: Sequence[Trial]) -> Proposal | None:
     """The first of some points that no trial has; None where trials have them all."""
     taken = {trial.coefficients for trial in trials}

@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits
 
 from dem_opt.search.samplers import gp
 from dem_opt.search.samplers.history import Trial, latest, thin, values_of
-from dem_opt.search.samplers.proposer import Proposal, first_new, first_points
+from dem_opt.search.samplers.proposer import Proposal, central_points, first_new, first_points
 from dem_opt.simplex import Coefficients, Space, project
 
 Array = NDArray[np.float64]
@@ -51,10 +51,11 @@ _ARMIJO = 1e-4
 class SimplexGP:
     """Expected improvement (Mockus 1978; Jones, Schonlau and Welch 1998) over the shares, for its cost.
 
-    The first proposals are the study's starting points, the vertices and the centroid.  Then a Gaussian process is
-    fitted to the trials.  Running trials count as observed at their posterior mean ("kriging believer", Ginsbourger et
-    al. 2010), failed ones as the worst value.  The estimate of a stopped trial enters with its standard error, and
-    gradients as derivative observations.
+    The first proposals are the study's starting points, the vertices and the centroid; where gradients are measured,
+    vertices only for workers that would wait for the first value.  Then a Gaussian process is fitted to the trials.
+    Running trials count as observed at their posterior mean ("kriging believer", Ginsbourger et al. 2010), failed ones
+    as the worst value.  The estimate of a stopped trial enters with its standard error, and gradients as derivative
+    observations.
 
     A stopped trial is proposed again, to be completed, where its expected improvement on the best whole trial is
     greater, for each forward-equivalent that it lacks, than that of a new trial for each that a new trial will take.
@@ -63,17 +64,20 @@ class SimplexGP:
         space: The coefficients to choose from.
         trials: Budget in trials, if any: the last trial completes the most promising stopped one.
         forwards: Likewise in forward-equivalents.
+        gradients: Trials have their gradient.
     """
 
     space: Space
     trials: int | None = None
     forwards: float | None = None
+    gradients: bool = False
 
     def propose(self, trials: Sequence[Trial], start: Sequence[Coefficients], rng: np.random.Generator) -> Proposal:
         """The next point."""
-        if (proposal := first_new(first_points(self.space, start), trials)) is not None:
+        is_unknown = all(trial.objective is None for trial in trials)
+        if (proposal := first_new(self._first(start, is_unknown), trials)) is not None:
             return proposal
-        if self.space.is_point or all(trial.objective is None for trial in trials):
+        if self.space.is_point or is_unknown:
             return Proposal(self.space.sample(rng))
         # One thread is enough for matrices of this size, takes no core from a worker, and gives the same bits on
         # machines with other numbers of cores.
@@ -84,6 +88,13 @@ class SimplexGP:
         if stopped is not None and (self._is_last(trials) or stopped.worth >= new.worth):
             return Proposal(stopped.coefficients, stopped.improvement)
         return Proposal(new.coefficients, new.improvement)
+
+    def _first(self, start: Sequence[Coefficients], is_unknown: bool) -> list[Coefficients]:
+        """The points to propose first; with gradients, vertices are among them only until a value is known."""
+        landmarks = first_points(self.space, start)
+        if not self.gradients:
+            return landmarks
+        return [*central_points(self.space, start), *(landmarks if is_unknown else [])]
 
     def _process(self, trials: Sequence[Trial]) -> gp.GaussianProcess:
         """The process fitted to finished trials, with running ones at their posterior mean."""
