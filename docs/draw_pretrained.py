@@ -2,8 +2,9 @@
 
     python docs/draw_pretrained.py [STUDIES]
 
-STUDIES is the folder of pretrained.yaml and its companions, ./studies unless given, after their `run` and `compare
---data-mixing study`.  Costs are floating-point operations of training, and of the search where there was one.
+STUDIES is the folder of pretrained.yaml and its companions, ./studies unless given, after `make pretrained`.  The
+longer fine-tunes of pretrained-long.yaml are drawn too where they were run and compared with mixed data.  Costs are
+floating-point operations of training, and of the search where there was one.
 """
 
 import json
@@ -35,7 +36,7 @@ def points_of(folder: Path, name: str) -> tuple[dict[str, list[Point]], float]:
     study, sums = (Study.load(folder / f"{each}.yaml") for each in (name, f"{name}-sums"))
     comparison = json.loads((study.config.output / "mixing.json").read_text(encoding="utf-8"))
     summary = study.summary()
-    loss = {row.role: row.objective[HELD_OUT] for row in summary.results}
+    loss = {row.role: row.objective[HELD_OUT] for row in summary.results if HELD_OUT in row.objective}
     training = comparison["edited"]["training"]["training_flops"]
     whole = training + comparison["edited"]["search"]["forward_flops"]
     points: dict[str, list[Point]] = {
@@ -56,7 +57,8 @@ def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "studies")
     points: dict[str, set[Point]] = defaultdict(set)
     base = 0.0
-    for name in LENGTHS:
+    runs = folder.parent / "pretrained/runs"
+    for name in (name for name in LENGTHS if (runs / name / "mixing.json").is_file()):
         found, base = points_of(folder, name)
         for method, those in found.items():
             points[method].update(those)
