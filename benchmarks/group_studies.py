@@ -143,7 +143,7 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "adapters": adapters,
     "qwen2": qwen2,
 }
-"""What makes the study of each kind in a folder."""
+"""Functions that make the study of a kind in a folder."""
 
 
 def make(kind: str, folder: Path) -> Path:

@@ -210,7 +210,7 @@ def line(row: Row) -> str:
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """What the rows of one study say: "for", "against" or "neither"."""
+    """Verdict of one study's rows: "for", "against" or "neither"."""
     by_variant = {row.variant: row for row in rows}
     blocks = by_variant[BLOCKS]
     gain, low, _ = blocks.held_out

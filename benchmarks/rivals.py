@@ -171,7 +171,7 @@ def descend(value: Callable[[Array], float], gradient: Callable[[Array], Array],
 
 
 Step = tuple[float, float]
-"""What a trial has cost in FE, and the objective where all windows were scored, infinite elsewhere."""
+"""Cost of a trial in FE, and its objective; infinite where not all windows were scored."""
 
 
 def searched(landscape: Landscape, algorithm: str, gradients: bool, races: bool) -> Iterator[Step]:

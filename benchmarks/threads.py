@@ -1,4 +1,4 @@
-"""What waiting threads cost: matrix products of all cores, on a machine that is quiet and on one that is busy.
+"""Time matrix products whose threads spin or sleep while they wait, on quiet cores and on busy ones.
 
     python benchmarks/threads.py [--busy N]
 

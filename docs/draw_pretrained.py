@@ -57,8 +57,9 @@ def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "studies")
     points: dict[str, set[Point]] = defaultdict(set)
     base = 0.0
-    runs = folder.parent / "pretrained/runs"
-    for name in (name for name in LENGTHS if (runs / name / "mixing.json").is_file()):
+    for name in LENGTHS:
+        if not (Study.load(folder / f"{name}.yaml").config.output / "mixing.json").is_file():
+            continue
         found, base = points_of(folder, name)
         for method, those in found.items():
             points[method].update(those)

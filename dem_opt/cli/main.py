@@ -11,6 +11,7 @@ from contextlib import ExitStack, closing
 from dem_opt.cli.console import Terminal
 from dem_opt.cli.log_file import LogFile
 from dem_opt.cli.parser import parser
+from dem_opt.compute import SETTINGS
 from dem_opt.errors import EvaluationError, InputError, OutageError, TrainingError
 from dem_opt.signals import sigterm_as_ctrl_c
 
@@ -28,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 something failed that is not the user's doing, 2 the user's mistake, 130 interrupted.
     """
-    # Before torch is loaded: threads that wait soon sleep, as in workers (see compute.SETTINGS).
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # OpenMP reads this once, when torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", SETTINGS["GOMP_SPINCOUNT"])
     words = sys.argv[1:] if arguments is None else list(arguments)
     with ExitStack() as contexts:
         terminal = Terminal()

@@ -120,12 +120,15 @@ def ray_warnings(settings: ComputeSection) -> list[str]:
 
 
 def _join(ray: Any, address: str) -> None:
-    """Connect to a cluster; InputError if none answers, or it refuses this user's token."""
+    """Connect to a cluster; InputError if none answers, it has other versions, or it refuses this user's token."""
     _check_address(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:
         mend = f"no Ray answers there ({first_line(error)})"
+        raise InputError(None, "compute.ray", address, mend) from None
+    except RuntimeError as error:  # its text has a line for each version of Ray and Python, there and here
+        mend = f"can't be joined from here ({' '.join(str(error).split())})"
         raise InputError(None, "compute.ray", address, mend) from None
     except ray.exceptions.AuthenticationError:
         mend = (

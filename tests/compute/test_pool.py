@@ -173,6 +173,21 @@ def test_an_address_where_nothing_answers_is_told_at_once(address):
     assert done.stdout.startswith(f"compute.ray = {address!r}: ")
 
 
+def test_a_cluster_of_another_version_is_told_with_both(ray_session):
+    """Ray compares versions while it connects, and this process says that it has another."""
+    address = ray_session.get_runtime_context().gcs_address
+    code = (
+        "import ray; from dem_opt.config import ComputeSection; from dem_opt.errors import InputError\n"
+        "from dem_opt.compute import RayCompute\n"
+        "ray.__version__ = '1.2.3'\n"
+        f"try: RayCompute(ComputeSection(ray={address!r})).__enter__()\nexcept InputError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    (line,) = done.stdout.splitlines()
+    assert line.startswith(f"compute.ray = {address!r}: ")
+    assert "1.2.3" in line and ray_session.__version__ in line
+
+
 def test_a_pool_in_this_process_imports_no_ray():
     code = (
         "import sys; from dem_opt.compute import InProcessCompute, RayCompute\n"
