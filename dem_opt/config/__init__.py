@@ -1,7 +1,7 @@
 """The study file: strict, checked on load; every error names the file, the field, its value and the remedy.
 
-`load` reads one as a `StudyConfig`; `sections` has the sections, `reference` describes every key.  Imports root modules
-only, and no torch.
+`load` reads one as a `StudyConfig`; `sources` has the sections of models and data, `sections` the others, `reference`
+describes every key.  Imports root modules only, and no torch.
 """
 
 from difflib import get_close_matches
@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 
 from dem_opt.config.fine_tunes import FineTune, fine_tunes_of
 from dem_opt.config.places import find_place
+from dem_opt.config.section import Name, Section, StudyPath, default_note, resolve_path
 from dem_opt.config.sections import (
     ALGORITHMS,
     BUDGETS,
@@ -23,28 +24,19 @@ from dem_opt.config.sections import (
     TOP,
     CoefficientsSection,
     ComputeSection,
-    DataFile,
     DataMixingSection,
-    DistributionSection,
     EvaluateSection,
     EvaluationSection,
     FineTuningSection,
-    GeneralSection,
     Groups,
-    ModelSource,
-    Name,
     ObjectiveSection,
     OutagesSection,
     ReportSection,
     SearchSection,
-    Section,
     SimplexSection,
-    StudyPath,
     TrackingSection,
-    VectorSection,
-    default_note,
-    resolve_path,
 )
+from dem_opt.config.sources import DataFile, DistributionSection, GeneralSection, ModelSource, VectorSection
 from dem_opt.config.yaml import read_yaml
 from dem_opt.errors import InputError, nearest
 from dem_opt.pareto import MEAN, Axes, joint_weights, make_axis

@@ -8,7 +8,7 @@ fine-tune.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from dem_opt.config.sections import DistributionSection, FineTuneKind, ModelSource, VectorSection
+from dem_opt.config.sources import DistributionSection, FineTuneKind, ModelSource, VectorSection
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 
-from dem_opt.config.sections import PATTERNS, DataFile, ModelSource, Name, Section, StudyPath
+from dem_opt.config.section import PATTERNS, Name, Section, StudyPath
+from dem_opt.config.sources import DataFile, ModelSource
 
 SHARED_FORMS: dict[type[Section], str] = {DataFile: "DATA", ModelSource: "MODEL"}
 """Forms that several keys take, listed once at the end of the reference under these words."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
 from dem_opt.config.forms import requirement, unwrap
-from dem_opt.config.sections import Section
+from dem_opt.config.section import Section
 
 _KEY = "[key]"
 """pydantic's last part of a location that is about a mapping's key."""

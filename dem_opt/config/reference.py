@@ -9,7 +9,7 @@ from pydantic_core import PydanticUndefined
 
 from dem_opt.config import StudyConfig
 from dem_opt.config.forms import SHARED_FORMS, type_words
-from dem_opt.config.sections import Section, section_of
+from dem_opt.config.section import Section, section_of
 
 __all__ = ["SHARED_FORMS", "KeyReference", "study_file_reference"]
 

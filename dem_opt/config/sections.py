@@ -1,44 +1,34 @@
-"""Sections of a study file. The docstring below each field is its description in the reference of the study file."""
+"""Sections of a study file, but for those of models and data, which `sources` has.
+
+The docstring below each field is its description in the reference of the study file.
+"""
 
 from collections.abc import Mapping
 from datetime import date
-from os.path import expanduser
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
-    ValidationInfo,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
-PATTERNS: Mapping[str, str] = {
-    r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$": "a name: letters, digits, `_`, `.` and `-`, at most 64, beginning with a "
-    "letter or digit",
-    r"^[\w.-]+(/[\w.-]+)?$": "an id of the Hugging Face Hub, `owner/name`",
-    r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$": "an importable function, `package.module:name`",
-    r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}(@([1-9][0-9]*|best))?$": "a name, or a step's, as in `code@20`: "
-    "letters, digits, `_`, `.` and `-`, at most 64, beginning with a letter or digit",
-}
-"""Patterns of texts of a fixed form, and the form in words."""
-
-_NAME, _HUB_ID, _FUNCTION, _FINE_TUNE_NAME = PATTERNS
-
-Name = Annotated[str, Field(pattern=_NAME)]
-FineTuneName = Annotated[str, Field(pattern=_FINE_TUNE_NAME)]
-Positive = Annotated[int, Field(gt=0)]
-PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-StudyPath = Annotated[Path, Field(strict=False)]
-Date = Annotated[date, Field(strict=False)]
-Column = Annotated[str, Field(min_length=1)]
-Range = Annotated[tuple[NotNegative, NotNegative], Field(strict=False)]
-Shares = dict[Name, NotNegative]
+from dem_opt.config.section import (
+    FUNCTION_PATTERN,
+    Date,
+    FineTuneName,
+    Name,
+    NotNegative,
+    Positive,
+    PositiveReal,
+    Range,
+    Section,
+    Seed,
+    Shares,
+    StudyPath,
+    default_note,
+    resolve_path,
+)
 
 CHAT_DATE = date(2025, 1, 1)
 """Today's date for chat templates, unless the study names another."""
@@ -48,321 +38,6 @@ RENAMED_KEYS: Mapping[str, str] = {
     "compute.gpus_per_resident": "compute.gpus_per_worker",
 }
 """Keys of earlier releases and their present names, dotted from the root of the study file."""
-
-
-def default_note(text: str) -> Any:
-    """A field's default in words, for defaults that other fields decide."""
-    return Field(json_schema_extra={"default_note": text})
-
-
-class Section(BaseModel):
-    """A part of the study file: frozen, strict about types, refusing unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
-
-
-def section_of(annotation: Any) -> type[Section] | None:
-    """The first section class inside an annotation (`Section`, `dict[Name, Section]`, `Section | None`), if any."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    return next(filter(None, map(section_of, get_args(annotation))), None)
-
-
-def resolve_path(value: Path | str | None, info: ValidationInfo) -> Path | None:
-    """A path of the study file; relative paths start at the file's folder, those that begin with `~/` at home."""
-    if value is None or not isinstance(value, str | Path):
-        return value
-    folder: Path = (info.context or {}).get("folder", Path())
-    return folder / (expanduser(value) if str(value).startswith("~/") else value)
-
-
-_COLUMNS = {"text": ("text",), "prompt_completion": ("prompt", "completion"), "messages": ("messages",)}
-_TASK_KEYS = {"task", "include", "split", "format"}
-
-
-class DataFile(Section):
-    """A file of documents or several, and the columns in which their format finds them; or the documents of a task.
-
-    A path or a list of paths alone is of format `text`.  Only the columns of the format may be named.  A task of
-    lm-evaluation-harness has documents of format `prompt_completion`.
-    """
-
-    path: Annotated[StudyPath | list[StudyPath] | None, default_note("required, unless `task` is given")] = None
-    """Data file, folder of data files, or glob pattern such as `data/math-*.jsonl`; or a list of these. Files are JSON
-    lines or an array of objects (`.jsonl`, `.json`), tables (`.csv`, `.tsv`, `.parquet`, `.arrow`) or one document each
-    (`.txt`), compressed or not (`.gz`, `.zst`, `.bz2`, `.xz`, `.lz4`, `.zip`). A folder that `datasets` wrote with
-    `save_to_disk` is read too.
-    """
-
-    format: Literal["text", "prompt_completion", "messages"] = "text"
-    """Format of each document: running text, a prompt with the completion that is scored, or a conversation in which
-    the assistant's messages are scored.
-    """
-
-    text: Column = "text"
-    """Column of the text (format `text`); `data.text` is the `text` within a column `data`, here and below."""
-
-    prompt: Column = "prompt"
-    """Column of the prompt, which is read but not scored (format `prompt_completion`): a text or a list of messages."""
-
-    completion: Column = "completion"
-    """Column of the completion, which is scored (format `prompt_completion`): a text or a list of messages."""
-
-    messages: Column = "messages"
-    """Column of the list of messages, each with a `role` and a `content` or, as ShareGPT has them, with `from` and
-    `value` (format `messages`). Unless named, it may also be called `conversations`.
-    """
-
-    tools: Column = "tools"
-    """Column of the tool definitions that the chat template gets with a conversation; rows may lack it."""
-
-    task: Annotated[str, Field(min_length=1)] | None = None
-    """Task, group or tag of lm-evaluation-harness instead of a path, for validation and held-out data: its prompts,
-    without worked examples, and its gold answers, which are scored as the harness scores them. Its data set must be on
-    this machine.
-    """
-
-    include: StudyPath | None = None
-    """Folder of task files of your own, with `task`."""
-
-    split: Annotated[str | None, Field(min_length=1), default_note("by the task file")] = None
-    """Split of the task's data set, by its name there. Unless given, validation data are of the task's validation,
-    training or test split, the first that it has; held-out data of its test or validation split.
-    """
-
-    _include = field_validator("include", mode="before")(resolve_path)
-
-    @field_validator("path", mode="before")
-    @classmethod
-    def _paths(cls, value: Any, info: ValidationInfo) -> Any:
-        entries = value if isinstance(value, list) else [value]
-        if not entries or not all(isinstance(entry, str | Path) and str(entry) for entry in entries):
-            raise ValueError(f"must be a path or a list of paths, not {value!r}")
-        paths = [resolve_path(entry, info) for entry in entries]
-        return paths if isinstance(value, list) else paths[0]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_path(cls, data: Any) -> Any:
-        if isinstance(data, str | Path | list):
-            return {"path": data}
-        if not isinstance(data, Mapping | cls):
-            raise ValueError(f"must be a path, or a mapping with `path:` and `format:`, not {data!r}")
-        if isinstance(data, Mapping) and "task" in data:
-            return {"format": "prompt_completion", **data}
-        return data
-
-    @model_validator(mode="after")
-    def _check_place(self) -> Self:
-        if (self.path is None) == (self.task is None):
-            raise ValueError("must have a `path:` or a `task:`, and not both")
-        for field in ("include", "split") if self.task is None else sorted(self.model_fields_set - _TASK_KEYS):
-            if field in self.model_fields_set:
-                raise ValueError(f"{field}: {'belongs to' if self.task is None else 'is not for'} a `task:`")
-        if self.task is not None and self.format != "prompt_completion":
-            raise ValueError("format: of a `task:` is prompt_completion")
-        return self
-
-    @model_validator(mode="after")
-    def _check_columns(self) -> Self:
-        for column in sorted(set().union(*_COLUMNS.values()) & self.model_fields_set - set(self.columns)):
-            raise ValueError(f"{column}: not a column of format {self.format}, which has {' and '.join(self.columns)}")
-        if self.format == "text" and "tools" in self.model_fields_set:
-            raise ValueError("tools: not a column of format text; conversations have tools")
-        return self
-
-    @model_serializer
-    def _as_written(self) -> str | list[str] | dict[str, Any]:
-        """The shortest form: paths alone where everything else is at its default."""
-        if self.task is not None:
-            places = {"task": self.task, "include": self.include and str(self.include), "split": self.split}
-            return {key: value for key, value in places.items() if value is not None}
-        path = [str(path) for path in self.path] if isinstance(self.path, list) else str(self.path)
-        if self.columns == {"text": "text"}:
-            return path
-        return {"path": path, "format": self.format} | self.columns | self.named_tools
-
-    @property
-    def paths(self) -> list[Path]:
-        """The paths, which may be folders and patterns; none of a task."""
-        return self.path if isinstance(self.path, list) else [self.path] if self.path is not None else []
-
-    @property
-    def columns(self) -> dict[str, str]:
-        """The name in the file of each column that the format has."""
-        return {column: getattr(self, column) for column in _COLUMNS[self.format]}
-
-    @property
-    def named_tools(self) -> dict[str, str]:
-        """The column of tools, where it has a name of its own."""
-        return {"tools": self.tools} if self.tools != "tools" else {}
-
-    def __str__(self) -> str:
-        if self.task is not None:
-            return f"task {self.task}" + (f", split {self.split}" if self.split else "")
-        return ", ".join(str(path) for path in self.paths)
-
-
-Step = Literal["best"] | Positive
-
-
-class ModelSource(Section):
-    """A model or an adapter: a folder, a model of the Hugging Face Hub, or kept steps of a fine-tuning run.
-
-    A path alone is a folder.
-    """
-
-    path: StudyPath | None = None
-    """Folder in Hugging Face's format."""
-
-    hub: Annotated[str, Field(pattern=_HUB_ID)] | None = None
-    """Id on the Hugging Face Hub, `owner/name`, instead of a folder."""
-
-    revision: Annotated[str | None, default_note("main")] = None
-    """Branch, tag or commit of the hub id."""
-
-    pickled: bool = False
-    """Allow pickled weights (`pytorch_model.bin`, `adapter_model.bin`), from which only tensors are loaded."""
-
-    run: StudyPath | None = None
-    """Folder of a fine-tuning run that kept its steps (`fine_tuning.keep`), instead of a folder of weights."""
-
-    step: Step | Annotated[list[Step], Field(min_length=1)] | None = None
-    """Kept step of `run`: its number, or `best` for the lowest validation NLL. A list, `[20, 40, best]`, makes each
-    step a fine-tune with a coefficient of its own, called `code@20` in a distribution `code`.
-    """
-
-    _paths = field_validator("path", "run", mode="before")(resolve_path)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_path(cls, data: Any) -> Any:
-        return {"path": data} if isinstance(data, str | Path) else data
-
-    @model_validator(mode="after")
-    def _check_place(self) -> Self:
-        if (self.run is None) != (self.step is None):
-            raise ValueError("run, step: belong together, as in {run: models/code, step: best}")
-        if [self.path, self.hub, self.run].count(None) != 2:
-            raise ValueError("must be a path, or a mapping with `hub:` and `revision:`, or with `run:` and `step:`")
-        if self.hub is None and self.revision is not None:
-            raise ValueError("revision: belongs to a `hub:`, a folder has none")
-        if isinstance(self.step, list) and len(set(self.step)) < len(self.step):
-            raise ValueError(f"step: {self.step} names a step twice; two equal vectors can't be told apart")
-        return self
-
-    @model_serializer
-    def _as_written(self) -> str | dict[str, Any]:
-        """The shortest form: a path alone where nothing else is set."""
-        if self.path is not None and not self.pickled:
-            return str(self.path)
-        places = {name: place and str(place) for name, place in (("path", self.path), ("run", self.run))}
-        fields = {**places, "step": self.step, "hub": self.hub, "revision": self.revision}
-        return {key: value for key, value in fields.items() if value} | ({"pickled": True} if self.pickled else {})
-
-    @property
-    def place(self) -> Path | None:
-        """The folder that a fine-tuning of it writes; None for a hub id."""
-        return self.run or self.path
-
-    @property
-    def models(self) -> "dict[str, ModelSource]":
-        """The models by the ending of their names: one without an ending, or each of several steps as `@20`."""
-        if not isinstance(self.step, list):
-            return {"": self}
-        return {f"@{step}": self.model_copy(update={"step": step}) for step in self.step}
-
-    def __str__(self) -> str:
-        if self.run is not None:
-            return f"{self.run}, step {self.step}"
-        return str(self.path) if self.hub is None else f"{self.hub}@{self.revision or 'main'}"
-
-
-FineTuneKind = Literal["checkpoint", "adapter"]
-
-
-class VectorSection(Section):
-    """A fine-tune of the base without data of its own: it has a coefficient, which the corpora of others decide."""
-
-    checkpoint: ModelSource | None = None
-    """Fine-tuned checkpoint of the base. Each fine-tune is a `checkpoint` or an `adapter`."""
-
-    adapter: ModelSource | None = None
-    """LoRA adapter of the base (plain, rsLoRA or DoRA, as peft saves them)."""
-
-    @model_validator(mode="after")
-    def _check_kind(self) -> Self:
-        _refuse_other_than_one(self.checkpoint, self.adapter)
-        return self
-
-    @property
-    def fine_tune(self) -> tuple[FineTuneKind, ModelSource]:
-        """The kind of the fine-tune and its source."""
-        return _fine_tune(self.checkpoint, self.adapter)
-
-
-def _refuse_other_than_one(checkpoint: ModelSource | None, adapter: ModelSource | None) -> None:
-    if (checkpoint is None) == (adapter is None):
-        raise ValueError("must have a `checkpoint:` or an `adapter:`, and not both")
-
-
-def _fine_tune(checkpoint: ModelSource | None, adapter: ModelSource | None) -> tuple[FineTuneKind, ModelSource]:
-    if checkpoint is not None:
-        return "checkpoint", checkpoint
-    assert adapter is not None
-    return "adapter", adapter
-
-
-class DistributionSection(Section):
-    """One data distribution: its fine-tune, which is a checkpoint or an adapter of the base, and its data."""
-
-    checkpoint: ModelSource | None = None
-    """Fine-tuned checkpoint of the base. Each distribution has a `checkpoint` or an `adapter`."""
-
-    adapter: ModelSource | None = None
-    """LoRA adapter of the base (plain, rsLoRA or DoRA, as peft saves them)."""
-
-    train: DataFile | None = None
-    """Training data, from which `dem-opt train` makes the fine-tune."""
-
-    validation: DataFile
-    """Validation data, scored to choose the coefficients."""
-
-    held_out: DataFile | None = None
-    """Held-out data, scored only to report. Unless given, the validation documents are divided in two halves."""
-
-    @model_validator(mode="after")
-    def _check_fine_tune(self) -> Self:
-        _refuse_other_than_one(self.checkpoint, self.adapter)
-        if self.train is not None and self.train.task is not None:
-            raise ValueError("train: must be files; a task's documents are for validation and held-out data")
-        return self
-
-    @property
-    def fine_tune(self) -> tuple[FineTuneKind, ModelSource]:
-        """The kind of the fine-tune and its source, which may be several steps."""
-        return _fine_tune(self.checkpoint, self.adapter)
-
-
-class GeneralSection(Section):
-    """A general corpus, which is scored but has no fine-tune and no coefficient.
-
-    A data file alone is its validation data.
-    """
-
-    validation: DataFile
-    """Validation data, for `objective.weights`, `objective.protect` and reports."""
-
-    held_out: DataFile | None = None
-    """Held-out data. Unless given, the validation documents are divided in two halves."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_file(cls, data: Any) -> Any:
-        alone = not isinstance(data, Mapping | cls) or (
-            isinstance(data, Mapping) and not {"path", "task"}.isdisjoint(data)
-        )
-        return {"validation": data} if alone else data
 
 
 class SimplexSection(Section):
@@ -466,7 +141,7 @@ class ObjectiveSection(Section):
     distributions that have a weight.
     """
 
-    function: Annotated[str | None, Field(pattern=_FUNCTION)] = None
+    function: Annotated[str | None, Field(pattern=FUNCTION_PATTERN)] = None
     """Custom objective instead of the mean, as `package.module:name`: an importable function that maps the scores of a
     split, by distribution or general corpus (`score.nll` in nats per token, `score.perplexity`, `score.bits_per_byte`),
     to the number to minimize; `unit` names its unit. Modules beside the study file are found. Trials are then neither

@@ -10,7 +10,8 @@ from pathlib import Path
 from dem_opt.analysis.mixing_cost import forward_cost
 from dem_opt.analysis.rivals import RIVALS, RivalRecord, find_records, keep_record, made_from
 from dem_opt.config import StudyConfig
-from dem_opt.config.sections import CoefficientsSection, ModelSource, ReportSection
+from dem_opt.config.sections import CoefficientsSection, ReportSection
+from dem_opt.config.sources import ModelSource
 from dem_opt.errors import EvaluationError, InputError
 from dem_opt.export.placebo import KINDS, Kind, Placebo, remove_placebos
 from dem_opt.export.writer import refuse_full
