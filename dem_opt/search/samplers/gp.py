@@ -32,6 +32,9 @@ variance above its floor: chosen on merge losses (dev/LOG.md)."""
 _QUADRATIC = (-2.0, 0.0)
 """log s and log b of a function that is nearly a quadratic."""
 
+MANY = 128
+"""Rows beyond which one mode is left, a quadratic's."""
+
 _REACH = 3.0
 """Bounds of the hyperparameters in standard deviations of their priors: Cholesky never fails inside."""
 
@@ -232,10 +235,12 @@ def _factor(observations: Observations, kernel: Kernel, own_RR: Array) -> Array:
 def fit(observations: Observations) -> GaussianProcess:
     """The process with the most probable hyperparameters (MAP), found by L-BFGS-B.
 
-    From the priors' means, and from a quadratic's: few values can leave a mode at each.
+    From a quadratic's, and from the priors' means: few rows can leave a mode at each.
     """
     loss = NegativeLogPosterior(observations)
     starts = [loss.prior_mean, np.concatenate([loss.prior_mean[:-3], _QUADRATIC, loss.prior_mean[-1:]])]
+    if len(observations.standard_R) > MANY:
+        del starts[0]
     optima = [minimize(loss, start, jac=True, method="L-BFGS-B", bounds=loss.bounds) for start in starts]
     best = min(optima, key=lambda optimum: float(optimum.fun))
     return GaussianProcess(observations, Kernel.of(best.x, observations.curvature))

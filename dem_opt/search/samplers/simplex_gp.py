@@ -22,8 +22,8 @@ Array = NDArray[np.float64]
 DERIVATIVES = 300
 """Derivatives that the process is fitted to at most."""
 
-OBSERVATIONS = 200
-"""Trials that the process is fitted to at most: half the best and half the most recent."""
+OBSERVATIONS, WITH_GRADIENTS = 200, 64
+"""Trials that the process is fitted to at most, half the best and half the most recent; fewer where gradients say more."""
 
 APART = 1e-6
 """Points closer than this in every share count as the same."""
@@ -99,7 +99,8 @@ class SimplexGP:
     def _process(self, trials: Sequence[Trial]) -> gp.GaussianProcess:
         """The process fitted to finished trials, with running ones at their posterior mean."""
         running = [trial for trial in trials if trial.state == "running"]
-        observations = self._observations(thin(latest(trials), OBSERVATIONS))
+        most = WITH_GRADIENTS if self.gradients else OBSERVATIONS
+        observations = self._observations(thin(latest(trials), most))
         return gp.fit(observations).believing(self._shares(running))
 
     def _new(self, process: gp.GaussianProcess, trials: Sequence[Trial], rng: np.random.Generator) -> "_Candidate":
