@@ -14,7 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from zipfile import BadZipFile, ZipFile
 
-from local_text import make_data
+from continuations import write_tasks
+from local_text import KINDS, make_data
 
 from dem_opt.atomic import staged_file
 from dem_opt.checkpoints.convert import converted
@@ -28,7 +29,7 @@ CONTENT = "79a79882c96c84dc6f0cbdbef1575b7910af3dff5bfe83ef4b3a3816aab80ea6"
 
 
 def main() -> int:
-    """Make base and data; return the exit status."""
+    """Make base, data and tasks; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", metavar="FOLDER", default="", help="a causal model's folder instead of SmolLM2")
     parser.add_argument("--out", type=Path, metavar="FOLDER", default=Path("pretrained"), help="folder to fill")
@@ -38,6 +39,7 @@ def main() -> int:
         for name, entry in make_data(arguments.out / "data").items():
             size = f"{entry['documents']:4,} documents, {entry['characters']:7,} characters"
             print(f"{name:25} {size}, SHA-256 {entry['sha256'][:12]}")
+        write_tasks(arguments.out / "data", arguments.out / "tasks", tuple(KINDS))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
