@@ -175,18 +175,25 @@ Step = tuple[float, float]
 
 
 def searched(landscape: Landscape, algorithm: str, gradients: bool, races: bool) -> Iterator[Step]:
-    """A search algorithm of the product, or Optuna's GPSampler; races and gradients as a study has them."""
+    """A search algorithm of the product, or Optuna's GPSampler; races, gradients and probes as a study has them."""
+    parts = WINDOWS // PART if gradients and races else 0
     space, trials = landscape.space, list[Trial]()
     if algorithm == "gp-sampler":
         proposer: Proposer = OptunaSampler(space, lambda seed: GPSampler(seed=seed))
     else:
-        proposer = make_proposer(algorithm, space, gradients=gradients)
+        proposer = make_proposer(algorithm, space, gradients=gradients, parts=parts)
     plain = {*space.landmarks()} - ({space.centroid()} if gradients else set())
     while True:
-        point = propose(proposer, trials, (), landscape.seed).coefficients
+        proposal = propose(proposer, trials, (), landscape.seed)
+        point = proposal.coefficients
         x_N, number = space.shares(point), len(trials)
+        if proposal.is_probe:
+            trials.append(probed(landscape, point, trials))
+            yield trials[-1].forwards, inf
+            continue
         charged = sum(trial.forwards for trial in trials if trial.coefficients == point)
-        race = race_for(landscape, point, trials) if races and not charged and point not in plain else None
+        is_raced = races and not parts and not charged and point not in plain
+        race = race_for(landscape, point, trials) if is_raced else None
         ended = replay(race, landscape.scores(x_N), dict.fromkeys(landscape.scores(x_N), WINDOWS))
         assert ended is not None
         seen = len(next(iter(ended.values())).nats_W)
@@ -195,13 +202,38 @@ def searched(landscape: Landscape, algorithm: str, gradients: bool, races: bool)
             attributes = TrialAttributes(error=max(estimate.error, 1e-12), forwards=seen / WINDOWS)
             objective, value = race.goal + estimate.difference, inf
         else:
-            steep = gradients and (algorithm == "gradient" or point not in plain)
+            steep = gradients and (
+                point == space.centroid() if parts else algorithm == "gradient" or point not in plain
+            )
             slopes = dict(zip(space.names, landscape.gradient(x_N).tolist(), strict=True)) if steep else {}
             cost = GRADIENT_FORWARDS if steep else 1.0 - charged
             attributes = TrialAttributes(gradient=slopes, forwards=cost)
             objective = value = landscape.value(x_N)
         trials.append(Trial(number, point, "complete", objective=objective, attributes=attributes))
         yield attributes.forwards, value
+
+
+def probed(landscape: Landscape, point: Coefficients, trials: Sequence[Trial]) -> Trial:
+    """A probe as a study has it: the gradient of one part of the windows, corrected by the centroid's."""
+    part = sum(trial.part is not None for trial in trials) % (WINDOWS // PART)
+    windows, x_N = range(PART * part, PART * (part + 1)), landscape.space.shares(point)
+    centre_N = landscape.space.shares(landscape.space.centroid())
+    common_N = landscape.gradient(centre_N) - landscape.gradient(centre_N, list(windows))
+    slope_N = landscape.gradient(x_N, list(windows)) + common_N
+    race = race_for(landscape, point, trials)
+    assert race is not None
+    scores = {
+        name: Score(score.nats_W[windows.start : windows.stop], score.tokens_W[: len(windows)])
+        for name, score in landscape.scores(x_N).items()
+    }
+    estimate = race.beginning_with(dict.fromkeys(race.control, windows)).estimate(scores)
+    attributes = TrialAttributes(
+        gradient=dict(zip(landscape.space.names, slope_N.tolist(), strict=True)),
+        error=max(estimate.error, 1e-12),
+        forwards=GRADIENT_FORWARDS * PART / WINDOWS,
+    )
+    objective = race.goal + estimate.difference
+    return Trial(len(trials), point, "complete", objective=objective, attributes=attributes, part=part)
 
 
 def race_for(landscape: Landscape, point: Coefficients, trials: Sequence[Trial]) -> Race | None:
@@ -278,7 +310,9 @@ def adam(landscape: Landscape, rate: float = 0.05) -> Iterator[Step]:
 
 
 RIVALS: dict[str, Callable[[Landscape], Iterator[Step]]] = {
-    "simplex-gp": lambda at: searched(at, "simplex-gp", at.size >= GRADIENTS_FROM, at.size < GRADIENTS_FROM),
+    "simplex-gp": lambda at: searched(at, "simplex-gp", at.size >= GRADIENTS_FROM, True),
+    "simplex-gp, probes": lambda at: searched(at, "simplex-gp", True, True),
+    "simplex-gp, gradients of all windows": lambda at: searched(at, "simplex-gp", True, False),
     "SLSQP with gradients": lambda at: searched(at, "gradient", True, False),
     "Adam on an eighth of the windows": adam,
     "quadratic fit to random points": quadratic_fit,

@@ -39,8 +39,8 @@ def simplex_map(summary: Summary) -> go.Figure:
 
     One or two distributions: objective against a coefficient.  Three: a ternary plot.  More: a regular polygon in
     generalized barycentric coordinates, where a composite lies at  sum_i w_i c_i / sum_i w_i  between the corners c_i.
-    The base (w = 0) has no proportions and lies in the middle.  Runs of one algorithm look alike; a trial that was
-    stopped early has an open marker in the colour of its estimate.
+    The base (w = 0) has no proportions and lies in the middle.  Runs of one algorithm look alike; a trial that saw
+    some of the windows has an open marker in the colour of its estimate.
     """
     shown = _shown_trials(summary)
     count = len(summary.distributions)
@@ -64,7 +64,7 @@ def _reading(summary: Summary, shown: Shown) -> str:
         position += " (the base, all coefficients 0, in the middle)"
     sentences = [
         f"{drawn} of {scored} scored trials, {position}. Star: the winner.",
-        "Open markers: stopped early (estimated loss).",
+        "Open markers: some of the windows (estimated loss).",
     ]
     if summary.surrogate is not None:
         mean = {2: "Dotted line: the surrogate's mean. ", 3: "Background: the surrogate's mean. "}.get(count, "")
@@ -185,7 +185,7 @@ def _series(algorithm: str, trials: Sequence[Trial]) -> dict[str, Any]:
 
 
 def _hover(run: str, record: TrialRecord) -> str:
-    estimate = f" ± {record.error:.4f} (estimate, stopped early)" if record.is_partial else ""
+    estimate = f" ± {record.error:.4f} (estimate from some of the windows)" if record.is_partial else ""
     loss = f"{record.objective:.4f}{estimate} {record.unit_words}"
     return f"{label(run)}, trial {record.number}: {loss}<br>{label(coefficients_text(record.coefficients), 200)}"
 
@@ -198,7 +198,7 @@ def _legend_key(algorithm: str) -> dict[str, Any]:
 
 
 def _symbols(algorithm: str, trials: Sequence[Trial]) -> list[str]:
-    """Return the algorithm's symbol for each trial, open if it was stopped early."""
+    """Return the algorithm's symbol for each trial, open if it saw some of the windows."""
     shape = SYMBOLS.get(algorithm, "circle")
     return [f"{shape}-open" if record.is_partial else shape for _, record in trials]
 
@@ -239,7 +239,7 @@ def _shown_trials(summary: Summary) -> dict[str, list[Trial]]:
 def _thinned(trials: Sequence[Trial]) -> list[Trial]:
     """Keep at most MAX_POINTS trials: the better half of them by rank, the rest evenly spread over the ranking.
 
-    The order is the drawing order: trials that were stopped early first, then from worst to best, so that the best
+    The order is the drawing order: trials that saw some of the windows first, then from worst to best, so that the best
     lie on top.
     """
     ranked = sorted(trials, key=lambda trial: (trial[1].is_partial, trial[1].objective or 0.0))

@@ -169,9 +169,9 @@ def rival_table(summary: Summary) -> Table:
 
 
 def trial_table(summary: Summary) -> Table:
-    """List each run's trials: how many were fully scored, stopped early or failed, their cost, why the run ended."""
+    """List each run's trials: how many were scored on all windows, on some, or failed, their cost, their end."""
     headers = (
-        *("run", "ended after", "failures", "scored", "stopped early", "failed"),
+        *("run", "ended after", "failures", "on all windows", "on some", "failed"),
         *("FE", "measuring", "proposing"),
     )
     rows = []

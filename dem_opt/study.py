@@ -288,7 +288,8 @@ class Study:
 
         - `run`: algorithm, and `@k` where the run's seed is the study's plus k.
         - `number`: number of the trial in its run.
-        - `state`: "complete", "stopped" (early, its objective is an estimate) or "failed".
+        - `state`: "complete", "stopped" (early), "probe" (a gradient on some windows) or "failed"; the objective of
+          stopped trials and of probes is an estimate.
         - `objective`: what is minimized, in the objective's unit; missing for failed trials.
         - `violation`: excess of protected corpora over their allowances, in the objective's unit.
         - `penalized`: objective plus the penalty for the violation, in the objective's unit.

@@ -1,6 +1,6 @@
 """Progress for people: bars on a terminal, plain lines elsewhere."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from threading import Lock
@@ -38,11 +38,11 @@ INSTANT = 0.1
 
 
 class _Run:
-    """State of one run of an algorithm: its best complete trial, trials stopped early, times of the latest trials."""
+    """State of one run of an algorithm: its best complete trial, others by state, times of the latest trials."""
 
     def __init__(self) -> None:
         self._best: TrialRecord | None = None
-        self._stopped = 0
+        self._states = Counter[str]()
         self._finished_at: deque[float] = deque(maxlen=PACE + 1)
 
     def add(self, record: TrialRecord) -> None:
@@ -52,7 +52,7 @@ class _Run:
 
     def recall(self, record: TrialRecord) -> None:
         """Count a trial, whenever it finished.  The objective of a stopped one is an estimate: it is never the best."""
-        self._stopped += record.is_partial
+        self._states[record.state] += 1
         is_whole = record.objective is not None and not record.is_partial
         if is_whole and (self._best is None or record.rank[:2] <= self._best.rank[:2]):
             self._best = record
@@ -66,8 +66,9 @@ class _Run:
         return words + (", protect violated" if self._best.violation else "")
 
     def summary(self, left: float | None) -> str:
-        """The best, trials stopped early, the pace, and the seconds that are left of the command."""
-        stopped = f"; {self._stopped} stopped early" if self._stopped else ""
+        """The best, trials that saw some of the windows, the pace, and the seconds that are left of the command."""
+        stopped = f"; {self._states['stopped']} stopped early" if self._states["stopped"] else ""
+        stopped += f"; {self._states['probe']} probes" if self._states["probe"] else ""
         remaining = "" if left is None else f"; about {duration(left)} left, final table included"
         return self.best + stopped + self._pace() + remaining
 

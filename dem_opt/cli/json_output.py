@@ -1,6 +1,6 @@
 """Answers of --json as plain data; NLL in nats per token."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dem_opt.export.writer import Export
     from dem_opt.grouping import GroupResult
     from dem_opt.pareto import Front
-    from dem_opt.types import Cost, Margin, ResultRow, Rival, Score, Summary, TotalPrice
+    from dem_opt.types import Cost, Margin, ResultRow, Rival, Score, Summary, TotalPrice, TrialRecord
     from dem_opt.workflows.check import Findings
 
 
@@ -89,7 +89,8 @@ def of_summary(summary: "Summary") -> dict[str, Any]:
         "margins": [_of_margin(margin) for margin in summary.margins],
         "top": [_of_row(row) for row in summary.top],
         "trials": {run: len(records) for run, records in summary.trials.items()},
-        "stopped_early": {run: sum(record.is_partial for record in records) for run, records in summary.trials.items()},
+        "stopped_early": {run: _count(records, "stopped") for run, records in summary.trials.items()},
+        "probes": {run: _count(records, "probe") for run, records in summary.trials.items()},
         "precision": summary.precision and asdict(summary.precision) | {"detectable": _detectable(summary)},
         "stop_reasons": dict(summary.stopped or {}),
         "cost": {"forward_equivalents": summary.forwards, "parts": [_of_cost(cost) for cost in summary.costs]},
@@ -236,6 +237,10 @@ def _of_groups(groups: "GroupResult") -> dict[str, Any]:
         "forward_equivalents": groups.forwards,
         "seconds": groups.seconds,
     }
+
+
+def _count(records: "Sequence[TrialRecord]", state: str) -> int:
+    return sum(record.state == state for record in records)
 
 
 def _of_row(row: "ResultRow") -> dict[str, Any]:

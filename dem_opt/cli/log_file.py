@@ -68,7 +68,8 @@ class LogFile:
         if record.objective is None:
             outcome = f"failed: {record.reason}"
         elif record.is_partial:
-            outcome = f"stopped early, estimate {record.objective:.4f} ± {record.error:.4f} {record.unit_words}"
+            words = "probe" if record.state == "probe" else "stopped early"
+            outcome = f"{words}, estimate {record.objective:.4f} ± {record.error:.4f} {record.unit_words}"
         else:
             outcome = f"{record.objective:.4f} {record.unit_words}"
         place = f"{record.study} trial {record.number} at {record.coefficients}"

@@ -118,7 +118,7 @@ def _trial_row(run: str, record: "TrialRecord") -> dict[str, Any]:
     return {
         "run": run,
         "number": record.number,
-        "state": "failed" if record.objective is None else "stopped" if record.is_partial else "complete",
+        "state": record.state,
         "objective": record.objective,
         "standard_error": record.error if record.is_partial else None,
         **{f"loss.{name}": loss for name, loss in record.losses.items()},

@@ -7,7 +7,7 @@ Array suffix: k windows of a corpus seen so far.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import fsum, inf, isfinite, sqrt
 from typing import Self
@@ -106,6 +106,10 @@ class Race:
         error, freedom = satterthwaite([(weight**2 * variance, freedom) for weight, _, variance, freedom in parts])
         return Estimate(difference, error, freedom)
 
+    def beginning_with(self, windows: Mapping[str, range]) -> Self:
+        """Make the race whose control's first windows are these of each corpus: another sample that is as random."""
+        return replace(self, control={key: _reordered(score, windows[key]) for key, score in self.control.items()})
+
     def loss(self, key: str, score: Score) -> float:
         """Estimate a corpus's NLL from its first windows, in the objective's unit."""
         return self.control[key].loss(self.unit) + self._part(key, score)[0]
@@ -146,3 +150,12 @@ class Race:
             return False
         quantile = -float(stdtrit(estimate.freedom, ERROR / self._interim_analyses)) if estimate.error else 0.0
         return estimate.difference - quantile * estimate.error > -MARGIN
+
+
+def _reordered(score: Score, first: range) -> Score:
+    """Put some windows of a score before the others."""
+    order = [*first, *(window for window in range(len(score.nats_W)) if window not in first)]
+    nats_W, tokens_W, bytes_W = (
+        tuple(row[n] for n in order) if row else () for row in (score.nats_W, score.tokens_W, score.bytes_W)
+    )
+    return Score(nats_W, tokens_W, bytes_W)

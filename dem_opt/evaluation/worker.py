@@ -4,6 +4,7 @@ Request -> merge -> score (or differentiate) -> Evaluation
 """
 
 from dataclasses import dataclass, replace
+from math import fsum
 from time import perf_counter
 from typing import Any
 
@@ -29,6 +30,7 @@ from dem_opt.types import (
     Evaluation,
     Gradient,
     ParameterGradient,
+    PartGradient,
     Request,
     Score,
     StoredModel,
@@ -99,7 +101,10 @@ class Worker:
             merged = perf_counter()
             gradients: dict[str, Gradient] = {}
             fold_gradients: dict[str, dict[tuple[int, ...], ParameterGradient]] = {}
-            if request.folds:
+            part_gradients: dict[str, dict[range, PartGradient]] = {}
+            if request.parts:
+                scores, gradients, part_gradients = self._differentiate_parts(request, tokens)
+            elif request.folds:
                 scores, fold_gradients = self._differentiate_folds(request, tokens)
             elif request.gradient:
                 scores, gradients = self._differentiate(request, tokens)
@@ -116,6 +121,7 @@ class Worker:
             score_seconds=perf_counter() - merged,
             gradients=gradients,
             fold_gradients=fold_gradients,
+            part_gradients=part_gradients,
             scored_tokens=tokens.scored,
         )
 
@@ -170,6 +176,35 @@ class Worker:
             else:
                 scores[key] = self._score(whole, tokens, known=request.known.get(key))
         return scores, gradients
+
+    def _differentiate_parts(
+        self, request: Request, tokens: "_TokenCount"
+    ) -> tuple[dict[str, Score], dict[str, Gradient], dict[str, dict[range, PartGradient]]]:
+        """Score and differentiate parts of corpora, one backward pass each.
+
+        Where they are all windows of a corpus, their sum is its gradient, and it has a score (`_differentiate`).
+        """
+        scores: dict[str, Score] = {}
+        gradients: dict[str, Gradient] = {}
+        measured: dict[str, dict[range, PartGradient]] = {}
+        for key, parts in request.parts.items():
+            whole, by_part = self._windows[key], dict[range, PartGradient]()
+            for part in parts:
+                with self.merged_model.reduce_gradients(self._base, self._fine_tunes) as products:
+                    score = self._score(self._fold(key, tuple(part)), tokens, gradient=True)
+                by_part[part] = PartGradient(score, total_gradient(products, self._fine_tunes))
+            measured[key] = by_part
+            if sum(map(len, parts)) < len(whole.tokens_W):
+                continue
+            gradients[key] = {
+                content: fsum(part.gradient[content] for part in by_part.values()) for content in self._fine_tunes
+            }
+            if self._layout == "packed":
+                nats = {n: nats for part in parts for n, nats in zip(part, by_part[part].score.nats_W, strict=True)}
+                scores[key] = Score(tuple(nats[n] for n in range(len(nats))), whole.tokens_W, whole.bytes_W)
+            else:
+                scores[key] = self._score(whole, tokens, known=request.known.get(key))
+        return scores, gradients, measured
 
     def _fold(self, key: str, fold: tuple[int, ...]) -> PreparedWindows:
         """The windows of a fold, prepared on first use."""

@@ -9,6 +9,7 @@ from time import sleep
 from dem_opt.compute import Pool
 from dem_opt.errors import EvaluationError
 from dem_opt.evaluation.interim_analyses import replay
+from dem_opt.evaluation.parts import all_parts, counted
 from dem_opt.evaluation.racing import CLEAR, Race
 from dem_opt.progress import Progress
 from dem_opt.search.optuna_study import PendingTrial, Search
@@ -39,11 +40,19 @@ PAUSE = 0.5
 
 @dataclass(frozen=True)
 class Assignment:
-    """A pending trial with the way to measure it: the race that may stop it, and whether its gradient is needed."""
+    """A pending trial with the way to measure it.
+
+    Attributes:
+        trial: The trial.
+        race: The race that may stop it; of a probe the one that estimates its objective.
+        gradient: Whether its gradient is needed.
+        parts: Parts of the search split, where gradients are measured by part.
+    """
 
     trial: PendingTrial
     race: Race | None
     gradient: bool
+    parts: int = 0
 
     @property
     def number(self) -> int:
@@ -263,16 +272,21 @@ class Driver:
         It races against the trials that were finished when it was proposed with `most` in flight: a driver that adopts
         it finds the same ones.  A trial that completes a stopped one does not race again.
         """
-        race = None
-        if search.races and not search.is_known(trial.coefficients) and not trial.charged:
+        race, is_probe = None, trial.part is not None
+        if is_probe or (search.races and not search.is_known(trial.coefficients) and not trial.charged):
             whole, clear = search.whole(trial.number - most + 1), CLEAR if search.completes else inf
-            race = race_for(self.ledger, self.identity, trial.coefficients, whole, clear)
-        return Assignment(trial, race, search.measures_gradient(trial.coefficients))
+            if is_probe:
+                whole = search.with_anchor(whole)
+            race = race_for(self.ledger, self.identity, trial.coefficients, whole, clear, any_goal=is_probe)
+        gradient = is_probe or search.measures_gradient(trial.coefficients)
+        return Assignment(trial, race, gradient, search.parts if gradient else 0)
 
     def _request_of(self, assignment: Assignment) -> Request | None:
         """The request to a worker for a trial; None where the ledger has every score that it needs."""
         composite, keys = self.identity.composite(assignment.trial.coefficients), self.identity.keys(SEARCH)
         number, scoring = assignment.number, self.identity.scoring
+        if assignment.parts:
+            return self._request_parts(assignment, composite)
         if assignment.gradient:
             known = self.ledger.gradients(composite, keys, self.identity.differentiation)
             fine_tunes = set(self.identity.fine_tunes.values())
@@ -284,6 +298,25 @@ class Driver:
         if replay(assignment.race, scores, self.identity.sizes(SEARCH)) is not None:
             return None
         return Request(ticket=number, composite=composite, corpora=keys, known=scores, race=assignment.race)
+
+    def _request_parts(self, assignment: Assignment, composite: Composite) -> Request | None:
+        """The request for a probe's part, or for all parts of the anchor; None where the ledger has them."""
+        sizes, part = self.identity.sizes(SEARCH), assignment.trial.part
+        windows = all_parts(sizes, assignment.parts)
+        if part is not None:
+            windows = {key: (parts[part],) for key, parts in windows.items()}
+        known = self.ledger.part_gradients(composite, windows, self.identity.differentiation)
+        fine_tunes = set(self.identity.fine_tunes.values())
+        missing = {
+            key: parts
+            for key, parts in windows.items()
+            if not all(fine_tunes <= known[key][own].gradient.keys() if key in known else False for own in parts)
+        }
+        if not missing:
+            return None
+        return Request(
+            ticket=assignment.number, composite=composite, corpora=tuple(missing), gradient=True, parts=missing
+        )
 
     def _request(self, ticket: int, composite: Composite, split: str) -> Request | None:
         """A request for the corpora on which the ledger lacks windows; None where it has them all."""
@@ -307,13 +340,17 @@ class Driver:
                 self.identity.differentiation,
                 self._expense(request, answer, part),
                 answer.fold_gradients,
+                answer.part_gradients,
             )
 
     def _expense(self, request: Request, answer: Evaluation, part: str) -> Expense:
         """The cost of an answer: its windows beyond those that the request knew, all of them where it has gradients."""
         known = {} if request.gradient else {key: len(score.nats_W) for key, score in request.known.items()}
-        # A race ends at what it needs to know, which may be less than was known.
-        windows = sum(max(len(answer.scores[key].nats_W) - known.get(key, 0), 0) for key in request.corpora)
+        if request.parts:
+            windows = sum(counted(parts) for parts in request.parts.values())
+        else:
+            # A race ends at what it needs to know, which may be less than was known.
+            windows = sum(max(len(answer.scores[key].nats_W) - known.get(key, 0), 0) for key in request.corpora)
         passes = GRADIENT_FORWARDS if request.gradient else 1.0
         seconds = answer.merge_seconds + answer.score_seconds
         return Expense(study=self.study, part=part, windows=windows * passes, seconds=seconds)
@@ -328,7 +365,14 @@ class Driver:
     ) -> None:
         """Tell Optuna, the tracker and whoever watches, in this order, unless another driver took the trial over."""
         record = trial_record(
-            self.ledger, self.identity, search.name, assignment.trial, answer, assignment.race, assignment.gradient
+            self.ledger,
+            self.identity,
+            search.name,
+            assignment.trial,
+            answer,
+            assignment.race,
+            assignment.gradient,
+            assignment.parts,
         )
         losses = tuple(record.losses.values())
         if search.tell(record.number, record.penalized, attributes(record), record.estimates, losses):

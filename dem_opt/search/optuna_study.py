@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from math import inf, isfinite
 from time import monotonic, perf_counter
 from typing import Any
@@ -19,7 +20,7 @@ from dem_opt import config
 from dem_opt.search.outcomes import frozen_trial, outcome_of
 from dem_opt.search.samplers import make_proposer, propose
 from dem_opt.search.samplers.history import History, HistoryReader, Trial, distributions, parameters
-from dem_opt.search.trial_attributes import DRIVER, EXPECTED_IMPROVEMENT, TrialAttributes
+from dem_opt.search.trial_attributes import DRIVER, EXPECTED_IMPROVEMENT, PART, TrialAttributes
 from dem_opt.simplex import Coefficients, Space
 from dem_opt.storage import engine
 from dem_opt.storage.leases import Lease
@@ -60,12 +61,14 @@ class PendingTrial:
         propose_seconds: Seconds that proposing it took; 0 for an adopted one.
         charged: Forward-equivalents that an earlier trial of the same coefficients, which this one completes, was
             charged with.
+        part: The part of the windows that it measures with their gradient, if it is a probe.
     """
 
     number: int
     coefficients: Coefficients
     propose_seconds: float = 0.0
     charged: float = 0.0
+    part: int | None = None
 
 
 class Search:
@@ -83,6 +86,7 @@ class Search:
         patience: How long to wait for a database that is away.
         unit: Unit of the objective.
         axes: Names of the two losses whose front is searched; none where there is one objective.
+        parts: Parts of the windows, one of which most gradients are measured on; 0 where they are of all windows.
 
     Attributes:
         finished: Number of finished trials: as of the last `ask`, and those told here since.
@@ -101,12 +105,13 @@ class Search:
         patience: RetryPolicy = BRIEF,
         unit: str = NATS_PER_TOKEN,
         axes: Sequence[str] = (),
+        parts: int = 0,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.name, self._space, self._search, self._unit = name, space, search, unit
         self._lease, self.patience = lease if lease and lease.shared else None, patience
         self._axes = axes
-        self.gradients = gradients or search.algorithm == "gradient"
+        self.gradients, self.parts = gradients or search.algorithm == "gradient", parts
         self._proposer = make_proposer(
             search.algorithm,
             space,
@@ -116,6 +121,7 @@ class Search:
             forwards=search.forwards,
             objectives=len(self._metrics),
             gradients=self.gradients,
+            parts=parts,
         )
         self._mine: set[int] = set()
         self._study = patience(lambda: self._opened(url, start))
@@ -225,7 +231,9 @@ class Search:
         return coefficients in self._known
 
     def measures_gradient(self, coefficients: Coefficients) -> bool:
-        """True if a trial at these coefficients is measured with its gradient."""
+        """True if a whole trial at these coefficients is measured with its gradient; with parts only the centroid's."""
+        if self.parts:
+            return coefficients == self._space.centroid()
         is_measured = self._search.algorithm == "gradient" or coefficients not in self._without_gradient
         return self.gradients and is_measured
 
@@ -256,7 +264,7 @@ class Search:
         left = [trial for trial in running if trial.driver not in alive]
         self.elsewhere = len(running) - len(left)
         if left and self._take_over(left[0]):
-            return self._pending(left[0].number, left[0].coefficients)
+            return self._pending(left[0].number, left[0].coefficients, part=left[0].part)
         if left:
             self._history = self._read()
             return self._next(self._history, alive, confirm)
@@ -273,9 +281,16 @@ class Search:
             self._storage.engine, self._id_of(trial.number), (DRIVER, self._lease.token)
         )
 
-    def _pending(self, number: int, coefficients: Coefficients, propose_seconds: float = 0.0) -> PendingTrial:
-        charged = self._charged(number, coefficients)
-        return PendingTrial(number=number, coefficients=coefficients, propose_seconds=propose_seconds, charged=charged)
+    def _pending(
+        self, number: int, coefficients: Coefficients, propose_seconds: float = 0.0, part: int | None = None
+    ) -> PendingTrial:
+        return PendingTrial(
+            number=number,
+            coefficients=coefficients,
+            propose_seconds=propose_seconds,
+            charged=0.0 if part is not None else self._charged(number, coefficients),
+            part=part,
+        )
 
     def _propose(self, trials: Sequence[Trial], confirm: Callable[[], None]) -> PendingTrial:
         began = perf_counter()
@@ -285,6 +300,9 @@ class Search:
             attributes[EXPECTED_IMPROVEMENT] = proposal.expected_improvement
         if self._lease is not None:
             attributes[DRIVER] = self._lease.token
+        part = None
+        if proposal.is_probe:
+            part = attributes[PART] = sum(trial.part is not None for trial in trials) % self.parts
         confirm()
         # One transaction: whoever dies here leaves a trial with all its coefficients, or none.
         template = create_trial(
@@ -295,7 +313,7 @@ class Search:
         )
         trial_id = self._storage.create_new_trial(self._study_id, template)
         number = self._storage.get_trial_number_from_id(trial_id)
-        return self._pending(number, proposal.coefficients, perf_counter() - began)
+        return self._pending(number, proposal.coefficients, perf_counter() - began, part)
 
     def _charged(self, number: int, coefficients: Coefficients) -> float:
         """Forward-equivalents of the trial before `number` that was stopped at these coefficients, if there is one."""
@@ -335,6 +353,8 @@ class Search:
         """Forward-equivalents of a trial; of a running one the most that it may take."""
         if trial.state != "running":
             return trial.forwards
+        if trial.part is not None:
+            return GRADIENT_FORWARDS / self.parts
         return GRADIENT_FORWARDS if self.measures_gradient(trial.coefficients) else 1.0
 
     def of_others(self) -> set[int]:
@@ -345,6 +365,11 @@ class Search:
     def whole(self, before: int) -> list[Trial]:
         """The trials below a number that were measured on all windows at the last `ask`, in the order of numbers."""
         return self._history.whole(before)
+
+    def with_anchor(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Trials and the anchor of all probes, which was finished before any of them was proposed."""
+        anchors = (trial for trial in self._history.trials if trial.is_whole and trial.part is None and trial.gradient)
+        return list({trial.number: trial for trial in [*islice(anchors, 1), *trials]}.values())
 
     @patient
     def tell(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dem_opt.config import ALGORITHMS, ONE_OBJECTIVE, StudyConfig
 from dem_opt.errors import InputError, nearest
+from dem_opt.evaluation.parts import part_count
 from dem_opt.search.optuna_study import Search, study_names
 from dem_opt.search.run_name import RunName
 from dem_opt.simplex import Coefficients
@@ -53,7 +54,9 @@ class Runs:
         name = run.optuna_name(self.config.name)
         storage, unit = self.config.storage, self.config.objective.unit
         axes = [axis.name for axis in self.config.axes or ()]
-        return Search(storage, name, space, settings, start, gradients, self.lease, self.patience, unit, axes)
+        # Parts are judged as races are, by paired means.
+        parts = part_count(self.config.evaluation.windows) if gradients and search.racing else 0
+        return Search(storage, name, space, settings, start, gradients, self.lease, self.patience, unit, axes, parts)
 
     @contextmanager
     def existing(self) -> Iterator[dict[str, Search]]:

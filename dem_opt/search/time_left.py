@@ -77,7 +77,7 @@ def plan_search(search: Search) -> PlannedRun:
     return PlannedRun(
         name=search.name,
         trials=search.unfinished,
-        is_raced=search.races,
+        is_raced=search.races or search.parts > 0,
         is_sequential=search.is_sequential,
         forwards=search.forwards_left,
         seconds=search.seconds_left,

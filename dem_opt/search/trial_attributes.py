@@ -12,6 +12,9 @@ from dem_opt.storage.trial_upgrade import NESTED, flattened
 EXPECTED_IMPROVEMENT = "expected_improvement"
 """User attribute of a trial: the improvement that its proposer expected, in the objective's unit."""
 
+PART = "part"
+"""User attribute of a trial that is a probe: the part of the windows on which it measures its gradient, from 0."""
+
 DRIVER = "driver"
 """User attribute of a trial: token of the driver that has it in hand, where a study may have several."""
 

@@ -1,6 +1,6 @@
 """The record of a trial, made from the ledger's scores, and what Optuna keeps of it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import fsum, inf
@@ -10,8 +10,10 @@ import numpy as np
 from dem_opt.errors import EvaluationError
 from dem_opt.evaluation.interim_analyses import analysis_count, first_windows, replay, scores_at
 from dem_opt.evaluation.objective import Objective, mean_nll, violation
+from dem_opt.evaluation.parts import part_count
 from dem_opt.evaluation.racing import Race
 from dem_opt.search.optuna_study import PendingTrial, Search, Trial
+from dem_opt.search.probes import corrected, probe_forwards, probe_race, probed
 from dem_opt.search.samplers.covariance import interpolate
 from dem_opt.search.samplers.history import thin
 from dem_opt.search.trial_attributes import TrialAttributes
@@ -101,7 +103,12 @@ def coefficients_of(identity: StudyIdentity, composite: Composite) -> Coefficien
 
 
 def race_for(
-    ledger: Ledger, identity: StudyIdentity, point: Coefficients, whole: Sequence[Trial], clear: float = inf
+    ledger: Ledger,
+    identity: StudyIdentity,
+    point: Coefficients,
+    whole: Sequence[Trial],
+    clear: float = inf,
+    any_goal: bool = False,
 ) -> Race | None:
     """The race of a trial against the best whole trial that violates nothing.
 
@@ -114,12 +121,13 @@ def race_for(
         point: Coefficients of the trial.
         whole: Trials that were measured on all windows, in the order of their numbers.
         clear: Standard errors from the incumbent at which the trial is set aside.
+        any_goal: The race only estimates: where all whole trials violate something, it is against one of them.
 
     Returns:
         None without an incumbent, and where the objective is the largest regret: a paired mean says nothing of it.
     """
-    feasible = (trial for trial in whole if not trial.attributes.violation)
-    incumbent = min(feasible, key=lambda trial: (trial.objective, trial.number), default=None)
+    rivals = [trial for trial in whole if not trial.attributes.violation] or (whole if any_goal else [])
+    incumbent = min(rivals, key=lambda trial: (trial.objective, trial.number), default=None)
     if incumbent is None or identity.worst or identity.function is not None:
         return None
     point_F, candidates = identity.space.shares(point), thin(whole, CONTROL_CANDIDATES)
@@ -150,6 +158,7 @@ def trial_record(
     answer: Evaluation | Failure,
     race: Race | None = None,
     gradient: bool = False,
+    parts: int = 0,
 ) -> TrialRecord:
     """The record of a trial that was evaluated; its scores are the ledger's, new and old.
 
@@ -161,6 +170,7 @@ def trial_record(
         answer: The worker's answer; an Evaluation without scores where the ledger had them all.
         race: The race that it ran, if any.
         gradient: Whether its gradient was measured.
+        parts: Parts of the windows, where gradients are measured by part.
     """
     if isinstance(answer, Failure):
         return TrialRecord(
@@ -173,6 +183,9 @@ def trial_record(
             forwards=0.0,
             unit=identity.unit,
         )
+    if trial.part is not None:
+        assert race is not None, "a probe comes after the anchor"
+        return _probe_record(ledger, identity, study, trial, answer, race, parts)
     composite = identity.composite(trial.coefficients)
     scores = recall(ledger, identity, composite, SEARCH, whole=False)
     if race is not None:
@@ -223,10 +236,6 @@ def _stopped_record(
     """The record of a trial that lost its race: control-variate estimates in the place of means."""
     by_key = {key: scores[name] for name, key in identity.corpora[SEARCH].items()}
     estimate = race.estimate(by_key)
-    base, excess = base_scores(ledger, identity), 0.0
-    for name, allowance in identity.protect.items():
-        key = identity.corpora[SEARCH][name]
-        excess += max(0.0, race.loss(key, by_key[key]) - base[name].loss(identity.unit) - allowance)
     return TrialRecord(
         study=study,
         number=trial.number,
@@ -235,11 +244,56 @@ def _stopped_record(
         scores=scores,
         evaluation=answer,
         propose_seconds=trial.propose_seconds,
-        violation=excess,
+        violation=sum(_estimated_excess(ledger, identity, race, by_key).values()),
         forwards=sum(len(score.nats_W) for score in by_key.values()) / (len(by_key) * identity.windows(SEARCH)),
         error=max(estimate.error, LEAST_ERROR),
         unit=identity.unit,
         estimates=_estimates(identity, race, by_key),
+    )
+
+
+def _estimated_excess(
+    ledger: Ledger, identity: StudyIdentity, race: Race, scores: Mapping[str, Score]
+) -> dict[str, float]:
+    """By how much protected corpora exceed their allowance, as far as some windows tell, in the objective's unit."""
+    base, corpora = base_scores(ledger, identity) if identity.protect else {}, identity.corpora[SEARCH]
+    return {
+        name: max(0.0, race.loss(corpora[name], scores[corpora[name]]) - base[name].loss(identity.unit) - allowance)
+        for name, allowance in identity.protect.items()
+    }
+
+
+def _probe_record(
+    ledger: Ledger,
+    identity: StudyIdentity,
+    study: str,
+    trial: PendingTrial,
+    answer: Evaluation,
+    race: Race,
+    parts: int,
+) -> TrialRecord:
+    """The record of a probe: estimates of the objective and of its gradient from one part of the windows."""
+    assert trial.part is not None
+    measured = probed(ledger, identity, identity.composite(trial.coefficients), trial.part, parts)
+    own = probe_race(race, identity, trial.part, parts)
+    by_key = {key: each.score for key, each in measured.items()}
+    estimate, excess = own.estimate(by_key), _estimated_excess(ledger, identity, own, by_key)
+    gradients = corrected(ledger, identity, measured, trial.part, parts)
+    return TrialRecord(
+        study=study,
+        number=trial.number,
+        coefficients=trial.coefficients,
+        objective=own.goal + estimate.difference,
+        scores={name: by_key[key] for name, key in identity.corpora[SEARCH].items()},
+        evaluation=answer,
+        propose_seconds=trial.propose_seconds,
+        violation=sum(excess.values()),
+        forwards=probe_forwards(identity, trial.part, parts),
+        gradient=weighted_slope(identity, gradients, {name for name, amount in excess.items() if amount}),
+        error=max(estimate.error, LEAST_ERROR),
+        unit=identity.unit,
+        estimates={max(len(score.nats_W) for score in by_key.values()): own.goal + estimate.difference},
+        part=trial.part,
     )
 
 
@@ -257,22 +311,40 @@ def _estimates(identity: StudyIdentity, race: Race, scores: Mapping[str, Score])
 def slope(
     ledger: Ledger, identity: StudyIdentity, scores: Mapping[str, Score], gradients: Mapping[str, Gradient]
 ) -> dict[str, float]:
-    """d penalized / d w_i in the objective's unit by distribution, from gradients by corpus.
-
-    sum over corpora of  (share + PENALTY [a protected corpus beyond its allowance])  d NLL / d w_i .
-    """
+    """d penalized / d w_i in the objective's unit by distribution, from whole scores and the gradients of nats."""
     unit = identity.unit
-    shares = objectives(ledger, identity)[SEARCH].shares(scores)
     base = base_scores(ledger, identity) if identity.protect else {}
-    for name, allowance in identity.protect.items():
-        if scores[name].loss(unit) > base[name].loss(unit) + allowance:
-            shares[name] = shares.get(name, 0.0) + PENALTY
+    allowances = identity.protect.items()
+    beyond = {name for name, allowance in allowances if scores[name].loss(unit) > base[name].loss(unit) + allowance}
+    sizes = {key: fsum(scores[name].sizes_W(unit)) for name, key in identity.corpora[SEARCH].items()}
+    losses = {
+        key: {content: nats / sizes[key] for content, nats in gradient.items()} for key, gradient in gradients.items()
+    }
+    return weighted_slope(identity, losses, beyond, objectives(ledger, identity)[SEARCH].shares(scores))
+
+
+def weighted_slope(
+    identity: StudyIdentity,
+    gradients: Mapping[str, Gradient],
+    beyond: Collection[str],
+    shares: Mapping[str, float] | None = None,
+) -> dict[str, float]:
+    """d penalized / d w_i in the objective's unit by distribution, from gradients of losses by corpus key.
+
+    sum over corpora of  (share + PENALTY [a protected corpus beyond its allowance])  d loss / d w_i .
+
+    Args:
+        identity: The study.
+        gradients: By corpus key, then by content of the fine-tunes.
+        beyond: Protected corpora beyond their allowance.
+        shares: The objective's weights by distribution; the study's unless given.
+    """
+    weights = dict(Objective(identity.weights, unit=identity.unit).shares({}) if shares is None else shares)
+    for name in beyond:
+        weights[name] = weights.get(name, 0.0) + PENALTY
     corpora = identity.corpora[SEARCH]
     return {
-        fine_tune: sum(
-            share * gradients[corpora[name]][content] / fsum(scores[name].sizes_W(unit))
-            for name, share in shares.items()
-        )
+        fine_tune: sum(weight * gradients[corpora[name]][content] for name, weight in weights.items())
         for fine_tune, content in identity.fine_tunes.items()
     }
 
@@ -323,6 +395,8 @@ def recorded(ledger: Ledger, identity: StudyIdentity, study: str, trial: Trial) 
     pending = PendingTrial(number=trial.number, coefficients=trial.coefficients, propose_seconds=stored.propose_seconds)
     if trial.objective is None:
         return trial_record(ledger, identity, study, pending, Failure(stored.reason))
+    if trial.part is not None:
+        return _recorded_probe(ledger, identity, study, trial, pending, evaluation)
     if not trial.error:
         record = trial_record(ledger, identity, study, pending, evaluation, gradient=bool(trial.gradient))
         return replace(record, forwards=trial.forwards)
@@ -340,6 +414,31 @@ def recorded(ledger: Ledger, identity: StudyIdentity, study: str, trial: Trial) 
         error=trial.error,
         unit=identity.unit,
         estimates=trial.estimates,
+    )
+
+
+def _recorded_probe(
+    ledger: Ledger, identity: StudyIdentity, study: str, trial: Trial, pending: PendingTrial, evaluation: Evaluation
+) -> TrialRecord:
+    """The record of a finished probe."""
+    assert trial.part is not None
+    stored, parts = trial.attributes, part_count(identity.windows(SEARCH))
+    measured = probed(ledger, identity, identity.composite(trial.coefficients), trial.part, parts)
+    return TrialRecord(
+        study=study,
+        number=trial.number,
+        coefficients=trial.coefficients,
+        objective=stored.objective,
+        scores={name: measured[key].score for name, key in identity.corpora[SEARCH].items()},
+        evaluation=evaluation,
+        propose_seconds=pending.propose_seconds,
+        violation=stored.violation,
+        forwards=trial.forwards,
+        gradient=stored.gradient,
+        error=trial.error,
+        unit=identity.unit,
+        estimates=trial.estimates,
+        part=trial.part,
     )
 
 

@@ -41,14 +41,20 @@ from dem_opt.storage.group_tables import (
 )
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.leases import living_drivers
+from dem_opt.storage.part_tables import (
+    PartGradients,
+    PartTables,
+    add_part_gradients,
+    read_part_gradients,
+)
 from dem_opt.storage.retry import BRIEF, RetryPolicy, patient
 from dem_opt.storage.trial_upgrade import upgrade_trials
-from dem_opt.types import Composite, CorpusLayout, Cost, Expense, Folds, Gradient, Score
+from dem_opt.types import Composite, CorpusLayout, Cost, Expense, Folds, Gradient, PartGradient, Score
 
-SCHEMA = 8
+SCHEMA = 9
 """Version of the tables that this module reads and writes: 2 added gradients, 3 libraries, 4 configurations and
 earlier generations, 5 layouts of corpora, 6 costs, 7 flat attributes of trials (`trial_upgrade`), 8 coefficients by
-group (`group_tables`).
+group (`group_tables`), 9 gradients of parts (`part_tables`).
 """
 
 COSTS_SINCE = 6
@@ -203,7 +209,7 @@ class Ledger:
 
     @patient
     def _make_tables(self) -> None:
-        for tables in (_Tables, CostTables, GroupTables):
+        for tables in (_Tables, CostTables, GroupTables, PartTables):
             create_missing(self.engine, tables.metadata)
 
     @patient
@@ -264,6 +270,7 @@ class Ledger:
         differentiation: str = "",
         expense: Expense | None = None,
         fold_gradients: FoldGradients | None = None,
+        part_gradients: PartGradients | None = None,
     ) -> None:
         """Write scores and gradients of a composite by corpus key, all or none; committed when it returns.
 
@@ -278,6 +285,7 @@ class Ledger:
             differentiation: The study identity's `differentiation`: gradients depend on the base too.
             expense: What the study that asked for the measurement has spent on it.
             fold_gradients: By corpus key, then by the windows of a fold.
+            part_gradients: By corpus key, then by the windows of a part.
         """
         columns = {
             "composite": composite.key,
@@ -287,15 +295,17 @@ class Ledger:
             "created": datetime.now(UTC).isoformat(),
         }
         rows = [columns | _columns(corpus, score) for corpus, score in sorted(scores.items())]
-        if not rows:
+        if not rows and not part_gradients:
             return
         terms = {"key": composite.key, "terms": written_composite(composite)}
         with self.engine.begin() as connection:
             connection.execute(insert_into(self.engine, _Composite).values(terms).on_conflict_do_nothing())
-            connection.execute(self._insert_longer(), rows)
+            if rows:
+                connection.execute(self._insert_longer(), rows)
             for corpus, gradient in sorted((gradients or {}).items()):
                 self._add_gradient(connection, (composite.key, corpus, differentiation or scoring), gradient)
             add_fold_gradients(connection, composite, fold_gradients or {}, differentiation)
+            add_part_gradients(connection, composite, part_gradients or {}, differentiation)
             if expense is not None:
                 add_expense(connection, expense)
 
@@ -350,6 +360,13 @@ class Ledger:
     def fold_gradients(self, composite: Composite, folds: Mapping[str, Folds], differentiation: str) -> FoldGradients:
         """The gradients of `composite` by corpus key and fold, then by parameter, where all folds were measured."""
         return read_fold_gradients(self.engine, composite, folds, differentiation)
+
+    @patient
+    def part_gradients(
+        self, composite: Composite, windows: Mapping[str, Sequence[range]], differentiation: str
+    ) -> dict[str, dict[range, PartGradient]]:
+        """The gradients of `composite` by corpus key and part, where all these parts were measured."""
+        return read_part_gradients(self.engine, composite, windows, differentiation)
 
     @patient
     def group_trials(self, search: str) -> list[GroupTrial]:

@@ -36,13 +36,13 @@ _TRIAL, _REASON, _BASELINE = "dem_opt.trial", "dem_opt.reason", "dem_opt.baselin
 _PARENT, _NOTE, _CONTEXT = "mlflow.parentRunId", "mlflow.note.content", "mlflow.data.context"
 _ROLE = "role"
 _STATE = "dem_opt.state"
-"""Tag of a trial's run: "complete", "stopped", "infeasible" or "failed"; runs of release 0.1.0 have none."""
+"""Tag of a trial's run: "complete", "stopped", "probe", "infeasible" or "failed"; runs of release 0.1.0 have none."""
 
 _OBJECTIVE = "objective_nll"
 """Metric of the composites that may win, in nats per token: sorted by it, the winner comes first."""
 
 _ESTIMATE, _INFEASIBLE = "estimate", "infeasible_nll"
-"""Metrics in its place: of a trial that was stopped early, and of a composite that violates a constraint."""
+"""Metrics in its place: of a trial that saw some of the windows, and of a composite that violates a constraint."""
 _RESET = "dem_opt.reset"
 """Tag of a search whose trials were removed from the study's database."""
 
@@ -313,13 +313,13 @@ def _state(record: TrialRecord) -> str:
     if record.objective is None:
         return "failed"
     if record.is_partial:
-        return "stopped"
+        return record.state
     return "infeasible" if record.violation else "complete"
 
 
 def _objective_metric(record: TrialRecord) -> tuple[str, float]:
     """The objective under the name that says whether it may win; NaN for a failed trial."""
-    names = {"stopped": _ESTIMATE, "infeasible": _INFEASIBLE}
+    names = {"stopped": _ESTIMATE, "probe": _ESTIMATE, "infeasible": _INFEASIBLE}
     return names.get(_state(record), _OBJECTIVE), nan if record.objective is None else record.objective
 
 

@@ -36,6 +36,19 @@ Folds = tuple[tuple[int, ...], ...]
 """Windows of each fold of a corpus."""
 
 
+@dataclass(frozen=True)
+class PartGradient:
+    """A measurement on some windows of a corpus.
+
+    Attributes:
+        score: Nats of these windows.
+        gradient: That of their sum.
+    """
+
+    score: Score
+    gradient: Gradient
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One evaluation for a worker: a composite's nats on the named corpora.
@@ -48,6 +61,7 @@ class Request:
         gradient: Measure the gradient too.
         folds: With a gradient, the windows of each fold of each corpus, by its key: the gradient is measured by fold
             and by parameter then.
+        parts: With a gradient, the windows of parts of each corpus, by its key: the gradient is measured by part then.
     """
 
     ticket: int
@@ -57,6 +71,7 @@ class Request:
     race: StoppingRule | None = None
     gradient: bool = False
     folds: Mapping[str, Folds] = dataclass_field(default_factory=dict)
+    parts: Mapping[str, tuple[range, ...]] = dataclass_field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +79,14 @@ class Evaluation:
     """A worker's answer: a score for each corpus of the request, and its cost.
 
     Attributes:
-        scores: By corpus key; short where the trial was stopped, with what the request knew.
+        scores: By corpus key; short where the trial was stopped, with what the request knew; none of a corpus of which
+            not all parts were asked for.
         forward_tokens: Tokens that went forward through the model, scored or not.
         merge_seconds: Time to merge the composite.
         score_seconds: Time of the forward (and backward) passes.
         gradients: By corpus key, where the request asked for them.
         fold_gradients: By corpus key, then by the windows of a fold, where the request asked for folds.
+        part_gradients: By corpus key, then by the windows of a part, where the request asked for parts.
         scored_tokens: Forward tokens whose nats count; the others are padding, prompts, first tokens.
         wait_seconds: Time the worker was idle before, since its last evaluation.
         batch_tokens: Most tokens in one forward call, where memory allowed fewer than the study file says; else 0.
@@ -82,6 +99,7 @@ class Evaluation:
     score_seconds: float = 0.0
     gradients: Mapping[str, Gradient] = dataclass_field(default_factory=dict)
     fold_gradients: Mapping[str, Mapping[tuple[int, ...], ParameterGradient]] = dataclass_field(default_factory=dict)
+    part_gradients: Mapping[str, Mapping[range, PartGradient]] = dataclass_field(default_factory=dict)
     scored_tokens: int = 0
     wait_seconds: float = 0.0
     batch_tokens: int = 0

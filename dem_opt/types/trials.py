@@ -30,6 +30,7 @@ class TrialRecord:
         gradient: d penalized / d w_i by distribution, where it was measured.
         unit: Unit of these, a key of `UNITS`.
         losses: The two losses whose front is searched, by name; the objective is their mean.
+        part: The part of the windows that a probe measured; None for other trials.
     """
 
     study: str
@@ -47,6 +48,7 @@ class TrialRecord:
     gradient: Mapping[str, float] = dataclass_field(default_factory=dict)
     unit: str = NATS_PER_TOKEN
     losses: Mapping[str, float] = dataclass_field(default_factory=dict)
+    part: int | None = None
 
     @property
     def unit_words(self) -> str:
@@ -55,8 +57,17 @@ class TrialRecord:
 
     @property
     def is_partial(self) -> bool:
-        """The trial was stopped early: its objective is an estimate, and it never wins."""
+        """The trial was stopped early, or is a probe: its objective is an estimate, and it never wins."""
         return self.error > 0
+
+    @property
+    def state(self) -> str:
+        """What became of the trial: "failed", "probe", "stopped" (early) or "complete"."""
+        if self.objective is None:
+            return "failed"
+        if self.part is not None:
+            return "probe"
+        return "stopped" if self.is_partial else "complete"
 
     @property
     def penalized(self) -> float | None:

@@ -91,7 +91,7 @@ def _trial_row(run: str, record: TrialRecord) -> dict[str, object]:
     return {
         "run": run,
         "number": record.number,
-        "state": "failed" if record.objective is None else "stopped" if record.is_partial else "complete",
+        "state": record.state,
         "objective": record.objective,
         "violation": record.violation,
         "penalized": record.penalized,

@@ -21,6 +21,7 @@ def make_proposer(
     forwards: float | None = None,
     objectives: int = 1,
     gradients: bool = False,
+    parts: int = 0,
 ) -> Proposer:
     """The proposer of an algorithm over a space.
 
@@ -33,6 +34,7 @@ def make_proposer(
         forwards: Likewise in forward-equivalents.
         objectives: 2 to search for the front between two losses, which "cmaes" and "gradient" cannot.
         gradients: Trials have their gradient: "simplex-gp" then begins with the centroid, without vertices.
+        parts: Parts of the windows, on one of which "simplex-gp" then measures most gradients; 0 for all windows.
 
     Raises ValueError for an unknown algorithm.
     """
@@ -40,7 +42,7 @@ def make_proposer(
         case "simplex-gp" if objectives > 1:
             return SimplexEHVI(space)
         case "simplex-gp":
-            return SimplexGP(space, trials, forwards, gradients)
+            return SimplexGP(space, trials, forwards, gradients, parts)
         case "grid":
             return Grid(space, divisions)
         case "random":

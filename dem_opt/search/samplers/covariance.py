@@ -39,6 +39,7 @@ class Kernel:
         bowl: b^2, variance of the quadratic.
         noise: Variance of an observation's noise; no part of k.
         curvature: d, variance of the curvature that all directions share.
+        slope_noise: r^2, squared relative error of gradients of few windows; no part of k.
     """
 
     precision_F: Array
@@ -46,17 +47,19 @@ class Kernel:
     bowl: float
     noise: float = 0.0
     curvature: float = 0.0
+    slope_noise: float = 0.0
 
     @classmethod
-    def of(cls, theta: Array, curvature: float = 0.0) -> Self:
-        """From the logarithms of F lengthscales, of s, of b, and of the noise's variance, [F + 3]."""
-        *_, bell, bowl = np.exp(2 * theta[:-1])
+    def of(cls, theta: Array, shares: int, curvature: float = 0.0) -> Self:
+        """From the logarithms of F lengthscales, of s, of b, of the noise's variance, perhaps of r: [F + 3 or 4]."""
+        bell, bowl = np.exp(2 * theta[shares : shares + 2])
         return cls(
-            precision_F=np.exp(-2 * theta[:-3]),
+            precision_F=np.exp(-2 * theta[:shares]),
             bell=float(bell),
             bowl=float(bowl),
-            noise=float(np.exp(theta[-1])),
+            noise=float(np.exp(theta[shares + 2])),
             curvature=curvature,
+            slope_noise=float(np.exp(2 * theta[shares + 3 :]).sum()),
         )
 
     def parts(self, x_MF: Array, y_NF: Array) -> tuple[Array, Array]:

@@ -29,6 +29,10 @@ _LENGTHSCALE, _BELL, _BOWL, _NOISE = (0.0, 0.5), (0.0, 1.0), (-2.0, 1.0), (np.lo
 """Means and standard deviations of the normal priors of log l, log s, log b, and of the logarithm of the noise's
 variance above its floor: chosen on merge losses (dev/LOG.md)."""
 
+_SLOPE_NOISE = (np.log(0.1), 0.7)
+"""Mean and standard deviation of the normal prior of log r, the relative error of gradients of few windows: it was 0.07
+to 0.08 for an eighth of 64 windows (dev/LOG.md)."""
+
 _QUADRATIC = (-2.0, 0.0)
 """log s and log b of a function that is nearly a quadratic."""
 
@@ -49,6 +53,8 @@ class Observations:
         variances_N: Known variance of each value's noise; 0 where all windows were scored.
         steep_G: Indices of the points that have a gradient.
         gradients_GF: df/dp there; the part across the plane of constant sum does not count.
+        errors_G: Standard error of a gradient's components along the plane where their relative error is 1; 0 where all
+            windows were scored.
         offset: Subtracted from values to standardise them.
         scale: Divisor of the values then, and of gradients.
     """
@@ -58,6 +64,7 @@ class Observations:
     variances_N: Array
     steep_G: NDArray[np.int64]
     gradients_GF: Array
+    errors_G: Array
     offset: float
     scale: float
 
@@ -82,10 +89,21 @@ class Observations:
         slopes_GD = self.gradients_GF @ self.directions_FD
         return np.concatenate([self.values_N - self.offset, slopes_GD.ravel()]) / self.scale
 
+    @property
+    def has_noisy_slopes(self) -> bool:
+        """True if a gradient is of few windows."""
+        return bool(self.errors_G.any())
+
     @cached_property
     def variances_R(self) -> Array:
         """Known variance of the noise of each row, standardised."""
         return np.pad(self.variances_N / self.scale**2, (0, self.slopes))
+
+    @cached_property
+    def slope_variances_R(self) -> Array:
+        """Variance of the noise of each row where gradients have a relative error of 1, standardised."""
+        directions = self.directions_FD.shape[1]
+        return np.pad(np.repeat((self.errors_G / self.scale) ** 2, directions), (len(self.values_N), 0))
 
     def split(self, rows_MR: Array) -> tuple[Array, Array]:
         """Weights of rows [M, R] as weights of values [M, N] and of gradients' components [M, G, F].
@@ -121,6 +139,7 @@ def observe(
     variances_N: Array | None = None,
     steep_G: NDArray[np.int64] | None = None,
     gradients_GF: Array | None = None,
+    errors_G: Array | None = None,
 ) -> Observations:
     """Observations, standardised by their own mean and deviation; by default without noise and gradients."""
     count, shares = points_NF.shape
@@ -130,6 +149,7 @@ def observe(
         variances_N=np.zeros(count) if variances_N is None else variances_N,
         steep_G=np.zeros(0, dtype=np.int64) if steep_G is None else steep_G,
         gradients_GF=np.zeros((0, shares)) if gradients_GF is None else gradients_GF,
+        errors_G=np.zeros(0 if steep_G is None else len(steep_G)) if errors_G is None else errors_G,
         offset=float(values_N.mean()),
         scale=float(values_N.std()) or 1.0,  # equal values everywhere have no deviation
     )
@@ -228,7 +248,10 @@ class GaussianProcess:
 
 def _factor(observations: Observations, kernel: Kernel, own_RR: Array) -> Array:
     """L of the rows' covariance with its noise,  C = L L'."""
-    factor_RR: Array = cholesky(own_RR + np.diag(kernel.noise + NOISE_FLOOR + observations.variances_R), lower=True)
+    noise_R = kernel.noise + NOISE_FLOOR + observations.variances_R
+    if kernel.slope_noise:
+        noise_R = noise_R + kernel.slope_noise * observations.slope_variances_R
+    factor_RR: Array = cholesky(own_RR + np.diag(noise_R), lower=True)
     return factor_RR
 
 
@@ -238,12 +261,15 @@ def fit(observations: Observations) -> GaussianProcess:
     From a quadratic's, and from the priors' means: few rows can leave a mode at each.
     """
     loss = NegativeLogPosterior(observations)
-    starts = [loss.prior_mean, np.concatenate([loss.prior_mean[:-3], _QUADRATIC, loss.prior_mean[-1:]])]
+    quadratic = loss.prior_mean.copy()
+    shares = observations.points_NF.shape[1]
+    quadratic[shares : shares + 2] = _QUADRATIC
+    starts = [loss.prior_mean, quadratic]
     if len(observations.standard_R) > MANY:
         del starts[0]
     optima = [minimize(loss, start, jac=True, method="L-BFGS-B", bounds=loss.bounds) for start in starts]
     best = min(optima, key=lambda optimum: float(optimum.fun))
-    return GaussianProcess(observations, Kernel.of(best.x, observations.curvature))
+    return GaussianProcess(observations, Kernel.of(best.x, shares, observations.curvature))
 
 
 class NegativeLogPosterior:
@@ -256,7 +282,9 @@ class NegativeLogPosterior:
     def __init__(self, observations: Observations) -> None:
         self._observations = observations
         count = observations.points_NF.shape[1]
-        self.prior_mean, self._deviation = np.array([_LENGTHSCALE] * count + [_BELL, _BOWL, _NOISE]).T
+        priors = [_LENGTHSCALE] * count + [_BELL, _BOWL, _NOISE]
+        priors += [_SLOPE_NOISE] if observations.has_noisy_slopes else []
+        self.prior_mean, self._deviation = np.array(priors).T
         # Constant, curvature and bowl depend on theta through a factor at most: their matrices are made once.
         flat = Kernel(precision_F=np.ones(count), bell=0.0, bowl=0.0, curvature=observations.curvature)
         self._flat_RR = observations.own_covariance(flat)
@@ -270,7 +298,7 @@ class NegativeLogPosterior:
 
     def __call__(self, theta: Array) -> tuple[float, Array]:
         """Value, and gradient by theta."""
-        kernel = Kernel.of(theta, self._observations.curvature)
+        kernel = Kernel.of(theta, self._observations.points_NF.shape[1], self._observations.curvature)
         bell_RR = self._observations.own_covariance(replace(kernel, bowl=0.0)) - self._flat_RR
         factor_RR = _factor(self._observations, kernel, bell_RR + kernel.bowl * self._bowl_RR + self._flat_RR)
         inverse_RR = cho_solve((factor_RR, True), np.eye(len(factor_RR)))
@@ -281,8 +309,10 @@ class NegativeLogPosterior:
         surplus_RR = np.outer(dual_R, dual_R) - inverse_RR
         # theta are logarithms: d bell / d log s = 2 bell, d bowl / d log b = 2 bowl, d noise / d log noise = noise.
         by_scale = -np.array([(surplus_RR * bell_RR).sum(), kernel.bowl * (surplus_RR * self._bowl_RR).sum()])
-        by_noise = -0.5 * kernel.noise * np.trace(surplus_RR)
-        gradient = np.concatenate([self._by_lengthscale(kernel, surplus_RR), by_scale, [by_noise]])
+        by_noise = [-0.5 * kernel.noise * np.trace(surplus_RR)]
+        if kernel.slope_noise:  # r^2: d / d log r = 2 r^2
+            by_noise += [-kernel.slope_noise * (np.diag(surplus_RR) @ self._observations.slope_variances_R)]
+        gradient = np.concatenate([self._by_lengthscale(kernel, surplus_RR), by_scale, by_noise])
         return float(loss), gradient + away / self._deviation
 
     def _by_lengthscale(self, kernel: Kernel, surplus_RR: Array) -> Array:

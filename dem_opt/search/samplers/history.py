@@ -16,7 +16,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from dem_opt.search.trial_attributes import DRIVER, EXPECTED_IMPROVEMENT, TrialAttributes
+from dem_opt.search.trial_attributes import DRIVER, EXPECTED_IMPROVEMENT, PART, TrialAttributes
 from dem_opt.simplex import TOLERANCE, UNIT, Coefficients, Space
 
 State = Literal["running", "complete", "failed"]
@@ -44,6 +44,7 @@ class Trial:
         expected_improvement: Improvement that its proposer expected, in the objective's unit; None without an opinion.
         estimates: Estimates of the objective of a trial that was stopped early, by windows seen.
         driver: Token of the driver that has or had it in hand; "" where a study has one driver at a time.
+        part: The part of the windows that a probe measures, with its gradient; None for other trials.
     """
 
     number: int
@@ -56,6 +57,7 @@ class Trial:
     expected_improvement: float | None = None
     estimates: Mapping[int, float] = field(default_factory=dict)
     driver: str = ""
+    part: int | None = None
 
     @property
     def forwards(self) -> float:
@@ -104,7 +106,7 @@ class History:
         return [
             trial
             for trial in self.trials
-            if trial.number < before and trial.error and trial.coefficients == coefficients
+            if trial.number < before and trial.error and trial.part is None and trial.coefficients == coefficients
         ]
 
 
@@ -168,6 +170,7 @@ def _trial(frozen: FrozenTrial, space: Space, sign: float) -> Trial | None:
         expected_improvement=frozen.user_attrs.get(EXPECTED_IMPROVEMENT),
         estimates=frozen.intermediate_values,
         driver=frozen.user_attrs.get(DRIVER, ""),
+        part=frozen.user_attrs.get(PART),
     )
 
 
@@ -198,8 +201,12 @@ def _by_objective(trial: Trial) -> tuple[float, int]:
 
 
 def latest(trials: Iterable[Trial]) -> list[Trial]:
-    """The finished trials in their order, of those with the same coefficients the last, which completes the others."""
-    last = {trial.coefficients: trial for trial in trials if trial.state != "running"}
+    """The finished trials in their order, of those with the same coefficients the last, which completes the others.
+
+    Probes complete none, and none completes them.
+    """
+    finished = [trial for trial in trials if trial.state != "running"]
+    last = {(trial.coefficients, None if trial.part is None else trial.number): trial for trial in finished}
     return sorted(last.values(), key=lambda trial: trial.number)
 
 

@@ -21,10 +21,12 @@ class Proposal:
         coefficients: The point.
         expected_improvement: Improvement of the objective that the proposer expects of it, in its unit; None
             where it has no opinion.
+        is_probe: Only a part of the windows is to be scored there, with the gradient.
     """
 
     coefficients: Coefficients
     expected_improvement: float | None = None
+    is_probe: bool = False
 
 
 class Proposer(Protocol):

@@ -16,6 +16,7 @@ from dem_opt.search.samplers import gp
 from dem_opt.search.samplers.history import Trial, latest, thin, values_of
 from dem_opt.search.samplers.proposer import Proposal, central_points, first_new, first_points
 from dem_opt.simplex import Coefficients, Space, project
+from dem_opt.types import GRADIENT_FORWARDS
 
 Array = NDArray[np.float64]
 
@@ -23,7 +24,7 @@ DERIVATIVES = 300
 """Derivatives that the process is fitted to at most."""
 
 OBSERVATIONS, WITH_GRADIENTS = 200, 64
-"""Trials that the process is fitted to at most, half the best and half the most recent; fewer where gradients say more."""
+"""Trials that the process is fitted to at most, half the best and half the most recent; fewer with gradients."""
 
 APART = 1e-6
 """Points closer than this in every share count as the same."""
@@ -60,30 +61,40 @@ class SimplexGP:
     A stopped trial is proposed again, to be completed, where its expected improvement on the best whole trial is
     greater, for each forward-equivalent that it lacks, than that of a new trial for each that a new trial will take.
 
+    With parts, only the gradient of one trial, the *anchor*, is of all windows: the centroid.  The others are of
+    *probes*, which see one part of the windows, the next at each, and are corrected by the anchor's on the same part
+    (`dem_opt.search.probes`).  The next trial is a probe, where most improvement on the lowest posterior mean is
+    expected, or a whole trial, where most improvement on the best whole one is: whichever is expected to gain more for
+    each forward-equivalent.  Only whole trials can win.
+
     Attributes:
         space: The coefficients to choose from.
         trials: Budget in trials, if any: the last trial completes the most promising stopped one.
         forwards: Likewise in forward-equivalents.
         gradients: Trials have their gradient.
+        parts: Number of parts of the windows, of which a probe sees one; 0 where gradients are of all windows.
     """
 
     space: Space
     trials: int | None = None
     forwards: float | None = None
     gradients: bool = False
+    parts: int = 0
 
     def propose(self, trials: Sequence[Trial], start: Sequence[Coefficients], rng: np.random.Generator) -> Proposal:
         """The next point."""
-        is_unknown = all(trial.objective is None for trial in trials)
+        is_unknown = all(trial.objective is None for trial in trials) or (self.parts > 0 and not self._anchor(trials))
         if (proposal := first_new(self._first(start, is_unknown), trials)) is not None:
             return proposal
-        if self.space.is_point or is_unknown:
+        if self.space.is_point or all(trial.objective is None for trial in trials):
             return Proposal(self.space.sample(rng))
         # One thread is enough for matrices of this size, takes no core from a worker, and gives the same bits on
         # machines with other numbers of cores.
         with threadpool_limits(1, "blas"):
             process = self._process(trials)
-            new = self._new(process, trials, rng)
+            if self.parts and self._anchor(trials):
+                return self._probe_or_whole(process, trials, rng)
+            new = self._new(process, self._best_mean(process), trials, rng, self._cost(trials))
             stopped = self._stopped(process, trials)
         if stopped is not None and (self._is_last(trials) or stopped.worth >= new.worth):
             return Proposal(stopped.coefficients, stopped.improvement)
@@ -94,27 +105,55 @@ class SimplexGP:
         landmarks = first_points(self.space, start)
         if not self.gradients:
             return landmarks
-        return [*central_points(self.space, start), *(landmarks if is_unknown else [])]
+        anchor = [self.space.centroid()] if self.parts else []
+        return [*central_points(self.space, start), *anchor, *(landmarks if is_unknown else [])]
+
+    def _anchor(self, trials: Iterable[Trial]) -> Trial | None:
+        """The first trial with the gradient of all windows."""
+        return next((trial for trial in trials if trial.part is None and self._has_gradient(trial)), None)
+
+    def _has_gradient(self, trial: Trial) -> bool:
+        # A gradient along fewer distributions, of a study that had not all of them, is none along the simplex.
+        return trial.objective is not None and trial.gradient.keys() >= set(self.space.names)
+
+    def _probe_or_whole(
+        self, process: gp.GaussianProcess, trials: Sequence[Trial], rng: np.random.Generator
+    ) -> Proposal:
+        """A probe, or a whole trial where that is expected to gain more for its cost, and as the last one."""
+        probe = self._new(process, self._best_mean(process), trials, rng, GRADIENT_FORWARDS / self.parts)
+        whole = [trial for trial in trials if trial.is_whole]
+        running = [trial for trial in trials if trial.state == "running" and trial.part is None]
+        # A whole trial that is still running is taken to be what the process expects of it.
+        expected = process.mean(self._shares(running)).tolist()
+        best = min(*(trial.objective for trial in whole if trial.objective is not None), *expected, inf)
+        banked = self._new(process, best, [*whole, *running], rng, 1.0)
+        if self._is_last(trials) or banked.worth >= probe.worth:
+            return Proposal(banked.coefficients, banked.improvement)
+        return Proposal(probe.coefficients, probe.improvement, is_probe=True)
+
+    @staticmethod
+    def _best_mean(process: gp.GaussianProcess) -> float:
+        """The best posterior mean at the trials.  With noise the best value is partly luck."""
+        return float(process.mean(process.observations.points_NF).min())
 
     def _process(self, trials: Sequence[Trial]) -> gp.GaussianProcess:
         """The process fitted to finished trials, with running ones at their posterior mean."""
         running = [trial for trial in trials if trial.state == "running"]
-        most = WITH_GRADIENTS if self.gradients else OBSERVATIONS
-        observations = self._observations(thin(latest(trials), most))
-        return gp.fit(observations).believing(self._shares(running))
+        anchor = self._anchor(trials)
+        chosen = thin(latest(trials), WITH_GRADIENTS if self.gradients else OBSERVATIONS)
+        return gp.fit(self._observations(_with(anchor, chosen), anchor)).believing(self._shares(running))
 
-    def _new(self, process: gp.GaussianProcess, trials: Sequence[Trial], rng: np.random.Generator) -> "_Candidate":
-        """The greatest expected improvement on the best posterior mean, apart from all trials; else a draw."""
+    def _new(
+        self, process: gp.GaussianProcess, best: float, trials: Sequence[Trial], rng: np.random.Generator, cost: float
+    ) -> "_Candidate":
+        """The greatest expected improvement on a value, apart from all trials; else a draw."""
         observations, taken_NF = process.observations, self._shares(trials)
-        # The best posterior mean instead of the best value: with noise the lowest value is partly luck.
-        best = float(process.mean(observations.points_NF).min())
         ranked_NF = observations.points_NF[np.argsort(observations.values_N, kind="stable")]
         points_MF, improvement_M = maximize(
             lambda shares_MF: log_expected_improvement(process, best, shares_MF),
             project(starts(ranked_NF[:4], rng), self.space.caps_F),
             self.space.caps_F,
         )
-        cost = self._cost(trials)
         for shares_F, improvement in zip(points_MF, improvement_M, strict=True):
             if np.abs(taken_NF - shares_F).max(axis=1, initial=0).min() > APART:
                 return _Candidate(self.space.at(shares_F), float(improvement), cost)
@@ -155,22 +194,41 @@ class SimplexGP:
             self.forwards is not None and spent + 1 >= self.forwards
         )
 
-    def _observations(self, trials: Sequence[Trial]) -> gp.Observations:
+    def _observations(self, trials: Sequence[Trial], anchor: Trial | None) -> gp.Observations:
         """Values of finished trials; gradients of the best and the latest ones, as many as DERIVATIVES allow."""
         most = max(DERIVATIVES // max(len(self.space.caps_F) - 1, 1), 1)
-        # A gradient along fewer distributions, of a study that had not all of them, is none along the simplex.
-        complete = [trial for trial in trials if trial.gradient.keys() >= set(self.space.names)]
-        steep = {trial.number for trial in thin(complete, most)}
+        complete = thin([trial for trial in trials if self._has_gradient(trial)], most)
+        steep = {trial.number for trial in _with(anchor, complete)}
         steep_G = np.array([i for i, trial in enumerate(trials) if trial.number in steep], dtype=np.int64)
-        slopes_GK = [[trials[i].gradient[name] for name in self.space.names] for i in steep_G]
-        gradients_GF = np.array(slopes_GK).reshape(-1, self.space.dimension) @ self.space.jacobian()
+        gradients_GF = self._gradients([trials[i] for i in steep_G])
+        errors_G = np.zeros(len(steep_G))
+        if anchor is not None:
+            # Windows differ in the anchor's gradient and in the way from it.  The former is known, so the error of a
+            # probe's gradient is in proportion to the latter, here its component along a direction of the plane.
+            away_GF = gradients_GF - self._gradients([anchor])
+            away_G = np.linalg.norm(away_GF - away_GF.mean(axis=1, keepdims=True), axis=1)
+            is_probe_G = np.array([trials[i].part is not None for i in steep_G], dtype=bool)
+            errors_G = np.where(is_probe_G, away_G, 0.0) / np.sqrt(max(gradients_GF.shape[1] - 1, 1))
         variances_N = np.array([trial.error for trial in trials]) ** 2
-        return gp.observe(self._shares(trials), np.array(values_of(trials)), variances_N, steep_G, gradients_GF)
+        values_N = np.array(values_of(trials))
+        return gp.observe(self._shares(trials), values_N, variances_N, steep_G, gradients_GF, errors_G)
+
+    def _gradients(self, trials: Sequence[Trial]) -> Array:
+        """Gradients by shares, [G, F]."""
+        slopes_GK = [[trial.gradient[name] for name in self.space.names] for trial in trials]
+        gradients_GF: Array = np.array(slopes_GK).reshape(-1, self.space.dimension) @ self.space.jacobian()
+        return gradients_GF
 
     def _shares(self, trials: Iterable[Trial]) -> Array:
         """[N, F]"""
         shares = [self.space.shares(trial.coefficients) for trial in trials]
         return np.array(shares).reshape(-1, len(self.space.caps_F))
+
+
+def _with(anchor: Trial | None, trials: Sequence[Trial]) -> list[Trial]:
+    """Trials and the anchor, in the order of their numbers."""
+    by_number = {trial.number: trial for trial in [*trials, *([anchor] if anchor else [])]}
+    return [by_number[number] for number in sorted(by_number)]
 
 
 @dataclass(frozen=True)
