@@ -14,7 +14,7 @@ number itself: four times the windows leave a quarter of it.
 Shape suffixes beside the project's: N composites, R resamples, M candidate points, F shares.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import ceil
 
 import numpy as np
@@ -23,12 +23,12 @@ from threadpoolctl import threadpool_limits
 
 from dem_opt.analysis.bootstrap import resampled_objectives, samplings_of
 from dem_opt.analysis.sampling import Documents, Sampling, documents_of, sampled_unit
-from dem_opt.analysis.surrogate import optimum
+from dem_opt.analysis.surrogate import optimum, process_of
 from dem_opt.evaluation.objective import Objective
 from dem_opt.search.samplers import gp
 from dem_opt.search.samplers.covariance import Array
-from dem_opt.search.trials import objectives
-from dem_opt.simplex import Space, project
+from dem_opt.search.trials import exceeded, objectives, recall
+from dem_opt.simplex import Coefficients, Space, project
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
 from dem_opt.types import PENALTY, SEARCH, Precision, TrialRecord
@@ -37,7 +37,8 @@ RESAMPLES = 400
 """Resamples of the documents: a 95% quantile rests on 20 of them."""
 
 FEWEST = 8
-"""Composites scored on all windows below which nothing is said: a quadratic in three coefficients has ten terms."""
+"""Composites scored on all windows below which nothing is said: a quadratic in three coefficients has ten terms.  With
+probes, which know the quadratic, as many as tell a plane: one more than coefficients."""
 
 MOST = 64
 """Best composites that the surrogate is fitted to; those far from the optimum say nothing about its place."""
@@ -57,7 +58,28 @@ def study_precision(
     if objective is None:
         return None
     records = [record for records in trials.values() for record in records]
+    if any(record.part is not None for record in records):
+        whole = {record.coefficients for record in records if not record.is_partial}
+        records += _landmarks(ledger, identity, objective, whole)
     return precision_of(identity.space, records, objective, documents_of(ledger, identity, SEARCH))
+
+
+def _landmarks(
+    ledger: Ledger, identity: StudyIdentity, objective: Objective, known: Collection[Coefficients]
+) -> list[TrialRecord]:
+    """Fine-tunes and uniform average as trials, where the final table has scored them.
+
+    Probes leave few whole trials.  They are near the optimum and tell how windows differ there, but not along which
+    way; the landmarks do.
+    """
+    records = []
+    for point in identity.space.landmarks():
+        scores = recall(ledger, identity, identity.composite(point), SEARCH)
+        if point not in known and len(scores) == len(identity.corpora[SEARCH]):
+            value, excess = objective(scores), exceeded(ledger, identity, scores)
+            row = TrialRecord(study="", number=-1, coefficients=point, objective=value, scores=scores, violation=excess)
+            records.append(row)
+    return records
 
 
 def precision_of(
@@ -80,7 +102,8 @@ def precision_of(
     """
     whole = {trial.coefficients: trial for trial in trials if trial.objective is not None and not trial.is_partial}
     chosen = sorted(whole.values(), key=lambda trial: trial.rank)[:MOST]
-    if space.is_point or len(chosen) < FEWEST:
+    has_probes = any(trial.part is not None for trial in trials)
+    if space.is_point or len(chosen) < (space.dimension + 1 if has_probes else FEWEST):
         return None
     samplings = samplings_of(chosen[0].scores, objective, documents)
     if not all(sampling.is_defined for sampling in samplings.values()):
@@ -93,10 +116,16 @@ def precision_of(
         process = gp.fit(gp.observe(np.array([space.shares(trial.coefficients) for trial in chosen]), values_N))
         points_MF = _candidates(space.shares(optimum(space, process, chosen)), process, space.caps_F)
         weights_MN = process.mean_weights(points_MF)
-        normal_R, student_R = (_choices(weights_MN, resampled_NR) for resampled_NR in (normal_NR, student_NR))
-        mean_M = weights_MN @ (values_N - values_N.mean())
+        mean_M = _mean(space, trials, points_MF, weights_MN @ (values_N - values_N.mean()))
+        normal_R, student_R = (
+            _choices(mean_M, weights_MN, resampled_NR - values_N[:, None]) for resampled_NR in (normal_NR, student_NR)
+        )
     regret_M = mean_M - mean_M.min()
     points_RK = np.array([space.point(space.at(points_MF[choice])) for choice in student_R])
+    # Composites far from the best say nothing about those that are compared with it.
+    landmarks = set(space.landmarks()) if has_probes else set()
+    others = range(1, len(chosen))
+    near = [row for row in others if chosen[row].coefficients not in landmarks] or list(others)
     low_K, high_K = np.quantile(points_RK, [0.025, 0.975], axis=0)
     return Precision(
         windows=min(len(score.nats_W) for score in chosen[0].scores.values()),
@@ -104,7 +133,7 @@ def precision_of(
         regret=float(regret_M[normal_R].mean()),
         high=float(np.quantile(regret_M[student_R], 0.95)),
         intervals={name: (float(low), float(high)) for name, low, high in zip(space.names, low_K, high_K, strict=True)},
-        error=float(np.median((normal_NR[1:] - normal_NR[0]).std(axis=1))),
+        error=float(np.median((normal_NR[near] - normal_NR[0]).std(axis=1))),
         sampled=sampled_unit(samplings.values()),
     )
 
@@ -120,10 +149,16 @@ def _resampled(
     return finite_NR
 
 
-def _choices(weights_MN: Array, resampled_NR: Array) -> NDArray[np.int64]:
-    """The candidate with the lowest mean in each resample."""
+def _mean(space: Space, trials: Sequence[TrialRecord], points_MF: Array, mean_M: Array) -> Array:
+    """The surrogate's mean at candidates, [M]: with probes that of all trials, whose gradients say most of it."""
+    process = process_of(space, trials) if any(trial.part is not None for trial in trials) else None
+    return mean_M if process is None else process.mean(points_MF)
+
+
+def _choices(mean_M: Array, weights_MN: Array, away_NR: Array) -> NDArray[np.int64]:
+    """The candidate with the lowest mean in each resample, from how far that moves each composite."""
     # What all composites share in a resample says nothing about which is best, but the process would notice it.
-    choice_R: NDArray[np.int64] = (weights_MN @ (resampled_NR - resampled_NR.mean(axis=0))).argmin(axis=0)
+    choice_R: NDArray[np.int64] = (mean_M[:, None] + weights_MN @ (away_NR - away_NR.mean(axis=0))).argmin(axis=0)
     return choice_R
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from dem_opt.search.samplers import gp
+from dem_opt.search.samplers.observations import Measurement, most_gradients, observe
 from dem_opt.search.samplers.simplex_gp import Array, maximize
 from dem_opt.simplex import UNIT, Coefficients, Space, project
 from dem_opt.types import Surrogate, TrialRecord
@@ -88,10 +89,12 @@ def _fitted(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
 
 
 def _fit(space: Space, trials: Sequence[TrialRecord]) -> gp.GaussianProcess:
-    """The process; the estimates of stopped trials enter with their standard errors."""
-    points_NF = np.array([space.shares(trial.coefficients) for trial in trials])
-    values_N = np.array([_objective(trial) for trial in trials], dtype=np.float64)
-    return gp.fit(gp.observe(points_NF, values_N, np.array([trial.error for trial in trials]) ** 2))
+    """The process; estimates enter with their standard errors, and the best trials with their gradients too."""
+    measured = [Measurement.of_record(trial) for trial in trials]
+    steep = [place for place, each in enumerate(measured) if each.has_gradient(space)]
+    anchor = next((place for place in steep if not measured[place].is_probe), None)
+    best = sorted(steep, key=lambda place: (place != anchor, measured[place].value))[: most_gradients(space)]
+    return gp.fit(observe(space, measured, best, None if anchor is None else measured[anchor]))
 
 
 def optimum(space: Space, process: gp.GaussianProcess, trials: Sequence[TrialRecord]) -> Coefficients:

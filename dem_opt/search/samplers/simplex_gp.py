@@ -14,14 +14,12 @@ from threadpoolctl import threadpool_limits
 
 from dem_opt.search.samplers import gp
 from dem_opt.search.samplers.history import Trial, latest, thin, values_of
+from dem_opt.search.samplers.observations import Measurement, most_gradients, observe
 from dem_opt.search.samplers.proposer import Proposal, central_points, first_new, first_points
 from dem_opt.simplex import Coefficients, Space, project
 from dem_opt.types import GRADIENT_FORWARDS
 
 Array = NDArray[np.float64]
-
-DERIVATIVES = 300
-"""Derivatives that the process is fitted to at most."""
 
 OBSERVATIONS, WITH_GRADIENTS = 200, 64
 """Trials that the process is fitted to at most, half the best and half the most recent; fewer with gradients."""
@@ -196,28 +194,12 @@ class SimplexGP:
 
     def _observations(self, trials: Sequence[Trial], anchor: Trial | None) -> gp.Observations:
         """Values of finished trials; gradients of the best and the latest ones, as many as DERIVATIVES allow."""
-        most = max(DERIVATIVES // max(len(self.space.caps_F) - 1, 1), 1)
-        complete = thin([trial for trial in trials if self._has_gradient(trial)], most)
+        complete = thin([trial for trial in trials if self._has_gradient(trial)], most_gradients(self.space))
         steep = {trial.number for trial in _with(anchor, complete)}
-        steep_G = np.array([i for i, trial in enumerate(trials) if trial.number in steep], dtype=np.int64)
-        gradients_GF = self._gradients([trials[i] for i in steep_G])
-        errors_G = np.zeros(len(steep_G))
-        if anchor is not None:
-            # Windows differ in the anchor's gradient and in the way from it.  The former is known, so the error of a
-            # probe's gradient is in proportion to the latter, here its component along a direction of the plane.
-            away_GF = gradients_GF - self._gradients([anchor])
-            away_G = np.linalg.norm(away_GF - away_GF.mean(axis=1, keepdims=True), axis=1)
-            is_probe_G = np.array([trials[i].part is not None for i in steep_G], dtype=bool)
-            errors_G = np.where(is_probe_G, away_G, 0.0) / np.sqrt(max(gradients_GF.shape[1] - 1, 1))
-        variances_N = np.array([trial.error for trial in trials]) ** 2
-        values_N = np.array(values_of(trials))
-        return gp.observe(self._shares(trials), values_N, variances_N, steep_G, gradients_GF, errors_G)
-
-    def _gradients(self, trials: Sequence[Trial]) -> Array:
-        """Gradients by shares, [G, F]."""
-        slopes_GK = [[trial.gradient[name] for name in self.space.names] for trial in trials]
-        gradients_GF: Array = np.array(slopes_GK).reshape(-1, self.space.dimension) @ self.space.jacobian()
-        return gradients_GF
+        measured = [Measurement.of_trial(*pair) for pair in zip(trials, values_of(trials), strict=True)]
+        places = (place for place, trial in enumerate(trials) if trial.number in steep)
+        own = None if anchor is None or anchor.objective is None else Measurement.of_trial(anchor, anchor.objective)
+        return observe(self.space, measured, places, own)
 
     def _shares(self, trials: Iterable[Trial]) -> Array:
         """[N, F]"""
