@@ -27,6 +27,12 @@ def observe(size: int = 4, observations: int = 12, seed: int = 0, steep: int = 0
     return gp.observe(points, smooth(points), None, np.arange(steep), differences(smooth, points[:steep]))
 
 
+def with_noisy_slopes(seen: gp.Observations) -> gp.Observations:
+    """The same, with an error of the gradients but the first's."""
+    errors = 0.3 * np.abs(seen.gradients_GF).max(axis=1) * (np.arange(len(seen.steep_G)) > 0)
+    return gp.observe(seen.points_NF, seen.values_N, None, seen.steep_G, seen.gradients_GF, errors)
+
+
 def process_of(size: int = 4, observations: int = 12, seed: int = 0, steep: int = 0) -> gp.GaussianProcess:
     return gp.fit(observe(size, observations, seed, steep))
 
@@ -150,6 +156,32 @@ def test_the_fit_s_gradient_agrees_with_differences(size: int, away: float, stee
     theta[-1] = np.log(1e-3)
     expected = differences(lambda at: np.array(loss(at)[0]), theta, 1e-5)
     assert loss(theta)[1] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_the_fit_s_gradient_agrees_with_differences_where_slopes_are_noisy(size: int) -> None:
+    loss = gp.NegativeLogPosterior(with_noisy_slopes(observe(size, steep=4)))
+    theta = loss.prior_mean.copy()
+    assert len(theta) == size + 4
+    theta[size + 2] = np.log(1e-3)
+    expected = differences(lambda at: np.array(loss(at)[0]), theta, 1e-5)
+    assert loss(theta)[1] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_the_error_of_slopes_is_learned() -> None:
+    """Gradients of a quadratic with a relative error of 0.02 and of 0.5: the fit tells them apart."""
+    rng, points = np.random.default_rng(0), np.random.default_rng(1).dirichlet(np.ones(6), 24)
+    form = 2 * np.eye(6) + 0.5
+    values, slopes = 0.5 * np.einsum("ni,ij,nj->n", points, form, points), points @ form
+    away = np.linalg.norm((slopes - slopes[0]) - (slopes - slopes[0]).mean(axis=1, keepdims=True), axis=1) / np.sqrt(5)
+    learned = []
+    for error in (0.02, 0.5):
+        noisy = slopes + error * away[:, None] * rng.normal(size=slopes.shape)
+        seen = gp.observe(points[:4], values[:4], None, np.arange(4), noisy[:4], away[:4])
+        more = gp.observe(points, values, np.full(24, 1e-2) * (np.arange(24) > 3), np.arange(24), noisy, away)
+        learned.append(np.sqrt(gp.fit(more).kernel.slope_noise))
+        assert gp.fit(seen).kernel.slope_noise > 0
+    assert learned[0] < 0.08 and 0.25 < learned[1] < 1.0
 
 
 @pytest.mark.parametrize("steep", [0, 4])
