@@ -42,13 +42,15 @@ def points_of(folder: Path, name: str) -> tuple[dict[str, list[Point]], float]:
     points: dict[str, list[Point]] = {
         UNIFORM: [(training, loss["uniform"])],
         SIMPLEX: [(whole, summary.winner.objective[HELD_OUT])],
-        SUMS: [(whole, sums.summary().winner.objective[HELD_OUT])],
         MIXED: [
             (mixture["cost"]["training_flops"], mixture["objective"][HELD_OUT])
             for mixture in comparison["mixed"]
             if len(set(mixture["shares"].values())) == 1
         ],
     }
+    any_sum = sums.summary().winner.objective[HELD_OUT]
+    if any_sum < points[SIMPLEX][0][1]:  # else its search ended before it had found what a sum of 1 gives
+        points[SUMS] = [(whole, any_sum)]
     return points, loss["base"]
 
 
@@ -75,7 +77,7 @@ def main() -> None:
     axes.set_xlabel("floating-point operations of training and search (log scale)")
     axes.set_ylabel("held-out loss (nats per token)")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0.0, 0.94))
     figure.savefig(PICTURE, metadata={"Date": None})
 
 

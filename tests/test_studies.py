@@ -43,6 +43,10 @@ def test_those_that_are_promised_are_there() -> None:
         "pretrained-long",
         "pretrained-long-sums",
         "pretrained-lora",
+        "pretrained-mixtures",
+        "pretrained-again",
+        "pretrained-three",
+        "pretrained-fourth",
     }
     assert promised | {f"openllama-{size}" for size in OPENLLAMAS} == set(NAMES)
 

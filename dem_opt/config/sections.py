@@ -247,11 +247,13 @@ class SearchSection(Section):
     """Proposals computed ahead for each worker while it scores."""
 
     racing: bool = True
-    """Stop scoring a trial early when it will not win."""
+    """Stop scoring a trial early when it will not win. With `gradients`, measure most gradients on an eighth of the
+    windows instead of all.
+    """
 
     gradients: Literal["auto"] | bool = "auto"
-    """Measure the gradient of each trial, which costs as much as two more forward passes; `auto` does so from seven
-    free coefficients on, where memory allows.
+    """Measure gradients, each of which costs as much as two more forward passes over its windows; `auto` does so from
+    seven free coefficients on, where memory allows.
     """
 
 

@@ -275,24 +275,17 @@ def _probe_record(
     """The record of a probe: estimates of the objective and of its gradient from one part of the windows."""
     assert trial.part is not None
     measured = probed(ledger, identity, identity.composite(trial.coefficients), trial.part, parts)
-    own = probe_race(race, identity, trial.part, parts)
-    by_key = {key: each.score for key, each in measured.items()}
-    estimate, excess = own.estimate(by_key), _estimated_excess(ledger, identity, own, by_key)
+    own, by_key = probe_race(race, identity, trial.part, parts), {key: each.score for key, each in measured.items()}
+    scores = {name: by_key[key] for name, key in identity.corpora[SEARCH].items()}
+    record = _stopped_record(ledger, identity, study, trial, answer, own, scores)
+    assert record.objective is not None
+    beyond = {name for name, amount in _estimated_excess(ledger, identity, own, by_key).items() if amount}
     gradients = corrected(ledger, identity, measured, trial.part, parts)
-    return TrialRecord(
-        study=study,
-        number=trial.number,
-        coefficients=trial.coefficients,
-        objective=own.goal + estimate.difference,
-        scores={name: by_key[key] for name, key in identity.corpora[SEARCH].items()},
-        evaluation=answer,
-        propose_seconds=trial.propose_seconds,
-        violation=sum(excess.values()),
+    return replace(
+        record,
         forwards=probe_forwards(identity, trial.part, parts),
-        gradient=weighted_slope(identity, gradients, {name for name, amount in excess.items() if amount}),
-        error=max(estimate.error, LEAST_ERROR),
-        unit=identity.unit,
-        estimates={max(len(score.nats_W) for score in by_key.values()): own.goal + estimate.difference},
+        gradient=weighted_slope(identity, gradients, beyond),
+        estimates={max(len(score.nats_W) for score in by_key.values()): record.objective},
         part=trial.part,
     )
 
@@ -395,18 +388,22 @@ def recorded(ledger: Ledger, identity: StudyIdentity, study: str, trial: Trial) 
     pending = PendingTrial(number=trial.number, coefficients=trial.coefficients, propose_seconds=stored.propose_seconds)
     if trial.objective is None:
         return trial_record(ledger, identity, study, pending, Failure(stored.reason))
-    if trial.part is not None:
-        return _recorded_probe(ledger, identity, study, trial, pending, evaluation)
-    if not trial.error:
+    if trial.part is None and not trial.error:
         record = trial_record(ledger, identity, study, pending, evaluation, gradient=bool(trial.gradient))
         return replace(record, forwards=trial.forwards)
-    scores = recall(ledger, identity, identity.composite(trial.coefficients), SEARCH, whole=False)
+    composite = identity.composite(trial.coefficients)
+    if trial.part is not None:
+        probe = probed(ledger, identity, composite, trial.part, part_count(identity.windows(SEARCH)))
+        scores = {name: probe[key].score for name, key in identity.corpora[SEARCH].items()}
+    else:
+        known = recall(ledger, identity, composite, SEARCH, whole=False)
+        scores = {name: first_windows(known[name], windows) for name, windows in stored.windows.items()}
     return TrialRecord(
         study=study,
         number=trial.number,
         coefficients=trial.coefficients,
         objective=stored.objective,
-        scores={name: first_windows(scores[name], windows) for name, windows in stored.windows.items()},
+        scores=scores,
         evaluation=evaluation,
         propose_seconds=stored.propose_seconds,
         violation=stored.violation,
@@ -414,30 +411,7 @@ def recorded(ledger: Ledger, identity: StudyIdentity, study: str, trial: Trial) 
         error=trial.error,
         unit=identity.unit,
         estimates=trial.estimates,
-    )
-
-
-def _recorded_probe(
-    ledger: Ledger, identity: StudyIdentity, study: str, trial: Trial, pending: PendingTrial, evaluation: Evaluation
-) -> TrialRecord:
-    """The record of a finished probe."""
-    assert trial.part is not None
-    stored, parts = trial.attributes, part_count(identity.windows(SEARCH))
-    measured = probed(ledger, identity, identity.composite(trial.coefficients), trial.part, parts)
-    return TrialRecord(
-        study=study,
-        number=trial.number,
-        coefficients=trial.coefficients,
-        objective=stored.objective,
-        scores={name: measured[key].score for name, key in identity.corpora[SEARCH].items()},
-        evaluation=evaluation,
-        propose_seconds=pending.propose_seconds,
-        violation=stored.violation,
-        forwards=trial.forwards,
         gradient=stored.gradient,
-        error=trial.error,
-        unit=identity.unit,
-        estimates=trial.estimates,
         part=trial.part,
     )
 
