@@ -110,7 +110,7 @@ def test_sums_are_free_in_the_quickstarts_own_ledger() -> None:
 def test_a_pretrained_study_and_its_sums_differ_in_their_sums_alone(name: str) -> None:
     simplex, sums = load(study(name)), load(study(f"{name}-sums"))
     assert simplex.simplex.sums == (1, 1) and sums.simplex.sums == (0, len(sums.distributions))
-    differing = {"name", "output", "tracking", "simplex", "data_mixing"}
+    differing = {"name", "output", "tracking", "simplex", "data_mixing", "evaluate"}
     assert simplex.model_dump(exclude=differing) == sums.model_dump(exclude=differing)
     assert sorted(KINDS) == sorted([*simplex.distributions, *simplex.general])
 
@@ -118,7 +118,7 @@ def test_a_pretrained_study_and_its_sums_differ_in_their_sums_alone(name: str) -
 @pytest.mark.parametrize("name", ["pretrained-long", "pretrained-lora"])
 def test_pretrained_studies_differ_in_their_fine_tunes_alone(name: str) -> None:
     first, other = load(study("pretrained")), load(study(name))
-    differing = {"name", "output", "storage", "tracking", "distributions", "fine_tuning", "data_mixing"}
+    differing = {"name", "output", "storage", "tracking", "distributions", "fine_tuning", "data_mixing", "evaluate"}
     assert first.model_dump(exclude=differing) == other.model_dump(exclude=differing)
     data = {"train", "validation", "held_out"}
     for kind, entry in other.distributions.items():

@@ -284,7 +284,7 @@ def _probe_record(
     return replace(
         record,
         forwards=probe_forwards(identity, trial.part, parts),
-        gradient=weighted_slope(identity, gradients, beyond),
+        gradient=_estimated_slope(identity, gradients, beyond),
         estimates={max(len(score.nats_W) for score in by_key.values()): record.objective},
         part=trial.part,
     )
@@ -304,42 +304,40 @@ def _estimates(identity: StudyIdentity, race: Race, scores: Mapping[str, Score])
 def slope(
     ledger: Ledger, identity: StudyIdentity, scores: Mapping[str, Score], gradients: Mapping[str, Gradient]
 ) -> dict[str, float]:
-    """d penalized / d w_i in the objective's unit by distribution, from whole scores and the gradients of nats."""
+    """d penalized / d w_i in the objective's unit by distribution, from whole scores and the gradients of nats.
+
+    sum over corpora of  (share + PENALTY [a protected corpus beyond its allowance])  d loss / d w_i .
+    """
     unit = identity.unit
     base = base_scores(ledger, identity) if identity.protect else {}
     allowances = identity.protect.items()
     beyond = {name for name, allowance in allowances if scores[name].loss(unit) > base[name].loss(unit) + allowance}
-    sizes = {key: fsum(scores[name].sizes_W(unit)) for name, key in identity.corpora[SEARCH].items()}
-    losses = {
-        key: {content: nats / sizes[key] for content, nats in gradient.items()} for key, gradient in gradients.items()
+    weights = _with_penalties(objectives(ledger, identity)[SEARCH].shares(scores), beyond)
+    corpora = identity.corpora[SEARCH]
+    return {
+        fine_tune: sum(
+            weight * gradients[corpora[name]][content] / fsum(scores[name].sizes_W(unit))
+            for name, weight in weights.items()
+        )
+        for fine_tune, content in identity.fine_tunes.items()
     }
-    return weighted_slope(identity, losses, beyond, objectives(ledger, identity)[SEARCH].shares(scores))
 
 
-def weighted_slope(
-    identity: StudyIdentity,
-    gradients: Mapping[str, Gradient],
-    beyond: Collection[str],
-    shares: Mapping[str, float] | None = None,
+def _estimated_slope(
+    identity: StudyIdentity, gradients: Mapping[str, Gradient], beyond: Collection[str]
 ) -> dict[str, float]:
-    """d penalized / d w_i in the objective's unit by distribution, from gradients of losses by corpus key.
-
-    sum over corpora of  (share + PENALTY [a protected corpus beyond its allowance])  d loss / d w_i .
-
-    Args:
-        identity: The study.
-        gradients: By corpus key, then by content of the fine-tunes.
-        beyond: Protected corpora beyond their allowance.
-        shares: The objective's weights by distribution; the study's unless given.
-    """
-    weights = dict(Objective(identity.weights, unit=identity.unit).shares({}) if shares is None else shares)
-    for name in beyond:
-        weights[name] = weights.get(name, 0.0) + PENALTY
+    """The same from estimated gradients of losses by corpus key; `beyond` names protected corpora beyond allowance."""
+    weights = _with_penalties(Objective(identity.weights, unit=identity.unit).shares({}), beyond)
     corpora = identity.corpora[SEARCH]
     return {
         fine_tune: sum(weight * gradients[corpora[name]][content] for name, weight in weights.items())
         for fine_tune, content in identity.fine_tunes.items()
     }
+
+
+def _with_penalties(shares: Mapping[str, float], beyond: Collection[str]) -> dict[str, float]:
+    """The objective's weights of distributions, and PENALTY more for those beyond their allowance."""
+    return dict(shares) | {name: shares.get(name, 0.0) + PENALTY for name in beyond}
 
 
 def attributes(record: TrialRecord) -> TrialAttributes:

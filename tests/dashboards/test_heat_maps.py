@@ -217,7 +217,7 @@ def test_the_map_opens_the_markers_of_trials_that_were_stopped(count: int) -> No
     (points,) = drawn
     assert stopped == 8 and len(points.hovertext) == 32
     assert list(points.marker.symbol) == ["circle-open"] * stopped + ["circle"] * (32 - stopped)
-    assert ["stopped early" in text for text in points.hovertext] == [True] * stopped + [False] * (32 - stopped)
+    assert ["some of the windows" in text for text in points.hovertext] == [True] * stopped + [False] * (32 - stopped)
 
 
 def test_the_polygon_puts_vertices_on_its_corners_and_the_centroid_in_the_middle() -> None:

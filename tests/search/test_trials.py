@@ -193,7 +193,7 @@ def difference_of(study: Study, record: TrialRecord, name: str, step: float = 2e
 
 def test_gradients_are_those_of_the_objective(tmp_path):
     watching = RecordedProgress()
-    study = make(tmp_path, watching, search={"gradients": True, "trials": 7})
+    study = make(tmp_path, watching, search={"gradients": True, "racing": False, "trials": 7})
     study.compare(["simplex-gp", "gradient"])
     points = [record.coefficients for record in watching.records if record.study == "tiny/simplex-gp"]
     by_search = {
@@ -223,7 +223,7 @@ def test_what_is_protected_pulls_on_the_gradient(tmp_path):
     """No corpus may get worse: where one does, ten times its own slope is added."""
     watching = RecordedProgress()
     objective = {"weights": {"math": 1}, "protect": dict.fromkeys(NAMES, 0.0)}
-    study = make(tmp_path, watching, search={"gradients": True, "trials": 8}, objective=objective)
+    study = make(tmp_path, watching, search={"gradients": True, "racing": False, "trials": 8}, objective=objective)
     study.compare(["simplex-gp", "gradient"])
     identity, ledger = of(study)
     base = base_scores(ledger, identity)

@@ -86,7 +86,7 @@ def test_a_database_of_the_schema_before_gets_the_tables(engine):
     ledger.record(composite(1, 2, 3), {"corpus": SCORE}, "scoring")
     assert ledger.group_trials("search") == [] and ledger.composites("scoring") == [composite(1, 2, 3)]
     with engine.connect() as connection:
-        assert connection.scalar(text("SELECT max(version) FROM dem_schema")) == SCHEMA == 8
+        assert connection.scalar(text("SELECT max(version) FROM dem_schema")) == SCHEMA == 9
 
 
 @pytest.mark.parametrize("shrink", [None, 0.0, 0.125])
