@@ -1,8 +1,8 @@
 """How long a proposal takes: `python benchmarks/ask.py`.
 
 Studies of eight distributions in memory, after 100 and 10,000 told trials: a third of them were stopped, or all have a
-gradient.  Then `simplex-gp` with gradients, after 200 trials of up to 32 distributions.  Seconds of one processor, whatever
-else the machine does, the median of five asks after a first one that reads the history.
+gradient.  Then `simplex-gp` with gradients, after 200 trials of up to 32 distributions.  Seconds of one processor,
+whatever else the machine does, the median of five asks after a first one that reads the history.
 """
 
 from time import process_time
