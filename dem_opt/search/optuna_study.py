@@ -20,7 +20,7 @@ from dem_opt import config
 from dem_opt.search.outcomes import frozen_trial, outcome_of
 from dem_opt.search.samplers import make_proposer, propose
 from dem_opt.search.samplers.history import History, HistoryReader, Trial, distributions, parameters
-from dem_opt.search.trial_attributes import DRIVER, EXPECTED_IMPROVEMENT, PART, TrialAttributes
+from dem_opt.search.trial_attributes import DRIVER, EXPECTED_IMPROVEMENT, PART, PARTS, TrialAttributes
 from dem_opt.simplex import Coefficients, Space
 from dem_opt.storage import engine
 from dem_opt.storage.leases import Lease
@@ -86,7 +86,8 @@ class Search:
         patience: How long to wait for a database that is away.
         unit: Unit of the objective.
         axes: Names of the two losses whose front is searched; none where there is one objective.
-        parts: Parts of the windows, one of which most gradients are measured on; 0 where they are of all windows.
+        parts: Parts of the windows, one of which most gradients are measured on; 0 where they are of all windows, as
+            they stay in a study that was begun so.
 
     Attributes:
         finished: Number of finished trials: as of the last `ask`, and those told here since.
@@ -111,7 +112,16 @@ class Search:
         self.name, self._space, self._search, self._unit = name, space, search, unit
         self._lease, self.patience = lease if lease and lease.shared else None, patience
         self._axes = axes
-        self.gradients, self.parts = gradients or search.algorithm == "gradient", parts
+        self.gradients = gradients or search.algorithm == "gradient"
+        self._mine: set[int] = set()
+        self._study = patience(lambda: self._opened(url, start))
+        self._study_id = self._storage.get_study_id_from_name(name)
+        self._trials = _Trials(self._storage, self._study_id, space)
+        self._start = _starting_points(self._study, space)
+        self._known = frozenset([*space.landmarks(), *self._start])
+        self._without_gradient = self._known.difference({space.centroid()}.difference(self._start))
+        self._history = patience(self._read)
+        self.parts = 0 if _has_gradients_of_all_windows(self._history.trials) else parts
         self._proposer = make_proposer(
             search.algorithm,
             space,
@@ -121,16 +131,8 @@ class Search:
             forwards=search.forwards,
             objectives=len(self._metrics),
             gradients=self.gradients,
-            parts=parts,
+            parts=self.parts,
         )
-        self._mine: set[int] = set()
-        self._study = patience(lambda: self._opened(url, start))
-        self._study_id = self._storage.get_study_id_from_name(name)
-        self._trials = _Trials(self._storage, self._study_id, space)
-        self._start = _starting_points(self._study, space)
-        self._known = frozenset([*space.landmarks(), *self._start])
-        self._without_gradient = self._known.difference({space.centroid()}.difference(self._start))
-        self._history = patience(self._read)
         self.finished, self.elsewhere = len(self._history.trials) - len(self._history.running), 0
         self._began = monotonic()
 
@@ -263,6 +265,11 @@ class Search:
         running = [trial for trial in history.running if trial.number not in self._mine]
         left = [trial for trial in running if trial.driver not in alive]
         self.elsewhere = len(running) - len(left)
+        if left and left[0].part is not None and not self.parts:
+            reason = "it was to measure one part of the windows, and gradients are of all windows now"
+            self._tell(left[0].number, None, TrialAttributes(reason=reason, forwards=0.0), {})
+            self._history = self._read()
+            return self._next(self._history, alive, confirm)
         if left and self._take_over(left[0]):
             return self._pending(left[0].number, left[0].coefficients, part=left[0].part)
         if left:
@@ -303,6 +310,8 @@ class Search:
         part = None
         if proposal.is_probe:
             part = attributes[PART] = sum(trial.part is not None for trial in trials) % self.parts
+        elif self.parts and self.measures_gradient(proposal.coefficients):
+            attributes[PARTS] = self.parts
         confirm()
         # One transaction: whoever dies here leaves a trial with all its coefficients, or none.
         template = create_trial(
@@ -461,6 +470,11 @@ def _alone() -> None:
 def _close(storage: RDBStorage) -> None:
     storage.remove_session()
     storage.engine.dispose()
+
+
+def _has_gradients_of_all_windows(trials: Sequence[Trial]) -> bool:
+    """True if a trial has a gradient that is not known by part: one of an earlier release, or without races."""
+    return any(trial.gradient and trial.part is None and not trial.parts for trial in trials)
 
 
 def _starting_points(study: optuna.Study, space: Space) -> list[Coefficients]:

@@ -15,6 +15,9 @@ EXPECTED_IMPROVEMENT = "expected_improvement"
 PART = "part"
 """User attribute of a trial that is a probe: the part of the windows on which it measures its gradient, from 0."""
 
+PARTS = "parts"
+"""User attribute of the anchor of probes: the number of parts of the windows, on each of which it has a gradient."""
+
 DRIVER = "driver"
 """User attribute of a trial: token of the driver that has it in hand, where a study may have several."""
 

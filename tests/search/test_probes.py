@@ -222,6 +222,31 @@ def test_a_study_goes_on_as_if_it_had_not_been_interrupted(tmp_path):
     assert len(second) == 12 and any(r.part is not None for r in second[5:])
 
 
+def test_a_study_that_was_begun_with_gradients_of_all_windows_goes_on_with_them(tmp_path):
+    """As one of an earlier release was."""
+    make(tmp_path, search={"racing": False, "trials": 4}).run()
+    watching = RecordedProgress()
+    study = make(tmp_path, watching, search={"trials": 8})
+    study.run()
+    assert len(study.summary().trials["simplex-gp"]) == 8 and not probes_of(watching.records)
+    vertices = set(study.config.space.vertices())
+    assert all(record.gradient for record in watching.records if record.coefficients not in vertices)
+    assert any(record.gradient for record in watching.records)
+
+
+def test_a_probe_that_was_left_is_given_up_where_gradients_are_of_all_windows_now(tmp_path):
+    study = make(tmp_path, search={"trials": 2})
+    study.run()
+    config = study.config.model_copy(update={"search": study.config.search.model_copy(update={"trials": 9})})
+    with closing(Runs(config, 1).open("simplex-gp", gradients_fit=True)) as search:
+        while search.ask().part is None:
+            pass
+    again = make(tmp_path, search={"trials": 9, "racing": False})
+    again.run()
+    records = again.summary().trials["simplex-gp"]
+    assert len(records) == 9 and sum(record.state == "failed" for record in records) == 1
+
+
 def test_what_is_protected_pulls_on_a_probe_s_gradient(tmp_path):
     """No corpus may get worse, and the search minimizes one corpus alone: its probes away from the others violate."""
     watching = RecordedProgress()

@@ -16,7 +16,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from dem_opt.search.trial_attributes import DRIVER, EXPECTED_IMPROVEMENT, PART, TrialAttributes
+from dem_opt.search.trial_attributes import DRIVER, EXPECTED_IMPROVEMENT, PART, PARTS, TrialAttributes
 from dem_opt.simplex import TOLERANCE, UNIT, Coefficients, Space
 
 State = Literal["running", "complete", "failed"]
@@ -45,6 +45,7 @@ class Trial:
         estimates: Estimates of the objective of a trial that was stopped early, by windows seen.
         driver: Token of the driver that has or had it in hand; "" where a study has one driver at a time.
         part: The part of the windows that a probe measures, with its gradient; None for other trials.
+        parts: Parts of the windows on each of which the gradient is known: of the anchor of probes; else 0.
     """
 
     number: int
@@ -58,6 +59,7 @@ class Trial:
     estimates: Mapping[int, float] = field(default_factory=dict)
     driver: str = ""
     part: int | None = None
+    parts: int = 0
 
     @property
     def forwards(self) -> float:
@@ -171,6 +173,7 @@ def _trial(frozen: FrozenTrial, space: Space, sign: float) -> Trial | None:
         estimates=frozen.intermediate_values,
         driver=frozen.user_attrs.get(DRIVER, ""),
         part=frozen.user_attrs.get(PART),
+        parts=frozen.user_attrs.get(PARTS, 0),
     )
 
 
