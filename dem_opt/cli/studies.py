@@ -55,7 +55,7 @@ def list_studies(arguments: Namespace, terminal: Terminal) -> None:
         return
     from dem_opt.storage.engine import masked
 
-    headers = ("study", "run", "generation", "complete", "stopped", "failed", "running", "best")
+    headers = ("study", "run", "generation", "complete", "estimated", "failed", "running", "best")
     rows = [row for study in studies for row in _overview_rows(study)]
     terminal.line(f"Studies in {masked(config.storage)}")
     title = "Trials by state; the best objective, in nats per token where no unit is named"

@@ -22,7 +22,7 @@ class RunOverview:
     Attributes:
         name: An algorithm, or ALGORITHM@k for a run with another seed.
         complete: Trials scored on all windows.
-        stopped: Trials stopped early; their objective is an estimate.
+        stopped: Trials stopped early, and probes; their objective is an estimate.
         failed: Trials that could not be scored.
         running: Trials proposed and not finished.
         best: The lowest objective of complete trials that violate no constraint, in its unit; None without any.  Of a

@@ -310,7 +310,7 @@ class Driver:
         missing = {
             key: parts
             for key, parts in windows.items()
-            if not all(fine_tunes <= known[key][own].gradient.keys() if key in known else False for own in parts)
+            if key not in known or not all(fine_tunes <= known[key][own].gradient.keys() for own in parts)
         }
         if not missing:
             return None

@@ -1,6 +1,7 @@
 """Known answers of CMA-ES, of sequential quadratic programming, and of all at the corners of a space."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from scipy.optimize import linprog
 
 from dem_opt.search.samplers.cmaes import CMAES
 from dem_opt.search.samplers.history import Trial
+from dem_opt.search.samplers.observations import Measurement, observe
 from dem_opt.search.samplers.optuna_sampler import OptunaSampler, tpe
 from dem_opt.search.samplers.proposer import Proposal, Proposer
 from dem_opt.search.samplers.simplex_gp import SimplexGP
@@ -250,6 +252,67 @@ def test_with_gradients_workers_get_vertices_until_a_value_is_known() -> None:
     assert [trial.coefficients for trial in trials] == [SIMPLEX.centroid(), *SIMPLEX.vertices()[:2]]
     failed = [Trial(0, SIMPLEX.centroid(), "failed")]
     assert propose(proposer, failed).coefficients == SIMPLEX.vertices()[0]
+
+
+@pytest.mark.parametrize("size", [5, 8])
+def test_probes_find_the_minimum_for_half_of_what_gradients_of_all_windows_cost(size: int) -> None:
+    """Eight parts whose linear and quadratic terms differ."""
+    space, rng = Space(tuple(f"d{number}" for number in range(size))), np.random.default_rng(size)
+    optimum = np.pad(rng.dirichlet(np.full(size - 2, 3.0)), (0, 2))
+    loss, centre = quadratic(optimum, 0.1, size), np.full(size, 1 / size)
+    slopes, roots = 0.2 * rng.normal(size=(8, size)), 0.3 * rng.normal(size=(8, size, size)) / np.sqrt(size)
+    slopes, roots = slopes - slopes.mean(axis=0), roots - roots.mean(axis=0)
+
+    def part_slope(x: Array, part: int) -> Array:
+        return loss(x)[1] + slopes[part] + (roots[part] + roots[part].T) @ x
+
+    spent = []
+    for parts in (8, 0):
+        proposer, trials = SimplexGP(space, gradients=True, parts=parts), list[Trial]()
+        while not any(trial.is_whole and (trial.objective or 0) < 1e-3 for trial in trials) and len(trials) < 40:
+            proposal = propose(proposer, trials)
+            x, part = space.point(proposal.coefficients), sum(trial.part is not None for trial in trials) % 8
+            slope, attributes = loss(x)[1], TrialAttributes(forwards=1.0)
+            if proposal.is_probe:
+                slope = part_slope(x, part) - part_slope(centre, part) + loss(centre)[1]
+                attributes = TrialAttributes(forwards=3 / 8, error=0.01)
+            elif not parts or not trials:
+                attributes = TrialAttributes(forwards=3.0)
+            if attributes.forwards != 1:
+                attributes = replace(attributes, gradient=dict(zip(space.names, slope.tolist(), strict=True)))
+            told = Trial(
+                len(trials),
+                proposal.coefficients,
+                "complete",
+                objective=loss(x)[0] + (0.01 * rng.normal() if proposal.is_probe else 0.0),
+                attributes=attributes,
+                part=part if proposal.is_probe else None,
+            )
+            trials.append(told)
+        spent.append(sum(trial.forwards for trial in trials))
+    assert spent[0] < 0.7 * spent[1], spent
+
+
+def test_the_error_of_a_probe_s_gradient_is_its_way_from_the_anchor_s() -> None:
+    slopes = [np.array([1.0, 0.0, 0.0, 0.0]), np.array([4.0, 0.0, 0.0, 0.0]), np.array([1.0, 2.0, 2.0, 2.0])]
+    measured = [
+        Measurement(point, 1.0, 0.0, dict(zip("abcd", slope.tolist(), strict=True)), is_probe)
+        for point, slope, is_probe in zip(SIMPLEX.landmarks()[::-1], slopes, (False, True, True), strict=False)
+    ]
+    errors = observe(SIMPLEX, measured, range(3), measured[0]).errors_G
+    # Along the plane (3, 0, 0, 0) has the length sqrt(9 - 9 / 4), and (0, 2, 2, 2) sqrt(12 - 36 / 4): three directions.
+    assert errors == pytest.approx([0.0, np.sqrt(6.75 / 3), np.sqrt(3 / 3)])
+    assert not observe(SIMPLEX, measured, range(3), None).errors_G.any()
+
+
+def test_probes_are_no_trials_to_complete_where_gradients_are_of_all_windows_now() -> None:
+    trials = [completed(SIMPLEX, 0, SIMPLEX.centroid(), quadratic(np.full(4, 0.25), 0.0))]
+    point = SIMPLEX.at(np.array([0.4, 0.3, 0.2, 0.1]))
+    probe = completed(SIMPLEX, 1, point, quadratic(np.array([0.4, 0.3, 0.2, 0.1]), 0.0))
+    trials.append(
+        replace(probe, objective=-1.0, part=0, attributes=replace(probe.attributes, error=0.1, forwards=0.375))
+    )
+    assert propose(SimplexGP(SIMPLEX, trials=3, gradients=True), trials).coefficients != point
 
 
 @pytest.mark.parametrize(("size", "count"), [(8, 6), (16, 7)])

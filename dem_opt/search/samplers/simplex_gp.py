@@ -81,16 +81,18 @@ class SimplexGP:
 
     def propose(self, trials: Sequence[Trial], start: Sequence[Coefficients], rng: np.random.Generator) -> Proposal:
         """The next point."""
-        is_unknown = all(trial.objective is None for trial in trials) or (self.parts > 0 and not self._anchor(trials))
-        if (proposal := first_new(self._first(start, is_unknown), trials)) is not None:
+        is_unknown = all(trial.objective is None for trial in trials)
+        anchor = self._anchor(trials) if self.parts else None
+        lacks_anchor = self.parts > 0 and anchor is None
+        if (proposal := first_new(self._first(start, is_unknown or lacks_anchor), trials)) is not None:
             return proposal
-        if self.space.is_point or all(trial.objective is None for trial in trials):
+        if self.space.is_point or is_unknown:
             return Proposal(self.space.sample(rng))
         # One thread is enough for matrices of this size, takes no core from a worker, and gives the same bits on
         # machines with other numbers of cores.
         with threadpool_limits(1, "blas"):
             process = self._process(trials)
-            if self.parts and self._anchor(trials):
+            if anchor is not None:
                 return self._probe_or_whole(process, trials, rng)
             new = self._new(process, self._best_mean(process), trials, rng, self._cost(trials))
             stopped = self._stopped(process, trials)
@@ -99,7 +101,7 @@ class SimplexGP:
         return Proposal(new.coefficients, new.improvement)
 
     def _first(self, start: Sequence[Coefficients], is_unknown: bool) -> list[Coefficients]:
-        """The points to propose first; with gradients, vertices are among them only until a value is known."""
+        """The points to propose first; with gradients, vertices only for workers that wait for the first one."""
         landmarks = first_points(self.space, start)
         if not self.gradients:
             return landmarks
@@ -161,7 +163,8 @@ class SimplexGP:
         """The stopped trial that is most worth completing; None where none may improve on the whole ones."""
         running = {trial.coefficients for trial in trials if trial.state == "running"}
         measured = [trial for trial in latest(trials) if trial.objective is not None]
-        stopped = [trial for trial in measured if trial.error and trial.coefficients not in running]
+        early = (trial for trial in measured if trial.error and trial.part is None)
+        stopped = [trial for trial in early if trial.coefficients not in running]
         whole = (trial.objective for trial in measured if not trial.error and trial.objective is not None)
         best = min(whole, default=inf)
         if not stopped or best == inf:
@@ -177,11 +180,10 @@ class SimplexGP:
     def _cost(self, trials: Sequence[Trial]) -> float:
         """Forward-equivalents that a new trial may take: the mean of the latest that completed no other."""
         landmarks = set(self.space.landmarks())
-        # Landmarks never race, so they say nothing of the cost.  A whole trial of less than one forward-equivalent
-        # completed another.
-        raced = [
-            trial for trial in trials if trial.coefficients not in landmarks and (trial.error or trial.forwards >= 1)
-        ]
+        # Landmarks and probes never race, so they say nothing of the cost.  A whole trial of less than one
+        # forward-equivalent completed another.
+        others = (trial for trial in trials if trial.coefficients not in landmarks and trial.part is None)
+        raced = [trial for trial in others if trial.error or trial.forwards >= 1]
         costs = [trial.forwards for trial in raced if trial.state != "running"][-RECENT:]
         return float(np.mean(costs)) if costs else 1.0
 
