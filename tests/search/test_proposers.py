@@ -255,7 +255,7 @@ def test_with_gradients_workers_get_vertices_until_a_value_is_known() -> None:
 
 
 @pytest.mark.parametrize("size", [5, 8])
-def test_probes_find_the_minimum_for_half_of_what_gradients_of_all_windows_cost(size: int) -> None:
+def test_probes_find_the_minimum_for_less_than_gradients_of_all_windows(size: int) -> None:
     """Eight parts whose linear and quadratic terms differ."""
     space, rng = Space(tuple(f"d{number}" for number in range(size))), np.random.default_rng(size)
     optimum = np.pad(rng.dirichlet(np.full(size - 2, 3.0)), (0, 2))
