@@ -59,7 +59,7 @@ def measure(
         folder,
         lambda line: None,
         storage=f"sqlite:///{storage}",
-        search={"algorithm": "simplex-gp", "trials": trials, "seed": seed, "lookahead": 0},
+        search={"algorithm": "simplex-gp", "trials": trials, "seed": seed, "lookahead": 0, "patience": None},
     )
     done = Study.load(study, tracker=NullTracker(), compute=InProcessCompute(), progress=Telling())
     records = done.compare(["simplex-gp"]).summary.trials["simplex-gp"][:TRIALS]

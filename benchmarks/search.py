@@ -158,7 +158,7 @@ def explore(landscape: Landscape, path: Path) -> Measured:
 def run(path: Path, name: str, algorithm: str, settings: Mapping[str, Any]) -> Mapping[str, Sequence[TrialRecord]]:
     """Trials by run of the landscape's study under another name, with these settings of the search."""
     landscape = config.load(path)
-    search = landscape.search.model_copy(update={"lookahead": 0, **settings})
+    search = landscape.search.model_copy(update={"lookahead": 0, "patience": None, **settings})
     renamed = landscape.model_copy(update={"name": name, "search": search})
     study = Study(renamed, path, tracker=NullTracker(), compute=InProcessCompute())
     return study.compare([algorithm], SEEDS).summary.trials

@@ -75,7 +75,7 @@ def make_study(folder: Path, shape: Mapping[str, int], trials: int, algorithm: s
         "base": "base",
         "distributions": {name: {"checkpoint": name, "validation": f"{name}.jsonl"} for name in NAMES},
         "evaluation": {"window": 128, "windows": WINDOWS, "held_out": 8},
-        "search": {"algorithm": algorithm, "trials": trials, "racing": False},
+        "search": {"algorithm": algorithm, "trials": trials, "racing": False, "patience": None},
         "compute": {"workers": 1},
     }
     (folder / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
@@ -228,7 +228,7 @@ class InTurn:
 def time_growth(marks: Sequence[int], algorithm: str) -> list[dict[str, float]]:
     """Milliseconds of a trial's own work, the median of the last trials before each mark."""
     with TemporaryDirectory() as folder:
-        search = {"algorithm": algorithm, "trials": marks[-1] + 1, "racing": False}
+        search = {"algorithm": algorithm, "trials": marks[-1] + 1, "racing": False, "patience": None}
         path = worlds.study(Path(folder), NAMES, search=search)
         config = load(path)
         sources = load_inputs(config, path)

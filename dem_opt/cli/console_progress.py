@@ -69,7 +69,7 @@ class _Run:
         """The best, trials that saw some of the windows, the pace, and the seconds that are left of the command."""
         stopped = f"; {self._states['stopped']} stopped early" if self._states["stopped"] else ""
         stopped += f"; {self._states['probe']} probes" if self._states["probe"] else ""
-        remaining = "" if left is None else f"; about {duration(left)} left, final table included"
+        remaining = "" if left is None else f"; up to {duration(left)} left, final table included"
         return self.best + stopped + self._pace() + remaining
 
     def _pace(self) -> str:

@@ -75,6 +75,9 @@ _LOCAL_SQLITE = "sqlite:///"
 GRADIENTS_FROM = 7
 """Free shares from which on gradients are worth their cost: with fewer, racing gets further for it (dev/LOG.md)."""
 
+PATIENCE = 3
+"""Proposals in a row that promise little after which a search ends by itself (docs/search.md has what that costs)."""
+
 _QUOTED = str.maketrans({character: f"%{ord(character):02X}" for character in "%?#{}"})
 """Characters of a path that mean something else in a database's URL."""
 
@@ -182,7 +185,7 @@ class StudyConfig(Section):
             f"objective.weights, which belong to {MEAN!r}": self.objective.weights is not None and MEAN not in names,
             "search.racing": "racing" in self.search.model_fields_set and self.search.racing,
             "search.gradients": self.search.gradients is True,
-            "search.patience": self.search.patience is not None,
+            "search.patience": self.search.patience not in ("auto", None),
             f"search.algorithm: {self.search.algorithm}": self.search.algorithm in ONE_OBJECTIVE,
         }
         for field, conflict in conflicts.items():
@@ -333,6 +336,13 @@ class StudyConfig(Section):
         if weights is None:
             weights = dict.fromkeys(self.distributions, 1.0)
         return {name: weights.get(name, 0.0) for name in self.corpora}
+
+    def patience(self, algorithm: str) -> int | None:
+        """Number of proposals in a row that promise little which end an algorithm's search; None where none do."""
+        if self.search.patience != "auto":
+            return self.search.patience
+        is_mean = not self.objective.worst and self.objective.function is None and self.axes is None
+        return PATIENCE if algorithm == "simplex-gp" and is_mean else None
 
     def measures_gradients(self, fits: bool) -> bool:
         """True if trials of `simplex-gp` are measured with their gradient; `fits`: memory allows it."""

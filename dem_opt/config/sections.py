@@ -223,8 +223,11 @@ class SearchSection(Section):
     minutes: PositiveReal | None = None
     """Minutes after the start of the command in which trials may begin. No limit unless given."""
 
-    patience: Positive | None = None
-    """Stop after this many proposals in a row with an expected improvement below `tolerance`. Never unless given."""
+    patience: Literal["auto"] | Positive | None = "auto"
+    """Stop when an improvement of less than `tolerance` is expected of each of the last so many proposals, and of all
+    that are being scored. `auto` is 3 for `simplex-gp` on a weighted mean; other algorithms and objectives never stop so,
+    and none does with `null`.
+    """
 
     tolerance: PositiveReal = 1e-4
     """Expected improvement that counts for `patience`, in the objective's unit."""

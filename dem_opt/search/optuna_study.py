@@ -344,7 +344,7 @@ class Search:
             return f"{spent:.1f} of {search.forwards:g} forward-equivalents"
         if search.minutes is not None and monotonic() - self._began >= search.minutes * 60:
             return f"{search.minutes:g} minutes"
-        if search.patience is not None and self._expects_little(trials[-search.patience :], search.patience):
+        if isinstance(search.patience, int) and self._expects_little(trials, search.patience):
             return (
                 f"less than {search.tolerance:g} {UNITS[self._unit]} expected of each of the last {search.patience} "
                 "proposals"
@@ -352,9 +352,15 @@ class Search:
         return ""
 
     def _expects_little(self, trials: Sequence[Trial], patience: int) -> bool:
-        """True if so many trials were proposed with less than the tolerance expected of each."""
-        improvements = [trial.expected_improvement for trial in trials]
-        return len(improvements) == patience and all(
+        """True if the last so many finished trials and all running ones were proposed with little expected of each.
+
+        A proposal counts running trials as observed where they are expected, so it promises little beside them,
+        whatever they may turn out to be.
+        """
+        ended = [trial for trial in trials if trial.state != "running"][-patience:]
+        recent = [*ended, *(trial for trial in trials if trial.state == "running")]
+        improvements = [trial.expected_improvement for trial in recent]
+        return len(ended) == patience and all(
             improvement is not None and improvement < self._search.tolerance for improvement in improvements
         )
 

@@ -44,7 +44,9 @@ class Runs:
             InputError: For a search that asks for gradients where memory does not allow them.
         """
         run, search, space = RunName.parse(label, self.generation), self.config.search, self.config.space
-        settings = search.model_copy(update={"algorithm": run.algorithm, "seed": search.seed + run.seed})
+        patience = self.config.patience(run.algorithm)
+        own = {"algorithm": run.algorithm, "seed": search.seed + run.seed, "patience": patience}
+        settings = search.model_copy(update=own)
         wanted = run.algorithm == "gradient" or (run.algorithm == "simplex-gp" and search.gradients is True)
         if wanted and gradients_fit is False:
             field, value = ("gradients", True) if search.gradients is True else ("algorithm", run.algorithm)

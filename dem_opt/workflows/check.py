@@ -179,8 +179,10 @@ class Findings:
         if self.left is None:
             about = _about(self.seconds, self.seconds_range, self.speed)
             return f"Merging and scoring: {about}. Loading, proposals and MLflow come on top."
-        trials, work = self.left.trials, self.left.work
-        done = f"{self.left.planned - trials:,} of {self.left.planned:,} trials are done"
+        work = self.left.work
+        done = f"{self.left.done:,} of {self.left.planned:,} trials are done"
+        if not self.left.trials and self.left.done < self.left.planned:
+            done += ", and the search has ended"
         passes = work.composites + work.reported
         if not passes:
             return f"{done}. Nothing is left to score; `dem-opt show` prints the results."

@@ -23,12 +23,14 @@ class Remaining:
 
     Attributes:
         trials: Trials of the search that are left, at most.
+        done: Trials that have ended.
         planned: Trials that it has in all, at most.
         work: Merges and forward passes, at most.
         precision: How well the windows determine the coefficients; None where too few trials tell.
     """
 
     trials: int
+    done: int
     planned: int
     work: Work
     precision: Precision | None
@@ -50,7 +52,8 @@ def remaining_work(config: StudyConfig, files: CheckedHeaders, plan: Plan) -> Re
             trials = {run: finished(ledger, identity, search) for run, search in searches.items()}
         work = _work_left(config, ledger, identity, trials, left, plan.work)
         precision = study_precision(ledger, identity, trials)
-        return Remaining(trials=left, planned=planned, work=work, precision=precision)
+        done = len(trials.get(algorithm, ()))
+        return Remaining(trials=left, done=done, planned=planned, work=work, precision=precision)
 
 
 def _is_same(config: StudyConfig, files: CheckedHeaders, identity: StudyIdentity) -> bool:

@@ -154,7 +154,7 @@ def test_on_a_terminal_nothing_of_the_progress_is_cut(monkeypatch, width):
             progress.trial_finished(a_trial(number, 3.0), number + 1, 26)
     last = " ".join(console.file.getvalue().rpartition("9/26")[2].split())
     assert (
-        "best 3.0000 nats per token at a 0.50, b 0.50; 30 trials a minute; about 70 s left, final table included"
+        "best 3.0000 nats per token at a 0.50, b 0.50; 30 trials a minute; up to 70 s left, final table included"
         in last
     )
     assert "…" not in console.file.getvalue()

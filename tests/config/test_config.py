@@ -297,6 +297,23 @@ def test_a_largest_regret_has_no_gradient(tmp_path, search):
         load(write(tmp_path, STUDY | {"objective": {"worst": True}, "search": search}))
 
 
+@pytest.mark.parametrize(
+    ("sections", "patience"),
+    [
+        ({}, {"simplex-gp": 3, "random": None, "gradient": None}),
+        ({"objective": {"weights": {"math": 2}}}, {"simplex-gp": 3}),
+        ({"objective": {"worst": True}}, {"simplex-gp": None}),
+        ({"objective": {"function": "losses.py:mean"}}, {"simplex-gp": None}),
+        ({"objective": {"pareto": ["code", "math"]}}, {"simplex-gp": None}),
+        ({"objective": {"worst": True}, "search": {"patience": 5}}, {"simplex-gp": 5, "gradient": 5}),
+        ({"search": {"patience": None}}, {"simplex-gp": None}),
+    ],
+)
+def test_a_search_ends_by_itself_where_its_surface_is_a_bowl(tmp_path, sections, patience):
+    study = load(write(tmp_path, STUDY | sections))
+    assert {algorithm: study.patience(algorithm) for algorithm in patience} == patience
+
+
 @pytest.mark.parametrize("missing", ["name", "base", "distributions", "distributions.code.validation"])
 def test_what_is_missing_is_named(tmp_path, missing):
     study = copy.deepcopy(STUDY)

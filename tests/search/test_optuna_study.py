@@ -281,6 +281,24 @@ def test_more_trials_may_be_planned_later(url: str, name: str) -> None:
     assert len(list(play(open_search(url, name, trials=6)))) == 2
 
 
+def test_a_search_waits_for_what_promised_much(url: str, name: str) -> None:
+    """A proposal promises little beside one that is being scored and promises much: only without that is it an end."""
+    search = open_search(url, name, trials=30)
+    first = list(islice(play(search), 4))
+    much, little = search.ask(), search.ask()
+    assert len(first) == 4 and much is not None and little is not None
+    storage, study_id = storage_of(url, name)
+    promised = [trial.user_attrs.get("expected_improvement") for trial in storage.get_all_trials(study_id)]
+    assert promised[:4] == [None] * 4 and promised[4] > 1.5 * promised[5]
+    tolerance = (promised[4] + promised[5]) / 2
+    search.tell(little.number, loss(little.coefficients), TrialAttributes())
+    assert open_search(url, name, trials=30, patience=1, tolerance=tolerance).unfinished == 25
+    search.tell(much.number, loss(much.coefficients), TrialAttributes())
+    ended = open_search(url, name, trials=30, patience=1, tolerance=tolerance)
+    assert ended.unfinished == 0 and ended.ask() is None and "each of the last 1 proposals" in ended.stopped
+    assert open_search(url, name, trials=30).unfinished == 24
+
+
 def test_one_distribution_has_one_trial(url: str, name: str) -> None:
     space = Space(("only",))
     search = Search(url, f"{name}/one", space, config.SearchSection())

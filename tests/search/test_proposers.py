@@ -11,7 +11,7 @@ from scipy.optimize import linprog
 
 from dem_opt.search.samplers.cmaes import CMAES
 from dem_opt.search.samplers.history import Trial
-from dem_opt.search.samplers.observations import Measurement, observe
+from dem_opt.search.samplers.observations import Measurement, compressed, observe
 from dem_opt.search.samplers.optuna_sampler import OptunaSampler, tpe
 from dem_opt.search.samplers.proposer import Proposal, Proposer
 from dem_opt.search.samplers.simplex_gp import SimplexGP
@@ -303,6 +303,29 @@ def test_the_error_of_a_probe_s_gradient_is_its_way_from_the_anchor_s() -> None:
     # Along the plane (3, 0, 0, 0) has the length sqrt(9 - 9 / 4), and (0, 2, 2, 2) sqrt(12 - 36 / 4): three directions.
     assert errors == pytest.approx([0.0, np.sqrt(6.75 / 3), np.sqrt(3 / 3)])
     assert not observe(SIMPLEX, measured, range(3), None).errors_G.any()
+
+
+def test_what_violates_a_constraint_far_off_is_brought_closer() -> None:
+    """In its order, with values, errors and gradients of one function; what is near, and all where none does, as is."""
+    points = [SIMPLEX.at(shares) for shares in np.random.default_rng(0).dirichlet(np.ones(4), 60)]
+    raw = [1.0, 1.2, 1.5, 1.499, *np.linspace(1.45, 60.0, 56).tolist()]
+    slope = {name: number + 1.0 for number, name in enumerate("abcd")}
+    measured = [
+        Measurement(point, value, 0.01 * (place > 3), slope, violation=0.1 * (place > 3))
+        for place, (point, value) in enumerate(zip(points, raw, strict=True))
+    ]
+    closer = compressed(measured)
+    new = np.array([each.value for each in closer])
+    assert list(np.argsort(new, kind="stable")) == list(np.argsort(raw, kind="stable"))
+    assert [each == was for each, was in zip(closer, measured, strict=True)] == [value <= 1.5 for value in raw]
+    assert new.max() == pytest.approx(1 + 0.5 * (1 + np.log(59 / 0.5)))
+    # A small step of every value moves the others by the derivative, which errors and gradients are scaled with.
+    moved = compressed([*measured[:4], *(replace(each, value=each.value + 1e-6) for each in measured[4:])])
+    derivative = [(after.value - now.value) / 1e-6 for after, now in zip(moved[5:], closer[5:], strict=True)]
+    assert [each.error / 0.01 for each in closer[5:]] == pytest.approx(derivative, rel=1e-3)
+    assert [each.gradient["c"] / 3 for each in closer[5:]] == pytest.approx(derivative, rel=1e-3)
+    allowed = [replace(each, violation=0.0) for each in measured]
+    assert compressed(allowed) == allowed and compressed(measured[3:]) == measured[3:]
 
 
 def test_probes_are_no_trials_to_complete_where_gradients_are_of_all_windows_now() -> None:

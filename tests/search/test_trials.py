@@ -294,6 +294,8 @@ BUDGETS = [
     ({"forwards": 12, "gradients": True}, "12", lambda records: 12 <= sum(r.forwards for r in records) < 15),
     ({"minutes": 1e-9}, "minutes", lambda records: not records),
     ({"patience": 2, "tolerance": 1e9, "trials": 30}, "the last 2 proposals", lambda records: len(records) == 6),
+    ({}, "less than 0.0001 nats per token expected of each of the last 3", lambda records: 7 < len(records) < 100),
+    ({"patience": None, "trials": 60}, "all 60 planned trials", lambda records: len(records) == 60),
 ]
 
 

@@ -4,7 +4,8 @@ Shape suffixes beside the project's: N trials, G of them with a gradient, F shar
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import log
 from typing import Self
 
 import numpy as np
@@ -29,6 +30,7 @@ class Measurement:
         error: Standard error of the value.
         gradient: By distribution; empty where it was not measured.
         is_probe: The gradient is of one part of the windows.
+        violation: Amount by which it exceeds what is allowed, in that unit; the value has its penalty.
     """
 
     coefficients: Coefficients
@@ -36,11 +38,13 @@ class Measurement:
     error: float = 0.0
     gradient: Mapping[str, float] = field(default_factory=dict)
     is_probe: bool = False
+    violation: float = 0.0
 
     @classmethod
     def of_trial(cls, trial: Trial, value: float) -> Self:
         """A trial of a search, with a value for one that failed."""
-        return cls(trial.coefficients, value, trial.error, trial.gradient, trial.part is not None)
+        violation = trial.attributes.violation
+        return cls(trial.coefficients, value, trial.error, trial.gradient, trial.part is not None, violation)
 
     @classmethod
     def of_record(cls, record: TrialRecord) -> Self:
@@ -51,6 +55,31 @@ class Measurement:
     def has_gradient(self, space: Space) -> bool:
         """True if it has a derivative along every distribution: one of a study that had fewer has not."""
         return self.gradient.keys() >= set(space.names)
+
+
+def compressed(measured: Sequence[Measurement]) -> list[Measurement]:
+    """Measurements with values far above the best brought closer, where some violate a constraint.
+
+    Penalties may be a hundred times all other differences.  A process that has to explain them expects as much
+    everywhere, and explores corners that are worse still.  How far off such a point is does not matter, so
+
+        y' = y  up to  b + s ,    y' = b + s (1 + log((y - b) / s))  beyond,    dy'/dy = s / (y - b) ,
+
+    where b is the least value and s the range of those without violation.  Errors and gradients follow by dy'/dy.
+    """
+    allowed = [each.value for each in measured if not each.violation]
+    if len(allowed) == len(measured) or len(allowed) < 2 or (size := max(allowed) - min(allowed)) <= 0:
+        return list(measured)
+    best = min(each.value for each in measured)
+
+    def closer(each: Measurement) -> Measurement:
+        if each.value - best <= size:
+            return each
+        slope = size / (each.value - best)
+        gradient = {name: slope * along for name, along in each.gradient.items()}
+        return replace(each, value=best + size * (1 - log(slope)), error=slope * each.error, gradient=gradient)
+
+    return [closer(each) for each in measured]
 
 
 def most_gradients(space: Space) -> int:

@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits
 
 from dem_opt.search.samplers import gp
 from dem_opt.search.samplers.history import Trial, latest, thin, values_of
-from dem_opt.search.samplers.observations import Measurement, most_gradients, observe
+from dem_opt.search.samplers.observations import Measurement, compressed, most_gradients, observe
 from dem_opt.search.samplers.proposer import Proposal, central_points, first_new, first_points
 from dem_opt.simplex import Coefficients, Space, project
 from dem_opt.types import GRADIENT_FORWARDS
@@ -198,9 +198,10 @@ class SimplexGP:
         """Values of finished trials; gradients of the best and the latest ones, as many as DERIVATIVES allow."""
         complete = thin([trial for trial in trials if self._has_gradient(trial)], most_gradients(self.space))
         steep = {trial.number for trial in _with(anchor, complete)}
-        measured = [Measurement.of_trial(*pair) for pair in zip(trials, values_of(trials), strict=True)]
-        places = (place for place, trial in enumerate(trials) if trial.number in steep)
-        own = None if anchor is None or anchor.objective is None else Measurement.of_trial(anchor, anchor.objective)
+        values = zip(trials, values_of(trials), strict=True)
+        measured = compressed([Measurement.of_trial(trial, value) for trial, value in values])
+        places = [place for place, trial in enumerate(trials) if trial.number in steep]
+        own = next((measured[place] for place, trial in enumerate(trials) if trial is anchor), None)
         return observe(self.space, measured, places, own)
 
     def _shares(self, trials: Iterable[Trial]) -> Array:
