@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from math import inf
 from time import process_time
 
@@ -309,6 +310,38 @@ def adam(landscape: Landscape, rate: float = 0.05) -> Iterator[Step]:
         yield 1.0, landscape.value(x_N)
 
 
+def botorch(landscape: Landscape) -> Iterator[Step]:
+    """BoTorch's default process with log expected improvement under the constraint that shares sum to 1.
+
+    It is what Ax proposes with for one objective.  The first points are the vertices and the centroid.
+    """
+    # Large packages that the project does not need otherwise: `pip install botorch`.
+    import torch
+    from botorch.acquisition import LogExpectedImprovement
+    from botorch.fit import fit_gpytorch_mll
+    from botorch.models import SingleTaskGP
+    from botorch.optim import optimize_acqf
+    from gpytorch.mlls import ExactMarginalLogLikelihood
+
+    torch.manual_seed(landscape.seed)
+    size = landscape.size
+    points = [*np.eye(size), np.full(size, 1 / size)]
+    values = [landscape.value(x_N) for x_N in points]
+    yield from ((1.0, value) for value in values)
+    box = torch.stack([torch.zeros(size), torch.ones(size)]).double()
+    plane = (torch.arange(size), torch.ones(size).double(), 1.0)
+    while True:
+        y_T = -torch.tensor(values).double()[:, None]
+        y_T = (y_T - y_T.mean()) / y_T.std()
+        process = SingleTaskGP(torch.from_numpy(np.array(points)), y_T)
+        fit_gpytorch_mll(ExactMarginalLogLikelihood(process.likelihood, process))
+        improvement = LogExpectedImprovement(process, best_f=y_T.max())
+        found, _ = optimize_acqf(improvement, box, 1, num_restarts=4, raw_samples=128, equality_constraints=[plane])
+        points.append(project(found[0].numpy(), np.ones(size)))
+        values.append(landscape.value(points[-1]))
+        yield 1.0, values[-1]
+
+
 RIVALS: dict[str, Callable[[Landscape], Iterator[Step]]] = {
     "simplex-gp": lambda at: searched(at, "simplex-gp", at.size >= GRADIENTS_FROM, True),
     "simplex-gp, probes": lambda at: searched(at, "simplex-gp", True, True),
@@ -316,6 +349,7 @@ RIVALS: dict[str, Callable[[Landscape], Iterator[Step]]] = {
     "SLSQP with gradients": lambda at: searched(at, "gradient", True, False),
     "Adam on an eighth of the windows": adam,
     "quadratic fit to random points": quadratic_fit,
+    "BoTorch": botorch,
     "TPE": lambda at: searched(at, "tpe", False, False),
     "Optuna's GPSampler": lambda at: searched(at, "gp-sampler", False, False),
     "CMA-ES": lambda at: searched(at, "cmaes", False, False),
@@ -359,7 +393,7 @@ def main() -> None:
         print(f"\n| {size} distributions | 1e-2 | 1e-3 | 1e-4 | seconds a trial |\n|---|---|---|---|---|", flush=True)
         landscapes = [Landscape(kind, size, first + seed) for kind in KINDS for seed in range(arguments.seeds)]
         for name in arguments.rivals:
-            if name == "grid" and size > SIZES[0]:
+            if (name == "grid" and size > SIZES[0]) or (name == "BoTorch" and find_spec("botorch") is None):
                 continue
             runs = [forwards_until(landscape, RIVALS[name](landscape)) for landscape in landscapes]
             cells = [cell([reached[level] for reached, _ in runs]) for level in range(len(LEVELS))]
