@@ -225,8 +225,8 @@ class SearchSection(Section):
 
     patience: Literal["auto"] | Positive | None = "auto"
     """Stop when an improvement of less than `tolerance` is expected of each of the last so many proposals, and of all
-    that are being scored. `auto` is 3 for `simplex-gp` on a weighted mean; other algorithms and objectives never stop so,
-    and none does with `null`.
+    that are being scored. `auto` is 3 for `simplex-gp` on a weighted mean; other algorithms and objectives never stop
+    so, and none does with `null`.
     """
 
     tolerance: PositiveReal = 1e-4
