@@ -2,7 +2,8 @@
 
 The losses are quadratics in the coefficients, window by window, as a merge's loss nearly is, and their optimum is
 known.  Everything is charged: a score of all windows is one forward-equivalent (FE), one with its gradient 3, a race
-the windows that it saw.  A run ends at LEVELS[-1], or after BUDGET.  `benchmarks/search.py` has real merges.
+the windows that it saw.  A run ends at LEVELS[-1], or after BUDGET.  BoTorch takes part where it is installed: `pip
+install -c constraints.txt -e ".[rivals]"`.  `benchmarks/search.py` has real merges.
 """
 
 import argparse
@@ -315,7 +316,7 @@ def botorch(landscape: Landscape) -> Iterator[Step]:
 
     It is what Ax proposes with for one objective.  The first points are the vertices and the centroid.
     """
-    # Large packages that the project does not need otherwise: `pip install botorch`.
+    # Large packages that the project does not need otherwise.
     import torch
     from botorch.acquisition import LogExpectedImprovement
     from botorch.fit import fit_gpytorch_mll
