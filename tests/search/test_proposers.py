@@ -326,6 +326,8 @@ def test_what_violates_a_constraint_far_off_is_brought_closer() -> None:
     assert [each.gradient["c"] / 3 for each in closer[5:]] == pytest.approx(derivative, rel=1e-3)
     allowed = [replace(each, violation=0.0) for each in measured]
     assert compressed(allowed) == allowed and compressed(measured[3:]) == measured[3:]
+    failed = Measurement.of_trial(Trial(0, points[0], "failed"), 60.0)
+    assert [each.value for each in compressed([*measured, failed])] == [*new, new.max()]
 
 
 def test_probes_are_no_trials_to_complete_where_gradients_are_of_all_windows_now() -> None:

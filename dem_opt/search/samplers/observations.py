@@ -5,7 +5,7 @@ Shape suffixes beside the project's: N trials, G of them with a gradient, F shar
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import log
+from math import inf, log
 from typing import Self
 
 import numpy as np
@@ -43,7 +43,8 @@ class Measurement:
     @classmethod
     def of_trial(cls, trial: Trial, value: float) -> Self:
         """A trial of a search, with a value for one that failed."""
-        violation = trial.attributes.violation
+        # The value of a failed trial is the worst of all, with its penalty.
+        violation = inf if trial.objective is None else trial.attributes.violation
         return cls(trial.coefficients, value, trial.error, trial.gradient, trial.part is not None, violation)
 
     @classmethod
