@@ -4,6 +4,8 @@ The losses are quadratics in the coefficients, window by window, as a merge's lo
 known.  Everything is charged: a score of all windows is one forward-equivalent (FE), one with its gradient 3, a race
 the windows that it saw.  A run ends at LEVELS[-1], or after BUDGET.  BoTorch takes part where it is installed: `pip
 install -c constraints.txt -e ".[rivals]"`.  `benchmarks/search.py` has real merges.
+
+With `--ends`: where `simplex-gp` ends by itself, and what that costs against TRIALS trials.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 from optuna.samplers import GPSampler
 from scipy.optimize import minimize
 
-from dem_opt.config import GRADIENTS_FROM
+from dem_opt.config import GRADIENTS_FROM, PATIENCE, SearchSection
 from dem_opt.evaluation.interim_analyses import replay
 from dem_opt.evaluation.racing import CLEAR, Race
 from dem_opt.search.samplers import Proposer, make_proposer, propose
@@ -38,6 +40,8 @@ PART = 2
 """Windows in a mini-batch: an eighth, as an interim analysis of a race sees at first."""
 
 BUDGET = 60.0
+TRIALS = SearchSection().trials
+TOLERANCE = SearchSection().tolerance
 LEVELS = (1e-2, 1e-3, 1e-4)
 SIZES = (4, 8, 16, 32)
 KINDS = ("plain", "weighted", "sparse", "duplicates", "harmful", "rough")
@@ -176,8 +180,13 @@ Step = tuple[float, float]
 """Cost of a trial in FE, and its objective; infinite where not all windows were scored."""
 
 
-def searched(landscape: Landscape, algorithm: str, gradients: bool, races: bool) -> Iterator[Step]:
-    """A search algorithm of the product, or Optuna's GPSampler; races, gradients and probes as a study has them."""
+def searched(
+    landscape: Landscape, algorithm: str, gradients: bool, races: bool, expected: list[float | None] | None = None
+) -> Iterator[Step]:
+    """A search algorithm of the product, or Optuna's GPSampler; races, gradients and probes as a study has them.
+
+    The improvement that is expected of each proposal is appended to `expected`.
+    """
     parts = WINDOWS // PART if gradients and races else 0
     space, trials = landscape.space, list[Trial]()
     if algorithm == "gp-sampler":
@@ -187,6 +196,8 @@ def searched(landscape: Landscape, algorithm: str, gradients: bool, races: bool)
     plain = {*space.landmarks()} - ({space.centroid()} if gradients else set())
     while True:
         proposal = propose(proposer, trials, (), landscape.seed)
+        if expected is not None:
+            expected.append(proposal.expected_improvement)
         point = proposal.coefficients
         x_N, number = space.shares(point), len(trials)
         if proposal.is_probe:
@@ -373,6 +384,32 @@ def forwards_until(landscape: Landscape, steps: Iterator[Step]) -> tuple[list[fl
     return [reached[level] for level in LEVELS], (process_time() - began) / trials
 
 
+def at_the_end(landscape: Landscape, gradients: bool, patience: int) -> tuple[int, float, float]:
+    """Trials, forward-equivalents and regret of `simplex-gp` where it ends, after TRIALS trials at the latest."""
+    expected, spent, best = list[float | None](), 0.0, inf
+    for cost, value in searched(landscape, "simplex-gp", gradients, True, expected):
+        spent, best, recent = spent + cost, min(best, value), expected[-patience:]
+        promises_little = all(each is not None and each < TOLERANCE for each in recent)
+        if len(expected) == TRIALS or (len(recent) == patience and promises_little):
+            break
+    return len(expected), spent, best - landscape.lowest
+
+
+def print_ends(sizes: Sequence[int], seeds: range) -> None:
+    """A table of searches that end by themselves, and of those with all their trials."""
+    print("| distributions | ends after | trials | FE | regret: median, upper quartile, worst |\n|---|---|---|---|---|")
+    for size in sizes:
+        landscapes = [Landscape(kind, size, seed) for kind in KINDS for seed in seeds]
+        for gradients in (False, True):
+            for patience in (PATIENCE, TRIALS):
+                ended = [at_the_end(landscape, gradients, patience) for landscape in landscapes]
+                trials, spent = (np.median([row[column] for row in ended]) for column in (0, 1))
+                regrets = np.quantile([row[2] for row in ended], [0.5, 0.75, 1.0], method="higher")
+                name = f"{size}, {'probes' if gradients else 'values and races'}"
+                shown = ", ".join(f"{regret:.1e}" for regret in regrets)
+                print(f"| {name} | {patience} | {trials:.0f} | {spent:.1f} | {shown} |", flush=True)
+
+
 def cell(values: Sequence[float]) -> str:
     """Median [quartiles]; what is beyond the budget as "more"."""
     low, middle, high = np.quantile(values, [0.25, 0.5, 0.75], method="inverted_cdf")
@@ -387,9 +424,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=list(RIVALS))
     parser.add_argument("--tuned", action="store_true", help="the landscapes that settings were chosen on")
+    parser.add_argument("--ends", action="store_true", help="where simplex-gp ends by itself, instead of the rivals")
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     first = 0 if arguments.tuned else REPORTED
+    if arguments.ends:
+        print_ends(arguments.sizes, range(first, first + arguments.seeds))
+        return
     for size in arguments.sizes:
         print(f"\n| {size} distributions | 1e-2 | 1e-3 | 1e-4 | seconds a trial |\n|---|---|---|---|---|", flush=True)
         landscapes = [Landscape(kind, size, first + seed) for kind in KINDS for seed in range(arguments.seeds)]

@@ -49,6 +49,7 @@ __all__ = [
     "DEPTH",
     "GRADIENTS_FROM",
     "ONE_OBJECTIVE",
+    "PATIENCE",
     "REST",
     "TOP",
     "CoefficientsSection",
@@ -73,7 +74,7 @@ __all__ = [
 _LOCAL_SQLITE = "sqlite:///"
 
 GRADIENTS_FROM = 7
-"""Free shares from which on gradients are worth their cost: with fewer, racing gets further for it (dev/LOG.md)."""
+"""Free shares from which on gradients are worth their cost, fine-tunes for the report included (docs/search.md)."""
 
 PATIENCE = 3
 """Proposals in a row that promise little after which a search ends by itself (docs/search.md has what that costs)."""

@@ -280,7 +280,7 @@ def test_probes_find_the_minimum_for_less_than_gradients_of_all_windows(size: in
                 attributes = TrialAttributes(forwards=3.0)
             if attributes.forwards != 1:
                 attributes = replace(attributes, gradient=dict(zip(space.names, slope.tolist(), strict=True)))
-            told = Trial(
+            trial = Trial(
                 len(trials),
                 proposal.coefficients,
                 "complete",
@@ -288,7 +288,7 @@ def test_probes_find_the_minimum_for_less_than_gradients_of_all_windows(size: in
                 attributes=attributes,
                 part=part if proposal.is_probe else None,
             )
-            trials.append(told)
+            trials.append(trial)
         spent.append(sum(trial.forwards for trial in trials))
     assert spent[0] < 0.7 * spent[1], spent
 

@@ -105,6 +105,16 @@ def test_nothing_is_left_of_a_finished_study(finished, capsys):
     assert json.loads(capsys.readouterr().out)["left"]["trials"] == 0
 
 
+def test_a_search_that_ended_before_its_budget_has_its_own_number_of_trials(tmp_path, capsys):
+    search = {"algorithm": "simplex-gp", "trials": 30, "patience": 1, "tolerance": 1e9, "lookahead": 0}
+    path = worlds.study(tmp_path, search=search)
+    trials = len(open_study(path).run().summary.trials["simplex-gp"])
+    left = check(load(path), path).left
+    assert left is not None and (left.trials, left.done, left.planned) == (0, trials, 30) and trials < 10
+    assert main(["check", str(path)]) == 0
+    assert f"{trials} of 30 trials are done, and the search has ended." in capsys.readouterr().out
+
+
 def test_what_more_trials_need_is_left(finished):
     """Seven more trials; of the table the winner may be new, and where asked for it without each of three."""
     for report, more in (({}, 0), ({"leave_one_out": True}, 3)):
