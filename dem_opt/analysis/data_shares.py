@@ -27,9 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from dem_opt.analysis.surrogate import process_of
+from dem_opt.analysis.surrogate import Fit, fit
 from dem_opt.analysis.training_curves import TrainingCurve
-from dem_opt.search.samplers.gp import GaussianProcess
 from dem_opt.simplex import Space, project
 from dem_opt.types import TrialRecord
 
@@ -99,20 +98,22 @@ class MergePredictor:
     """The surrogate of merges, at coefficients that are `total` times the shares."""
 
     space: Space
-    process: GaussianProcess
+    surrogate: Fit
     total: float
 
     @classmethod
-    def of(cls, space: Space, trials: Sequence[TrialRecord], total: float) -> "MergePredictor | None":
-        """Fit the surrogate; None where there are too few trials."""
-        process = process_of(space, trials)
-        return None if process is None else cls(space, process, total)
+    def of(
+        cls, space: Space, trials: Sequence[TrialRecord], total: float, allowed: Mapping[str, float] | None = None
+    ) -> "MergePredictor | None":
+        """Fit the surrogate, with the greatest allowed losses of protected corpora; None where trials are too few."""
+        surrogate = fit(space, trials, allowed)
+        return None if surrogate is None else cls(space, surrogate, total)
 
     def predict(self, shares_MK: Array) -> Array:
         """m(t s)."""
         merges = [self.space.nearest(self.total * shares_K) for shares_K in shares_MK]
         with threadpool_limits(1, "blas"):
-            return self.process.mean(np.array([self.space.shares(merge) for merge in merges]))
+            return self.surrogate.mean(np.array([self.space.shares(merge) for merge in merges]))
 
 
 @dataclass(frozen=True)

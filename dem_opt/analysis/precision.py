@@ -23,15 +23,15 @@ from threadpoolctl import threadpool_limits
 
 from dem_opt.analysis.bootstrap import resampled_objectives, samplings_of
 from dem_opt.analysis.sampling import Documents, Sampling, documents_of, sampled_unit
-from dem_opt.analysis.surrogate import optimum, process_of
+from dem_opt.analysis.surrogate import Fit, fit, optimum
 from dem_opt.evaluation.objective import Objective
 from dem_opt.search.samplers import gp
 from dem_opt.search.samplers.covariance import Array
-from dem_opt.search.trials import exceeded, objectives, recall
+from dem_opt.search.trials import exceeded, limits, objectives, recall
 from dem_opt.simplex import Coefficients, Space, project
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
-from dem_opt.types import PENALTY, SEARCH, Precision, TrialRecord
+from dem_opt.types import SEARCH, Precision, TrialRecord
 
 RESAMPLES = 400
 """Resamples of the documents: a 95% quantile rests on 20 of them."""
@@ -61,7 +61,8 @@ def study_precision(
     if any(record.part is not None for record in records):
         whole = {record.coefficients for record in records if not record.is_partial}
         records += _landmarks(ledger, identity, objective, whole)
-    return precision_of(identity.space, records, objective, documents_of(ledger, identity, SEARCH))
+    documents = documents_of(ledger, identity, SEARCH)
+    return precision_of(identity.space, records, objective, documents, limits(ledger, identity))
 
 
 def _landmarks(
@@ -87,6 +88,7 @@ def precision_of(
     trials: Sequence[TrialRecord],
     objective: Objective,
     documents: Mapping[str, Documents] | None = None,
+    allowed: Mapping[str, float] | None = None,
 ) -> Precision | None:
     """Estimate how well the coefficients are known.
 
@@ -95,6 +97,7 @@ def precision_of(
         trials: Finished trials.
         objective: The objective on the search split.
         documents: Documents of its windows by distribution; where they are unknown, windows count as independent.
+        allowed: Greatest allowed loss of each protected corpus on the search split, in the objective's unit.
 
     Returns:
         None for a space of a single point, where too few composites are whole, and where the windows of a distribution
@@ -111,12 +114,16 @@ def precision_of(
     normal_NR, student_NR = (_resampled(chosen, objective, samplings, tails) for tails in (False, True))
     if not normal_NR.size or not student_NR.size:
         return None
-    values_N = np.array([trial.penalized for trial in chosen], dtype=np.float64)
+    values_N = np.array([trial.objective for trial in chosen], dtype=np.float64)
     with threadpool_limits(1, "blas"):
+        surrogate = fit(space, trials, allowed)
+        assert surrogate is not None, "there are enough composites on all windows"
         process = gp.fit(gp.observe(np.array([space.shares(trial.coefficients) for trial in chosen]), values_N))
-        points_MF = _candidates(space.shares(optimum(space, process, chosen)), process, space.caps_F)
+        whole_only = Fit(process, surrogate.excess)
+        points_MF = _candidates(space.shares(optimum(space, whole_only, chosen)), process, space.caps_F)
         weights_MN = process.mean_weights(points_MF)
-        mean_M = _mean(space, trials, points_MF, weights_MN @ (values_N - values_N.mean()))
+        # With probes the gradients say most of the mean.
+        mean_M = (surrogate if has_probes else whole_only).mean(points_MF)
         normal_R, student_R = (
             _choices(mean_M, weights_MN, resampled_NR - values_N[:, None]) for resampled_NR in (normal_NR, student_NR)
         )
@@ -141,18 +148,11 @@ def precision_of(
 def _resampled(
     trials: Sequence[TrialRecord], objective: Objective, samplings: Mapping[str, Sampling], tails: bool
 ) -> Array:
-    """The penalized objective of trials in resamples, [N, R], without those in which a custom one is not finite."""
+    """The objective of trials in resamples, [N, R], without those in which a custom one is not finite."""
     scores = [trial.scores for trial in trials]
     resampled_NR = resampled_objectives(scores, objective, samplings, RESAMPLES, tails=tails)
-    resampled_NR += PENALTY * np.array([trial.violation for trial in trials])[:, None]
     finite_NR: Array = resampled_NR[:, np.isfinite(resampled_NR).all(axis=0)]
     return finite_NR
-
-
-def _mean(space: Space, trials: Sequence[TrialRecord], points_MF: Array, mean_M: Array) -> Array:
-    """The surrogate's mean at candidates, [M]: with probes that of all trials, whose gradients say most of it."""
-    process = process_of(space, trials) if any(trial.part is not None for trial in trials) else None
-    return mean_M if process is None else process.mean(points_MF)
 
 
 def _choices(mean_M: Array, weights_MN: Array, away_NR: Array) -> NDArray[np.int64]:

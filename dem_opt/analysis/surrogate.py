@@ -1,7 +1,14 @@
-"""The surrogate of a study: a Gaussian process fitted to all its trials, its minimum, and a slice through that."""
+"""The surrogate of a study: Gaussian processes fitted to all its trials, their minimum, and a slice through that.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+The penalized objective has a sharp bend where a protected corpus reaches its limit, and a smooth process through a
+sharp bend dips below everything that was measured beside it.  So the objective without penalties and the excess of each
+protected corpus over its limit have a process each, and the penalized objective is predicted as
+
+    m(w)  =  m_objective(w) + PENALTY sum_c max(0, m_c(w)) .
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -10,7 +17,7 @@ from dem_opt.search.samplers import gp
 from dem_opt.search.samplers.observations import Measurement, most_gradients, observe
 from dem_opt.search.samplers.simplex_gp import Array, maximize
 from dem_opt.simplex import UNIT, Coefficients, Space, project
-from dem_opt.types import Surrogate, TrialRecord
+from dem_opt.types import PENALTY, Surrogate, TrialRecord
 
 FEWEST = 3
 """Trials below which no process is fitted."""
@@ -33,37 +40,81 @@ class Prediction:
     standard_deviation: float
 
 
-def process_of(space: Space, trials: Sequence[TrialRecord]) -> gp.GaussianProcess | None:
-    """The process over the space's shares, fitted to trials of any runs; None where there are too few."""
-    fitted = _fitted(trials)
-    return None if space.is_point or len(fitted) < FEWEST else _fit(space, fitted)
+@dataclass(frozen=True)
+class Fit:
+    """Processes over the space's shares.
+
+    Attributes:
+        objective: The objective without penalties.
+        excess: Loss of each protected corpus minus its limit, of those that some trial is beyond.
+    """
+
+    objective: gp.GaussianProcess
+    excess: tuple[gp.GaussianProcess, ...] = ()
+
+    def penalty(self, shares_MF: Array) -> Array:
+        """The expected penalty, [M]."""
+        beyond = (np.maximum(process.mean(shares_MF), 0.0) for process in self.excess)
+        return PENALTY * sum(beyond, np.zeros(len(shares_MF)))
+
+    def mean(self, shares_MF: Array) -> Array:
+        """The expected penalized objective, [M]."""
+        return self.objective.mean(shares_MF) + self.penalty(shares_MF)
+
+    def gradient(self, shares_MF: Array) -> Array:
+        """Its gradient by shares, [M, F]."""
+        gradient_MF = self.objective.posterior(shares_MF).mean_gradient_MF
+        for process in self.excess:
+            posterior = process.posterior(shares_MF)
+            gradient_MF = gradient_MF + PENALTY * (posterior.mean_M > 0)[:, None] * posterior.mean_gradient_MF
+        return gradient_MF
+
+    def at(self, shares_F: Array) -> Prediction:
+        """The prediction at a point, with the deviation of the objective."""
+        variance = self.objective.posterior(shares_F[None, :]).variance_M
+        return Prediction(float(self.mean(shares_F[None, :])[0]), float(variance[0] ** 0.5))
 
 
-def predict(space: Space, trials: Sequence[TrialRecord], coefficients: Coefficients) -> Prediction | None:
-    """Predict the objective at a point of the space, from trials of any runs; None where there are too few."""
-    with threadpool_limits(1, "blas"):
-        process = process_of(space, trials)
-        if process is None:
-            return None
-        posterior = process.posterior(space.shares(coefficients)[None, :])
-    return Prediction(float(posterior.mean_M[0]), float(posterior.variance_M[0] ** 0.5))
+def fit(space: Space, trials: Sequence[TrialRecord], limits: Mapping[str, float] | None = None) -> Fit | None:
+    """Fit the processes to trials of any runs; None where there are too few.
 
-
-def surrogate_of(space: Space, trials: Sequence[TrialRecord]) -> Surrogate | None:
-    """The process fitted to trials of any searches, the latest of each composite; None where there are too few."""
+    Args:
+        space: Coefficient space.
+        trials: Finished trials.
+        limits: Greatest allowed loss of each protected corpus on the search split, in the objective's unit.
+    """
     fitted = _fitted(trials)
     if space.is_point or len(fitted) < FEWEST:
         return None
+    return Fit(_fit_objective(space, fitted), tuple(_fit_excess(space, fitted, limits or {})))
+
+
+def predict(
+    space: Space, trials: Sequence[TrialRecord], coefficients: Coefficients, limits: Mapping[str, float] | None = None
+) -> Prediction | None:
+    """Predict the objective at a point of the space, from trials of any runs; None where there are too few."""
     with threadpool_limits(1, "blas"):
-        process = _fit(space, fitted)
-        lowest = optimum(space, process, fitted)
-        posterior = process.posterior(space.shares(lowest)[None, :])
+        surrogate = fit(space, trials, limits)
+        return None if surrogate is None else surrogate.at(space.shares(coefficients))
+
+
+def surrogate_of(
+    space: Space, trials: Sequence[TrialRecord], limits: Mapping[str, float] | None = None
+) -> Surrogate | None:
+    """The surrogate of trials of any searches, the latest of each composite; None where there are too few."""
+    fitted = _fitted(trials)
+    with threadpool_limits(1, "blas"):
+        surrogate = fit(space, fitted, limits)
+        if surrogate is None:
+            return None
+        lowest = optimum(space, surrogate, fitted)
+        prediction = surrogate.at(space.shares(lowest))
         names, points = _slice(space, lowest)
-        means = process.mean(np.array([space.shares(point) for point in points]).reshape(-1, len(space.caps_F)))
+        means = surrogate.mean(np.array([space.shares(point) for point in points]).reshape(-1, len(space.caps_F)))
     return Surrogate(
         optimum=lowest,
-        mean=float(posterior.mean_M[0]),
-        deviation=float(posterior.variance_M[0] ** 0.5),
+        mean=prediction.mean,
+        deviation=prediction.standard_deviation,
         names=names,
         points=points,
         means=tuple(np.round(means, 6).tolist()),
@@ -88,22 +139,42 @@ def _fitted(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
     return best + others[-(MOST - len(best)) :]
 
 
-def _fit(space: Space, trials: Sequence[TrialRecord]) -> gp.GaussianProcess:
-    """The process; estimates enter with their standard errors, and the best trials with their gradients too."""
-    measured = [Measurement.of_record(trial) for trial in trials]
+def _fit_objective(space: Space, trials: Sequence[TrialRecord]) -> gp.GaussianProcess:
+    """The objective's process; estimates enter with their standard errors, and the best trials with their gradients."""
+    measured = [_unpenalized(trial) for trial in trials]
     steep = [place for place, each in enumerate(measured) if each.has_gradient(space)]
     anchor = next((place for place in steep if not measured[place].is_probe), None)
     best = sorted(steep, key=lambda place: (place != anchor, measured[place].value))[: most_gradients(space)]
     return gp.fit(observe(space, measured, best, None if anchor is None else measured[anchor]))
 
 
-def optimum(space: Space, process: gp.GaussianProcess, trials: Sequence[TrialRecord]) -> Coefficients:
-    """The minimum of the posterior mean, searched from the best trials and from random points between."""
+def _unpenalized(trial: TrialRecord) -> Measurement:
+    """A trial with its objective; a gradient that has a penalty in it does not count."""
+    assert trial.objective is not None
+    measured = replace(Measurement.of_record(trial), value=trial.objective)
+    return replace(measured, gradient={}) if trial.violation else measured
+
+
+def _fit_excess(
+    space: Space, trials: Sequence[TrialRecord], limits: Mapping[str, float]
+) -> Iterator[gp.GaussianProcess]:
+    """Processes of protected corpora that a trial on all windows is beyond the limit of."""
+    whole = [trial for trial in trials if not trial.is_partial]
+    points_NF = np.array([space.shares(trial.coefficients) for trial in whole]).reshape(-1, len(space.caps_F))
+    for name, limit in limits.items():
+        excess_N = np.array([trial.scores[name].loss(trial.unit) - limit for trial in whole])
+        if (excess_N > 0).any():
+            yield gp.fit(gp.observe(points_NF, excess_N))
+
+
+def optimum(space: Space, surrogate: Fit, trials: Sequence[TrialRecord]) -> Coefficients:
+    """The minimum of the expected penalized objective, searched from the best trials and from random points between."""
+    # `maximize` takes logarithms: standardised differences to the offset keep their exponentials within floats.
+    observations = surrogate.objective.observations
 
     def descent(shares_MF: Array) -> tuple[Array, Array]:
-        posterior, scale = process.posterior(shares_MF), process.observations.scale
-        # `maximize` takes logarithms: the standardised mean keeps their exponentials within floats.
-        return -posterior.mean_M / scale, -posterior.mean_gradient_MF / scale
+        away_M = surrogate.mean(shares_MF) - observations.offset
+        return -away_M / observations.scale, -surrogate.gradient(shares_MF) / observations.scale
 
     ranked = sorted(trials, key=_objective)[:STARTS]
     best_NF = np.array([space.shares(trial.coefficients) for trial in ranked])

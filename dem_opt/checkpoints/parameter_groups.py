@@ -1,4 +1,4 @@
-"""Groups of a model's parameters, from the study file's words: layers, blocks of layers, depth, patterns."""
+"""Groups of a model's parameters, from the study file's words: layers, blocks of layers, tensors, depth, patterns."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -44,6 +44,8 @@ def parameter_groups(groups: Groups, architecture: Architecture, where: Path | N
         case "blocks":
             layers = layer_groups(names, architecture)
             return Grouping.of({name: _block(name, layers[name], names) for name in names})
+        case "tensors":
+            return Grouping.of({name: name.removesuffix(".weight") for name in names})
         case {"depth": int(parts)}:
             return Grouping.of(_depth_groups(names, architecture, parts, where))
         case _:

@@ -83,7 +83,7 @@ REST = "rest"
 """Group of the parameters that no pattern of a study matches."""
 
 Pattern = Annotated[str, Field(min_length=1)]
-Groups = Literal["global", "layers", "blocks"] | dict[Name, Positive | Pattern | list[Pattern]]
+Groups = Literal["global", "layers", "blocks", "tensors"] | dict[Name, Positive | Pattern | list[Pattern]]
 
 
 class CoefficientsSection(Section):
@@ -92,9 +92,9 @@ class CoefficientsSection(Section):
     groups: Groups = "global"
     """Groups of parameters with coefficients of their own: `global`, one for the whole model; `layers`, one for each
     layer and one for the embedding; `blocks`, which divides each layer into queries and keys, values and outputs, MLP
-    and norms; `{depth: 4}`, four parts of consecutive layers; or your own, `{attention: "*.self_attn.*"}`, by shell
-    patterns on parameter names, one or a list for each group (others are the group `rest`). The search finds the global
-    coefficients first, then those of the groups, from gradients.
+    and norms; `tensors`, one for each tensor; `{depth: 4}`, four parts of consecutive layers; or your own,
+    `{attention: "*.self_attn.*"}`, by shell patterns on parameter names, one or a list for each group (others are the
+    group `rest`). The search finds the global coefficients first, then those of the groups, from gradients.
     """
 
     shrink: Literal["auto", "none"] | PositiveReal = "auto"
@@ -111,7 +111,7 @@ class CoefficientsSection(Section):
         if not isinstance(self.groups, dict):
             return self
         if not self.groups:
-            raise ValueError("groups: names no group; write global, layers, blocks, {depth: 4} or patterns by group")
+            raise ValueError("groups: names no group; write global, layers, blocks, tensors, {depth: 4} or patterns")
         numbers = [name for name, value in self.groups.items() if isinstance(value, int)]
         if numbers and list(self.groups) != [DEPTH]:
             raise ValueError(f"groups.{numbers[0]}: must be a pattern on parameter names, or a list of patterns")

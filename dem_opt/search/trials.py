@@ -88,6 +88,12 @@ def exceeded(ledger: Ledger, identity: StudyIdentity, scores: Mapping[str, Score
     return violation(scores, base_scores(ledger, identity), identity.protect, identity.unit)
 
 
+def limits(ledger: Ledger, identity: StudyIdentity) -> dict[str, float]:
+    """Greatest allowed loss of each protected corpus on the search split: the base's and its allowance."""
+    base = base_scores(ledger, identity) if identity.protect else {}
+    return {name: base[name].loss(identity.unit) + allowance for name, allowance in identity.protect.items()}
+
+
 def coefficients_of(identity: StudyIdentity, composite: Composite) -> Coefficients | None:
     """A composite as coefficients of the study; None where it is no point of the study's space."""
     names = {content: name for name, content in identity.fine_tunes.items()}
@@ -256,10 +262,10 @@ def _estimated_excess(
     ledger: Ledger, identity: StudyIdentity, race: Race, scores: Mapping[str, Score]
 ) -> dict[str, float]:
     """By how much protected corpora exceed their allowance, as far as some windows tell, in the objective's unit."""
-    base, corpora = base_scores(ledger, identity) if identity.protect else {}, identity.corpora[SEARCH]
+    corpora = identity.corpora[SEARCH]
     return {
-        name: max(0.0, race.loss(corpora[name], scores[corpora[name]]) - base[name].loss(identity.unit) - allowance)
-        for name, allowance in identity.protect.items()
+        name: max(0.0, race.loss(corpora[name], scores[corpora[name]]) - limit)
+        for name, limit in limits(ledger, identity).items()
     }
 
 
@@ -309,9 +315,7 @@ def slope(
     sum over corpora of  (share + PENALTY [a protected corpus beyond its allowance])  d loss / d w_i .
     """
     unit = identity.unit
-    base = base_scores(ledger, identity) if identity.protect else {}
-    allowances = identity.protect.items()
-    beyond = {name for name, allowance in allowances if scores[name].loss(unit) > base[name].loss(unit) + allowance}
+    beyond = {name for name, limit in limits(ledger, identity).items() if scores[name].loss(unit) > limit}
     weights = _with_penalties(objectives(ledger, identity)[SEARCH].shares(scores), beyond)
     corpora = identity.corpora[SEARCH]
     return {

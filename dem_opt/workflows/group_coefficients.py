@@ -111,9 +111,9 @@ def _start(driver: Driver, inputs: Inputs, trials: Sequence[TrialRecord]) -> Arr
     """The curvature that the search begins with: that of the trials, divided by the vectors' squared lengths."""
     identity = driver.identity
     assert identity.groups is not None
-    whole = [trial for trial in trials if trial.penalized is not None and not trial.is_partial]
+    whole = [trial for trial in trials if trial.objective is not None and not trial.is_partial]
     shares_MF = np.array([identity.space.shares(trial.coefficients) for trial in whole])
-    values_M = np.array([trial.penalized for trial in whole], dtype=np.float64)
+    values_M = np.array([trial.objective for trial in whole], dtype=np.float64)
     lengths = squared_lengths(inputs.base, inputs.fine_tunes)
     parts_G = np.array([sum(lengths[name] for name in members) for _, members in identity.groups.grouping.groups])
     parts_G = parts_G if parts_G.sum() > 0 else np.ones(len(parts_G))

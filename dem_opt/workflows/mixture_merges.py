@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from dem_opt.analysis.precision import study_precision
 from dem_opt.config import StudyConfig
 from dem_opt.config.sections import SimplexSection
+from dem_opt.search.trials import limits
 from dem_opt.simplex import TOLERANCE, Space
 from dem_opt.storage.engine import is_there
 from dem_opt.storage.identity import StudyIdentity
@@ -32,12 +33,14 @@ class Merges:
         total: The sum that stands for the budget.
         trials: The trials.
         precision: How well their best is known.
+        allowed: Greatest allowed loss of each protected corpus on the search split, in the objective's unit.
     """
 
     space: Space
     total: float
     trials: tuple[TrialRecord, ...]
     precision: Precision | None
+    allowed: Mapping[str, float]
 
 
 def find_merges(context: StudyContext, identity: StudyIdentity, total: float) -> Merges | None:
@@ -111,4 +114,5 @@ def _read(context: StudyContext, identity: StudyIdentity, total: float, *, is_ow
             total=total,
             trials=tuple(trial for records in trials.values() for trial in records),
             precision=study_precision(ledger, identity, trials),
+            allowed=limits(ledger, identity),
         )

@@ -57,7 +57,7 @@ class MixturePredictors:
             return self._curves(steps)
         merges = measure_merges(self._context, self._identity, self.total(steps))
         self._merges[merges.total] = merges
-        predictor = MergePredictor.of(merges.space, merges.trials, merges.total)
+        predictor = MergePredictor.of(merges.space, merges.trials, merges.total, merges.allowed)
         if predictor is None:
             mend = "too few composites were scored to predict others; raise search.trials"
             raise InputError(self._context.path, None, None, mend)
@@ -69,7 +69,7 @@ class MixturePredictors:
         with suppress(InputError):
             predictors["curves"] = self._curves(steps)
         merges = self.merges(steps)
-        predictor = merges and MergePredictor.of(merges.space, merges.trials, merges.total)
+        predictor = merges and MergePredictor.of(merges.space, merges.trials, merges.total, merges.allowed)
         return predictors | ({"merges": predictor} if predictor else {})
 
     def merges(self, steps: int) -> Merges | None:

@@ -12,7 +12,7 @@ from dem_opt.analysis.rivals import recall_rivals
 from dem_opt.analysis.stored_vectors import recall_vectors
 from dem_opt.analysis.surrogate import Prediction
 from dem_opt.errors import InputError
-from dem_opt.search.trials import finished, missing
+from dem_opt.search.trials import finished, limits, missing
 from dem_opt.simplex import Coefficients
 from dem_opt.storage.identity import StudyIdentity, refuse_other_space
 from dem_opt.storage.ledger import Ledger
@@ -49,11 +49,11 @@ def summarize_generation(context: StudyContext, ledger: Ledger, identity: StudyI
     settings = facts(context.config, context.path, identity)
     summary = summarize(context.config.name, ledger, identity, trials, settings, stopped)
     vectors = recall_vectors(identity.base, identity.fine_tunes, context.config.output)
-    fitted = surrogate.surrogate_of(identity.space, [record for records in trials.values() for record in records])
+    records = [record for records in trials.values() for record in records]
     return replace(
         summary,
         vectors=vectors,
-        surrogate=fitted,
+        surrogate=surrogate.surrogate_of(identity.space, records, limits(ledger, identity)),
         precision=study_precision(ledger, identity, trials),
         rivals=recall_rivals(context.config, ledger, identity, summary.global_winner),
     )
@@ -101,8 +101,9 @@ def predict(context: StudyContext, coefficients: Coefficients) -> Prediction:
     with context.stored() as stored:
         refuse_other_space(context.path, stored.identity, context.config.space)
         trials = trials_by_run(context, stored.ledger, stored.identity, stored.generation)
-        space = stored.identity.space
-    prediction = surrogate.predict(space, [trial for records in trials.values() for trial in records], coefficients)
+        allowed = limits(stored.ledger, stored.identity)
+    records = [trial for records in trials.values() for trial in records]
+    prediction = surrogate.predict(stored.identity.space, records, coefficients, allowed)
     if prediction is None:
         mend = (
             f"a prediction needs {surrogate.FEWEST} composites that were scored, and a space with more than one point"

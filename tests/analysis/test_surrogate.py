@@ -1,13 +1,14 @@
 """Laws of the surrogate: it finds the lowest point of a quadratic, and its slice lies in the space."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from dem_opt.analysis.surrogate import FEWEST, MOST, surrogate_of
+from dem_opt.analysis.surrogate import FEWEST, MOST, predict, surrogate_of
 from dem_opt.simplex import UNIT, Space
-from dem_opt.types import TrialRecord
+from dem_opt.types import PENALTY, Score, TrialRecord
 
 
 def trials_of(space: Space, lowest: Sequence[float], count: int = 40) -> list[TrialRecord]:
@@ -51,6 +52,31 @@ def test_the_slice_lies_in_the_space_and_keeps_the_other_coefficients(space: Spa
         assert space.contains(point) and others.items() <= point.units.items()
         exact = 3 + float(((space.point(point) - np.array(lowest)) ** 2).sum())
         assert mean == pytest.approx(exact, abs=0.03)
+
+
+@cases
+@pytest.mark.parametrize("slopes", [False, True], ids=["values", "gradients"])
+def test_the_optimum_is_where_a_protected_corpus_reaches_its_limit(
+    space: Space, lowest: Sequence[float], slopes: bool
+) -> None:
+    """The limit is a sphere around another point: the optimum is halfway.  Penalties of up to 30 nats are predicted."""
+    limit, other = 2.0, space.point(space.centroid())
+    allowed = float(((np.array(lowest) - other) ** 2).sum()) / 4
+    trials = trials_of(space, lowest)
+    away = [float(((space.point(trial.coefficients) - other) ** 2).sum()) - allowed for trial in trials]
+    for place, (trial, excess) in enumerate(zip(trials, away, strict=True)):
+        excess *= 3.0 / max(away)
+        slope_K = 2 * (space.point(trial.coefficients) - lowest) * (1 + PENALTY * (excess > 0))
+        gradient = dict(zip(space.names, slope_K.tolist(), strict=True)) if slopes else {}
+        scores = {"general": Score((limit + excess,), (1,))}
+        trials[place] = replace(trial, scores=scores, violation=max(excess, 0.0), gradient=gradient)
+    result = surrogate_of(space, trials, {"general": limit})
+    assert result is not None
+    assert space.point(result.optimum) == pytest.approx((np.array(lowest) + other) / 2, abs=0.02)
+    assert result.mean == pytest.approx(3 + allowed, abs=0.02)
+    worst = max(trials, key=lambda trial: trial.violation)
+    prediction = predict(space, trials, worst.coefficients, {"general": limit})
+    assert prediction is not None and prediction.mean == pytest.approx(worst.penalized, rel=0.02)
 
 
 def test_four_distributions_leave_out_the_one_of_which_the_optimum_has_least() -> None:

@@ -16,7 +16,7 @@ def architecture(name):
     return ARCHITECTURES[name]
 
 
-@pytest.mark.parametrize("groups", ["layers", "blocks", {"depth": 2}, {"first": "*.0.*"}], ids=str)
+@pytest.mark.parametrize("groups", ["layers", "blocks", "tensors", {"depth": 2}, {"first": "*.0.*"}], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_grouping_is_a_partition_of_the_parameters(name, groups):
     if groups == {"depth": 2} and len(parameter_groups("layers", architecture(name))) < 4:
@@ -49,6 +49,12 @@ def test_layers_and_blocks_of_known_architectures(name, layers, blocks):
         names = parameter_groups("blocks", architecture(name)).names
         kinds = [block.removeprefix(f"{first}.") for block in names if block.startswith(f"{first}.")]
         assert sorted(kinds) == sorted(blocks)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_tensor_is_a_group(name):
+    grouping = parameter_groups("tensors", architecture(name))
+    assert [members for _, members in grouping.groups] == [(parameter,) for parameter in architecture(name).parameters]
 
 
 def test_parts_of_the_depth_have_nearly_as_many_layers():

@@ -14,7 +14,7 @@ from dem_opt.merging.merged_model import MergedModel, merged_tensors, total_grad
 from dem_opt.simplex import UNIT, Coefficients
 from dem_opt.types import Composite
 
-GROUPS = ("layers", "blocks", {"depth": 2}, {"first": "*0*.weight"})
+GROUPS = ("layers", "blocks", "tensors", {"depth": 2}, {"first": "*0*.weight"})
 
 
 @pytest.fixture(scope="module", params=[("llama tied", "float32"), ("gpt2", "mixed"), ("llama untied", "bfloat16")])
