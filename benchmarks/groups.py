@@ -80,7 +80,7 @@ class Row:
         groups: Groups of parameters.
         search: Gain over the global optimum on the search split.
         held_out: The same held out, with its interval.
-        share: The same in the part of what the global optimum gains over the uniform average.
+        share: The same in the part of what the global optimum gains over the uniform average; None if that is nothing.
         expected: Gain on the fold that did not choose; None without folds.
         optimism: Part of the gain on the search split that the choice on it has made; None without folds.
         shrink: The penalty that was chosen; None for the global coefficients.
@@ -92,7 +92,7 @@ class Row:
     groups: int
     search: float
     held_out: tuple[float, float, float]
-    share: float
+    share: float | None
     expected: float | None
     optimism: float | None
     shrink: float | None
@@ -183,7 +183,7 @@ def measure(study: Path, folder: Path, name: str, variants: Sequence[str] = VARI
             groups=len(groups.coefficients) if groups else 1,
             search=own.global_winner.objective[SEARCH] - summary.winner.objective[SEARCH],
             held_out=(gap.mean, gap.low, gap.high),
-            share=gap.mean / gain_of_search(reference),
+            share=gap.mean / gained if (gained := gain_of_search(reference)) > 0 else None,
             expected=-groups.judged.other if groups and groups.judged else None,
             optimism=groups.optimism if groups else None,
             shrink=groups.shrink if groups and isfinite(groups.shrink) else None,
@@ -207,10 +207,11 @@ def line(row: Row) -> str:
     """A row as Markdown."""
     mean, low, high = row.held_out
     expected, optimism = ("" if gain is None else f"{gain:+.4f}" for gain in (row.expected, row.optimism))
+    share = "" if row.share is None else f"{row.share:.0%}"
     shrink = "global" if row.groups > 1 and row.shrink is None else "" if row.shrink is None else f"{row.shrink:.2g}"
     return (
         f"| {row.study} | {row.variant} | {row.groups} | {row.search:+.4f} | {mean:+.4f} [{low:+.4f}, {high:+.4f}] | "
-        f"{row.share:.0%} | {expected} | {optimism} | {shrink} | {row.forwards:.0f} |"
+        f"{share} | {expected} | {optimism} | {shrink} | {row.forwards:.0f} |"
     )
 
 
@@ -221,9 +222,10 @@ def verdict(rows: Sequence[Row]) -> str:
     gain, low, _ = blocks.held_out
     controls = [[by_variant[name].held_out[0] for name in names if name in by_variant] for names in CONTROLS]
     best_control = max(float(np.mean(gains)) for gains in controls if gains)
-    if blocks.share < REFUTED or best_control >= gain:
+    if best_control >= gain or (blocks.share is not None and blocks.share < REFUTED):
         return "against"
-    return "for" if blocks.share >= CONFIRMED and low > 0 and best_control < gain / 2 else "neither"
+    is_large = blocks.share is not None and blocks.share >= CONFIRMED
+    return "for" if is_large and low > 0 and best_control < gain / 2 else "neither"
 
 
 def main() -> None:

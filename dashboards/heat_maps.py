@@ -48,7 +48,7 @@ def group_heat_map(summary: Summary) -> go.Figure:
     rows = groups.coefficients.rows if groups is not None else ()
     centre = groups.centre.weights if groups is not None else {}
     values = [[round(row[name] - centre[name], 6) for name in names] for _, row in rows]
-    return _heat_map(
+    return draw(
         HeatMap(
             title="Coefficients by group, minus the global ones",
             reading=(
@@ -61,6 +61,7 @@ def group_heat_map(summary: Summary) -> go.Figure:
             if_empty="no group has been searched",
             colors=COSINE_COLORS,
             limit=max((abs(value) for row in values for value in row), default=1.0) or 1.0,
+            length=40,
         )
     )
 
@@ -73,7 +74,7 @@ def change_heat_map(summary: Summary, split: str = HELD_OUT) -> go.Figure:
     """
     base, *others = (row for row in summary.results if row.role != "sum" or split in row.scores)
     names = list(summary.weights)
-    return _heat_map(
+    return draw(
         HeatMap(
             title=f"NLL minus the base's, {_split_words(split)}",
             reading="NLL minus the base's in nats per token; negative is better. Colours saturate at the largest gain.",
@@ -90,7 +91,7 @@ def price_heat_map(summary: Summary, split: str = HELD_OUT) -> go.Figure:
     own = {row.label: row for row in summary.results if row.role == "single"}
     shown = [row for row in summary.results if row.role in ("base", "uniform", "best")]
     names = [name for name in summary.weights if name in own]
-    return _heat_map(
+    return draw(
         HeatMap(
             title=f"Price of sharing one model, {_split_words(split)}",
             reading=(
@@ -111,7 +112,7 @@ def worth_heat_map(summary: Summary, split: str = HELD_OUT) -> go.Figure:
     The last column is the change of the objective.
     """
     names, winner, objective = list(summary.weights), summary.global_winner, objective_name(summary)
-    return _heat_map(
+    return draw(
         HeatMap(
             title=f"Leave one out, {_split_words(split)}",
             reading=(
@@ -140,7 +141,7 @@ def cosine_heat_map(summary: Summary) -> go.Figure:
         cosines = [[vectors.cosine(index[row], index[column]) for column in names] for row in names]
         values = [[None if cosine is None else round(cosine, 6) for cosine in row] for row in cosines]
         rows = [f"{name} ({vectors.norms[index[name]]:.3g})" for name in names]
-    return _heat_map(
+    return draw(
         HeatMap(
             title="Cosines of the distribution vectors",
             reading=(
@@ -164,6 +165,7 @@ class HeatMap:
     values    a row of numbers for each of `rows`, None where not measured; rows without any number are not drawn
     if_empty  the message shown if no row is left
     limit     the absolute value at which colours saturate; None: the largest gain
+    length    characters of a row's name that are shown
     """
 
     title: str
@@ -174,9 +176,21 @@ class HeatMap:
     if_empty: str
     colors: Sequence[tuple[float, str]] = CHANGE_COLORS
     limit: float | None = None
+    length: int = 22
 
 
-def _heat_map(table: HeatMap) -> go.Figure:
+FRAME = 170
+"""Pixels of a heat map's height beside its rows."""
+
+ROW_HEIGHTS = ((24, 34), (80, 18))
+"""Up to so many rows, each has so many pixels; beyond the last LOW, where numbers have no room."""
+
+LOW, LABEL_HEIGHT = 8, 16
+"""Pixels of each of many rows, and of a name beside them."""
+
+
+def draw(table: HeatMap) -> go.Figure:
+    """Draw a table: with numbers in its cells, or with a bar of colours where there are too many rows for them."""
     measured = [
         (name, values)
         for name, values in zip(table.rows, table.values, strict=True)
@@ -185,31 +199,34 @@ def _heat_map(table: HeatMap) -> go.Figure:
     rows, values = [name for name, _ in measured], [values for _, values in measured]
     limit = table.limit or _saturation([value for row in values for value in row if value is not None])
     is_wide = len(table.columns) > 6
+    height = next((pixels for most, pixels in ROW_HEIGHTS if len(rows) <= most), LOW)
+    has_numbers = height > LOW
     figure = go.Figure()
     figure.add_heatmap(
         z=values,
         x=list(range(len(table.columns))),
         y=list(range(len(rows))),
-        text=[[signed(value) for value in row] for row in values],
-        texttemplate="%{text}",
-        textfont={"color": "#111111", "size": 11 if is_wide else 13},
+        text=[[signed(value) for value in row] for row in values] if has_numbers else None,
+        texttemplate="%{text}" if has_numbers else None,
+        textfont={"color": "#111111", "size": 11 if is_wide or height < LABEL_HEIGHT + 10 else 13},
         hoverinfo="skip",
         colorscale=table.colors,
         zmin=-limit,
         zmax=limit,
         xgap=2,
-        ygap=2,
-        showscale=False,
+        ygap=2 if has_numbers else 0,
+        showscale=not has_numbers,
+        colorbar={"thickness": 10, "len": 0.5, "tickformat": "+.2f"},
     )
     slant = -35 if is_wide or max(map(len, table.columns), default=0) > 8 else 0
     figure.update_xaxes(name_ticks(table.columns), title="distribution", tickangle=slant)
-    figure.update_yaxes(name_ticks(rows), autorange="reversed")
+    figure.update_yaxes(name_ticks(rows, table.length, -(-LABEL_HEIGHT // height)), autorange="reversed")
     if not rows:
         show_message(figure, table.if_empty)
     lines = [_describe_row(name, table.columns, row) for name, row in measured]
     description = f"{'; '.join(lines) or table.if_empty}."
     width = 180 + 52 * len(table.columns)
-    return finish(figure, table.title, table.reading, description, 170 + 34 * len(rows), width)
+    return finish(figure, table.title, table.reading, description, FRAME + height * len(rows), width)
 
 
 def _split_words(split: str) -> str:

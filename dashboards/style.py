@@ -98,15 +98,15 @@ def signed(value: float | None) -> str:
     return ABSENT if value is None else f"{value:+.3f}"
 
 
-def name_ticks(names: Sequence[str]) -> dict[str, Any]:
-    """Return axis settings that place names at 0, 1, 2, ...
+def name_ticks(names: Sequence[str], length: int = 22, step: int = 1) -> dict[str, Any]:
+    """Return axis settings that place names at 0, 1, 2, ..., and show every `step`-th of them.
 
     Numeric positions keep apart two names that look alike once shortened; as categories they would merge.
     """
     return {
         "tickmode": "array",
-        "tickvals": list(range(len(names))),
-        "ticktext": [label(name) for name in names],
+        "tickvals": list(range(0, len(names), step)),
+        "ticktext": [label(name, length) for name in names[::step]],
         "showgrid": False,
     }
 
@@ -143,6 +143,10 @@ def ternary_axes(corners: Mapping[str, str], total: float) -> dict[str, Any]:
     return frame | {f"{corner}axis": {"title": {"text": label(name)}, "nticks": 5} for corner, name in corners.items()}
 
 
+TITLE_TOP = 10
+"""Pixels above a title."""
+
+
 def finish(
     figure: go.Figure, title: str, reading: str, description: str, height: int, least_width: int = 0
 ) -> go.Figure:
@@ -162,7 +166,14 @@ def finish(
     figure.update_yaxes(axis)
     figure.update_layout(
         template="none",
-        title={"text": title, "x": 0.0, "xanchor": "left", "y": 0.98, "yanchor": "top", "font": {"size": 15}},
+        title={
+            "text": title,
+            "x": 0.0,
+            "xanchor": "left",
+            "y": 1 - TITLE_TOP / height,
+            "yanchor": "top",
+            "font": {"size": 15},
+        },
         meta={"reading": reading, "description": description, "width": least_width},
         font={"family": "system-ui, sans-serif", "size": 13, "color": "#222222"},
         paper_bgcolor="#FFFFFF",

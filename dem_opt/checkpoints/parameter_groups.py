@@ -45,7 +45,7 @@ def parameter_groups(groups: Groups, architecture: Architecture, where: Path | N
             layers = layer_groups(names, architecture)
             return Grouping.of({name: _block(name, layers[name], names) for name in names})
         case "tensors":
-            return Grouping.of({name: name.removesuffix(".weight") for name in names})
+            return Grouping.of(_tensor_groups(names))
         case {"depth": int(parts)}:
             return Grouping.of(_depth_groups(names, architecture, parts, where))
         case _:
@@ -69,6 +69,13 @@ def layer_groups(names: Sequence[str], architecture: Architecture) -> dict[str, 
         else:
             groups[name] = HEAD if architecture.head is not None and place > first else EMBEDDING
     return groups
+
+
+def _tensor_groups(names: Sequence[str]) -> dict[str, str]:
+    """A group for each parameter: its name without what all stacks begin with, and without "weight"."""
+    common = _common_beginning({match["stack"] for name in names if (match := _LAYER.match(name))})
+    short = {name: name.removeprefix(common).removesuffix(".weight") for name in names}
+    return short if len(set(short.values())) == len(names) else {name: name for name in names}
 
 
 def _common_beginning(stacks: set[str]) -> str:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -292,3 +293,19 @@ def test_hostile_names_stay_text_in_both_pages() -> None:
         text = render(summary)
         body = text[: text.index('<script type="application/json"')]
         assert HOSTILE[0] not in text and HOSTILE[1] not in text and "&lt;script&gt;alert(1)" in body
+
+
+@pytest.mark.parametrize("count", [1, 24, 25, 80, 81, 300])
+def test_rows_of_a_heat_map_have_numbers_where_these_have_room_and_names_that_do_not_overlap(count: int) -> None:
+    values = [[0.1 * number, -0.2] for number in range(count)]
+    names = [f"layers.{number}.post_attention_layernorm" for number in range(count)]
+    texts = {"title": "title", "reading": "reading", "if_empty": "empty"}
+    table = heat_maps.HeatMap(rows=names, columns=["code", "math"], values=values, limit=1.0, length=40, **texts)
+    figure = heat_maps.draw(table)
+    (trace,) = figure.data
+    row = (figure.layout.height - heat_maps.FRAME) / count
+    has_numbers = trace.text is not None
+    assert has_numbers == (trace.texttemplate is not None) == (not trace.showscale) == (row >= 16)
+    shown = figure.layout.yaxis.tickvals
+    assert shown[0] == 0 and all((after - before) * row >= 16 for before, after in pairwise(shown))
+    assert figure.layout.yaxis.ticktext[0] == "layers.0.post_attention_layernorm"
