@@ -2,6 +2,7 @@
 
     base-240, base-960, base-3840   the quickstart's kind, with bases that have learnt for so many steps
     short-vectors                   the base of 960 steps, fine-tuned at a lower rate
+    short-240, short-3840           likewise the others: for the column of groups beside `benchmarks/mixing.py`
     eight                           the same base with eight distributions: math in two kinds, records in three, logs
     adapters                        the same base with a LoRA of rank 8 for each of four distributions
     qwen2                           another architecture, of four layers with grouped queries and tied embeddings, and
@@ -139,6 +140,8 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "base-960": lambda folder: of_base(folder, 960),
     "base-3840": lambda folder: of_base(folder, 3840),
     "short-vectors": lambda folder: of_base(folder, 960, LOWER_RATE),
+    "short-240": lambda folder: of_base(folder, 240, LOWER_RATE),
+    "short-3840": lambda folder: of_base(folder, 3840, LOWER_RATE),
     "eight": eight,
     "adapters": adapters,
     "qwen2": qwen2,

@@ -41,6 +41,10 @@ class _FoldGradient(GroupTables):
     products: Mapped[bytes]
 
 
+FOLD_GRADIENTS = GroupTables.metadata.tables[_FoldGradient.__tablename__]
+"""The table, for copies out of another database."""
+
+
 class _GroupTrial(GroupTables):
     """A trial of a search of coefficients by group; `coefficients` is JSON, units of 1e-9 by group and distribution."""
 

@@ -21,6 +21,7 @@ from sqlalchemy import (
     func,
     inspect,
     select,
+    union,
 )
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
@@ -29,6 +30,7 @@ from dem_opt.errors import InputError
 from dem_opt.storage.costs import CostTables, add_earlier_expenses, add_expense, forget_expenses, read_costs
 from dem_opt.storage.engine import create_missing, exclusive, insert_into, masked
 from dem_opt.storage.group_tables import (
+    FOLD_GRADIENTS,
     FoldGradients,
     GroupTables,
     GroupTrial,
@@ -42,6 +44,7 @@ from dem_opt.storage.group_tables import (
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.leases import living_drivers
 from dem_opt.storage.part_tables import (
+    PART_GRADIENTS,
     PartGradients,
     PartTables,
     add_part_gradients,
@@ -171,6 +174,12 @@ class _Corpus(_Tables):
     key: Mapped[str] = mapped_column(primary_key=True)
     bytes_W: Mapped[bytes]
     documents: Mapped[str]
+
+
+_COMPOSITES, _SCORES = (_Tables.metadata.tables[table.__tablename__] for table in (_Composite, _Score))
+
+_BY_CONTENT = (_SCORES, _Tables.metadata.tables[_Gradient.__tablename__], PART_GRADIENTS, FOLD_GRADIENTS)
+"""Tables of what was measured of a composite on a corpus, which holds in any database."""
 
 
 @dataclass(frozen=True)
@@ -454,21 +463,26 @@ class Ledger:
         """Copy the scores and gradients on some corpora out of another ledger; return the number of scores.
 
         They are by content, so they hold here as there, unless a checkpoint was scored with another configuration
-        there.  A source that can't be read now gives none.
+        there.  A source that can't be read now gives none, and one of an earlier release what its tables have.
         """
-        scores = _Score.scoring == scoring, _Score.corpus.in_(corpora)
-        gradients = _Gradient.scoring == differentiation, _Gradient.corpus.in_(corpora)
-        measured = select(_Score.composite).where(*scores).union(select(_Gradient.composite).where(*gradients))
-        queries = {
-            _Composite: select(_Composite.__table__).where(_Composite.key.in_(measured)),
-            _Score: select(*(column for column in _Score.__table__.c if column.name != "id"))
-            .where(*scores)
-            .order_by(_Score.id),
-            _Gradient: select(_Gradient.__table__).where(*gradients),
-        }
         try:
             with source.connect() as connection:
-                rows = {table: connection.execute(query).mappings().all() for table, query in queries.items()}
+                present = {table for table in _BY_CONTENT if inspect(connection).has_table(table.name)}
+                wanted = {
+                    table: (
+                        table.c.scoring == (scoring if table is _SCORES else differentiation),
+                        table.c.corpus.in_(corpora),
+                    )
+                    for table in present
+                }
+                measured = union(*(select(table.c.composite).where(*where) for table, where in wanted.items()))
+                composites = select(_COMPOSITES).where(_COMPOSITES.c.key.in_(measured))
+                rows = {_COMPOSITES: connection.execute(composites).mappings().all()}
+                for table, where in wanted.items():
+                    columns = (column for column in table.c if column.name != "id")
+                    rows[table] = (
+                        connection.execute(select(*columns).where(*where).order_by(*table.primary_key)).mappings().all()
+                    )
         except DBAPIError:
             return 0
         own = self._configurations(self.engine)
@@ -479,7 +493,7 @@ class Ledger:
                 if copies:
                     insert = insert_into(self.engine, table).on_conflict_do_nothing()
                     connection.execute(insert, [dict(row) for row in copies])
-        return len(rows[_Score])
+        return len(rows[_SCORES])
 
     @patient
     def count_scores(self) -> int:

@@ -38,6 +38,10 @@ class _PartGradient(PartTables):
     gradient: Mapped[str]
 
 
+PART_GRADIENTS = PartTables.metadata.tables[_PartGradient.__tablename__]
+"""The table, for copies out of another database."""
+
+
 def add_part_gradients(
     connection: Connection, composite: Composite, gradients: PartGradients, differentiation: str
 ) -> None:

@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from dem_opt.errors import InputError
 from dem_opt.simplex import UNIT
 from dem_opt.storage.engine import connect
 from dem_opt.storage.ledger import SCHEMA, Ledger, StudyRow
-from dem_opt.types import Composite, CorpusLayout, Score
+from dem_opt.types import Composite, CorpusLayout, PartGradient, Score
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -254,3 +255,37 @@ def test_the_seconds_of_an_evaluation_count_once(engine: Engine) -> None:
     for corpora, seconds in [(["one", "two"], 2.0), (["one", "two", "three"], 2.5), (["three"], 0.5), (["four"], 0)]:
         assert ledger.seconds(composite(0), corpora, "scoring") == seconds
     assert ledger.seconds(composite(0), ["one"], "another") == 0
+
+
+@pytest.mark.parametrize("lacking", [None, "dem_part_gradient", "dem_fold_gradient"])
+def test_what_was_measured_in_another_database_is_copied(engine: Engine, tmp_path: Path, lacking: str | None) -> None:
+    """Scores and gradients of every kind, and from a database of an earlier release what its tables have."""
+    measured, score = composite(0), Score((1.5, 2.5), (3, 4))
+    folds, part, gradient = {"one": ((0,), (1,))}, range(1, 2), {"a": 0.5, "b": -1.5}
+    by_fold = {fold: {"embed": gradient} for fold in folds["one"]}
+    other = connect(f"sqlite:///{tmp_path / 'other.db'}")
+    for corpus in ("one", "two"):
+        Ledger(other).record(
+            measured,
+            {corpus: score},
+            "scoring",
+            gradients={corpus: gradient},
+            differentiation="base",
+            fold_gradients={corpus: by_fold},
+            part_gradients={corpus: {part: PartGradient(Score((2.5,), (4,)), gradient)}},
+        )
+    Ledger(other).record(composite(1), {"one": score}, "of others", differentiation="of others")
+    if lacking:
+        with other.begin() as connection:
+            connection.execute(text(f"DROP TABLE {lacking}"))
+    ledger = Ledger(engine)
+    assert ledger.copy_scores(other, "scoring", ["one"], "base") == 1
+    assert ledger.composites("scoring") == [measured] and rows(engine, "dem_composite") == 1
+    assert ledger.look_up(measured, ["one", "two"], "scoring") == {"one": score}
+    assert ledger.gradients(measured, ["one", "two"], "base") == {"one": gradient}
+    parts = ledger.part_gradients(measured, {"one": [part], "two": [part]}, "base")
+    expected = {} if lacking == "dem_part_gradient" else {"one": {part: PartGradient(Score((2.5,), (4,)), gradient)}}
+    assert parts == expected
+    known = ledger.fold_gradients(measured, folds, "base")
+    assert known == ({} if lacking == "dem_fold_gradient" else {"one": by_fold})
+    other.dispose()
