@@ -10,7 +10,7 @@ With `--ends`: where `simplex-gp` ends by itself, and what that costs against TR
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
 from math import inf
@@ -181,27 +181,38 @@ Step = tuple[float, float]
 
 
 def searched(
-    landscape: Landscape, algorithm: str, gradients: bool, races: bool, expected: list[float | None] | None = None
+    landscape: Landscape,
+    algorithm: str,
+    gradients: bool,
+    races: bool,
+    trials: list[Trial] | None = None,
+    start: Sequence[Coefficients] = (),
+    cost_of: Callable[[Coefficients], float] = lambda point: 1.0,
 ) -> Iterator[Step]:
     """A search algorithm of the product, or Optuna's GPSampler; races, gradients and probes as a study has them.
 
-    The improvement that is expected of each proposal is appended to `expected`.
+    Args:
+        landscape: The losses.
+        algorithm: The algorithm.
+        gradients: Trials have their gradient.
+        races: Trials may be stopped early, and gradients are of parts of the windows.
+        trials: A list that trials are appended to.
+        start: Points that a study begins with that goes on from another.
+        cost_of: Cost of a score without gradient, in FE: such a study knows some corpora's scores.
     """
     parts = WINDOWS // PART if gradients and races else 0
-    space, trials = landscape.space, list[Trial]()
+    space, trials = landscape.space, [] if trials is None else trials
     if algorithm == "gp-sampler":
         proposer: Proposer = OptunaSampler(space, lambda seed: GPSampler(seed=seed))
     else:
         proposer = make_proposer(algorithm, space, gradients=gradients, parts=parts)
-    plain = {*space.landmarks()} - ({space.centroid()} if gradients else set())
+    plain = {*start, *space.landmarks()} - ({space.centroid()}.difference(start) if gradients else set())
     while True:
-        proposal = propose(proposer, trials, (), landscape.seed)
-        if expected is not None:
-            expected.append(proposal.expected_improvement)
-        point = proposal.coefficients
+        proposal = propose(proposer, trials, start, landscape.seed)
+        point, promise = proposal.coefficients, proposal.expected_improvement
         x_N, number = space.shares(point), len(trials)
         if proposal.is_probe:
-            trials.append(probed(landscape, point, trials))
+            trials.append(replace(probed(landscape, point, trials), expected_improvement=promise))
             yield trials[-1].forwards, inf
             continue
         charged = sum(trial.forwards for trial in trials if trial.coefficients == point)
@@ -219,10 +230,11 @@ def searched(
                 point == space.centroid() if parts else algorithm == "gradient" or point not in plain
             )
             slopes = dict(zip(space.names, landscape.gradient(x_N).tolist(), strict=True)) if steep else {}
-            cost = GRADIENT_FORWARDS if steep else 1.0 - charged
+            cost = GRADIENT_FORWARDS if steep else max(cost_of(point) - charged, 0.0)
             attributes = TrialAttributes(gradient=slopes, forwards=cost)
             objective = value = landscape.value(x_N)
-        trials.append(Trial(number, point, "complete", objective=objective, attributes=attributes))
+        trial = Trial(number, point, "complete", objective=objective, attributes=attributes)
+        trials.append(replace(trial, expected_improvement=promise))
         yield attributes.forwards, value
 
 
@@ -386,13 +398,19 @@ def forwards_until(landscape: Landscape, steps: Iterator[Step]) -> tuple[list[fl
 
 def at_the_end(landscape: Landscape, gradients: bool, patience: int) -> tuple[int, float, float]:
     """Trials, forward-equivalents and regret of `simplex-gp` where it ends, after TRIALS trials at the latest."""
-    expected, spent, best = list[float | None](), 0.0, inf
-    for cost, value in searched(landscape, "simplex-gp", gradients, True, expected):
-        spent, best, recent = spent + cost, min(best, value), expected[-patience:]
-        promises_little = all(each is not None and each < TOLERANCE for each in recent)
-        if len(expected) == TRIALS or (len(recent) == patience and promises_little):
+    trials, spent, best = list[Trial](), 0.0, inf
+    for cost, value in searched(landscape, "simplex-gp", gradients, True, trials):
+        spent, best = spent + cost, min(best, value)
+        if has_ended(trials, patience):
             break
-    return len(expected), spent, best - landscape.lowest
+    return len(trials), spent, best - landscape.lowest
+
+
+def has_ended(trials: Sequence[Trial], patience: int = PATIENCE) -> bool:
+    """True where a search ends: little is expected of its last proposals, or the budget is spent."""
+    promises = [trial.expected_improvement for trial in trials[-patience:]]
+    promise_little = all(promise is not None and promise < TOLERANCE for promise in promises)
+    return len(trials) == TRIALS or (len(promises) == patience and promise_little)
 
 
 def print_ends(sizes: Sequence[int], seeds: range) -> None:

@@ -115,7 +115,7 @@ def carried_over(ledger: Ledger, identity: StudyIdentity) -> list[Coefficients]:
         return [candidate.coefficients for candidate in ranked[:CARRIED_OVER]]
     most_scored = [candidate.coefficients for candidate in ranked if candidate.missing == ranked[0].missing]
     others = [candidate.coefficients for candidate in ranked if candidate.missing != ranked[0].missing]
-    return (_apart(most_scored, SCORED_ANEW) + others)[:SCORED_ANEW]
+    return (farthest_first(most_scored, SCORED_ANEW) + others)[:SCORED_ANEW]
 
 
 def _candidates(ledger: Ledger, identity: StudyIdentity) -> list[CarriedOver]:
@@ -161,7 +161,7 @@ def describe_reuse(ledger: Ledger, identity: StudyIdentity, start: Sequence[Coef
     return f"{why}; of these only {', '.join(new)} is scored" if new else f"{why}; none of these is scored again"
 
 
-def _apart(ranked: Sequence[Coefficients], most: int) -> list[Coefficients]:
+def farthest_first(ranked: Sequence[Coefficients], most: int) -> list[Coefficients]:
     """Farthest-first traversal (Gonzalez 1985): the first point, then always the one farthest from those chosen.
 
     The distance is the greatest difference of a coefficient; of equals the first is chosen.
