@@ -23,7 +23,7 @@ from threadpoolctl import threadpool_limits
 
 from dem_opt.analysis.bootstrap import resampled_objectives, samplings_of
 from dem_opt.analysis.sampling import Documents, Sampling, documents_of, sampled_unit
-from dem_opt.analysis.surrogate import Fit, fit, optimum
+from dem_opt.analysis.surrogate import Fit, fit, fit_excess, optimum
 from dem_opt.evaluation.objective import Objective
 from dem_opt.search.samplers import gp
 from dem_opt.search.samplers.covariance import Array
@@ -116,14 +116,13 @@ def precision_of(
         return None
     values_N = np.array([trial.objective for trial in chosen], dtype=np.float64)
     with threadpool_limits(1, "blas"):
-        surrogate = fit(space, trials, allowed)
-        assert surrogate is not None, "there are enough composites on all windows"
         process = gp.fit(gp.observe(np.array([space.shares(trial.coefficients) for trial in chosen]), values_N))
-        whole_only = Fit(process, surrogate.excess)
+        whole_only = Fit(process, fit_excess(space, chosen, allowed))
         points_MF = _candidates(space.shares(optimum(space, whole_only, chosen)), process, space.caps_F)
         weights_MN = process.mean_weights(points_MF)
         # With probes the gradients say most of the mean.
-        mean_M = (surrogate if has_probes else whole_only).mean(points_MF)
+        surrogate = fit(space, trials, allowed) if has_probes else None
+        mean_M = (surrogate or whole_only).mean(points_MF)
         normal_R, student_R = (
             _choices(mean_M, weights_MN, resampled_NR - values_N[:, None]) for resampled_NR in (normal_NR, student_NR)
         )

@@ -7,7 +7,7 @@ protected corpus over its limit have a process each, and the penalized objective
     m(w)  =  m_objective(w) + PENALTY sum_c max(0, m_c(w)) .
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -86,7 +86,7 @@ def fit(space: Space, trials: Sequence[TrialRecord], limits: Mapping[str, float]
     fitted = _fitted(trials)
     if space.is_point or len(fitted) < FEWEST:
         return None
-    return Fit(_fit_objective(space, fitted), tuple(_fit_excess(space, fitted, limits or {})))
+    return Fit(_fit_objective(space, fitted), fit_excess(space, fitted, limits))
 
 
 def predict(
@@ -155,16 +155,17 @@ def _unpenalized(trial: TrialRecord) -> Measurement:
     return replace(measured, gradient={}) if trial.violation else measured
 
 
-def _fit_excess(
-    space: Space, trials: Sequence[TrialRecord], limits: Mapping[str, float]
-) -> Iterator[gp.GaussianProcess]:
-    """Processes of protected corpora that a trial on all windows is beyond the limit of."""
+def fit_excess(
+    space: Space, trials: Sequence[TrialRecord], limits: Mapping[str, float] | None
+) -> tuple[gp.GaussianProcess, ...]:
+    """Processes of protected corpora that a trial on all windows is beyond the limit of (see `fit`)."""
     whole = [trial for trial in trials if not trial.is_partial]
     points_NF = np.array([space.shares(trial.coefficients) for trial in whole]).reshape(-1, len(space.caps_F))
-    for name, limit in limits.items():
-        excess_N = np.array([trial.scores[name].loss(trial.unit) - limit for trial in whole])
-        if (excess_N > 0).any():
-            yield gp.fit(gp.observe(points_NF, excess_N))
+    excesses = [
+        np.array([trial.scores[name].loss(trial.unit) - limit for trial in whole])
+        for name, limit in (limits or {}).items()
+    ]
+    return tuple(gp.fit(gp.observe(points_NF, excess_N)) for excess_N in excesses if (excess_N > 0).any())
 
 
 def optimum(space: Space, surrogate: Fit, trials: Sequence[TrialRecord]) -> Coefficients:

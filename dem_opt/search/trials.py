@@ -89,9 +89,10 @@ def exceeded(ledger: Ledger, identity: StudyIdentity, scores: Mapping[str, Score
 
 
 def limits(ledger: Ledger, identity: StudyIdentity) -> dict[str, float]:
-    """Greatest allowed loss of each protected corpus on the search split: the base's and its allowance."""
+    """Greatest allowed loss of each protected corpus on the search split, where the base's is known."""
     base = base_scores(ledger, identity) if identity.protect else {}
-    return {name: base[name].loss(identity.unit) + allowance for name, allowance in identity.protect.items()}
+    allowances = ((name, allowance) for name, allowance in identity.protect.items() if name in base)
+    return {name: base[name].loss(identity.unit) + allowance for name, allowance in allowances}
 
 
 def coefficients_of(identity: StudyIdentity, composite: Composite) -> Coefficients | None:

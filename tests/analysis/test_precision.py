@@ -105,6 +105,27 @@ def test_windows_of_one_document_count_once() -> None:
     assert together_R.mean() == pytest.approx(alone_R.mean(), rel=0.2)
 
 
+def test_penalties_far_off_change_nothing() -> None:
+    """Corners are forbidden by many nats, times the penalty; the optimum and what is near it are allowed."""
+    limit, estimates = 2.0, []
+    for seed in range(6):
+        free = trials(16, seed)
+        excess = [40 * (float(((SPACE.point(record.coefficients) - OPTIMUM) ** 2).sum()) - 0.15) for record in free]
+        bound = [
+            replace(record, scores={**record.scores, "general": Score((limit + each,), (1,))}, violation=max(each, 0.0))
+            for record, each in zip(free, excess, strict=True)
+        ]
+        assert max(excess) > 5 and min(excess) < 0
+        alone = precision_of(SPACE, free, OBJECTIVE)
+        protected = precision_of(SPACE, bound, OBJECTIVE, None, {"general": limit})
+        assert alone is not None and protected is not None
+        estimates.append((alone.regret, protected.regret))
+        for name, (low, high) in protected.intervals.items():
+            assert (low, high) == pytest.approx(alone.intervals[name], abs=0.06)
+    alone_R, protected_R = np.transpose(estimates)
+    assert protected_R.mean() == pytest.approx(alone_R.mean(), rel=0.2)
+
+
 def _repeated(score: Score, times: int) -> Score:
     return Score(tuple(np.repeat(score.nats_W, times).tolist()), tuple(np.repeat(score.tokens_W, times).tolist()))
 
