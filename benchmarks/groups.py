@@ -221,7 +221,7 @@ def verdict(rows: Sequence[Row]) -> str:
     blocks = by_variant[BLOCKS]
     gain, low, _ = blocks.held_out
     controls = [[by_variant[name].held_out[0] for name in names if name in by_variant] for names in CONTROLS]
-    best_control = max(float(np.mean(gains)) for gains in controls if gains)
+    best_control = max((float(np.mean(gains)) for gains in controls if gains), default=-np.inf)
     if best_control >= gain or (blocks.share is not None and blocks.share < REFUTED):
         return "against"
     is_large = blocks.share is not None and blocks.share >= CONFIRMED
