@@ -463,11 +463,14 @@ class Ledger:
         """Copy the scores and gradients on some corpora out of another ledger; return the number of scores.
 
         They are by content, so they hold here as there, unless a checkpoint was scored with another configuration
-        there.  A source that can't be read now gives none, and one of an earlier release what its tables have.
+        there.  A source that can't be read now, or is no ledger, gives none; one of an earlier release gives what its
+        tables have.
         """
         try:
             with source.connect() as connection:
                 present = {table for table in _BY_CONTENT if inspect(connection).has_table(table.name)}
+                if _SCORES not in present:
+                    return 0
                 wanted = {
                     table: (
                         table.c.scoring == (scoring if table is _SCORES else differentiation),
