@@ -239,7 +239,8 @@ def test_every_page_names_one_winner(dashboards: tuple[Path, servers.Addresses],
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
 def test_a_running_study_is_seen(tmp_path: Path, visit: Any, request: pytest.FixtureRequest, database: str) -> None:
     sections = {} if database == "sqlite" else {"storage": request.getfixturevalue("postgres_url")}
-    path = worlds.study(tmp_path, NAMES, search={"algorithm": "simplex-gp", "trials": 200}, **sections)
+    search = {"algorithm": "simplex-gp", "trials": 200, "patience": None}
+    path = worlds.study(tmp_path, NAMES, search=search, **sections)
     with subprocess.Popen(
         command("run", str(path)), env={**os.environ, "PAUSE": "0.2"}, stdout=subprocess.PIPE, text=True
     ) as running:
