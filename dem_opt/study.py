@@ -370,7 +370,8 @@ class Study:
             coefficients: Coefficients by distribution; those left out are 0.
 
         Returns:
-            Mean and standard deviation of the penalized objective on the search split, in the objective's unit.
+            Mean of the penalized objective on the search split, and standard deviation of the objective without
+            penalties, in the objective's unit.
 
         Raises:
             InputError: The coefficients are outside of the study's space, or there are too few trials to predict from.

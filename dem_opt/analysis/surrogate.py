@@ -34,7 +34,7 @@ LINE, TRIANGLE = 60, 20
 
 @dataclass(frozen=True)
 class Prediction:
-    """A surrogate's prediction of the penalized objective, in the objective's unit."""
+    """Mean of the penalized objective, and deviation of the objective without penalties, in its unit."""
 
     mean: float
     standard_deviation: float

@@ -181,12 +181,12 @@ class VectorGeometry:
 
 @dataclass(frozen=True, kw_only=True)
 class Surrogate:
-    """A Gaussian process fitted to the penalized objective of the trials of all searches.
+    """What Gaussian processes fitted to the trials of all searches expect of the penalized objective.
 
     Attributes:
         optimum: Coefficients at which its mean is lowest.
         mean: Mean at the optimum, in the objective's unit.
-        deviation: Standard deviation at the optimum, in the objective's unit.
+        deviation: Standard deviation of the objective without penalties at the optimum, in its unit.
         names: Distributions that vary over `points`: all of up to three, else the three with the largest coefficients
             at the optimum, while the others keep theirs.
         points: A lattice over `names`.
