@@ -2,13 +2,14 @@
 
 The losses are quadratics in the coefficients, window by window, as a merge's loss nearly is, and their optimum is
 known.  Everything is charged: a score of all windows is one forward-equivalent (FE), one with its gradient 3, a race
-the windows that it saw.  A run ends at LEVELS[-1], or after BUDGET.  BoTorch takes part where it is installed: `pip
-install -c constraints.txt -e ".[rivals]"`.  `benchmarks/search.py` has real merges.
+the windows that it saw.  A run ends at LEVELS[-1], or after BUDGET.  BoTorch and Ax take part where they are installed:
+`pip install -c constraints.txt -e ".[rivals]"`.  `benchmarks/search.py` has real merges.
 
 With `--ends`: where `simplex-gp` ends by itself, and what that costs against TRIALS trials.
 """
 
 import argparse
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -337,7 +338,7 @@ def adam(landscape: Landscape, rate: float = 0.05) -> Iterator[Step]:
 def botorch(landscape: Landscape) -> Iterator[Step]:
     """BoTorch's default process with log expected improvement under the constraint that shares sum to 1.
 
-    It is what Ax proposes with for one objective.  The first points are the vertices and the centroid.
+    The first points are the vertices and the centroid.
     """
     # Large packages that the project does not need otherwise.
     import torch
@@ -366,6 +367,31 @@ def botorch(landscape: Landscape) -> Iterator[Step]:
         yield 1.0, values[-1]
 
 
+def ax(landscape: Landscape) -> Iterator[Step]:
+    """Ax as it comes, under the constraint that shares sum to 1: centroid, four points of Sobol's, its processes."""
+    # Large packages that the project does not need otherwise.
+    from ax.api.client import Client
+    from ax.core.experiment import Experiment
+    from ax.core.parameter import ParameterType, RangeParameter
+    from ax.core.parameter_constraint import ParameterConstraint
+    from ax.core.search_space import SearchSpace
+
+    names = landscape.space.names
+    shares = [RangeParameter(name, ParameterType.FLOAT, 0.0, 1.0) for name in names]
+    # `Client.configure_experiment` takes inequalities alone; with N - 1 free shares that sum to 1 at most Ax is slower.
+    plane = ParameterConstraint(equality=" + ".join(names) + " == 1")
+    client = Client()
+    client.set_experiment(Experiment(SearchSpace(shares, [plane])))
+    client.configure_optimization("-loss")
+    client.configure_generation_strategy(initialization_random_seed=landscape.seed)
+    while True:
+        [(number, proposal)] = client.get_next_trials(1).items()
+        point_N = project(np.array([proposal[name] for name in names], dtype=np.float64), np.ones(len(names)))
+        value = landscape.value(point_N)
+        client.complete_trial(number, {"loss": value})
+        yield 1.0, value
+
+
 RIVALS: dict[str, Callable[[Landscape], Iterator[Step]]] = {
     "simplex-gp": lambda at: searched(at, "simplex-gp", at.size >= GRADIENTS_FROM, True),
     "simplex-gp, probes": lambda at: searched(at, "simplex-gp", True, True),
@@ -374,12 +400,16 @@ RIVALS: dict[str, Callable[[Landscape], Iterator[Step]]] = {
     "Adam on an eighth of the windows": adam,
     "quadratic fit to random points": quadratic_fit,
     "BoTorch": botorch,
+    "Ax": ax,
     "TPE": lambda at: searched(at, "tpe", False, False),
     "Optuna's GPSampler": lambda at: searched(at, "gp-sampler", False, False),
     "CMA-ES": lambda at: searched(at, "cmaes", False, False),
     "random": lambda at: searched(at, "random", False, False),
     "grid": lambda at: searched(at, "grid", False, False),
 }
+
+PACKAGES = {"BoTorch": "botorch", "Ax": "ax"}
+"""Packages of rivals that are not the project's."""
 
 
 def forwards_until(landscape: Landscape, steps: Iterator[Step]) -> tuple[list[float], float]:
@@ -445,6 +475,7 @@ def main() -> None:
     parser.add_argument("--ends", action="store_true", help="where simplex-gp ends by itself, instead of the rivals")
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    logging.getLogger("ax").setLevel(logging.ERROR)
     first = 0 if arguments.tuned else REPORTED
     if arguments.ends:
         print_ends(arguments.sizes, range(first, first + arguments.seeds))
@@ -453,7 +484,7 @@ def main() -> None:
         print(f"\n| {size} distributions | 1e-2 | 1e-3 | 1e-4 | seconds a trial |\n|---|---|---|---|---|", flush=True)
         landscapes = [Landscape(kind, size, first + seed) for kind in KINDS for seed in range(arguments.seeds)]
         for name in arguments.rivals:
-            if (name == "grid" and size > SIZES[0]) or (name == "BoTorch" and find_spec("botorch") is None):
+            if (name == "grid" and size > SIZES[0]) or find_spec(PACKAGES.get(name, "optuna")) is None:
                 continue
             runs = [forwards_until(landscape, RIVALS[name](landscape)) for landscape in landscapes]
             cells = [cell([reached[level] for reached, _ in runs]) for level in range(len(LEVELS))]

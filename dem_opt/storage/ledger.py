@@ -1,6 +1,6 @@
 """The ledger: every score ever measured, by content: (composite, corpus, scoring) -> nats per window.
 
-The column names are those of databases on disk; a name that differs from its attribute is given explicitly.
+Its tables are in `ledger_tables`.
 """
 
 import json
@@ -10,27 +10,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-from sqlalchemy import (
-    BigInteger,
-    Connection,
-    Engine,
-    ForeignKey,
-    String,
-    UniqueConstraint,
-    delete,
-    func,
-    inspect,
-    select,
-    union,
-)
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy import Connection, Engine, delete, func, inspect, select
+from sqlalchemy.orm import Session
 
 from dem_opt.errors import InputError
+from dem_opt.storage.copies import copy_measurements
 from dem_opt.storage.costs import CostTables, add_earlier_expenses, add_expense, forget_expenses, read_costs
 from dem_opt.storage.engine import create_missing, exclusive, insert_into, masked
 from dem_opt.storage.group_tables import (
-    FOLD_GRADIENTS,
     FoldGradients,
     GroupTables,
     GroupTrial,
@@ -43,13 +30,19 @@ from dem_opt.storage.group_tables import (
 )
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.leases import living_drivers
-from dem_opt.storage.part_tables import (
-    PART_GRADIENTS,
-    PartGradients,
-    PartTables,
-    add_part_gradients,
-    read_part_gradients,
+from dem_opt.storage.ledger_tables import (
+    CompositeTable,
+    ConfigurationTable,
+    CorpusTable,
+    GenerationTable,
+    GradientTable,
+    LedgerTables,
+    LibrariesTable,
+    SchemaTable,
+    ScoreTable,
+    StudyTable,
 )
+from dem_opt.storage.part_tables import PartGradients, PartTables, add_part_gradients, read_part_gradients
 from dem_opt.storage.retry import BRIEF, RetryPolicy, patient
 from dem_opt.storage.trial_upgrade import upgrade_trials
 from dem_opt.types import Composite, CorpusLayout, Cost, Expense, Folds, Gradient, PartGradient, Score
@@ -62,124 +55,6 @@ group (`group_tables`), 9 gradients of parts (`part_tables`).
 
 COSTS_SINCE = 6
 """Version of the tables from which on each evaluation's cost is kept."""
-
-
-class _Tables(DeclarativeBase):
-    """The ledger's tables."""
-
-
-class _Schema(_Tables):
-    """A version that the tables have had; the highest is their present one."""
-
-    __tablename__ = "dem_schema"
-
-    version: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-
-
-class _Composite(_Tables):
-    """A composite; `terms` is JSON, {content hash: units of 1e-9}, or a list of these with parts by parameters."""
-
-    __tablename__ = "dem_composite"
-
-    key: Mapped[str] = mapped_column(String(64), primary_key=True)
-    terms: Mapped[str]
-
-
-class _Score(_Tables):
-    """One composite's nats on the first windows of one corpus.
-
-    `nats_W` and `tokens_W` are little-endian float64 and int64, a value for each window.  `forward_tokens` and
-    `seconds` are those of the evaluations that measured it, all their corpora together.
-    """
-
-    __tablename__ = "dem_score"
-    __table_args__ = (UniqueConstraint("composite", "corpus", "scoring"),)
-
-    id: Mapped[int] = mapped_column(primary_key=True)
-    composite: Mapped[str] = mapped_column(ForeignKey(_Composite.key))
-    corpus: Mapped[str]
-    scoring: Mapped[str]
-    windows: Mapped[int]
-    nats_W: Mapped[bytes]
-    tokens_W: Mapped[bytes]
-    forward_tokens: Mapped[int] = mapped_column(BigInteger)
-    seconds: Mapped[float]
-    created: Mapped[str]
-
-
-class _Gradient(_Tables):
-    """One composite's gradient on one corpus, over all its windows, as JSON: nats by content of the fine-tunes.
-
-    `scoring` is the study identity's `differentiation`, which hashes the base too.
-    """
-
-    __tablename__ = "dem_gradient"
-
-    composite: Mapped[str] = mapped_column(ForeignKey(_Composite.key), primary_key=True)
-    corpus: Mapped[str] = mapped_column(primary_key=True)
-    scoring: Mapped[str] = mapped_column(primary_key=True)
-    gradient: Mapped[str]
-
-
-class _Study(_Tables):
-    """A study's generation, and the fields that guard it, as JSON."""
-
-    __tablename__ = "dem_study"
-
-    name: Mapped[str] = mapped_column(primary_key=True)
-    generation: Mapped[int]
-    scoring: Mapped[str]
-    identity: Mapped[str] = mapped_column("question")
-
-
-class _Generation(_Tables):
-    """The identity fields of a generation of a study, as JSON; databases of earlier releases lack the earlier ones."""
-
-    __tablename__ = "dem_generation"
-
-    study: Mapped[str] = mapped_column(primary_key=True)
-    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    identity: Mapped[str]
-
-
-class _Libraries(_Tables):
-    """Versions of the libraries of a study's last run by name, as JSON."""
-
-    __tablename__ = "dem_libraries"
-
-    study: Mapped[str] = mapped_column(primary_key=True)
-    versions: Mapped[str]
-
-
-class _Configuration(_Tables):
-    """The configuration that a checkpoint's scores under the plain scoring key were measured with, as JSON.
-
-    It is the first that the ledger met; scores of early releases, which knew none, are taken to be of that one.
-    """
-
-    __tablename__ = "dem_configuration"
-
-    content: Mapped[str] = mapped_column(String(64), primary_key=True)
-    fields: Mapped[str]
-
-
-class _Corpus(_Tables):
-    """Layout of a corpus's windows, as the data files last had it; early releases have not written any.
-
-    `bytes_W` is little-endian int64.  `documents` is JSON: for each window a list of [document, scored tokens].
-    """
-
-    __tablename__ = "dem_corpus"
-
-    key: Mapped[str] = mapped_column(primary_key=True)
-    bytes_W: Mapped[bytes]
-    documents: Mapped[str]
-
-
-_COMPOSITES, _SCORES = (_Tables.metadata.tables[table.__tablename__] for table in (_Composite, _Score))
-
-_BY_CONTENT = (_SCORES, _Tables.metadata.tables[_Gradient.__tablename__], PART_GRADIENTS, FOLD_GRADIENTS)
-"""Tables of what was measured of a composite on a corpus, which holds in any database."""
 
 
 @dataclass(frozen=True)
@@ -218,33 +93,33 @@ class Ledger:
 
     @patient
     def _make_tables(self) -> None:
-        for tables in (_Tables, CostTables, GroupTables, PartTables):
+        for tables in (LedgerTables, CostTables, GroupTables, PartTables):
             create_missing(self.engine, tables.metadata)
 
     @patient
     def _upgrade(self) -> None:
         """Rewrite what earlier releases have written, in one transaction with the new version's number."""
         with exclusive(self.engine) as connection:
-            version = connection.scalar(select(func.max(_Schema.version)))
+            version = connection.scalar(select(func.max(SchemaTable.version)))
             if version is not None and version >= SCHEMA:
                 return  # another process has done it meanwhile
             if version is not None and (drivers := living_drivers(connection)):
                 mend = f"{drivers[0]} drives a study in it with an earlier release; first wait for it, or stop it"
                 raise InputError(None, "storage", masked(str(self.engine.url)), mend)
             if version is not None and version < COSTS_SINCE:
-                rows = connection.execute(select(_Study.name, _Study.identity, _Study.scoring))
+                rows = connection.execute(select(StudyTable.name, StudyTable.identity, StudyTable.scoring))
                 studies = {
                     name: StudyIdentity.recall(json.loads(identity), json.loads(scoring))
                     for name, identity, scoring in rows
                 }
-                add_earlier_expenses(connection, studies, _Score.__table__, _Gradient.__table__)
+                add_earlier_expenses(connection, studies, ScoreTable.__table__, GradientTable.__table__)
             upgrade_trials(connection)
-            connection.execute(insert_into(self.engine, _Schema).values(version=SCHEMA))
+            connection.execute(insert_into(self.engine, SchemaTable).values(version=SCHEMA))
 
     @staticmethod
     def is_in(engine: Engine) -> bool:
         """The database has a ledger already."""
-        return bool(inspect(engine).has_table(_Study.__tablename__))
+        return bool(inspect(engine).has_table(StudyTable.__tablename__))
 
     def look_up(self, composite: Composite, corpora: Collection[str], scoring: str) -> dict[str, Score]:
         """The scores of `composite` by corpus key, where measured; short ones too."""
@@ -258,13 +133,13 @@ class Ledger:
         keys = [composite.key for composite in composites]
         scores: dict[str, dict[str, Score]] = {key: {} for key in keys}
         query = (
-            select(_Score, _Corpus.bytes_W)
-            .outerjoin(_Corpus, _Corpus.key == _Score.corpus)
-            .where(_Score.composite.in_(scores), _Score.scoring == scoring, _Score.corpus.in_(corpora))
+            select(ScoreTable, CorpusTable.bytes_W)
+            .outerjoin(CorpusTable, CorpusTable.key == ScoreTable.corpus)
+            .where(ScoreTable.composite.in_(scores), ScoreTable.scoring == scoring, ScoreTable.corpus.in_(corpora))
         )
         with Session(self.engine) as session:
             for row, bytes_W in session.execute(query):
-                scores[row.composite][row.corpus] = _score(row, bytes_W or b"")
+                scores[row.composite][row.corpus] = row.score(bytes_W or b"")
         return [scores[key] for key in keys]
 
     @patient
@@ -303,12 +178,12 @@ class Ledger:
             "seconds": seconds,
             "created": datetime.now(UTC).isoformat(),
         }
-        rows = [columns | _columns(corpus, score) for corpus, score in sorted(scores.items())]
+        rows = [columns | ScoreTable.columns(corpus, score) for corpus, score in sorted(scores.items())]
         if not rows and not part_gradients:
             return
         terms = {"key": composite.key, "terms": written_composite(composite)}
         with self.engine.begin() as connection:
-            connection.execute(insert_into(self.engine, _Composite).values(terms).on_conflict_do_nothing())
+            connection.execute(insert_into(self.engine, CompositeTable).values(terms).on_conflict_do_nothing())
             if rows:
                 connection.execute(self._insert_longer(), rows)
             for corpus, gradient in sorted((gradients or {}).items()):
@@ -331,21 +206,21 @@ class Ledger:
 
     def _add_gradient(self, connection: Connection, key: tuple[str, str, str], gradient: Gradient) -> None:
         """Write a gradient; along fine-tunes for which another study has measured it, that one stays."""
-        table = _Gradient.__table__
+        table = GradientTable.__table__
         same = (table.c.composite == key[0]) & (table.c.corpus == key[1]) & (table.c.scoring == key[2])
         known = connection.scalar(select(table.c.gradient).where(same))
         text = json.dumps(dict(gradient) | (json.loads(known) if known else {}))
         row = {"composite": key[0], "corpus": key[1], "scoring": key[2], "gradient": text}
         connection.execute(
-            insert_into(self.engine, _Gradient)
+            insert_into(self.engine, GradientTable)
             .values(row)
             .on_conflict_do_update(index_elements=["composite", "corpus", "scoring"], set_={"gradient": text})
         )
 
     def _insert_longer(self) -> Any:
         """An INSERT of scores that replaces those of fewer windows."""
-        insert = insert_into(self.engine, _Score)
-        new, old = insert.excluded, _Score.__table__.c
+        insert = insert_into(self.engine, ScoreTable)
+        new, old = insert.excluded, ScoreTable.__table__.c
         replaced = {name: new[name] for name in ("windows", "nats_W", "tokens_W", "created")}
         added = {name: old[name] + new[name] for name in ("forward_tokens", "seconds")}
         return insert.on_conflict_do_update(
@@ -357,10 +232,10 @@ class Ledger:
     @patient
     def gradients(self, composite: Composite, corpora: Collection[str], differentiation: str) -> dict[str, Gradient]:
         """The gradients of `composite` by corpus key, where measured."""
-        query = select(_Gradient.corpus, _Gradient.gradient).where(
-            _Gradient.composite == composite.key,
-            _Gradient.scoring == differentiation,
-            _Gradient.corpus.in_(corpora),
+        query = select(GradientTable.corpus, GradientTable.gradient).where(
+            GradientTable.composite == composite.key,
+            GradientTable.scoring == differentiation,
+            GradientTable.corpus.in_(corpora),
         )
         with Session(self.engine) as session:
             return {corpus: json.loads(gradient) for corpus, gradient in session.execute(query)}
@@ -391,8 +266,8 @@ class Ledger:
     def seconds(self, composite: Composite, corpora: Collection[str], scoring: str) -> float:
         """Wall time of measuring a composite on these corpora; an evaluation of several corpora counts once."""
         evaluations = (
-            select(_Score.created, _Score.seconds)
-            .where(_Score.composite == composite.key, _Score.scoring == scoring, _Score.corpus.in_(corpora))
+            select(ScoreTable.created, ScoreTable.seconds)
+            .where(ScoreTable.composite == composite.key, ScoreTable.scoring == scoring, ScoreTable.corpus.in_(corpora))
             .distinct()
         )
         with Session(self.engine) as session:
@@ -401,8 +276,8 @@ class Ledger:
     @patient
     def seconds_per_token(self, scoring: str) -> tuple[float, ...]:
         """The 5%, 50% and 95% quantiles over evaluations of the seconds for each forward token; () without any."""
-        evaluations = select(_Score.created, _Score.seconds, _Score.forward_tokens).distinct()
-        query = evaluations.where(_Score.scoring == scoring, _Score.forward_tokens > 0)
+        evaluations = select(ScoreTable.created, ScoreTable.seconds, ScoreTable.forward_tokens).distinct()
+        query = evaluations.where(ScoreTable.scoring == scoring, ScoreTable.forward_tokens > 0)
         with Session(self.engine) as session:
             rates = [seconds / tokens for _, seconds, tokens in session.execute(query)]
         return tuple(np.quantile(rates, (0.05, 0.5, 0.95)).tolist()) if rates else ()
@@ -411,11 +286,11 @@ class Ledger:
     def composites(self, scoring: str) -> list[Composite]:
         """The composites with any score under `scoring`, in the order they were first recorded."""
         measured = (
-            select(_Composite.terms)
-            .join(_Score)
-            .where(_Score.scoring == scoring)
-            .group_by(_Composite.key)
-            .order_by(func.min(_Score.id))
+            select(CompositeTable.terms)
+            .join(ScoreTable)
+            .where(ScoreTable.scoring == scoring)
+            .group_by(CompositeTable.key)
+            .order_by(func.min(ScoreTable.id))
         )
         with Session(self.engine) as session:
             return [read_composite(terms) for terms in session.scalars(measured)]
@@ -424,7 +299,7 @@ class Ledger:
     def study(self, name: str) -> StudyRow | None:
         """The row of a study, or None."""
         with Session(self.engine) as session:
-            row = session.get(_Study, name)
+            row = session.get(StudyTable, name)
         return (
             None
             if row is None
@@ -435,7 +310,7 @@ class Ledger:
     def studies(self) -> list[StudyRow]:
         """Rows of all studies, in the order of their names."""
         with Session(self.engine) as session:
-            rows = session.scalars(select(_Study).order_by(_Study.name))
+            rows = session.scalars(select(StudyTable).order_by(StudyTable.name))
             return [
                 StudyRow(row.name, row.generation, json.loads(row.scoring), json.loads(row.identity)) for row in rows
             ]
@@ -443,9 +318,9 @@ class Ledger:
     @patient
     def generations(self, name: str) -> dict[int, dict[str, str]]:
         """The identity fields of a study's generations by number, as far as they are known."""
-        query = select(_Generation.number, _Generation.identity).where(_Generation.study == name)
+        query = select(GenerationTable.number, GenerationTable.identity).where(GenerationTable.study == name)
         with Session(self.engine) as session:
-            present = session.get(_Study, name)
+            present = session.get(StudyTable, name)
             known = {number: json.loads(identity) for number, identity in session.execute(query)}
         return known | ({} if present is None else {present.generation: json.loads(present.identity)})
 
@@ -454,55 +329,20 @@ class Ledger:
         """Remove the rows, the costs and the library versions of a study; its scores and gradients stay."""
         with self.engine.begin() as connection:
             forget_expenses(connection, name)
-            connection.execute(delete(_Generation).where(_Generation.study == name))
-            connection.execute(delete(_Libraries).where(_Libraries.study == name))
-            connection.execute(delete(_Study).where(_Study.name == name))
+            connection.execute(delete(GenerationTable).where(GenerationTable.study == name))
+            connection.execute(delete(LibrariesTable).where(LibrariesTable.study == name))
+            connection.execute(delete(StudyTable).where(StudyTable.name == name))
 
     @patient
     def copy_scores(self, source: Engine, scoring: str, corpora: Collection[str], differentiation: str) -> int:
-        """Copy the scores and gradients on some corpora out of another ledger; return the number of scores.
-
-        They are by content, so they hold here as there, unless a checkpoint was scored with another configuration
-        there.  A source that can't be read now, or is no ledger, gives none; one of an earlier release gives what its
-        tables have.
-        """
-        try:
-            with source.connect() as connection:
-                present = {table for table in _BY_CONTENT if inspect(connection).has_table(table.name)}
-                if _SCORES not in present:
-                    return 0
-                wanted = {
-                    table: (
-                        table.c.scoring == (scoring if table is _SCORES else differentiation),
-                        table.c.corpus.in_(corpora),
-                    )
-                    for table in present
-                }
-                measured = union(*(select(table.c.composite).where(*where) for table, where in wanted.items()))
-                composites = select(_COMPOSITES).where(_COMPOSITES.c.key.in_(measured))
-                rows = {_COMPOSITES: connection.execute(composites).mappings().all()}
-                for table, where in wanted.items():
-                    columns = (column for column in table.c if column.name != "id")
-                    rows[table] = (
-                        connection.execute(select(*columns).where(*where).order_by(*table.primary_key)).mappings().all()
-                    )
-        except DBAPIError:
-            return 0
-        own = self._configurations(self.engine)
-        if any(own.get(content, fields) != fields for content, fields in self._configurations(source).items()):
-            return 0
-        with self.engine.begin() as connection:
-            for table, copies in rows.items():
-                if copies:
-                    insert = insert_into(self.engine, table).on_conflict_do_nothing()
-                    connection.execute(insert, [dict(row) for row in copies])
-        return len(rows[_SCORES])
+        """Copy the scores and gradients on some corpora out of another ledger (`copy_measurements`)."""
+        return copy_measurements(source, self.engine, scoring, corpora, differentiation)
 
     @patient
     def count_scores(self) -> int:
         """Number of scores, those of all studies together."""
         with Session(self.engine) as session:
-            return session.scalar(select(func.count()).select_from(_Score)) or 0
+            return session.scalar(select(func.count()).select_from(ScoreTable)) or 0
 
     @patient
     def enter_study(self, row: StudyRow) -> None:
@@ -512,11 +352,11 @@ class Ledger:
             "scoring": json.dumps(row.scoring),
             "question": json.dumps(row.identity),
         }
-        entry = insert_into(self.engine, _Study).values({"name": row.name, **columns})
-        generation = insert_into(self.engine, _Generation).on_conflict_do_nothing()
+        entry = insert_into(self.engine, StudyTable).values({"name": row.name, **columns})
+        generation = insert_into(self.engine, GenerationTable).on_conflict_do_nothing()
         with self.engine.begin() as connection:
             for study, number, identity in connection.execute(
-                select(_Study.name, _Study.generation, _Study.identity).where(_Study.name == row.name)
+                select(StudyTable.name, StudyTable.generation, StudyTable.identity).where(StudyTable.name == row.name)
             ).all():
                 connection.execute(generation.values(study=study, number=number, identity=identity))
             connection.execute(entry.on_conflict_do_update(index_elements=["name"], set_=columns))
@@ -525,14 +365,14 @@ class Ledger:
     def libraries(self, study: str) -> dict[str, str]:
         """Versions of the libraries of a study's last run by name; empty where it was never run."""
         with Session(self.engine) as session:
-            row = session.get(_Libraries, study)
+            row = session.get(LibrariesTable, study)
         return {} if row is None else dict(json.loads(row.versions))
 
     @patient
     def enter_libraries(self, study: str, versions: Mapping[str, str]) -> None:
         """Record the library versions of the run."""
         columns = {"versions": json.dumps(dict(versions))}
-        entry = insert_into(self.engine, _Libraries).values(study=study, **columns)
+        entry = insert_into(self.engine, LibrariesTable).values(study=study, **columns)
         with self.engine.begin() as connection:
             connection.execute(entry.on_conflict_do_update(index_elements=["study"], set_=columns))
 
@@ -541,8 +381,8 @@ class Ledger:
         """The configurations that checkpoints were first scored with; the given one for those that are new."""
         rows = [{"content": content, "fields": configuration} for content in sorted(contents)]
         with self.engine.begin() as connection:
-            connection.execute(insert_into(self.engine, _Configuration).on_conflict_do_nothing(), rows)
-        query = select(_Configuration.fields).where(_Configuration.content.in_(contents))
+            connection.execute(insert_into(self.engine, ConfigurationTable).on_conflict_do_nothing(), rows)
+        query = select(ConfigurationTable.fields).where(ConfigurationTable.content.in_(contents))
         with Session(self.engine) as session:
             return set(session.scalars(query))
 
@@ -551,8 +391,8 @@ class Ledger:
         """Write the layouts of corpora by key; they take the place of earlier ones."""
         if not layouts:
             return
-        rows = [{"key": key} | _layout_columns(layout) for key, layout in sorted(layouts.items())]
-        insert = insert_into(self.engine, _Corpus)
+        rows = [{"key": key} | CorpusTable.columns(layout) for key, layout in sorted(layouts.items())]
+        insert = insert_into(self.engine, CorpusTable)
         replaced = {name: insert.excluded[name] for name in ("bytes_W", "documents")}
         with self.engine.begin() as connection:
             connection.execute(insert.on_conflict_do_update(index_elements=["key"], set_=replaced), rows)
@@ -561,50 +401,17 @@ class Ledger:
     def layout(self, corpus: str) -> CorpusLayout | None:
         """Bytes and documents of a corpus's windows; None where no release that knows them has had its data files."""
         with Session(self.engine) as session:
-            row = session.get(_Corpus, corpus)
-        return None if row is None else _layout(row)
-
-    def _configurations(self, engine: Engine) -> dict[str, str]:
-        """The configurations that checkpoints were first scored with in a ledger, by content."""
-        if not inspect(engine).has_table(_Configuration.__tablename__):
-            return {}
-        with Session(engine) as session:
-            return {row.content: row.fields for row in session.scalars(select(_Configuration))}
+            row = session.get(CorpusTable, corpus)
+        return None if row is None else row.layout
 
     @patient
     def _version(self) -> int:
         """The version of the tables; 0 where there are none."""
-        if not inspect(self.engine).has_table(_Schema.__tablename__):
+        if not inspect(self.engine).has_table(SchemaTable.__tablename__):
             return 0
         with Session(self.engine) as session:
-            version = session.scalar(select(func.max(_Schema.version))) or 0
+            version = session.scalar(select(func.max(SchemaTable.version))) or 0
         if version > SCHEMA:
             mend = f"its schema has version {version}, this dem_opt knows {SCHEMA}; use a newer dem_opt"
             raise InputError(None, "storage", masked(str(self.engine.url)), mend)
         return version
-
-
-def _columns(corpus: str, score: Score) -> dict[str, object]:
-    return {
-        "corpus": corpus,
-        "windows": len(score.nats_W),
-        "nats_W": np.array(score.nats_W, dtype="<f8").tobytes(),
-        "tokens_W": np.array(score.tokens_W, dtype="<i8").tobytes(),
-    }
-
-
-def _score(row: _Score, stored_bytes_W: bytes) -> Score:
-    nats_W = np.frombuffer(row.nats_W, dtype="<f8").tolist()
-    tokens_W = np.frombuffer(row.tokens_W, dtype="<i8").tolist()
-    bytes_W = np.frombuffer(stored_bytes_W, dtype="<i8").tolist()
-    return Score(tuple(nats_W), tuple(tokens_W), tuple(bytes_W[: row.windows]))
-
-
-def _layout_columns(layout: CorpusLayout) -> dict[str, object]:
-    documents = [sorted(documents.items()) for documents in layout.documents_W]
-    return {"bytes_W": np.array(layout.bytes_W, dtype="<i8").tobytes(), "documents": json.dumps(documents)}
-
-
-def _layout(row: _Corpus) -> CorpusLayout:
-    bytes_W = np.frombuffer(row.bytes_W, dtype="<i8").tolist()
-    return CorpusLayout(tuple(bytes_W), tuple(dict(documents) for documents in json.loads(row.documents)))
