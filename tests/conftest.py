@@ -61,6 +61,9 @@ def postgres() -> Iterator[PostgresServer]:
     """A PostgreSQL of its own for each process of tests, in a short path: it is reached by a Unix socket."""
     with TemporaryDirectory(prefix="pg", dir="/tmp") as folder:
         server = get_server(Path(folder, "data"), cleanup_mode="delete")
+        # A server that is killed loses nothing without it, only a machine that is.  To end one took most of a minute.
+        server.psql("ALTER SYSTEM SET fsync = off")
+        server.psql("SELECT pg_reload_conf()")
         yield server
         server.cleanup()
 

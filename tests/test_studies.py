@@ -43,6 +43,7 @@ def test_those_that_are_promised_are_there() -> None:
         "pretrained-long",
         "pretrained-long-sums",
         "pretrained-lora",
+        "pretrained-long-lora",
         "pretrained-mixtures",
         "pretrained-again",
         "pretrained-three",
@@ -115,7 +116,7 @@ def test_a_pretrained_study_and_its_sums_differ_in_their_sums_alone(name: str) -
     assert sorted(KINDS) == sorted([*simplex.distributions, *simplex.general])
 
 
-@pytest.mark.parametrize("name", ["pretrained-long", "pretrained-lora"])
+@pytest.mark.parametrize("name", ["pretrained-long", "pretrained-lora", "pretrained-long-lora"])
 def test_pretrained_studies_differ_in_their_fine_tunes_alone(name: str) -> None:
     first, other = load(study("pretrained")), load(study(name))
     differing = {"name", "output", "storage", "tracking", "distributions", "fine_tuning", "data_mixing", "evaluate"}

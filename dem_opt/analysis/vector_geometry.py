@@ -12,7 +12,7 @@ from torch import Tensor
 from dem_opt.analysis.stored_vectors import keep, recall_vectors
 from dem_opt.checkpoints.architecture import parameter_of, read_architecture, stored_names
 from dem_opt.checkpoints.files import read_header
-from dem_opt.merging.merged_model import merged_tensors
+from dem_opt.merging.tensors import merged_tensors
 from dem_opt.progress import Progress
 from dem_opt.types import Composite, StoredModel, VectorGeometry
 

@@ -41,7 +41,7 @@ from dem_opt.export.writer import (
     write_json,
 )
 from dem_opt.manifest import FILES, manifest_of
-from dem_opt.merging.merged_model import merged_tensors
+from dem_opt.merging.tensors import merged_tensors
 from dem_opt.progress import current_progress
 from dem_opt.simplex import UNIT
 from dem_opt.types import Composite, StoredModel

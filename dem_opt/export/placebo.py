@@ -33,7 +33,7 @@ from dem_opt.checkpoints.files import Header, read_header, read_tensors
 from dem_opt.errors import InputError
 from dem_opt.export.writer import COPIED, Contents, as_input_error, copy_files, refuse_full, staged, write_weights
 from dem_opt.manifest import FILES, manifest_of, read_description, refuse_foreign
-from dem_opt.merging.merged_model import NamedTensors, merged_tensors
+from dem_opt.merging.tensors import NamedTensors, merged_tensors
 from dem_opt.types import Composite, StoredModel
 
 Kind = Literal["random", "permuted"]

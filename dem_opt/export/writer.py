@@ -39,7 +39,7 @@ from dem_opt.checkpoints.layout import Layout
 from dem_opt.errors import InputError, nearest
 from dem_opt.json_files import read_json
 from dem_opt.manifest import FILES, manifest_of, read_description, refuse_foreign
-from dem_opt.merging.merged_model import NamedTensors, merged_tensors
+from dem_opt.merging.tensors import NamedTensors, merged_tensors
 from dem_opt.progress import current_progress
 from dem_opt.simplex import UNIT
 from dem_opt.types import Composite, Score, StoredModel, Terms

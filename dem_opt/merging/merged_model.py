@@ -12,9 +12,8 @@ Shape suffixes: P flat elements of a segment, N stored checkpoints, R rows of in
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import chain, groupby
+from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +21,17 @@ from transformers import PreTrainedModel
 
 from dem_opt.checkpoints.adapter_edits import Edit
 from dem_opt.checkpoints.adapters import load_edits, read_adapter
-from dem_opt.checkpoints.architecture import Architecture, describe, parameter_of, stored_dtypes
+from dem_opt.checkpoints.architecture import Architecture, describe, stored_dtypes
 from dem_opt.checkpoints.device_map import move_activations, split_layers
-from dem_opt.checkpoints.files import DTYPES, Header, read_header, read_tensors
+from dem_opt.checkpoints.files import Header, read_header
 from dem_opt.checkpoints.loading import load_parameters, map_parameters, read_parameters
 from dem_opt.checkpoints.vocabulary import with_base_rows
-from dem_opt.merging.int8 import Int8Vector, quantize, row_count, row_length, row_starts_bytes
+from dem_opt.merging.int8 import Int8Vector, quantize, row_count, row_starts_bytes
 from dem_opt.merging.kernel import CPU_BLOCK, DEVICE_BLOCK, MergeKernel, Values
-from dem_opt.merging.streaming import BLOCK, Block, StreamedCheckpoints
+from dem_opt.merging.segments import ParameterSlice, Segment, lay_out
+from dem_opt.merging.streaming import StreamedCheckpoints
 from dem_opt.simplex import UNIT
 from dem_opt.types import Composite, Gradient, ParameterGradient, StoredModel, Terms
-
-ALIGNMENT = 64
-"""Every parameter starts at a multiple of so many elements, hence of at least so many bytes: a cache line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +130,7 @@ class MergedModel:
         shapes = {name: architecture.parameters[name] for name in architecture.parameters if name in names}
         whole = [header for header in (headers[:1] if vectors == "int8" else headers) if not header.adapter]
         stored = [stored_dtypes(architecture, header) for header in whole]
-        layouts = _lay_out(shapes, stored, dict.fromkeys(shapes, dtype), dict.fromkeys(shapes, 0))
+        layouts = lay_out(shapes, stored, dict.fromkeys(shapes, dtype), dict.fromkeys(shapes, 0))
         elements, rows = sum(layout.size for layout in layouts), sum(map(row_count, shapes.values()))
         flat = {
             id(header): sum(layout.size * layout.stored[number].itemsize for layout in layouts)
@@ -193,7 +190,7 @@ class MergedModel:
         """The checkpoint that a term's values are read from: for an adapter its base."""
         return self._adapters[content][0] if content in self._adapters else content
 
-    def _stored_terms(self, terms: Terms, segment: "_Segment") -> list[tuple[int, Values]]:
+    def _stored_terms(self, terms: Terms, segment: Segment) -> list[tuple[int, Values]]:
         """Terms of a segment in the composite's order; with int8 vectors the base comes first, with coefficient 1."""
         base = self._quantized_base
         if base is None:
@@ -214,7 +211,7 @@ class MergedModel:
         Yields:
             A dictionary that has the products after the block, in the order of the parameters (see `total_gradient`).
         """
-        places: dict[Tensor, tuple[_Segment, _ParameterSlice]] = {
+        places: dict[Tensor, tuple[Segment, ParameterSlice]] = {
             self._parameters[place.name]: (segment, place) for segment in self._segments for place in segment.slices
         }
         sums_N: dict[Tensor, Tensor] = {}
@@ -244,7 +241,7 @@ class MergedModel:
                 products[name] = dict(zip(fine_tunes, sums_N[parameter].cpu().tolist(), strict=True))
 
     def _base_and_fine_tunes(
-        self, base: str, fine_tunes: Sequence[str], segment: "_Segment", place: "_ParameterSlice"
+        self, base: str, fine_tunes: Sequence[str], segment: Segment, place: ParameterSlice
     ) -> Iterator[Values]:
         """Values of base and fine-tunes at a place; with int8 vectors zero and the vectors, whose base is zero."""
         if self._quantized_base is None:
@@ -259,8 +256,8 @@ class MergedModel:
     def _values(
         self,
         content: str,
-        segment: "_Segment",
-        place: "_ParameterSlice",
+        segment: Segment,
+        place: ParameterSlice,
         fetched: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Flat values of a checkpoint at a place: stored, streamed (and perhaps fetched), or made by an adapter."""
@@ -284,12 +281,12 @@ class MergedModel:
 
     def _allocate(
         self, model: PreTrainedModel, architecture: Architecture, headers: Mapping[str, Header]
-    ) -> list["_Segment"]:
+    ) -> list[Segment]:
         """Allocate live segments for a model's parameters, in the order of `named_parameters()` (tied weights once)."""
         stored = [stored_dtypes(architecture, header) for header in headers.values()]
         live = {name: parameter.dtype for name, parameter in model.named_parameters()}
         return [
-            _Segment(
+            Segment(
                 device=layout.device,
                 dtype=layout.stored[0],
                 dtypes=dict(zip(headers, layout.stored, strict=True)),
@@ -297,7 +294,7 @@ class MergedModel:
                 size=layout.size,
                 live_P=torch.zeros(layout.size, dtype=layout.live, device=self._devices[layout.device]),
             )
-            for layout in _lay_out(architecture.parameters, stored, live, self._split.places)
+            for layout in lay_out(architecture.parameters, stored, live, self._split.places)
         ]
 
     def _load(self, architecture: Architecture, content: str, header: Header) -> None:
@@ -365,202 +362,3 @@ def inner_products(gradient_P: Tensor, base_P: Values, stored_NP: Sequence[Value
 def inner_products_bytes(elements: int, itemsize: int, device: str) -> int:
     """Bytes of one parameter's gradient, and of the three float32 blocks that `inner_products` makes of it."""
     return elements * itemsize + 3 * 4 * min(CPU_BLOCK if device == "cpu" else DEVICE_BLOCK, elements)
-
-
-NamedTensors = Iterator[tuple[str, Tensor]]
-
-
-def merged_tensors(
-    architecture: Architecture,
-    base: StoredModel,
-    stored: Mapping[str, StoredModel],
-    composite: Composite,
-    names: Sequence[str],
-    dtype: torch.dtype | None = None,
-) -> NamedTensors:
-    """Yield a composite's tensors one at a time, straight from the files, under the base's stored names.
-
-    Parameters that transformers fuses on loading are merged as they are stored: fusing only moves values.
-
-    Args:
-        architecture: The base's.
-        base: The base.
-        stored: Checkpoints and adapters by content.
-        composite: The composite.
-        names: Stored names of the base's tensors, in the order wanted.
-        dtype: What the float32 sums are rounded to, once; by default the base's dtype, or for a single checkpoint its
-            own.
-    """
-    header = read_header(base.path, "base")
-    dtypes = {name: DTYPES[header.tensors[name].dtype] for name in names}
-    readers = [_tensors(architecture, header, names, stored[content]) for content in composite.contents]
-    parameters = parameter_of(architecture, header)
-    terms = {name: composite.terms_of(parameters[name]) for name in names}
-    return _merge_each(readers, composite, terms, dtypes, dtype)
-
-
-def _merge_each(
-    readers: Sequence[NamedTensors],
-    composite: Composite,
-    terms: Mapping[str, Terms],
-    dtypes: Mapping[str, torch.dtype],
-    dtype: torch.dtype | None,
-) -> NamedTensors:
-    """Merge the tensors that the readers of a composite's checkpoints yield side by side."""
-    kernel = MergeKernel()
-    for tensors in zip(*readers, strict=True):
-        name, first = tensors[0]
-        values = {content: x for content, (_, x) in zip(composite.contents, tensors, strict=True)}
-        merged = torch.empty(first.shape, dtype=dtype or (first.dtype if composite.is_single else dtypes[name]))
-        kernel.merge(
-            merged.view(-1), [(units, values[content].reshape(-1)) for content, units in terms[name]], merged.dtype
-        )
-        yield name, merged
-
-
-def _tensors(architecture: Architecture, base: Header, names: Sequence[str], model: StoredModel) -> NamedTensors:
-    """Yield a checkpoint's or an adapter's tensors in place of the base's stored tensors."""
-    if model.base is not None:
-        return _edited(architecture, base, names, model)
-    header = with_base_rows(architecture, base, read_header(model.path, model.field))
-    parameters = parameter_of(architecture, base)
-    layout = architecture.layout(header)
-    stored = [layout.stored_as(parameters[name], architecture.layout(base).renaming(name)) for name in names]
-    return ((name, tensor) for name, (_, tensor) in zip(names, read_tensors(header, stored), strict=True))
-
-
-def _edited(architecture: Architecture, base: Header, names: Sequence[str], model: StoredModel) -> NamedTensors:
-    """Yield the base's stored tensors with an adapter's edits; fused parameters are edited whole, then taken apart."""
-    edits = load_edits(architecture, read_adapter(model.path, model.field))
-    parameters = parameter_of(architecture, base)
-    layout = architecture.layout(base)
-    fused = layout.fused & edits.keys() & {parameters[name] for name in names}
-    apart: dict[str, Tensor] = {}
-    for parameter, tensor in read_parameters(architecture, base, sorted(fused)):
-        apart |= architecture.as_stored({parameter: edits[parameter].apply(tensor)})
-    for name, tensor in read_tensors(base, names):
-        edit, plain = edits.get(parameters[name]), layout.renaming(name)
-        yield name, tensor if edit is None else apart[plain] if plain in apart else edit.apply(tensor)
-
-
-@dataclass(frozen=True)
-class _ParameterSlice:
-    """Where a parameter lies in its segment, or a part of it from its element `first` on."""
-
-    name: str
-    shape: torch.Size
-    start: int
-    first: int = 0
-
-    @property
-    def slice(self) -> slice:
-        """Its elements in the segment."""
-        return slice(self.start, self.start + self.shape.numel())
-
-    def parts(self, size: int) -> Iterator["_ParameterSlice"]:
-        """Divide it into parts of at most `size` elements."""
-        for first in range(0, self.shape.numel(), size):
-            count = min(size, self.shape.numel() - first)
-            yield _ParameterSlice(self.name, torch.Size([count]), self.start + first, first)
-
-    def block(self, device: torch.device) -> Block:
-        """Its elements in the parameter."""
-        return Block(self.name, slice(self.first, self.first + self.shape.numel()), device)
-
-
-@dataclass(kw_only=True)
-class _Layout:
-    """A segment before it is allocated: which parameters lie where.
-
-    Attributes:
-        device: The device's number.
-        stored: Dtype in each stored checkpoint; the first is the base's, which composites are rounded to.
-        live: Dtype of the live parameters.
-        size: Elements, padding included.
-    """
-
-    device: int
-    stored: tuple[torch.dtype, ...]
-    live: torch.dtype
-    slices: list[_ParameterSlice] = field(default_factory=list)
-    size: int = 0
-
-    def append(self, name: str, shape: tuple[int, ...]) -> None:
-        """Add a parameter at the next aligned place."""
-        place = _ParameterSlice(name, torch.Size(shape), self.size)
-        self.slices.append(place)
-        self.size += -(-place.shape.numel() // ALIGNMENT) * ALIGNMENT
-
-
-def _lay_out(
-    shapes: Mapping[str, tuple[int, ...]],
-    stored: Sequence[Mapping[str, torch.dtype]],
-    live: Mapping[str, torch.dtype],
-    devices: Mapping[str, int],
-) -> list[_Layout]:
-    """Group parameters by device and dtypes, in their order; pure arithmetic, shared with `memory_bytes`."""
-    layouts: dict[tuple[int, tuple[torch.dtype, ...], torch.dtype], _Layout] = {}
-    for name, shape in shapes.items():
-        device, dtypes = devices[name], tuple(by_name[name] for by_name in stored)
-        key = device, dtypes, live[name]
-        if key not in layouts:
-            layouts[key] = _Layout(device=device, stored=dtypes, live=live[name])
-        layouts[key].append(name, shape)
-    return list(layouts.values())
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Segment:
-    """Parameters of one device with the same dtypes: of stored checkpoints, int8 vectors, and the merged model.
-
-    Attributes:
-        device: The device's number.
-        dtype: The base's dtype, which composites are rounded to.
-        dtypes: Dtype in each stored checkpoint, by content.
-        slices: Where each parameter lies.
-        size: Elements, padding included.
-        live_P: The live values.
-        stored_NP: Values of each stored checkpoint, by content.
-        vectors_NP: Quantized vectors, by content.
-    """
-
-    device: int
-    dtype: torch.dtype
-    dtypes: Mapping[str, torch.dtype]
-    slices: Sequence[_ParameterSlice]
-    size: int
-    live_P: Tensor
-    stored_NP: dict[str, Tensor] = field(default_factory=dict)
-    vectors_NP: dict[str, Int8Vector] = field(default_factory=dict)
-
-    def parts(self, has_adapters: bool) -> Sequence[_ParameterSlice]:
-        """Divide a merge: by parameter for adapters, else by block, for streamed checkpoints."""
-        return self.slices if has_adapters else [part for place in self.slices for part in place.parts(BLOCK)]
-
-    def runs(self, composite: Composite) -> Sequence[_ParameterSlice]:
-        """Divide it into runs of neighbouring parameters with the same terms, each named by its first parameter."""
-        if not composite.parts:
-            return [_ParameterSlice("", torch.Size([self.size]), 0)]
-        firsts = [next(run) for _, run in groupby(self.slices, key=lambda place: composite.terms_of(place.name))]
-        ends = [*(first.start for first in firsts[1:]), self.size]
-        return [
-            _ParameterSlice(first.name, torch.Size([end - first.start]), first.start)
-            for first, end in zip(firsts, ends, strict=True)
-        ]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all its tensors."""
-        flat = sum(x.nbytes for x in (self.live_P, *self.stored_NP.values()))
-        vectors = sum(x.nbytes for x in self.vectors_NP.values())
-        return flat + vectors + (self.starts_R.nbytes if vectors else 0)
-
-    @cached_property
-    def starts_R(self) -> Tensor:
-        """First element of each row of its parameters; the padding behind a parameter belongs to its last row."""
-        starts = [torch.arange(row_count(x.shape)) * row_length(x.shape) + x.start for x in self.slices]
-        return torch.cat(starts).to(self.live_P.device)
-
-    def view(self, flat_P: Tensor, place: _ParameterSlice) -> Tensor:
-        """View one parameter's part of a flat tensor in its shape."""
-        return flat_P[place.slice].view(place.shape)

@@ -14,7 +14,8 @@ from dem_opt.checkpoints.architecture import empty_model, load_model, stored_nam
 from dem_opt.checkpoints.files import content_hash, read_header
 from dem_opt.checkpoints.fit import check_base
 from dem_opt.errors import InputError
-from dem_opt.merging.merged_model import MergedModel, merged_tensors
+from dem_opt.merging.merged_model import MergedModel
+from dem_opt.merging.tensors import merged_tensors
 from dem_opt.simplex import UNIT
 from dem_opt.types import Composite, StoredModel
 

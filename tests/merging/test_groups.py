@@ -10,7 +10,8 @@ from dem_opt.checkpoints.architecture import read_architecture
 from dem_opt.checkpoints.files import read_header
 from dem_opt.checkpoints.parameter_groups import parameter_groups
 from dem_opt.grouping import Grouping
-from dem_opt.merging.merged_model import MergedModel, merged_tensors, total_gradient
+from dem_opt.merging.merged_model import MergedModel, total_gradient
+from dem_opt.merging.tensors import merged_tensors
 from dem_opt.simplex import UNIT, Coefficients
 from dem_opt.types import Composite
 

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from dem_opt.checkpoints.adapters import read_adapter
 from dem_opt.checkpoints.architecture import empty_model, read_architecture
 from dem_opt.checkpoints.files import content_hash, read_header
-from dem_opt.merging.merged_model import ALIGNMENT, MergedModel, inner_products, merged_tensors, total_gradient
+from dem_opt.merging.merged_model import MergedModel, inner_products, total_gradient
+from dem_opt.merging.segments import ALIGNMENT
+from dem_opt.merging.tensors import merged_tensors
 from dem_opt.simplex import UNIT, Coefficients
 from dem_opt.types import Composite, StoredModel
 
@@ -259,7 +261,7 @@ def test_checkpoints_that_stay_in_their_files_give_the_same_bits_and_take_no_mem
 @pytest.mark.parametrize("which", [(0,), (0, 1, 2)], ids=str)
 def test_bits_do_not_depend_on_how_much_is_fetched_at_once(world, which, size, monkeypatch):
     worker, expected = world.merged_model(dtype=torch.float32)
-    monkeypatch.setattr("dem_opt.merging.merged_model.BLOCK", size)
+    monkeypatch.setattr("dem_opt.merging.segments.BLOCK", size)
     model = empty_model(world.stored[0].path, torch.float32)
     merged_model = MergedModel(model, world.stored, streamed={world.stored[index].content for index in which})
     for composite in (world.composite(UNITS[1]), Composite.single(world.stored[0].content)):
