@@ -475,7 +475,7 @@ def main() -> None:
     parser.add_argument("--ends", action="store_true", help="where simplex-gp ends by itself, instead of the rivals")
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    logging.getLogger("ax").setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)  # Ax has a line for each trial
     first = 0 if arguments.tuned else REPORTED
     if arguments.ends:
         print_ends(arguments.sizes, range(first, first + arguments.seeds))
