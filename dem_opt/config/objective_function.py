@@ -38,7 +38,7 @@ class ObjectiveFunction:
     @classmethod
     def load(cls, name: str) -> Self:
         """Import a function by its qualified name; InputError where there is none."""
-        return cls(name, _digest(_import(name)))
+        return cls(name, _digest(name))
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -58,7 +58,7 @@ class ObjectiveFunction:
             EvaluationError: The number is not finite.
         """
         function = _import(self.name)
-        if _digest(function) != self.digest:
+        if _digest(self.name) != self.digest:
             raise InputError(None, FIELD, self.name, "has changed since the study was run; run it again")
         try:
             value = function(scores)
@@ -99,8 +99,10 @@ def _import(name: str) -> Callable[[Mapping[str, Score]], object]:
     return function  # type: ignore[no-any-return]
 
 
-def _digest(function: Callable[..., object]) -> str:
-    """Return the SHA-256 of a function's source; of its name where Python has no source of it."""
+@cache
+def _digest(name: str) -> str:
+    """Return the SHA-256 of an imported function's source; of its name where Python has no source of it."""
+    function = _import(name)
     try:
         source = inspect.getsource(function)
     except (OSError, TypeError):

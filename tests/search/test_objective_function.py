@@ -8,9 +8,10 @@ from in_process import open_study
 
 from dem_opt.cli.main import main
 from dem_opt.config import load
+from dem_opt.config.objective_function import ObjectiveFunction, import_from
 from dem_opt.errors import InputError
 from dem_opt.planning.inputs import load_inputs
-from dem_opt.types import HELD_OUT, SEARCH
+from dem_opt.types import HELD_OUT, SEARCH, Score
 
 HARDEST = "def {name}(scores):\n    return max(score.nll for score in scores.values())\n"
 BROKEN = """
@@ -58,6 +59,14 @@ def test_the_winner_minimizes_the_function_on_the_search_split(tmp_path: Path) -
     for margin in result.summary.margins:
         assert margin.low <= margin.mean <= margin.high
     assert "hardest_of_all:hardest" in study.report(tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_its_source_is_read_once_however_often_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    custom_study(tmp_path, "read_once", HARDEST.format(name="hardest"), "hardest")
+    import_from(tmp_path)
+    function = ObjectiveFunction.load("read_once:hardest")
+    monkeypatch.setattr("inspect.getsource", None)
+    assert function({"code": Score((3.0,), (2,)), "math": Score((4.0,), (2,))}) == 2.0
 
 
 def test_no_trial_is_raced_or_measured_with_its_gradient(tmp_path: Path) -> None:
