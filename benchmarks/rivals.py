@@ -378,7 +378,7 @@ def ax(landscape: Landscape) -> Iterator[Step]:
 
     names = landscape.space.names
     shares = [RangeParameter(name, ParameterType.FLOAT, 0.0, 1.0) for name in names]
-    # `Client.configure_experiment` takes inequalities alone; with N - 1 free shares that sum to 1 at most Ax is slower.
+    # `Client.configure_experiment` takes inequalities alone; N - 1 free shares that sum to 1 at most take more trials.
     plane = ParameterConstraint(equality=" + ".join(names) + " == 1")
     client = Client()
     client.set_experiment(Experiment(SearchSpace(shares, [plane])))
@@ -484,7 +484,8 @@ def main() -> None:
         print(f"\n| {size} distributions | 1e-2 | 1e-3 | 1e-4 | seconds a trial |\n|---|---|---|---|---|", flush=True)
         landscapes = [Landscape(kind, size, first + seed) for kind in KINDS for seed in range(arguments.seeds)]
         for name in arguments.rivals:
-            if (name == "grid" and size > SIZES[0]) or find_spec(PACKAGES.get(name, "optuna")) is None:
+            is_missing = name in PACKAGES and find_spec(PACKAGES[name]) is None
+            if is_missing or (name == "grid" and size > SIZES[0]):
                 continue
             runs = [forwards_until(landscape, RIVALS[name](landscape)) for landscape in landscapes]
             cells = [cell([reached[level] for reached, _ in runs]) for level in range(len(LEVELS))]
