@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dem_opt.errors import InputError, nearest
+from dem_opt.polytope import FamilyLimits, Polytope
 
 UNIT = 10**9
 """Units in a coefficient of 1."""
@@ -77,8 +78,21 @@ class Coefficients(Mapping[str, float]):
         return ", ".join(f"{name} {weight:.3f}" for name, weight in self.weights.items())
 
 
-GIBBS = 30
-"""Steps of the Gibbs chain that samples a space with caps, for each share."""
+@dataclass(frozen=True, order=True)
+class Family:
+    """Coefficients whose sum is bounded, as those of several kept steps of one fine-tune.
+
+    Attributes:
+        name: What messages and study files call it.
+        names: Its coefficients; no other family has them.
+        lower: Least sum.
+        upper: Greatest sum.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    lower: float
+    upper: float
 
 
 @dataclass(frozen=True)
@@ -90,23 +104,26 @@ class Space:
         p_i = (w_i - lower_i) / R   of the free coefficients,    p_slack = (total - sum_i w_i) / R   where least < total
 
     are at least 0, at most their caps, and sum to 1.  So corners, faces and an exact sum mean the same everywhere; the
-    slack is the part of the base beyond 1 - total.
+    slack is the part of the base beyond 1 - total.  Sums of families may be bounded too: `polytope` has all limits.
 
     Attributes:
         names: Distributions, kept in ascending order, so the order of a study file changes nothing.
         total: Greatest sum of the coefficients.
         least: Least sum, where that is not the total itself.
         bounds: (name, lower, upper) where not 0 to total; a fixed coefficient has lower = upper.
+        families: Coefficients whose sum is bounded; none is in two of them.
     """
 
     names: tuple[str, ...]
     total: float = 1.0
     least: float | None = None
     bounds: tuple[tuple[str, float, float], ...] = ()
+    families: tuple[Family, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple(sorted(self.names)))
         object.__setattr__(self, "bounds", tuple(sorted(self.bounds)))
+        object.__setattr__(self, "families", tuple(sorted(self.families)))
 
     @property
     def dimension(self) -> int:
@@ -129,13 +146,62 @@ class Space:
         return self.total_units if self.least is None else round(self.least * UNIT)
 
     @cached_property
-    def _box_K2(self) -> NDArray[np.int64]:
-        """Lower and upper bound of every coefficient in units: the tightest that the total allows."""
+    def _given(self) -> dict[str, tuple[int, int]]:
+        """Lower and upper bound of every coefficient in units, as they are given."""
         bounds = {name: (round(lower * UNIT), round(upper * UNIT)) for name, lower, upper in self.bounds}
-        box_K2 = np.array([bounds.get(name, (0, self.total_units)) for name in self.names], dtype=np.int64)
-        spare = self.total_units - int(box_K2[:, 0].sum())
-        needed_K = box_K2[:, 1] - (int(box_K2[:, 1].sum()) - self.least_units)
-        return np.stack([np.maximum(box_K2[:, 0], needed_K), np.minimum(box_K2[:, 1], box_K2[:, 0] + spare)], axis=1)
+        return {name: bounds.get(name, (0, self.total_units)) for name in self.names}
+
+    @cached_property
+    def _parts(self) -> list[tuple[list[int], int, int]]:
+        """Places of the coefficients of each part, with the least and the greatest sum in units: families, then others.
+
+        The sums are the tightest that families and bounds allow, whatever the total.
+        """
+        box = list(self._given.values())
+        parts = []
+        for family in self.families:
+            places = [self.names.index(name) for name in family.names]
+            low, high = (sum(box[place][end] for place in places) for end in (0, 1))
+            parts.append((places, max(round(family.lower * UNIT), low), min(round(family.upper * UNIT), high)))
+        bounded = {name for family in self.families for name in family.names}
+        return parts + [([place], *box[place]) for place, name in enumerate(self.names) if name not in bounded]
+
+    @property
+    def reach(self) -> tuple[int, int] | None:
+        """Least and greatest sum that bounds and families allow, in units; None where they contradict each other."""
+        if any(least > most for _, least, most in self._parts):
+            return None
+        return sum(least for _, least, _ in self._parts), sum(most for _, _, most in self._parts)
+
+    @property
+    def is_empty(self) -> bool:
+        """No coefficients are within the bounds and have an allowed sum."""
+        reach = self.reach
+        return reach is None or reach[0] > self.total_units or reach[1] < self.least_units
+
+    @cached_property
+    def _tight_parts(self) -> list[tuple[list[int], int, int]]:
+        """`_parts` with the tightest sums that the total allows."""
+        least, most = (sum(low for _, low, _ in self._parts), sum(high for _, _, high in self._parts))
+        return [
+            (places, max(low, self.least_units - (most - high)), min(high, self.total_units - (least - low)))
+            for places, low, high in self._parts
+        ]
+
+    @cached_property
+    def _box_K2(self) -> NDArray[np.int64]:
+        """Lower and upper bound of every coefficient in units: the tightest that families and the total allow."""
+        box_K2 = np.array(list(self._given.values()), dtype=np.int64)
+        for places, least, most in self._tight_parts:
+            low_n, high_n = box_K2[places].T
+            box_K2[places] = np.stack(
+                [
+                    np.maximum(low_n, least - (high_n.sum() - high_n)),
+                    np.minimum(high_n, most - (low_n.sum() - low_n)),
+                ],
+                axis=1,
+            )
+        return box_K2
 
     @cached_property
     def _free_K(self) -> NDArray[np.bool_]:
@@ -159,6 +225,30 @@ class Space:
         """The greatest share of each free coefficient in the order of `names`, then of the slack where there is any."""
         return np.asarray(self._cap_units_F / max(self._rest_units, 1))
 
+    @cached_property
+    def _share_limits(self) -> list[tuple[NDArray[np.int64], int, int]]:
+        """Places of each family's free shares, with the least and the greatest sum in units."""
+        limits = []
+        for places, least, most in self._tight_parts[: len(self.families)]:
+            fixed = int(self._box_K2[places, 0].sum())
+            free_n = np.cumsum(self._free_K)[[place for place in places if self._free_K[place]]] - 1
+            if len(free_n):
+                limits.append((free_n, least - fixed, most - fixed))
+        return limits
+
+    @cached_property
+    def _outside_families(self) -> NDArray[np.int64]:
+        """Places of the shares that are in no family."""
+        inside = {share for free_n, _, _ in self._share_limits for share in free_n.tolist()}
+        return np.array([share for share in range(len(self.caps_F)) if share not in inside], dtype=np.int64)
+
+    @cached_property
+    def polytope(self) -> Polytope:
+        """All limits of the shares."""
+        rest = max(self._rest_units, 1)
+        families = (FamilyLimits(free_n, least / rest, most / rest) for free_n, least, most in self._share_limits)
+        return Polytope(self.caps_F, tuple(families))
+
     def shares(self, coefficients: Coefficients) -> NDArray[np.float64]:
         """Coefficients as shares, which are at least 0, at most `caps_F`, and sum to 1."""
         units = coefficients.units
@@ -171,20 +261,30 @@ class Space:
     def at(self, shares_F: NDArray[np.float64]) -> Coefficients:
         """The coefficients nearest to shares: projected, then rounded to units with an exact total.
 
-        Rounds down, then adds a unit to the largest remainders (Hamilton's method), lower index first, until the
-        total is exact.
+        Sums of families are rounded first, with whatever is in none, then the shares of each family.
         """
         units_K = self._box_K2[:, 0].copy()
         if len(shares_F):
+            projected_F = self.polytope.project(np.asarray(shares_F, dtype=np.float64))
             # Thousandths of a unit are dropped first, so that 0.3, which is no binary fraction, comes out as 0.3.
-            exact_F = np.round(project(np.asarray(shares_F, dtype=np.float64), self.caps_F) * self._rest_units, 3)
-            floor_F = np.floor(exact_F).astype(np.int64)
-            missing = self._rest_units - int(floor_F.sum())
-            # A share at its cap can't take another unit: -1 sorts behind every remainder.
-            remainders_F = np.where(floor_F < self._cap_units_F, exact_F - floor_F, -1)
-            floor_F[np.argsort(-remainders_F, kind="stable")[:missing]] += 1
-            units_K[self._free_K] += floor_F[: int(self._free_K.sum())]
+            units_F = self._rounded(np.round(projected_F * self._rest_units, 3))
+            units_K[self._free_K] += units_F[: int(self._free_K.sum())]
         return self.from_units(units_K.tolist())
+
+    def _rounded(self, exact_F: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Shares in units as whole ones, within all limits."""
+        caps_F, limits = self._cap_units_F, self._share_limits
+        if not limits:
+            return apportion(exact_F, caps_F, self._rest_units)
+        alone_n = self._outside_families
+        sums_P = [float(np.clip(exact_F[free_n].sum(), least, most)) for free_n, least, most in limits]
+        most_P = np.array([most for _, _, most in limits], dtype=np.int64)
+        parts_P = apportion(np.append(exact_F[alone_n], sums_P), np.append(caps_F[alone_n], most_P), self._rest_units)
+        units_F = np.zeros(len(exact_F), dtype=np.int64)
+        units_F[alone_n] = parts_P[: len(alone_n)]
+        for (free_n, _, _), units in zip(limits, parts_P[len(alone_n) :].tolist(), strict=True):
+            units_F[free_n] = apportion(exact_F[free_n], caps_F[free_n], units)
+        return units_F
 
     def jacobian(self) -> NDArray[np.float64]:
         """d w / d p, [K, F]:  R for a free coefficient's own share, 0 elsewhere."""
@@ -195,7 +295,7 @@ class Space:
     def from_units(self, units: Sequence[int]) -> Coefficients:
         """Coefficients of whole units in the order of `names`, which must lie in the space."""
         assert len(units) == self.dimension and self.least_units <= sum(units) <= self.total_units, units
-        assert all(low <= unit <= high for unit, (low, high) in zip(units, self._box_K2.tolist(), strict=True)), units
+        assert self._is_within(np.asarray(units, dtype=np.int64)), units
         return Coefficients(tuple(zip(self.names, (int(unit) for unit in units), strict=True)))
 
     def contains(self, coefficients: Coefficients) -> bool:
@@ -203,8 +303,15 @@ class Space:
         units = coefficients.units
         if units.keys() != set(self.names) or not self.least_units <= sum(units.values()) <= self.total_units:
             return False
-        box = zip(self.names, self._box_K2.tolist(), strict=True)
-        return all(low <= units[name] <= high for name, (low, high) in box)
+        return self._is_within(np.array([units[name] for name in self.names], dtype=np.int64))
+
+    def _is_within(self, units_K: NDArray[np.int64]) -> bool:
+        """Whole units are within the bounds of coefficients and families."""
+        within_K = (self._box_K2[:, 0] <= units_K) & (units_K <= self._box_K2[:, 1])
+        return bool(within_K.all()) and all(
+            least <= int(units_K[places].sum()) <= most
+            for places, least, most in self._tight_parts[: len(self.families)]
+        )
 
     def nearest(self, point_K: NDArray[np.float64]) -> Coefficients:
         """The coefficients nearest to a point w_K."""
@@ -243,6 +350,11 @@ class Space:
             if not lower - TOLERANCE <= weights.get(name, 0.0) <= upper + TOLERANCE:
                 mend = f"the study file bounds it to {lower:g} .. {upper:g}"
                 raise InputError(where, f"{field}.{name}", weights.get(name, 0.0), mend)
+        for family in self.families:
+            part = {name: weights.get(name, 0.0) for name in family.names}
+            if not family.lower - TOLERANCE <= sum(part.values()) <= family.upper + TOLERANCE:
+                mend = f"the study file bounds the sum of {family.name} to {family.lower:g} .. {family.upper:g}"
+                raise InputError(where, field, part, f"sums to {sum(part.values()):g}; {mend}")
         return self.nearest(np.array([weights.get(name, 0.0) for name in self.names]))
 
     @property
@@ -278,40 +390,62 @@ class Space:
 
         Shares above the lower bounds are Cornell's pseudo-components (Experiments with Mixtures, 2002, chapter 3).
         """
-        most_F = self._most_stars(divisions)
+        most_F, limits = self._most_stars(divisions), self._family_stars(divisions)
         for parts in compositions(divisions, len(most_F)) if len(most_F) else [()]:
             stars_F = np.array(parts, dtype=np.int64)
-            if (stars_F <= most_F).all():
+            if (stars_F <= most_F).all() and all(low <= stars_F[free_n].sum() <= most for free_n, low, most in limits):
                 yield self.at(stars_F / divisions)
 
     def lattice_size(self, divisions: int) -> int:
         """Number of lattice points, counted share by share without making them."""
-        ways = [1] + [0] * divisions
-        for most in self._most_stars(divisions).tolist():
-            ways = [sum(ways[max(0, stars - most) : stars + 1]) for stars in range(divisions + 1)]
-        return ways[divisions] if len(self.caps_F) else 1
+        if not len(self.caps_F):
+            return 1
+        most_F, limits = self._most_stars(divisions), self._family_stars(divisions)
+        alone_n = self._outside_families.tolist()
+        ways = _ways([1] + [0] * divisions, most_F[alone_n].tolist())
+        for free_n, least, most in limits:
+            own = _ways([1] + [0] * divisions, most_F[free_n].tolist())
+            ways = [
+                sum(ways[stars - taken] * own[taken] for taken in range(least, min(most, stars) + 1))
+                for stars in range(divisions + 1)
+            ]
+        return ways[divisions]
 
     def _most_stars(self, divisions: int) -> NDArray[np.int64]:
         """Most steps of each share on the lattice."""
         return np.asarray(self._cap_units_F * divisions // max(self._rest_units, 1))
 
-    def sample(self, rng: np.random.Generator) -> Coefficients:
-        """Draw a point uniformly over the shares: Dirichlet(1, ..., 1), as normalized exponentials.
+    def _family_stars(self, divisions: int) -> list[tuple[NDArray[np.int64], int, int]]:
+        """Least and most steps of each family on the lattice."""
+        rest = max(self._rest_units, 1)
+        return [
+            (free_n, -(-least * divisions // rest), most * divisions // rest)
+            for free_n, least, most in self._share_limits
+        ]
 
-        Where caps bind, a Gibbs chain starts from the projected draw: each step draws two shares anew, their sum kept.
-        """
-        caps_F = self.caps_F
-        draws_F = rng.exponential(size=len(caps_F))
-        shares_F = draws_F / max(draws_F.sum(), 1e-300)
-        if len(caps_F) > 1 and (caps_F < 1).any():
-            shares_F = project(shares_F, caps_F)
-            for _ in range(GIBBS * len(caps_F)):
-                i, j = rng.choice(len(caps_F), size=2, replace=False)
-                both = shares_F[i] + shares_F[j]
-                least = max(0.0, both - caps_F[j])
-                shares_F[i] = rng.uniform(least, max(least, min(caps_F[i], both)))
-                shares_F[j] = both - shares_F[i]
-        return self.at(shares_F)
+    def sample(self, rng: np.random.Generator) -> Coefficients:
+        """Draw a point uniformly over the shares."""
+        return self.at(self.polytope.sample(rng))
+
+
+def apportion(exact_n: NDArray[np.float64], caps_n: NDArray[np.int64], total: int) -> NDArray[np.int64]:
+    """Whole numbers next to others, at most their caps, with a given sum: Hamilton's method.
+
+    Rounds down, then adds 1 to the largest remainders, lower index first, until the sum is exact.
+    """
+    floor_n = np.floor(exact_n).astype(np.int64)
+    missing = total - int(floor_n.sum())
+    # What is at its cap can't take another: -1 sorts behind every remainder.
+    remainders_n = np.where(floor_n < caps_n, exact_n - floor_n, -1)
+    floor_n[np.argsort(-remainders_n, kind="stable")[:missing]] += 1
+    return floor_n
+
+
+def _ways(ways: list[int], most: Sequence[int]) -> list[int]:
+    """Numbers of ways to reach each sum, after shares that add 0 to so many steps each."""
+    for steps in most:
+        ways = [sum(ways[max(0, total - steps) : total + 1]) for total in range(len(ways))]
+    return ways
 
 
 def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
@@ -322,40 +456,6 @@ def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
     places = total + parts - 1
     for bars in combinations(range(places), parts - 1):
         yield tuple(right - left - 1 for left, right in pairwise((-1, *bars, places)))
-
-
-def project(points_MF: NDArray[np.float64], caps_F: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Euclidean projection of points [..., F] onto {0 <= p <= caps, sum p = 1}, whose caps sum to at least 1.
-
-    clip(x - t, 0, caps) with the one t that makes the sum 1 (Held, Wolfe, Crowder 1974): the sum falls with t, and is
-    linear between the breakpoints x and x - caps, at which a share meets a bound.  Zeros and caps come out exactly,
-    so a projected gradient step reaches faces and corners.
-    """
-    points_MF = np.asarray(points_MF, dtype=np.float64)
-    if (caps_F >= 1).all():
-        return _project_uncapped(points_MF)
-    breaks_ME = np.sort(np.concatenate([points_MF, points_MF - caps_F], axis=-1), axis=-1)
-    sums_ME = np.clip(points_MF[..., None, :] - breaks_ME[..., None], 0, caps_F).sum(axis=-1)
-    # The last breakpoint with a sum of at least 1, and the next: between them t is found by linear interpolation.
-    left_M1 = np.maximum((sums_ME >= 1).sum(axis=-1, keepdims=True) - 1, 0)
-    right_M1 = np.minimum(left_M1 + 1, breaks_ME.shape[-1] - 1)
-    low_M1, high_M1 = (np.take_along_axis(sums_ME, at_M1, axis=-1) for at_M1 in (left_M1, right_M1))
-    start_M1, end_M1 = (np.take_along_axis(breaks_ME, at_M1, axis=-1) for at_M1 in (left_M1, right_M1))
-    part_M1 = np.divide(low_M1 - 1, low_M1 - high_M1, out=np.zeros_like(low_M1), where=low_M1 > high_M1)
-    clipped_MF: NDArray[np.float64] = np.clip(points_MF - (start_M1 + part_M1 * (end_M1 - start_M1)), 0, caps_F)
-    return clipped_MF
-
-
-def _project_uncapped(points_MF: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Projection where no cap binds: t = (sum of the k largest - 1) / k, k the most shares that all stay above 0."""
-    descending_MF = -np.sort(-points_MF, axis=-1)
-    excess_MF = np.cumsum(descending_MF, axis=-1) - 1
-    counts_F = np.arange(1, points_MF.shape[-1] + 1)
-    positive_MF = descending_MF * counts_F > excess_MF
-    support_M1 = len(counts_F) - 1 - np.argmax(positive_MF[..., ::-1], axis=-1, keepdims=True)
-    threshold_M1 = np.take_along_axis(excess_MF, support_M1, axis=-1) / (support_M1 + 1)
-    projected_MF: NDArray[np.float64] = np.maximum(points_MF - threshold_M1, 0.0)
-    return projected_MF
 
 
 def plane(count: int) -> NDArray[np.float64]:

@@ -11,7 +11,8 @@ import pytest
 from scipy.optimize import minimize
 
 from dem_opt.errors import InputError
-from dem_opt.simplex import UNIT, Coefficients, Space, project
+from dem_opt.polytope import FamilyLimits, Polytope, project
+from dem_opt.simplex import UNIT, Coefficients, Family, Space
 
 NAMES = ("code", "math", "prose", "records", "web", "law", "chat", "news")
 PLAIN = [Space(NAMES[:dimension], total) for dimension in (1, 2, 3, 4, 8) for total in (1.0, 0.5, 2.0)]
@@ -24,7 +25,14 @@ THIRDS = Space(tuple("abc"), bounds=(("a", 0.0, 0.35), ("b", 0.0, 0.35), ("c", 0
 SETTLED = Space(tuple("ab"), bounds=(("a", 0.4, 0.4),))
 LONELY = Space(("a",), 2.0, 0.0)
 SCALED = Space(tuple("ab"), 1.2, 0.7, (("a", 0.05, 1.0), ("b", 0.0, 0.25)))
-SPECIAL = [FREE, BOUNDED, FIXED, BOTH, THIRDS, SETTLED, LONELY, SCALED]
+PAIR = Space(A_TO_D, families=(Family("ab", ("a", "b"), 0.0, 0.4),))
+PAIRS = Space(
+    A_TO_D, 1.5, 0.5, (("a", 0.1, 0.3),), (Family("ab", ("a", "b"), 0.3, 0.6), Family("cd", ("c", "d"), 0.0, 0.8))
+)
+SPLIT = Space(A_TO_D, families=(Family("ac", ("a", "c"), 0.3, 0.3), Family("bd", ("b", "d"), 0.0, 0.9)))
+LEAST = Space(tuple("abc"), 1.0, None, (("c", 0.2, 0.9),), (Family("ab", ("a", "b"), 0.5, 1.0),))
+FAMILIES = [PAIR, PAIRS, SPLIT, LEAST]
+SPECIAL = [FREE, BOUNDED, FIXED, BOTH, THIRDS, SETTLED, LONELY, SCALED, *FAMILIES]
 SPACES = PLAIN + SPECIAL
 OPEN = [space for space in SPACES if not space.is_point]
 
@@ -48,6 +56,8 @@ def test_every_point_is_in_the_space_in_whole_units(space):
         for name, units in point.pairs:
             lower, upper = bounds.get(name, (0.0, space.total))
             assert round(lower * UNIT) <= units <= round(upper * UNIT)
+        for family in space.families:
+            assert round(family.lower * UNIT) <= sum(point.units[n] for n in family.names) <= round(family.upper * UNIT)
 
 
 @pytest.mark.parametrize("space", SPACES, ids=str)
@@ -90,7 +100,7 @@ def test_shares_sum_to_one_within_their_caps_and_jacobian_is_their_slope(space):
 def test_rounding_moves_a_point_by_little_more_than_a_unit(space):
     rng = np.random.default_rng(1)
     for _ in range(100):
-        exact = project(rng.dirichlet(np.ones(len(space.caps_F))), space.caps_F)
+        exact = space.polytope.project(rng.dirichlet(np.ones(len(space.caps_F))))
         assert np.abs(space.jacobian() @ (space.shares(space.at(exact)) - exact)).max() < 1.01e-9
 
 
@@ -105,6 +115,9 @@ def test_rounding_moves_a_point_by_little_more_than_a_unit(space):
         (BOUNDED, {"a": 0.1, "c": 0.9}),
         (FIXED, {"a": 0.6, "b": 0.4}),
         (BOTH, {"a": 0.1, "b": 0.2}),
+        (PAIR, {"a": 0.25, "b": 0.2, "c": 0.55}),
+        (PAIRS, {"a": 0.1, "b": 0.1, "c": 0.8}),
+        (SPLIT, {"a": 0.1, "b": 0.3, "c": 0.3, "d": 0.3}),
     ],
 )
 def test_what_is_outside_is_not_contained(space, outside):
@@ -138,7 +151,13 @@ def test_a_lattice_within_bounds_is_what_they_leave_of_all_steps(space, division
     lattice, caps = list(space.lattice(divisions)), space.caps_F
     steps = product(range(divisions + 1), repeat=len(caps))
     shares = [np.array(step) / divisions for step in steps if sum(step) == divisions or not len(caps)]
-    expected = {space.at(share) for share in shares if (share <= caps + 1e-12).all()}
+    families = space.polytope.families
+    expected = {
+        space.at(share)
+        for share in shares
+        if (share <= caps + 1e-12).all()
+        and all(family.least - 1e-12 <= family.sum(share) <= family.most + 1e-12 for family in families)
+    }
     assert set(lattice) == expected and len(lattice) == len(expected) == space.lattice_size(divisions)
     assert all(space.contains(point) for point in lattice)
 
@@ -215,12 +234,15 @@ def test_samples_are_uniform_on_the_simplex():
     assert covariance[~np.eye(4, dtype=bool)] == pytest.approx(np.full(12, -0.0125), abs=0.003)
 
 
-@pytest.mark.parametrize("space", [BOUNDED, BOTH, THIRDS], ids=str)
-def test_samples_are_uniform_within_caps(space):
-    """Against the draws of the uncapped simplex that lie within the caps: means, and correlations of the shares."""
+@pytest.mark.parametrize("space", [BOUNDED, BOTH, THIRDS, PAIR, PAIRS, LEAST], ids=str)
+def test_samples_are_uniform_within_limits(space):
+    """Against the draws of the whole simplex that lie within the limits: means, and correlations of the shares."""
     rng = np.random.default_rng(7)
     free = rng.dirichlet(np.ones(len(space.caps_F)), 40_000)
     kept = free[(free <= space.caps_F).all(axis=1)]
+    for family in space.polytope.families:
+        sums = kept[:, family.members_n].sum(axis=1)
+        kept = kept[(family.least <= sums) & (sums <= family.most)]
     draws = np.array([space.shares(space.sample(rng)) for _ in range(1_000)])
     error = np.sqrt(draws.var(axis=0) / len(draws) + kept.var(axis=0) / len(kept))
     assert (np.abs(draws.mean(axis=0) - kept.mean(axis=0)) < 4 * error).all()
@@ -260,6 +282,43 @@ def test_the_capped_projection_is_the_nearest_point(caps):
         assert point == pytest.approx(best.x, abs=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_the_projection_within_limits_of_families_is_the_nearest_point(seed):
+    """Against scipy's quadratic programming, at random limits: ranges, equalities, idle ones."""
+    rng = np.random.default_rng(seed)
+    size = int(rng.integers(3, 9))
+    inside = rng.dirichlet(np.ones(size))
+    caps = np.minimum(inside + rng.choice([0.05, 0.3, 1.0], size), 1.0)
+    places, families = rng.permutation(size), []
+    for members in np.split(places, np.sort(rng.integers(1, size, 2)))[: int(rng.integers(1, 3))]:
+        if len(members):
+            low, high = rng.choice([0.0, 0.02, 0.2, 1.0], 2)
+            total = inside[members].sum()
+            families.append(FamilyLimits(members, max(total - low, 0.0), total + high))
+    polytope = Polytope(caps, tuple(families))
+    rows = rng.normal(size=(30, size)) * np.geomspace(0.03, 3, 30)[:, None] + 1 / size
+    constraints = [{"type": "eq", "fun": lambda p: p.sum() - 1}]
+    for each in families:
+        constraints += [{"type": "ineq", "fun": lambda p, each=each: each.sum(p) - each.least}]
+        constraints += [{"type": "ineq", "fun": lambda p, each=each: each.most - each.sum(p)}]
+    for row, point in zip(rows, polytope.project(rows), strict=True):
+        assert point.sum() == pytest.approx(1, abs=1e-12) and (point >= 0).all() and (point <= caps).all()
+        assert all(each.least - 1e-12 <= each.sum(point) <= each.most + 1e-12 for each in families)
+        assert (polytope.project(row) == point).all()
+        assert polytope.project(point) == pytest.approx(point, abs=1e-12)
+        best = minimize(
+            lambda p, row=row: ((p - row) ** 2).sum(),
+            inside,
+            method="SLSQP",
+            bounds=[(0, cap) for cap in caps],
+            constraints=constraints,
+            options={"ftol": 1e-14, "maxiter": 500},
+        )
+        # scipy may end early where limits are degenerate, but it never finds a nearer point.
+        assert ((point - row) ** 2).sum() <= ((best.x - row) ** 2).sum() + 1e-9
+        assert not best.success or point == pytest.approx(best.x, abs=1e-5)
+
+
 def test_a_projected_point_stays_and_a_far_one_reaches_the_exact_corner():
     caps = np.array([0.3, 0.5, 1.0])
     assert project(np.array([0.3, 0.5, 0.2]), caps).tolist() == [0.3, 0.5, 0.2]
@@ -280,6 +339,7 @@ def test_a_projected_point_stays_and_a_far_one_reaches_the_exact_corner():
         (BOUNDED, {"a": 0.4, "b": 0.1, "c": 0.5}, "weights.a = 0.4: the study file bounds it to 0 .. 0.3"),
         (BOUNDED, {"a": 0.1, "c": 0.9}, "weights.b = 0.0: the study file bounds it to 0.1 .. 0.5"),
         (FIXED, {"a": 0.6, "b": 0.4}, "weights.b = 0.4: the study file bounds it to 0.3 .. 0.3"),
+        (PAIR, {"a": 0.25, "b": 0.2, "c": 0.55}, "sums to 0.45; the study file bounds the sum of ab to 0 .. 0.4"),
     ],
 )
 def test_what_is_no_point_is_refused_with_its_name(space, weights, said):

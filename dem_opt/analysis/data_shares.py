@@ -19,7 +19,7 @@ Shape suffixes beside the project's: M candidates, F free shares.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import fsum, log
 from typing import Protocol
 
@@ -29,7 +29,7 @@ from threadpoolctl import threadpool_limits
 
 from dem_opt.analysis.surrogate import Fit, fit
 from dem_opt.analysis.training_curves import TrainingCurve
-from dem_opt.simplex import Space, project
+from dem_opt.simplex import Space
 from dem_opt.types import TrialRecord
 
 Array = NDArray[np.float64]
@@ -82,8 +82,9 @@ def allowed_shares(space: Space, total: float, most: Mapping[str, float]) -> Spa
         bounds.append((name, lower, min(upper, most[name], 1.0)))
     if any(lower > upper for _, lower, upper in bounds):
         return None
-    is_reached = fsum(lower for _, lower, _ in bounds) <= 1 <= fsum(upper for _, _, upper in bounds)
-    return Space(space.names, bounds=tuple(bounds)) if is_reached else None
+    families = (replace(each, lower=each.lower / total, upper=each.upper / total) for each in space.families)
+    allowed = Space(space.names, bounds=tuple(bounds), families=tuple(families))
+    return None if allowed.is_empty else allowed
 
 
 class Predictor(Protocol):
@@ -208,11 +209,11 @@ def _candidates(surface: _Surface, allowed: Space) -> Array:
         return surface.values(np.array([allowed.point(allowed.at(shares_F)) for shares_F in shares_MF]))
 
     corners = [allowed.shares(point) for point in (*allowed.vertices(), allowed.centroid())]
-    candidates_MF = np.concatenate([corners, project(rng.dirichlet(np.ones(free), DRAWS), allowed.caps_F)])
+    candidates_MF = np.concatenate([corners, allowed.polytope.project(rng.dirichlet(np.ones(free), DRAWS))])
     values_M = values(candidates_MF)
     for distance in DISTANCES:
         best_F = candidates_MF[int(np.argmin(values_M))]
-        near_MF = project(best_F + distance * rng.normal(size=(AROUND, free)), allowed.caps_F)
+        near_MF = allowed.polytope.project(best_F + distance * rng.normal(size=(AROUND, free)))
         candidates_MF = np.concatenate([candidates_MF, near_MF])
         values_M = np.concatenate([values_M, values(near_MF)])
     return candidates_MF

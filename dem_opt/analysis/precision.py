@@ -25,10 +25,11 @@ from dem_opt.analysis.bootstrap import resampled_objectives, samplings_of
 from dem_opt.analysis.sampling import Documents, Sampling, documents_of, sampled_unit
 from dem_opt.analysis.surrogate import Fit, fit, fit_excess, optimum
 from dem_opt.evaluation.objective import Objective
+from dem_opt.polytope import Polytope
 from dem_opt.search.samplers import gp
 from dem_opt.search.samplers.covariance import Array
 from dem_opt.search.trials import exceeded, limits, objectives, recall
-from dem_opt.simplex import Coefficients, Space, project
+from dem_opt.simplex import Coefficients, Space
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
 from dem_opt.types import SEARCH, Precision, TrialRecord
@@ -118,7 +119,7 @@ def precision_of(
     with threadpool_limits(1, "blas"):
         process = gp.fit(gp.observe(np.array([space.shares(trial.coefficients) for trial in chosen]), values_N))
         whole_only = Fit(process, fit_excess(space, chosen, allowed))
-        points_MF = _candidates(space.shares(optimum(space, whole_only, chosen)), process, space.caps_F)
+        points_MF = _candidates(space.shares(optimum(space, whole_only, chosen)), process, space.polytope)
         weights_MN = process.mean_weights(points_MF)
         # With probes the gradients say most of the mean.
         surrogate = fit(space, trials, allowed) if has_probes else None
@@ -161,11 +162,11 @@ def _choices(mean_M: Array, weights_MN: Array, away_NR: Array) -> NDArray[np.int
     return choice_R
 
 
-def _candidates(best_F: Array, process: gp.GaussianProcess, caps_F: Array) -> Array:
+def _candidates(best_F: Array, process: gp.GaussianProcess, polytope: Polytope) -> Array:
     """The composites themselves, and points around the optimum at all scales, projected: faces are among them."""
     rng = np.random.default_rng(0)
     steps_MF = np.concatenate([scale * rng.normal(size=(CANDIDATES, len(best_F))) for scale in SCALES])
-    around_MF = project(best_F + steps_MF, caps_F)
+    around_MF = polytope.project(best_F + steps_MF)
     points_MF: Array = np.concatenate([best_F[None, :], process.observations.points_NF, around_MF])
     return points_MF
 

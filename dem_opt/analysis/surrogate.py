@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from dem_opt.search.samplers import gp
 from dem_opt.search.samplers.observations import Measurement, most_gradients, observe
 from dem_opt.search.samplers.simplex_gp import Array, maximize
-from dem_opt.simplex import UNIT, Coefficients, Space, project
+from dem_opt.simplex import UNIT, Coefficients, Space
 from dem_opt.types import PENALTY, Surrogate, TrialRecord
 
 FEWEST = 3
@@ -180,8 +180,8 @@ def optimum(space: Space, surrogate: Fit, trials: Sequence[TrialRecord]) -> Coef
     ranked = sorted(trials, key=_objective)[:STARTS]
     best_NF = np.array([space.shares(trial.coefficients) for trial in ranked])
     draws_MF = np.random.default_rng(0).dirichlet(np.ones(best_NF.shape[1]), STARTS)
-    starts_MF = project(np.concatenate([best_NF, draws_MF]), space.caps_F)
-    optima_MF, _ = maximize(descent, starts_MF, space.caps_F)
+    starts_MF = space.polytope.project(np.concatenate([best_NF, draws_MF]))
+    optima_MF, _ = maximize(descent, starts_MF, space.polytope)
     return space.at(optima_MF[0])
 
 

@@ -4,6 +4,7 @@
 describes every key.  Imports root modules only, and no torch.
 """
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -40,7 +41,7 @@ from dem_opt.config.sources import DataFile, DistributionSection, GeneralSection
 from dem_opt.config.yaml import read_yaml
 from dem_opt.errors import InputError, nearest
 from dem_opt.pareto import MEAN, Axes, joint_weights, make_axis
-from dem_opt.simplex import TOLERANCE, Space
+from dem_opt.simplex import TOLERANCE, UNIT, Family, Space
 
 __all__ = [
     "ALGORITHMS",
@@ -240,10 +241,14 @@ class StudyConfig(Section):
         boxes, (least, total) = self.simplex.boxes, self.simplex.sums
         for field in ("bounds", "fixed"):
             for name in getattr(self.simplex, field):
-                if name not in self.fine_tunes:
-                    raise ValueError(f"simplex.{field}.{name}: no such distribution; {nearest(name, self.fine_tunes)}")
-        lowest = sum(low for low, _ in boxes.values())
-        highest = sum(boxes.get(name, (0.0, total))[1] for name in self.fine_tunes)
+                if name not in self.fine_tunes and name not in self.families:
+                    known = nearest(name, [*self.fine_tunes, *self.families])
+                    raise ValueError(f"simplex.{field}.{name}: no such distribution; {known}")
+        for name, steps in self.families.items():
+            if name in boxes:
+                self._check_family(name, steps)
+        assert self.space.reach is not None, "families were checked"
+        lowest, highest = (units / UNIT for units in self.space.reach)
         if lowest > total + TOLERANCE:
             raise ValueError(f"simplex: the least coefficients sum to {lowest:g}, more than the total of {total:g}")
         if highest < least - TOLERANCE:
@@ -253,6 +258,17 @@ class StudyConfig(Section):
                 f"search.divisions: no point of the lattice of {self.search.divisions} is within the bounds"
             )
         return self
+
+    def _check_family(self, name: str, steps: Sequence[str]) -> None:
+        """The bounds of a fine-tune's sum leave room for those of its steps."""
+        boxes, (_, total) = self.simplex.boxes, self.simplex.sums
+        field = "bounds" if name in self.simplex.bounds else "fixed"
+        lowest = sum(boxes.get(step, (0.0, total))[0] for step in steps)
+        highest = sum(boxes.get(step, (0.0, total))[1] for step in steps)
+        low, high = boxes[name]
+        if lowest > high + TOLERANCE or highest < low - TOLERANCE:
+            reach = f"the bounds of {', '.join(steps)} allow sums from {lowest:g} to {highest:g} only"
+            raise ValueError(f"simplex.{field}.{name}: {reach}; change one of them")
 
     @model_validator(mode="after")
     def _check_gradients(self) -> Self:
@@ -304,9 +320,23 @@ class StudyConfig(Section):
     @property
     def space(self) -> Space:
         """The coefficient space."""
-        least, total = self.simplex.sums
-        boxes = tuple((name, *box) for name, box in self.simplex.boxes.items())
-        return Space(tuple(self.fine_tunes), total, least if least < total else None, boxes)
+        (least, total), boxes = self.simplex.sums, self.simplex.boxes
+        return Space(
+            tuple(self.fine_tunes),
+            total,
+            least if least < total else None,
+            tuple((name, *box) for name, box in boxes.items() if name in self.fine_tunes),
+            tuple(Family(name, steps, *boxes[name]) for name, steps in self.families.items() if name in boxes),
+        )
+
+    @property
+    def families(self) -> dict[str, tuple[str, ...]]:
+        """Names of the coefficients of each distribution or vector whose steps are named in a list."""
+        families: dict[str, tuple[str, ...]] = {}
+        for name, fine_tune in self.fine_tunes.items():
+            if fine_tune.family is not None:
+                families[fine_tune.family] = (*families.get(fine_tune.family, ()), name)
+        return families
 
     @property
     def fine_tunes(self) -> dict[str, FineTune]:

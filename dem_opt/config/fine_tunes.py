@@ -21,6 +21,7 @@ class FineTune:
         source: The one model that it is.
         train_field: Field of the data that it can be trained on; None for vectors.
         is_trained: True if there are such data, so that `dem-opt train` makes it.
+        family: The distribution or vector of which it is one of several steps, or of a list with one.
     """
 
     field: str
@@ -28,6 +29,7 @@ class FineTune:
     source: ModelSource
     train_field: str | None = None
     is_trained: bool = False
+    family: str | None = None
 
 
 def fine_tunes_of(
@@ -45,9 +47,13 @@ def fine_tunes_of(
                     source=model,
                     train_field=f"distributions.{name}.train",
                     is_trained=distribution.train is not None,
+                    family=name if ending else None,
                 ),
             )
     for name, vector in vectors.items():
         kind, source = vector.fine_tune
         for ending, model in source.models.items():
-            yield f"{name}{ending}", FineTune(field=f"vectors.{name}.{kind}", kind=kind, source=model)
+            fine_tune = FineTune(
+                field=f"vectors.{name}.{kind}", kind=kind, source=model, family=name if ending else None
+            )
+            yield f"{name}{ending}", fine_tune

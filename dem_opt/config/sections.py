@@ -49,7 +49,9 @@ class SimplexSection(Section):
     """
 
     bounds: dict[FineTuneName, Range] = Field(default_factory=dict)
-    """Lowest and highest coefficient, by distribution: `{code: [0, 0.8]}`."""
+    """Lowest and highest coefficient, by distribution: `{code: [0, 0.8]}`. Where a distribution names several steps,
+    `code@20` is a coefficient, and `code` their sum.
+    """
 
     fixed: dict[FineTuneName, NotNegative] = Field(default_factory=dict)
     """Coefficients that the search does not vary, by distribution: `{code: 0.3}`."""

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse.linalg import eigsh
 
-from dem_opt.simplex import plane, project
+from dem_opt.polytope import Polytope
+from dem_opt.simplex import plane
 
 Array = NDArray[np.float64]
 
@@ -175,7 +176,7 @@ class Model:
         gradient_GF: g.
         curvature_nn: B.
         centre_F: c, in every group.
-        caps_F: Greatest shares.
+        polytope: The shares that a group can have.
         shrink: Curvature of the penalty, in shares.
     """
 
@@ -183,7 +184,7 @@ class Model:
     gradient_GF: Array
     curvature_nn: Array
     centre_F: Array
-    caps_F: Array
+    polytope: Polytope
     shrink: float = 0.0
 
     def change(self, shares_GF: Array) -> float:
@@ -207,12 +208,12 @@ class Model:
         at_GF = ahead_GF = self.shares_GF
         momentum = 1.0
         for _ in range(_STEPS):
-            next_GF = project(ahead_GF - self._slope(ahead_GF) / steepness_G1, self.caps_F)
+            next_GF = self.polytope.project(ahead_GF - self._slope(ahead_GF) / steepness_G1)
             if np.abs(next_GF - at_GF).max() < _STILL:
                 return next_GF
             if (steepness_G1 * (ahead_GF - next_GF) * (next_GF - at_GF)).sum() > 0:
                 momentum = 1.0
-                at_GF = ahead_GF = project(at_GF - self._slope(at_GF) / steepness_G1, self.caps_F)
+                at_GF = ahead_GF = self.polytope.project(at_GF - self._slope(at_GF) / steepness_G1)
                 continue
             following = 0.5 * (1 + np.sqrt(1 + 4 * momentum**2))
             ahead_GF = next_GF + (momentum - 1) / following * (next_GF - at_GF)

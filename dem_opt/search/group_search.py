@@ -233,7 +233,7 @@ class GroupSearch:
             tangential(gradient_GK @ self.space.jacobian()),
             curvature_nn,
             self._centre_F,
-            self.space.caps_F,
+            self.space.polytope,
             shrink * self._scale**2,
         )
 

@@ -15,7 +15,7 @@ from dem_opt.config.objective_function import ObjectiveFunction
 from dem_opt.errors import InputError
 from dem_opt.grouping import GroupedCoefficients, GroupSettings
 from dem_opt.pareto import Axes, Axis
-from dem_opt.simplex import Coefficients, Space
+from dem_opt.simplex import Coefficients, Family, Space
 from dem_opt.types import HELD_OUT, NATS_PER_TOKEN, SEARCH, Composite
 
 _VECTORS = ("evaluation.vectors", "exact")
@@ -172,15 +172,25 @@ class StudyIdentity:
 def _written(space: Space) -> dict[str, str]:
     """A space as identity fields, named as in the study file."""
     total = space.total if space.least is None else [space.least, space.total]
-    return {"simplex.total": repr(total)} | {f"simplex.bounds.{name}": repr(box) for name, *box in space.bounds}
+    families = [(family.name, family.lower, family.upper) for family in space.families]
+    return {"simplex.total": repr(total)} | {
+        f"simplex.bounds.{name}": repr(box) for name, *box in (*space.bounds, *families)
+    }
 
 
 def _read_space(names: tuple[str, ...], identity: Mapping[str, str]) -> Space:
     """The inverse of `_written`."""
     total = json.loads(identity["simplex.total"])
     least, most = total if isinstance(total, list) else (None, total)
-    boxes = tuple((name, *json.loads(box)) for name, box in _under("simplex.bounds.", identity).items())
-    return Space(names, most, least, boxes)
+    boxes = {name: json.loads(box) for name, box in _under("simplex.bounds.", identity).items()}
+    families = (
+        Family(name, tuple(step for step in names if step.startswith(f"{name}@")), *box)
+        for name, box in boxes.items()
+        if name not in names
+    )
+    return Space(
+        names, most, least, tuple((name, *box) for name, box in boxes.items() if name in names), tuple(families)
+    )
 
 
 def _written_axes(axes: Axes) -> str:

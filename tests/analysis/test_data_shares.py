@@ -15,7 +15,7 @@ from dem_opt.analysis.data_shares import (
     propose_shares,
 )
 from dem_opt.analysis.training_curves import TrainingCurve
-from dem_opt.simplex import Space
+from dem_opt.simplex import Family, Space
 from dem_opt.types import TrialRecord
 
 NAMES = ("a", "b", "c")
@@ -86,9 +86,19 @@ def test_bounds_of_the_study_hold() -> None:
     assert proposal.shares["a"] <= 0.1 + 1e-9 and proposal.shares["c"] == pytest.approx(0.4)
 
 
+def test_the_bounds_of_a_sum_hold() -> None:
+    """The bowl's least is at 0.3 for a and b together, or at the nearer end of what they may be."""
+    free = proposed(Space(NAMES, 0.5), 0.5)
+    for lower, upper in ((0.0, 0.1), (0.4, 0.45), (0.0, 0.5)):
+        shares = proposed(Space(NAMES, 0.5, families=(Family("ab", ("a", "b"), lower, upper),)), 0.5).shares
+        wanted = min(max(free.shares["a"] + free.shares["b"], lower / 0.5), upper / 0.5)
+        assert shares["a"] + shares["b"] == pytest.approx(wanted, abs=0.02)
+
+
 @pytest.mark.parametrize(
     ("space", "most"),
     [
+        (Space(NAMES, families=(Family("ab", ("a", "b"), 0.5, 1.0),)), {"a": 0.2, "b": 0.2, "c": 1.0}),
         (Space(NAMES), {"a": 0.3, "b": 0.3, "c": 0.3}),
         (Space(NAMES, bounds=(("a", 0.5, 1.0),)), {"a": 0.4, "b": 1.0, "c": 1.0}),
         (Space(NAMES, bounds=(("a", 0.0, 0.2),)), {"a": 1.0, "b": 0.5, "c": 0.2}),

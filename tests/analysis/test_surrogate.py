@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dem_opt.analysis.surrogate import FEWEST, MOST, predict, surrogate_of
-from dem_opt.simplex import UNIT, Space
+from dem_opt.simplex import UNIT, Family, Space
 from dem_opt.types import PENALTY, Score, TrialRecord
 
 
@@ -30,6 +30,7 @@ CASES = {
     "half": (Space(("a", "b", "c"), 0.5), (0.1, 0.15, 0.25)),
     "a range": (Space(("a", "b", "c"), 1.5, 0.5), (0.2, 0.5, 0.3)),
     "bounds": (Space(("a", "b", "c"), bounds=(("a", 0.1, 0.6),)), (0.2, 0.5, 0.3)),
+    "a sum": (Space(("a", "b", "c"), families=(Family("ab", ("a", "b"), 0.2, 0.9),)), (0.2, 0.5, 0.3)),
 }
 cases = pytest.mark.parametrize(("space", "lowest"), CASES.values(), ids=CASES)
 

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from dem_opt.search.samplers.cube import DEAD, from_shares, to_shares
 from dem_opt.search.samplers.history import State, Trial
 from dem_opt.search.samplers.optuna_sampler import OptunaSampler, tpe
-from dem_opt.simplex import Coefficients, Space
+from dem_opt.simplex import Coefficients, Family, Space
 
 SIMPLEX = Space(tuple("abc"))
 SPACES = [
@@ -24,6 +24,7 @@ SPACES = [
     Space(tuple("abcd"), bounds=(("a", 0.0, 0.3), ("b", 0.1, 0.5))),
     Space(tuple("abcd"), 1.5, 0.5, (("a", 0.1, 0.4), ("b", 0.2, 0.2))),
     Space(tuple("abc"), bounds=(("a", 0.0, 0.35), ("b", 0.0, 0.35), ("c", 0.0, 0.35))),
+    Space(tuple("abcd"), 1.5, 0.5, (("a", 0.1, 0.4),), (Family("ab", ("a", "b"), 0.2, 0.7),)),
 ]
 
 

@@ -7,11 +7,12 @@ import pytest
 from scipy.integrate import quad
 from scipy.special import ndtr
 
+from dem_opt.polytope import Polytope, project
 from dem_opt.search.samplers import gp
 from dem_opt.search.samplers.covariance import Kernel, interpolate
 from dem_opt.search.samplers.history import Trial
 from dem_opt.search.samplers.simplex_gp import SimplexGP, log_expected_improvement, log_h, maximize
-from dem_opt.simplex import Space, project
+from dem_opt.simplex import Space
 
 Array = gp.Array
 ONES = np.ones(8)
@@ -246,12 +247,12 @@ def test_the_maximum_of_a_concave_function_is_found_on_its_face(size: int) -> No
     for caps in (ONES[:size], np.linspace(0.6, 0.9, size)):
         nearest = project(centre, caps)
         near, best = maximize(
-            lambda x: (-0.5 * ((x - centre) ** 2).sum(axis=1), centre - x), project(starts, caps), caps
+            lambda x: (-0.5 * ((x - centre) ** 2).sum(axis=1), centre - x), project(starts, caps), Polytope(caps)
         )
         assert np.abs(near - nearest).max() < 1e-9
         assert ((near == 0) == (nearest == 0)).all()
         assert best == pytest.approx(np.exp(-0.5 * ((nearest - centre) ** 2).sum()))
-    far, _ = maximize(lambda x: (x @ centre, np.broadcast_to(centre, x.shape)), starts, ONES[:size])
+    far, _ = maximize(lambda x: (x @ centre, np.broadcast_to(centre, x.shape)), starts, Polytope(ONES[:size]))
     assert (far == np.eye(size)[centre.argmax()]).all()
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from dem_opt.polytope import Polytope, project
 from dem_opt.search.group_model import (
     DAMPING,
     LEAST_PART,
@@ -16,7 +17,6 @@ from dem_opt.search.group_model import (
     tangential,
     updated,
 )
-from dem_opt.simplex import project
 
 CASES = [(1, 2, None), (4, 4, None), (10, 3, None), (6, 5, (0.5, 0.6, 1.0, 0.3, 0.9))]
 """Groups, shares and their caps."""
@@ -49,7 +49,7 @@ def test_no_step_within_the_simplices_leads_down_from_the_minimum(groups, shares
     curvature_nn, linear_n = quadratic(groups, shares)
     at_GF, caps_F = start(groups, shares, caps)
     point = measure(at_GF, curvature_nn, linear_n)
-    model = Model(at_GF, tangential(point.gradient_GF), curvature_nn, at_GF[0], caps_F, shrink)
+    model = Model(at_GF, tangential(point.gradient_GF), curvature_nn, at_GF[0], Polytope(caps_F), shrink)
     least_GF = model.minimum()
     np.testing.assert_allclose(least_GF.sum(axis=1), 1, atol=1e-12)
     assert (least_GF >= 0).all() and (least_GF <= caps_F + 1e-12).all()
@@ -66,10 +66,10 @@ def test_groups_that_do_not_act_on_each_other_are_minimized_as_if_alone(shrink):
     scales_G = np.logspace(0, np.log10(LEAST_PART), groups)
     gradient_GF = scales_G[:, None] * tangential(np.random.default_rng(3).normal(size=(groups, shares)))
     curvature_nn = np.kron(np.diag(scales_G), curvature_FF)
-    least_GF = Model(at_GF, gradient_GF, curvature_nn, at_GF[0], caps_F, shrink).minimum()
+    least_GF = Model(at_GF, gradient_GF, curvature_nn, at_GF[0], Polytope(caps_F), shrink).minimum()
     for place, scale in enumerate(scales_G):
         alone = Model(
-            at_GF[:1], gradient_GF[place][None] / scale, curvature_FF, at_GF[0], caps_F, shrink / scale
+            at_GF[:1], gradient_GF[place][None] / scale, curvature_FF, at_GF[0], Polytope(caps_F), shrink / scale
         ).minimum()
         np.testing.assert_allclose(least_GF[place], alone[0], atol=1e-6)
 
@@ -79,7 +79,7 @@ def test_a_strong_penalty_keeps_the_centre_and_a_weak_one_changes_little():
     at_GF, caps_F = start(5, 4, None)
     gradient_GF = tangential(measure(at_GF, curvature_nn, linear_n).gradient_GF)
     apart = [
-        np.abs(Model(at_GF, gradient_GF, curvature_nn, at_GF[0], caps_F, shrink).minimum() - at_GF).max()
+        np.abs(Model(at_GF, gradient_GF, curvature_nn, at_GF[0], Polytope(caps_F), shrink).minimum() - at_GF).max()
         for shrink in (0.0, 1e-6, 0.1, 1.0, 1e6)
     ]
     assert apart == sorted(apart, reverse=True)
@@ -147,14 +147,16 @@ def test_a_quadratic_is_minimized_in_a_few_steps(groups, shares, caps):
     curvature_nn, linear_n = quadratic(groups, shares)
     at_GF, caps_F = start(groups, shares, caps)
     exact = Model(
-        at_GF, tangential(measure(at_GF, curvature_nn, linear_n).gradient_GF), curvature_nn, at_GF[0], caps_F
+        at_GF, tangential(measure(at_GF, curvature_nn, linear_n).gradient_GF), curvature_nn, at_GF[0], Polytope(caps_F)
     ).minimum()
     least = measure(exact, curvature_nn, linear_n).value
     points = [measure(at_GF, curvature_nn, linear_n)]
     begin_nn = np.eye(groups * shares) * np.trace(curvature_nn) / len(curvature_nn)
     for _ in range(20):
         best = min(points, key=lambda point: point.value)
-        model = Model(best.shares_GF, tangential(best.gradient_GF), curvature_of(begin_nn, points), at_GF[0], caps_F)
+        model = Model(
+            best.shares_GF, tangential(best.gradient_GF), curvature_of(begin_nn, points), at_GF[0], Polytope(caps_F)
+        )
         points.append(measure(model.minimum(), curvature_nn, linear_n))
     gap = points[0].value - least
     assert min(point.value for point in points) - least < 0.01 * gap

@@ -18,7 +18,7 @@ from dem_opt.search.group_search import (
     Measured,
     judgements,
 )
-from dem_opt.simplex import Space
+from dem_opt.simplex import Family, Space
 from dem_opt.types import GRADIENT_FORWARDS
 
 NAMES = ("code", "math", "prose")
@@ -175,7 +175,12 @@ def test_folds_whose_optimum_fails_judge_nothing():
 
 @pytest.mark.parametrize(
     "space",
-    [Space(NAMES, 3.0, 0.0), Space(NAMES, bounds=(("code", 0.1, 0.5),)), Space(NAMES, bounds=(("math", 0.3, 0.3),))],
+    [
+        Space(NAMES, 3.0, 0.0),
+        Space(NAMES, bounds=(("code", 0.1, 0.5),)),
+        Space(NAMES, bounds=(("math", 0.3, 0.3),)),
+        Space(NAMES, families=(Family("some", NAMES[:2], 0.1, 0.3),)),
+    ],
 )
 def test_each_group_is_a_point_of_the_space(space):
     landscape = Landscape(space=space, noise=0.02)

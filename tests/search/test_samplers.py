@@ -15,7 +15,7 @@ from dem_opt.search.samplers import SimplexSampler, make_proposer, propose
 from dem_opt.search.samplers.history import HistoryReader, Trial, distributions, from_parameters, parameters
 from dem_opt.search.samplers.simplex_gp import OBSERVATIONS, SimplexGP
 from dem_opt.search.trial_attributes import TrialAttributes
-from dem_opt.simplex import Coefficients, Space
+from dem_opt.simplex import Coefficients, Family, Space
 
 ALGORITHMS = ["simplex-gp", "grid", "random", "tpe", "cmaes", "gradient", "nsga2"]
 UNSEEDED = ["grid", "gradient"]
@@ -26,11 +26,19 @@ SPACES += [
     BOUNDED,
     Space(tuple("abc"), bounds=(("b", 0.3, 0.3),)),
     Space(tuple("abcd"), 1.5, 0.5, (("a", 0.1, 0.4), ("b", 0.2, 0.2))),
+    Space(tuple("abcd"), 1.5, 0.5, (("a", 0.1, 0.4),), (Family("ab", ("a", "b"), 0.2, 0.7),)),
+    Space(tuple("abcd"), families=(Family("ac", ("a", "c"), 0.25, 0.25), Family("bd", ("b", "d"), 0.2, 0.8))),
 ]
 OPEN = [space for space in SPACES if not space.is_point]
 SAID = [
     "-".join(
-        [str(space.dimension), str(space.total), *["free"] * (space.least is not None), *["in"] * bool(space.bounds)]
+        [
+            str(space.dimension),
+            str(space.total),
+            *["free"] * (space.least is not None),
+            *["in"] * bool(space.bounds),
+            *["sums"] * bool(space.families),
+        ]
     )
     for space in SPACES
 ]
@@ -48,6 +56,7 @@ def sampler_of(algorithm: str, space: Space, seed: int = 0, divisions: int = 4) 
         algorithm=algorithm,
         total=space.total if space.least is None else (space.least, space.total),
         bounds={name: (lower, upper) for name, lower, upper in space.bounds},
+        sums={family.names: (family.lower, family.upper) for family in space.families},
         seed=seed,
         divisions=divisions,
     )

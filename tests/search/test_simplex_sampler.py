@@ -173,6 +173,27 @@ def test_gradients_of_the_user_are_learned_from() -> None:
     assert study.best_value < 1e-6
 
 
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "gradient", "nsga2"])
+def test_bounds_of_sums_hold(algorithm: str) -> None:
+    """The bowl is least at butter + sugar = 0.4: under a limit of 0.25 the search comes to the limit."""
+    sampler = SimplexSampler(NAMES, algorithm=algorithm, sums={("butter", "sugar"): (0.1, 0.25)}, divisions=8)
+
+    def graded(trial: optuna.Trial) -> float:
+        recipe = suggest(trial)
+        for name in NAMES:
+            trial.set_user_attr(f"gradient.{name}", 2 * (recipe[name] - OPTIMUM[name]))
+        return bowl(recipe)
+
+    study = optuna.create_study(sampler=sampler)
+    study.optimize(graded, n_trials=40)
+    sums = [round((recipe["butter"] + recipe["sugar"]) * 10**9) for recipe in params(study)]
+    assert all(10**8 <= units <= 25 * 10**7 for units in sums)
+    if algorithm in ("simplex-gp", "gradient"):
+        best = study.best_params
+        # Projection of the optimum: the excess of 0.15 is taken from both, and given to flour and salt.
+        assert list(best.values()) == pytest.approx([0.675, 0.225, 0.025, 0.075], abs=0.01)
+
+
 def test_totals_and_bounds_hold() -> None:
     sampler = SimplexSampler(NAMES, total=(0.5, 2), bounds={"salt": (0.1, 0.2), "sugar": (0.3, 0.3)})
     study = optuna.create_study(sampler=sampler)
@@ -260,6 +281,10 @@ def test_several_objectives_are_refused() -> None:
         ({"bounds": {"a": (0.5, 0.2)}}, "bounds of a"),
         ({"bounds": {"a": (0.6, 1), "b": (0.6, 1)}}, "bounds"),
         ({"bounds": dict.fromkeys("abc", (0, 0.2))}, "bounds"),
+        ({"sums": {("a", "d"): (0, 1)}}, "sums of d"),
+        ({"sums": {("a", "b"): (0, 1), ("b", "c"): (0, 1)}}, "sums of b"),
+        ({"sums": {("a", "b"): (0.5, 0.2)}}, r"a \+ b"),
+        ({"sums": {("a", "b"): (0, 0.2)}, "bounds": {"c": (0, 0.2)}}, "no coefficients within them"),
     ],
 )
 def test_an_empty_space_is_refused_in_one_line(arguments: dict[str, object], field: str) -> None:

@@ -1,9 +1,11 @@
 """Laws of a question: it knows content, it comes back from what is written of it, it guards what compares."""
 
+from dataclasses import replace
+
 import pytest
 
 from dem_opt.errors import InputError
-from dem_opt.simplex import Space
+from dem_opt.simplex import Family, Space
 from dem_opt.storage.identity import StudyIdentity, changes, refuse_other_scoring
 
 
@@ -36,6 +38,21 @@ SPACES = [
     Space(NAMES, 2.0, 0.0),
     Space(NAMES, 1.0, 0.25, (("code", 0.0, 0.8), ("a.validation", 0.3, 0.3))),
 ]
+STEPS = ("code@20", "code@best", "codes", "math@4")
+FAMILIES = [
+    Space(STEPS, families=(Family("code", ("code@20", "code@best"), 0.0, 0.5),)),
+    Space(STEPS, families=(Family("code", ("code@20", "code@best"), 0.1, 0.5),)),
+    Space(STEPS, 2.0, None, (("code@20", 0.0, 0.1),), (Family("math", ("math@4",), 0.2, 0.2),)),
+]
+
+
+@pytest.mark.parametrize("space", FAMILIES, ids=str)
+def test_a_bounded_sum_of_steps_comes_back(space):
+    question = identity(space=space, fine_tunes={name: f"hash {name}" for name in STEPS})
+    fields = question.identity_fields()
+    assert StudyIdentity.recall(fields, question.scoring_fields()).space == space
+    others = [replace(question, space=other).identity_fields() for other in FAMILIES if other != space]
+    assert all(fields != other for other in others)
 
 
 @pytest.mark.parametrize("worst", [False, True])

@@ -167,7 +167,14 @@ MISTAKES = {
     "vectors.seed": {"vectors": {"seed": {"checkpoint": "models/seed", "adapter": "models/seed"}}},
     "vectors.math": {"vectors": {"math": {"checkpoint": "models/seed"}}},
     "general.seed": {"general": {"seed": "data/code.jsonl"}},
-    "simplex.bounds.code": {"simplex": {"bounds": {"code": [0, 0.5]}}},
+    "simplex.bounds.code: the bounds of code@2, code@best allow sums from 0 to 0.3": {
+        "simplex": {"bounds": {"code": [0.5, 0.8], "code@2": [0, 0.1], "code@best": [0, 0.2]}}
+    },
+    "simplex.fixed.code": {"simplex": {"bounds": {"code@2": [0.5, 0.8]}, "fixed": {"code": 0.4}}},
+    "simplex.bounds.cod: no such distribution; did you mean 'code'": {"simplex": {"bounds": {"cod": [0, 1]}}},
+    "simplex: the greatest coefficients sum to 0.7": {
+        "simplex": {"bounds": {"code": [0, 0.5], "math": [0, 0.1]}, "fixed": {"seed": 0.1}}
+    },
     "vectors.seed.checkpoint": {"vectors": {"seed": {"checkpoint": {"run": "models/run", "step": [2, 2]}}}},
 }
 
@@ -195,7 +202,27 @@ def test_comparisons_with_one_fine_tune_for_each_distribution_refuse_several(fin
     assert "distributions.code.checkpoint.step" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("algorithm", ["simplex-gp", "gradient", "tpe", "grid"])
+def test_the_sum_of_a_fine_tunes_steps_is_bounded(tmp_path, algorithm):
+    """A new bound is a new generation; without it the sum is greater."""
+    search = {"algorithm": algorithm, "trials": 12, "divisions": 4}
+    path = make(tmp_path, search=search, simplex={"fixed": {"math": 0.2}})
+    free = open_study(path).run().summary
+    content = yaml.safe_load(path.read_text())
+    content["simplex"] = {"bounds": {"code": [0.0, 0.3], "code@2": [0.0, 0.2]}, "fixed": {"math": 0.2}}
+    path.write_text(yaml.safe_dump(content))
+    bounded = open_study(path).run().summary
+    greatest = []
+    for summary in (free, bounded):
+        trials = [trial.coefficients.units for trial in next(iter(summary.trials.values()))]
+        greatest.append(max(units["code@2"] + units["code@best"] for units in trials))
+        assert all(sum(units.values()) == 10**9 for units in trials)
+    assert greatest[1] <= 3 * 10**8 < greatest[0]
+    with pytest.raises(InputError, match=r"sums to 0.4; the study file bounds the sum of code to 0 .. 0.3"):
+        open_study(path).score({"code@2": 0.1, "code@best": 0.3, "math": 0.2, "seed": 0.4})
+
+
 def test_bounds_of_a_step_hold(tmp_path):
     path = make(tmp_path, simplex={"bounds": {"code@2": [0.0, 0.1]}})
     summary = open_study(path).run().summary
-    assert all(trial.coefficients["code@2"] <= 10**8 for trial in next(iter(summary.trials.values())))
+    assert all(trial.coefficients["code@2"] <= 0.1 for trial in next(iter(summary.trials.values())))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dem_opt.search.samplers.history import Trial, values_of
 from dem_opt.search.samplers.proposer import Proposal, first_new, first_points
-from dem_opt.simplex import Coefficients, Space, plane, project
+from dem_opt.simplex import Coefficients, Space, plane
 
 Array = NDArray[np.float64]
 
@@ -53,11 +53,11 @@ class CMAES:
         if self.space.is_point:
             return Proposal(self.space.sample(rng))
         taken = {trial.coefficients for trial in trials}
-        basis_FD, centre_F, caps_F = self._basis(), self.space.shares(self.space.centroid()), self.space.caps_F
+        basis_FD, centre_F = self._basis(), self.space.shares(self.space.centroid())
         strategy = self._strategy(trials, basis_FD, centre_F)
         strategy.reseed_rng(int(rng.integers(2**32)))
         for _ in range(_DRAWS):
-            point = self.space.at(project(centre_F + basis_FD @ strategy.ask(), caps_F))
+            point = self.space.at(centre_F + basis_FD @ strategy.ask())
             if point not in taken:
                 return Proposal(point)
         return Proposal(self.space.sample(rng))

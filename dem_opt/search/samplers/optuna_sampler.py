@@ -52,7 +52,8 @@ class OptunaSampler:
     trials.  A proposal that is not new is left running there, and the sampler is asked again.  A sampler that marks the
     trials which it has proposed, as NSGA-II does with their generation, is asked for the history trial by trial.
 
-    The first proposals are the study's starting points, then the landmarks.
+    The first proposals are the study's starting points, then the landmarks.  The cube knows no limits of families: its
+    points are projected to them, so that a corner which such a limit makes is come near to, but seldom met.
 
     Attributes:
         space: The coefficients to choose from.

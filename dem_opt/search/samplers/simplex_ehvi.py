@@ -16,7 +16,7 @@ from dem_opt.search.samplers import gp
 from dem_opt.search.samplers.history import Trial, latest, losses_of
 from dem_opt.search.samplers.proposer import Proposal, first_new, first_points
 from dem_opt.search.samplers.simplex_gp import APART, OBSERVATIONS, log_h, maximize, starts
-from dem_opt.simplex import Coefficients, Space, project
+from dem_opt.simplex import Coefficients, Space
 
 Array = NDArray[np.float64]
 
@@ -56,7 +56,7 @@ class SimplexEHVI:
         first, second = self._processes(trials)
         losses_N2 = np.stack([first.observations.values_N, second.observations.values_N], axis=1)
         best_NF = first.observations.points_NF[non_dominated(losses_N2)]
-        starts_MF = project(starts(best_NF, rng), self.space.caps_F)
+        starts_MF = self.space.polytope.project(starts(best_NF, rng))
         predicted_M2 = np.stack([first.mean(starts_MF), second.mean(starts_MF)], axis=1)
         front_N2, reference = front_of(losses_N2), reference_point(np.concatenate([losses_N2, predicted_M2]))
         points_MF, _ = maximize(
@@ -64,7 +64,7 @@ class SimplexEHVI:
                 first.posterior(shares_MF), second.posterior(shares_MF), front_N2, reference
             ),
             starts_MF,
-            self.space.caps_F,
+            self.space.polytope,
         )
         taken_NF = self._shares(trials)
         for shares_F in points_MF:

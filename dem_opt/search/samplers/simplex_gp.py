@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from scipy.special import erfcx, ndtr
 from threadpoolctl import threadpool_limits
 
+from dem_opt.polytope import Polytope
 from dem_opt.search.samplers import gp
 from dem_opt.search.samplers.history import Trial, latest, thin, values_of
 from dem_opt.search.samplers.observations import Measurement, compressed, most_gradients, observe
 from dem_opt.search.samplers.proposer import Proposal, central_points, first_new, first_points
-from dem_opt.simplex import Coefficients, Space, project
+from dem_opt.simplex import Coefficients, Space
 from dem_opt.types import GRADIENT_FORWARDS
 
 Array = NDArray[np.float64]
@@ -151,8 +152,8 @@ class SimplexGP:
         ranked_NF = observations.points_NF[np.argsort(observations.values_N, kind="stable")]
         points_MF, improvement_M = maximize(
             lambda shares_MF: log_expected_improvement(process, best, shares_MF),
-            project(starts(ranked_NF[:4], rng), self.space.caps_F),
-            self.space.caps_F,
+            self.space.polytope.project(starts(ranked_NF[:4], rng)),
+            self.space.polytope,
         )
         for shares_F, improvement in zip(points_MF, improvement_M, strict=True):
             if np.abs(taken_NF - shares_F).max(axis=1, initial=0).min() > APART:
@@ -291,8 +292,10 @@ def starts(best_NF: Array, rng: np.random.Generator) -> Array:
     return np.concatenate([uniform_MF, sparse_MF, best_MF + radius_M1 * rng.normal(size=best_MF.shape)])
 
 
-def maximize(function: Callable[[Array], tuple[Array, Array]], starts_MF: Array, caps_F: Array) -> tuple[Array, Array]:
-    """Local maxima over the capped unit simplex of a function that gives logarithms with gradients, greatest first.
+def maximize(
+    function: Callable[[Array], tuple[Array, Array]], starts_MF: Array, polytope: Polytope
+) -> tuple[Array, Array]:
+    """Local maxima over a polytope of shares of a function that gives logarithms with gradients, greatest first.
 
     Projected gradient ascent with Barzilai and Borwein's step (1988; projected as by Birgin, Martinez and Raydan 2000),
     shortened where Armijo's condition fails, from the most promising starts, all in one batch:
@@ -310,7 +313,7 @@ def maximize(function: Callable[[Array], tuple[Array, Array]], starts_MF: Array,
     step_M = 0.1 / _norm(gradient_MF)
     for _ in range(_STEPS):
         step_M = np.minimum(step_M, _LONGEST / _norm(gradient_MF))
-        moved_MF = project(points_MF + step_M[:, None] * gradient_MF, caps_F)
+        moved_MF = polytope.project(points_MF + step_M[:, None] * gradient_MF)
         new_value_M, new_gradient_MF = _along(function, moved_MF)
         change_MF = moved_MF - points_MF
         accepted_M = new_value_M >= value_M + _ARMIJO * (gradient_MF * change_MF).sum(axis=1)

@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from dem_opt.search.samplers.algorithms import make_proposer
 from dem_opt.search.samplers.history import HistoryReader, Trial, distributions, parameters
 from dem_opt.search.samplers.proposer import propose
-from dem_opt.simplex import Coefficients, Space
+from dem_opt.simplex import Coefficients, Family, Space
 
 
 class SimplexSampler(BaseSampler):
@@ -48,6 +48,7 @@ class SimplexSampler(BaseSampler):
             (SLSQP).
         total: Sum of the coefficients, or the least and the greatest sum.
         bounds: Least and greatest coefficient by name, where not 0 to the total; equal bounds fix a coefficient.
+        sums: Least and greatest sum of some coefficients, as `{("butter", "oil"): (0, 0.3)}`; none is in two of them.
         seed: Seed of all randomness.
         divisions: Steps of the grid along an edge; a study that is run by `optimize` ends with the last grid point.
 
@@ -62,10 +63,11 @@ class SimplexSampler(BaseSampler):
         algorithm: str = "simplex-gp",
         total: float | tuple[float, float] = 1.0,
         bounds: Mapping[str, tuple[float, float]] | None = None,
+        sums: Mapping[tuple[str, ...], tuple[float, float]] | None = None,
         seed: int = 0,
         divisions: int = 10,
     ) -> None:
-        self._space = _space(names, total, bounds or {})
+        self._space = _space(names, total, bounds or {}, sums or {})
         self._proposer = make_proposer(algorithm, self._space, seed=seed, divisions=divisions)
         self._seed = seed
         self._lattice_size = self._space.lattice_size(divisions) if algorithm == "grid" else None
@@ -132,7 +134,10 @@ class SimplexSampler(BaseSampler):
 
 
 def _space(
-    names: Sequence[str], total: float | tuple[float, float], bounds: Mapping[str, tuple[float, float]]
+    names: Sequence[str],
+    total: float | tuple[float, float],
+    bounds: Mapping[str, tuple[float, float]],
+    sums: Mapping[tuple[str, ...], tuple[float, float]],
 ) -> Space:
     """The space of some arguments.  Raises ValueError where it has no point."""
     if not names or len(set(names)) < len(names):
@@ -142,11 +147,26 @@ def _space(
     least, greatest = (total, total) if isinstance(total, int | float) else total
     if not (isfinite(greatest) and 0 <= least <= greatest and greatest > 0):
         raise ValueError(f"total {total!r}: a positive sum, or the least and the greatest sum")
-    for name, (lower, upper) in bounds.items():
+    summed = [name for members in sums for name in members]
+    if unknown := set(summed) - set(names):
+        raise ValueError(f"sums of {', '.join(sorted(unknown))}: no such name among {', '.join(names)}")
+    if twice := {name for name in summed if summed.count(name) > 1}:
+        raise ValueError(f"sums of {', '.join(sorted(twice))}: a name can be in one of them only")
+    sums_by_name = {" + ".join(members): limits for members, limits in sums.items()}
+    for what, (lower, upper) in {**bounds, **sums_by_name}.items():
         if not 0 <= lower <= upper <= greatest:
-            raise ValueError(f"bounds of {name} {lower!r}, {upper!r}: 0 <= lower <= upper <= {greatest:g}")
-    box = [bounds.get(name, (0.0, greatest)) for name in names]
-    if sum(lower for lower, _ in box) > greatest or sum(upper for _, upper in box) < least:
-        raise ValueError(f"bounds {dict(bounds)!r}: no coefficients within them sum to {total!r}")
-    limits = tuple((name, float(lower), float(upper)) for name, (lower, upper) in bounds.items())
-    return Space(tuple(names), float(greatest), None if least == greatest else float(least), limits)
+            raise ValueError(f"bounds of {what} {lower!r}, {upper!r}: 0 <= lower <= upper <= {greatest:g}")
+    space = Space(
+        tuple(names),
+        float(greatest),
+        None if least == greatest else float(least),
+        tuple((name, float(lower), float(upper)) for name, (lower, upper) in bounds.items()),
+        tuple(
+            Family(" + ".join(members), members, float(lower), float(upper))
+            for members, (lower, upper) in sums.items()
+            if members
+        ),
+    )
+    if space.is_empty:
+        raise ValueError(f"bounds { {**bounds, **sums_by_name} }: no coefficients within them sum to {total!r}")
+    return space

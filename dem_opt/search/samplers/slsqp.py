@@ -3,14 +3,16 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
+from dem_opt.polytope import Polytope
 from dem_opt.search.samplers.history import Trial
 from dem_opt.search.samplers.proposer import Proposal, first_new
-from dem_opt.simplex import Coefficients, Space, project
+from dem_opt.simplex import Coefficients, Space
 
 Array = NDArray[np.float64]
 
@@ -81,9 +83,9 @@ class SLSQP:
         """The first point of a run that no trial has; None where the run ends before."""
         if start not in taken:
             return Proposal(start)
-        shares_F, caps_F, replay = self.space.shares(start), self.space.caps_F, _Replay(self.space, taken)
+        shares_F, polytope, replay = self.space.shares(start), self.space.polytope, _Replay(self.space, taken)
         try:
-            slope = _descent(shares_F, replay.gradient(shares_F), caps_F)
+            slope = _descent(shares_F, replay.gradient(shares_F), polytope)
             if taken[start].state == "failed" or slope == 0:
                 return None
             replay.scale = FIRST_STEP / slope
@@ -93,8 +95,8 @@ class SLSQP:
                 shares_F,
                 jac=replay.gradient,
                 method="SLSQP",
-                bounds=[(0.0, cap) for cap in np.minimum(caps_F, 1.0)],
-                constraints={"type": "eq", "fun": lambda at_F: at_F.sum() - 1, "jac": np.ones_like},
+                bounds=[(0.0, cap) for cap in np.minimum(polytope.caps_F, 1.0)],
+                constraints=_constraints(polytope),
                 options={"ftol": _PRECISION * replay.scale},
             )
         except _UnknownError as unknown:
@@ -104,13 +106,33 @@ class SLSQP:
         return None
 
 
-def _descent(shares_F: Array, gradient_F: Array, caps_F: Array) -> float:
+def _constraints(polytope: Polytope) -> list[dict[str, Any]]:
+    """The total, then the limits of families, in scipy's form."""
+    size = len(polytope.caps_F)
+    constraints = [{"type": "eq", "fun": lambda at_F: at_F.sum() - 1, "jac": np.ones_like}]
+    for family in polytope.families:
+        ones_F = np.bincount(family.members_n, minlength=size).astype(np.float64)
+        if family.least == family.most:
+            constraints.append(_linear("eq", ones_F, -family.most))
+        else:
+            constraints += [_linear("ineq", ones_F, -family.least), _linear("ineq", -ones_F, family.most)]
+    # Where fixed families have everything, the total follows from them, and a constraint too many is singular.
+    fixed = sum(len(family.members_n) for family in polytope.families if family.least == family.most)
+    return constraints[1:] if fixed == size else constraints
+
+
+def _linear(kind: str, slope_F: Array, offset: float) -> dict[str, Any]:
+    """slope' p + offset, which is 0 ("eq") or at least 0 ("ineq")."""
+    return {"type": kind, "fun": lambda at_F: slope_F @ at_F + offset, "jac": lambda at_F: slope_F}
+
+
+def _descent(shares_F: Array, gradient_F: Array, polytope: Polytope) -> float:
     """Length of the projected gradient: 0 where no direction within the space leads down."""
     along_F = gradient_F - gradient_F.mean()
     if (size := float(np.linalg.norm(along_F))) < _LEVEL:
         return 0.0
     step = _SMALL_STEP / size
-    moved_F = project(shares_F - step * along_F, caps_F) - shares_F
+    moved_F = polytope.project(shares_F - step * along_F) - shares_F
     return float(np.linalg.norm(moved_F)) / step
 
 
