@@ -32,7 +32,7 @@ from dem_opt.evaluation.worker import build
 from dem_opt.planning.inputs import load_inputs
 from dem_opt.progress import NullProgress
 from dem_opt.search.loop import Driver
-from dem_opt.search.optuna_study import study_names
+from dem_opt.search.optuna_storage import study_names
 from dem_opt.search.samplers.history import Trial
 from dem_opt.search.samplers.optuna_sampler import OptunaSampler
 from dem_opt.search.trials import objectives, recall

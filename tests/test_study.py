@@ -25,7 +25,8 @@ from dem_opt.evaluation.worker import Worker
 from dem_opt.export import writer
 from dem_opt.planning.inputs import check_window, load_inputs
 from dem_opt.progress import NullProgress, current_progress
-from dem_opt.search.optuna_study import Search, study_names
+from dem_opt.search.optuna_storage import study_names
+from dem_opt.search.optuna_study import Search
 from dem_opt.study import Study
 from dem_opt.types import SEARCH, Composite
 from dem_opt.workflows import export as workflow

@@ -7,7 +7,7 @@ import optuna
 from optuna.storages import RDBStorage
 
 from dem_opt.search.group_log import is_group_search
-from dem_opt.search.optuna_study import opened_storage
+from dem_opt.search.optuna_storage import opened_storage
 from dem_opt.search.run_name import RunName
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger, StudyRow

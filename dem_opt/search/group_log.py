@@ -11,7 +11,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from dem_opt.grouping import GroupedCoefficients
 from dem_opt.search.group_search import CHOSEN, Measured
-from dem_opt.search.optuna_study import METRIC, opened_storage
+from dem_opt.search.optuna_storage import opened_storage
+from dem_opt.search.optuna_study import METRIC
 from dem_opt.simplex import Space
 
 MOST_PARAMETERS = 64

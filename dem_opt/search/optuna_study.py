@@ -1,6 +1,5 @@
 """The Optuna study: ask, tell, and adopt the trials of a driver that died."""
 
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,27 +7,23 @@ from itertools import islice
 from math import inf, isfinite
 from time import monotonic, perf_counter
 from typing import Any
-from uuid import uuid4
 
 import optuna
-from optuna.exceptions import ExperimentalWarning
-from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import TrialState, create_trial
 
 from dem_opt import config
-from dem_opt.search.outcomes import frozen_trial, outcome_of
+from dem_opt.search.optuna_storage import StoredTrials, close_storage, introduce, open_storage, starting_points
+from dem_opt.search.outcomes import outcome_of
 from dem_opt.search.samplers import make_proposer, propose
-from dem_opt.search.samplers.history import History, HistoryReader, Trial, distributions, parameters
+from dem_opt.search.samplers.history import History, Trial, distributions, parameters
 from dem_opt.search.trial_attributes import DRIVER, EXPECTED_IMPROVEMENT, PART, PARTS, TrialAttributes
 from dem_opt.simplex import Coefficients, Space
-from dem_opt.storage import engine
 from dem_opt.storage.leases import Lease
 from dem_opt.storage.optuna_tables import (
     finish_trial,
     mark_running,
     read_attribute,
-    read_trials,
 )
 from dem_opt.storage.retry import BRIEF, RetryPolicy, patient
 from dem_opt.types import GRADIENT_FORWARDS, NATS_PER_TOKEN, UNITS
@@ -43,12 +38,6 @@ BITS_METRIC = "bpb"
 
 STOPPED = "stopped"
 """User attribute of a study: why its search ended, in words."""
-
-START = "start"
-"""User attribute of a study: the points to propose first, as units by name."""
-
-UID = "uid"
-"""User attribute of a study: its identity in MLflow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +105,8 @@ class Search:
         self._mine: set[int] = set()
         self._study = patience(lambda: self._opened(url, start))
         self._study_id = self._storage.get_study_id_from_name(name)
-        self._trials = _Trials(self._storage, self._study_id, space)
-        self._start = _starting_points(self._study, space)
+        self._trials = StoredTrials(self._storage, self._study_id, space)
+        self._start = starting_points(self._study, space)
         self._known = frozenset([*space.landmarks(), *self._start])
         self._without_gradient = self._known.difference({space.centroid()}.difference(self._start))
         self._history = patience(self._read)
@@ -139,13 +128,13 @@ class Search:
     def _opened(self, url: str, start: Sequence[Coefficients]) -> optuna.Study:
         """The study in its storage, with everything that a new one needs."""
         with self._turn():
-            self._storage = _open(url)
+            self._storage = open_storage(url)
             # Optuna's own sampler is never asked: trials are created with their coefficients (`_propose`).
             directions = [StudyDirection.MINIMIZE] * len(self._metrics)
             study = optuna.create_study(
                 study_name=self.name, storage=self._storage, directions=directions, load_if_exists=True
             )
-            self.uid = _introduce(study, start, self._metrics)
+            self.uid = introduce(study, start, self._metrics)
             return study
 
     @property
@@ -168,7 +157,7 @@ class Search:
 
     def close(self) -> None:
         """Close the connections to the database."""
-        _close(self._storage)
+        close_storage(self._storage)
 
     @property
     def id(self) -> int:
@@ -448,82 +437,10 @@ class Search:
         return self._trials.read()
 
 
-class _Trials:
-    """The trials of an Optuna study; each finished one is read once."""
-
-    def __init__(self, storage: RDBStorage, study: int, space: Space) -> None:
-        self._engine, self._study = storage.engine, study
-        self._reader = HistoryReader(space)
-        self._frozen: dict[int, FrozenTrial] = {}
-        self._last, self._unfinished = 0, set[int]()
-
-    def read(self) -> History:
-        """The trials as they are now."""
-        for stored in read_trials(self._engine, self._study, self._last, self._unfinished):
-            self._frozen[stored.number] = frozen_trial(stored)
-            self._last = max(self._last, stored.id)
-            if self._frozen[stored.number].state.is_finished():
-                self._unfinished.discard(stored.id)
-            else:
-                self._unfinished.add(stored.id)
-        return self._reader.parse([self._frozen[number] for number in sorted(self._frozen)])
-
-
 def _alone() -> None:
     """Confirm the turn of a driver that is the only one."""
-
-
-def _close(storage: RDBStorage) -> None:
-    storage.remove_session()
-    storage.engine.dispose()
 
 
 def _has_gradients_of_all_windows(trials: Sequence[Trial]) -> bool:
     """True if a trial has a gradient that is not known by part: one of an earlier release, or without races."""
     return any(trial.gradient and trial.part is None and not trial.parts for trial in trials)
-
-
-def _starting_points(study: optuna.Study, space: Space) -> list[Coefficients]:
-    """The points that the study was made to begin with."""
-    listed = study.user_attrs.get(START, [])
-    return [space.from_units([units[name] for name in space.names]) for units in listed]
-
-
-def _introduce(study: optuna.Study, start: Sequence[Coefficients], metrics: list[str]) -> str:
-    """Write what a new study lacks and return its uid, which is written last: a study that has it lacks nothing."""
-    if (uid := study.user_attrs.get(UID)) is None:
-        uid = str(uuid4())
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            study.set_metric_names(metrics)
-        study.set_user_attr(START, [point.units for point in start])
-        study.set_user_attr(UID, uid)
-    return str(uid)
-
-
-def _open(url: str) -> RDBStorage:
-    """Optuna's tables in a database, made where there are none.
-
-    Where another process makes the same tables, this one waits for it.
-    """
-    # Optuna formats the URL: doubled braces stay braces.
-    escaped, settings = url.replace("{", "{{").replace("}", "}}"), dict(engine.engine_settings(url))
-    storage = engine.making_tables(lambda: RDBStorage(escaped, engine_kwargs=settings))
-    engine.tune(storage.engine)
-    return storage
-
-
-def study_names(url: str) -> set[str]:
-    """Names of the Optuna studies in a database."""
-    with opened_storage(url) as storage:
-        return set(optuna.get_all_study_names(storage))
-
-
-@contextmanager
-def opened_storage(url: str) -> Iterator[RDBStorage]:
-    """Open Optuna's tables in a database, and close its connections afterwards."""
-    storage = BRIEF(lambda: _open(url))
-    try:
-        yield storage
-    finally:
-        _close(storage)

@@ -8,7 +8,8 @@ from pathlib import Path
 from dem_opt.config import ALGORITHMS, ONE_OBJECTIVE, StudyConfig
 from dem_opt.errors import InputError, nearest
 from dem_opt.evaluation.parts import part_count
-from dem_opt.search.optuna_study import Search, study_names
+from dem_opt.search.optuna_storage import study_names
+from dem_opt.search.optuna_study import Search
 from dem_opt.search.run_name import RunName
 from dem_opt.simplex import Coefficients
 from dem_opt.storage.leases import Lease

@@ -26,7 +26,7 @@ from dem_opt.evaluation.objective import Objective
 from dem_opt.evaluation.worker import Worker
 from dem_opt.json_files import parse_json
 from dem_opt.planning.inputs import load_inputs
-from dem_opt.search.optuna_study import study_names
+from dem_opt.search.optuna_storage import study_names
 from dem_opt.search.runs import Runs
 from dem_opt.tracking import NullTracker
 from dem_opt.types import HELD_OUT, SEARCH, Margin, Request, Rival

@@ -1,0 +1,97 @@
+"""Optuna studies in the database: opening and making them, and reading their trials."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from uuid import uuid4
+
+import optuna
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial
+
+from dem_opt.search.outcomes import frozen_trial
+from dem_opt.search.samplers.history import History, HistoryReader
+from dem_opt.simplex import Coefficients, Space
+from dem_opt.storage import engine
+from dem_opt.storage.optuna_tables import read_trials
+from dem_opt.storage.retry import BRIEF
+
+START = "start"
+"""User attribute of a study: the points to propose first, as units by name."""
+
+UID = "uid"
+"""User attribute of a study: its identity in MLflow."""
+
+
+class StoredTrials:
+    """The trials of an Optuna study; each finished one is read once."""
+
+    def __init__(self, storage: RDBStorage, study: int, space: Space) -> None:
+        self._engine, self._study = storage.engine, study
+        self._reader = HistoryReader(space)
+        self._frozen: dict[int, FrozenTrial] = {}
+        self._last, self._unfinished = 0, set[int]()
+
+    def read(self) -> History:
+        """The trials as they are now."""
+        for stored in read_trials(self._engine, self._study, self._last, self._unfinished):
+            self._frozen[stored.number] = frozen_trial(stored)
+            self._last = max(self._last, stored.id)
+            if self._frozen[stored.number].state.is_finished():
+                self._unfinished.discard(stored.id)
+            else:
+                self._unfinished.add(stored.id)
+        return self._reader.parse([self._frozen[number] for number in sorted(self._frozen)])
+
+
+def starting_points(study: optuna.Study, space: Space) -> list[Coefficients]:
+    """The points that the study was made to begin with."""
+    listed = study.user_attrs.get(START, [])
+    return [space.from_units([units[name] for name in space.names]) for units in listed]
+
+
+def introduce(study: optuna.Study, start: Sequence[Coefficients], metrics: list[str]) -> str:
+    """Write what a new study lacks and return its uid, which is written last: a study that has it lacks nothing."""
+    if (uid := study.user_attrs.get(UID)) is None:
+        uid = str(uuid4())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            study.set_metric_names(metrics)
+        study.set_user_attr(START, [point.units for point in start])
+        study.set_user_attr(UID, uid)
+    return str(uid)
+
+
+def open_storage(url: str) -> RDBStorage:
+    """Optuna's tables in a database, made where there are none.
+
+    Where another process makes the same tables, this one waits for it.
+    """
+    # Optuna formats the URL: doubled braces stay braces.
+    escaped, settings = url.replace("{", "{{").replace("}", "}}"), dict(engine.engine_settings(url))
+    storage = engine.making_tables(lambda: RDBStorage(escaped, engine_kwargs=settings))
+    engine.tune(storage.engine)
+    return storage
+
+
+def study_names(url: str) -> set[str]:
+    """Names of the Optuna studies in a database."""
+    with opened_storage(url) as storage:
+        return set(optuna.get_all_study_names(storage))
+
+
+@contextmanager
+def opened_storage(url: str) -> Iterator[RDBStorage]:
+    """Open Optuna's tables in a database, and close its connections afterwards."""
+    storage = BRIEF(lambda: open_storage(url))
+    try:
+        yield storage
+    finally:
+        close_storage(storage)
+
+
+def close_storage(storage: RDBStorage) -> None:
+    """Close the connections of Optuna's tables."""
+    storage.remove_session()
+    storage.engine.dispose()
