@@ -20,7 +20,8 @@ with the 95% interval over mixtures, and the regret of the mixture that is put f
 scored on the search split.  Controls that need no merge: the divergence from equal shares, and training curves,
 
     L_i(s) = a_i - b_i log(1 + n / m_i)  with  n = s_i T ,    fitted to the losses of the fine-tune's steps
-    (`dem_opt.analysis.training_curves`).
+    (`dem_opt.analysis.training_curves`), alone and with what fine-tunes have lost on the others' distributions
+    (`dem_opt.analysis.data_shares.CurvePredictor`).
 
 Last, regressions learn from k of the mixtures and predict the others: from shares, as RegMix does, from the losses of
 the merges, and from both.
@@ -37,6 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dem_opt import config as study_file
+from dem_opt.analysis.data_shares import CurvePredictor
 from dem_opt.analysis.mixing_cost import MixingComparison, MixtureResult
 from dem_opt.analysis.mixture_prediction import LeftOut, Quality, left_out, quality
 from dem_opt.analysis.training_curves import TrainingCurve, fit_curve
@@ -56,7 +58,7 @@ from dem_opt.storage.engine import connect
 from dem_opt.storage.ledger import Ledger
 from dem_opt.study import Study
 from dem_opt.training.fine_tune import FineTuneJob, fine_tune
-from dem_opt.types import HELD_OUT, SEARCH, Composite, StoredModel, WorkerSpec
+from dem_opt.types import HELD_OUT, SEARCH, Composite, StoredModel, Summary, WorkerSpec
 from dem_opt.workflows.data_mixing import single_fine_tunes
 from dem_opt.workflows.fine_tuning import shared_settings
 
@@ -253,15 +255,34 @@ def judge(predictor: str, predicted_NL: Array, losses_NL: Array, names: Sequence
     return Judged(predictor, by_name, quality(predicted_NL.mean(axis=1), losses_NL.mean(axis=1)))
 
 
-def controls(config: StudyConfig, mixtures: Sequence[MixtureResult], names: Sequence[str]) -> dict[str, Array]:
+def forgotten(summary: Summary, names: Sequence[str]) -> Array:
+    """What each fine-tune, by column, has lost on each distribution, by row, in nats per token of the search split."""
+    rows = {row.label: row.scores[SEARCH] for row in summary.results if row.role in ("base", "single")}
+    return np.array([[rows[tuned][name].nll - rows["base"][name].nll for tuned in names] for name in names])
+
+
+def controls(study: Study, path: Path, mixtures: Sequence[MixtureResult], names: Sequence[str]) -> dict[str, Array]:
     """Predictions without a merge, [N, L]."""
+    config = study_file.load(path)
     shares_NL = np.array([[mixture.shares[name] for name in names] for mixture in mixtures])
     step_tokens = config.fine_tuning.batch_size * config.evaluation.window
     curves = training_curves(config)
     steps_N = np.array([mixture.cost.trained_tokens / step_tokens for mixture in mixtures])
-    own = [curves[name].loss(shares_NL[:, column] * steps_N) for column, name in enumerate(names)]
+    [steps] = set(steps_N.tolist())
+    trained = {name: record.steps for name, record in single_fine_tunes(config, path).items()}
+    forgotten_LL = forgotten(study.summary(), names)
+    own, both = (
+        CurvePredictor(
+            tuple(curves[name] for name in names),
+            (1.0,) * len(names),
+            steps,
+            np.array([float(trained[name]) for name in names]),
+            lost_LL,
+        ).losses(shares_NL)
+        for lost_LL in (np.zeros_like(forgotten_LL), forgotten_LL)
+    )
     entropy_NL = shares_NL * np.log(np.where(shares_NL > 0, shares_NL, 1))
-    return {"divergence from equal": entropy_NL, "training curves": np.stack(own, axis=1)}
+    return {"divergence from equal": entropy_NL, "training curves": own, "training curves, forgetting": both}
 
 
 def regressions(
@@ -327,7 +348,7 @@ def main() -> None:
         }
         judged = [
             judge(name, values_NL, losses_NL, names)
-            for name, values_NL in (predicted | controls(config, mixtures, names)).items()
+            for name, values_NL in (predicted | controls(study, path, mixtures, names)).items()
         ]
         learnt = regressions(predicted, shares_NL, losses_NL, [1.0] * len(names))
         report(budget, judged, learnt, len(mixtures))

@@ -174,7 +174,7 @@ def proposal_lines(result: MixtureProposal) -> list[str]:
     rests = (
         f"Rests on merges with a sum of {result.total:g}, as if every token moved the model equally far"
         if result.predictor == "merges"
-        else "Rests on the fine-tunes' training curves, as if no distribution helped or harmed another"
+        else "Rests on the fine-tunes' training curves, and on what each has lost or gained on the others' data"
     )
     lines = [
         f"{rests}: {shares.predicted:.4f} {result.unit} predicted, {shares.at_equal:.4f} at equal shares, "

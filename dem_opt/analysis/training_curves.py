@@ -3,9 +3,9 @@
     L(n) = a - b log(1 + n / m)        nats per token after n steps,  b >= 0
 
 is fitted by least squares to the losses of a fine-tune's batches, which it had not seen before.  A model that is
-trained on shares s of the data for N steps has taken s_i N on distribution i, and its loss there is taken to be
-L_i(s_i N), as if what it learns from the others neither helped nor harmed.  The level a, and the difference between
-training and validation data, do not change which shares are best.
+trained on shares s of the data for N steps has taken s_i N on distribution i, and L_i(s_i N) is what it learns there;
+`dem_opt.analysis.data_shares.CurvePredictor` adds what it forgets.  The level a, and the difference between training
+and validation data, do not change which shares are best.
 
 Shape suffixes beside the project's: S steps.
 """

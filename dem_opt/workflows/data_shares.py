@@ -193,10 +193,11 @@ def _training_ahead(fine_tunes: Mapping[str, FineTuned], parameters: int, tokens
 
 
 def _search_cost(predictors: MixturePredictors, kind: str, steps: int, parameters: int) -> Cost:
-    """Cost of the merges that a proposal rests on; curves need none."""
+    """Cost of the merges that a proposal rests on; for curves, of the base's and the fine-tunes' scores."""
     merges = predictors.merges(steps) if kind == "merges" else None
     if merges is None:
-        return Cost()
+        rows = predictors.baselines
+        return forward_cost(parameters, sum(row.forward_tokens for row in rows), sum(row.seconds for row in rows))
     tokens = sum(trial.evaluation.forward_tokens for trial in merges.trials)
     seconds = sum(trial.evaluation.merge_seconds + trial.evaluation.score_seconds for trial in merges.trials)
     return forward_cost(parameters, tokens, seconds)

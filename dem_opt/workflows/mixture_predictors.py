@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from math import fsum
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dem_opt.analysis.data_shares import CurvePredictor, MergePredictor, Predictor
 from dem_opt.analysis.mixture_proposal import CorpusSize
 from dem_opt.analysis.training_curves import FEWEST, fit_curve
@@ -11,9 +14,11 @@ from dem_opt.checkpoints.training_record import JOURNAL, read_journal
 from dem_opt.errors import InputError
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.training.fine_tune import FineTuned
-from dem_opt.types import BITS_PER_BYTE, SEARCH, Precision, Summary, TrialRecord
+from dem_opt.types import BITS_PER_BYTE, SEARCH, Precision, ResultRow, Summary, TrialRecord
 from dem_opt.workflows.context import StudyContext
 from dem_opt.workflows.mixture_merges import Merges, find_merges, measure_merges
+
+Array = NDArray[np.float64]
 
 PREDICTORS = ("curves", "merges")
 """Kinds of predictors that a proposal may rest on."""
@@ -92,8 +97,14 @@ class MixturePredictors:
         merges = self.merges(steps) if kind == "merges" else None
         return merges.precision if merges else self._summary.precision
 
+    @property
+    def baselines(self) -> list[ResultRow]:
+        """The base and the fine-tunes as they are, scored."""
+        rows = self._summary.results
+        return [row for role in ("base", "single") for row in rows if row.role == role]
+
     def _curves(self, steps: int) -> CurvePredictor:
-        """Training curves, weighted as the objective is; only batches that were new count."""
+        """Training curves and forgetting, weighted as the objective is; only batches that were new count."""
         config, path = self._context.config, self._context.path
         objective, total = config.objective, fsum(config.weights.values())
         general = [name for name in config.general if config.weights[name]]
@@ -114,7 +125,15 @@ class MixturePredictors:
                 raise InputError(path, f"distributions.{name}.{kind}", str(source), mend)
             curves.append(curve)
             weights.append(config.weights[name] / total * self._unit(name))
-        return CurvePredictor(tuple(curves), tuple(weights), float(steps))
+        trained_K = np.array([self._fine_tunes[name].steps for name in sorted(config.distributions)], dtype=np.float64)
+        return CurvePredictor(tuple(curves), tuple(weights), float(steps), trained_K, self._forgotten())
+
+    def _forgotten(self) -> Array:
+        """Nats per token that each fine-tune, by column, has lost on each distribution, by row, on the search split."""
+        names = sorted(self._context.config.distributions)
+        base, *singles = (row.scores[SEARCH] for row in self.baselines)
+        rows = dict(zip((row.label for row in self.baselines[1:]), singles, strict=True))
+        return np.array([[rows[tuned][name].nll - base[name].nll for tuned in names] for name in names])
 
     def _unit(self, name: str) -> float:
         """The objective's unit in nats per token of a distribution."""

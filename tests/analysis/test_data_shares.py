@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dem_opt.analysis.data_shares import (
+    KEPT,
     CurvePredictor,
     MergePredictor,
     SharesProposal,
@@ -133,7 +134,8 @@ def test_shares_by_curves_fill_up_to_one_level(steps: float) -> None:
     weights = (0.5, 0.3, 0.2)
     allowed = allowed_shares(Space(NAMES), 1.0, FREE)
     assert allowed is not None
-    proposal = propose_shares(CurvePredictor(tuple(curves), weights, steps), allowed, NATURAL)
+    predictor = CurvePredictor(tuple(curves), weights, steps, np.full(3, 50.0), np.zeros((3, 3)))
+    proposal = propose_shares(predictor, allowed, NATURAL)
     rows = zip(curves, weights, proposal.shares.values(), strict=True)
     slopes = [(weight * curve.gain / (curve.scale + share * steps), share) for curve, weight, share in rows]
     level = max(slope for slope, _ in slopes)
@@ -143,5 +145,28 @@ def test_shares_by_curves_fill_up_to_one_level(steps: float) -> None:
 
 def test_the_objective_by_curves_is_their_weighted_mean() -> None:
     curves = (TrainingCurve(start=3, gain=1, scale=10), TrainingCurve(start=2, gain=0, scale=1))
-    predicted = CurvePredictor(curves, (0.25, 0.75), 40.0).predict(np.array([[0.5, 0.5], [0.0, 1.0]]))
+    predictor = CurvePredictor(curves, (0.25, 0.75), 40.0, np.full(2, 50.0), np.zeros((2, 2)))
+    predicted = predictor.predict(np.array([[0.5, 0.5], [0.0, 1.0]]))
     assert predicted.tolist() == pytest.approx([0.25 * (3 - log(3)) + 1.5, 0.75 + 1.5])
+
+
+def test_what_is_forgotten_grows_with_the_others_steps_and_own_ones_keep_it_off() -> None:
+    """a loses 0.4 by the 50 steps of b; of 100 steps on both, 20 on a keep three quarters of 80 / 50 * 0.4 off."""
+    curves = (TrainingCurve(start=3, gain=0, scale=10), TrainingCurve(start=2, gain=0, scale=1))
+    forgotten_KK = np.array([[-9.0, 0.4], [0.0, -9.0]])
+    trained_K = np.array([20 / 3 / KEPT, 50.0])
+    predictor = CurvePredictor(curves, (0.5, 0.5), 100.0, trained_K, forgotten_KK)
+    predicted = predictor.predict(np.array([[0.2, 0.8], [0.0, 1.0], [1.0, 0.0]]))
+    assert predicted.tolist() == pytest.approx([2.5 + 0.5 * 0.25 * 1.6 * 0.4, 2.5 + 0.5 * 2 * 0.4, 2.5])
+
+
+def test_a_distribution_that_would_be_forgotten_gets_a_share() -> None:
+    """It is learnt so slowly that curves alone give it none."""
+    curves = (TrainingCurve(start=3, gain=0.8, scale=5), TrainingCurve(start=4, gain=0.02, scale=50))
+    shares = []
+    for lost in (0.0, 0.5):
+        forgotten_KK = np.array([[0.0, 0.0], [lost, 0.0]])
+        predictor = CurvePredictor(curves, (0.5, 0.5), 100.0, np.full(2, 50.0), forgotten_KK)
+        space = Space(("a", "b"))
+        shares.append(propose_shares(predictor, space, {"a": 0.5, "b": 0.5}).shares["b"])
+    assert shares[0] == 0 and 0.05 < shares[1] < 0.5

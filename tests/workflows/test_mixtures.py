@@ -12,6 +12,7 @@ import worlds
 import yaml
 from mlflow.tracking import MlflowClient
 
+from dem_opt.analysis.data_shares import CurvePredictor, propose_shares
 from dem_opt.analysis.mixing_cost import MixingComparison
 from dem_opt.analysis.mixture_proposal import MixtureProposal
 from dem_opt.cli.main import main
@@ -86,8 +87,31 @@ def test_a_proposal_adds_up(run: Path, proposed: MixtureProposal) -> None:
         assert proposed.natural[name] == sizes[name] / sum(sizes.values())
         assert proposed.epochs[name] == pytest.approx(share * STEPS * BATCH / sizes[name])
     assert proposed.cost.trained_tokens == 3 * proposed.tokens
-    assert proposed.cost_ratio(3) == pytest.approx(1)  # two fine-tunes and one training
-    assert proposed.predictor == "curves" and proposed.search.flops == 0
+    # Two fine-tunes and one training, and the scores of the base and the fine-tunes.
+    rows = [row for row in opened(run).summary().results if row.role in ("base", "single")]
+    assert len(rows) == 3 and proposed.predictor == "curves"
+    assert proposed.search.forward_tokens == sum(row.forward_tokens for row in rows)
+    assert proposed.cost_ratio(3) == pytest.approx(1 + proposed.search.flops / (3 * proposed.training.flops))
+
+
+def test_what_is_forgotten_is_what_fine_tunes_lose_on_the_others_search_windows(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known: list[CurvePredictor] = []
+
+    def keep(predictor: CurvePredictor, *others: Any, **more: Any) -> Any:
+        known.append(predictor)
+        return propose_shares(predictor, *others, **more)
+
+    monkeypatch.setattr("dem_opt.workflows.data_shares.propose_shares", keep)
+    study = opened(run)
+    study.propose_mixture("one")
+    rows = {row.label: row.scores["search"] for row in study.summary().results}
+    code_by_math = rows["math"]["code"].nll - rows["base"]["code"].nll
+    math_by_code = rows["code"]["math"].nll - rows["base"]["math"].nll
+    assert abs(code_by_math - math_by_code) > 1e-6
+    assert known[0].forgotten_KK[0, 1] == code_by_math and known[0].forgotten_KK[1, 0] == math_by_code
+    assert known[0].trained_K.tolist() == [STEPS, STEPS]
 
 
 def test_it_is_judged_by_the_mixtures_that_are_trained(run: Path, proposed: MixtureProposal) -> None:
