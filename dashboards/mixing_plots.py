@@ -13,7 +13,9 @@ from dem_opt.analysis.mixing_cost import (
     MixingComparison,
     MixtureResult,
     ProposedResult,
+    proposed_name,
     proposed_verdict,
+    shares_text,
     verdict,
 )
 from dem_opt.dashboards.html_report import render_page
@@ -51,7 +53,7 @@ def quality_table(comparison: MixingComparison) -> Table:
         rows.append(_quality_row(f"best of {budget.mixtures} mixtures, {tokens}", total, best, names))
         rows.append(_quality_row(f"that mixture alone, {tokens}", best.cost, best, names))
     for proposed in comparison.proposed:
-        model = f"proposed mixture, from the {proposed.start}, all included"
+        model = f"{proposed_name(comparison, proposed)}, all included"
         rows.append(_quality_row(model, comparison.total_cost(proposed), proposed, names))
     headers = ("model", "training tokens", "FLOPs", "seconds", "search", "held-out", MINUS, *names)
     return Table(headers, tuple(rows))
@@ -96,7 +98,7 @@ def mixture_table(comparison: MixingComparison) -> Table:
     rows = tuple(
         (
             BUDGETS[mixture.budget],
-            ", ".join(f"{name} {share:g}" for name, share in mixture.shares.items() if share),
+            shares_text(mixture.shares),
             f"{mixture.objective[SEARCH]:.4f}",
             f"{mixture.objective[HELD_OUT]:.4f}",
             _apart(mixture.difference),
@@ -137,7 +139,7 @@ def mixing_figure(comparison: MixingComparison) -> go.Figure:
         for budget in comparison.against
     )
     endpoints += "".join(
-        f"; proposed mixture from the {proposed.start} {proposed.objective[HELD_OUT]:.4f} for "
+        f"; {proposed_name(comparison, proposed)} {proposed.objective[HELD_OUT]:.4f} for "
         f"{comparison.total_cost(proposed).flops:.2e} FLOPs"
         for proposed in comparison.proposed
     )
@@ -173,11 +175,10 @@ def _add_budget(figure: go.Figure, comparison: MixingComparison, budget: BudgetC
 
 def _add_proposed(figure: go.Figure, comparison: MixingComparison, proposed: ProposedResult) -> None:
     """Add a model trained on proposed shares at the cost of fine-tunes, search and its own training."""
-    tokens = f"{proposed.cost.trained_tokens:,} tokens"
     figure.add_scatter(
         x=[comparison.total_cost(proposed).flops],
         y=[round(proposed.objective[HELD_OUT], 6)],
-        name=f"proposed mixture from the {proposed.start}, {tokens}",
+        name=label(proposed_name(comparison, proposed), 80),
         mode="markers",
         marker={"color": WINNER, "size": 13, "symbol": "star" if proposed.start == "base" else "star-open"},
         hovertemplate=f"%{{x:.2e}} FLOPs<br>%{{y:.4f}} {comparison.unit}<extra></extra>",

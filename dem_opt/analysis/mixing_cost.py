@@ -306,11 +306,27 @@ def verdict(comparison: MixingComparison, budget: BudgetComparison) -> list[str]
     return sentences
 
 
+def proposed_name(comparison: MixingComparison, proposed: ProposedResult) -> str:
+    """A proposed mixture by its start and tokens, and by its shares where others have these."""
+    name = f"proposed mixture from the {proposed.start}, {proposed.cost.trained_tokens:,} tokens"
+    alike = [
+        other
+        for other in comparison.proposed
+        if (other.start, other.cost.trained_tokens) == (proposed.start, proposed.cost.trained_tokens)
+    ]
+    return name if len(alike) == 1 else f"{name} ({shares_text(proposed.shares, '.3g')})"
+
+
+def shares_text(shares: Mapping[str, float], digits: str = "g") -> str:
+    """Shares in words, those of 0 left out."""
+    return ", ".join(f"{name} {share:{digits}}" for name, share in shares.items() if share)
+
+
 def proposed_verdict(comparison: MixingComparison, proposed: ProposedResult) -> str:
     """The outcome of a training on proposed shares, in sentences."""
-    value, tokens = proposed.objective[HELD_OUT], proposed.cost.trained_tokens
+    value, name = proposed.objective[HELD_OUT], proposed_name(comparison, proposed)
     sentences = [
-        f"Proposed mixture, from the {proposed.start}, {tokens:,} tokens: {value:.4f} {comparison.unit} on the "
+        f"{name[0].upper()}{name[1:]}: {value:.4f} {comparison.unit} on the "
         f"held-out split, {_gap(value - comparison.edited.objective[HELD_OUT], comparison.unit)} than the composite"
         f"{_interval(proposed.difference)}."
     ]

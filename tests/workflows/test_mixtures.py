@@ -13,11 +13,12 @@ import yaml
 from mlflow.tracking import MlflowClient
 
 from dem_opt.analysis.data_shares import CurvePredictor, propose_shares
-from dem_opt.analysis.mixing_cost import MixingComparison
+from dem_opt.analysis.mixing_cost import MixingComparison, proposed_name
 from dem_opt.analysis.mixture_proposal import MixtureProposal
 from dem_opt.cli.main import main
 from dem_opt.compute import InProcessCompute
 from dem_opt.config import load
+from dem_opt.dashboards.mixing_plots import quality_table, verdicts
 from dem_opt.data.mixture_files import read_olmix
 from dem_opt.errors import InputError
 from dem_opt.evaluation.worker import Worker
@@ -247,6 +248,19 @@ def test_the_commands_print_shares_evidence_and_the_curve(
     assert main(["train", str(run), "--mixture", "proposed", "--from", "composite", "--json"]) == 0
     assert [each["start"] for each in json.loads(capsys.readouterr().out)["proposed"]] == ["base", "composite"]
     assert "proposed mixture from the composite" in (load(run).output / "mixing.html").read_text(encoding="utf-8")
+
+
+def test_proposals_of_one_start_and_budget_are_told_apart_by_their_shares(trained: dict[str, MixingComparison]) -> None:
+    comparison = trained["composite"]
+    first, second = comparison.proposed
+    other = replace(first, shares={"code": 0.75, "math": 0.25})
+    several = replace(comparison, proposed=(first, other, second))
+    tokens = f"{STEPS * BATCH * WINDOW:,} tokens"
+    assert proposed_name(comparison, first) == f"proposed mixture from the base, {tokens}"
+    assert proposed_name(several, other) == f"proposed mixture from the base, {tokens} (code 0.75, math 0.25)"
+    assert proposed_name(several, second) == f"proposed mixture from the composite, {tokens}"
+    for told in (verdicts(several)[-3:], [row[0] for row in quality_table(several).rows][-3:]):
+        assert len(set(told)) == 3 and "(code 0.75, math 0.25)" in told[1] and "(" not in told[2].partition(":")[0]
 
 
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
