@@ -69,6 +69,10 @@ def train_mixture(context: StudyContext, mixture: str, start: str) -> MixingComp
         jobs = trained_jobs(config, stored.ledger, inputs, fine_tunes)
         composites = {each.job.out: Composite.single(content_hash(each.job.out, FOLDER)) for each in jobs}
         comparison = compare_costs(context, inputs, stored.ledger, summary, jobs, composites)
+    if job.out.name not in {each.folder for each in comparison.proposed}:
+        context.progress.warning(
+            "fine_tuning: has changed since the fine-tunes were trained, so this model is not compared with the others"
+        )
     log_proposals(context, comparison)
     return comparison
 

@@ -52,7 +52,8 @@ class TrainedMixture:
 def trained_mixtures(config: StudyConfig, ledger: Ledger, identity: StudyIdentity) -> list[TrainedMixture]:
     """The models that were trained with the study's present settings and scored on its present windows.
 
-    They may have any number of steps.  Those of another base or with another learning rate, say, are left out.
+    They may have any number of steps and any seed.  Those of another base or with another learning rate, say, are left
+    out.
     """
     scored, by_split = identity.exact(), objectives(ledger, identity)
     mixtures = []
@@ -103,6 +104,6 @@ def _expected(config: StudyConfig) -> dict[str, Any]:
 
 
 def _settings(made_from: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that trainings of a study share: all but the number of steps."""
-    settings = {name: value for name, value in made_from.get("settings", {}).items() if name != "steps"}
+    """The settings that trainings of a study share: all but the number of steps and the seed."""
+    settings = {name: value for name, value in made_from.get("settings", {}).items() if name not in ("steps", "seed")}
     return settings | {name: made_from.get(name) for name in ("trainer", "dtype")}

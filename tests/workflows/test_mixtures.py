@@ -11,6 +11,7 @@ import pytest
 import worlds
 import yaml
 from mlflow.tracking import MlflowClient
+from recorded import RecordedProgress
 
 from dem_opt.analysis.data_shares import CurvePredictor, propose_shares
 from dem_opt.analysis.mixing_cost import MixingComparison, proposed_name
@@ -106,7 +107,7 @@ def test_what_is_forgotten_is_what_fine_tunes_lose_on_the_others_search_windows(
 
     monkeypatch.setattr("dem_opt.workflows.data_shares.propose_shares", keep)
     study = opened(run)
-    study.propose_mixture("one")
+    study.propose_mixture("one", kl_penalty=KL)
     rows = {row.label: row.scores["search"] for row in study.summary().results}
     code_by_math = rows["math"]["code"].nll - rows["base"]["code"].nll
     math_by_code = rows["code"]["math"].nll - rows["base"]["math"].nll
@@ -208,6 +209,23 @@ def test_a_proposed_mixture_is_trained_once_and_compared(
 def test_the_two_starts_give_two_models(trained: dict[str, MixingComparison]) -> None:
     assert [each.start for each in trained["base"].proposed] == ["base"]
     assert len({each.objective[SEARCH] for each in trained["composite"].proposed}) == 2
+
+
+@pytest.mark.parametrize(("setting", "value", "is_compared"), [("seed", 1, True), ("learning_rate", 0.02, False)])
+def test_a_model_of_another_seed_is_compared_and_one_of_other_settings_is_told(
+    run: Path, trained: dict[str, MixingComparison], tmp_path: Path, setting: str, value: float, is_compared: bool
+) -> None:
+    content = yaml.safe_load(run.read_text())
+    content["fine_tuning"][setting] = value
+    content |= {"output": str(tmp_path / "other"), "storage": f"sqlite:///{load(run).output}/study.db"}
+    path = run.with_name(f"other-{setting}.yaml")
+    path.write_text(yaml.safe_dump(content))
+    progress = RecordedProgress()
+    comparison = in_process.open_study(path, progress=progress).train_mixture(
+        str(load(run).output / "mixture/mixture.yaml")
+    )
+    assert [each.start for each in comparison.proposed] == ["base"] * is_compared
+    assert any("not compared" in warning for warning in progress.warnings) is not is_compared
 
 
 def test_what_is_trained_is_not_trained_again(
