@@ -130,9 +130,11 @@ class MixturePredictors:
 
     def _forgotten(self) -> Array:
         """Nats per token that each fine-tune, by column, has lost on each distribution, by row, on the search split."""
-        names = sorted(self._context.config.distributions)
-        base, *singles = (row.scores[SEARCH] for row in self.baselines)
-        rows = dict(zip((row.label for row in self.baselines[1:]), singles, strict=True))
+        names, path = sorted(self._context.config.distributions), self._context.path
+        base = next((row.scores[SEARCH] for row in self.baselines if row.role == "base"), {})
+        rows = {row.label: row.scores[SEARCH] for row in self.baselines if row.role == "single"}
+        if not all(scores.keys() >= set(names) for scores in (base, *(rows.get(name, {}) for name in names))):
+            raise InputError(path, None, None, f"not all fine-tunes are scored yet; first: dem-opt run {path}")
         return np.array([[rows[tuned][name].nll - base[name].nll for tuned in names] for name in names])
 
     def _unit(self, name: str) -> float:

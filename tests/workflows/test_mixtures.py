@@ -268,6 +268,17 @@ def test_the_commands_print_shares_evidence_and_the_curve(
     assert "proposed mixture from the composite" in (load(run).output / "mixing.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("missing", ["base", "code"])
+def test_a_study_that_was_killed_before_its_fine_tunes_were_scored_is_told(
+    run: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    whole = opened(run).summary()
+    part = replace(whole, results=tuple(row for row in whole.results if row.label != missing))
+    monkeypatch.setattr("dem_opt.workflows.data_shares.summarize_stored", lambda *_: part)
+    with pytest.raises(InputError, match="not all fine-tunes are scored yet; first: dem-opt run"):
+        opened(run).propose_mixture("one")
+
+
 def test_proposals_of_one_start_and_budget_are_told_apart_by_their_shares(trained: dict[str, MixingComparison]) -> None:
     comparison = trained["composite"]
     first, second = comparison.proposed
