@@ -147,7 +147,9 @@ def mixing_figure(comparison: MixingComparison) -> go.Figure:
         f"Objective in {comparison.unit}: base {base:.4f}; composite {composite.objective[HELD_OUT]:.4f} for "
         f"{composite.cost.flops:.2e} FLOPs; {endpoints}."
     )
-    return finish(figure, "Quality against cost", reading, description, 440)
+    # Each proposed mixture is a line of the legend.
+    height = 440 + 20 * max(len(comparison.proposed) - 1, 0)
+    return finish(figure, "Quality against cost", reading, description, height)
 
 
 def _add_budget(figure: go.Figure, comparison: MixingComparison, budget: BudgetComparison) -> None:
@@ -178,10 +180,11 @@ def _add_proposed(figure: go.Figure, comparison: MixingComparison, proposed: Pro
     figure.add_scatter(
         x=[comparison.total_cost(proposed).flops],
         y=[round(proposed.objective[HELD_OUT], 6)],
-        name=label(proposed_name(comparison, proposed), 80),
+        name=label(proposed_name(comparison, proposed), 110),
         mode="markers",
         marker={"color": WINNER, "size": 13, "symbol": "star" if proposed.start == "base" else "star-open"},
-        hovertemplate=f"%{{x:.2e}} FLOPs<br>%{{y:.4f}} {comparison.unit}<extra></extra>",
+        text=[label(proposed_name(comparison, proposed), 110)],
+        hovertemplate=f"%{{text}}<br>%{{x:.2e}} FLOPs<br>%{{y:.4f}} {comparison.unit}<extra></extra>",
     )
 
 
