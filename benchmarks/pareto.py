@@ -24,11 +24,10 @@ from threadpoolctl import threadpool_limits
 
 from dem_opt import config
 from dem_opt.pareto import MEAN, Axes, hypervolume, make_axis
-from dem_opt.polytope import project
 from dem_opt.search.samplers import gp, make_proposer, propose
 from dem_opt.search.samplers.history import Trial
 from dem_opt.search.trials import coefficients_of, recall
-from dem_opt.simplex import Space
+from dem_opt.simplex import Space, project
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
 from dem_opt.storage.retry import opened

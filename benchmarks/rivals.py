@@ -26,13 +26,12 @@ from scipy.optimize import minimize
 from dem_opt.config import GRADIENTS_FROM, PATIENCE, SearchSection
 from dem_opt.evaluation.interim_analyses import replay
 from dem_opt.evaluation.racing import CLEAR, Race
-from dem_opt.polytope import project
 from dem_opt.search.samplers import Proposer, make_proposer, propose
 from dem_opt.search.samplers.covariance import interpolate
 from dem_opt.search.samplers.history import Trial
 from dem_opt.search.samplers.optuna_sampler import OptunaSampler
 from dem_opt.search.trial_attributes import TrialAttributes
-from dem_opt.simplex import Coefficients, Space
+from dem_opt.simplex import Coefficients, Space, project
 from dem_opt.types import GRADIENT_FORWARDS, Score
 
 Array = NDArray[np.float64]

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from dem_opt.analysis.results import is_whole
 from dem_opt.config import load
-from dem_opt.polytope import project
-from dem_opt.simplex import Space
+from dem_opt.simplex import Space, project
 from dem_opt.types import Summary
 from dem_opt.workflows.stored_results import stored_results
 

@@ -11,8 +11,7 @@ import pytest
 from scipy.optimize import minimize
 
 from dem_opt.errors import InputError
-from dem_opt.polytope import FamilyLimits, Polytope, project
-from dem_opt.simplex import UNIT, Coefficients, Family, Space
+from dem_opt.simplex import UNIT, Coefficients, Family, FamilyLimits, Polytope, Space, project
 
 NAMES = ("code", "math", "prose", "records", "web", "law", "chat", "news")
 PLAIN = [Space(NAMES[:dimension], total) for dimension in (1, 2, 3, 4, 8) for total in (1.0, 0.5, 2.0)]

@@ -25,11 +25,10 @@ from dem_opt.analysis.bootstrap import resampled_objectives, samplings_of
 from dem_opt.analysis.sampling import Documents, Sampling, documents_of, sampled_unit
 from dem_opt.analysis.surrogate import Fit, fit, fit_excess, optimum
 from dem_opt.evaluation.objective import Objective
-from dem_opt.polytope import Polytope
 from dem_opt.search.samplers import gp
 from dem_opt.search.samplers.covariance import Array
 from dem_opt.search.trials import exceeded, limits, objectives, recall
-from dem_opt.simplex import Coefficients, Space
+from dem_opt.simplex import Coefficients, Polytope, Space
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
 from dem_opt.types import SEARCH, Precision, TrialRecord

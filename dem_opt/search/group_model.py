@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse.linalg import eigsh
 
-from dem_opt.polytope import Polytope
-from dem_opt.simplex import plane
+from dem_opt.simplex import Polytope, plane
 
 Array = NDArray[np.float64]
 

@@ -7,12 +7,11 @@ import pytest
 from scipy.integrate import quad
 from scipy.special import ndtr
 
-from dem_opt.polytope import Polytope, project
 from dem_opt.search.samplers import gp
 from dem_opt.search.samplers.covariance import Kernel, interpolate
 from dem_opt.search.samplers.history import Trial
 from dem_opt.search.samplers.simplex_gp import SimplexGP, log_expected_improvement, log_h, maximize
-from dem_opt.simplex import Space
+from dem_opt.simplex import Polytope, Space, project
 
 Array = gp.Array
 ONES = np.ones(8)

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from dem_opt.polytope import Polytope, project
 from dem_opt.search.group_model import (
     DAMPING,
     LEAST_PART,
@@ -17,6 +16,7 @@ from dem_opt.search.group_model import (
     tangential,
     updated,
 )
+from dem_opt.simplex import Polytope, project
 
 CASES = [(1, 2, None), (4, 4, None), (10, 3, None), (6, 5, (0.5, 0.6, 1.0, 0.3, 0.9))]
 """Groups, shares and their caps."""

@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 from scipy.special import erfcx, ndtr
 from threadpoolctl import threadpool_limits
 
-from dem_opt.polytope import Polytope
 from dem_opt.search.samplers import gp
 from dem_opt.search.samplers.history import Trial, latest, thin, values_of
 from dem_opt.search.samplers.observations import Measurement, compressed, most_gradients, observe
 from dem_opt.search.samplers.proposer import Proposal, central_points, first_new, first_points
-from dem_opt.simplex import Coefficients, Space
+from dem_opt.simplex import Coefficients, Polytope, Space
 from dem_opt.types import GRADIENT_FORWARDS
 
 Array = NDArray[np.float64]

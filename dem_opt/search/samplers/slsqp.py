@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from dem_opt.polytope import Polytope
 from dem_opt.search.samplers.history import Trial
 from dem_opt.search.samplers.proposer import Proposal, first_new
-from dem_opt.simplex import Coefficients, Space
+from dem_opt.simplex import Coefficients, Polytope, Space
 
 Array = NDArray[np.float64]
 

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dem_opt.errors import InputError, nearest
-from dem_opt.polytope import FamilyLimits, Polytope
+from dem_opt.simplex.polytope import FamilyLimits, Polytope
 
 UNIT = 10**9
 """Units in a coefficient of 1."""
