@@ -38,7 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dem_opt import config as study_file
-from dem_opt.analysis.data_shares import CurvePredictor
+from dem_opt.analysis.data_shares import CurvePredictor, forgotten
 from dem_opt.analysis.mixing_cost import MixingComparison, MixtureResult
 from dem_opt.analysis.mixture_prediction import LeftOut, Quality, left_out, quality
 from dem_opt.analysis.training_curves import TrainingCurve, fit_curve
@@ -58,7 +58,7 @@ from dem_opt.storage.engine import connect
 from dem_opt.storage.ledger import Ledger
 from dem_opt.study import Study
 from dem_opt.training.fine_tune import FineTuneJob, fine_tune
-from dem_opt.types import HELD_OUT, SEARCH, Composite, StoredModel, Summary, WorkerSpec
+from dem_opt.types import HELD_OUT, SEARCH, Composite, StoredModel, WorkerSpec
 from dem_opt.workflows.data_mixing import single_fine_tunes
 from dem_opt.workflows.fine_tuning import shared_settings
 
@@ -255,12 +255,6 @@ def judge(predictor: str, predicted_NL: Array, losses_NL: Array, names: Sequence
     return Judged(predictor, by_name, quality(predicted_NL.mean(axis=1), losses_NL.mean(axis=1)))
 
 
-def forgotten(summary: Summary, names: Sequence[str]) -> Array:
-    """What each fine-tune, by column, has lost on each distribution, by row, in nats per token of the search split."""
-    rows = {row.label: row.scores[SEARCH] for row in summary.results if row.role in ("base", "single")}
-    return np.array([[rows[tuned][name].nll - rows["base"][name].nll for tuned in names] for name in names])
-
-
 def controls(study: Study, path: Path, mixtures: Sequence[MixtureResult], names: Sequence[str]) -> dict[str, Array]:
     """Predictions without a merge, [N, L]."""
     config = study_file.load(path)
@@ -270,7 +264,8 @@ def controls(study: Study, path: Path, mixtures: Sequence[MixtureResult], names:
     steps_N = np.array([mixture.cost.trained_tokens / step_tokens for mixture in mixtures])
     [steps] = set(steps_N.tolist())
     trained = {name: record.steps for name, record in single_fine_tunes(config, path).items()}
-    forgotten_LL = forgotten(study.summary(), names)
+    forgotten_LL = forgotten(study.summary().results, names)
+    assert forgotten_LL is not None, "the study was run"
     own, both = (
         CurvePredictor(
             tuple(curves[name] for name in names),

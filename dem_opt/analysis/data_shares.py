@@ -30,7 +30,7 @@ from threadpoolctl import threadpool_limits
 from dem_opt.analysis.surrogate import Fit, fit
 from dem_opt.analysis.training_curves import TrainingCurve
 from dem_opt.simplex import Space
-from dem_opt.types import TrialRecord
+from dem_opt.types import SEARCH, ResultRow, TrialRecord
 
 Array = NDArray[np.float64]
 
@@ -161,6 +161,15 @@ class CurvePredictor:
         half_K = KEPT * self.trained_K
         forgotten_MK = half_K / (half_K + steps_MK) * (steps_MK / self.trained_K @ others_KK.T)
         return np.asarray(learnt_MK + forgotten_MK)
+
+
+def forgotten(results: Sequence[ResultRow], names: Sequence[str]) -> Array | None:
+    """F of `CurvePredictor` from a study's results on the search split; None where a score is missing."""
+    rows = {row.label: row.scores[SEARCH] for row in results if row.role == "single"}
+    base = next((row.scores[SEARCH] for row in results if row.role == "base"), {})
+    if not all(scores.keys() >= set(names) for scores in (base, *(rows.get(name, {}) for name in names))):
+        return None
+    return np.array([[rows[tuned][name].nll - base[name].nll for tuned in names] for name in names])
 
 
 def propose_shares(

@@ -16,6 +16,7 @@ from dem_opt.analysis.mixing_cost import (
     MixtureResult,
     ProposedResult,
     forward_cost,
+    proposed_name,
     training_cost,
 )
 from dem_opt.analysis.sampling import documents_of
@@ -369,7 +370,7 @@ def log_proposals(context: StudyContext, comparison: MixingComparison) -> None:
             tracker.write(
                 JobNote(
                     kind="data mixing",
-                    name=f"proposed mixture, from the {result.start}",
+                    name=proposed_name(comparison, result),
                     key=sha256(repr((result.folder, sorted(result.objective.items()))).encode()).hexdigest(),
                     parameters=_shares(result.shares)
                     | {"tokens": str(result.cost.trained_tokens), "start": result.start, "folder": result.folder},

@@ -5,9 +5,8 @@ from contextlib import suppress
 from math import fsum
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dem_opt.analysis.data_shares import CurvePredictor, MergePredictor, Predictor
+from dem_opt.analysis.data_shares import CurvePredictor, MergePredictor, Predictor, forgotten
 from dem_opt.analysis.mixture_proposal import CorpusSize
 from dem_opt.analysis.training_curves import FEWEST, fit_curve
 from dem_opt.checkpoints.training_record import JOURNAL, read_journal
@@ -17,8 +16,6 @@ from dem_opt.training.fine_tune import FineTuned
 from dem_opt.types import BITS_PER_BYTE, SEARCH, Precision, ResultRow, Summary, TrialRecord
 from dem_opt.workflows.context import StudyContext
 from dem_opt.workflows.mixture_merges import Merges, find_merges, measure_merges
-
-Array = NDArray[np.float64]
 
 PREDICTORS = ("curves", "merges")
 """Kinds of predictors that a proposal may rest on."""
@@ -126,16 +123,10 @@ class MixturePredictors:
             curves.append(curve)
             weights.append(config.weights[name] / total * self._unit(name))
         trained_K = np.array([self._fine_tunes[name].steps for name in sorted(config.distributions)], dtype=np.float64)
-        return CurvePredictor(tuple(curves), tuple(weights), float(steps), trained_K, self._forgotten())
-
-    def _forgotten(self) -> Array:
-        """Nats per token that each fine-tune, by column, has lost on each distribution, by row, on the search split."""
-        names, path = sorted(self._context.config.distributions), self._context.path
-        base = next((row.scores[SEARCH] for row in self.baselines if row.role == "base"), {})
-        rows = {row.label: row.scores[SEARCH] for row in self.baselines if row.role == "single"}
-        if not all(scores.keys() >= set(names) for scores in (base, *(rows.get(name, {}) for name in names))):
+        forgotten_KK = forgotten(self._summary.results, sorted(config.distributions))
+        if forgotten_KK is None:
             raise InputError(path, None, None, f"not all fine-tunes are scored yet; first: dem-opt run {path}")
-        return np.array([[rows[tuned][name].nll - base[name].nll for tuned in names] for name in names])
+        return CurvePredictor(tuple(curves), tuple(weights), float(steps), trained_K, forgotten_KK)
 
     def _unit(self, name: str) -> float:
         """The objective's unit in nats per token of a distribution."""
