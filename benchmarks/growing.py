@@ -20,14 +20,19 @@ from rivals import KINDS, LEVELS, REPORTED, Landscape, has_ended, searched
 
 from dem_opt.config import GRADIENTS_FROM
 from dem_opt.search.samplers.history import Trial
-from dem_opt.search.warm_start import CARRIED_OVER, SCORED_ANEW, farthest_first
-from dem_opt.simplex import Coefficients
+from dem_opt.search.warm_start import Beginning, Scored, beginning_of
+from dem_opt.simplex import UNIT, Coefficients
+from dem_opt.storage.identity import StudyIdentity
 
 SIZE = 9
 """Vectors and corpora of a landscape, of which a study has some."""
 
 RETRAINED, TRAINED = 5, 2
 """A vector that is another training's: 0.95 of the earlier one, and 0.3 of a direction of its own."""
+
+DIRECTIONS_NN = np.eye(SIZE)
+DIRECTIONS_NN[:, RETRAINED] = 0.95 * DIRECTIONS_NN[:, TRAINED] + 0.3 * DIRECTIONS_NN[:, RETRAINED]
+"""The vectors: each its own direction, but the other training's."""
 
 Members = tuple[tuple[int, int], ...]
 """Vector and corpus of each distribution of a study."""
@@ -49,9 +54,7 @@ def part_of(landscape: Landscape, members: Members) -> Landscape:
     """The losses of some corpora over the shares of some vectors."""
     vectors, corpora = map(list, zip(*members, strict=True))
     weights_C = landscape.weights_C[corpora]
-    directions_NN = np.eye(landscape.size)
-    directions_NN[:, RETRAINED] = 0.95 * directions_NN[:, TRAINED] + 0.3 * directions_NN[:, RETRAINED]
-    map_NK = directions_NN[:, vectors]
+    map_NK = DIRECTIONS_NN[:, vectors]
     values = {
         "kind": landscape.kind,
         "size": len(members),
@@ -91,33 +94,56 @@ class Books:
                 terms = self._terms(trial.coefficients, members)
                 self._scored.setdefault(terms, set()).update(corpus for _, corpus in members)
 
-    def start(self, landscape: Landscape, members: Members) -> list[Coefficients]:
-        """The composites that a generation begins with (`dem_opt.search.warm_start.carried_over`)."""
-        vectors, corpora = [vector for vector, _ in members], [corpus for _, corpus in members]
+    def beginning(self, landscape: Landscape, whole: Landscape, members: Members) -> Beginning:
+        """What a generation begins with, chosen as a study does."""
+        names = {vector: name for (vector, _), name in zip(members, landscape.space.names, strict=True)}
+        weights = dict(zip(landscape.space.names, landscape.weights_C.tolist(), strict=True))
         ranked = []
         for terms, scored in self._scored.items():
-            units, known = dict(terms), [place for place, corpus in enumerate(corpora) if corpus in scored]
-            if not units.keys() <= set(vectors) or not landscape.weights_C[known].any():
+            known = [
+                place for place, (_, corpus) in enumerate(members) if corpus in scored and landscape.weights_C[place]
+            ]
+            if not known:
                 continue
-            pairs = zip(landscape.space.names, (units.get(vector, 0) for vector in vectors), strict=True)
-            point = Coefficients(tuple(pairs))
-            loss_C = landscape.nats(landscape.space.shares(point)).mean(axis=1)
-            mean = np.average(loss_C[known], weights=landscape.weights_C[known])
-            ranked.append((len(corpora) - len(known), mean, sorted(terms), point))
-        ranked.sort(key=lambda each: each[:3])
-        if not ranked or ranked[0][0] == 0:
-            return [point for *_, point in ranked[:CARRIED_OVER]]
-        most = [point for missing, *_, point in ranked if missing == ranked[0][0]]
-        others = [point for missing, *_, point in ranked if missing != ranked[0][0]]
-        return (farthest_first(most, SCORED_ANEW) + others)[:SCORED_ANEW]
+            losses = {landscape.space.names[place]: loss(whole, terms, members[place][1]) for place in known}
+            units = {names.get(vector, f"vector {vector}"): count for vector, count in terms}
+            composite = Scored(
+                missing=len({corpus for _, corpus in members} - scored),
+                violation=0.0,
+                objective=float(np.average(list(losses.values()), weights=[weights[name] for name in losses])),
+                key=str(sorted(terms)),
+                units=dict.fromkeys(landscape.space.names, 0) | units,
+                losses=losses,
+            )
+            ranked.append(composite)
+        identity = StudyIdentity("", {}, landscape.space, weights, {}, {})
+        return beginning_of(identity, sorted(ranked))
 
 
-def search(landscape: Landscape, members: Members, books: Books, probes: bool) -> list[float]:
+def loss(whole: Landscape, terms: Terms, corpus: int) -> float:
+    """Mean loss of a composite on a corpus."""
+    x_N = np.zeros(whole.size)
+    for vector, count in terms:
+        x_N += DIRECTIONS_NN[:, vector] * (count / UNIT)
+    return float(whole.nats(x_N)[corpus].mean())
+
+
+def search(whole: Landscape, members: Members, books: Books, probes: bool) -> list[float]:
     """Forward-equivalents to each regret; what was scored is added to the books."""
-    start = books.start(landscape, members)
+    landscape = part_of(whole, members)
+    beginning = books.beginning(landscape, whole, members)
     trials, spent, best, reached = list[Trial](), 0.0, inf, dict.fromkeys(LEVELS, inf)
     gradients = probes or landscape.size >= GRADIENTS_FROM
-    steps = searched(landscape, "simplex-gp", gradients, True, trials, start, lambda point: books.cost(point, members))
+    steps = searched(
+        landscape,
+        "simplex-gp",
+        gradients,
+        True,
+        trials,
+        beginning.start,
+        lambda point: books.cost(point, members),
+        beginning.earlier,
+    )
     for cost, value in steps:
         spent, best = spent + cost, min(best, value - landscape.lowest)
         reached |= {level: spent for level in LEVELS if best <= level and reached[level] == inf}
@@ -139,11 +165,10 @@ def main() -> None:
     for seed in range(first, first + arguments.seeds):
         for kind in KINDS:
             landscape, books = Landscape(kind, SIZE, seed), Books()
-            search(part_of(landscape, FIRST), FIRST, books, arguments.probes)
+            search(landscape, FIRST, books, arguments.probes)
             rows = []
             for members in CHANGES.values():
-                part = part_of(landscape, members)
-                grown, fresh = (search(part, members, each, arguments.probes) for each in (books, Books()))
+                grown, fresh = (search(landscape, members, each, arguments.probes) for each in (books, Books()))
                 rows.append((grown, fresh))
             spent.append(rows)
     spent_LKCR = np.array(spent).transpose(0, 2, 1, 3)  # landscapes, grown and fresh, changes, regrets

@@ -28,6 +28,7 @@ from dem_opt.evaluation.interim_analyses import replay
 from dem_opt.evaluation.racing import CLEAR, Race
 from dem_opt.search.samplers import Proposer, make_proposer, propose
 from dem_opt.search.samplers.covariance import interpolate
+from dem_opt.search.samplers.earlier import Earlier
 from dem_opt.search.samplers.history import Trial
 from dem_opt.search.samplers.optuna_sampler import OptunaSampler
 from dem_opt.search.trial_attributes import TrialAttributes
@@ -189,6 +190,7 @@ def searched(
     trials: list[Trial] | None = None,
     start: Sequence[Coefficients] = (),
     cost_of: Callable[[Coefficients], float] = lambda point: 1.0,
+    earlier: Earlier | None = None,
 ) -> Iterator[Step]:
     """A search algorithm of the product, or Optuna's GPSampler; races, gradients and probes as a study has them.
 
@@ -200,13 +202,14 @@ def searched(
         trials: A list that trials are appended to.
         start: Points that a study begins with that goes on from another.
         cost_of: Cost of a score without gradient, in FE: such a study knows some corpora's scores.
+        earlier: What was scored before.
     """
     parts = WINDOWS // PART if gradients and races else 0
     space, trials = landscape.space, [] if trials is None else trials
     if algorithm == "gp-sampler":
         proposer: Proposer = OptunaSampler(space, lambda seed: GPSampler(seed=seed))
     else:
-        proposer = make_proposer(algorithm, space, gradients=gradients, parts=parts)
+        proposer = make_proposer(algorithm, space, gradients=gradients, parts=parts, earlier=earlier)
     plain = {*start, *space.landmarks()} - ({space.centroid()}.difference(start) if gradients else set())
     while True:
         proposal = propose(proposer, trials, start, landscape.seed)
@@ -232,7 +235,8 @@ def searched(
             )
             slopes = dict(zip(space.names, landscape.gradient(x_N).tolist(), strict=True)) if steep else {}
             cost = GRADIENT_FORWARDS if steep else max(cost_of(point) - charged, 0.0)
-            attributes = TrialAttributes(gradient=slopes, forwards=cost)
+            means = {name: score.nll for name, score in landscape.scores(x_N).items()}
+            attributes = TrialAttributes(gradient=slopes, forwards=cost, nll=means)
             objective = value = landscape.value(x_N)
         trial = Trial(number, point, "complete", objective=objective, attributes=attributes)
         trials.append(replace(trial, expected_improvement=promise))

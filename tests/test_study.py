@@ -27,6 +27,7 @@ from dem_opt.planning.inputs import check_window, load_inputs
 from dem_opt.progress import NullProgress, current_progress
 from dem_opt.search.optuna_storage import study_names
 from dem_opt.search.optuna_study import Search
+from dem_opt.search.runs import Runs
 from dem_opt.study import Study
 from dem_opt.types import SEARCH, Composite
 from dem_opt.workflows import export as workflow
@@ -469,6 +470,23 @@ def test_what_is_reused_is_told_with_its_reason(tmp_path):
     open_study(shrunk, watching).compare(["random"])
     note = next(line for line in watching.notes if "generation 3" in line)
     assert "so scores on code, prose hold; none of these is scored again" in note
+    assert "; the search learns from " in note and note.endswith(" more that were scored before")
+
+
+def test_all_searches_of_a_generation_begin_with_the_same(tmp_path):
+    """The second learns nothing from the first, which it is compared with; and one that is resumed what it had."""
+    open_study(worlds.study(tmp_path, search=GRID)).compare(["random"])
+    study = open_study(worlds.study(tmp_path, ("code", "math"), search=GRID))
+    study.compare(["grid"])
+    study.compare(["grid", "simplex-gp", "random"])
+    with Runs(study.config, 2).existing() as searches:
+        grid, other, third = (searches[name] for name in ("grid", "simplex-gp", "random"))
+        assert grid.start == other.start == third.start and grid.earlier == other.earlier == third.earlier
+        others = {name for each in grid.earlier.composites for name in each.units} - {"code", "math"}
+        assert len(others) == 1, "the vector of prose"
+        assert not {trial.coefficients for trial in grid.trials()} <= {
+            each.coefficients for each in grid.earlier.composites
+        }
 
 
 def test_a_study_that_grows_looks_first_at_few_points_and_the_new_vertex(tmp_path, evaluated):

@@ -11,6 +11,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial
 
 from dem_opt.search.outcomes import frozen_trial
+from dem_opt.search.samplers.earlier import Earlier
 from dem_opt.search.samplers.history import History, HistoryReader
 from dem_opt.simplex import Coefficients, Space
 from dem_opt.storage import engine
@@ -19,6 +20,9 @@ from dem_opt.storage.retry import BRIEF
 
 START = "start"
 """User attribute of a study: the points to propose first, as units by name."""
+
+EARLIER = "dem_opt:earlier"
+"""System attribute of a study: composites that were scored before it was begun.  Dashboards show none of these."""
 
 UID = "uid"
 """User attribute of a study: its identity in MLflow."""
@@ -51,7 +55,14 @@ def starting_points(study: optuna.Study, space: Space) -> list[Coefficients]:
     return [space.from_units([units[name] for name in space.names]) for units in listed]
 
 
-def introduce(study: optuna.Study, start: Sequence[Coefficients], metrics: list[str]) -> str:
+def earlier_composites(storage: RDBStorage, study: int) -> Earlier:
+    """The composites that had been scored before a study was begun; none of a study of earlier releases."""
+    return Earlier.from_stored(storage.get_study_system_attrs(study).get(EARLIER, {}))
+
+
+def introduce(
+    study: optuna.Study, storage: RDBStorage, start: Sequence[Coefficients], earlier: Earlier, metrics: list[str]
+) -> str:
     """Write what a new study lacks and return its uid, which is written last: a study that has it lacks nothing."""
     if (uid := study.user_attrs.get(UID)) is None:
         uid = str(uuid4())
@@ -59,6 +70,10 @@ def introduce(study: optuna.Study, start: Sequence[Coefficients], metrics: list[
             warnings.simplefilter("ignore", ExperimentalWarning)
             study.set_metric_names(metrics)
         study.set_user_attr(START, [point.units for point in start])
+        if earlier.composites:
+            storage.set_study_system_attr(
+                storage.get_study_id_from_name(study.study_name), EARLIER, earlier.to_stored()
+            )
         study.set_user_attr(UID, uid)
     return str(uid)
 

@@ -13,9 +13,17 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
 
 from dem_opt import config
-from dem_opt.search.optuna_storage import StoredTrials, close_storage, introduce, open_storage, starting_points
+from dem_opt.search.optuna_storage import (
+    StoredTrials,
+    close_storage,
+    earlier_composites,
+    introduce,
+    open_storage,
+    starting_points,
+)
 from dem_opt.search.outcomes import outcome_of
 from dem_opt.search.samplers import make_proposer, propose
+from dem_opt.search.samplers.earlier import Earlier
 from dem_opt.search.samplers.history import History, Trial, distributions, parameters
 from dem_opt.search.trial_attributes import DRIVER, EXPECTED_IMPROVEMENT, PART, PARTS, TrialAttributes
 from dem_opt.simplex import Coefficients, Space
@@ -77,8 +85,11 @@ class Search:
         axes: Names of the two losses whose front is searched; none where there is one objective.
         parts: Parts of the windows, one of which most gradients are measured on; 0 where they are of all windows, as
             they stay in a study that was begun so.
+        earlier: Composites that were scored before; written down as the starting points are.
 
     Attributes:
+        start: Points that the study proposed first.
+        earlier: Composites that had been scored before it was begun.
         finished: Number of finished trials: as of the last `ask`, and those told here since.
         elsewhere: Number of trials that other drivers had in hand at the last `ask`.
     """
@@ -96,6 +107,7 @@ class Search:
         unit: str = NATS_PER_TOKEN,
         axes: Sequence[str] = (),
         parts: int = 0,
+        earlier: Earlier | None = None,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.name, self._space, self._search, self._unit = name, space, search, unit
@@ -103,12 +115,13 @@ class Search:
         self._axes = axes
         self.gradients = gradients or search.algorithm == "gradient"
         self._mine: set[int] = set()
-        self._study = patience(lambda: self._opened(url, start))
+        self._study = patience(lambda: self._opened(url, start, earlier or Earlier()))
         self._study_id = self._storage.get_study_id_from_name(name)
         self._trials = StoredTrials(self._storage, self._study_id, space)
-        self._start = starting_points(self._study, space)
-        self._known = frozenset([*space.landmarks(), *self._start])
-        self._without_gradient = self._known.difference({space.centroid()}.difference(self._start))
+        self.start = starting_points(self._study, space)
+        self.earlier = patience(lambda: earlier_composites(self._storage, self._study_id))
+        self._known = frozenset([*space.landmarks(), *self.start])
+        self._without_gradient = self._known.difference({space.centroid()}.difference(self.start))
         self._history = patience(self._read)
         self.parts = 0 if _has_gradients_of_all_windows(self._history.trials) else parts
         self._proposer = make_proposer(
@@ -121,11 +134,12 @@ class Search:
             objectives=len(self._metrics),
             gradients=self.gradients,
             parts=self.parts,
+            earlier=self.earlier,
         )
         self.finished, self.elsewhere = len(self._history.trials) - len(self._history.running), 0
         self._began = monotonic()
 
-    def _opened(self, url: str, start: Sequence[Coefficients]) -> optuna.Study:
+    def _opened(self, url: str, start: Sequence[Coefficients], earlier: Earlier) -> optuna.Study:
         """The study in its storage, with everything that a new one needs."""
         with self._turn():
             self._storage = open_storage(url)
@@ -134,7 +148,7 @@ class Search:
             study = optuna.create_study(
                 study_name=self.name, storage=self._storage, directions=directions, load_if_exists=True
             )
-            self.uid = introduce(study, start, self._metrics)
+            self.uid = introduce(study, self._storage, start, earlier, self._metrics)
             return study
 
     @property
@@ -290,7 +304,7 @@ class Search:
 
     def _propose(self, trials: Sequence[Trial], confirm: Callable[[], None]) -> PendingTrial:
         began = perf_counter()
-        proposal = propose(self._proposer, trials, self._start, self._search.seed)
+        proposal = propose(self._proposer, trials, self.start, self._search.seed)
         attributes: dict[str, Any] = {}
         if proposal.expected_improvement is not None:
             attributes[EXPECTED_IMPROVEMENT] = proposal.expected_improvement

@@ -11,7 +11,7 @@ from dem_opt.evaluation.parts import part_count
 from dem_opt.search.optuna_storage import study_names
 from dem_opt.search.optuna_study import Search
 from dem_opt.search.run_name import RunName
-from dem_opt.simplex import Coefficients
+from dem_opt.search.warm_start import Beginning
 from dem_opt.storage.leases import Lease
 from dem_opt.storage.retry import BRIEF, RetryPolicy
 
@@ -33,12 +33,12 @@ class Runs:
     lease: Lease | None = None
     patience: RetryPolicy = BRIEF
 
-    def open(self, label: str, start: Sequence[Coefficients] = (), gradients_fit: bool | None = None) -> Search:
+    def open(self, label: str, beginning: Beginning | None = None, gradients_fit: bool | None = None) -> Search:
         """Open the search of a run, or create it where there is none.
 
         Args:
             label: The run.
-            start: Points that a new search proposes first.
+            beginning: What a new search begins with; nothing unless given.
             gradients_fit: Whether memory allows gradients; None where that is not known.
 
         Raises:
@@ -59,7 +59,18 @@ class Runs:
         axes = [axis.name for axis in self.config.axes or ()]
         # Parts are judged as races are, by paired means.
         parts = part_count(self.config.evaluation.windows) if gradients and search.racing else 0
-        return Search(storage, name, space, settings, start, gradients, self.lease, self.patience, unit, axes, parts)
+        start, earlier = (beginning.start, beginning.earlier) if beginning else ((), None)
+        return Search(
+            storage, name, space, settings, start, gradients, self.lease, self.patience, unit, axes, parts, earlier
+        )
+
+    def beginning(self) -> Beginning | None:
+        """What the first search of the generation began with, which the others begin with too; None before that.
+
+        Else a search would learn from the trials of those that it is compared with.
+        """
+        with self.existing() as searches:
+            return next((Beginning(search.start, search.earlier) for search in searches.values()), None)
 
     @contextmanager
     def existing(self) -> Iterator[dict[str, Search]]:

@@ -3,9 +3,10 @@
 An identity that the study had before goes on with the trials that it has.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import inf
+from math import fsum, inf, isfinite
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +15,35 @@ from dem_opt.errors import EvaluationError, InputError
 from dem_opt.evaluation.objective import Objective
 from dem_opt.grouping import same_search
 from dem_opt.progress import Progress
-from dem_opt.search.trials import coefficients_of, exceeded, objectives, recall
+from dem_opt.search.samplers.earlier import FEWEST, Earlier, EarlierComposite
+from dem_opt.search.trials import exceeded, objectives, recall
 from dem_opt.simplex import Coefficients
 from dem_opt.storage.identity import StudyIdentity, changes, refuse_other_scoring
 from dem_opt.storage.leases import Lease
 from dem_opt.storage.ledger import Ledger, StudyRow
-from dem_opt.types import SEARCH, Score
+from dem_opt.types import PENALTY, SEARCH, Score
 
 CARRIED_OVER = 10
 """Composites of earlier generations that a new one begins with, where all their scores are known."""
 
 SCORED_ANEW = 6
 """Composites that it begins with where each costs a pass over every new corpus."""
+
+TOLD = 64
+"""Composites of earlier generations that a search learns from without scoring them."""
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What the searches of a generation begin with.
+
+    Attributes:
+        start: Points to propose first.
+        earlier: Composites that were scored before, of other vectors or on some of the corpora too.
+    """
+
+    start: Sequence[Coefficients] = ()
+    earlier: Earlier = field(default_factory=Earlier)
 
 
 def enter(
@@ -36,11 +54,11 @@ def enter(
     confirm: Callable[[], None],
     where: Path | None,
     progress: Progress,
-) -> tuple[int, list[Coefficients]]:
+) -> tuple[int, Beginning]:
     """Write down a study's first run, or a change of its identity; `confirm` raises where the turn to do so was lost.
 
     Returns:
-        The study's generation, and the points that it begins with.
+        The study's generation, and what its searches begin with.
 
     Raises:
         InputError: Where new scores would not compare with those that the study has, and where other drivers are at
@@ -51,7 +69,7 @@ def enter(
     if row is None:
         confirm()
         ledger.enter_study(StudyRow(name, 1, scoring_fields, identity_fields))
-        return 1, []
+        return 1, Beginning()
     refuse_other_scoring(where, row.scoring, scoring_fields)
     change = changes(row.identity, identity_fields)
     if change and (others := lease.others()):
@@ -61,13 +79,13 @@ def enter(
     generation = known or max(ledger.generations(name)) + 1
     confirm()
     ledger.enter_study(StudyRow(name, generation, row.scoring | scoring_fields, identity_fields))
-    start = carried_over(ledger, identity) if generation > 1 else []
+    beginning = beginning_of(identity, sorted(_scored(ledger, identity))) if generation > 1 else Beginning()
     if change and generation == row.generation:
         progress.note(f"{name} has changed ({change}): the search of global coefficients stays")
     elif change:
-        course = "goes on" if known else f"begins {describe_reuse(ledger, identity, start)}"
+        course = "goes on" if known else f"begins {describe_reuse(ledger, identity, beginning)}"
         progress.note(f"{name} has changed ({change}): generation {generation} {course}")
-    return generation, start
+    return generation, beginning
 
 
 def find_generation(ledger: Ledger, name: str, identity_fields: Mapping[str, str]) -> int | None:
@@ -83,25 +101,35 @@ def _find_search(ledger: Ledger, name: str, identity_fields: Mapping[str, str]) 
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
-class CarriedOver:
-    """A composite of the ledger that is a point of the study's space; the most useful sorts first.
+class Scored:
+    """A composite of the ledger that tells something of the study; the most useful sorts first.
 
     Attributes:
         missing: Corpora of the search split that it has no scores on.
         violation: Violation over the scored corpora, in the objective's unit.
         objective: Objective over the scored corpora, in the objective's unit.
         key: The composite's key, which orders equals.
-        coefficients: The point.
+        units: Coefficients in units of 1e-9 by distribution, and by content of vectors that the study has not.
+        losses: Loss by corpus that has a weight and a score, in the objective's unit.
     """
 
     missing: int
     violation: float
     objective: float
     key: str
-    coefficients: Coefficients = field(compare=False)
+    units: Mapping[str, int] = field(compare=False)
+    losses: Mapping[str, float] = field(compare=False)
 
 
-def carried_over(ledger: Ledger, identity: StudyIdentity) -> list[Coefficients]:
+def beginning_of(identity: StudyIdentity, ranked: Sequence[Scored]) -> Beginning:
+    """What a new generation's searches begin with, from composites in their order."""
+    inside = [each for each in ranked if each.units.keys() == set(identity.space.names)]
+    points = {each.key: Coefficients(tuple(sorted(each.units.items()))) for each in inside}
+    own = [(each, points[each.key]) for each in inside if identity.space.contains(points[each.key])]
+    return Beginning(carried_over(own), earlier_composites(identity, ranked))
+
+
+def carried_over(ranked: Sequence[tuple[Scored, Coefficients]]) -> list[Coefficients]:
     """The best composites of the ledger that the study's space still contains, as its coefficients.
 
     A composite of an earlier generation is a point of this one where it uses no other checkpoint: the face w_new = 0 of
@@ -110,33 +138,63 @@ def carried_over(ledger: Ledger, identity: StudyIdentity) -> list[Coefficients]:
     they are measured: on the best of those, and on the points that are farthest from all chosen ones, since near the
     best the old corpora say little that is new.
     """
-    ranked = sorted(_candidates(ledger, identity))
-    if not ranked or ranked[0].missing == 0:
-        return [candidate.coefficients for candidate in ranked[:CARRIED_OVER]]
-    most_scored = [candidate.coefficients for candidate in ranked if candidate.missing == ranked[0].missing]
-    others = [candidate.coefficients for candidate in ranked if candidate.missing != ranked[0].missing]
+    least = min((each.missing for each, _ in ranked), default=0)
+    if not least:
+        return [point for _, point in ranked[:CARRIED_OVER]]
+    most_scored = [point for each, point in ranked if each.missing == least]
+    others = [point for each, point in ranked if each.missing != least]
     return (farthest_first(most_scored, SCORED_ANEW) + others)[:SCORED_ANEW]
 
 
-def _candidates(ledger: Ledger, identity: StudyIdentity) -> list[CarriedOver]:
-    """The ledger's composites in the study's space that have a score on some corpus of the objective."""
+def earlier_composites(identity: StudyIdentity, ranked: Sequence[Scored]) -> Earlier:
+    """What the ledger's composites tell a search beside the points that it begins with, at most TOLD of them.
+
+    A vector that the study has not counts where FEWEST composites have it: one composite would tell of no other.  Where
+    there are more composites, half are the best, and half those that are farthest from each other.
+    """
+    names, uses = set(identity.space.names), Counter[str]()
+    for each in ranked:
+        uses.update(each.units.keys() - names)
+    others = {name for name, count in uses.most_common(len(names)) if count >= FEWEST}
+    usable = [each for each in ranked if each.units.keys() <= names | others]
+    wide = {
+        each.key: Coefficients(tuple(sorted({**dict.fromkeys(others, 0), **each.units}.items()))) for each in usable
+    }
+    by_point = {wide[each.key]: each for each in usable}
+    spread = farthest_first([wide[each.key] for each in usable[TOLD // 2 :]], TOLD // 2)
+    chosen = usable[: TOLD // 2] + [by_point[point] for point in spread]
+    is_mean = not (identity.worst or identity.function or identity.protect)
+    total = fsum(identity.weights.values())
+    weights = {name: weight / total for name, weight in identity.weights.items() if weight} if is_mean else {}
+    composites = []
+    for each in chosen:
+        is_complete = each.losses.keys() == weights.keys() if is_mean else not each.missing
+        value = each.objective + PENALTY * each.violation if is_complete and isfinite(each.objective) else None
+        if is_mean or value is not None:
+            composites.append(EarlierComposite(each.units, each.losses if is_mean else {}, value, each.violation))
+    return Earlier(composites, weights, identity.unit)
+
+
+def _scored(ledger: Ledger, identity: StudyIdentity) -> Iterator[Scored]:
+    """The ledger's composites with a total that the space has and a score on some corpus of the objective."""
     objective = objectives(ledger, identity).get(SEARCH, Objective(identity.weights, unit=identity.unit))
-    candidates = []
+    names = {content: name for name, content in identity.fine_tunes.items()}
     for composite in ledger.composites(identity.scoring):
-        point = coefficients_of(identity, composite)
-        scores = {} if point is None else recall(ledger, identity, composite, SEARCH)
+        contents = {content: units for content, units in composite.terms if content != identity.base}
+        if composite.parts or not identity.space.least_units <= sum(contents.values()) <= identity.space.total_units:
+            continue
+        scores = recall(ledger, identity, composite, SEARCH)
         weights = {name: identity.weights[name] for name in scores}
-        if point is not None and any(weights.values()):
-            candidates.append(
-                CarriedOver(
-                    missing=len(identity.corpora[SEARCH]) - len(scores),
-                    violation=exceeded(ledger, identity, scores),
-                    objective=_ranking(identity, replace(objective, weights=weights), scores),
-                    key=composite.key,
-                    coefficients=point,
-                )
+        if any(weights.values()):
+            units = {names.get(content, content): count for content, count in contents.items()}
+            yield Scored(
+                missing=len(identity.corpora[SEARCH]) - len(scores),
+                violation=exceeded(ledger, identity, scores),
+                objective=_ranking(identity, replace(objective, weights=weights), scores),
+                key=composite.key,
+                units=dict.fromkeys(identity.space.names, 0) | units,
+                losses={name: scores[name].loss(identity.unit) for name, weight in weights.items() if weight},
             )
-    return candidates
 
 
 def _ranking(identity: StudyIdentity, objective: Objective, scores: Mapping[str, Score]) -> float:
@@ -148,17 +206,20 @@ def _ranking(identity: StudyIdentity, objective: Objective, scores: Mapping[str,
         return inf
 
 
-def describe_reuse(ledger: Ledger, identity: StudyIdentity, start: Sequence[Coefficients]) -> str:
+def describe_reuse(ledger: Ledger, identity: StudyIdentity, beginning: Beginning) -> str:
     """The part of a sentence that says what a new generation takes over from the ledger, and why that holds."""
+    start = beginning.start
+    known = len({each.coefficients for each in beginning.earlier.composites}.difference(start))
+    also = f"; the search learns from {known} more that were scored before" if known else ""
     if not start:
-        return "nothing that is measured is a composite of it"
+        return f"with no composite that is measured{also}"
     scores = [recall(ledger, identity, identity.composite(point), SEARCH) for point in start]
     kept = [name for name in identity.corpora[SEARCH] if all(name in by_name for by_name in scores)]
     new = [name for name in identity.corpora[SEARCH] if name not in kept]
     why = (
         f"with {len(start)} composites whose checkpoints and windows are the same, so scores on {', '.join(kept)} hold"
     )
-    return f"{why}; of these only {', '.join(new)} is scored" if new else f"{why}; none of these is scored again"
+    return f"{why}; " + (f"of these only {', '.join(new)} is scored" if new else "none of these is scored again") + also
 
 
 def farthest_first(ranked: Sequence[Coefficients], most: int) -> list[Coefficients]:
@@ -166,6 +227,8 @@ def farthest_first(ranked: Sequence[Coefficients], most: int) -> list[Coefficien
 
     The distance is the greatest difference of a coefficient; of equals the first is chosen.
     """
+    if not ranked:
+        return []
     units_NK = np.array([[units for _, units in point.pairs] for point in ranked]).reshape(len(ranked), -1)
     chosen, distance_N = list[int](), np.full(len(ranked), np.inf)
     while len(chosen) < min(most, len(ranked)) and distance_N.max() > 0:

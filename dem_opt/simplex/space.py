@@ -249,13 +249,19 @@ class Space:
         families = (FamilyLimits(free_n, least / rest, most / rest) for free_n, least, most in self._share_limits)
         return Polytope(self.caps_F, tuple(families))
 
-    def shares(self, coefficients: Coefficients) -> NDArray[np.float64]:
-        """Coefficients as shares, which are at least 0, at most `caps_F`, and sum to 1."""
+    def shares(self, coefficients: Coefficients, others: Sequence[str] = ()) -> NDArray[np.float64]:
+        """Coefficients as shares, which are at least 0, at most `caps_F`, and sum to 1.
+
+        Args:
+            coefficients: A point of the space; or one outside of it, where shares may be beyond these limits.
+            others: Names that the space has not, whose shares follow; 0 where the coefficients have them not.
+        """
         units = coefficients.units
         above_K = np.array([units[name] for name in self.names]) - self._box_K2[:, 0]
         shares_F = above_K[self._free_K]
         if self.least_units < self.total_units:
             shares_F = np.append(shares_F, self.total_units - sum(units.values()))
+        shares_F = np.append(shares_F, [units.get(name, 0) for name in others])
         return np.asarray(shares_F / max(self._rest_units, 1))
 
     def at(self, shares_F: NDArray[np.float64]) -> Coefficients:

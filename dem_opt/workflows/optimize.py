@@ -12,8 +12,7 @@ from dem_opt.search.run_name import RunName
 from dem_opt.search.runs import check_algorithms, run_names
 from dem_opt.search.time_left import FinalTable, TimeLeft, plan_run, plan_search
 from dem_opt.search.trials import finished, missing
-from dem_opt.search.warm_start import enter
-from dem_opt.simplex import Coefficients
+from dem_opt.search.warm_start import Beginning, enter
 from dem_opt.storage.engine import reading
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.leases import Lease
@@ -46,14 +45,14 @@ def optimize(context: StudyContext, algorithms: Sequence[str], seeds: int = 1, *
         inputs = distinguish(inputs.on(context.compute.device), ledger, context.progress)
         identity = inputs.identity()
         ledger.enter_layouts(inputs.layouts())
-        generation, start = _enter(context, identity, ledger, lease)
+        generation, beginning = _enter(context, identity, ledger, lease)
         _count_forward_check(context, inputs, ledger)
         with context.driver(inputs.spec(), identity, ledger) as driver:
             _measure_references(context, driver, generation, lease)
             searches = context.runs(generation, lease, context.retry)
             left = _expect(context, driver, generation, runs, inputs.gradients_fit, winner_only)
             for run in runs:
-                with closing(searches.open(run, start, inputs.gradients_fit)) as search:
+                with closing(searches.open(run, beginning, inputs.gradients_fit)) as search:
                     _search(context, driver, search, lease, left)
             search_groups(context, driver, inputs, generation, lease)
             report = None if winner_only else context.config.report
@@ -75,13 +74,13 @@ def search_only(context: StudyContext) -> None:
         inputs = distinguish(inputs.on(context.compute.device), ledger, context.progress)
         identity = inputs.identity()
         ledger.enter_layouts(inputs.layouts())
-        generation, start = _enter(context, identity, ledger, lease)
+        generation, beginning = _enter(context, identity, ledger, lease)
         with context.driver(inputs.spec(), identity, ledger) as driver:
             _measure_references(context, driver, generation, lease)
             plan = plan_run(context.config, RunName.parse(run, generation))
             left = TimeLeft(driver.pool.capacity, [plan], FinalTable(requests=0, forwards=0.0))
             searches = context.runs(generation, lease, context.retry)
-            with closing(searches.open(run, start, inputs.gradients_fit)) as search:
+            with closing(searches.open(run, beginning, inputs.gradients_fit)) as search:
                 _search(context, driver, search, lease, left)
 
 
@@ -122,17 +121,17 @@ def sync(context: StudyContext) -> bool:
     return is_complete
 
 
-def _enter(
-    context: StudyContext, identity: StudyIdentity, ledger: Ledger, lease: Lease
-) -> tuple[int, list[Coefficients]]:
-    """Return the study's generation and the points that it begins with."""
+def _enter(context: StudyContext, identity: StudyIdentity, ledger: Ledger, lease: Lease) -> tuple[int, Beginning]:
+    """Return the study's generation and what its searches begin with."""
 
-    def attempt() -> tuple[int, list[Coefficients]]:
+    def attempt() -> tuple[int, Beginning]:
         with lease.turn("beginning") as confirm:
             _take_over_scores(context, identity, ledger)
             return enter(context.config.name, identity, ledger, lease, confirm, context.path, context.progress)
 
-    return context.retry(attempt)
+    generation, beginning = context.retry(attempt)
+    begun = context.runs(generation, None, context.retry).beginning() if generation > 1 else None
+    return generation, begun or beginning
 
 
 def _take_over_scores(context: StudyContext, identity: StudyIdentity, ledger: Ledger) -> None:

@@ -21,10 +21,12 @@ def smooth(points: Array) -> Array:
     return np.asarray(2 + np.sin(3 * points[:, 0]) + points[:, 1] ** 2 - points.prod(axis=1))
 
 
-def observe(size: int = 4, observations: int = 12, seed: int = 0, steep: int = 0) -> gp.Observations:
-    """Values of `smooth`, and gradients at the first `steep` points."""
+def observe(size: int = 4, observations: int = 12, seed: int = 0, steep: int = 0, others: int = 0) -> gp.Observations:
+    """Values of `smooth`, and gradients at the first `steep` points, but along the last `others` shares."""
     points = np.random.default_rng(seed).dirichlet(np.ones(size), observations)
-    return gp.observe(points, smooth(points), None, np.arange(steep), differences(smooth, points[:steep]))
+    gradients = differences(smooth, points[:steep])
+    gradients[:, size - others :] = 0
+    return gp.observe(points, smooth(points), None, np.arange(steep), gradients, None, others)
 
 
 def with_noisy_slopes(seen: gp.Observations) -> gp.Observations:
@@ -109,6 +111,17 @@ def test_gradients_are_interpolated_and_only_along_the_plane() -> None:
     assert gp.fit(across).mean(INSIDE) == pytest.approx(process.mean(INSIDE), abs=1e-5)
 
 
+def test_gradients_along_some_shares_say_nothing_along_the_others() -> None:
+    """The posterior has the observed slopes along the plane of the first three shares; what the fourth says is unread."""
+    seen = observe(size=4, steep=5, others=1)
+    slopes = gp.fit(seen).posterior(seen.points_NF[:5]).mean_gradient_MF
+    plane = np.pad(np.linalg.svd(np.ones((1, 3)))[2][1:], ((0, 0), (0, 1)))
+    assert slopes @ plane.T == pytest.approx(seen.gradients_GF @ plane.T, abs=1e-2)
+    gradients = np.pad(seen.gradients_GF[:, :3], ((0, 0), (0, 1)), constant_values=9.0)
+    again = gp.observe(seen.points_NF, seen.values_N, None, seen.steep_G, gradients, None, 1)
+    assert (gp.fit(again).posterior(seen.points_NF[:5]).mean_gradient_MF == slopes).all()
+
+
 def test_gradients_tell_more_than_their_values_alone() -> None:
     error = [np.abs(process_of(4, 6, steep=steep).mean(INSIDE) - smooth(INSIDE)).max() for steep in (0, 6)]
     assert error[1] < 0.2 * error[0]
@@ -147,11 +160,11 @@ def test_a_quadratic_is_known_from_few_values() -> None:
     assert np.abs(error).max() < 1e-2 * quadratic(others).std()
 
 
-@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize(("size", "others"), [(2, 0), (4, 0), (8, 0), (4, 1), (8, 3)])
 @pytest.mark.parametrize("away", [0.0, 0.4])
 @pytest.mark.parametrize("steep", [0, 4])
-def test_the_fit_s_gradient_agrees_with_differences(size: int, away: float, steep: int) -> None:
-    loss = gp.NegativeLogPosterior(observe(size, steep=steep))
+def test_the_fit_s_gradient_agrees_with_differences(size: int, others: int, away: float, steep: int) -> None:
+    loss = gp.NegativeLogPosterior(observe(size, steep=steep, others=others))
     theta = loss.prior_mean + away
     theta[-1] = np.log(1e-3)
     expected = differences(lambda at: np.array(loss(at)[0]), theta, 1e-5)

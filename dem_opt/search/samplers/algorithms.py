@@ -1,6 +1,7 @@
 """The search algorithms by the names that study files use."""
 
 from dem_opt.config import ALGORITHMS
+from dem_opt.search.samplers.earlier import Earlier
 from dem_opt.search.samplers.grid import Grid
 from dem_opt.search.samplers.optuna_sampler import REPLAYED, OptunaSampler, nsga2, tpe
 from dem_opt.search.samplers.proposer import Proposer
@@ -22,6 +23,7 @@ def make_proposer(
     objectives: int = 1,
     gradients: bool = False,
     parts: int = 0,
+    earlier: Earlier | None = None,
 ) -> Proposer:
     """The proposer of an algorithm over a space.
 
@@ -35,6 +37,7 @@ def make_proposer(
         objectives: 2 to search for the front between two losses, which "cmaes" and "gradient" cannot.
         gradients: Trials have their gradient: "simplex-gp" then begins with the centroid, without vertices.
         parts: Parts of the windows, on one of which "simplex-gp" then measures most gradients; 0 for all windows.
+        earlier: Composites that were scored before, from which "simplex-gp" learns.
 
     Raises ValueError for an unknown algorithm.
     """
@@ -42,7 +45,7 @@ def make_proposer(
         case "simplex-gp" if objectives > 1:
             return SimplexEHVI(space)
         case "simplex-gp":
-            return SimplexGP(space, trials, forwards, gradients, parts)
+            return SimplexGP(space, trials, forwards, gradients, parts, earlier or Earlier())
         case "grid":
             return Grid(space, divisions)
         case "random":

@@ -161,12 +161,19 @@ NUGGET = 1e-6
 """Variance added to each known loss: keeps weights small where points lie close together."""
 
 
+def usual(shares: int) -> Kernel:
+    """The kernel of losses that no parameters are fitted to: the priors' means, and a noise of NUGGET.
+
+    Lengthscales and s are 1, and b is exp(-2).
+    """
+    return Kernel(precision_F=np.ones(shares), bell=1.0, bowl=float(np.exp(-4.0)), noise=NUGGET)
+
+
 def interpolate(points_NF: Array, at_F: Array) -> Array:
     """Weights a of known losses in the best linear prediction at a point,  f(x) = sum_n a_n f(x_n) ,  summing to 1.
 
     a = inv(K + NUGGET I) k(x) , normalized: simple kriging (Cressie 1993, section 3.2).  A merge's loss is as smooth on
-    one window as on another, so all windows have the same weights.  The kernel has the priors' means: lengthscales and
-    s of 1, b of exp(-2).
+    one window as on another, so all windows have the same weights.  The kernel is the usual one.
 
     Args:
         points_NF: Shares at which the loss is known.
@@ -175,7 +182,7 @@ def interpolate(points_NF: Array, at_F: Array) -> Array:
     Returns:
         a, [N].
     """
-    kernel = Kernel(precision_F=np.ones(len(at_F)), bell=1.0, bowl=float(np.exp(-4.0)))
+    kernel = usual(len(at_F))
     own_NN = kernel.value(points_NF, points_NF) + NUGGET * np.eye(len(points_NF))
     weights_N = np.asarray(np.linalg.solve(own_NN, kernel.value(points_NF, at_F[None])[:, 0]))
     normalized_N: Array = weights_N / weights_N.sum()

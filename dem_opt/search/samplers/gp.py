@@ -5,7 +5,8 @@ plane of constant sum.  Values are standardised by their own mean and deviation;
 deviation.
 
 Shape suffixes beside the project's: N points with a value, G of them with a gradient, M query points, F shares,
-D = F - 1 directions in the plane of constant sum, S = G D derivatives, R = N + G D rows.
+D = F - 1 directions in the plane of constant sum, S = G D derivatives, R = N + G D rows.  Points may have shares of
+vectors that the space has not (`Observations.others`): F counts these too, and D does not.
 """
 
 from dataclasses import dataclass, replace
@@ -57,6 +58,7 @@ class Observations:
             windows were scored.
         offset: Subtracted from values to standardise them.
         scale: Divisor of the values then, and of gradients.
+        others: Number of the last shares along which no gradient is known: those of vectors that the space has not.
     """
 
     points_NF: Array
@@ -67,11 +69,12 @@ class Observations:
     errors_G: Array
     offset: float
     scale: float
+    others: int = 0
 
     @cached_property
     def directions_FD(self) -> Array:
-        """An orthonormal basis of the plane of constant sum."""
-        return plane(self.points_NF.shape[1])
+        """An orthonormal basis of the plane of constant sum, in the shares of the space."""
+        return np.pad(plane(self.points_NF.shape[1] - self.others), ((0, self.others), (0, 0)))
 
     @property
     def curvature(self) -> float:
@@ -81,7 +84,7 @@ class Observations:
     @property
     def slopes(self) -> int:
         """G D, the number of observed derivatives."""
-        return len(self.steep_G) * (len(self.directions_FD) - 1)
+        return len(self.steep_G) * int(self.directions_FD.shape[1])
 
     @cached_property
     def standard_R(self) -> Array:
@@ -111,9 +114,8 @@ class Observations:
         A derivative along d_k is  sum_f d_fk df/dp_f , so its weight goes to the components in proportion to d_fk.
         """
         values_MN, slopes_MS = np.split(rows_MR, [len(self.values_N)], axis=1)
-        return values_MN, slopes_MS.reshape(
-            len(rows_MR), len(self.steep_G), len(self.directions_FD) - 1
-        ) @ self.directions_FD.T
+        slopes_MGD = slopes_MS.reshape(len(rows_MR), len(self.steep_G), self.directions_FD.shape[1])
+        return values_MN, slopes_MGD @ self.directions_FD.T
 
     def covariance(self, kernel: Kernel, points_MF: Array) -> Array:
         """cov(f(x), row) at points x, [M, R]."""
@@ -140,6 +142,7 @@ def observe(
     steep_G: NDArray[np.int64] | None = None,
     gradients_GF: Array | None = None,
     errors_G: Array | None = None,
+    others: int = 0,
 ) -> Observations:
     """Observations, standardised by their own mean and deviation; by default without noise and gradients."""
     count, shares = points_NF.shape
@@ -152,6 +155,7 @@ def observe(
         errors_G=np.zeros(0 if steep_G is None else len(steep_G)) if errors_G is None else errors_G,
         offset=float(values_N.mean()),
         scale=float(values_N.std()) or 1.0,  # equal values everywhere have no deviation
+        others=others,
     )
 
 
@@ -322,7 +326,7 @@ class NegativeLogPosterior:
         steep_GF = points_NF[observations.steep_G]
         values_NN, slopes_NGF = observations.split(surplus_RR[:count])
         _, curve_GDGF = observations.split(surplus_RR[count:])
-        curve_GDGF = curve_GDGF.reshape(len(steep_GF), len(directions_FD) - 1, *curve_GDGF.shape[1:])
+        curve_GDGF = curve_GDGF.reshape(len(steep_GF), directions_FD.shape[1], *curve_GDGF.shape[1:])
         curve_GGFF = np.einsum("fd,gdhe->ghfe", directions_FD, curve_GDGF, optimize=True)
         by_values_F = kernel.by_precision(points_NF, points_NF, values_NN)
         by_slopes_F = kernel.by_precision(points_NF, steep_GF, slopes_NGF)

@@ -89,7 +89,11 @@ def most_gradients(space: Space) -> int:
 
 
 def observe(
-    space: Space, measured: Sequence[Measurement], steep: Iterable[int], anchor: Measurement | None = None
+    space: Space,
+    measured: Sequence[Measurement],
+    steep: Iterable[int],
+    anchor: Measurement | None = None,
+    others: Sequence[str] = (),
 ) -> gp.Observations:
     """Values of all measurements, and the gradients of some.
 
@@ -101,6 +105,7 @@ def observe(
         measured: The measurements.
         steep: Places of those whose gradients count.
         anchor: That with the gradient of all windows, if there are probes.
+        others: Names beside the space's of which measurements have shares; no gradient is along them.
     """
     steep_G = np.array(sorted(steep), dtype=np.int64)
     gradients_GF = _gradients(space, [measured[place] for place in steep_G])
@@ -110,10 +115,12 @@ def observe(
         away_G = np.linalg.norm(away_GF - away_GF.mean(axis=1, keepdims=True), axis=1)
         is_probe_G = np.array([measured[place].is_probe for place in steep_G], dtype=bool)
         errors_G = np.where(is_probe_G, away_G, 0.0) / np.sqrt(max(gradients_GF.shape[1] - 1, 1))
-    points_NF = np.array([space.shares(each.coefficients) for each in measured]).reshape(-1, len(space.caps_F))
+    shares = [space.shares(each.coefficients, others) for each in measured]
+    points_NF = np.array(shares).reshape(-1, len(space.caps_F) + len(others))
     values_N = np.array([each.value for each in measured], dtype=np.float64)
     variances_N = np.array([each.error for each in measured]) ** 2
-    return gp.observe(points_NF, values_N, variances_N, steep_G, gradients_GF, errors_G)
+    padded_GF = np.pad(gradients_GF, ((0, 0), (0, len(others))))
+    return gp.observe(points_NF, values_N, variances_N, steep_G, padded_GF, errors_G, len(others))
 
 
 def _gradients(space: Space, measured: Sequence[Measurement]) -> Array:

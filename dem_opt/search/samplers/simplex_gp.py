@@ -4,7 +4,8 @@ Shape suffixes beside the project's: N trials, M points, F shares.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from math import inf
 
 import numpy as np
@@ -13,6 +14,7 @@ from scipy.special import erfcx, ndtr
 from threadpoolctl import threadpool_limits
 
 from dem_opt.search.samplers import gp
+from dem_opt.search.samplers.earlier import Earlier
 from dem_opt.search.samplers.history import Trial, latest, thin, values_of
 from dem_opt.search.samplers.observations import Measurement, compressed, most_gradients, observe
 from dem_opt.search.samplers.proposer import Proposal, central_points, first_new, first_points
@@ -65,12 +67,16 @@ class SimplexGP:
     expected, or a whole trial, where most improvement on the best whole one is: whichever is expected to gain more for
     each forward-equivalent.  Only whole trials can win.
 
+    What was scored before the search began, of other vectors or on a part of the corpora, is observed too
+    (`dem_opt.search.samplers.earlier`).  Points then have shares of the other vectors, which are 0 in the space.
+
     Attributes:
         space: The coefficients to choose from.
         trials: Budget in trials, if any: the last trial completes the most promising stopped one.
         forwards: Likewise in forward-equivalents.
         gradients: Trials have their gradient.
         parts: Number of parts of the windows, of which a probe sees one; 0 where gradients are of all windows.
+        earlier: Composites that were scored before the search began.
     """
 
     space: Space
@@ -78,6 +84,7 @@ class SimplexGP:
     forwards: float | None = None
     gradients: bool = False
     parts: int = 0
+    earlier: Earlier = field(default_factory=Earlier)
 
     def propose(self, trials: Sequence[Trial], start: Sequence[Coefficients], rng: np.random.Generator) -> Proposal:
         """The next point."""
@@ -131,10 +138,14 @@ class SimplexGP:
             return Proposal(banked.coefficients, banked.improvement)
         return Proposal(probe.coefficients, probe.improvement, is_probe=True)
 
-    @staticmethod
-    def _best_mean(process: gp.GaussianProcess) -> float:
-        """The best posterior mean at the trials.  With noise the best value is partly luck."""
-        return float(process.mean(process.observations.points_NF).min())
+    def _best_mean(self, process: gp.GaussianProcess) -> float:
+        """The best posterior mean at observed points of the space.  With noise the best value is partly luck."""
+        return float(process.mean(process.observations.points_NF[self._is_inside(process)]).min())
+
+    def _is_inside(self, process: gp.GaussianProcess) -> NDArray[np.bool_]:
+        """Which observed points are in the space: they have no share of another vector, [N]."""
+        is_inside_N: NDArray[np.bool_] = (process.observations.points_NF[:, len(self.space.caps_F) :] == 0).all(axis=1)
+        return is_inside_N
 
     def _process(self, trials: Sequence[Trial]) -> gp.GaussianProcess:
         """The process fitted to finished trials, with running ones at their posterior mean."""
@@ -147,13 +158,17 @@ class SimplexGP:
         self, process: gp.GaussianProcess, best: float, trials: Sequence[Trial], rng: np.random.Generator, cost: float
     ) -> "_Candidate":
         """The greatest expected improvement on a value, apart from all trials; else a draw."""
-        observations, taken_NF = process.observations, self._shares(trials)
-        ranked_NF = observations.points_NF[np.argsort(observations.values_N, kind="stable")]
-        points_MF, improvement_M = maximize(
-            lambda shares_MF: log_expected_improvement(process, best, shares_MF),
-            self.space.polytope.project(starts(ranked_NF[:4], rng)),
-            self.space.polytope,
-        )
+        is_inside_N, own = self._is_inside(process), len(self.space.caps_F)
+        order_n = np.argsort(process.observations.values_N[is_inside_N], kind="stable")
+        ranked_NF = process.observations.points_NF[is_inside_N][order_n, :own]
+
+        def log_improvement(shares_MF: Array) -> tuple[Array, Array]:
+            wide_MF = np.pad(shares_MF, ((0, 0), (0, process.observations.others)))
+            value_M, gradient_MF = log_expected_improvement(process, best, wide_MF)
+            return value_M, gradient_MF[:, :own]
+
+        polytope, taken_NF = self.space.polytope, self._shares(trials)[:, :own]
+        points_MF, improvement_M = maximize(log_improvement, polytope.project(starts(ranked_NF[:4], rng)), polytope)
         for shares_F, improvement in zip(points_MF, improvement_M, strict=True):
             if np.abs(taken_NF - shares_F).max(axis=1, initial=0).min() > APART:
                 return _Candidate(self.space.at(shares_F), float(improvement), cost)
@@ -199,15 +214,21 @@ class SimplexGP:
         complete = thin([trial for trial in trials if self._has_gradient(trial)], most_gradients(self.space))
         steep = {trial.number for trial in _with(anchor, complete)}
         values = zip(trials, values_of(trials), strict=True)
-        measured = compressed([Measurement.of_trial(trial, value) for trial, value in values])
+        told = [Measurement.of_trial(trial, value) for trial, value in values]
+        measured = compressed(told + self.earlier.measurements(self.space, trials))
         places = [place for place, trial in enumerate(trials) if trial.number in steep]
         own = next((measured[place] for place, trial in enumerate(trials) if trial is anchor), None)
-        return observe(self.space, measured, places, own)
+        return observe(self.space, measured, places, own, self._others)
 
     def _shares(self, trials: Iterable[Trial]) -> Array:
-        """[N, F]"""
-        shares = [self.space.shares(trial.coefficients) for trial in trials]
-        return np.array(shares).reshape(-1, len(self.space.caps_F))
+        """Shares of trials, with those of other vectors, which are 0: [N, F]."""
+        shares = [self.space.shares(trial.coefficients, self._others) for trial in trials]
+        return np.array(shares).reshape(-1, len(self.space.caps_F) + len(self._others))
+
+    @cached_property
+    def _others(self) -> tuple[str, ...]:
+        """Vectors that the space has not and earlier composites have."""
+        return self.earlier.others(self.space)
 
 
 def _with(anchor: Trial | None, trials: Sequence[Trial]) -> list[Trial]:
