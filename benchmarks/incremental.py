@@ -1,10 +1,12 @@
-"""The cost of a fifth distribution once a study of four has been run: `python benchmarks/incremental.py FOLDER`.
+"""The cost of a fifth distribution once a study of four has been run, and of dropping one of five.
+
+`python benchmarks/incremental.py FOLDER`
 
 Makes the worlds of `landscapes` in FOLDER where they are missing.  In each of five cases (two bases, three lengths of
 fine-tunes, three distributions that come last) a study of four distributions is run to its end, as the case's seed has
 it; then a fifth is added to its file, with a corpus of its own, and it is run again.  Beside it a study of the five
-runs over an empty ledger.  Counted is what goes forward through the model on the search split, the base included, in
-forward-equivalents (FE) of the study of five; regret is above the best that either has found, or a longer search.  What
+runs over an empty ledger; then its fifth is taken out of its file, and it is run again.  Counted is what goes forward through the model on the search split, the base included, in
+forward-equivalents (FE) of the study of five; regret is above the best that was found of the same distributions, by a longer search too.  What
 is finished is not run again, but for the study that grows.
 """
 
@@ -96,25 +98,29 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     folder: Path = parser.parse_args().folder.resolve()
     torch.set_num_threads(1)
-    began, ratios = perf_counter(), {level: list[float]() for level in LEVELS}
+    began, ratios = perf_counter(), {(name, level): list[float]() for name in ("added", "dropped") for level in LEVELS}
     for number in range(len(CASES)):
         books = folder / "incremental" / str(number)
         books.mkdir(parents=True, exist_ok=True)
         before, after = landscapes(number)
         fresh = measure(after, folder, books / "fresh.db", number)
         long = measure(after, folder, books / "long.db", number + 100, trials=LONG)
-        measure(before, folder, books / "four.db", number)
+        four = measure(before, folder, books / "four.db", number)
         copy(books / "four.db", books / "grown.db")
         grown = measure(after, folder, books / "grown.db", number, known=1 - 1 / len(after.tunes))
-        reference = min(fresh[1][-1], grown[1][-1], long[1][-1])
-        lines = []
-        for level in LEVELS:
-            costs = [until(*curve, reference + level) for curve in (grown, fresh)]
-            ratios[level].append(costs[0] / costs[1])
-            lines.append(f"{level:g}: {costs[0]:.1f} / {costs[1]:.1f}")
-        say(f"case {number}: FE to a regret, grown / fresh: {', '.join(lines)}; {perf_counter() - began:.0f} s")
-    for level, shares in ratios.items():
-        say(f"regret {level:g}: {np.median(shares):.2f} of a fresh search's FE [{min(shares):.2f}, {max(shares):.2f}]")
+        copy(books / "fresh.db", books / "shrunk.db")
+        shrunk = measure(before, folder, books / "shrunk.db", number, known=1)
+        for name, changed, new, others in (("added", grown, fresh, [long]), ("dropped", shrunk, four, [])):
+            reference = min(curve[1][-1] for curve in (changed, new, *others))
+            lines = []
+            for level in LEVELS:
+                costs = [until(*curve, reference + level) for curve in (changed, new)]
+                ratios[name, level].append(costs[0] / costs[1])
+                lines.append(f"{level:g}: {costs[0]:.1f} / {costs[1]:.1f}")
+            say(f"case {number}, {name}: FE, changed / fresh: {', '.join(lines)}; {perf_counter() - began:.0f} s")
+    for (name, level), shares in ratios.items():
+        middle, least, most = np.median(shares), min(shares), max(shares)
+        say(f"{name}, regret {level:g}: {middle:.2f} of a fresh search's FE [{least:.2f}, {most:.2f}]")
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def test_gradients_are_interpolated_and_only_along_the_plane() -> None:
 
 
 def test_gradients_along_some_shares_say_nothing_along_the_others() -> None:
-    """The posterior has the observed slopes along the plane of the first three shares; what the fourth says is unread."""
+    """The posterior has the observed slopes along the plane of the first three shares; the fourth is unread."""
     seen = observe(size=4, steep=5, others=1)
     slopes = gp.fit(seen).posterior(seen.points_NF[:5]).mean_gradient_MF
     plane = np.pad(np.linalg.svd(np.ones((1, 3)))[2][1:], ((0, 0), (0, 1)))
