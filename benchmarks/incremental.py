@@ -5,9 +5,10 @@
 Makes the worlds of `landscapes` in FOLDER where they are missing.  In each of five cases (two bases, three lengths of
 fine-tunes, three distributions that come last) a study of four distributions is run to its end, as the case's seed has
 it; then a fifth is added to its file, with a corpus of its own, and it is run again.  Beside it a study of the five
-runs over an empty ledger; then its fifth is taken out of its file, and it is run again.  Counted is what goes forward through the model on the search split, the base included, in
-forward-equivalents (FE) of the study of five; regret is above the best that was found of the same distributions, by a longer search too.  What
-is finished is not run again, but for the study that grows.
+runs over an empty ledger; then its fifth is taken out of its file, and it is run again.  Counted is what goes forward
+through the model on the search split, the base included, in forward-equivalents (FE) of the study as it is then; regret
+is above the best that was found of the same distributions, by a longer search too.  What is finished is not run again,
+but for the studies that change.
 """
 
 import argparse
