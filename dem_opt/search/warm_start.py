@@ -150,8 +150,11 @@ def earlier_composites(identity: StudyIdentity, ranked: Sequence[Scored]) -> Ear
     """What the ledger's composites tell a search beside the points that it begins with, at most TOLD of them.
 
     A vector that the study has not counts where FEWEST composites have it: one composite would tell of no other.  Where
-    there are more composites, half are the best, and half those that are farthest from each other.
+    there are more composites, half are the best, and half those that are farthest from each other.  Regrets are against
+    fine-tunes that may not be scored yet, and a front has two losses: for them nothing is told.
     """
+    if identity.worst or identity.pareto:
+        return Earlier()
     names, uses = set(identity.space.names), Counter[str]()
     for each in ranked:
         uses.update(each.units.keys() - names)
@@ -163,7 +166,7 @@ def earlier_composites(identity: StudyIdentity, ranked: Sequence[Scored]) -> Ear
     by_point = {wide[each.key]: each for each in usable}
     spread = farthest_first([wide[each.key] for each in usable[TOLD // 2 :]], TOLD // 2)
     chosen = usable[: TOLD // 2] + [by_point[point] for point in spread]
-    is_mean = not (identity.worst or identity.function or identity.protect)
+    is_mean = not (identity.function or identity.protect)
     total = fsum(identity.weights.values())
     weights = {name: weight / total for name, weight in identity.weights.items() if weight} if is_mean else {}
     composites = []

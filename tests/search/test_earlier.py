@@ -152,9 +152,9 @@ def test_a_vector_that_few_composites_have_tells_nothing_of_the_space() -> None:
     assert told.others(SPACE) == ("gone",) and len(told.composites) == 6
 
 
-@pytest.mark.parametrize("changed", [{"worst": True}, {"protect": {"a": 0.1}}])
-def test_only_whole_composites_are_told_where_losses_do_not_add_up(changed: dict[str, object]) -> None:
+def test_only_whole_composites_are_told_where_losses_do_not_add_up() -> None:
     ranked = sorted(scored(each, place) for place, each in enumerate(composites(6, "ab") + composites(4, seed=1)))
-    told = beginning_of(identity_of(**changed), ranked).earlier
+    assert not beginning_of(identity_of(worst=True), ranked).earlier.composites
+    told = beginning_of(identity_of(protect={"a": 0.1}), ranked).earlier
     assert len(told.composites) == 4 and all(each.value is not None for each in told.composites)
     assert len(told.measurements(SPACE, [])) == 4
