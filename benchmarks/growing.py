@@ -3,8 +3,8 @@
 The losses are made up, as those of `rivals.py`.  A study of four distributions changes five times in a row: a fifth is
 added, one is dropped, one is retrained (another vector for the same corpus), one is split in two, another is added.
 What was scored stays known: a composite costs only the corpora on which it was not scored.  Each generation begins with
-composites of the earlier ones, chosen as a study does (`dem_opt.search.warm_start`), and ends by itself.  Beside it a
-search of the same distributions that knows nothing.
+composites of the earlier ones and learns from others, both chosen as a study does (`dem_opt.search.warm_start`), and
+ends by itself.  Beside it a search of the same distributions that knows nothing.
 
 Printed are forward-equivalents (FE) of the present corpora to each regret, by change, median over landscapes; then the
 ratio of both, median [quartiles] over changes and landscapes where the fresh search reaches it.

@@ -207,7 +207,7 @@ def _evidence_line(evidence: Evidence, result: MixtureProposal) -> str:
     best = ", ".join(f"{name} {share:g}" for name, share in evidence.best.shares.items())
     return (
         f"{BY[evidence.predictor].capitalize()}, tested on {judged.mixtures} trained mixtures ({_budget(evidence)}): "
-        f"{rank}; the one that they put first is {judged.regret:.4f} {result.unit} behind the best, {best}."
+        f"{rank}; the one that they put first is {judged.regret:.4f} {result.unit} behind the best ({best})."
     )
 
 
