@@ -95,7 +95,7 @@ class Books:
                 self._scored.setdefault(terms, set()).update(corpus for _, corpus in members)
 
     def beginning(self, landscape: Landscape, whole: Landscape, members: Members) -> Beginning:
-        """What a generation begins with, chosen as a study does."""
+        """Starting points and earlier observations of a generation, chosen as a study does."""
         names = {vector: name for (vector, _), name in zip(members, landscape.space.names, strict=True)}
         weights = dict(zip(landscape.space.names, landscape.weights_C.tolist(), strict=True))
         ranked = []

@@ -65,9 +65,9 @@ class Runs:
         )
 
     def beginning(self) -> Beginning | None:
-        """What the first search of the generation began with, which the others begin with too; None before that.
+        """Starting points and observations of the generation's first search, which its others share; None before it.
 
-        Else a search would learn from the trials of those that it is compared with.
+        Without this, a search would learn from the trials of those that it is compared with.
         """
         with self.existing() as searches:
             return next((Beginning(search.start, search.earlier) for search in searches.values()), None)

@@ -29,17 +29,17 @@ CARRIED_OVER = 10
 SCORED_ANEW = 6
 """Composites that it begins with where each costs a pass over every new corpus."""
 
-TOLD = 64
+OBSERVED = 64
 """Composites of earlier generations that a search learns from without scoring them."""
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """What the searches of a generation begin with.
+    """The starting points and earlier observations that all searches of a generation share.
 
     Attributes:
         start: Points to propose first.
-        earlier: Composites that were scored before, of other vectors or on some of the corpora too.
+        earlier: Composites that were scored before: also those of other vectors, or scored on only some of the corpora.
     """
 
     start: Sequence[Coefficients] = ()
@@ -122,7 +122,7 @@ class Scored:
 
 
 def beginning_of(identity: StudyIdentity, ranked: Sequence[Scored]) -> Beginning:
-    """What a new generation's searches begin with, from composites in their order."""
+    """Choose starting points and earlier observations of a new generation from ranked composites."""
     inside = [each for each in ranked if each.units.keys() == set(identity.space.names)]
     points = {each.key: Coefficients(tuple(sorted(each.units.items()))) for each in inside}
     own = [(each, points[each.key]) for each in inside if identity.space.contains(points[each.key])]
@@ -147,11 +147,11 @@ def carried_over(ranked: Sequence[tuple[Scored, Coefficients]]) -> list[Coeffici
 
 
 def earlier_composites(identity: StudyIdentity, ranked: Sequence[Scored]) -> Earlier:
-    """What the ledger's composites tell a search beside the points that it begins with, at most TOLD of them.
+    """Choose at most OBSERVED composites as earlier observations of a search.
 
-    A vector that the study has not counts where FEWEST composites have it: one composite would tell of no other.  Where
-    there are more composites, half are the best, and half those that are farthest from each other.  Regrets are against
-    fine-tunes that may not be scored yet, and a front has two losses: for them nothing is told.
+    A vector outside the study is admitted if at least FEWEST composites use it: a single one says nothing about the
+    others.  Of more than OBSERVED composites, half are the best and half are farthest from each other.  Regrets are
+    against fine-tunes that may not be scored yet, and a front has two losses: both get no observations.
     """
     if identity.worst or identity.pareto:
         return Earlier()
@@ -164,8 +164,8 @@ def earlier_composites(identity: StudyIdentity, ranked: Sequence[Scored]) -> Ear
         each.key: Coefficients(tuple(sorted({**dict.fromkeys(others, 0), **each.units}.items()))) for each in usable
     }
     by_point = {wide[each.key]: each for each in usable}
-    spread = farthest_first([wide[each.key] for each in usable[TOLD // 2 :]], TOLD // 2)
-    chosen = usable[: TOLD // 2] + [by_point[point] for point in spread]
+    spread = farthest_first([wide[each.key] for each in usable[OBSERVED // 2 :]], OBSERVED // 2)
+    chosen = usable[: OBSERVED // 2] + [by_point[point] for point in spread]
     is_mean = not (identity.function or identity.protect)
     total = fsum(identity.weights.values())
     weights = {name: weight / total for name, weight in identity.weights.items() if weight} if is_mean else {}

@@ -12,7 +12,7 @@ from dem_opt.search.samplers import make_proposer, propose
 from dem_opt.search.samplers.earlier import FEWEST, Earlier, EarlierComposite
 from dem_opt.search.samplers.history import Trial
 from dem_opt.search.trial_attributes import TrialAttributes
-from dem_opt.search.warm_start import TOLD, Scored, beginning_of
+from dem_opt.search.warm_start import OBSERVED, Scored, beginning_of
 from dem_opt.simplex import UNIT, Coefficients, Space
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.types import BITS_PER_BYTE
@@ -134,14 +134,14 @@ def identity_of(**changed: object) -> StudyIdentity:
     return replace(StudyIdentity("base", {}, SPACE, {name: 5 * n for name, n in WEIGHTS.items()}, {}, {}), **changed)
 
 
-@pytest.mark.parametrize("count", [5, TOLD, 3 * TOLD])
+@pytest.mark.parametrize("count", [5, OBSERVED, 3 * OBSERVED])
 def test_the_best_composites_are_told_and_the_others_from_far_apart(count: int) -> None:
     ranked = sorted(scored(each, place) for place, each in enumerate(composites(count)))
     told = beginning_of(identity_of(), ranked).earlier
-    assert len({each.coefficients for each in told.composites}) == min(count, TOLD)
+    assert len({each.coefficients for each in told.composites}) == min(count, OBSERVED)
     assert told.weights == pytest.approx(WEIGHTS)
     by_units = {tuple(sorted(each.units.items())) for each in told.composites}
-    assert all(tuple(sorted(each.units.items())) in by_units for each in ranked[: TOLD // 2])
+    assert all(tuple(sorted(each.units.items())) in by_units for each in ranked[: OBSERVED // 2])
 
 
 def test_a_vector_that_few_composites_have_tells_nothing_of_the_space() -> None:

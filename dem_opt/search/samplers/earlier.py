@@ -1,9 +1,9 @@
-"""Composites that were scored before a search began, and what they tell it.
+"""Composites that were scored before a search began, as observations of its Gaussian process.
 
 A study that changes has composites of vectors that it has no more, and composites that were not scored on its new
 corpora.  Neither is a trial.  But a merge's loss is a function of all shares, those of other vectors too, and the space
 is the face where these are 0; and what is lacking of an objective is the loss on a few corpora, which composites nearby
-tell.  So each is an observation of the objective, with a standard error where something is lacking.
+predict.  So each is an observation of the objective, with a standard error where something is lacking.
 
 Shape suffixes beside the project's: P composites that lack corpora, N that were scored on one, F shares, with those of
 other vectors.
@@ -56,7 +56,7 @@ class Earlier:
     Attributes:
         composites: The composites.
         weights: Weight of each corpus in the objective, a mean, where they sum to 1.  Without weights the objective is
-            no mean, and composites without a value tell nothing.
+            no mean, and composites without a value are ignored.
         unit: Unit of the objective.
     """
 
@@ -92,7 +92,7 @@ class Earlier:
         that are known, and variance_c its variance; 0 of a known one.  The errors of two composites that lack the same
         corpus are not independent; they are taken to be.
         """
-        others, told = self.others(space), np.ones(len(incomplete), dtype=bool)
+        others, is_predicted_P = self.others(space), np.ones(len(incomplete), dtype=bool)
         values_P, variances_P = np.zeros(len(incomplete)), np.zeros(len(incomplete))
 
         def shares(composites: Iterable[EarlierComposite]) -> Array:
@@ -103,15 +103,17 @@ class Earlier:
             values_P[has_P] += [weight * each.losses[corpus] for each in incomplete if corpus in each.losses]
             scored = [each for each in known if corpus in each.losses]
             if len(scored) < FEWEST:
-                told &= has_P
+                is_predicted_P &= has_P
             elif not has_P.all():
                 observations = gp.observe(shares(scored), np.array([each.losses[corpus] for each in scored]))
                 process = gp.GaussianProcess(observations, usual(observations.points_NF.shape[1]))
                 posterior = process.posterior(shares(each for each in incomplete if corpus not in each.losses))
                 values_P[~has_P] += weight * posterior.mean_M
                 variances_P[~has_P] += weight**2 * posterior.variance_M
-        filled = zip(incomplete, values_P.tolist(), np.sqrt(variances_P).tolist(), told.tolist(), strict=True)
-        return [Measurement(each.coefficients, value, error) for each, value, error, is_told in filled if is_told]
+        filled = zip(incomplete, values_P.tolist(), np.sqrt(variances_P).tolist(), is_predicted_P.tolist(), strict=True)
+        return [
+            Measurement(each.coefficients, value, error) for each, value, error, is_predicted in filled if is_predicted
+        ]
 
     def to_stored(self) -> dict[str, Any]:
         """As JSON; empty without composites."""

@@ -214,8 +214,8 @@ class SimplexGP:
         complete = thin([trial for trial in trials if self._has_gradient(trial)], most_gradients(self.space))
         steep = {trial.number for trial in _with(anchor, complete)}
         values = zip(trials, values_of(trials), strict=True)
-        told = [Measurement.of_trial(trial, value) for trial, value in values]
-        measured = compressed(told + self.earlier.measurements(self.space, trials))
+        own_trials = [Measurement.of_trial(trial, value) for trial, value in values]
+        measured = compressed(own_trials + self.earlier.measurements(self.space, trials))
         places = [place for place, trial in enumerate(trials) if trial.number in steep]
         own = next((measured[place] for place, trial in enumerate(trials) if trial is anchor), None)
         return observe(self.space, measured, places, own, self._others)
