@@ -19,8 +19,9 @@ import numpy as np
 from rivals import KINDS, LEVELS, REPORTED, Landscape, has_ended, searched
 
 from dem_opt.config import GRADIENTS_FROM
+from dem_opt.search.beginning import Beginning
 from dem_opt.search.samplers.history import Trial
-from dem_opt.search.warm_start import Beginning, Scored, beginning_of
+from dem_opt.search.warm_start import Scored, beginning_of
 from dem_opt.simplex import UNIT, Coefficients
 from dem_opt.storage.identity import StudyIdentity
 

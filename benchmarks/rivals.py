@@ -16,6 +16,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from math import inf
 from time import process_time
+from typing import Protocol
 
 import numpy as np
 import optuna
@@ -178,6 +179,25 @@ def descend(value: Callable[[Array], float], gradient: Callable[[Array], Array],
     return point_N, value(point_N)
 
 
+class Loss(Protocol):
+    """What a search of values needs of a loss: `Landscape`, or real merges."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the search."""
+
+    @property
+    def size(self) -> int:
+        """Number of shares."""
+
+    @property
+    def space(self) -> Space:
+        """The simplex."""
+
+    def value(self, x_N: Array) -> float:
+        """The objective."""
+
+
 Step = tuple[float, float]
 """Cost of a trial in FE, and its objective; infinite where not all windows were scored."""
 
@@ -282,7 +302,7 @@ def race_for(landscape: Landscape, point: Coefficients, trials: Sequence[Trial])
     return Race(control, {names[i]: float(landscape.weights_C[i]) for i in counted}, goal, CLEAR)
 
 
-def quadratic_fit(landscape: Landscape) -> Iterator[Step]:
+def quadratic_fit(landscape: Loss) -> Iterator[Step]:
     """A quadratic regression on random composites, with a ridge, and its minimum after each eight (as MAP's surrogate).
 
     MAP: Li et al. (2024), "MAP: Low-compute model merging with amortized Pareto fronts via quadratic approximation".
@@ -339,7 +359,7 @@ def adam(landscape: Landscape, rate: float = 0.05) -> Iterator[Step]:
         yield 1.0, landscape.value(x_N)
 
 
-def botorch(landscape: Landscape) -> Iterator[Step]:
+def botorch(landscape: Loss) -> Iterator[Step]:
     """BoTorch's default process with log expected improvement under the constraint that shares sum to 1.
 
     The first points are the vertices and the centroid.
@@ -371,7 +391,7 @@ def botorch(landscape: Landscape) -> Iterator[Step]:
         yield 1.0, values[-1]
 
 
-def ax(landscape: Landscape) -> Iterator[Step]:
+def ax(landscape: Loss) -> Iterator[Step]:
     """Ax as it comes, under the constraint that shares sum to 1: centroid, four points of Sobol's, its processes."""
     # Large packages that the project does not need otherwise.
     from ax.api.client import Client

@@ -1,9 +1,10 @@
 """How much forward compute a search needs on real merge losses: `python benchmarks/search.py FOLDER`.
 
-Makes the worlds of `landscapes` in FOLDER, runs every algorithm on every landscape, and prints the tables that the
-README quotes, with JSON beside them.  Everything goes through the product's own studies and one ledger a world, so a
-run that was stopped goes on where it was.  One forward-equivalent (FE) is a forward pass over all windows of the search
-split; whatever an algorithm looks at is charged, first observations too.
+Makes the worlds of `landscapes` in FOLDER and three studies of `group_studies` on other bases, runs every algorithm on
+every landscape, and prints the tables of docs/benchmarks.md, with JSON beside them.  Everything goes through the
+product's own studies and one ledger a world, so a run that was stopped goes on where it was.  One forward-equivalent
+(FE) is a forward pass over all windows of the search split; whatever an algorithm looks at is charged, first
+observations too.  BoTorch and Ax take part where they are installed, with one seed.
 """
 
 import argparse
@@ -13,19 +14,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
 import torch
-from landscapes import REPORTED, TUNED_ON, Landscape, make_landscape
+from group_studies import make
+from landscapes import REPORTED, TUNED_ON, make_landscape
 from numpy.typing import NDArray
 from optuna.samplers import GPSampler
+from rivals import PACKAGES, Loss, Step, ax, botorch
 
 from dem_opt import config
 from dem_opt.compute import InProcessCompute
+from dem_opt.config import GRADIENTS_FROM
 from dem_opt.evaluation.interim_analyses import replay
 from dem_opt.evaluation.racing import Race
 from dem_opt.evaluation.worker import build
@@ -36,7 +42,7 @@ from dem_opt.search.optuna_storage import study_names
 from dem_opt.search.samplers.history import Trial
 from dem_opt.search.samplers.optuna_sampler import OptunaSampler
 from dem_opt.search.trials import objectives, recall
-from dem_opt.simplex import Coefficients
+from dem_opt.simplex import Coefficients, Space
 from dem_opt.storage.engine import connect
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
@@ -45,21 +51,22 @@ from dem_opt.tracking import NullTracker
 from dem_opt.types import SEARCH, Score, TrialRecord
 
 SEEDS = 2
-MARKS = (10, 12, 16, 20, 24, 30, 40, 48)
-PLAIN = {"racing": False, "gradients": False, "trials": 40, "forwards": None}
-LONGEST = {4: 24.0, 8: 48.0}
-"""Forward-equivalents of the searches that race or have gradients, by distributions."""
+MARKS = (4, 6, 8, 10, 12, 16, 20, 24, 32)
+PLAIN = {"racing": False, "gradients": False}
+OTHER_BASES = ("base-3840", "qwen2", "eight")
+"""Studies of `group_studies`: a base that has learnt for long, another architecture, and other kinds of texts."""
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "simplex-gp": ("simplex-gp", PLAIN),
-    "simplex-gp, racing": ("simplex-gp", {"racing": True, "gradients": False, "trials": 400}),
-    "simplex-gp, gradients": ("simplex-gp", {"racing": False, "gradients": True, "trials": 400}),
-    "SLSQP": ("gradient", {"trials": 400}),
+    "simplex-gp": ("simplex-gp", {}),
+    "simplex-gp, probes": ("simplex-gp", {"gradients": True}),
+    "simplex-gp, no races": ("simplex-gp", PLAIN),
+    "simplex-gp, gradients of all windows": ("simplex-gp", {"racing": False, "gradients": True}),
+    "SLSQP": ("gradient", {}),
     "TPE": ("tpe", PLAIN),
     "CMA-ES": ("cmaes", PLAIN),
     "random": ("random", PLAIN),
 }
-"""Runs by their name in the tables: the algorithm and the search's settings."""
+"""Runs by their name in the tables: the algorithm, and the search's settings where they are not the default."""
 
 
 @dataclass(frozen=True)
@@ -124,34 +131,39 @@ def curve_of(records: Sequence[TrialRecord]) -> Curve:
     return Curve(tuple(spent.tolist()), tuple(np.minimum.accumulate(whole).tolist()), float(np.median(asks)))
 
 
-def explore(landscape: Landscape, path: Path) -> Measured:
-    """Every variant, Optuna's Gaussian process and, with four distributions, the grid."""
+def explore(path: Path, variants: Sequence[str], grid: bool) -> Measured:
+    """Every variant, the rivals that are installed and, where it is asked for, the grid of four distributions."""
     torch.set_num_threads(1)
-    began = perf_counter()
-    longest = {"forwards": LONGEST[len(landscape.tunes)]}
+    began, study = perf_counter(), config.load(path)
+    size = len(study.distributions)
+    budget = {"trials": 400, "forwards": float(MARKS[-1] if size > GRADIENTS_FROM else MARKS[-2])}
     runs_by_variant = {
-        name: run(path, f"{landscape.name}.{name}", algorithm, longest | settings)
+        name: run(path, f"{study.name}.{name}", algorithm, budget | settings)
         for name, (algorithm, settings) in VARIANTS.items()
+        if name in variants
     }
-    grid = run(path, f"{landscape.name}.grid", "grid", {})["grid"] if len(landscape.tunes) == 4 else ()
+    lattice = run(path, f"{study.name}.grid", "grid", {})["grid"] if grid and size == 4 else ()
     curves = {name: tuple(map(curve_of, runs.values())) for name, runs in runs_by_variant.items()}
-    curves["Optuna's GP"] = tuple(optuna_gp(path, seed) for seed in range(SEEDS))
+    curves["Optuna's GP"] = tuple(optuna_gp(path, seed, int(budget["forwards"])) for seed in range(SEEDS))
+    for name, search in {"BoTorch": botorch, "Ax": ax}.items():
+        if find_spec(PACKAGES[name]) is not None:
+            curves[name] = (rival(path, search, budget["forwards"]),)
     records = [record for runs in runs_by_variant.values() for trials in runs.values() for record in trials]
-    steep = min((record for record in records if record.gradient), key=lambda record: record.rank)
+    steep = min((record for record in records if record.gradient and not record.is_partial), key=lambda one: one.rank)
     slopes = {name: slope - min(steep.gradient.values()) for name, slope in steep.gradient.items()}
-    say(f"{landscape.name}: {perf_counter() - began:.0f} s")
+    say(f"{study.name}: {perf_counter() - began:.0f} s")
     return Measured(
-        name=landscape.name,
-        size=len(landscape.tunes),
+        name=study.name,
+        size=size,
         curves=curves,
-        reference=min(curve.best[-1] for runs in (*curves.values(), [curve_of(grid or records)]) for curve in runs),
+        reference=min(curve.best[-1] for runs in (*curves.values(), [curve_of(lattice or records)]) for curve in runs),
         coefficients=steep.coefficients.weights,
         gap=sum(weight * slopes[name] for name, weight in steep.coefficients.weights.items()),
         slopes=slopes,
         gradient_forwards=seconds_of(records, True) / seconds_of(records, False),
-        grid_best=curve_of(grid).best[-1] if grid else None,
-        grid_points=len(grid),
-        raced_grids=race_grid(path) if grid else (),
+        grid_best=curve_of(lattice).best[-1] if lattice else None,
+        grid_points=len(lattice),
+        raced_grids=race_grid(path) if lattice else (),
     )
 
 
@@ -194,8 +206,8 @@ def opened(path: Path) -> Iterator[tuple[StudyIdentity, Ledger, Callable[[Coeffi
     engine.dispose()
 
 
-def optuna_gp(path: Path, seed: int, trials: int = 40) -> Curve:
-    """Optuna's GPSampler over s / sum s, from the same first observations."""
+def optuna_gp(path: Path, seed: int, trials: int) -> Curve:
+    """Optuna's GPSampler over s / sum s, from the landmarks."""
     best, asks, history = [], [], list[Trial]()
     with opened(path) as (identity, _, measure):
         proposer = OptunaSampler(identity.space, lambda drawn: GPSampler(seed=drawn))
@@ -206,6 +218,39 @@ def optuna_gp(path: Path, seed: int, trials: int = 40) -> Curve:
             history.append(Trial(number, point, "complete", objective=measure(point)))
             best.append(min(trial.objective for trial in history if trial.objective is not None))
     return Curve(tuple(range(1, trials + 1)), tuple(best), float(np.median(asks)))
+
+
+@dataclass(frozen=True)
+class RealLoss:
+    """The loss of real merges, as a rival sees it."""
+
+    space: Space
+    measure: Callable[[Coefficients], float]
+    seed: int = 0
+
+    @property
+    def size(self) -> int:
+        """Number of shares."""
+        return len(self.space.names)
+
+    def value(self, x_N: NDArray[np.float64]) -> float:
+        """The objective."""
+        return self.measure(self.space.at(x_N))
+
+
+def rival(path: Path, search: Callable[[Loss], Iterator[Step]], budget: float) -> Curve:
+    """A rival of another package, on values of all windows."""
+    spent, best, asks = [0.0], [np.inf], list[float]()
+    with opened(path) as (identity, _, measure):
+        began = process_time()
+        for cost, value in search(RealLoss(identity.space, measure)):
+            asks.append(process_time() - began)
+            spent.append(spent[-1] + cost)
+            best.append(min(best[-1], value))
+            if spent[-1] >= budget:
+                break
+            began = process_time()
+    return Curve(tuple(spent[1:]), tuple(best[1:]), float(np.median(asks)))
 
 
 def race_grid(path: Path, orders: int = 20) -> tuple[RacedGrid, ...]:
@@ -250,70 +295,52 @@ def quartiles(values: Sequence[float], form: str = ".1e") -> str:
     return f"{middle:{form}} [{low:{form}}, {high:{form}}]"
 
 
-def regret_table(results: Sequence[Measured], size: int) -> list[list[str]]:
+def regret_table(results: Sequence[Measured]) -> list[list[str]]:
     """Regret in nats per token by variant and mark: median and quartiles over landscapes and seeds."""
-    of_size = [result for result in results if result.size == size]
-    rows = [["algorithm", *(f"{mark} FE" for mark in MARKS), "ask, s"]]
-    for name in of_size[0].curves:
-        curves = [(curve, result.reference) for result in of_size for curve in result.curves[name]]
-        cells = [quartiles([curve.at(mark) - reference for curve, reference in curves]) for mark in MARKS]
-        last = max(max(curve.spent) for curve, _ in curves)
-        shown = [cell if mark <= last + 3 else "" for cell, mark in zip(cells, MARKS, strict=True)]
-        rows.append([name, *shown, f"{np.median([curve.ask_seconds for curve, _ in curves]):.2f}"])
+    marks = MARKS if results[0].size > GRADIENTS_FROM else MARKS[:-1]
+    rows = [["algorithm", *(f"{mark} FE" for mark in marks), "seconds a proposal"]]
+    for name in results[0].curves:
+        curves = [(curve, result.reference) for result in results for curve in result.curves[name]]
+        cells = [quartiles([curve.at(mark) - reference for curve, reference in curves]) for mark in marks]
+        rows.append([name, *cells, f"{np.median([curve.ask_seconds for curve, _ in curves]):.2f}"])
     return rows
 
 
 def targets(results: Sequence[Measured]) -> list[str]:
-    """Goals of the search beside its results."""
+    """What is known of each landscape; then grids, and what races save, where these were run."""
     lines = []
-    for size, (budget, levels) in {4: (20, (2e-3, 1e-3, 1e-4)), 8: (40, (5e-3, 1e-3, 1e-4))}.items():
-        of_size = [result for result in results if result.size == size]
-        if not of_size:
-            continue
-        lines.append(f"{size}: " + _saved(of_size, budget))
-        for level in levels:
-            ratios = [
-                raced.until(result.reference + level) / plain.until(result.reference + level)
-                for result in of_size
-                for raced, plain in zip(result.curves["simplex-gp, racing"], result.curves["simplex-gp"], strict=True)
-            ]
-            known = [ratio for ratio in ratios if np.isfinite(ratio)]
-            lines.append(f"{size}: racing needs {quartiles(known, '.2f')} of the tokens to a regret of {level:g} nats")
-        steep = [result.gradient_forwards for result in of_size]
-        lines.append(f"{size}: an evaluation with its gradient took {quartiles(steep, '.1f')} times one without")
     for result in results:
         zeros = [name for name, weight in result.coefficients.items() if not weight]
         least = min((result.slopes[name] for name in zeros), default=None)
         lines.append(
-            f"{result.name}: best known {result.reference:.5f}, Frank-Wolfe gap {result.gap:.1e} nats; "
-            f"zeros: {', '.join(zeros) or 'none'}" + (f", least slope {least:.4f}" if least is not None else "")
+            f"{result.name}: best known {result.reference:.5f}, Frank-Wolfe gap {result.gap:.1e} nats; an evaluation "
+            f"with its gradient took {result.gradient_forwards:.1f} times one without; zeros: "
+            f"{', '.join(zeros) or 'none'}" + (f", least slope {least:.4f}" if least is not None else "")
         )
+    without = [result for result in results if "simplex-gp, no races" in result.curves and result.size < GRADIENTS_FROM]
+    for level in (2e-3, 1e-3, 1e-4) if without else ():
+        ratios = [
+            raced.until(result.reference + level) / plain.until(result.reference + level)
+            for result in without
+            for raced, plain in zip(result.curves["simplex-gp"], result.curves["simplex-gp, no races"], strict=True)
+        ]
+        known = [ratio for ratio in ratios if np.isfinite(ratio)]
+        lines.append(f"racing needs {quartiles(known, '.2f')} of the tokens to a regret of {level:g} nats")
     grids = [result for result in results if result.grid_best is not None]
-    for name in ("simplex-gp", "simplex-gp, racing"):
+    if grids:
         shares = [
             curve.until(result.grid_best) / result.grid_points
             for result in grids
-            for curve in result.curves[name]
+            for curve in result.curves["simplex-gp"]
             if result.grid_best
         ]
-        lines.append(f"4: {name} reached the grid's best for {quartiles(shares, '.1%')} of its forward compute")
-    races = [race for result in grids for race in result.raced_grids]
-    lines.append(
-        f"4: a raced grid cost {quartiles([race.share for race in races], '.1%')} of a whole one; "
-        f"the same winner in {sum(race.same_winner for race in races)} of {len(races)}"
-    )
+        races = [race for result in grids for race in result.raced_grids]
+        lines.append(f"simplex-gp reached the grid's best for {quartiles(shares, '.1%')} of its forward compute")
+        lines.append(
+            f"a raced grid cost {quartiles([race.share for race in races], '.1%')} of a whole one; "
+            f"the same winner in {sum(race.same_winner for race in races)} of {len(races)}"
+        )
     return lines
-
-
-def _saved(results: Sequence[Measured], budget: float, share: float = 0.6) -> str:
-    """Regrets with races for a share of the tokens that the search without them has."""
-    plain = [curve.at(budget) - result.reference for result in results for curve in result.curves["simplex-gp"]]
-    raced = [
-        curve.at(share * budget) - result.reference
-        for result in results
-        for curve in result.curves["simplex-gp, racing"]
-    ]
-    return f"regret {quartiles(plain)} for {budget:g} FE without races, {quartiles(raced)} for {share * budget:g} with"
 
 
 def say(text: str) -> None:
@@ -326,18 +353,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tuned", action="store_true", help="the landscapes that settings were chosen on")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--grid", action="store_true", help="the grid of four distributions, and races over it")
     arguments = parser.parse_args()
-    began, landscapes = perf_counter(), TUNED_ON if arguments.tuned else REPORTED
-    paths = [make_landscape(landscape, arguments.folder, say) for landscape in landscapes]
+    began, folder = perf_counter(), arguments.folder.resolve()
+    torch.set_num_threads(1)
+    paths = [make_landscape(each, folder, say) for each in (TUNED_ON if arguments.tuned else REPORTED)]
+    if not arguments.tuned:
+        paths += [make(kind, folder) for kind in OTHER_BASES]
     for path in paths:
         study_names(config.load(path).storage)  # Optuna makes its tables before several processes need them
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
-        results = list(pool.map(explore, landscapes, paths))
-    (arguments.folder / "search.json").write_text(json.dumps([asdict(result) for result in results], indent=1))
-    for size in (4, 8):
-        say(f"\nRegret, nats per token, {size} distributions: median [quartiles]\n")
-        for row in regret_table(results, size) if any(result.size == size for result in results) else []:
-            say("| " + " | ".join(row) + " |")
+        explored = partial(explore, variants=arguments.variants, grid=arguments.grid)
+        results = list(pool.map(explored, paths))
+    (folder / "search.json").write_text(json.dumps([asdict(result) for result in results], indent=1))
+    for least, most in ((2, 7), (8, 8), (9, 99)):
+        if of_size := [result for result in results if least <= result.size <= most]:
+            sizes = ", ".join(f"{result.name} ({result.size})" for result in of_size)
+            say(f"\nRegret, nats per token, median [quartiles]: {sizes}\n")
+            for row in regret_table(of_size):
+                say("| " + " | ".join(row) + " |")
     say("\n" + "\n".join(targets(results)))
     say(f"\n{perf_counter() - began:.0f} s")
 

@@ -1,9 +1,7 @@
 """Laws of whole studies, in process over a tiny world: one ledger, one winner, nothing measured twice."""
 
 import json
-import shutil
 import sqlite3
-from collections import Counter
 from contextlib import closing
 from math import inf
 from pathlib import Path
@@ -12,13 +10,19 @@ import pyarrow
 import pytest
 import torch
 import worlds
-import yaml
-from in_process import open_study, open_tracked
+from in_process import (
+    add_general,
+    count_evaluations,
+    edit,
+    evaluated_on_the_simplex,
+    open_study,
+    open_tracked,
+    search_keys,
+)
 from pyarrow import parquet
 from recorded import RecordedProgress
 from transformers import AutoModelForCausalLM
 
-from dem_opt.checkpoints.files import content_hash
 from dem_opt.config import load
 from dem_opt.errors import EvaluationError, InputError
 from dem_opt.evaluation.worker import Worker
@@ -27,9 +31,8 @@ from dem_opt.planning.inputs import check_window, load_inputs
 from dem_opt.progress import NullProgress, current_progress
 from dem_opt.search.optuna_storage import study_names
 from dem_opt.search.optuna_study import Search
-from dem_opt.search.runs import Runs
 from dem_opt.study import Study
-from dem_opt.types import SEARCH, Composite
+from dem_opt.types import SEARCH
 from dem_opt.workflows import export as workflow
 
 GRID = {"algorithm": "random", "trials": 5, "divisions": 4}
@@ -38,33 +41,7 @@ GRID = {"algorithm": "random", "trials": 5, "divisions": 4}
 @pytest.fixture
 def evaluated(monkeypatch):
     """Counts the evaluations of every (composite, corpus)."""
-    counts: Counter = Counter()
-    original = Worker.evaluate
-
-    def counting(worker, request):
-        counts.update((request.composite, key) for key in request.corpora)
-        return original(worker, request)
-
-    monkeypatch.setattr(Worker, "evaluate", counting)
-    return counts
-
-
-def evaluated_on_the_simplex(evaluated: Counter, path: Path) -> list[tuple[Composite, str]]:
-    """Evaluations on the search split of composites without the base: the price of the sum takes others."""
-    base, keys = load_inputs(load(path), path).identity().base, search_keys(path)
-    return [(composite, key) for composite, key in evaluated if key in keys and base not in dict(composite.terms)]
-
-
-def search_keys(path: Path) -> tuple[str, ...]:
-    """Corpus keys of the search split."""
-    return load_inputs(load(path), path).identity().keys(SEARCH)
-
-
-def edit(path: Path, change) -> Path:
-    content = yaml.safe_load(path.read_text())
-    change(content)
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return path
+    return count_evaluations(monkeypatch)
 
 
 def test_grid_and_search_share_every_measurement(tmp_path, evaluated):
@@ -99,61 +76,8 @@ def test_the_order_of_the_study_file_changes_no_bit(tmp_path):
     assert winners[0] == winners[1]
 
 
-def test_a_study_that_grows_scores_only_the_new_corpus_on_what_it_carries_over(tmp_path, evaluated):
-    path = worlds.study(tmp_path, search=GRID)
-    open_study(path).compare(["random"])
-    old = set(evaluated)
-    old_composites, old_corpora = {composite for composite, _ in old}, {key for _, key in old}
-    evaluated.clear()
-    watching = RecordedProgress()
-    grown = open_study(worlds.study(tmp_path, ("code", "math", "prose", "records"), search=GRID), watching)
-    grown.compare(["simplex-gp"])
-    assert not old & set(evaluated), "what was measured stands"
-    for composite, key in evaluated:
-        assert composite not in old_composites or key not in old_corpora
-    carried = [record for record in watching.records[:10] if record.coefficients.units["records"] == 0]
-    assert carried and all(record.scores["code"] for record in carried)
-    assert any("distributions.records is new" in line and "generation 2" in line for line in watching.notes)
-
-
-def test_another_weighting_needs_no_forward_pass_for_what_is_measured(tmp_path, evaluated):
-    path = worlds.study(tmp_path, search=GRID)
-    open_study(path).compare(["grid"])
-    evaluated.clear()
-    weighted = open_study(edit(path, lambda study: study.update(objective={"weights": {"code": 1}})))
-    summary = weighted.compare(["grid"]).summary
-    assert not evaluated_on_the_simplex(evaluated, path), "held-out reports on another winner"
-    assert summary.winner.objective["search"] == summary.winner.scores["search"]["code"].nll
-
-
 def renamed(study: dict) -> None:
     study["name"] = "another"
-
-
-def bounded(study: dict) -> None:
-    study["simplex"] = {"bounds": {"code": [0, 0.5]}}
-
-
-def test_a_study_file_that_goes_back_goes_on_with_the_generation_that_it_had(tmp_path, evaluated):
-    path = worlds.study(tmp_path, ("code", "math"), search=GRID)
-    original = path.read_text()
-    first = open_study(path).run().summary
-    second = open_study(edit(path, bounded)).run().summary
-    path.write_text(original)
-    exported = open_study(path).export(tmp_path / "before running again")
-    evaluated.clear()
-    watching = RecordedProgress()
-    study = open_study(path, watching)
-    again = study.run().summary
-    assert not evaluated and not watching.records
-    assert again.trials == first.trials and again.winner == first.winner == exported.result
-    assert any("generation 1 goes on" in line for line in watching.notes)
-    assert open_study(edit(path, bounded)).run().summary.trials == second.trials
-    watching = RecordedProgress()
-    open_study(edit(path, lambda study: study.update(simplex={"total": [0, 1]})), watching).run()
-    assert any("generation 3 begins" in line for line in watching.notes)
-    generations = {name.partition("#")[2] for name in study_names(study.config.storage)}
-    assert generations == {"", "2", "3"}
 
 
 def test_a_renamed_study_takes_over_what_was_measured(tmp_path, evaluated):
@@ -184,12 +108,6 @@ def test_a_neighbour_that_is_no_ledger_is_passed_over(tmp_path, neighbour):
     before = file.read_bytes()
     open_study(worlds.study(tmp_path, ("code", "math"), search=GRID)).run()
     assert file.read_bytes() == before
-
-
-def add_general(path: Path, **objective) -> Path:
-    """The study with a general corpus "web", and an objective."""
-    worlds.write_documents(path.parent / "data/web.jsonl", worlds.documents(7))
-    return edit(path, lambda study: study.update(general={"web": "data/web.jsonl"}, objective=objective))
 
 
 def test_a_general_corpus_is_scored_and_changes_no_objective(tmp_path, evaluated):
@@ -274,23 +192,6 @@ def optuna_trials(path: Path, study: Study, algorithm: str) -> list:
     names = [name for name in study_names(study.config.storage) if name.startswith(f"tiny/{algorithm}")]
     settings = study.config.search.model_copy(update={"algorithm": algorithm})
     return Search(study.config.storage, max(names), study.config.space, settings).trials()
-
-
-def test_every_change_of_what_is_protected_begins_a_generation(tmp_path, evaluated):
-    path = worlds.study(tmp_path, search=GRID)
-    open_study(add_general(path, protect={"web": 0.1})).run()
-    for generation, allowance in enumerate((0.2, 0.0), start=2):
-        watching = RecordedProgress()
-        open_study(add_general(path, protect={"web": allowance}), watching).run()
-        assert any(
-            "objective.protect.web has changed" in line and f"generation {generation} " in line
-            for line in watching.notes
-        )
-    worlds.write_documents(tmp_path / "data/other.jsonl", worlds.documents(8))
-    watching = RecordedProgress()
-    edit(path, lambda study: study.update(general={"web": "data/other.jsonl"}))
-    open_study(path, watching).run()
-    assert any("general.web.validation has changed" in line for line in watching.notes), "it is not refused"
 
 
 @pytest.mark.parametrize(
@@ -382,20 +283,6 @@ def test_a_model_that_can_not_be_proved_leaves_nothing(tmp_path, monkeypatch):
     assert not [path for path in tmp_path.iterdir() if "best" in path.name]
 
 
-def test_a_checkpoint_that_changes_under_a_study_begins_a_generation(tmp_path):
-    path = worlds.study(tmp_path, search=GRID)
-    open_study(path).run()
-    before = content_hash(tmp_path / "models/code")
-    shutil.rmtree(tmp_path / "models/code")
-    worlds.save_model(tmp_path / "models/code", seed=99)
-    assert content_hash(tmp_path / "models/code") != before
-    watching = RecordedProgress()
-    study = open_study(path, watching)
-    study.run()
-    assert any("distributions.code has changed" in line for line in watching.notes)
-    assert len(study.summary().trials["random"]) == 5
-
-
 def test_a_composite_that_can_not_be_scored_fails_alone(tmp_path, monkeypatch):
     path, original = worlds.study(tmp_path, search=GRID), Worker.evaluate
     keys = search_keys(path)
@@ -456,56 +343,6 @@ def test_an_unknown_algorithm_is_named(tmp_path):
 def test_a_report_of_nothing_says_what_to_do_first(tmp_path):
     with pytest.raises(InputError, match="dem-opt run"):
         open_study(worlds.study(tmp_path)).summary()
-
-
-def test_what_is_reused_is_told_with_its_reason(tmp_path):
-    path = worlds.study(tmp_path, search=GRID)
-    open_study(path).compare(["random"])
-    watching = RecordedProgress()
-    grown = worlds.study(tmp_path, ("code", "math", "prose", "records"), search=GRID)
-    open_study(grown, watching).compare(["random"])
-    note = next(line for line in watching.notes if "generation 2" in line)
-    assert "so scores on code, math, prose hold; of these only records is scored" in note
-    shrunk = worlds.study(tmp_path, ("code", "prose"), search=GRID)
-    open_study(shrunk, watching).compare(["random"])
-    note = next(line for line in watching.notes if "generation 3" in line)
-    assert "so scores on code, prose hold; none of these is scored again" in note
-    assert "; the search learns from " in note and note.endswith(" more that were scored before")
-
-
-def test_all_searches_of_a_generation_begin_with_the_same(tmp_path):
-    """The second learns nothing from the first, which it is compared with; and one that is resumed what it had."""
-    open_study(worlds.study(tmp_path, search=GRID)).compare(["random"])
-    study = open_study(worlds.study(tmp_path, ("code", "math"), search=GRID))
-    study.compare(["grid"])
-    study.compare(["grid", "simplex-gp", "random"])
-    with Runs(study.config, 2).existing() as searches:
-        grid, other, third = (searches[name] for name in ("grid", "simplex-gp", "random"))
-        assert grid.start == other.start == third.start and grid.earlier == other.earlier == third.earlier
-        others = {name for each in grid.earlier.composites for name in each.units} - {"code", "math"}
-        assert len(others) == 1, "the vector of prose"
-        assert not {trial.coefficients for trial in grid.trials()} <= {
-            each.coefficients for each in grid.earlier.composites
-        }
-
-
-def test_a_study_that_grows_looks_first_at_few_points_and_the_new_vertex(tmp_path, evaluated):
-    """Six composites, spread over those that are known, on the new corpus alone; then the new fine-tune whole."""
-    path = worlds.study(tmp_path, search=GRID)
-    open_study(path).compare(["grid"])
-    evaluated.clear()
-    grown = worlds.study(tmp_path, ("code", "math", "prose", "records"), search={"trials": 7})
-    study = open_study(grown)
-    study.compare(["simplex-gp"])
-    first = [record.coefficients for record in study.summary().trials["simplex-gp"]]
-    assert [point.weights["records"] for point in first] == [0.0] * 6 + [1.0]
-    seen = [point.weights for point in first[:6]]
-    gaps = [max(abs(a[name] - b[name]) for name in a) for i, a in enumerate(seen) for b in seen[:i]]
-    assert min(gaps) >= 0.5, "of the lattice's points, a quarter apart, no two are neighbors"
-    new = load_inputs(load(grown), grown).identity().corpora[SEARCH]["records"]
-    for point in first[:6]:
-        composite = load_inputs(load(grown), grown).identity().composite(point)
-        assert [key for known, key in evaluated if known == composite and key in search_keys(grown)] == [new]
 
 
 def test_intervals_are_over_documents_unless_the_database_does_not_name_them(tmp_path):

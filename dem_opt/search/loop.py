@@ -273,7 +273,7 @@ class Driver:
         it finds the same ones.  A trial that completes a stopped one does not race again.
         """
         race, is_probe = None, trial.part is not None
-        if is_probe or (search.races and not search.is_known(trial.coefficients) and not trial.charged):
+        if is_probe or (search.races and not search.is_known(trial.coefficients) and not trial.spared):
             whole, clear = search.whole(trial.number - most + 1), CLEAR if search.completes else inf
             if is_probe:
                 whole = search.with_anchor(whole)

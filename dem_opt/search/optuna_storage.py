@@ -1,7 +1,7 @@
 """Optuna studies in the database: opening and making them, and reading their trials."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from uuid import uuid4
 
@@ -10,10 +10,11 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial
 
+from dem_opt.search.beginning import Beginning, Known
 from dem_opt.search.outcomes import frozen_trial
 from dem_opt.search.samplers.earlier import Earlier
 from dem_opt.search.samplers.history import History, HistoryReader
-from dem_opt.simplex import Coefficients, Space
+from dem_opt.simplex import Space
 from dem_opt.storage import engine
 from dem_opt.storage.optuna_tables import read_trials
 from dem_opt.storage.retry import BRIEF
@@ -23,6 +24,9 @@ START = "start"
 
 EARLIER = "dem_opt:earlier"
 """System attribute of a study: composites that were scored before it was begun.  Dashboards show none of these."""
+
+KNOWN = "dem_opt:known"
+"""System attribute of a study: what the database had of each starting point, [scores, gradients]."""
 
 UID = "uid"
 """User attribute of a study: its identity in MLflow."""
@@ -49,31 +53,28 @@ class StoredTrials:
         return self._reader.parse([self._frozen[number] for number in sorted(self._frozen)])
 
 
-def starting_points(study: optuna.Study, space: Space) -> list[Coefficients]:
-    """The points that the study was made to begin with."""
-    listed = study.user_attrs.get(START, [])
-    return [space.from_units([units[name] for name in space.names]) for units in listed]
+def read_beginning(storage: RDBStorage, study: int, space: Space) -> Beginning:
+    """What a study was made to begin with; of earlier releases only the starting points are known."""
+    hidden, listed = storage.get_study_system_attrs(study), storage.get_study_user_attrs(study).get(START, [])
+    start = [space.from_units([units[name] for name in space.names]) for units in listed]
+    known = dict(zip(start, (Known(*shares) for shares in hidden.get(KNOWN, [])), strict=False))
+    return Beginning(start, known, Earlier.from_stored(hidden.get(EARLIER, {})))
 
 
-def earlier_composites(storage: RDBStorage, study: int) -> Earlier:
-    """The composites that had been scored before a study was begun; none of a study of earlier releases."""
-    return Earlier.from_stored(storage.get_study_system_attrs(study).get(EARLIER, {}))
-
-
-def introduce(
-    study: optuna.Study, storage: RDBStorage, start: Sequence[Coefficients], earlier: Earlier, metrics: list[str]
-) -> str:
+def introduce(study: optuna.Study, storage: RDBStorage, beginning: Beginning, metrics: list[str]) -> str:
     """Write what a new study lacks and return its uid, which is written last: a study that has it lacks nothing."""
     if (uid := study.user_attrs.get(UID)) is None:
         uid = str(uuid4())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             study.set_metric_names(metrics)
-        study.set_user_attr(START, [point.units for point in start])
-        if earlier.composites:
-            storage.set_study_system_attr(
-                storage.get_study_id_from_name(study.study_name), EARLIER, earlier.to_stored()
-            )
+        study.set_user_attr(START, [point.units for point in beginning.start])
+        study_id = storage.get_study_id_from_name(study.study_name)
+        if beginning.known:
+            known = [beginning.known.get(point, Known()) for point in beginning.start]
+            storage.set_study_system_attr(study_id, KNOWN, [[each.scores, each.gradients] for each in known])
+        if beginning.earlier.composites:
+            storage.set_study_system_attr(study_id, EARLIER, beginning.earlier.to_stored())
         study.set_user_attr(UID, uid)
     return str(uid)
 

@@ -13,17 +13,16 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
 
 from dem_opt import config
+from dem_opt.search.beginning import Beginning, Known
 from dem_opt.search.optuna_storage import (
     StoredTrials,
     close_storage,
-    earlier_composites,
     introduce,
     open_storage,
-    starting_points,
+    read_beginning,
 )
 from dem_opt.search.outcomes import outcome_of
 from dem_opt.search.samplers import make_proposer, propose
-from dem_opt.search.samplers.earlier import Earlier
 from dem_opt.search.samplers.history import History, Trial, distributions, parameters
 from dem_opt.search.trial_attributes import DRIVER, EXPECTED_IMPROVEMENT, PART, PARTS, TrialAttributes
 from dem_opt.simplex import Coefficients, Space
@@ -56,15 +55,15 @@ class PendingTrial:
         number: Optuna's number of the trial.
         coefficients: Its point.
         propose_seconds: Seconds that proposing it took; 0 for an adopted one.
-        charged: Forward-equivalents that an earlier trial of the same coefficients, which this one completes, was
-            charged with.
+        spared: Forward-equivalents that it need not take: what an earlier trial of the same coefficients, which this
+            one completes, was charged with, or what the database had of a starting point.
         part: The part of the windows that it measures with their gradient, if it is a probe.
     """
 
     number: int
     coefficients: Coefficients
     propose_seconds: float = 0.0
-    charged: float = 0.0
+    spared: float = 0.0
     part: int | None = None
 
 
@@ -76,7 +75,7 @@ class Search:
         name: Name of the Optuna study.
         space: The coefficients to choose from.
         search: Algorithm and budgets.
-        start: Points to propose first; written down when the study is created, ignored afterwards.
+        beginning: What it begins with; written down when the study is created, ignored afterwards.
         gradients: Whether trials are measured with their gradient, but for starting points and for landmarks other than
             the centroid.
         lease: Lease of the driver that asks.  Where it is shared, drivers ask in turns, and each knows its own trials.
@@ -85,11 +84,9 @@ class Search:
         axes: Names of the two losses whose front is searched; none where there is one objective.
         parts: Parts of the windows, one of which most gradients are measured on; 0 where they are of all windows, as
             they stay in a study that was begun so.
-        earlier: Composites that were scored before; written down as the starting points are.
 
     Attributes:
-        start: Points that the study proposed first.
-        earlier: Composites that had been scored before it was begun.
+        beginning: What the study began with.
         finished: Number of finished trials: as of the last `ask`, and those told here since.
         elsewhere: Number of trials that other drivers had in hand at the last `ask`.
     """
@@ -100,14 +97,13 @@ class Search:
         name: str,
         space: Space,
         search: config.SearchSection,
-        start: Sequence[Coefficients] = (),
+        beginning: Beginning | None = None,
         gradients: bool = False,
         lease: Lease | None = None,
         patience: RetryPolicy = BRIEF,
         unit: str = NATS_PER_TOKEN,
         axes: Sequence[str] = (),
         parts: int = 0,
-        earlier: Earlier | None = None,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.name, self._space, self._search, self._unit = name, space, search, unit
@@ -115,13 +111,13 @@ class Search:
         self._axes = axes
         self.gradients = gradients or search.algorithm == "gradient"
         self._mine: set[int] = set()
-        self._study = patience(lambda: self._opened(url, start, earlier or Earlier()))
+        self._study = patience(lambda: self._opened(url, beginning or Beginning()))
         self._study_id = self._storage.get_study_id_from_name(name)
         self._trials = StoredTrials(self._storage, self._study_id, space)
-        self.start = starting_points(self._study, space)
-        self.earlier = patience(lambda: earlier_composites(self._storage, self._study_id))
-        self._known = frozenset([*space.landmarks(), *self.start])
-        self._without_gradient = self._known.difference({space.centroid()}.difference(self.start))
+        self.beginning = patience(lambda: read_beginning(self._storage, self._study_id, space))
+        start = self.beginning.start
+        self._known = frozenset([*space.landmarks(), *start])
+        self._without_gradient = self._known.difference({space.centroid()}.difference(start))
         self._history = patience(self._read)
         self.parts = 0 if _has_gradients_of_all_windows(self._history.trials) else parts
         self._proposer = make_proposer(
@@ -134,12 +130,12 @@ class Search:
             objectives=len(self._metrics),
             gradients=self.gradients,
             parts=self.parts,
-            earlier=self.earlier,
+            earlier=self.beginning.earlier,
         )
         self.finished, self.elsewhere = len(self._history.trials) - len(self._history.running), 0
         self._began = monotonic()
 
-    def _opened(self, url: str, start: Sequence[Coefficients], earlier: Earlier) -> optuna.Study:
+    def _opened(self, url: str, beginning: Beginning) -> optuna.Study:
         """The study in its storage, with everything that a new one needs."""
         with self._turn():
             self._storage = open_storage(url)
@@ -148,7 +144,7 @@ class Search:
             study = optuna.create_study(
                 study_name=self.name, storage=self._storage, directions=directions, load_if_exists=True
             )
-            self.uid = introduce(study, self._storage, start, earlier, self._metrics)
+            self.uid = introduce(study, self._storage, beginning, self._metrics)
             return study
 
     @property
@@ -298,13 +294,13 @@ class Search:
             number=number,
             coefficients=coefficients,
             propose_seconds=propose_seconds,
-            charged=0.0 if part is not None else self._charged(number, coefficients),
+            spared=0.0 if part is not None else self._spared(number, coefficients),
             part=part,
         )
 
     def _propose(self, trials: Sequence[Trial], confirm: Callable[[], None]) -> PendingTrial:
         began = perf_counter()
-        proposal = propose(self._proposer, trials, self.start, self._search.seed)
+        proposal = propose(self._proposer, trials, self.beginning.start, self._search.seed)
         attributes: dict[str, Any] = {}
         if proposal.expected_improvement is not None:
             attributes[EXPECTED_IMPROVEMENT] = proposal.expected_improvement
@@ -327,9 +323,15 @@ class Search:
         number = self._storage.get_trial_number_from_id(trial_id)
         return self._pending(number, proposal.coefficients, perf_counter() - began, part)
 
-    def _charged(self, number: int, coefficients: Coefficients) -> float:
-        """Forward-equivalents of the trial before `number` that was stopped at these coefficients, if there is one."""
-        return sum(trial.forwards for trial in self._history.stopped(coefficients, number))
+    def _spared(self, number: int, coefficients: Coefficients) -> float:
+        """Forward-equivalents that trial `number`, at these coefficients, need not take.
+
+        A grid's points cost one each, whatever is known: it is what searches are compared with.
+        """
+        if self._search.algorithm == "grid":
+            return 0.0
+        known = self.beginning.known.get(coefficients, Known()).forwards(self.measures_gradient(coefficients))
+        return known + sum(trial.forwards for trial in self._history.stopped(coefficients, number))
 
     def _stop(self, reason: str) -> None:
         """Write down why the search ended."""
@@ -373,7 +375,8 @@ class Search:
             return trial.forwards
         if trial.part is not None:
             return GRADIENT_FORWARDS / self.parts
-        return GRADIENT_FORWARDS if self.measures_gradient(trial.coefficients) else 1.0
+        most = GRADIENT_FORWARDS if self.measures_gradient(trial.coefficients) else 1.0
+        return most - self._spared(trial.number, trial.coefficients)
 
     def of_others(self) -> set[int]:
         """Numbers of the trials that other drivers, which are alive, have or had in hand."""

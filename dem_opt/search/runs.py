@@ -8,10 +8,10 @@ from pathlib import Path
 from dem_opt.config import ALGORITHMS, ONE_OBJECTIVE, StudyConfig
 from dem_opt.errors import InputError, nearest
 from dem_opt.evaluation.parts import part_count
+from dem_opt.search.beginning import Beginning
 from dem_opt.search.optuna_storage import study_names
 from dem_opt.search.optuna_study import Search
 from dem_opt.search.run_name import RunName
-from dem_opt.search.warm_start import Beginning
 from dem_opt.storage.leases import Lease
 from dem_opt.storage.retry import BRIEF, RetryPolicy
 
@@ -59,9 +59,8 @@ class Runs:
         axes = [axis.name for axis in self.config.axes or ()]
         # Parts are judged as races are, by paired means.
         parts = part_count(self.config.evaluation.windows) if gradients and search.racing else 0
-        start, earlier = (beginning.start, beginning.earlier) if beginning else ((), None)
         return Search(
-            storage, name, space, settings, start, gradients, self.lease, self.patience, unit, axes, parts, earlier
+            storage, name, space, settings, beginning, gradients, self.lease, self.patience, unit, axes, parts
         )
 
     def beginning(self) -> Beginning | None:
@@ -70,7 +69,7 @@ class Runs:
         Without this, a search would learn from the trials of those that it is compared with.
         """
         with self.existing() as searches:
-            return next((Beginning(search.start, search.earlier) for search in searches.values()), None)
+            return next((search.beginning for search in searches.values()), None)
 
     @contextmanager
     def existing(self) -> Iterator[dict[str, Search]]:

@@ -25,6 +25,7 @@ import numpy as np
 from dem_opt.config import StudyConfig
 from dem_opt.search.optuna_study import Search
 from dem_opt.search.run_name import RunName
+from dem_opt.simplex import Coefficients
 from dem_opt.types import TrialRecord
 
 FIRST = 5
@@ -171,11 +172,20 @@ class TimeLeft:
         self._runs = {run.name: _Run(run) for run in runs}
         self._measured = deque[TrialRecord](maxlen=RECENT)
 
-    def begin(self, run: PlannedRun, earlier: Sequence[TrialRecord]) -> None:
-        """Begin a run, whose plan is certain now; learn the costs of its trials from earlier commands."""
+    def begin(
+        self,
+        run: PlannedRun,
+        earlier: Sequence[TrialRecord],
+        is_known: Callable[[Coefficients], bool] = lambda _: False,
+    ) -> None:
+        """Begin a run, whose plan is certain now; learn the costs of its trials from earlier commands.
+
+        Landmarks and starting points, which `is_known` tells, did not race, whatever they cost.
+        """
         self._runs[run.name] = _Run(run)
         for record in earlier:
-            self._add(record, record.is_partial or record.forwards < 1)
+            raced = record.is_partial or (record.forwards < 1 and not is_known(record.coefficients))
+            self._add(record, raced)
 
     def proposed(self, run: str, seconds: float, is_known: bool) -> None:
         """Note what a proposal took; `is_known` if it was a landmark or a starting point, for which nothing is fitted.

@@ -213,7 +213,7 @@ def trial_record(
         evaluation=answer,
         propose_seconds=trial.propose_seconds,
         violation=exceeded(ledger, identity, scores),
-        forwards=GRADIENT_FORWARDS if gradient else 1.0 - trial.charged,
+        forwards=(GRADIENT_FORWARDS if gradient else 1.0) - trial.spared,
         gradient=slope(ledger, identity, scores, measured) if gradient else {},
         unit=identity.unit,
         losses={axis.name: mean_nll(scores, axis.weights, identity.unit) for axis in identity.pareto or ()},

@@ -15,6 +15,7 @@ from dem_opt.errors import EvaluationError, InputError
 from dem_opt.evaluation.objective import Objective
 from dem_opt.grouping import same_search
 from dem_opt.progress import Progress
+from dem_opt.search.beginning import Beginning, Known
 from dem_opt.search.samplers.earlier import FEWEST, Earlier, EarlierComposite
 from dem_opt.search.trials import exceeded, objectives, recall
 from dem_opt.simplex import Coefficients
@@ -31,19 +32,6 @@ SCORED_ANEW = 6
 
 OBSERVED = 64
 """Composites of earlier generations that a search learns from without scoring them."""
-
-
-@dataclass(frozen=True)
-class Beginning:
-    """The starting points and earlier observations that all searches of a generation share.
-
-    Attributes:
-        start: Points to propose first.
-        earlier: Composites that were scored before: also those of other vectors, or scored on only some of the corpora.
-    """
-
-    start: Sequence[Coefficients] = ()
-    earlier: Earlier = field(default_factory=Earlier)
 
 
 def enter(
@@ -80,6 +68,7 @@ def enter(
     confirm()
     ledger.enter_study(StudyRow(name, generation, row.scoring | scoring_fields, identity_fields))
     beginning = beginning_of(identity, sorted(_scored(ledger, identity))) if generation > 1 else Beginning()
+    beginning = replace(beginning, known={point: _known(ledger, identity, point) for point in beginning.start})
     if change and generation == row.generation:
         progress.note(f"{name} has changed ({change}): the search of global coefficients stays")
     elif change:
@@ -126,7 +115,7 @@ def beginning_of(identity: StudyIdentity, ranked: Sequence[Scored]) -> Beginning
     inside = [each for each in ranked if each.units.keys() == set(identity.space.names)]
     points = {each.key: Coefficients(tuple(sorted(each.units.items()))) for each in inside}
     own = [(each, points[each.key]) for each in inside if identity.space.contains(points[each.key])]
-    return Beginning(carried_over(own), earlier_composites(identity, ranked))
+    return Beginning(start=carried_over(own), earlier=earlier_composites(identity, ranked))
 
 
 def carried_over(ranked: Sequence[tuple[Scored, Coefficients]]) -> list[Coefficients]:
@@ -198,6 +187,17 @@ def _scored(ledger: Ledger, identity: StudyIdentity) -> Iterator[Scored]:
                 units=dict.fromkeys(identity.space.names, 0) | units,
                 losses={name: scores[name].loss(identity.unit) for name, weight in weights.items() if weight},
             )
+
+
+def _known(ledger: Ledger, identity: StudyIdentity, point: Coefficients) -> Known:
+    """What the ledger has of a starting point."""
+    composite, sizes = identity.composite(point), identity.sizes(SEARCH)
+    scores = ledger.look_up(composite, tuple(sizes), identity.scoring)
+    gradients = ledger.gradients(composite, tuple(sizes), identity.differentiation)
+    vectors = set(identity.fine_tunes.values())
+    steep = sum(sizes[key] for key, gradient in gradients.items() if vectors <= gradient.keys())
+    scored = sum(min(len(score.nats_W), sizes[key]) for key, score in scores.items())
+    return Known(scored / sum(sizes.values()), steep / sum(sizes.values()))
 
 
 def _ranking(identity: StudyIdentity, objective: Objective, scores: Mapping[str, Score]) -> float:

@@ -22,8 +22,9 @@ class TrialRecord:
         propose_seconds: Time the sampler took to propose the coefficients.
         reason: Why the trial failed, or "".
         violation: Amount by which protected corpora exceed their allowance, on the search split; 0: feasible.
-        forwards: Forward-equivalents that the trial stands for: 1 for all windows of the search split, measured or
-            known.
+        forwards: Forward-equivalents that the trial is charged with: 1 for all windows of the search split, also where
+            another search has measured them; less for what was known when the study last changed, and where it was
+            stopped early or completes a trial that was.
         error: Standard error of the objective; above 0 where the trial was stopped.
         estimates: Estimated objective of a stopped trial at each interim analysis, by the number of windows seen of the
             corpus that has most of them.

@@ -6,13 +6,14 @@ from contextlib import closing
 from dem_opt.analysis.vector_geometry import measure_once
 from dem_opt.config import sqlite_url
 from dem_opt.planning.inputs import Inputs
+from dem_opt.search.beginning import Beginning
 from dem_opt.search.loop import Driver
 from dem_opt.search.optuna_study import Search
 from dem_opt.search.run_name import RunName
 from dem_opt.search.runs import check_algorithms, run_names
 from dem_opt.search.time_left import FinalTable, TimeLeft, plan_run, plan_search
 from dem_opt.search.trials import finished, missing
-from dem_opt.search.warm_start import Beginning, enter
+from dem_opt.search.warm_start import enter
 from dem_opt.storage.engine import reading
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.leases import Lease
@@ -194,7 +195,7 @@ def _search(context: StudyContext, driver: Driver, search: Search, lease: Lease,
         earlier = finished(ledger, identity, search)
         if earlier:
             context.progress.search_continued(earlier, search.planned)
-        left.begin(plan_search(search), earlier)
+        left.begin(plan_search(search), earlier, search.is_known)
         driver.optimize(search, context.config.search.lookahead, tracker, lease, left)
         tracker.reconcile(missing(ledger, identity, search))
     context.progress.note(f"{search.name} ended after {search.stopped}")

@@ -15,6 +15,7 @@ from optuna.trial import TrialState
 from sqlalchemy import text
 
 from dem_opt import config
+from dem_opt.search.beginning import Beginning
 from dem_opt.search.optuna_study import METRIC, Search
 from dem_opt.search.trial_attributes import TrialAttributes
 from dem_opt.simplex import Coefficients, Space
@@ -268,8 +269,8 @@ def test_an_objective_is_finite(url: str, name: str, objective: float) -> None:
 
 def test_a_study_keeps_its_uid_and_starting_points(url: str, name: str) -> None:
     start = [SPACE.nearest(np.array([0.2, 0.3, 0.5])), SPACE.nearest(np.array([0.0, 0.3, 0.7]))]
-    first = Search(url, f"{name}/grown#2", SPACE, config.SearchSection(), start)
-    again = Search(url, f"{name}/grown#2", SPACE, config.SearchSection(), start[:1])
+    first = Search(url, f"{name}/grown#2", SPACE, config.SearchSection(), Beginning(start))
+    again = Search(url, f"{name}/grown#2", SPACE, config.SearchSection(), Beginning(start[:1]))
     other = Search(url, f"{name}/grown#3", SPACE, config.SearchSection())
     assert first.uid == again.uid != other.uid
     expected = [*start, *SPACE.landmarks()]
