@@ -1,6 +1,6 @@
 """Quality against cost: the best objective so far of each run, and regret over algorithms and seeds."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import plotly.graph_objects as go
 
@@ -11,6 +11,9 @@ from dem_opt.types import Summary
 
 FLOOR = 1e-5
 """Smallest regret drawn on the log axis, in the objective's unit; no evaluation has enough windows to resolve less."""
+
+FREE = 0.1
+"""Forward-equivalents at which a logarithmic axis shows trials that cost nothing: what was known before the search."""
 
 NOTHING = "no trial has been fully scored"
 FORWARD_EQUIVALENT = "One forward-equivalent (FE) is one full pass over the search split"
@@ -24,7 +27,8 @@ def best_so_far(summary: Summary) -> go.Figure:
     of its own: its line is the expectation over all orders of its points (`analysis.regret.expected_best`).
     """
     figure, endpoints = go.Figure(), []
-    for row in compare(summary).rows:
+    rows = compare(summary).rows
+    for row in rows:
         scored_runs = [run for run in row.runs if run.spent_S]
         for index, run in enumerate(scored_runs):
             _add_run(figure, run, row.is_expected, index == 0, summary.unit_words)
@@ -37,6 +41,7 @@ def best_so_far(summary: Summary) -> go.Figure:
     reading = (
         f"Lowest {objective} on the search split found so far, against the cost of the search. {FORWARD_EQUIVALENT}; "
         "a trial that was stopped early costs its share of the windows and is never the best."
+        f"{_about_free(run for row in rows for run in row.runs)}"
     )
     description = f"Best {objective} in {summary.unit_words}: {'; '.join(endpoints) or NOTHING}."
     return finish(figure, "Best so far", reading, description, 420)
@@ -68,7 +73,7 @@ def comparison_figure(comparison: Comparison) -> go.Figure:
         f"{comparison.meaning}, on the search split. Lines: "
         "median over runs; bands: lower to upper quartile; dashed: mean over all orders of the grid's points. Values "
         f"below {FLOOR:.5f} {comparison.unit} are drawn at {FLOOR:.5f}. {FORWARD_EQUIVALENT}; a run that has ended "
-        "keeps its last value."
+        f"keeps its last value.{_about_free(run for row in drawn for run in row.runs)}"
     )
     description = f"Median {comparison.title.lower()} in {comparison.unit}: {'; '.join(endpoints) or NOTHING}."
     return finish(figure, f"{comparison.title} against cost", reading, description, 440)
@@ -78,7 +83,7 @@ def _add_run(figure: go.Figure, run: Run, is_expected: bool, is_first: bool, uni
     """Add a run's step function, or the grid's expectation; runs of one algorithm share a legend entry."""
     indices = evenly_spaced(len(run.spent_S), MAX_POINTS)
     figure.add_scatter(
-        x=[round(run.spent_S[index], 4) for index in indices],
+        x=[_cost(run.spent_S[index]) for index in indices],
         y=[round(run.best_S[index], 6) for index in indices],
         name=label(run.algorithm) + (" (mean over orders)" if is_expected else ""),
         mode="lines+markers" if len(indices) == 1 else "lines",
@@ -130,7 +135,17 @@ def _thinned(curve: Sequence[Regret]) -> list[Regret]:
 
 
 def _costs(curve: Sequence[Regret]) -> list[float]:
-    return [round(regret.forwards, 4) for regret in curve]
+    return [_cost(regret.forwards) for regret in curve]
+
+
+def _cost(forwards: float) -> float:
+    return max(FREE, round(forwards, 4))
+
+
+def _about_free(runs: Iterable[Run]) -> str:
+    """Return a sentence on trials that cost nothing, where there are any."""
+    is_any = any(run.spent_S and run.spent_S[0] < FREE for run in runs)
+    return f" Composites that were known before the search cost nothing and are drawn at {FREE} FE." if is_any else ""
 
 
 def _floored(regret: float | None) -> float:
@@ -138,5 +153,5 @@ def _floored(regret: float | None) -> float:
 
 
 def _set_cost_axis(figure: go.Figure) -> None:
-    ticks = [digit * 10**power for power in range(7) for digit in (1, 2, 5)]
-    figure.update_xaxes(title="forward-equivalents (log scale)", type="log", tickvals=ticks)
+    ticks = [float(f"{digit}e{power}") for power in range(-1, 7) for digit in (1, 2, 5)]
+    figure.update_xaxes(title="forward-equivalents (log scale)", type="log", tickvals=ticks, tickformat="~g")

@@ -15,7 +15,7 @@ from summaries import CASES, HOSTILE, a_summary, a_trial, of_trials
 
 from dem_opt.analysis.regret import compare
 from dem_opt.dashboards import figures, heat_maps, html_report, tables
-from dem_opt.dashboards.regret_plots import FLOOR, best_so_far, comparison_figure
+from dem_opt.dashboards.regret_plots import FLOOR, FREE, best_so_far, comparison_figure
 from dem_opt.dashboards.simplex_map import barycentric, simplex_map
 from dem_opt.dashboards.style import ALGORITHM_COLORS, MAX_POINTS, color
 from dem_opt.errors import InputError
@@ -170,6 +170,18 @@ def test_best_so_far_never_rises_and_ends_at_the_best_whole_trial() -> None:
         assert len(trace.x) <= MAX_POINTS and trace.x[0] == 1
         assert trace.x[-1] == pytest.approx(sum(record.forwards for record in records), abs=1e-3)
         assert np.all(np.diff(trace.y) <= 0) and trace.y[-1] == pytest.approx(min(whole), abs=1e-6)
+
+
+def test_what_costs_nothing_is_drawn_on_the_axis() -> None:
+    """A logarithmic axis has no 0; the words say where known composites are.  Without them nothing is said."""
+    known = [replace(a_trial(number, 4.0 - number), forwards=0.0) for number in range(2)]
+    paid = [a_trial(2, 2.0), a_trial(3, 1.0)]
+    changed, fresh = (of_trials({"tpe": trials}) for trials in ([*known, *paid], paid))
+    for draw in (best_so_far, lambda summary: comparison_figure(compare(summary))):
+        assert draw(changed).data[0].x == (FREE, FREE, 1.0, 2.0) or draw(changed).data[0].x == (FREE, 1.0, 2.0)
+        assert draw(fresh).data[0].x == (1.0, 2.0)
+        assert f"drawn at {FREE} FE" in str(draw(changed).layout.meta)
+        assert "drawn at 0.1" not in str(draw(fresh).layout.meta)
 
 
 def test_a_legend_names_each_algorithm_once() -> None:
