@@ -1,6 +1,6 @@
 """How much forward compute a search needs on real merge losses: `python benchmarks/search.py FOLDER`.
 
-Makes the worlds of `landscapes` in FOLDER and three studies of `group_studies` on other bases, runs every algorithm on
+Makes the worlds of `landscapes` in FOLDER and two studies of `group_studies` on other bases, runs every algorithm on
 every landscape, and prints the tables of docs/benchmarks.md, with JSON beside them.  Everything goes through the
 product's own studies and one ledger a world, so a run that was stopped goes on where it was.  One forward-equivalent
 (FE) is a forward pass over all windows of the search split; whatever an algorithm looks at is charged, first
@@ -53,8 +53,8 @@ from dem_opt.types import SEARCH, Score, TrialRecord
 SEEDS = 2
 MARKS = (4, 6, 8, 10, 12, 16, 20, 24, 32)
 PLAIN = {"racing": False, "gradients": False}
-OTHER_BASES = ("base-3840", "qwen2", "eight")
-"""Studies of `group_studies`: a base that has learnt for long, another architecture, and other kinds of texts."""
+OTHER_BASES = ("base-3840", "qwen2")
+"""Studies of `group_studies`: a base that has learnt for long, and another architecture."""
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "simplex-gp": ("simplex-gp", {}),
