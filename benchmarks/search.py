@@ -362,7 +362,9 @@ def main() -> None:
     if not arguments.tuned:
         paths += [make(kind, folder) for kind in OTHER_BASES]
     for path in paths:
-        study_names(config.load(path).storage)  # Optuna makes its tables before several processes need them
+        study = config.load(path)
+        study.output.mkdir(parents=True, exist_ok=True)
+        study_names(study.storage)  # Optuna makes its tables before several processes need them
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
         explored = partial(explore, variants=arguments.variants, grid=arguments.grid)
         results = list(pool.map(explored, paths))
