@@ -88,7 +88,7 @@ class GroupLoss:
         else:
             self.driver.measure([composite], [SEARCH], "rivals")
         kind = DESCENT if gradient else "fold 0"
-        trial = GroupTrial(len(self.steps), kind, 0.0, coefficients, composite)
+        trial = GroupTrial(number=0, kind=kind, shrink=0.0, coefficients=coefficients, composite=composite)
         known = measured(self.driver.ledger, self.identity, self._folds, trial)
         self.steps.append((cost, known.value))
         slopes_GK = np.zeros_like(shares_GF) if known.gradient_GK is None else known.gradient_GK
@@ -140,12 +140,11 @@ def tpe(loss: GroupLoss) -> None:
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0, multivariate=True))
     study.enqueue_trial({f"{g}.{f}": float(loss.start_GF[g, f]) for g in range(groups) for f in range(shares)})
 
-    def objective(trial: optuna.Trial) -> float:
+    while True:
+        trial = study.ask()
         drawn = [[trial.suggest_float(f"{g}.{f}", 0.0, 1.0) for f in range(shares)] for g in range(groups)]
         values_GF = np.array(drawn) + 1e-9
-        return loss.measure(values_GF / values_GF.sum(axis=1, keepdims=True), False)[0]
-
-    study.optimize(objective, n_trials=1000)
+        study.tell(trial, loss.measure(values_GF / values_GF.sum(axis=1, keepdims=True), False)[0])
 
 
 RIVALS: dict[str, Callable[[GroupLoss], None]] = {
