@@ -166,7 +166,7 @@ def curves(path: Path) -> tuple[dict[str, list[tuple[float, float]]], float]:
         measured(ledger, identity, folds, each)
         for each in ledger.group_trials(search_key(identity, centre.coefficients))
     ]
-    found = {"simplex-gp's descent": [(trial.forwards, trial.value) for trial in own if trial.kind == DESCENT]}
+    found = {"descent": [(trial.forwards, trial.value) for trial in own if trial.kind == DESCENT]}
     assert identity.groups is not None
     start_GF = np.tile(identity.space.shares(centre.coefficients), (len(identity.groups.grouping), 1))
     with closing(InProcessCompute().workers(build, inputs.spec(), NullProgress())) as pool:

@@ -180,7 +180,7 @@ def descend(value: Callable[[Array], float], gradient: Callable[[Array], Array],
 
 
 class Loss(Protocol):
-    """What a search of values needs of a loss: `Landscape`, or real merges."""
+    """A loss that is searched by values: a `Landscape`, or real merges."""
 
     @property
     def seed(self) -> int:

@@ -149,7 +149,8 @@ def explore(path: Path, variants: Sequence[str], grid: bool) -> Measured:
         if find_spec(PACKAGES[name]) is not None:
             curves[name] = (rival(path, search, budget["forwards"]),)
     records = [record for runs in runs_by_variant.values() for trials in runs.values() for record in trials]
-    steep = min((record for record in records if record.gradient and not record.is_partial), key=lambda one: one.rank)
+    whole_gradients = (record for record in records if record.gradient and not record.is_partial)
+    steep = min(whole_gradients, key=lambda record: record.rank)
     slopes = {name: slope - min(steep.gradient.values()) for name, slope in steep.gradient.items()}
     say(f"{study.name}: {perf_counter() - began:.0f} s")
     return Measured(
@@ -307,7 +308,7 @@ def regret_table(results: Sequence[Measured]) -> list[list[str]]:
 
 
 def targets(results: Sequence[Measured]) -> list[str]:
-    """What is known of each landscape; then grids, and what races save, where these were run."""
+    """Facts of each landscape; then savings by races, and grids, where these were run."""
     lines = []
     for result in results:
         zeros = [name for name, weight in result.coefficients.items() if not weight]

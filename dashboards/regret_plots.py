@@ -13,7 +13,7 @@ FLOOR = 1e-5
 """Smallest regret drawn on the log axis, in the objective's unit; no evaluation has enough windows to resolve less."""
 
 FREE = 0.1
-"""Forward-equivalents at which a logarithmic axis shows trials that cost nothing: what was known before the search."""
+"""Forward-equivalents at which the logarithmic axis shows trials that cost nothing."""
 
 NOTHING = "no trial has been fully scored"
 FORWARD_EQUIVALENT = "One forward-equivalent (FE) is one full pass over the search split"

@@ -184,6 +184,20 @@ def test_starting_points_cost_what_the_database_lacks(tmp_path, names, racing, g
     assert sum(record.forwards for record in trials) * len(names) == pytest.approx(passes(study) - before)
 
 
+def test_a_later_search_is_charged_as_the_first_was(tmp_path):
+    """By then the database has its starting points too; a grid's points cost one each, whatever is known."""
+    open_study(worlds.study(tmp_path, search=SIMPLEX_GP)).run()
+    study = open_study(worlds.study(tmp_path, ("code", "math", "prose", "records"), search=SIMPLEX_GP))
+    study.compare(["simplex-gp"])
+    study.compare(["simplex-gp", "tpe", "grid"])
+    with Runs(study.config, 2).existing() as searches:
+        for name in ("simplex-gp", "tpe"):
+            start = set(searches[name].beginning.start)
+            charged = [trial.forwards for trial in searches[name].trials() if trial.coefficients in start]
+            assert charged == [0.25] * 6
+        assert {trial.forwards for trial in searches["grid"].trials()} == {1.0}
+
+
 def test_a_budget_is_not_spent_on_what_is_known(tmp_path):
     """Another weighting starts from composites that cost nothing, so all of the budget is for new ones."""
     path = worlds.study(tmp_path, search=SIMPLEX_GP | {"forwards": 5})

@@ -1,4 +1,4 @@
-"""What all searches of a generation begin with."""
+"""Starting points and earlier observations, which all searches of a generation share."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,18 +10,18 @@ from dem_opt.types import GRADIENT_FORWARDS
 
 @dataclass(frozen=True)
 class Known:
-    """What the database has of a starting point: shares of the windows of the search split, from 0 to 1.
+    """How much of a starting point is in the database: shares of the search split's windows, from 0 to 1.
 
     Attributes:
-        scores: Windows that were scored.
-        gradients: Windows of the corpora whose gradient is known.
+        scores: Share that was scored.
+        gradients: Share in corpora whose gradient is known.
     """
 
     scores: float = 0.0
     gradients: float = 0.0
 
     def forwards(self, gradient: bool) -> float:
-        """Forward-equivalents that it spares a trial there, with its gradient or without."""
+        """Forward-equivalents that a trial there saves, with its gradient or without."""
         return GRADIENT_FORWARDS * self.gradients if gradient else self.scores
 
 
@@ -31,7 +31,7 @@ class Beginning:
 
     Attributes:
         start: Points to propose first.
-        known: What the database has of each of them, as the generation begins; nothing where none is given.
+        known: How much of each of them was in the database when the generation began; nothing unless given.
         earlier: Composites that were scored before: also those of other vectors, or scored on only some of the corpora.
     """
 

@@ -26,7 +26,7 @@ EARLIER = "dem_opt:earlier"
 """System attribute of a study: composites that were scored before it was begun.  Dashboards show none of these."""
 
 KNOWN = "dem_opt:known"
-"""System attribute of a study: what the database had of each starting point, [scores, gradients]."""
+"""System attribute of a study: [scores, gradients] of each starting point (see `Known`)."""
 
 UID = "uid"
 """User attribute of a study: its identity in MLflow."""
@@ -54,7 +54,7 @@ class StoredTrials:
 
 
 def read_beginning(storage: RDBStorage, study: int, space: Space) -> Beginning:
-    """What a study was made to begin with; of earlier releases only the starting points are known."""
+    """Read the beginning of a study; one of an earlier release may have starting points alone."""
     hidden, listed = storage.get_study_system_attrs(study), storage.get_study_user_attrs(study).get(START, [])
     start = [space.from_units([units[name] for name in space.names]) for units in listed]
     known = dict(zip(start, (Known(*shares) for shares in hidden.get(KNOWN, [])), strict=False))

@@ -55,8 +55,8 @@ class PendingTrial:
         number: Optuna's number of the trial.
         coefficients: Its point.
         propose_seconds: Seconds that proposing it took; 0 for an adopted one.
-        spared: Forward-equivalents that it need not take: what an earlier trial of the same coefficients, which this
-            one completes, was charged with, or what the database had of a starting point.
+        spared: Forward-equivalents that it saves: those of an earlier trial of the same coefficients, which this one
+            completes, or of a starting point's scores that the database had.
         part: The part of the windows that it measures with their gradient, if it is a probe.
     """
 
@@ -75,7 +75,7 @@ class Search:
         name: Name of the Optuna study.
         space: The coefficients to choose from.
         search: Algorithm and budgets.
-        beginning: What it begins with; written down when the study is created, ignored afterwards.
+        beginning: Starting points and earlier observations; written down when the study is created, ignored afterwards.
         gradients: Whether trials are measured with their gradient, but for starting points and for landmarks other than
             the centroid.
         lease: Lease of the driver that asks.  Where it is shared, drivers ask in turns, and each knows its own trials.
@@ -86,7 +86,7 @@ class Search:
             they stay in a study that was begun so.
 
     Attributes:
-        beginning: What the study began with.
+        beginning: Starting points and earlier observations, as they were written down.
         finished: Number of finished trials: as of the last `ask`, and those told here since.
         elsewhere: Number of trials that other drivers had in hand at the last `ask`.
     """
@@ -324,9 +324,9 @@ class Search:
         return self._pending(number, proposal.coefficients, perf_counter() - began, part)
 
     def _spared(self, number: int, coefficients: Coefficients) -> float:
-        """Forward-equivalents that trial `number`, at these coefficients, need not take.
+        """Forward-equivalents that trial `number`, at these coefficients, saves.
 
-        A grid's points cost one each, whatever is known: it is what searches are compared with.
+        None of a grid's: searches are compared with the cost of the whole grid.
         """
         if self._search.algorithm == "grid":
             return 0.0

@@ -190,7 +190,7 @@ def _scored(ledger: Ledger, identity: StudyIdentity) -> Iterator[Scored]:
 
 
 def _known(ledger: Ledger, identity: StudyIdentity, point: Coefficients) -> Known:
-    """What the ledger has of a starting point."""
+    """Look up how much of a starting point the ledger has."""
     composite, sizes = identity.composite(point), identity.sizes(SEARCH)
     scores = ledger.look_up(composite, tuple(sizes), identity.scoring)
     gradients = ledger.gradients(composite, tuple(sizes), identity.differentiation)

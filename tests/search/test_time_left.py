@@ -180,6 +180,18 @@ def test_landmarks_of_which_the_scores_are_known_say_nothing():
     assert left.seconds() > 0
 
 
+def test_starting_points_of_an_earlier_command_say_nothing_of_races():
+    """Ten known composites at no cost, then three races of half a pass: the others are expected to take as much."""
+    study = Recorded(forwards=[0.0] * 10 + [0.5] * 3, scoring=[0.0] * 10 + [0.5] * 3, proposing=[0.0] * 13)
+    records = [study.record(number) for number in range(13)]
+    plan = PlannedRun(name="s", trials=20, is_raced=True)
+    known, without = (TimeLeft(1, [plan], NO_TABLE, clock=lambda: 0.0) for _ in range(2))
+    starts = iter([True] * 10 + [False] * 3)
+    known.begin(plan, records, lambda point: next(starts))
+    without.begin(plan, records[10:])
+    assert list(known._runs["s"].raced) == list(without._runs["s"].raced) == [0.5] * 3
+
+
 def test_trials_from_earlier_tell_what_a_forward_equivalent_takes():
     """Of a run that is resumed, five trials of this command are known to the ledger; the others take a second each."""
     left = TimeLeft(2, [PlannedRun(name="s", trials=20)], NO_TABLE, clock=lambda: 0.0)
