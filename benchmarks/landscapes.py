@@ -18,6 +18,7 @@ from dem_opt.config import DataFile
 from dem_opt.training.fine_tune import FineTuneJob, fine_tune
 from dem_opt.workflows.quickstart import QUICKSTART, make_assets
 
+PRETRAINED = Path(__file__).parents[1] / "studies" / "pretrained.yaml"
 FOUR = ("code", "math", "prose", "records")
 
 
@@ -108,6 +109,28 @@ def make_landscape(landscape: Landscape, folder: Path, say: Callable[[str], None
     (world / "runs").mkdir(exist_ok=True)
     path = world / f"{landscape.name}.yaml"
     path.write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def pretrained_landscape(made: Path, folder: Path) -> Path:
+    """A study file over the fine-tunes that `make pretrained` left in `made`; half the window, nothing protected."""
+    study = yaml.safe_load(PRETRAINED.read_text(encoding="utf-8"))
+    distributions = {
+        name: {key: str(made / Path(value).relative_to("../pretrained")) for key, value in files.items()}
+        for name, files in study["distributions"].items()
+    }
+    evaluation = study["evaluation"] | {"window": study["evaluation"]["window"] // 2}
+    landscape = {
+        "name": "pretrained",
+        "base": str(made / "models" / "base"),
+        "distributions": distributions,
+        "evaluation": evaluation,
+        "storage": "sqlite:///pretrained.db",
+        "output": "runs/pretrained",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "pretrained.yaml"
+    path.write_text(yaml.safe_dump(landscape, sort_keys=False), encoding="utf-8")
     return path
 
 

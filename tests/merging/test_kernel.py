@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from dem_opt.merging import compiled as compiled_module
 from dem_opt.merging import kernel as kernel_module
 from dem_opt.merging.compiled import UNUSED_SECONDS, CompiledKernel, compiled_kernel, expected_compiled_kernel
 from dem_opt.merging.int8 import Int8Vector
@@ -213,10 +214,17 @@ def test_without_a_compiler_the_reason_is_told_and_merges_go_on():
     assert "no-such-compiler" in done.stdout
 
 
-def test_a_compiled_kernel_is_found_again(tmp_path, monkeypatch):
+@pytest.fixture
+def no_library(tmp_path, monkeypatch):
+    """An empty cache folder, into which the kernel is compiled quickly."""
     if compiled_kernel().merge is None:
         pytest.skip(compiled_kernel().description)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compiled_module, "FLAGS", (*compiled_module.FLAGS, "-O0"))
+
+
+@pytest.mark.usefixtures("no_library")
+def test_a_compiled_kernel_is_found_again(tmp_path):
     before = expected_compiled_kernel()
     assert "at first use" in before and not any(tmp_path.iterdir())
     folder = tmp_path / "dem_opt"
@@ -244,11 +252,8 @@ def test_a_compiled_kernel_is_found_again(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """A cache folder with a compiled kernel."""
-    if compiled_kernel().merge is None:
-        pytest.skip(compiled_kernel().description)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def cache(no_library, tmp_path):
+    """A compiled kernel in that folder."""
     compiled_kernel.__wrapped__()
     (library,) = (tmp_path / "dem_opt").glob("kernel-*.so")
     assert stat.S_IMODE(library.parent.stat().st_mode) == stat.S_IMODE(library.stat().st_mode) == 0o700
