@@ -1,6 +1,6 @@
 """A study's searches: one Optuna study for each algorithm, seed and generation."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -68,17 +68,22 @@ class Runs:
 
         Without this, a search would learn from the trials of those that it is compared with.
         """
-        with self.existing() as searches:
-            return next((search.beginning for search in searches.values()), None)
+        labels = self.labels()[:1]
+        with self.existing(labels) as searches:
+            return searches[labels[0]].beginning if labels else None
 
-    @contextmanager
-    def existing(self) -> Iterator[dict[str, Search]]:
-        """The searches that have been begun, by label, in the order of algorithms and seeds; closed at the end."""
+    def labels(self) -> list[str]:
+        """The runs whose searches have been begun, in the order of algorithms and seeds."""
         names = (RunName.from_optuna(name, self.config.name) for name in study_names(self.config.storage))
         runs = [run for run in names if run is not None and run.generation == self.generation]
-        runs.sort(key=lambda run: (ALGORITHMS.index(run.algorithm), run.seed))
+        return [run.label for run in sorted(runs, key=lambda run: (ALGORITHMS.index(run.algorithm), run.seed))]
+
+    @contextmanager
+    def existing(self, labels: Collection[str] | None = None) -> Iterator[dict[str, Search]]:
+        """The searches that have been begun, by label, of all runs or of these; closed at the end."""
+        begun = [label for label in self.labels() if labels is None or label in labels]
         with ExitStack() as stack:
-            yield {run.label: stack.enter_context(closing(self.open(run.label))) for run in runs}
+            yield {label: stack.enter_context(closing(self.open(label))) for label in begun}
 
 
 def run_names(algorithms: Sequence[str], seeds: int) -> list[str]:

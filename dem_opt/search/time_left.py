@@ -128,7 +128,8 @@ class _Run:
         plan: What was planned.
         recent: The latest trials, those of earlier commands too.
         raced: Forward-equivalents of the latest trials that raced.
-        trials: Trials that this command has finished.
+        trials: The latest trials that this command has finished.
+        finished: Number of trials that it has finished.
         proposals: Seconds of each proposal.
         fitted: Seconds of those proposals for which a model was fitted.
         forwards: Forward-equivalents of the finished trials.
@@ -140,7 +141,8 @@ class _Run:
     plan: PlannedRun
     recent: deque[TrialRecord] = field(default_factory=lambda: deque(maxlen=RECENT))
     raced: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
-    trials: list[_Trial] = field(default_factory=list)
+    trials: deque[_Trial] = field(default_factory=lambda: deque(maxlen=RECENT + 1))
+    finished: int = 0
     proposals: list[float] = field(default_factory=list)
     fitted: list[float] = field(default_factory=list)
     forwards: float = 0.0
@@ -214,6 +216,7 @@ class TimeLeft:
         run = self._runs[record.study]
         self._add(record, is_raced)
         run.trials.append(_Trial(record, self._clock(), len(run.proposals)))
+        run.finished += 1
         run.forwards += record.forwards
 
     def _add(self, record: TrialRecord, is_raced: bool) -> None:
@@ -223,7 +226,7 @@ class TimeLeft:
 
     def seconds(self) -> float | None:
         """The seconds that are left; None where too few trials tell."""
-        if sum(len(run.trials) for run in self._runs.values()) < FIRST:
+        if sum(run.finished for run in self._runs.values()) < FIRST:
             return None
         # Landmarks whose scores the ledger has say nothing of the trials after them.
         if not self._measured and sum(len(run.fitted) for run in self._runs.values()) < FIRST:
@@ -233,11 +236,11 @@ class TimeLeft:
     def _seconds_of(self, run: _Run) -> float:
         """Seconds that a run will take."""
         forwards = _expected_forwards(run)
-        trials = float(max(run.plan.trials - len(run.trials), 0))
+        trials = float(max(run.plan.trials - run.finished, 0))
         if forwards and run.plan.forwards < inf:
             trials = min(trials, max(run.plan.forwards - run.forwards, 0.0) / forwards)
         work = trials * _measured_share(run) * (self._merge_seconds() + forwards * self._forward_seconds())
-        proposals = max(trials - (len(run.proposals) - len(run.trials)), 0.0)
+        proposals = max(trials - (len(run.proposals) - run.finished), 0.0)
         driver = proposals * _extrapolate(run.fitted, proposals) + trials * self._writing_seconds(run)
         expected = self._beside(run, work, driver) + trials * self._overhead(run)
         elapsed = self._clock() - run.began if run.began is not None else 0.0
@@ -249,19 +252,18 @@ class TimeLeft:
 
     def _writing_seconds(self, run: _Run) -> float:
         """Seconds that the driver takes for each trial beside its proposal: to read, to write, to log."""
-        states = [state for state in (run, *self._runs.values()) if len(state.trials) >= FIRST][:1]
+        states = [state for state in (run, *self._runs.values()) if state.finished >= FIRST][:1]
         for state in states:
             assert state.began is not None
             busy = state.trials[-1].at - state.began - state.waited - state.proposing
-            return max(busy, 0.0) / len(state.trials)
+            return max(busy, 0.0) / state.finished
         return 0.0
 
     def _overhead(self, run: _Run) -> float:
         """Seconds for each trial of what neither workers nor driver explain."""
-        trials = run.trials[-RECENT - 1 :]
-        if len(trials) < FIRST:
+        if len(run.trials) < FIRST:
             return 0.0
-        first, *others = trials
+        first, *others = run.trials
         proposals = sum(run.proposals[first.proposals : others[-1].proposals])
         driver = proposals + len(others) * self._writing_seconds(run)
         explained = self._beside(run, sum(trial.work for trial in others), driver)

@@ -20,6 +20,7 @@ from dem_opt.search.trial_attributes import TrialAttributes
 from dem_opt.simplex import Coefficients
 from dem_opt.storage.identity import StudyIdentity
 from dem_opt.storage.ledger import Ledger
+from dem_opt.storage.read_ahead import ReadAhead
 from dem_opt.types import (
     GRADIENT_FORWARDS,
     PENALTY,
@@ -39,6 +40,9 @@ CONTROLS = 32
 
 CONTROL_CANDIDATES = 8 * CONTROLS
 """Whole trials, the best and the latest, of which the nearest become controls."""
+
+READ_AT_ONCE = 500
+"""Trials whose scores are read by one query."""
 
 LEAST_ERROR = 1e-12
 """Standard error of a stopped trial at least, in the objective's unit: above 0 says that it is an estimate."""
@@ -66,19 +70,22 @@ def base_scores(ledger: Ledger, identity: StudyIdentity, split: str = SEARCH) ->
 
 def objectives(ledger: Ledger, identity: StudyIdentity) -> dict[str, Objective]:
     """The objective by split; for regrets only the splits on which the ledger has every fine-tune's scores."""
+    by_split = {split: _objective_on(ledger, identity, split) for split in SPLITS}
+    return {split: objective for split, objective in by_split.items() if objective is not None}
+
+
+def _objective_on(ledger: Ledger, identity: StudyIdentity, split: str) -> Objective | None:
+    """The objective on one split; None where it is a regret and a fine-tune's scores are missing."""
     if not identity.worst:
-        return dict.fromkeys(SPLITS, Objective(identity.weights, function=identity.function, unit=identity.unit))
-    by_split = {}
-    for split in SPLITS:
-        own = {
-            name: recall(ledger, identity, Composite.single(content), split)
-            for name, content in identity.fine_tunes.items()
-            if name in identity.corpora[split]
-        }
-        if all(name in scores for name, scores in own.items()):
-            scores = {name: by_name[name] for name, by_name in own.items()}
-            by_split[split] = Objective(identity.weights, scores, unit=identity.unit)
-    return by_split
+        return Objective(identity.weights, function=identity.function, unit=identity.unit)
+    own = {
+        name: recall(ledger, identity, Composite.single(content), split)
+        for name, content in identity.fine_tunes.items()
+        if name in identity.corpora[split]
+    }
+    if not all(name in scores for name, scores in own.items()):
+        return None
+    return Objective(identity.weights, {name: by_name[name] for name, by_name in own.items()}, unit=identity.unit)
 
 
 def exceeded(ledger: Ledger, identity: StudyIdentity, scores: Mapping[str, Score]) -> float:
@@ -201,7 +208,9 @@ def trial_record(
             return _stopped_record(ledger, identity, study, trial, answer, race, scores)
     measured = ledger.gradients(composite, identity.keys(SEARCH), identity.differentiation) if gradient else {}
     try:
-        objective = objectives(ledger, identity)[SEARCH](scores)
+        goal = _objective_on(ledger, identity, SEARCH)
+        assert goal is not None, "regrets are measured after the fine-tunes"
+        objective = goal(scores)
     except EvaluationError as error:  # a custom objective that is not finite
         return trial_record(ledger, identity, study, trial, Failure(str(error)))
     return TrialRecord(
@@ -379,15 +388,7 @@ def attributes(record: TrialRecord) -> TrialAttributes:
 def recorded(ledger: Ledger, identity: StudyIdentity, study: str, trial: Trial) -> TrialRecord:
     """The record of a finished trial, from Optuna and the ledger."""
     stored = trial.attributes
-    evaluation = Evaluation(
-        scores={},
-        forward_tokens=stored.forward_tokens,
-        scored_tokens=stored.scored_tokens,
-        merge_seconds=stored.merge_seconds,
-        score_seconds=stored.score_seconds,
-        wait_seconds=stored.wait_seconds,
-        batch_tokens=stored.batch_tokens,
-    )
+    evaluation = _evaluation(stored)
     pending = PendingTrial(number=trial.number, coefficients=trial.coefficients, propose_seconds=stored.propose_seconds)
     if trial.objective is None:
         return trial_record(ledger, identity, study, pending, Failure(stored.reason))
@@ -428,5 +429,48 @@ def missing(ledger: Ledger, identity: StudyIdentity, search: Search) -> dict[int
 
 def finished(ledger: Ledger, identity: StudyIdentity, search: Search) -> list[TrialRecord]:
     """Records of a search's finished trials, in the order of their numbers."""
-    trials = (trial for trial in search.trials() if trial.state != "running")
-    return [recorded(ledger, identity, search.name, trial) for trial in trials]
+    trials = [trial for trial in search.trials() if trial.state != "running"]
+    references = [Composite.single(content) for content in (identity.base, *identity.fine_tunes.values())]
+    records = list[TrialRecord]()
+    for first in range(0, len(trials), READ_AT_ONCE):
+        some = trials[first : first + READ_AT_ONCE]
+        composites = [*references, *(identity.composite(trial.coefficients) for trial in some)]
+        known = ReadAhead(ledger, composites, identity.keys(SEARCH), identity.scoring)
+        records += [recorded(known, identity, search.name, trial) for trial in some]
+    return records
+
+
+def outlined(search: Search, unit: str) -> list[TrialRecord]:
+    """The same without scores: what Optuna has of coefficients, objective, violation and costs."""
+    return [_outline(search.name, trial, unit) for trial in search.trials() if trial.state != "running"]
+
+
+def _outline(study: str, trial: Trial, unit: str) -> TrialRecord:
+    stored = trial.attributes
+    return TrialRecord(
+        study=study,
+        number=trial.number,
+        coefficients=trial.coefficients,
+        objective=trial.objective if stored.objective is None else stored.objective,
+        evaluation=_evaluation(stored),
+        propose_seconds=stored.propose_seconds,
+        reason=stored.reason,
+        violation=stored.violation,
+        forwards=trial.forwards,
+        error=trial.error,
+        unit=unit,
+        part=trial.part,
+    )
+
+
+def _evaluation(stored: TrialAttributes) -> Evaluation:
+    """What an evaluation took, as Optuna has it."""
+    return Evaluation(
+        scores={},
+        forward_tokens=stored.forward_tokens,
+        scored_tokens=stored.scored_tokens,
+        merge_seconds=stored.merge_seconds,
+        score_seconds=stored.score_seconds,
+        wait_seconds=stored.wait_seconds,
+        batch_tokens=stored.batch_tokens,
+    )

@@ -41,6 +41,7 @@ from dem_opt.storage.ledger_tables import (
     SchemaTable,
     ScoreTable,
     StudyTable,
+    stored_score,
 )
 from dem_opt.storage.part_tables import PartGradients, PartTables, add_part_gradients, read_part_gradients
 from dem_opt.storage.retry import BRIEF, RetryPolicy, patient
@@ -132,14 +133,15 @@ class Ledger:
         """The same for each of several composites, by one query."""
         keys = [composite.key for composite in composites]
         scores: dict[str, dict[str, Score]] = {key: {} for key in keys}
+        measured = (ScoreTable.composite, ScoreTable.corpus, ScoreTable.nats_W, ScoreTable.tokens_W)
         query = (
-            select(ScoreTable, CorpusTable.bytes_W)
+            select(*measured, CorpusTable.bytes_W)
             .outerjoin(CorpusTable, CorpusTable.key == ScoreTable.corpus)
             .where(ScoreTable.composite.in_(scores), ScoreTable.scoring == scoring, ScoreTable.corpus.in_(corpora))
         )
         with Session(self.engine) as session:
-            for row, bytes_W in session.execute(query):
-                scores[row.composite][row.corpus] = row.score(bytes_W or b"")
+            for composite, corpus, nats_W, tokens_W, bytes_W in session.execute(query):
+                scores[composite][corpus] = stored_score(nats_W, tokens_W, bytes_W or b"")
         return [scores[key] for key in keys]
 
     @patient

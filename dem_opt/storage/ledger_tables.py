@@ -4,6 +4,7 @@ The column names are those of databases on disk; a name that differs from its at
 """
 
 import json
+from functools import lru_cache
 
 import numpy as np
 from sqlalchemy import BigInteger, ForeignKey, String, UniqueConstraint
@@ -64,12 +65,17 @@ class ScoreTable(LedgerTables):
             "tokens_W": np.array(score.tokens_W, dtype="<i8").tobytes(),
         }
 
-    def score(self, stored_bytes_W: bytes) -> Score:
-        """The score, with its corpus's bytes of each window as `CorpusTable` has them; b"" where it has none."""
-        nats_W = np.frombuffer(self.nats_W, dtype="<f8").tolist()
-        tokens_W = np.frombuffer(self.tokens_W, dtype="<i8").tolist()
-        bytes_W = np.frombuffer(stored_bytes_W, dtype="<i8").tolist()
-        return Score(tuple(nats_W), tuple(tokens_W), tuple(bytes_W[: self.windows]))
+
+def stored_score(nats_W: bytes, tokens_W: bytes, bytes_W: bytes) -> Score:
+    """A score from its columns in `ScoreTable`, and its corpus's bytes of each window in `CorpusTable`; b"" without."""
+    windows = len(nats_W) // 8
+    return Score(tuple(np.frombuffer(nats_W, "<f8").tolist()), _counts(tokens_W), _counts(bytes_W)[:windows])
+
+
+@lru_cache(maxsize=1024)
+def _counts(stored_W: bytes) -> tuple[int, ...]:
+    """Counts of windows, which all composites share."""
+    return tuple(np.frombuffer(stored_W, "<i8").tolist())
 
 
 class GradientTable(LedgerTables):

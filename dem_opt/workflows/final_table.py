@@ -137,12 +137,11 @@ def expect_winner(driver: Driver) -> FinalTable:
 
 
 def expect_final_table(
-    context: StudyContext, driver: Driver, generation: int, algorithms: Collection[str], gradients_fit: bool
+    context: StudyContext, driver: Driver, algorithms: Collection[str], gradients_fit: bool
 ) -> FinalTable:
     """Expect what the final table will take after searches with these algorithms: their winners are not known yet."""
     report, identity = context.config.report, driver.identity
-    trials = trials_by_run(context, driver.ledger, identity, generation)
-    baselines = [entry.composite for entry in entries(identity, trials) if entry.role != "best"]
+    baselines = [entry.composite for entry in entries(identity, {})]
     # The first of the best composites is a winner.
     winners = len(algorithms) + max(report.top - 1, 0)
     without = left_out_count(context.config)

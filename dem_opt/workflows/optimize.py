@@ -12,7 +12,7 @@ from dem_opt.search.optuna_study import Search
 from dem_opt.search.run_name import RunName
 from dem_opt.search.runs import check_algorithms, run_names
 from dem_opt.search.time_left import FinalTable, TimeLeft, plan_run, plan_search
-from dem_opt.search.trials import finished, missing
+from dem_opt.search.trials import missing, outlined
 from dem_opt.search.warm_start import enter
 from dem_opt.storage.engine import reading
 from dem_opt.storage.identity import StudyIdentity
@@ -26,7 +26,7 @@ from dem_opt.workflows.finished import KnownInputs, find_finished, keep_inputs, 
 from dem_opt.workflows.group_coefficients import refuse_groups, search_groups
 from dem_opt.workflows.int8_error import measure_error
 from dem_opt.workflows.provenance import compare_libraries, study_description
-from dem_opt.workflows.summary import read_summary, summarize_generation, trials_by_run
+from dem_opt.workflows.summary import outlines_by_run, read_summary, summarize_generation
 
 
 def optimize(context: StudyContext, algorithms: Sequence[str], seeds: int = 1, *, winner_only: bool = False) -> Summary:
@@ -159,8 +159,7 @@ def _measure_references(context: StudyContext, driver: Driver, generation: int, 
     fine_tunes = identity.fine_tunes.values() if identity.worst else []  # regrets are against single fine-tunes
     with lease.turn("measuring baselines"):
         driver.measure([Composite.single(content) for content in (identity.base, *fine_tunes)], [SEARCH], "baselines")
-        trials = trials_by_run(context, driver.ledger, identity, generation)
-        compare_libraries(context.config.name, driver, trials, context.progress)
+        compare_libraries(context.config.name, driver, lambda: outlines_by_run(context, generation), context.progress)
 
 
 def _expect(
@@ -171,18 +170,14 @@ def _expect(
     gradients_fit: bool,
     winner_only: bool,
 ) -> TimeLeft:
-    """Expect what these runs and the final table after them will take."""
-    with context.runs(generation).existing() as present:
+    """Expect what these runs and the final table after them will take; the first run is planned anew as it begins."""
+    with context.runs(generation).existing(runs[1:]) as present:
         plans = [
             plan_search(present[run]) if run in present else plan_run(context.config, RunName.parse(run, generation))
             for run in runs
         ]
     algorithms = {RunName.parse(run).algorithm for run in runs}
-    table = (
-        expect_winner(driver)
-        if winner_only
-        else expect_final_table(context, driver, generation, algorithms, gradients_fit)
-    )
+    table = expect_winner(driver) if winner_only else expect_final_table(context, driver, algorithms, gradients_fit)
     return TimeLeft(driver.pool.capacity, plans, table)
 
 
@@ -192,7 +187,7 @@ def _search(context: StudyContext, driver: Driver, search: Search, lease: Lease,
     with closing(context.track(search, lease)) as tracker:
         tracker.describe(study_description(context.config, context.path, identity))
         tracker.reconcile(missing(ledger, identity, search))
-        earlier = finished(ledger, identity, search)
+        earlier = outlined(search, identity.unit)
         if earlier:
             context.progress.search_continued(earlier, search.planned)
         left.begin(plan_search(search), earlier, search.is_known)

@@ -3,7 +3,7 @@
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -201,19 +201,19 @@ def winner_metrics(winner: ResultRow) -> dict[str, float]:
 
 
 def compare_libraries(
-    study: str, driver: Driver, trials: Mapping[str, Sequence[TrialRecord]], progress: Progress
+    study: str, driver: Driver, trials: Callable[[], Mapping[str, Sequence[TrialRecord]]], progress: Progress
 ) -> None:
     """Record the library versions; where they have changed since the last run, score the best trial again.
 
     Args:
         study: Name of the study.
         driver: Scores the trial.
-        trials: Finished trials by run.
+        trials: Gives the finished trials by run, where it asks for them.
         progress: Receives the change, as a warning where the best composite scores otherwise with it.
     """
     before, now = driver.ledger.libraries(study), libraries()
     if before and before != now:
-        _report_change(before, now, driver, trials, progress)
+        _report_change(before, now, driver, trials(), progress)
     driver.ledger.enter_libraries(study, now)
 
 

@@ -12,7 +12,7 @@ from dem_opt.analysis.rivals import recall_rivals
 from dem_opt.analysis.stored_vectors import recall_vectors
 from dem_opt.analysis.surrogate import Prediction
 from dem_opt.errors import InputError
-from dem_opt.search.trials import finished, limits, missing
+from dem_opt.search.trials import finished, limits, missing, outlined
 from dem_opt.simplex import Coefficients
 from dem_opt.storage.identity import StudyIdentity, refuse_other_space
 from dem_opt.storage.ledger import Ledger
@@ -65,6 +65,12 @@ def trials_by_run(
     """Return the finished trials of a generation by run."""
     with context.runs(generation).existing() as searches:
         return {run: tuple(finished(ledger, identity, search)) for run, search in searches.items()}
+
+
+def outlines_by_run(context: StudyContext, generation: int) -> dict[str, list[TrialRecord]]:
+    """Return the same without scores, which thousands of trials take long to read."""
+    with context.runs(generation).existing() as searches:
+        return {run: outlined(search, context.config.objective.unit) for run, search in searches.items()}
 
 
 def reweigh(context: StudyContext, weights: Mapping[str, float], field: str) -> Summary:
