@@ -131,12 +131,15 @@ def curve_of(records: Sequence[TrialRecord]) -> Curve:
     return Curve(tuple(spent.tolist()), tuple(np.minimum.accumulate(whole).tolist()), float(np.median(asks)))
 
 
-def explore(path: Path, variants: Sequence[str], grid: bool, seeds: int, threads: int) -> Measured:
+def explore(
+    path: Path, variants: Sequence[str], grid: bool, seeds: int, threads: int, forwards: float | None
+) -> Measured:
     """Every variant, the rivals that are installed and, where it is asked for, the grid of four distributions."""
     torch.set_num_threads(threads)
     began, study = perf_counter(), config.load(path)
     size = len(study.distributions)
-    budget = {"trials": 400, "forwards": float(MARKS[-1] if size > GRADIENTS_FROM else MARKS[-2])}
+    most = forwards or budget_of(size)
+    budget = {"trials": 400, "forwards": most}
     runs_by_variant = {
         name: run(path, f"{study.name}.{name}", algorithm, budget | settings, seeds)
         for name, (algorithm, settings) in VARIANTS.items()
@@ -144,10 +147,10 @@ def explore(path: Path, variants: Sequence[str], grid: bool, seeds: int, threads
     }
     lattice = run(path, f"{study.name}.grid", "grid", {}, 1)["grid"] if grid and size == 4 else ()
     curves = {name: tuple(map(curve_of, runs.values())) for name, runs in runs_by_variant.items()}
-    curves["Optuna's GP"] = tuple(optuna_gp(path, seed, int(budget["forwards"])) for seed in range(seeds))
+    curves["Optuna's GP"] = tuple(optuna_gp(path, seed, int(most)) for seed in range(seeds))
     for name, search in {"BoTorch": botorch, "Ax": ax}.items():
         if find_spec(PACKAGES[name]) is not None:
-            curves[name] = (rival(path, search, budget["forwards"]),)
+            curves[name] = (rival(path, search, most),)
     records = [record for runs in runs_by_variant.values() for trials in runs.values() for record in trials]
     whole_gradients = (record for record in records if record.gradient and not record.is_partial)
     steep = min(whole_gradients, key=lambda record: record.rank)
@@ -298,9 +301,14 @@ def quartiles(values: Sequence[float], form: str = ".1e") -> str:
     return f"{middle:{form}} [{low:{form}}, {high:{form}}]"
 
 
-def regret_table(results: Sequence[Measured]) -> list[list[str]]:
+def budget_of(size: int) -> float:
+    """Forward-equivalents of a run on so many distributions, unless it is given."""
+    return float(MARKS[-1] if size > GRADIENTS_FROM else MARKS[-2])
+
+
+def regret_table(results: Sequence[Measured], forwards: float | None) -> list[list[str]]:
     """Regret in nats per token by variant and mark: median and quartiles over landscapes and seeds."""
-    marks = MARKS if results[0].size > GRADIENTS_FROM else MARKS[:-1]
+    marks = [mark for mark in MARKS if mark <= (forwards or budget_of(results[0].size))]
     rows = [["algorithm", *(f"{mark} FE" for mark in marks), "seconds a proposal"]]
     for name in results[0].curves:
         curves = [(curve, result.reference) for result in results for curve in result.curves[name]]
@@ -368,6 +376,9 @@ def main() -> None:
     parser.add_argument("--pretrained", type=Path, metavar="MADE", help="the folder that `make pretrained` filled")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument(
+        "--forwards", type=float, help="forward-equivalents of a run: 24, or 32 with many distributions"
+    )
     parser.add_argument("--grid", action="store_true", help="the grid of four distributions, and races over it")
     arguments = parser.parse_args()
     began, folder = perf_counter(), arguments.folder.resolve()
@@ -379,15 +390,21 @@ def main() -> None:
         study_names(study.storage)  # Optuna makes its tables before several processes need them
     processors = os.cpu_count() or 1
     with ProcessPoolExecutor(processors, mp_context=get_context("fork")) as pool:
-        settings = {"variants": arguments.variants, "grid": arguments.grid, "seeds": arguments.seeds}
-        explored = partial(explore, **settings, threads=max(1, processors // len(paths)))
+        explored = partial(
+            explore,
+            variants=arguments.variants,
+            grid=arguments.grid,
+            seeds=arguments.seeds,
+            threads=max(1, processors // len(paths)),
+            forwards=arguments.forwards,
+        )
         results = list(pool.map(explored, paths))
     (folder / "search.json").write_text(json.dumps([asdict(result) for result in results], indent=1))
     for least, most in ((2, 7), (8, 8), (9, 99)):
         if of_size := [result for result in results if least <= result.size <= most]:
             sizes = ", ".join(f"{result.name} ({result.size})" for result in of_size)
             say(f"\nRegret, nats per token, median [quartiles]: {sizes}\n")
-            for row in regret_table(of_size):
+            for row in regret_table(of_size, arguments.forwards):
                 say("| " + " | ".join(row) + " |")
     say("\n" + "\n".join(targets(results)))
     say(f"\n{perf_counter() - began:.0f} s")
