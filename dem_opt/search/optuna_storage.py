@@ -8,12 +8,12 @@ from uuid import uuid4
 import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
 
 from dem_opt.search.beginning import Beginning, Known
 from dem_opt.search.outcomes import frozen_trial
 from dem_opt.search.samplers.earlier import Earlier
-from dem_opt.search.samplers.history import History, HistoryReader
+from dem_opt.search.samplers.history import History, Trial, parse_trial
 from dem_opt.simplex import Space
 from dem_opt.storage import engine
 from dem_opt.storage.optuna_tables import read_trials
@@ -33,24 +33,27 @@ UID = "uid"
 
 
 class StoredTrials:
-    """The trials of an Optuna study; each finished one is read once."""
+    """The trials of an Optuna study; each finished one is read and parsed once."""
 
     def __init__(self, storage: RDBStorage, study: int, space: Space) -> None:
-        self._engine, self._study = storage.engine, study
-        self._reader = HistoryReader(space)
-        self._frozen: dict[int, FrozenTrial] = {}
-        self._last, self._unfinished = 0, set[int]()
+        self._engine, self._study, self._space = storage.engine, study, space
+        self._trials: dict[int, Trial | None] = {}
+        self._last, self._unfinished, self._incomplete = 0, set[int](), set[int]()
 
     def read(self) -> History:
         """The trials as they are now."""
         for stored in read_trials(self._engine, self._study, self._last, self._unfinished):
-            self._frozen[stored.number] = frozen_trial(stored)
+            frozen = frozen_trial(stored)
+            trial = self._trials[stored.number] = parse_trial(frozen, self._space)
             self._last = max(self._last, stored.id)
-            if self._frozen[stored.number].state.is_finished():
-                self._unfinished.discard(stored.id)
-            else:
-                self._unfinished.add(stored.id)
-        return self._reader.parse([self._frozen[number] for number in sorted(self._frozen)])
+            _keep(self._unfinished, stored.id, not frozen.state.is_finished())
+            _keep(self._incomplete, stored.number, trial is None and frozen.state == TrialState.RUNNING)
+        trials = map(self._trials.__getitem__, sorted(self._trials))
+        return History([trial for trial in trials if trial is not None], sorted(self._incomplete))
+
+
+def _keep(some: set[int], element: int, is_in: bool) -> None:
+    (some.add if is_in else some.discard)(element)
 
 
 def read_beginning(storage: RDBStorage, study: int, space: Space) -> Beginning:

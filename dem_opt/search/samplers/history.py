@@ -138,16 +138,16 @@ class HistoryReader:
 
     def _parse(self, frozen: FrozenTrial, sign: float) -> Trial | None:
         if not frozen.state.is_finished():
-            return _trial(frozen, self._space, sign)
+            return parse_trial(frozen, self._space, sign)
         known, trial = self._parsed.get(frozen.number, (None, None))
         if known is not frozen:
-            trial = _trial(frozen, self._space, sign)
+            trial = parse_trial(frozen, self._space, sign)
             self._parsed[frozen.number] = frozen, trial
         return trial
 
 
-def _trial(frozen: FrozenTrial, space: Space, sign: float) -> Trial | None:
-    """A trial as a point of the space; None where it has not all coefficients, or lies outside."""
+def parse_trial(frozen: FrozenTrial, space: Space, sign: float = 1.0) -> Trial | None:
+    """A trial as a point of the space, its objective times `sign`; None without all coefficients, or outside."""
     if frozen.state not in _STATES or not frozen.params.keys() >= set(space.names):
         return None
     try:
