@@ -170,7 +170,7 @@ def fit_excess(
 
 def optimum(space: Space, surrogate: Fit, trials: Sequence[TrialRecord]) -> Coefficients:
     """The minimum of the expected penalized objective, searched from the best trials and from random points between."""
-    # `maximize` takes logarithms: standardised differences to the offset keep their exponentials within floats.
+    # Differences to the offset: small ones are not lost in rounding.
     observations = surrogate.objective.observations
 
     def descent(shares_MF: Array) -> tuple[Array, Array]:

@@ -263,9 +263,12 @@ def test_the_maximum_of_a_concave_function_is_found_on_its_face(size: int) -> No
         )
         assert np.abs(near - nearest).max() < 1e-9
         assert ((near == 0) == (nearest == 0)).all()
-        assert best == pytest.approx(np.exp(-0.5 * ((nearest - centre) ** 2).sum()))
-    far, _ = maximize(lambda x: (x @ centre, np.broadcast_to(centre, x.shape)), starts, Polytope(ONES[:size]))
-    assert (far == np.eye(size)[centre.argmax()]).all()
+        assert best == pytest.approx(-0.5 * ((nearest - centre) ** 2).sum())
+    for slope in (centre, 1e5 * centre):
+        far, most = maximize(
+            lambda x, slope=slope: (x @ slope, np.broadcast_to(slope, x.shape)), starts, Polytope(ONES[:size])
+        )
+        assert (far == np.eye(size)[centre.argmax()]).all() and most == pytest.approx(slope.max())
 
 
 def merge_like(size: int, support: int, seed: int) -> tuple[Callable[[Array], float], Array]:

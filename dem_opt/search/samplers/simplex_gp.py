@@ -168,7 +168,8 @@ class SimplexGP:
             return value_M, gradient_MF[:, :own]
 
         polytope, taken_NF = self.space.polytope, self._shares(trials)[:, :own]
-        points_MF, improvement_M = maximize(log_improvement, polytope.project(starts(ranked_NF[:4], rng)), polytope)
+        points_MF, log_M = maximize(log_improvement, polytope.project(starts(ranked_NF[:4], rng)), polytope)
+        improvement_M = np.exp(log_M)
         for shares_F, improvement in zip(points_MF, improvement_M, strict=True):
             if np.abs(taken_NF - shares_F).max(axis=1, initial=0).min() > APART:
                 return _Candidate(self.space.at(shares_F), float(improvement), cost)
@@ -315,7 +316,7 @@ def starts(best_NF: Array, rng: np.random.Generator) -> Array:
 def maximize(
     function: Callable[[Array], tuple[Array, Array]], starts_MF: Array, polytope: Polytope
 ) -> tuple[Array, Array]:
-    """Local maxima over a polytope of shares of a function that gives logarithms with gradients, greatest first.
+    """Local maxima over a polytope of shares of a function that gives values with gradients, greatest first.
 
     Projected gradient ascent with Barzilai and Borwein's step (1988; projected as by Birgin, Martinez and Raydan 2000),
     shortened where Armijo's condition fails, from the most promising starts, all in one batch:
@@ -325,7 +326,7 @@ def maximize(
     The projection reaches faces and corners exactly.
 
     Returns:
-        The points [M, F] and the exponentials of their values [M].
+        The points [M, F] and their values [M].
     """
     value_M = function(starts_MF)[0]
     points_MF = starts_MF[np.argsort(-value_M, kind="stable")[:_STARTS]]
@@ -346,7 +347,7 @@ def maximize(
         gradient_MF = np.where(accepted_M[:, None], new_gradient_MF, gradient_MF)
         value_M = np.where(accepted_M, new_value_M, value_M)
     order_M = np.argsort(-value_M, kind="stable")
-    return points_MF[order_M], np.exp(value_M[order_M])
+    return points_MF[order_M], value_M[order_M]
 
 
 def _along(function: Callable[[Array], tuple[Array, Array]], points_MF: Array) -> tuple[Array, Array]:
