@@ -37,6 +37,7 @@ from dem_opt.dashboards.words import (
     objective_name,
     precision_lines,
     rival_lines,
+    rounding_lines,
     sampled_note,
     total_lines,
     winner_text,
@@ -82,6 +83,7 @@ def study_note(summary: Summary, links: Mapping[str, str]) -> str:
         *group_lines(summary),
         *rival_lines(summary),
         *total_lines(summary),
+        *rounding_lines(summary),
         *(f"[{text}]({address})" for text, address in links.items()),
         *(["Links to this machine work while `dem-opt dashboard` runs."] if links else []),
     ]
@@ -246,6 +248,7 @@ def _answer(summary: Summary) -> str:
         *group_lines(summary),
         *rival_lines(summary),
         *total_lines(summary),
+        *rounding_lines(summary),
         *precision_lines(summary),
         cost_line(summary),
     ]

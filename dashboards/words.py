@@ -14,6 +14,9 @@ from dem_opt.types import BITS_PER_BYTE, DOCUMENTS, SEARCH, Margin, ResultRow, R
 ABSENT = "-"
 """Shown for a value that was not measured."""
 
+ROUNDED = 0.1
+"""Error of rounding, as a part of the uniform average's distance from the base, from which on it is told."""
+
 
 def objective_name(summary: Summary) -> str:
     """Name the quantity that the study minimizes, which is in the summary's unit."""
@@ -107,6 +110,18 @@ def total_lines(summary: Summary) -> list[str]:
     if summary.winner.role != "best" or coefficients is None or not coefficients.base_units:
         return []
     return [f"The winner's coefficients sum to {1 - coefficients.base_units / UNIT:.3f}."]
+
+
+def rounding_lines(summary: Summary) -> list[str]:
+    """Say what rounding composites to the base's dtype does to the vectors, where it does much."""
+    rounding = summary.vectors.rounding if summary.vectors is not None else None
+    if rounding is None or rounding < ROUNDED:
+        return []
+    return [
+        f"Rounding to the base's dtype moves the uniform average by {rounding:.2f} of its distance from the base: many "
+        "steps of the fine-tunes are lost or doubled, and the objective jumps, as where a coefficient passes 0.5. Try "
+        "base: {path: ..., dtype: float32}."
+    ]
 
 
 def rival_lines(summary: Summary) -> list[str]:

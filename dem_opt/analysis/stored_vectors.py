@@ -19,7 +19,7 @@ FILE = "vectors.json"
 def keep(vectors: VectorGeometry, base: str, fine_tunes: Mapping[str, str], folder: Path) -> None:
     """Write inner products by content, whole or not at all; a folder that can't be written stays without them."""
     contents = [fine_tunes[name] for name in vectors.names]
-    text = json.dumps({"base": base, "contents": contents, "inner": vectors.inner})
+    text = json.dumps({"base": base, "contents": contents, "inner": vectors.inner, "rounding": vectors.rounding})
     with suppress(OSError):
         write_text(folder / FILE, text)
 
@@ -36,13 +36,15 @@ def recall_vectors(base: str, fine_tunes: Mapping[str, str], folder: Path) -> Ve
     if stored.base != base or not row.keys() >= set(fine_tunes.values()):
         return None
     order = [row[content] for content in fine_tunes.values()]
-    return VectorGeometry(tuple(fine_tunes), tuple(tuple(stored.inner[i][j] for j in order) for i in order))
+    rounding = stored.rounding if row.keys() == set(fine_tunes.values()) else None
+    return VectorGeometry(tuple(fine_tunes), tuple(tuple(stored.inner[i][j] for j in order) for i in order), rounding)
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """The file: hashes of the base's and the fine-tunes' contents, and the inner products in their order."""
+    """The file: hashes of the base's and the fine-tunes' contents, the inner products in their order, the rounding."""
 
     base: str
     contents: list[str]
     inner: list[list[FiniteFloat]]
+    rounding: FiniteFloat | None = None

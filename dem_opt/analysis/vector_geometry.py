@@ -1,9 +1,10 @@
-"""Inner products of a study's distribution vectors, measured once and kept beside the report.
+"""Inner products of a study's distribution vectors and what rounding does to them, measured once and kept.
 
 Shape suffixes: N fine-tunes, P parameters of a tensor, B parameters of a block.
 """
 
 from collections.abc import Iterator, Mapping
+from math import sqrt
 from pathlib import Path
 
 import torch
@@ -26,10 +27,13 @@ def vectors_of(base: StoredModel, fine_tunes: Mapping[str, StoredModel]) -> Vect
     One tensor of each model is in memory at a time.  Differences are formed in float32.  Tied weights count once, as
     they are stored.
     """
-    inner_NN = torch.zeros(len(fine_tunes), len(fine_tunes), dtype=torch.float64)
+    inner_NN, lost = torch.zeros(len(fine_tunes), len(fine_tunes), dtype=torch.float64), 0.0
     for _, base_P, others in _side_by_side(base, fine_tunes):
         inner_NN += inner_products(base_P, others)
-    return VectorGeometry(tuple(fine_tunes), tuple(map(tuple, inner_NN.tolist())))
+        lost += squared_rounding(base_P, others)
+    length = float(inner_NN.mean())  # | mean of the vectors |^2
+    rounding = sqrt(lost / length) if length else None
+    return VectorGeometry(tuple(fine_tunes), tuple(map(tuple, inner_NN.tolist())), rounding)
 
 
 def squared_lengths(base: StoredModel, fine_tunes: Mapping[str, StoredModel]) -> dict[str, float]:
@@ -65,6 +69,17 @@ def inner_products(base_P: Tensor, stored_NP: list[Tensor]) -> Tensor:
         block_NB = torch.stack([x_P[part].float() for x_P in stored_NP]) - base_P[part].float()
         inner_NN += (block_NB @ block_NB.T).double()
     return inner_NN
+
+
+def squared_rounding(base_P: Tensor, stored_NP: list[Tensor]) -> float:
+    """| round(m) - m |^2 ,  m the uniform average of fine-tunes, rounded to the base's dtype as a composite is."""
+    squared = 0.0
+    for start in range(0, len(base_P), BLOCK):
+        part = slice(start, start + BLOCK)
+        base_B = base_P[part].float()
+        mean_B = base_B + (torch.stack([x_P[part].float() for x_P in stored_NP]) - base_B).mean(dim=0)
+        squared += float((mean_B.to(base_P.dtype).float() - mean_B).double().square().sum())
+    return squared
 
 
 def measure_once(base: StoredModel, fine_tunes: Mapping[str, StoredModel], folder: Path, progress: Progress) -> None:

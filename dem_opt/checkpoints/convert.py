@@ -1,4 +1,4 @@
-"""Convert weights in other forms to safetensors in the user's cache: pickled, GGUF, FP8 with scales, float64.
+"""Convert weights to safetensors in the user's cache: pickled, GGUF, FP8 with scales, float64, and 16-bit on demand.
 
 A conversion is made once for the same files.  Everything that reads checkpoints sees the converted folder.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import transformers
 
 from dem_opt.atomic import publish_folder, staged_folder
-from dem_opt.checkpoints import gguf_file, pickled, rounding
+from dem_opt.checkpoints import gguf_file, pickled, rounding, widening
 from dem_opt.checkpoints.files import INDEX, PICKLED, WEIGHTS, cache_folder, file_stamps
 from dem_opt.errors import InputError
 from dem_opt.json_files import find_json
@@ -62,9 +62,28 @@ def converted(place: Path, field: str, allow_pickled: bool = False) -> Path:
         InputError: The weights are damaged or can't be converted, or the cache can't be written or is full.
     """
     conversion = _conversion(place, field, allow_pickled)
-    if conversion is None:
-        return place
-    key = repr((VERSION, conversion.library, file_stamps((*conversion.sources, *conversion.copied))))
+    return place if conversion is None else _in_cache(conversion, place, field)
+
+
+def widened(folder: Path, field: str) -> Path:
+    """The folder itself, or where it has 16-bit weights, a copy with float32 in the cache.
+
+    Raises:
+        InputError: The weights are damaged, or the cache can't be written or is full.
+    """
+    if not (folder / WEIGHTS).is_file() and not (folder / INDEX).is_file():
+        return folder
+    plan = widening.plan(folder, field)
+    if plan is None:
+        return folder
+    conversion = _Conversion(plan.form, plan.files, _others(folder, _WEIGHTS), plan.write, plan.size)
+    return _in_cache(conversion, folder, field)
+
+
+def _in_cache(conversion: _Conversion, place: Path, field: str) -> Path:
+    """The converted folder, made where the cache lacks it; InputError where it can't be written or is full."""
+    form = conversion.form if conversion.form == widening.Widening.form else conversion.library
+    key = repr((VERSION, form, file_stamps((*conversion.sources, *conversion.copied))))
     out = cache_folder() / "converted" / sha256(key.encode()).hexdigest()[:32]
     try:
         make_private_folder(cache_folder())

@@ -5,9 +5,9 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from dem_opt.checkpoints.convert import converted
+from dem_opt.checkpoints.convert import converted, widened
 from dem_opt.checkpoints.training_record import step_folder
-from dem_opt.config import ModelSource
+from dem_opt.config import BaseSource, ModelSource
 from dem_opt.errors import InputError
 
 WANTED = ["*.json", "*.safetensors", "*.model", "*.spm", "*.tiktoken", "*.txt", "*.jinja", "README.md", "LICENSE*"]
@@ -25,7 +25,14 @@ def locate(source: ModelSource, field: str) -> Path:
             is no file, whose opening could wait for ever.
     """
     assert not isinstance(source.step, list), "several steps are several models (`ModelSource.models`)"
+    folder = _folder(source, field)
+    return widened(folder, field) if isinstance(source, BaseSource) and source.dtype == "float32" else folder
+
+
+def _folder(source: ModelSource, field: str) -> Path:
+    """The folder, as it is stored or converted."""
     if source.run is not None and source.step is not None:
+        assert not isinstance(source.step, list)
         return step_folder(source.run, source.step, field)
     folder = source.path if source.hub is None else _cached(source, source.hub, field)
     assert folder is not None

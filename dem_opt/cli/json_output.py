@@ -75,7 +75,8 @@ def of_summary(summary: "Summary") -> dict[str, Any]:
     """The results of a study.
 
     `forward_equivalents` are passes over all windows of the search split; `usage` has seconds, and shares from 0 to 1.
-    `cost` is what the study has spent since it began, everything included.
+    `cost` is what the study has spent since it began, everything included.  `rounding` is the error of the uniform
+    average in the base's dtype, by its distance from the base.
     """
     from dem_opt.analysis.utilization import usage_of
 
@@ -97,6 +98,7 @@ def of_summary(summary: "Summary") -> dict[str, Any]:
         "usage": {run: asdict(usage_of(records)) for run, records in summary.trials.items()},
         "rivals": [_of_rival(rival) for rival in summary.rivals],
         **({"total_price": _of_price(summary.total_price)} if summary.total_price else {}),
+        **({"rounding": summary.vectors.rounding} if summary.vectors else {}),
         **({"front": of_front(summary.front)} if summary.front else {}),
         **({"groups": _of_groups(summary.groups)} if summary.groups else {}),
     }

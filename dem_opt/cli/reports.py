@@ -152,6 +152,7 @@ def print_results(summary: "Summary", terminal: Terminal) -> None:
         objective_name,
         precision_lines,
         rival_lines,
+        rounding_lines,
         sampled_note,
         total_lines,
         winner_text,
@@ -182,6 +183,7 @@ def print_results(summary: "Summary", terminal: Terminal) -> None:
         *group_lines(summary),
         *rival_lines(summary),
         *total_lines(summary),
+        *rounding_lines(summary),
         *precision_lines(summary),
         cost_line(summary),
     ]

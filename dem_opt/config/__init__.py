@@ -37,7 +37,14 @@ from dem_opt.config.sections import (
     SimplexSection,
     TrackingSection,
 )
-from dem_opt.config.sources import DataFile, DistributionSection, GeneralSection, ModelSource, VectorSection
+from dem_opt.config.sources import (
+    BaseSource,
+    DataFile,
+    DistributionSection,
+    GeneralSection,
+    ModelSource,
+    VectorSection,
+)
 from dem_opt.config.yaml import read_yaml
 from dem_opt.errors import InputError, nearest
 from dem_opt.pareto import MEAN, Axes, joint_weights, make_axis
@@ -53,6 +60,7 @@ __all__ = [
     "PATIENCE",
     "REST",
     "TOP",
+    "BaseSource",
     "CoefficientsSection",
     "ComputeSection",
     "DataFile",
@@ -90,7 +98,7 @@ class StudyConfig(Section):
     name: Name
     """Name of the study, under which its trials are found again: letters, digits, `_`, `.` and `-`, at most 64."""
 
-    base: ModelSource
+    base: BaseSource
     """Base model, of which the fine-tunes were trained."""
 
     distributions: Annotated[dict[Name, DistributionSection], Field(min_length=1)]

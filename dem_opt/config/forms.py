@@ -9,9 +9,9 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 
 from dem_opt.config.section import PATTERNS, Name, Section, StudyPath
-from dem_opt.config.sources import DataFile, ModelSource
+from dem_opt.config.sources import BaseSource, DataFile, ModelSource
 
-SHARED_FORMS: dict[type[Section], str] = {DataFile: "DATA", ModelSource: "MODEL"}
+SHARED_FORMS: dict[type[Section], str] = {DataFile: "DATA", ModelSource: "MODEL", BaseSource: "BASE"}
 """Forms that several keys take, listed once at the end of the reference under these words."""
 
 _SCALARS: dict[Any, str] = {

@@ -219,6 +219,25 @@ class ModelSource(Section):
         return str(self.path) if self.hub is None else f"{self.hub}@{self.revision or 'main'}"
 
 
+class BaseSource(ModelSource):
+    """The base: a model, and the dtype in which it is used.
+
+    A path alone is a folder.
+    """
+
+    dtype: Literal["auto", "float32"] = "auto"
+    """Dtype of the base, and so of composites: its own, or `float32`, to which 16-bit weights are widened in the cache,
+    once. Composites are then not rounded to 16 bits, whose steps are often as large as those of a fine-tune.
+    """
+
+    @model_serializer
+    def _as_written(self) -> str | dict[str, Any]:
+        written = ModelSource._as_written(self)
+        if self.dtype == "auto":
+            return written
+        return ({"path": written} if isinstance(written, str) else written) | {"dtype": self.dtype}
+
+
 FineTuneKind = Literal["checkpoint", "adapter"]
 
 

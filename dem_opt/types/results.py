@@ -160,10 +160,13 @@ class VectorGeometry:
     Attributes:
         names: Distributions.
         inner: < v_i , v_j > , a row for each of `names`.
+        rounding: Length of the error that rounding to the base's dtype makes in the uniform average, by that average's
+            distance from the base; None where it was not measured.
     """
 
     names: tuple[str, ...]
     inner: tuple[tuple[float, ...], ...]
+    rounding: float | None = None
 
     @property
     def norms(self) -> tuple[float, ...]:

@@ -5,7 +5,15 @@ from dataclasses import dataclass
 from html import escape
 
 from dem_opt.dashboards.fronts import winner_lines
-from dem_opt.dashboards.words import cost_line, group_lines, margin_text, objective_name, sampled_note, total_lines
+from dem_opt.dashboards.words import (
+    cost_line,
+    group_lines,
+    margin_text,
+    objective_name,
+    rounding_lines,
+    sampled_note,
+    total_lines,
+)
 from dem_opt.types import HELD_OUT, SEARCH, Margin, ResultRow, Summary
 
 ABSENT = "-"
@@ -88,8 +96,10 @@ class StudyResult:
         )
 
     def _findings(self) -> list[str]:
-        """Return what front, groups and sum of the coefficients say, a line each."""
-        return [*winner_lines(self.summary.front), *group_lines(self.summary), *total_lines(self.summary)]
+        """Return what front, groups, sum of the coefficients and rounding say, a line each."""
+        summary = self.summary
+        groups, totals = group_lines(summary), total_lines(summary)
+        return [*winner_lines(summary.front), *groups, *totals, *rounding_lines(summary)]
 
     def _title(self) -> str:
         trials = sum(len(records) for records in self.summary.trials.values())

@@ -6,6 +6,7 @@ from pathlib import Path
 from dem_opt.analysis.precision import study_precision
 from dem_opt.analysis.results import summarize
 from dem_opt.analysis.rivals import recall_rivals
+from dem_opt.analysis.stored_vectors import recall_vectors
 from dem_opt.config import StudyConfig
 from dem_opt.config.objective_function import import_from
 from dem_opt.errors import InputError
@@ -17,7 +18,7 @@ from dem_opt.workflows.stored_study import stored_study
 
 
 def stored_results(config: StudyConfig, path: Path) -> Summary:
-    """Summarize a study, without vectors, surrogate and the facts that reproduce it.
+    """Summarize a study, without surrogate and the facts that reproduce it.
 
     Raises:
         InputError: The study has no finished trial, or its distributions or bounds have changed since.
@@ -38,7 +39,8 @@ def stored_results(config: StudyConfig, path: Path) -> Summary:
             study_precision(ledger, identity, trials),
             recall_rivals(config, ledger, identity, summary.global_winner),
         )
-        summary = replace(summary, precision=precision, rivals=rivals)
+        vectors = recall_vectors(identity.base, identity.fine_tunes, config.output)
+        summary = replace(summary, precision=precision, rivals=rivals, vectors=vectors)
     if summary.winner.role != "best":
         raise not_run
     return summary
