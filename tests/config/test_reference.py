@@ -22,7 +22,7 @@ def test_each_key_has_a_type_and_a_description_of_whole_sentences(entry: KeyRefe
     ("key", "type_", "default"),
     [
         ("name", "text", "required"),
-        ("base", "MODEL", "required"),
+        ("base", "BASE", "required"),
         ("distributions.NAME.validation", "DATA", "required"),
         ("objective.weights", "mapping of names to numbers ≥ 0", "1 for each distribution"),
         ("evaluation.window", "integer ≥ 2", "1024"),
