@@ -99,10 +99,12 @@ def _in_cache(conversion: _Conversion, place: Path, field: str) -> Path:
 
 
 def conversion_of(folder: Path) -> str | None:
-    """Say how the weights of a folder in the cache were converted; None for other folders."""
+    """Say how the weights of a folder in the cache were converted; None for other folders, and for widened weights."""
     record = find_json(folder / RECORD, dict[str, str]) or {}
     if not {"form", "place"} <= record.keys():
         return None
+    if record["form"] == widening.Widening.form:  # which the study file asked for
+        return conversion_of(Path(record["place"]))
     return f"{record['form']} of {record['place']} converted to {folder}"
 
 

@@ -9,6 +9,7 @@ import torch
 import worlds
 from safetensors.torch import load_file, save_file
 
+from dem_opt.checkpoints.convert import conversion_of
 from dem_opt.checkpoints.locate import locate
 from dem_opt.config import BaseSource, load
 from dem_opt.dashboards.words import rounding_lines
@@ -70,6 +71,7 @@ def test_a_widened_base_has_the_same_values(tmp_path: Path, dtype: torch.dtype, 
     assert folder != source.path and locate(source, "base") == folder, "made once"
     assert locate(BaseSource(path=folder, dtype="float32"), "base") == folder, "float32 stays as it is"
     assert locate(BaseSource(path=tmp_path / "base"), "base") == tmp_path / "base"
+    assert conversion_of(folder) is None, "what was asked for is no warning"
     after = weights(folder)
     assert after.keys() == before.keys() == weights(tmp_path / "base").keys()
     for name, tensor in before.items():
