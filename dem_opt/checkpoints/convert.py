@@ -39,7 +39,7 @@ class _Conversion:
         copied: The files to copy.
         write: Writes the safetensors files into a folder; returns the file's name by tensor.
         size: Bytes that it writes, at most; 0 where they are not known.
-        library: Library that reads the form, with its version.
+        variant: What else decides the result: the version of the library that reads the form, or the dtype asked for.
     """
 
     form: str
@@ -47,7 +47,7 @@ class _Conversion:
     copied: Sequence[Path]
     write: Callable[[Path], dict[str, str]]
     size: int = 0
-    library: str = ""
+    variant: str = ""
 
 
 def converted(place: Path, field: str, allow_pickled: bool = False) -> Path:
@@ -76,14 +76,13 @@ def widened(folder: Path, field: str) -> Path:
     plan = widening.plan(folder, field)
     if plan is None:
         return folder
-    conversion = _Conversion(plan.form, plan.files, _others(folder, _WEIGHTS), plan.write, plan.size)
+    conversion = _Conversion(plan.form, plan.files, _others(folder, _WEIGHTS), plan.write, plan.size, "float32")
     return _in_cache(conversion, folder, field)
 
 
 def _in_cache(conversion: _Conversion, place: Path, field: str) -> Path:
     """The converted folder, made where the cache lacks it; InputError where it can't be written or is full."""
-    form = conversion.form if conversion.form == widening.Widening.form else conversion.library
-    key = repr((VERSION, form, file_stamps((*conversion.sources, *conversion.copied))))
+    key = repr((VERSION, conversion.variant, file_stamps((*conversion.sources, *conversion.copied))))
     out = cache_folder() / "converted" / sha256(key.encode()).hexdigest()[:32]
     try:
         make_private_folder(cache_folder())
@@ -112,8 +111,8 @@ def _conversion(place: Path, field: str, allow_pickled: bool) -> _Conversion | N
     """The conversion that a folder or file needs, if any."""
     if files := gguf_file.files_of(place, field):
         config = gguf_file.read(files, field)
-        library = f"transformers {transformers.__version__}"
-        return _Conversion("quantized weights (GGUF)", files, (), config, library=library)
+        variant = f"transformers {transformers.__version__}"
+        return _Conversion("quantized weights (GGUF)", files, (), config, variant=variant)
     if not place.is_dir():
         return None
     if pickles := pickled.files_of(place) if allow_pickled else []:
