@@ -99,12 +99,24 @@ def _in_cache(conversion: _Conversion, place: Path, field: str) -> Path:
 
 def conversion_of(folder: Path) -> str | None:
     """Say how the weights of a folder in the cache were converted; None for other folders, and for widened weights."""
-    record = find_json(folder / RECORD, dict[str, str]) or {}
-    if not {"form", "place"} <= record.keys():
+    record = _record(folder)
+    if record is None:
         return None
     if record["form"] == widening.Widening.form:  # which the study file asked for
         return conversion_of(Path(record["place"]))
     return f"{record['form']} of {record['place']} converted to {folder}"
+
+
+def source_of(folder: Path) -> Path:
+    """The folder or file that a folder in the cache was made of; other folders are their own."""
+    record = _record(folder)
+    return folder if record is None else source_of(Path(record["place"]))
+
+
+def _record(folder: Path) -> dict[str, str] | None:
+    """The record of a folder in the cache."""
+    record = find_json(folder / RECORD, dict[str, str]) or {}
+    return record if {"form", "place"} <= record.keys() else None
 
 
 def _conversion(place: Path, field: str, allow_pickled: bool) -> _Conversion | None:

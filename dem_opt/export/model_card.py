@@ -13,6 +13,7 @@ import yaml
 
 from dem_opt.analysis.total_price import price_line
 from dem_opt.checkpoints.architecture import read_architecture
+from dem_opt.checkpoints.convert import source_of
 from dem_opt.checkpoints.files import DTYPES, read_header
 from dem_opt.config import StudyConfig
 from dem_opt.evaluation.objective import objective_words
@@ -303,8 +304,9 @@ def hub_id(folder: Path) -> str | None:
 
 
 def _hub_name(folder: Path) -> str:
-    """The hub's id of a folder in its cache, else the folder's own name."""
-    return hub_id(folder) or folder.resolve().name
+    """The hub's id of a folder in its cache, else the name of the folder or of what it was converted from."""
+    source = source_of(folder)
+    return hub_id(source) or source.resolve().name
 
 
 def _base_dtype(base: Ingredient) -> str:

@@ -87,6 +87,7 @@ def test_composites_of_a_widened_base_are_not_rounded(tmp_path: Path, dtype: tor
     path = one_step_apart(tmp_path, dtype)
     study = in_process.open_study(wide(path))
     study.merge({"code": 0.75, "math": 0.25}, tmp_path / "out")
+    assert "base_model:\n- base\n- code\n- math\n" in (tmp_path / "out/README.md").read_text(encoding="utf-8")
     base, code, math = (weights(tmp_path / "models" / name) for name in ("base", *NAMES))
     for name, merged in weights(tmp_path / "out").items():
         expected = base[name].float() + 0.75 * (code[name].float() - base[name].float())
