@@ -48,9 +48,17 @@ class Widening:
                     phase.advance()
                 save_file(tensors, out / file.name, metadata={"format": "pt"})
                 weight_map |= dict.fromkeys(tensors, file.name)
-        config = {key: value for key, value in self.config.items() if key != "torch_dtype"} | {"dtype": "float32"}
+        config = _in_float32(self.config) | {"dtype": "float32"}
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         return weight_map
+
+
+def _in_float32(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with every dtype, those of its parts too, at float32."""
+    return {
+        key: "float32" if key in ("dtype", "torch_dtype") else _in_float32(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+    }
 
 
 def plan(folder: Path, field: str) -> Widening | None:

@@ -66,6 +66,9 @@ def wide(path: Path) -> Path:
 def test_a_widened_base_has_the_same_values(tmp_path: Path, dtype: torch.dtype, shards: int) -> None:
     worlds.save_model(tmp_path / "base", 0)
     source = BaseSource(path=narrowed(tmp_path / "base", dtype, shards), dtype="float32")
+    parts = {"torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16", "rope": {"theta": 1.0}}}
+    config = json.loads((tmp_path / "base/config.json").read_text()) | parts
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
     before = weights(tmp_path / "base")
     folder = locate(source, "base")
     assert folder != source.path and locate(source, "base") == folder, "made once"
@@ -77,7 +80,8 @@ def test_a_widened_base_has_the_same_values(tmp_path: Path, dtype: torch.dtype, 
     for name, tensor in before.items():
         assert tensor.dtype == dtype and after[name].dtype == torch.float32
         assert torch.equal(after[name], tensor.float())
-    assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
+    wide_parts = {"torch_dtype": "float32", "text_config": {"dtype": "float32", "rope": {"theta": 1.0}}}
+    assert json.loads((folder / "config.json").read_text()) == config | wide_parts | {"dtype": "float32"}
     assert (folder / "tokenizer.json").read_bytes() == (tmp_path / "base/tokenizer.json").read_bytes()
 
 
