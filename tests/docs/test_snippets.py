@@ -183,7 +183,8 @@ SNIPPETS = [snippet for page in PAGES for snippet in snippets_of(page)]
 
 @pytest.mark.parametrize(
     ("reader", "snippet"),
-    [pytest.param(each.page, each, id=str(each), marks=pytest.mark.xdist_group(str(each.page))) for each in SNIPPETS],
+    [(snippet.page, snippet) for snippet in SNIPPETS],
+    ids=map(str, SNIPPETS),
     indirect=["reader"],
     scope="module",  # one reader for a page
 )
