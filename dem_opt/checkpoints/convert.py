@@ -22,7 +22,7 @@ from dem_opt.permissions import make_private_folder
 RECORD = "converted.json"
 """File of a converted folder that says what was converted."""
 
-VERSION = 1
+VERSION = 2
 """Version of the conversions: one whose result changes must not be found under the old one's name."""
 
 _PICKLES = (*PICKLED, "*.bin.index.json")
@@ -144,7 +144,7 @@ def _write(conversion: _Conversion, place: Path, out: Path) -> None:
         shutil.copyfile(file, out / file.name)
     weight_map = conversion.write(out)
     if weight_map:
-        (out / INDEX).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+        (out / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
     record = {"form": conversion.form, "place": str(place)}
     (out / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

@@ -24,7 +24,7 @@ class Widening:
     config: Mapping[str, Any]
 
     form = "16-bit weights, widened to float32,"
-    """What is done, in words."""
+    """The form, for messages."""
 
     @property
     def files(self) -> list[Path]:

@@ -464,7 +464,7 @@ def _outline(study: str, trial: Trial, unit: str) -> TrialRecord:
 
 
 def _evaluation(stored: TrialAttributes) -> Evaluation:
-    """What an evaluation took, as Optuna has it."""
+    """The costs of an evaluation, as Optuna has them."""
     return Evaluation(
         scores={},
         forward_tokens=stored.forward_tokens,

@@ -31,7 +31,7 @@ def narrowed(folder: Path, dtype: torch.dtype, shards: int = 1) -> Path:
     files = {f"part-{part}.safetensors": tensors[part::shards] for part in range(shards)}
     for file, some in files.items():
         save_file({name: tensor.to(dtype) for name, tensor in some}, folder / file, metadata={"format": "pt"})
-    index = {"weight_map": {name: file for file, some in files.items() for name, _ in some}}
+    index = {"metadata": {}, "weight_map": {name: file for file, some in files.items() for name, _ in some}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config = json.loads((folder / "config.json").read_text()) | {"dtype": str(dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(config))
@@ -75,6 +75,7 @@ def test_a_widened_base_has_the_same_values(tmp_path: Path, dtype: torch.dtype, 
     assert locate(BaseSource(path=folder, dtype="float32"), "base") == folder, "float32 stays as it is"
     assert locate(BaseSource(path=tmp_path / "base"), "base") == tmp_path / "base"
     assert conversion_of(folder) is None, "what was asked for is no warning"
+    assert "metadata" in json.loads((folder / "model.safetensors.index.json").read_text()), "transformers needs it"
     after = weights(folder)
     assert after.keys() == before.keys() == weights(tmp_path / "base").keys()
     for name, tensor in before.items():
