@@ -59,6 +59,7 @@ class Services:
         self.artifacts = folder / "mlflow"
         self._socket = socket_folder
         self._started: dict[str, subprocess.Popen[bytes]] = {}
+        self._options: dict[str, tuple[str, ...]] = {}
 
     def native(self, text: str) -> str:
         """A word of a command, or a URL, as it is on this machine."""
@@ -85,7 +86,7 @@ class Services:
 
     def start(self, name: str, *options: str) -> None:
         """The service's command in a process group of its own, its output in a file."""
-        with self.log(name).open("wb") as output:
+        with self.log(name).open("ab") as output:
             process = subprocess.Popen(
                 [*self.command(name), *options],
                 stdin=subprocess.DEVNULL,
@@ -95,7 +96,7 @@ class Services:
                 cwd=self._folder,
                 start_new_session=True,
             )
-        self._started[name] = process
+        self._started[name], self._options[name] = process, options
 
     def run(self, name: str, *command: str, **more: str) -> None:
         """As `docker compose run --rm`: the service's own command unless another is given.  It must succeed.
@@ -123,17 +124,26 @@ class Services:
         return subprocess.run(words, env=environment, capture_output=True, timeout=PATIENCE).returncode
 
     def wait(self, *names: str) -> None:
-        """Until their health checks succeed, asked as Docker would ask."""
+        """Until their health checks succeed, asked as Docker would ask; what ends is restarted where Compose says so.
+
+        So a Ray that takes more than its own 30 s to start, on a busy machine, is started once more.
+        """
         deadline = time.monotonic() + PATIENCE
-        for name in names:
-            while self.check(name) != 0:
-                for other, process in self._started.items():
-                    assert process.poll() is None, f"{other} ended: {self.last_words(other)}"
-                assert time.monotonic() < deadline, f"{name} is not healthy: {self.last_words(name)}"
-                time.sleep(0.5)
+        while failing := [name for name in names if self.check(name) != 0] + self._restarted():
+            assert time.monotonic() < deadline, f"{failing} not healthy: {self.last_words(failing[0])}"
+            time.sleep(0.5)
+
+    def _restarted(self) -> list[str]:
+        """The services that had ended, started again where their policy says so."""
+        ended = [name for name, process in self._started.items() if process.poll() is not None]
+        for name in ended:
+            assert self._compose[name]["restart"] == "unless-stopped", f"{name} ended: {self.last_words(name)}"
+            self.stop(name)
+            self.start(name, *self._options[name])
+        return ended
 
     def log(self, name: str) -> Path:
-        """File of a service's output."""
+        """File of a service's output, of all its starts."""
         return self._folder / f"{name}.log"
 
     def last_words(self, name: str) -> str:

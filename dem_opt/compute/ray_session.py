@@ -26,6 +26,9 @@ PREFIX = "dem_opt-ray-"
 LONGEST_FOLDER = 107 - len("/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
 """Longest path of a session folder in bytes: the path of a Unix socket has at most 107."""
 
+STARTS = 3
+"""How often Ray is started where it takes too long; on a busy machine the files that it reads are then in memory."""
+
 UNUSED_SECONDS = 60.0
 """Age from which a session folder that no process locks was left by a killed one."""
 
@@ -41,7 +44,7 @@ def private_ray(ray: Any) -> Iterator[None]:
 
     Raises:
         InputError: There is no folder for its files.
-        OutageError: Ray did not start, on a machine that is too busy for its limit of 30 s, say.
+        OutageError: Ray did not start, on a machine that is too busy for its limit of 30 s three times, say.
     """
     with session_folder(short_folder()) as folder:
         token = folder / "token"
@@ -51,18 +54,27 @@ def private_ray(ray: Any) -> Iterator[None]:
         small = {"object_store_memory": OBJECT_STORE_BYTES} if shared_memory_warning(free_shared_memory()) else {}
         try:
             with _own_token(token), _on_loopback(), _startup():
-                ray.init(
-                    address="local",
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    _temp_dir=str(folder / "ray"),
-                    **small,
-                )
+                start_ray(ray, _temp_dir=str(folder / "ray"), **small)
             yield
         finally:
             ray.shutdown()
             _forget_token()
+
+
+def start_ray(ray: Any, **options: Any) -> None:
+    """Call `ray.init` for a Ray on this machine, again where its processes took longer than the 30 s that Ray waits.
+
+    No setting of Ray's makes them more.  Late processes of a start that was given up end with this process.
+    """
+    for left in reversed(range(STARTS)):
+        try:
+            ray.init(
+                address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **options
+            )
+            return
+        except Exception as error:  # Ray raises Exception itself
+            if not left or "timed out during startup" not in str(error):
+                raise
 
 
 @contextmanager

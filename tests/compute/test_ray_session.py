@@ -115,6 +115,40 @@ def test_a_ray_that_does_not_start_is_one_line_and_leaves_nothing(tmp_path):
     assert list(tmp_path.glob(f"{PREFIX}*")) == []
 
 
+LATE = """
+import time
+import ray._private.node as node
+from dem_opt.compute import RayCompute
+from dem_opt.config import ComputeSection
+
+class Clock:
+    '''The processes of the first start are there after a minute, which passes at once.'''
+    ahead = 0.0
+    sleep, time = staticmethod(time.sleep), staticmethod(time.time)
+    def monotonic(self):
+        return time.monotonic() + self.ahead
+
+asked, known = [], node.ray._private.services.get_node
+def get_node(*arguments):
+    asked.append(arguments)
+    if len(asked) > 1:
+        return known(*arguments)
+    node.time.ahead = 60.0
+    raise RuntimeError("not known yet")
+
+node.time, node.ray._private.services.get_node = Clock(), get_node
+with RayCompute(ComputeSection()) as compute:
+    print(len(asked) > 1, len(compute._ray.nodes()))
+"""
+
+
+def test_a_ray_that_takes_too_long_to_start_is_started_again(tmp_path):
+    variables = os.environ | {"TMPDIR": str(tmp_path), "RAY_TMPDIR": ""}
+    ended = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, env=variables, timeout=300)
+    assert ended.stdout == "True 1\n", ended.stderr
+    assert list(tmp_path.glob(f"{PREFIX}*")) == []
+
+
 def test_the_folder_of_a_killed_process_is_removed_by_the_next_and_that_of_a_running_one_is_kept(tmp_path):
     running, killed, young = (tmp_path / f"{PREFIX}{name}" for name in ("running", "killed", "young"))
     holder = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"

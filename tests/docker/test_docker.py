@@ -261,7 +261,7 @@ def services(databases: Path) -> Iterator[Services]:
             running.start("mlflow")
             running.run("tables")
             running.start("optuna-dashboard")
-            running.wait("ray-worker", "mlflow", "optuna-dashboard")
+            running.wait("ray-head", "ray-worker", "mlflow", "optuna-dashboard")
             yield running
         finally:
             running.close()
@@ -333,3 +333,22 @@ def test_a_worker_that_is_gone_is_not_healthy(services: Services) -> None:
     assert services.check("ray-worker") == 0
     services.stop("ray-worker")
     assert services.check("ray-worker") != 0
+
+
+def test_a_service_that_ends_is_started_again_and_one_that_may_not_is_told(tmp_path: Path) -> None:
+    start = "if [ -e once ]; then touch twice; exec sleep 100; fi; touch once; echo too slow; exit 1"
+    ready = {"healthcheck": {"test": ["CMD", "test", "-e", f"{tmp_path}/twice"]}}
+    ends = {"entrypoint": ["sh", "-c"], "command": [start], **ready}
+    again = Services({"services": {"ray": {**ends, "restart": "unless-stopped"}}}, {}, tmp_path, tmp_path)
+    once = Services({"services": {"ray": {**ends, "restart": "no"}}}, {}, tmp_path, tmp_path)
+    try:
+        again.start("ray")
+        again.wait("ray")
+        for file in ("once", "twice"):
+            (tmp_path / file).unlink()
+        once.start("ray")
+        with pytest.raises(AssertionError, match="ray ended: too slow\ntoo slow"):
+            once.wait("ray")
+    finally:
+        again.close()
+        once.close()
