@@ -1,6 +1,5 @@
 """Shared by all tests: a cache folder of their own, one Ray and one PostgreSQL for all that need it."""
 
-import logging
 import os
 import signal
 from collections.abc import Iterator
