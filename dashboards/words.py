@@ -120,7 +120,7 @@ def rounding_lines(summary: Summary) -> list[str]:
     return [
         f"Rounding to the base's dtype moves the uniform average by {rounding:.2f} of its distance from the base: many "
         "steps of the fine-tunes are lost or doubled, and the objective jumps, as where a coefficient passes 0.5. Try "
-        "base: {path: ..., dtype: float32}."
+        "base: {path: ..., rounding: stochastic}, or dtype: float32, a base of twice the size."
     ]
 
 

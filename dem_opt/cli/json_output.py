@@ -76,7 +76,7 @@ def of_summary(summary: "Summary") -> dict[str, Any]:
 
     `forward_equivalents` are passes over all windows of the search split; `usage` has seconds, and shares from 0 to 1.
     `cost` is what the study has spent since it began, everything included.  `rounding` is the error of the uniform
-    average in the base's dtype, by its distance from the base.
+    average in the base's dtype, by its distance from the base; null where composites are rounded stochastically.
     """
     from dem_opt.analysis.utilization import usage_of
 

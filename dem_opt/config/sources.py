@@ -219,8 +219,11 @@ class ModelSource(Section):
         return str(self.path) if self.hub is None else f"{self.hub}@{self.revision or 'main'}"
 
 
+_AS_IT_IS = {"dtype": "auto", "rounding": "nearest"}
+
+
 class BaseSource(ModelSource):
-    """The base: a model, and the dtype in which it is used.
+    """The base: a model, the dtype in which it is used, and how composites are rounded to it.
 
     A path alone is a folder.
     """
@@ -230,12 +233,24 @@ class BaseSource(ModelSource):
     once. Composites are then not rounded to 16 bits, whose steps are often as large as those of a fine-tune.
     """
 
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """Rounding of composites to a base of 16 bits: to the `nearest` value, or `stochastic`: up or down by a hash of the
+    weight's place, with the probability of the sum's place between two values, so that nothing is lost on average.
+    """
+
+    @model_validator(mode="after")
+    def _check_rounding(self) -> Self:
+        if self.dtype == "float32" and self.rounding == "stochastic":
+            raise ValueError("composites of a base in float32 are not rounded: leave dtype or rounding out")
+        return self
+
     @model_serializer
     def _as_written(self) -> str | dict[str, Any]:
         written = ModelSource._as_written(self)
-        if self.dtype == "auto":
+        more = {name: value for name in ("dtype", "rounding") if (value := getattr(self, name)) != _AS_IT_IS[name]}
+        if not more:
             return written
-        return ({"path": written} if isinstance(written, str) else written) | {"dtype": self.dtype}
+        return ({"path": written} if isinstance(written, str) else written) | more
 
 
 FineTuneKind = Literal["checkpoint", "adapter"]

@@ -39,6 +39,12 @@ CARD, RECIPE, COEFFICIENTS = "README.md", "mergekit.yaml", "coefficients.json"
 UNSTATED = "not stated"
 """Licence of a checkpoint that states none."""
 
+STOCHASTIC = (
+    "Sums were rounded to 16 bits up or down by a hash of the weight's place, with the probability of the sum's\n"
+    "place between the two values (`rounding: stochastic`)."
+)
+NEAREST = ", to the nearest values, which may score otherwise"
+
 FRONT_MATTER = {
     "library_name": "transformers",
     "pipeline_tag": "text-generation",
@@ -132,6 +138,7 @@ def model_card(
         [ingredient.name, f"{ingredient.units / UNIT:.9f}", licence(ingredient.path), ingredient.model.content]
         for ingredient in ingredients
     ]
+    is_stochastic = ingredients[0].model.rounding == "stochastic" and dtype != "float32" and lora is None
     parts = [
         f"---\n{_front_matter(ingredients, lora is not None)}---",
         f"# {_plain(name)}",
@@ -139,6 +146,7 @@ def model_card(
         "distribution, with coefficients chosen by the perplexity of the sum.",
         "    Theta_D = Theta + sum_i w_i (Theta_i - Theta)",
         *([f"All weights are {dtype}, rounded once from sums in float32."] if dtype else []),
+        *([STOCHASTIC] if is_stochastic else []),
         *([_lora(lora)] if lora else []),
         "## Coefficients",
         _table(["model", "mean coefficient" if groups else "coefficient", "licence", "content (SHA-256)"], rows),
@@ -149,7 +157,8 @@ def model_card(
         *([_margins(margins, objective, unit)] if margins else []),
         "## Made with",
         _table(["library", "version"], [list(item) for item in libraries.items()]),
-        f"`{RECIPE}` is a recipe with which mergekit writes the same model, up to rounding in float32.",
+        f"`{RECIPE}` is a recipe with which mergekit writes the same model, up to rounding in float32"
+        f"{NEAREST if is_stochastic else ''}.",
         *(["The study, resolved:", _indented(study)] if study else []),
     ]
     return "\n\n".join(parts) + "\n"

@@ -98,7 +98,8 @@ def compiled_kernel() -> CompiledKernel:
     merge.restype = None
     merge.argtypes = (
         *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
-        *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
+        *(ctypes.c_void_p, ctypes.c_int64),
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
     )
     return CompiledKernel(merge, f"the merge kernel was {description}", perf_counter() - started)
 

@@ -98,6 +98,35 @@ Float16 narrow(float value) {
     return {uint16_t((bits >> 16 & 0x8000) | (magnitude < 0x477ff000 ? finite : large))};
 }
 
+// Stochastic rounding, as in dither.py: a float32 sum becomes one of the two values of the stored dtype beside it, above
+// with the probability of the sum's place between them; the threshold is a hash of the element's state.
+uint32_t mix(uint32_t state) {
+    state = (state ^ state >> 16) * 0x21f0aaad;
+    state = (state ^ state >> 15) * 0x735a2d97;
+    return state ^ state >> 15;
+}
+
+template <class X>
+float dithered(float value, uint32_t threshold);
+
+// Add as many random bits as are cut off; infinity has none that could carry.
+template <>
+float dithered<BFloat16>(float value, uint32_t threshold) {
+    const uint32_t bits = bits_of(value), rounded = (bits + (threshold >> 16)) & 0xffff0000;
+    return (bits & 0x7fffffff) > 0x7f800000 ? value : float_of(rounded);
+}
+
+// Below 2^-14 (0x38800000) results are multiples of 2^-24.
+template <>
+float dithered<Float16>(float value, uint32_t threshold) {
+    const uint32_t bits = bits_of(value), magnitude = bits & 0x7fffffff, random = threshold >> 19;
+    const float multiples = float_of(magnitude) * 0x1p24f + float(int32_t(random)) * 0x1p-13f;
+    const bool is_small = magnitude < 0x38800000;
+    const uint32_t small = bits_of(float(int32_t(is_small ? multiples : 0.0f)) * 0x1p-24f);
+    const uint32_t rounded = is_small ? small : (magnitude + random) & ~0x1fffu;
+    return magnitude > 0x7f800000 ? value : float_of((bits & 0x80000000) | rounded);
+}
+
 // Store 16 elements around the caches, which then need not read the lines that are overwritten (no write-allocate);
 // `out` must be aligned to 16 bytes.
 template <class X>
@@ -184,6 +213,23 @@ void add_alike(float* sums, const Term* terms, const float* weights, int64_t cou
     for (; n < count; n++) add<X, 1>(sums, terms + n, weights + n, start, size);
 }
 
+// The states of elements for stochastic rounding: an element's index plus the shift of the stretch that it lies in.
+struct Dither {
+    const int64_t* starts;  // first element of each stretch, ascending; null where sums go to the nearest value
+    const int64_t* shifts;  // of each stretch, modulo 2^32
+    int64_t count;
+
+    template <class X>
+    void apply(float* sums, int64_t start, int64_t size) const {
+        int64_t stretch = std::upper_bound(starts, starts + count, start) - starts - 1;
+        for (int64_t done = 0, end; done < size; done = end, stretch++) {
+            end = stretch + 1 < count ? std::min(starts[stretch + 1] - start, size) : size;
+            const uint32_t state = uint32_t(start) + uint32_t(shifts[stretch]);
+            for (int64_t i = done; i < end; i++) sums[i] = dithered<X>(sums[i], mix(state + uint32_t(i)));
+        }
+    }
+};
+
 struct Merge {
     const Term* terms;
     int64_t count;
@@ -191,6 +237,7 @@ struct Merge {
     int64_t rounded, live;
     const int64_t* rows;  // first element of each row of int8 terms, ascending; all int8 terms share it
     int64_t count_rows;
+    Dither dither;
 
     // Add int8 terms row by row, with weight_n scale_n[row] rounded to float32 as their weight.
     void add_scaled(float* sums, int64_t first, int64_t last, int64_t start, int64_t size, float* weights) const {
@@ -219,7 +266,7 @@ struct Merge {
     template <class Out>
     void tile(int64_t start, int64_t end, float* weights) const {
         const auto same = [this](const Term& term) { return term.type == terms->type; };
-        const bool alike = count <= MOST && std::all_of(terms, terms + count, same);
+        const bool alike = count <= MOST && !dither.starts && std::all_of(terms, terms + count, same);
         if constexpr (!Out::SHORT) {  // instances for float16 too would double the time to compile
             if (alike && terms->type == FLOAT32) return sum_alike<float, Out>(terms, count, out, start, end);
             if (alike && terms->type == BFLOAT16) return sum_alike<BFloat16, Out>(terms, count, out, start, end);
@@ -228,6 +275,8 @@ struct Merge {
             alignas(64) float sums[CHUNK];
             size = std::min(CHUNK, end - start);
             add_chunk(sums, start, size, weights);
+            if (dither.starts && rounded == BFLOAT16) dither.apply<BFloat16>(sums, start, size);
+            if (dither.starts && rounded == FLOAT16) dither.apply<Float16>(sums, start, size);
             typename Out::Live live[CHUNK];
             for (int64_t i = 0; i < size; i++) live[i] = Out::of(sums[i]);
             std::copy(live, live + size, static_cast<typename Out::Live*>(out) + start);
@@ -246,7 +295,8 @@ struct Merge {
 }  // namespace
 
 extern "C" void dem_merge(const Term* terms, const Run* runs, int64_t count_runs, void* out, int64_t rounded,
-                          int64_t live, const int64_t* rows, int64_t count_rows, int64_t threads) {
+                          int64_t live, const int64_t* rows, int64_t count_rows, const int64_t* starts,
+                          const int64_t* shifts, int64_t count_starts, int64_t threads) {
     const Run* last = runs + count_runs;
     const int64_t size = last[-1].end;
     int64_t most = 0;
@@ -259,7 +309,8 @@ extern "C" void dem_merge(const Term* terms, const Run* runs, int64_t count_runs
             const auto ends_before = [](int64_t element, const Run& run) { return element < run.end; };
             for (const Run* run = std::upper_bound(runs, last, start, ends_before); start < end; run++) {
                 const int64_t until = std::min(run->end, end);
-                const Merge merge{terms + run->first, run->count, out, rounded, live, rows, count_rows};
+                const Merge merge{terms + run->first, run->count, out, rounded, live, rows, count_rows,
+                                  {starts, shifts, count_starts}};
                 if (run->count) merge.tile_of_dtype(start, until, weights.data());
                 start = until;
             }

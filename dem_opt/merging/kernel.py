@@ -3,8 +3,9 @@
     out = cast( round( sum_n w_n x_n ) )
 
 Every product and every sum is rounded to float32 on its own, in the order of the terms; the sum is rounded once to the
-base's dtype, then cast to the evaluation's.  Three backends compute it, with the same bits: kernel.cpp on CPUs, a
-kernel made by torch's compiler on GPUs, and torch's own operations where neither can be compiled.
+base's dtype, to the nearest value or stochastically (dither.py), then cast to the evaluation's.  Three backends compute
+it, with the same bits: kernel.cpp on CPUs, a kernel made by torch's compiler on GPUs, and torch's own operations where
+neither can be compiled, or where sums are rounded stochastically on a GPU.
 
 Shape suffixes: P flat elements of a segment, N terms.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dem_opt.merging.compiled import Run, Term, compiled_kernel, expected_compiled_kernel
+from dem_opt.merging.dither import Dither, States, rounded_stochastically
 from dem_opt.merging.int8 import Int8Vector
 from dem_opt.simplex import UNIT
 
@@ -30,6 +32,9 @@ CPU_THREADS = 4
 
 DEVICE_BLOCK = 2**24
 """Elements merged at once in torch operations on a GPU: enough to hide the time of launching kernels."""
+
+_STATES_SHARE = 8
+"""Blocks are smaller by this where sums are rounded stochastically, so that states fit into the same scratch."""
 
 # A kernel made by torch's compiler indexes with 32 bits up to 2**31 elements, and more slowly with 64 bits beyond.
 _COMPILED_BLOCK = 2**30
@@ -115,7 +120,14 @@ class MergeKernel:
         elements = CPU_BLOCK * threads if device == "cpu" else DEVICE_BLOCK
         return elements * (2 * 4 + itemsize)
 
-    def merge(self, out_P: Tensor, terms: Terms, dtype: torch.dtype, keeps_single: bool = True) -> None:
+    def merge(
+        self,
+        out_P: Tensor,
+        terms: Terms,
+        dtype: torch.dtype,
+        keeps_single: bool = True,
+        states: States | None = None,
+    ) -> None:
         """Write  sum_n (units_n / 1e9) x_n , rounded to `dtype` and cast to the dtype of `out_P`.
 
         A single term of coefficient 1 is copied, which keeps its bits even where the processor flushes denormal numbers
@@ -126,26 +138,35 @@ class MergeKernel:
             terms: Units of 1e-9 and values, summed in this order; coefficients are rounded to float32.
             dtype: The base's dtype.
             keeps_single: A single term of coefficient 1 is not rounded to `dtype`: the model is a checkpoint as it is.
+            states: Of the elements, for stochastic rounding; None rounds to the nearest value.
         """
-        if _is_copy(terms):
+        states = None if dtype == torch.float32 else states
+        if _is_copy(terms, keeps_single, dtype, states):
             (_, x_P), *_ = terms
             assert isinstance(x_P, Tensor)
             out_P.copy_(x_P if keeps_single else x_P.to(dtype))
             return
         weights, values = [units / UNIT for units, _ in terms], [x for _, x in terms]
-        if self._is_for_kernel_cpp(out_P, values, dtype):
-            _merge_by_kernel_cpp(out_P, [(len(out_P), terms)], dtype)
+        if self._is_for_kernel_cpp(out_P, values, dtype, states):
+            _merge_by_kernel_cpp(out_P, [(len(out_P), terms)], dtype, states)
             return
         weights_N1 = torch.split(torch.tensor(weights, dtype=torch.float32, device=out_P.device), 1)
-        if self.compiled and self._device.type != "cpu" and all(isinstance(x, Tensor) for x in values):
+        block = self.block if states is None else -(-self.block // _STATES_SHARE)
+        on_cpu, whole = self._device.type == "cpu", all(isinstance(x, Tensor) for x in values)
+        if self.compiled and not on_cpu and whole and states is None:
             _merge_on_device(out_P, weights_N1, values, dtype)
-        elif self._device.type == "cpu" and len(out_P) > self.block:
-            _merge_in_threads(out_P, weights_N1, values, dtype, self.block)
+        elif on_cpu and len(out_P) > block:
+            _merge_in_threads(out_P, weights_N1, values, dtype, block, states)
         else:
-            _merge_stripe(out_P, weights_N1, values, dtype, self.block)
+            _merge_stripe(out_P, weights_N1, values, dtype, block, states)
 
     def merge_runs(
-        self, out_P: Tensor, runs: Sequence[tuple[slice, Terms]], dtype: torch.dtype, keeps_single: bool = True
+        self,
+        out_P: Tensor,
+        runs: Sequence[tuple[slice, Terms]],
+        dtype: torch.dtype,
+        keeps_single: bool = True,
+        states: Dither | None = None,
     ) -> None:
         """Merge runs of neighbouring elements with terms of their own, in one pass where there is a compiled kernel.
 
@@ -154,27 +175,37 @@ class MergeKernel:
             runs: Slices that follow each other, with their terms, whose values are as long as the output.
             dtype: The base's dtype.
             keeps_single: See `merge`.
+            states: See `merge`.
         """
         values = {id(x): x for _, terms in runs for _, x in terms}
-        if len(runs) == 1 or not self._is_for_kernel_cpp(out_P, list(values.values()), dtype):
-            for part, terms in runs:
-                self.merge(out_P[part], _within(terms, part, len(out_P)), dtype, keeps_single)
-            return
-        for part, terms in runs:
-            if _is_copy(terms):
-                self.merge(out_P[part], _within(terms, part, len(out_P)), dtype, keeps_single)
-        _merge_by_kernel_cpp(out_P, [(part.stop, () if _is_copy(terms) else terms) for part, terms in runs], dtype)
+        if len(runs) == 1 or not self._is_for_kernel_cpp(out_P, list(values.values()), dtype, states):
+            copied = runs
+        else:
+            are_copies = [_is_copy(terms, keeps_single, dtype, states) for _, terms in runs]
+            copied = [run for run, is_copy in zip(runs, are_copies, strict=True) if is_copy]
+            summed = [
+                (part.stop, () if is_copy else terms) for (part, terms), is_copy in zip(runs, are_copies, strict=True)
+            ]
+            _merge_by_kernel_cpp(out_P, summed, dtype, None if dtype == torch.float32 else states)
+        for part, terms in copied:
+            own = states.within(part) if states is not None else None
+            self.merge(out_P[part], _within(terms, part, len(out_P)), dtype, keeps_single, own)
 
-    def _is_for_kernel_cpp(self, out_P: Tensor, values: Sequence[Values], dtype: torch.dtype) -> bool:
+    def _is_for_kernel_cpp(
+        self, out_P: Tensor, values: Sequence[Values], dtype: torch.dtype, states: States | None
+    ) -> bool:
         """Return whether kernel.cpp is trusted, and compiled for these stored, rounded and written dtypes."""
         stored = {(x.values_P if isinstance(x, Int8Vector) else x).dtype for x in values}
         on_cpu = self.compiled and self._device.type == "cpu"
-        return on_cpu and stored <= _TYPES.keys() and {dtype, out_P.dtype} in _ROUNDINGS
+        in_order = states is None or isinstance(states, Dither)
+        return on_cpu and in_order and stored <= _TYPES.keys() and {dtype, out_P.dtype} in _ROUNDINGS
 
 
-def _is_copy(terms: Terms) -> bool:
-    """True for a single term of coefficient 1, which is copied."""
-    return len(terms) == 1 and terms[0][0] == UNIT and isinstance(terms[0][1], Tensor)
+def _is_copy(terms: Terms, keeps_single: bool, dtype: torch.dtype, states: States | None) -> bool:
+    """True for a single term of coefficient 1, which is copied where it is not to be rounded stochastically."""
+    if len(terms) != 1 or terms[0][0] != UNIT or not isinstance(terms[0][1], Tensor):
+        return False
+    return keeps_single or states is None or terms[0][1].dtype == dtype
 
 
 def _within(terms: Terms, part: slice, size: int) -> Terms:
@@ -190,6 +221,7 @@ def _merge_stripe(
     values: Sequence[Values],
     dtype: torch.dtype,
     block: int,
+    states: States | None = None,
     stripe: int = 0,
     stripes: int = 1,
 ) -> None:
@@ -205,6 +237,9 @@ def _merge_stripe(
         for number, (weight_1, x) in enumerate(zip(weights_N1[1:], values[1:], strict=True), 2):
             _multiply(x, weight_1, part, right_P)
             torch.add(left_P, right_P, out=into_P if direct and number == len(values) else left_P)
+        if states is not None:
+            states_P = states.states_P(slice(start, start + len(left_P)), out_P.device)
+            left_P = rounded_stochastically(left_P, dtype, states_P)
         if not direct or len(values) == 1:
             into_P.copy_(left_P.to(dtype))
 
@@ -216,7 +251,12 @@ def _multiply(x: Values, weight_1: Tensor, part: slice, out_P: Tensor) -> None:
 
 
 def _merge_in_threads(
-    out_P: Tensor, weights_N1: Sequence[Tensor], values: Sequence[Values], dtype: torch.dtype, block: int
+    out_P: Tensor,
+    weights_N1: Sequence[Tensor],
+    values: Sequence[Values],
+    dtype: torch.dtype,
+    block: int,
+    states: States | None,
 ) -> None:
     """Merge stripes in Python threads, each with one torch thread, so that they wait for each other only at the end.
 
@@ -227,7 +267,7 @@ def _merge_in_threads(
 
     def work(stripe: int) -> None:
         with torch.no_grad():
-            _merge_stripe(out_P, weights_N1, values, dtype, block, stripe, stripes)
+            _merge_stripe(out_P, weights_N1, values, dtype, block, states, stripe, stripes)
 
     try:
         with ThreadPoolExecutor(stripes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -236,8 +276,11 @@ def _merge_in_threads(
         torch.set_num_threads(threads)  # `set_num_threads(1)` in a thread is also inherited by threads that start later
 
 
-def _merge_by_kernel_cpp(out_P: Tensor, runs: Sequence[tuple[int, Terms]], dtype: torch.dtype) -> None:
+def _merge_by_kernel_cpp(
+    out_P: Tensor, runs: Sequence[tuple[int, Terms]], dtype: torch.dtype, states: States | None = None
+) -> None:
     """Merge runs of elements, each with its end and its terms, in one pass of kernel.cpp."""
+    assert states is None or isinstance(states, Dither)
     merge = compiled_kernel().merge
     assert merge is not None and out_P.is_contiguous() and runs[-1][0] == len(out_P)
     listed = [term for _, terms in runs for term in terms]
@@ -253,8 +296,11 @@ def _merge_by_kernel_cpp(out_P: Tensor, runs: Sequence[tuple[int, Terms]], dtype
         first += len(of_run)
     starts_R = next((x.starts_R for _, x in listed if isinstance(x, Int8Vector)), None)
     rows = (None, 0) if starts_R is None else (starts_R.data_ptr(), len(starts_R))
-    threads = torch.get_num_threads()
-    merge(terms, spans, len(runs), out_P.data_ptr(), _TYPES[dtype], _TYPES[out_P.dtype], *rows, threads)
+    starts, shifts, count = None, None, 0
+    if states is not None:
+        starts, shifts, count = states.starts_S.data_ptr(), states.shifts_S.data_ptr(), len(states.starts_S)
+    dtypes, threads = (_TYPES[dtype], _TYPES[out_P.dtype]), torch.get_num_threads()
+    merge(terms, spans, len(runs), out_P.data_ptr(), *dtypes, *rows, starts, shifts, count, threads)
 
 
 def _aligned(x: Values) -> Tensor:
@@ -310,8 +356,14 @@ def _agrees(kind: str, stored: torch.dtype) -> bool:
     weights_N1 = torch.split(torch.tensor(weights, dtype=torch.float32, device=kind), 1)
     merged_P, expected_P = torch.empty(2, 4099, dtype=torch.float32, device=kind)
     _merge_stripe(expected_P, weights_N1, values, stored, 4099)
-    if kind == "cpu":
-        _merge_by_kernel_cpp(merged_P, [(4099, list(zip(units, values, strict=True)))], stored)
-    else:
+    if kind != "cpu":
         _merge_on_device(merged_P, weights_N1, values, stored)
+        return torch.equal(merged_P, expected_P)
+    runs = [(4099, list(zip(units, values, strict=True)))]
+    _merge_by_kernel_cpp(merged_P, runs, stored)
+    if stored == torch.float32 or not torch.equal(merged_P, expected_P):
+        return torch.equal(merged_P, expected_P)
+    states = Dither.of([(0, "", 0), (1000, "x", 7)])
+    _merge_stripe(expected_P, weights_N1, values, stored, 4099, states)
+    _merge_by_kernel_cpp(merged_P, runs, stored, states)
     return torch.equal(merged_P, expected_P)

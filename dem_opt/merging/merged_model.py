@@ -70,7 +70,7 @@ class MergedModel:
         Args:
             model: An empty model; the dtypes of its parameters are the evaluation's.
             stored: Checkpoints and adapters that fit the model (`check_fit`, `check_adapter`).  Composites are rounded
-                to the dtypes of the first checkpoint, the base.
+                to the dtypes of the first checkpoint, the base, in the way that it has.
             devices: Each holds and merges a share of the layers (`split_layers`); the model takes its inputs on the
                 first, and activations move between them.  A device may be named several times.  The bits do not depend
                 on the number of devices.
@@ -81,6 +81,7 @@ class MergedModel:
         """
         self._devices = [torch.device(device) for device in devices]
         self._split = split_layers(model, len(self._devices))
+        self._is_stochastic = stored[0].rounding == "stochastic"
         distinct = list({checkpoint.content: checkpoint for checkpoint in stored}.values())
         architecture = describe(model)
         quantized = distinct[1:] if vectors == "int8" else []
@@ -173,8 +174,8 @@ class MergedModel:
                     (part.slice, self._stored_terms(composite.terms_of(part.name), segment))
                     for part in segment.runs(composite)
                 ]
-                kernel = self._kernels[segment.device]
-                kernel.merge_runs(segment.live_P, runs, segment.dtype, keeps_single=composite.is_single)
+                kernel, states = self._kernels[segment.device], segment.states if self._is_stochastic else None
+                kernel.merge_runs(segment.live_P, runs, segment.dtype, composite.is_single, states)
             return
         parts = [(segment, part) for segment in self._segments for part in segment.parts(has_adapters)]
         blocks = [part.block(segment.live_P.device) for segment, part in parts]
@@ -184,7 +185,8 @@ class MergedModel:
                 for content, units in composite.terms_of(part.name)
             ]
             kernel, out_P = self._kernels[segment.device], segment.live_P[part.slice]
-            kernel.merge(out_P, terms, segment.dtype, keeps_single=composite.is_single)
+            states = segment.states.within(part.slice) if self._is_stochastic else None
+            kernel.merge(out_P, terms, segment.dtype, composite.is_single, states)
 
     def _root(self, content: str) -> str:
         """The checkpoint that a term's values are read from: for an adapter its base."""

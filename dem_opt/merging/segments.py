@@ -11,6 +11,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from dem_opt.merging.dither import Dither
 from dem_opt.merging.int8 import Int8Vector, row_count, row_length
 from dem_opt.merging.streaming import BLOCK, Block
 from dem_opt.types import Composite
@@ -136,6 +137,11 @@ class Segment:
         """First element of each row of its parameters; the padding behind a parameter belongs to its last row."""
         starts = [torch.arange(row_count(x.shape)) * row_length(x.shape) + x.start for x in self.slices]
         return torch.cat(starts).to(self.live_P.device)
+
+    @cached_property
+    def states(self) -> Dither:
+        """Of its elements, for stochastic rounding: they depend on names and on places in parameters alone."""
+        return Dither.of([(place.start, place.name, place.first) for place in self.slices])
 
     def view(self, flat_P: Tensor, place: ParameterSlice) -> Tensor:
         """View one parameter's part of a flat tensor in its shape."""

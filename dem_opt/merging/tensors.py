@@ -1,6 +1,9 @@
 """A composite's tensors one at a time, straight from the files."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
+from math import prod
 
 import torch
 from torch import Tensor
@@ -10,10 +13,14 @@ from dem_opt.checkpoints.architecture import Architecture, parameter_of
 from dem_opt.checkpoints.files import DTYPES, Header, read_header, read_tensors
 from dem_opt.checkpoints.loading import read_parameters
 from dem_opt.checkpoints.vocabulary import with_base_rows
+from dem_opt.merging.dither import Dither, ScatteredDither, States, seed_of
 from dem_opt.merging.kernel import MergeKernel
 from dem_opt.types import Composite, StoredModel, Terms
 
 NamedTensors = Iterator[tuple[str, Tensor]]
+
+_FUSED = 4
+"""Fused parameters whose places are kept: stored tensors of the two or three of a layer often alternate."""
 
 
 def merged_tensors(
@@ -34,15 +41,16 @@ def merged_tensors(
         stored: Checkpoints and adapters by content.
         composite: The composite.
         names: Stored names of the base's tensors, in the order wanted.
-        dtype: What the float32 sums are rounded to, once; by default the base's dtype, or for a single checkpoint its
-            own.
+        dtype: What the float32 sums are rounded to, once, as the base's are; by default the base's dtype, or for a
+            single checkpoint its own.
     """
     header = read_header(base.path, "base")
     dtypes = {name: DTYPES[header.tensors[name].dtype] for name in names}
     readers = [_tensors(architecture, header, names, stored[content]) for content in composite.contents]
     parameters = parameter_of(architecture, header)
     terms = {name: composite.terms_of(parameters[name]) for name in names}
-    return _merge_each(readers, composite, terms, dtypes, dtype)
+    states = _states(architecture, header, names) if base.rounding == "stochastic" else repeat(None)
+    return _merge_each(readers, composite, terms, dtypes, dtype, states)
 
 
 def _merge_each(
@@ -51,17 +59,34 @@ def _merge_each(
     terms: Mapping[str, Terms],
     dtypes: Mapping[str, torch.dtype],
     dtype: torch.dtype | None,
+    states: Iterable[States | None],
 ) -> NamedTensors:
     """Merge the tensors that the readers of a composite's checkpoints yield side by side."""
     kernel = MergeKernel()
-    for tensors in zip(*readers, strict=True):
+    for tensors, own in zip(zip(*readers, strict=True), states, strict=False):
         name, first = tensors[0]
         values = {content: x for content, (_, x) in zip(composite.contents, tensors, strict=True)}
         merged = torch.empty(first.shape, dtype=dtype or (first.dtype if composite.is_single else dtypes[name]))
-        kernel.merge(
-            merged.view(-1), [(units, values[content].reshape(-1)) for content, units in terms[name]], merged.dtype
-        )
+        flat = [(units, values[content].reshape(-1)) for content, units in terms[name]]
+        kernel.merge(merged.view(-1), flat, merged.dtype, states=own)
         yield name, merged
+
+
+def _states(architecture: Architecture, base: Header, names: Sequence[str]) -> Iterator[States]:
+    """States for stochastic rounding of the base's stored tensors, each element's by its place in the parameter."""
+    layout, parameters = architecture.layout(base), parameter_of(architecture, base)
+
+    @functools.lru_cache(maxsize=_FUSED)
+    def places_in(parameter: str) -> Mapping[str, Tensor]:
+        shape = architecture.parameters[parameter]
+        return architecture.as_stored({parameter: torch.arange(prod(shape), dtype=torch.int32).view(shape)})
+
+    for name in names:
+        parameter = parameters[name]
+        if parameter in layout.fused:
+            yield ScatteredDither(places_in(parameter)[layout.renaming(name)].reshape(-1), seed_of(parameter))
+        else:
+            yield Dither.of([(0, parameter, 0)])
 
 
 def _tensors(architecture: Architecture, base: Header, names: Sequence[str], model: StoredModel) -> NamedTensors:

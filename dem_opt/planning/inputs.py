@@ -56,7 +56,7 @@ class CheckedHeaders:
 
     def stored_models(self) -> tuple[StoredModel, dict[str, StoredModel]]:
         """Hash the base, and the fine-tunes by name."""
-        base = _stored_checkpoint(self.headers["base"])
+        base = replace(_stored_checkpoint(self.headers["base"]), rounding=self.config.base.rounding)
         fine_tunes = {
             name: _stored_model(fine_tune, self.headers[name], base)
             for name, fine_tune in self.config.fine_tunes.items()
@@ -176,6 +176,7 @@ class Inputs:
             for name in ("window", "windows", "held_out", "vectors", "seed")
         }
         settings |= {"evaluation.batch": self.batch_tokens, "evaluation.dtype": self.dtype, "looks": INTERIM_ANALYSES}
+        settings |= {"base.rounding": self.base.rounding} if self.base.rounding != "nearest" else {}
         return StudyIdentity(
             base=self.base.content,
             fine_tunes={name: model.content for name, model in self.fine_tunes.items()},

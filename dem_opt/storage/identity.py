@@ -19,7 +19,8 @@ from dem_opt.simplex import Coefficients, Family, Space
 from dem_opt.types import HELD_OUT, NATS_PER_TOKEN, SEARCH, Composite
 
 _VECTORS = ("evaluation.vectors", "exact")
-"""A setting that studies of early releases do not have, and its value for them."""
+_ROUNDING = ("base.rounding", "nearest")
+"""Settings that not every study has, and their values for the others."""
 
 _FIELDS = {SEARCH: "validation", HELD_OUT: "held_out"}
 _WINDOWS = {SEARCH: "windows", HELD_OUT: "held_out"}
@@ -73,12 +74,15 @@ class StudyIdentity:
         """The ledger's scoring key: a hash of the settings that change a window's nats; windows are hashed apart.
 
         The configuration is no part of it for the models' first one, which databases of early releases do not name.
-        Vectors in int8 are differences to the base, which is one of the settings then.
+        Vectors in int8 are differences to the base, which is one of the settings then.  So is rounding where it is
+        stochastic.
         """
         fields = ("evaluation.dtype", "evaluation.batch", "looks", "device")
         settings = [(field, self.settings.get(field)) for field in fields]
         if self.vectors != "exact":
             settings += [("evaluation.vectors", self.vectors), ("base", self.base)]
+        if self.rounding != "nearest":
+            settings += [("base.rounding", self.rounding)]
         if self.configuration:
             settings += [("configuration", self.configuration)]
         return sha256(repr(settings).encode()).hexdigest()
@@ -87,6 +91,11 @@ class StudyIdentity:
     def vectors(self) -> str:
         """Storage of the fine-tunes in memory: "exact" or "int8"."""
         return self.settings.get(*_VECTORS)
+
+    @property
+    def rounding(self) -> str:
+        """Rounding of composites to the base's dtypes: "nearest" or "stochastic"."""
+        return self.settings.get(*_ROUNDING)
 
     def exact(self) -> "StudyIdentity":
         """The same study with exact vectors."""
@@ -216,7 +225,8 @@ def _without(suffix: str, fields: Iterable[str]) -> list[str]:
 
 def refuse_other_scoring(where: Path | None, old: Mapping[str, str], new: Mapping[str, str]) -> None:
     """Raise InputError where a scoring field that both have has changed: scores would not compare."""
-    old = dict([_VECTORS]) | dict(old)
+    others = dict([_VECTORS, _ROUNDING])
+    old, new = others | dict(old), others | dict(new)
     changed = [field for field in new if field in old and old[field] != new[field]]
     if not changed:
         return

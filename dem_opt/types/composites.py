@@ -101,6 +101,7 @@ class StoredModel:
         field: Field of the study file that named the folder, for messages.
         configuration: Fields of its config.json that compute, as JSON, where composites take theirs from it.
         vocabulary: For a checkpoint with another number of tokens, the content of the base whose rows it gets.
+        rounding: How composites of this base are rounded to its dtypes, "nearest" or "stochastic".
     """
 
     path: Path
@@ -109,3 +110,4 @@ class StoredModel:
     field: str = dataclass_field(default="checkpoint", compare=False)
     configuration: str = ""
     vocabulary: str | None = None
+    rounding: str = "nearest"

@@ -160,8 +160,9 @@ class VectorGeometry:
     Attributes:
         names: Distributions.
         inner: < v_i , v_j > , a row for each of `names`.
-        rounding: Length of the error that rounding to the base's dtype makes in the uniform average, by that average's
-            distance from the base; None where it was not measured.
+        rounding: Length of the error that rounding to the nearest value of the base's dtype makes in the uniform
+            average, by that average's distance from the base; None where it was not measured, or where composites are
+            rounded otherwise.
     """
 
     names: tuple[str, ...]

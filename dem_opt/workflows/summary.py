@@ -49,6 +49,8 @@ def summarize_generation(context: StudyContext, ledger: Ledger, identity: StudyI
     settings = facts(context.config, context.path, identity)
     summary = summarize(context.config.name, ledger, identity, trials, settings, stopped)
     vectors = recall_vectors(identity.base, identity.fine_tunes, context.config.output)
+    if vectors is not None and identity.rounding != "nearest":
+        vectors = replace(vectors, rounding=None)
     records = [record for records in trials.values() for record in records]
     return replace(
         summary,
