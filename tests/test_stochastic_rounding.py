@@ -78,14 +78,33 @@ def test_a_study_keeps_its_rounding(tmp_path: Path, before: str) -> None:
         in_process.open_study(in_process.edit(path, lambda study: study.update(base=base))).run()
 
 
-def test_what_can_not_be_is_refused(tmp_path: Path) -> None:
+def test_another_way_is_refused(tmp_path: Path) -> None:
     path = one_step_apart(tmp_path, torch.bfloat16)
-    in_process.edit(path, lambda study: study.update(base=STOCHASTIC | {"dtype": "float32"}))
-    with pytest.raises(InputError, match="of a base in float32 are not rounded: leave dtype or rounding out"):
-        load(path)
     in_process.edit(path, lambda study: study.update(base=STOCHASTIC | {"rounding": "random"}))
     with pytest.raises(InputError, match=r"base\.rounding"):
         load(path)
+
+
+def test_exports_of_a_base_in_float32_are_rounded_so_and_its_scores_do_not_ask(tmp_path: Path) -> None:
+    path = one_step_apart(tmp_path, torch.bfloat16)
+    in_process.edit(path, lambda study: study.update(base={"path": "models/base", "dtype": "float32"}))
+    in_process.open_study(path).run()
+    in_process.edit(path, lambda study: study.update(base=STOCHASTIC | {"dtype": "float32"}))
+    study = in_process.open_study(path)
+    study.run()
+    coefficients = {"code": 0.75, "math": 0.25}
+    study.merge(coefficients, tmp_path / "wide")
+    study.merge(coefficients, tmp_path / "narrow", dtype="bfloat16")
+    wide, narrow = weights(tmp_path / "wide"), weights(tmp_path / "narrow")
+    assert {tensor.dtype for tensor in narrow.values()} == {torch.bfloat16}
+    up = torch.cat([(narrow[name].float() > tensor).flatten() for name, tensor in wide.items()])
+    between = torch.cat([(tensor.bfloat16().float() != tensor).flatten() for tensor in wide.values()])
+    assert 0.3 < up[between].float().mean() < 0.7
+    errors = torch.cat([(narrow[name].float() - tensor).flatten().double() for name, tensor in wide.items()])
+    nearest = torch.cat([(tensor.bfloat16().float() - tensor).flatten().double() for tensor in wide.values()])
+    assert errors.norm() > 1.1 * nearest.norm()
+    assert "stochastic`)" in (tmp_path / "narrow/README.md").read_text(encoding="utf-8")
+    assert "stochastic`)" not in (tmp_path / "wide/README.md").read_text(encoding="utf-8")
 
 
 def test_it_is_written_as_it_was_read(tmp_path: Path) -> None:

@@ -234,15 +234,10 @@ class BaseSource(ModelSource):
     """
 
     rounding: Literal["nearest", "stochastic"] = "nearest"
-    """Rounding of composites to a base of 16 bits: to the `nearest` value, or `stochastic`: up or down by a hash of the
-    weight's place, with the probability of the sum's place between two values, so that nothing is lost on average.
+    """Rounding of composites of a 16-bit base, and of exports in 16 bits (`--dtype`): to the `nearest` value, or
+    `stochastic`, up or down by a hash of the weight's place with the probability of the sum's place between two values,
+    so that nothing is lost on average.
     """
-
-    @model_validator(mode="after")
-    def _check_rounding(self) -> Self:
-        if self.dtype == "float32" and self.rounding == "stochastic":
-            raise ValueError("composites of a base in float32 are not rounded: leave dtype or rounding out")
-        return self
 
     @model_serializer
     def _as_written(self) -> str | dict[str, Any]:

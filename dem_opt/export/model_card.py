@@ -138,7 +138,7 @@ def model_card(
         [ingredient.name, f"{ingredient.units / UNIT:.9f}", licence(ingredient.path), ingredient.model.content]
         for ingredient in ingredients
     ]
-    is_stochastic = ingredients[0].model.rounding == "stochastic" and dtype != "float32" and lora is None
+    is_stochastic = lora is None and _is_stochastic(ingredients[0].model, dtype)
     parts = [
         f"---\n{_front_matter(ingredients, lora is not None)}---",
         f"# {_plain(name)}",
@@ -162,6 +162,12 @@ def model_card(
         *(["The study, resolved:", _indented(study)] if study else []),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _is_stochastic(base: StoredModel, dtype: str | None) -> bool:
+    """Sums were rounded to 16 bits, and stochastically."""
+    stored = {tensor.dtype for tensor in read_header(base.path, "base").tensors.values()}
+    return base.rounding == "stochastic" and (stored != {"F32"} if dtype is None else dtype != "float32")
 
 
 def _groups(groups: GroupedCoefficients) -> str:

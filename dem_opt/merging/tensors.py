@@ -68,7 +68,7 @@ def _merge_each(
         values = {content: x for content, (_, x) in zip(composite.contents, tensors, strict=True)}
         merged = torch.empty(first.shape, dtype=dtype or (first.dtype if composite.is_single else dtypes[name]))
         flat = [(units, values[content].reshape(-1)) for content, units in terms[name]]
-        kernel.merge(merged.view(-1), flat, merged.dtype, states=own)
+        kernel.merge(merged.view(-1), flat, merged.dtype, keeps_single=False, states=own)
         yield name, merged
 
 

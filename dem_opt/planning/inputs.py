@@ -118,6 +118,7 @@ class Inputs:
     Attributes:
         config: The study file.
         stored: Torch's name of the dtype that most of the base's tensors are stored in.
+        rounds: Whether some of the base's tensors have 16 bits, to which composites are rounded.
         base: The base.
         fine_tunes: Checkpoints and adapters by distribution.
         corpora: Windows of every corpus, for both splits.
@@ -135,6 +136,7 @@ class Inputs:
 
     config: StudyConfig
     stored: str
+    rounds: bool
     base: StoredModel
     fine_tunes: Mapping[str, StoredModel]
     corpora: tuple[Corpus, ...]
@@ -176,7 +178,7 @@ class Inputs:
             for name in ("window", "windows", "held_out", "vectors", "seed")
         }
         settings |= {"evaluation.batch": self.batch_tokens, "evaluation.dtype": self.dtype, "looks": INTERIM_ANALYSES}
-        settings |= {"base.rounding": self.base.rounding} if self.base.rounding != "nearest" else {}
+        settings |= {"base.rounding": self.base.rounding} if self.rounds and self.base.rounding != "nearest" else {}
         return StudyIdentity(
             base=self.base.content,
             fine_tunes={name: model.content for name, model in self.fine_tunes.items()},
@@ -414,6 +416,7 @@ def load_inputs(config: StudyConfig, where: Path, worker: bool = True) -> Inputs
     return Inputs(
         config=config,
         stored=stored_dtype(checked.headers["base"]),
+        rounds=any(tensor.dtype != "F32" for tensor in checked.headers["base"].tensors.values()),
         base=base,
         fine_tunes=fine_tunes,
         corpora=corpora,

@@ -27,7 +27,9 @@ STRETCHES = [(0, "a", 0), (64, "b", 0), (1000, "c", 5000), (1001, "a", 7)]
 def kernel(request):
     if request.param == "compiled" and compiled_kernel().merge is None:
         pytest.skip(compiled_kernel().description)
-    return KERNELS[request.param]()
+    made = KERNELS[request.param]()
+    assert made.compiled == (request.param == "compiled")
+    return made
 
 
 def merged(kernel, parts, dtype, live=torch.float32, states=None, keeps_single=True):
