@@ -112,8 +112,14 @@ def make_landscape(landscape: Landscape, folder: Path, say: Callable[[str], None
     return path
 
 
-def pretrained_landscape(made: Path, folder: Path) -> Path:
-    """A study file over the fine-tunes that `make pretrained` left in `made`; half the window, nothing protected."""
+def pretrained_landscape(made: Path, folder: Path, rounding: str = "nearest") -> Path:
+    """A study file over the fine-tunes that `make pretrained` left in `made`; half the window, nothing protected.
+
+    Args:
+        made: That folder.
+        folder: Where the study file, its database and its results are.
+        rounding: Of composites to the base's bfloat16, "nearest" or "stochastic"; each has a folder of its own.
+    """
     study = yaml.safe_load(PRETRAINED.read_text(encoding="utf-8"))
     distributions = {
         name: {key: str(made / Path(value).relative_to("../pretrained")) for key, value in files.items()}
@@ -122,7 +128,7 @@ def pretrained_landscape(made: Path, folder: Path) -> Path:
     evaluation = study["evaluation"] | {"window": study["evaluation"]["window"] // 2}
     landscape = {
         "name": "pretrained",
-        "base": str(made / "models" / "base"),
+        "base": {"path": str(made / "models" / "base"), "rounding": rounding},
         "distributions": distributions,
         "evaluation": evaluation,
         "storage": "sqlite:///pretrained.db",

@@ -362,7 +362,7 @@ def say(text: str) -> None:
 def studies(arguments: argparse.Namespace, folder: Path) -> list[Path]:
     """The study files to search on, made where they are missing."""
     if arguments.pretrained:
-        return [pretrained_landscape(arguments.pretrained.resolve(), folder)]
+        return [pretrained_landscape(arguments.pretrained.resolve(), folder, arguments.rounding)]
     if arguments.tuned:
         return [make_landscape(each, folder, say) for each in TUNED_ON]
     return [*(make_landscape(each, folder, say) for each in REPORTED), *(make(kind, folder) for kind in OTHER_BASES)]
@@ -374,6 +374,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tuned", action="store_true", help="the landscapes that settings were chosen on")
     parser.add_argument("--pretrained", type=Path, metavar="MADE", help="the folder that `make pretrained` filled")
+    parser.add_argument("--rounding", choices=("nearest", "stochastic"), default="nearest", help="of its composites")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument(
