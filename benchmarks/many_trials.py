@@ -83,7 +83,8 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     marks = sorted(arguments.resume)
-    study = make_study(folder, max(arguments.trials, marks[-1] + 1), arguments.algorithm)
+    # Some more than the last mark: what is told there is the first new trial of a study that goes on.
+    study = make_study(folder, max(arguments.trials, marks[-1]) + 1000, arguments.algorithm)
     for mark, until in zip(marks, [*marks[1:], marks[-1] + 1], strict=True):
         before, began = ended(folder), perf_counter()
         with driven(study) as driver:
