@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import optuna
 import plotly.graph_objects as go
@@ -55,20 +56,42 @@ class TrialNotes:
         _close(self._storage)
 
 
+class _ReadOnce(optuna.storages.RDBStorage):
+    """Optuna's tables, of which a study's system attributes are read once.
+
+    Saving one figure asks for all of them, among them two for each trial's note: seconds, for thousands of trials.
+    """
+
+    def __init__(self, url: str, **settings: Any) -> None:
+        super().__init__(url, **settings)
+        self._known: dict[int, dict[str, Any]] = {}
+
+    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
+        if study_id not in self._known:
+            self._known[study_id] = super().get_study_system_attrs(study_id)
+        return self._known[study_id]
+
+    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
+        super().set_study_system_attr(study_id, key, value)
+        self.get_study_system_attrs(study_id)[key] = value
+
+
 @contextmanager
 def _open_storage(url: str) -> Iterator[optuna.storages.RDBStorage]:
-    storage = _storage(url)
+    storage = _storage(url, _ReadOnce)
     try:
         yield storage
     finally:
         _close(storage)
 
 
-def _storage(url: str) -> optuna.storages.RDBStorage:
+def _storage(
+    url: str, kind: type[optuna.storages.RDBStorage] = optuna.storages.RDBStorage
+) -> optuna.storages.RDBStorage:
     """Connect to Optuna's tables; a locked SQLite file is waited for."""
     options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
     # Optuna applies str.format to the URL: doubled braces stay braces.
-    return optuna.storages.RDBStorage(url.replace("{", "{{").replace("}", "}}"), engine_kwargs=options)
+    return kind(url.replace("{", "{{").replace("}", "}}"), engine_kwargs=options)
 
 
 def _close(storage: optuna.storages.RDBStorage) -> None:

