@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import zoo
-from test_kernel import KERNELS, assert_same_bits, terms
+from test_kernel import KERNELS, assert_same_bits, quantized, terms
 
 from dem_opt.checkpoints.architecture import empty_model, read_architecture, stored_names
 from dem_opt.checkpoints.files import content_hash, read_header
@@ -113,6 +113,15 @@ def test_all_kernels_have_the_same_bits(kernel, dtype, live, count):
     expected = rounded(sums, dtype, states).to(live)
     assert_same_bits(merged(kernel, parts, dtype, live, states), expected)
     assert not torch.equal(expected, merged(kernel, parts, dtype, live))
+
+
+@pytest.mark.parametrize(("dtype", "live"), LIVES)
+def test_vectors_in_int8_are_rounded_alike(kernel, dtype, live):
+    lengths, states = [1, 2, 60, 64, 3000, 5, 1, 997], Dither.of(STRETCHES)
+    (_, base), (units, _) = terms(sum(lengths), dtype, 2)
+    parts = [(UNIT, base), (units, quantized(lengths, 1)), (UNIT // 3, quantized(lengths, 2))]
+    sums = merged(MergeKernel(compiled=False), parts, torch.float32)
+    assert_same_bits(merged(kernel, parts, dtype, live, states), rounded(sums, dtype, states).to(live))
 
 
 @pytest.mark.parametrize("size", [1, 15, 17, 2**20 + 2**17 + 3])
