@@ -3,8 +3,9 @@
 Shape suffixes: N fine-tunes, P parameters of a tensor, B parameters of a block.
 """
 
-from collections.abc import Iterator, Mapping
-from math import sqrt
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod, sqrt
 from pathlib import Path
 
 import torch
@@ -19,6 +20,10 @@ from dem_opt.types import Composite, StoredModel, VectorGeometry
 
 BLOCK = 2**18
 """Parameters whose inner products are summed in float32, where rounding stays small; blocks are summed in float64."""
+
+
+SAMPLED = 2**25
+"""Parameters that `sampled_rounding` looks at: read and compared in a second or two."""
 
 
 def vectors_of(base: StoredModel, fine_tunes: Mapping[str, StoredModel]) -> VectorGeometry:
@@ -36,6 +41,27 @@ def vectors_of(base: StoredModel, fine_tunes: Mapping[str, StoredModel]) -> Vect
     return VectorGeometry(tuple(fine_tunes), tuple(map(tuple, inner_NN.tolist())), rounding)
 
 
+def sampled_rounding(base: StoredModel, fine_tunes: Mapping[str, StoredModel], elements: int = SAMPLED) -> float | None:
+    """`VectorGeometry.rounding`, over matrices of all layers that have so many parameters, or a few more.
+
+    None where the base has no matrices of 16 bits, or the fine-tunes' average is the base there.
+    """
+    header = read_header(base.path, "base")
+    architecture = read_architecture(header)
+    parameters, left = parameter_of(architecture, header), elements
+    names = []
+    for name in sorted(stored_names(architecture, header), key=lambda name: zlib.crc32(name.encode())):
+        tensor = header.tensors[name]
+        if left > 0 and tensor.dtype != "F32" and len(tensor.shape) > 1 and parameters[name] != architecture.embedding:
+            names.append(name)
+            left -= prod(tensor.shape)
+    lost = length = 0.0
+    for _, base_P, others in _side_by_side(base, fine_tunes, names):
+        lost += squared_rounding(base_P, others)
+        length += float(inner_products(base_P, others).mean())
+    return sqrt(lost / length) if length else None
+
+
 def squared_lengths(base: StoredModel, fine_tunes: Mapping[str, StoredModel]) -> dict[str, float]:
     """sum_i |Theta_i - Theta|^2  of each parameter, read as `vectors_of` does."""
     lengths: dict[str, float] = {}
@@ -46,12 +72,13 @@ def squared_lengths(base: StoredModel, fine_tunes: Mapping[str, StoredModel]) ->
 
 
 def _side_by_side(
-    base: StoredModel, fine_tunes: Mapping[str, StoredModel]
+    base: StoredModel, fine_tunes: Mapping[str, StoredModel], some: Sequence[str] | None = None
 ) -> Iterator[tuple[str, Tensor, list[Tensor]]]:
-    """Yield the stored tensors of all models, flat, with the name of the parameter that each becomes."""
+    """Yield the stored tensors of all models, or some, flat, with the name of the parameter that each becomes."""
     header = read_header(base.path, "base")
     architecture = read_architecture(header)
-    names, parameters = stored_names(architecture, header), parameter_of(architecture, header)
+    names = stored_names(architecture, header) if some is None else some
+    parameters = parameter_of(architecture, header)
     readers = [
         merged_tensors(architecture, base, {model.content: model}, Composite.single(model.content), names)
         for model in (base, *fine_tunes.values())

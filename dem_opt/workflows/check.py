@@ -36,6 +36,7 @@ from dem_opt.storage.ledger import Ledger
 from dem_opt.storage.retry import opened
 from dem_opt.types import HELD_OUT, SEARCH, SPLITS, UNITS, Precision
 from dem_opt.workflows.remaining import Remaining, remaining_work
+from dem_opt.workflows.rounding import rounding_warnings
 
 COMPARED = ("grid", "random", "simplex-gp")
 """Algorithms that `dem-opt compare` compares unless others are named."""
@@ -301,7 +302,7 @@ def check_contents(config: StudyConfig, where: Path) -> list[str]:
     """Check texts and weights as a run does before it begins: windows, and each vertex by its model's own forward pass.
 
     Returns:
-        Warnings of models that can't be compared.
+        Warnings of models that can't be compared, and of rounding.
 
     Raises:
         InputError: A text is unreadable, or there is too little of it; a vertex computes otherwise, or the base is no
@@ -309,7 +310,7 @@ def check_contents(config: StudyConfig, where: Path) -> list[str]:
     """
     headers = check_headers(config, where)
     load_corpora(headers, where)
-    return list(headers.check_vertices().warnings)
+    return [*headers.check_vertices().warnings, *rounding_warnings(*headers.stored_models())]
 
 
 def refuse(findings: Findings, config: StudyConfig, where: Path) -> None:

@@ -26,6 +26,7 @@ from dem_opt.workflows.finished import KnownInputs, find_finished, keep_inputs, 
 from dem_opt.workflows.group_coefficients import refuse_groups, search_groups
 from dem_opt.workflows.int8_error import measure_error
 from dem_opt.workflows.provenance import compare_libraries, study_description
+from dem_opt.workflows.rounding import rounding_warnings
 from dem_opt.workflows.summary import outlines_by_run, read_summary, summarize_generation
 
 
@@ -42,6 +43,8 @@ def optimize(context: StudyContext, algorithms: Sequence[str], seeds: int = 1, *
     stamp = stamp_of(context.config)
     inputs = context.load_inputs(for_workers=True)
     refuse_groups(context, inputs)
+    for warning in rounding_warnings(inputs.base, inputs.fine_tunes):
+        context.progress.warning(warning)
     with context.driving() as (ledger, lease), context.compute:
         inputs = distinguish(inputs.on(context.compute.device), ledger, context.progress)
         identity = inputs.identity()

@@ -11,9 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from dem_opt.checkpoints.convert import conversion_of
 from dem_opt.checkpoints.locate import locate
+from dem_opt.cli.main import main
+from dem_opt.compute import InProcessCompute
 from dem_opt.config import BaseSource, load
 from dem_opt.dashboards.words import rounding_lines
 from dem_opt.errors import InputError
+from dem_opt.tracking import NullTracker
 from dem_opt.types import SEARCH
 
 NAMES = ("code", "math")
@@ -129,6 +132,20 @@ def test_rounding_that_takes_much_of_the_vectors_is_told(tmp_path: Path, dtype: 
     (line,) = rounding_lines(narrow.summary())
     assert "base: {path: ..., rounding: stochastic}, or dtype: float32" in line
     assert not rounding_lines(exact.summary())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_check_and_run_warn_of_it_before_a_search(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """By some of the weights, which are all matrices here but the embedding."""
+    in_process.replace_dependencies(monkeypatch, tracker=NullTracker(), compute=InProcessCompute())
+    path = one_step_apart(tmp_path, dtype)
+    for command in ("check", "run"):
+        for file, is_warned in ((path, True), (wide(path), False)):
+            assert main([command, str(file)]) == 0
+            said = " ".join("".join(capsys.readouterr()).split())
+            assert ("warning: Rounding to the base's dtype moves the uniform average by about 0." in said) == is_warned
 
 
 def test_a_dtype_is_the_base_s_alone(tmp_path: Path) -> None:
