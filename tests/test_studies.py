@@ -49,6 +49,7 @@ def test_those_that_are_promised_are_there() -> None:
         "pretrained-three",
         "pretrained-fourth",
         "pretrained-float32",
+        "pretrained-stochastic",
     }
     assert promised | {f"openllama-{size}" for size in OPENLLAMAS} == set(NAMES)
 
@@ -69,7 +70,7 @@ def test_a_study_loads_and_begins_with_its_question(path: Path) -> None:
         seed=settings.seed,
         trainer=settings.trainer,
     ).rows
-    if path.stem != "pretrained-float32":  # whose fine-tunes are those of the 16-bit base
+    if path.stem not in ("pretrained-float32", "pretrained-stochastic"):  # whose fine-tunes are those of `pretrained`
         assert all(distribution.train is not None for distribution in config.distributions.values())
     readme = (path.parent / "README.md").read_text(encoding="utf-8")
     assert f"`{path.name}`" in readme

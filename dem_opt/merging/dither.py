@@ -37,6 +37,7 @@ def seed_of(parameter: str) -> int:
     return zlib.crc32(parameter.encode())
 
 
+@dataclass(frozen=True)
 class Dither:
     """States of flat elements, of which thresholds are hashed: (seed of the parameter + place in it) mod 2^32.
 
@@ -45,8 +46,8 @@ class Dither:
         shifts_S: What is added to an element's index for its state; int64.
     """
 
-    def __init__(self, starts_S: Tensor, shifts_S: Tensor) -> None:
-        self.starts_S, self.shifts_S = starts_S, shifts_S
+    starts_S: Tensor
+    shifts_S: Tensor
 
     @classmethod
     def of(cls, stretches: Sequence[tuple[int, str, int]]) -> "Dither":

@@ -6,11 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 import zoo
-from test_kernel import KERNELS, assert_same_bits, quantized, terms
+from test_kernel import assert_same_bits, quantized, terms
 
 from dem_opt.checkpoints.architecture import empty_model, read_architecture, stored_names
 from dem_opt.checkpoints.files import content_hash, read_header
-from dem_opt.merging.compiled import compiled_kernel
 from dem_opt.merging.dither import Dither, ScatteredDither, rounded_stochastically, seed_of, thresholds
 from dem_opt.merging.kernel import MergeKernel
 from dem_opt.merging.merged_model import MergedModel
@@ -21,15 +20,6 @@ from dem_opt.types import Composite, StoredModel
 NARROW = [torch.bfloat16, torch.float16]
 LIVES = [(dtype, live) for dtype in NARROW for live in (torch.float32, dtype)]
 STRETCHES = [(0, "a", 0), (64, "b", 0), (1000, "c", 5000), (1001, "a", 7)]
-
-
-@pytest.fixture(params=KERNELS)
-def kernel(request):
-    if request.param == "compiled" and compiled_kernel().merge is None:
-        pytest.skip(compiled_kernel().description)
-    made = KERNELS[request.param]()
-    assert made.compiled == (request.param == "compiled")
-    return made
 
 
 def merged(kernel, parts, dtype, live=torch.float32, states=None, keeps_single=True):

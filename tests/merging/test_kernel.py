@@ -19,23 +19,9 @@ from dem_opt.merging.int8 import Int8Vector
 from dem_opt.merging.kernel import CPU_BLOCK, Backend, MergeKernel, expected_backend, merge_backend
 from dem_opt.simplex import UNIT
 
-KERNELS = {
-    "compiled": lambda: MergeKernel(),
-    "plain": lambda: MergeKernel(compiled=False),
-    "in threads": lambda: MergeKernel(block=100, compiled=False),
-}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 15, 17, 1003, 2**20 + 2**17 + 3]
 """Shorter than a strip, with a tail, and longer than what a thread takes at once."""
-
-
-@pytest.fixture(params=KERNELS)
-def kernel(request):
-    if request.param == "compiled" and compiled_kernel().merge is None:
-        pytest.skip(compiled_kernel().description)
-    made = KERNELS[request.param]()
-    assert made.compiled == (request.param == "compiled")
-    return made
 
 
 def terms(elements, dtype, count=4, seed=1):
