@@ -5,12 +5,14 @@ from pathlib import Path
 import in_process
 import pytest
 import torch
+from mlflow import MlflowClient
 from test_widening import DTYPES, NAMES, jump, one_step_apart, weights
 
 from dem_opt.config import load
 from dem_opt.dashboards.words import rounding_lines
 from dem_opt.errors import InputError
 from dem_opt.types import SEARCH
+from dem_opt.workflows.check import check
 
 STOCHASTIC = {"path": "models/base", "rounding": "stochastic"}
 
@@ -47,8 +49,12 @@ def test_the_objective_does_not_jump(tmp_path: Path, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_winner_is_exported_as_it_was_scored(tmp_path: Path, dtype: torch.dtype) -> None:
     """`export` compares the folder's bits with a fresh merge, and its scores with the winner's."""
-    study = in_process.open_study(stochastic(one_step_apart(tmp_path, dtype)))
+    study = in_process.open_tracked(stochastic(one_step_apart(tmp_path, dtype)))
     study.run()
+    client = MlflowClient(study.config.tracking.uri)
+    (experiment,) = client.search_experiments(filter_string="name = 'stochastic'")
+    parameters = [run.data.params for run in client.search_runs([experiment.experiment_id])]
+    assert "stochastic" in {each.get("base.rounding") for each in parameters}
     champion = study.export(tmp_path / "best")
     assert champion.exported is champion.result
     card = " ".join((tmp_path / "best/README.md").read_text(encoding="utf-8").split())
@@ -69,9 +75,12 @@ def test_a_study_keeps_its_rounding(tmp_path: Path, before: str) -> None:
     path = one_step_apart(tmp_path, torch.bfloat16)
     ways = {"nearest": "models/base", "stochastic": STOCHASTIC}
     in_process.open_study(in_process.edit(path, lambda study: study.update(base=ways.pop(before)))).run()
+    left = check(load(path), path).left
+    assert left is not None and left.trials == 0
     ((after, base),) = ways.items()
+    assert check(load(in_process.edit(path, lambda study: study.update(base=base))), path).left is None
     with pytest.raises(InputError, match=rf"base\.rounding.*{after}.*began with '{before}'"):
-        in_process.open_study(in_process.edit(path, lambda study: study.update(base=base))).run()
+        in_process.open_study(path).run()
 
 
 def test_another_way_is_refused(tmp_path: Path) -> None:
@@ -88,6 +97,8 @@ def test_exports_of_a_base_in_float32_are_rounded_so_and_its_scores_do_not_ask(t
     in_process.edit(path, lambda study: study.update(base=STOCHASTIC | {"dtype": "float32"}))
     study = in_process.open_study(path)
     study.run()
+    left = check(load(path), path).left
+    assert left is not None and left.trials == 0
     coefficients = {"code": 0.75, "math": 0.25}
     study.merge(coefficients, tmp_path / "wide")
     study.merge(coefficients, tmp_path / "narrow", dtype="bfloat16")

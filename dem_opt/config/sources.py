@@ -219,9 +219,6 @@ class ModelSource(Section):
         return str(self.path) if self.hub is None else f"{self.hub}@{self.revision or 'main'}"
 
 
-_AS_IT_IS = {"dtype": "auto", "rounding": "nearest"}
-
-
 class BaseSource(ModelSource):
     """The base: a model, the dtype in which it is used, and how composites are rounded to it.
 
@@ -242,10 +239,15 @@ class BaseSource(ModelSource):
     @model_serializer
     def _as_written(self) -> str | dict[str, Any]:
         written = ModelSource._as_written(self)
-        more = {name: value for name in ("dtype", "rounding") if (value := getattr(self, name)) != _AS_IT_IS[name]}
-        if not more:
+        if not self.uses:
             return written
-        return ({"path": written} if isinstance(written, str) else written) | more
+        return ({"path": written} if isinstance(written, str) else written) | self.uses
+
+    @property
+    def uses(self) -> dict[str, str]:
+        """Dtype and rounding, where they are not what a path alone has."""
+        chosen = {"dtype": self.dtype, "rounding": self.rounding}
+        return {name: value for name, value in chosen.items() if value != type(self).model_fields[name].default}
 
 
 FineTuneKind = Literal["checkpoint", "adapter"]

@@ -54,6 +54,11 @@ class CheckedHeaders:
     headers: Mapping[str, Header]
     other_fields: tuple[str, ...] = ()
 
+    @property
+    def rounds(self) -> bool:
+        """Whether some of the base's tensors have 16 bits, to which composites are rounded."""
+        return any(tensor.dtype != "F32" for tensor in self.headers["base"].tensors.values())
+
     def stored_models(self) -> tuple[StoredModel, dict[str, StoredModel]]:
         """Hash the base, and the fine-tunes by name."""
         base = replace(_stored_checkpoint(self.headers["base"]), rounding=self.config.base.rounding)
@@ -118,7 +123,7 @@ class Inputs:
     Attributes:
         config: The study file.
         stored: Torch's name of the dtype that most of the base's tensors are stored in.
-        rounds: Whether some of the base's tensors have 16 bits, to which composites are rounded.
+        rounds: See `CheckedHeaders`.
         base: The base.
         fine_tunes: Checkpoints and adapters by distribution.
         corpora: Windows of every corpus, for both splits.
@@ -416,7 +421,7 @@ def load_inputs(config: StudyConfig, where: Path, worker: bool = True) -> Inputs
     return Inputs(
         config=config,
         stored=stored_dtype(checked.headers["base"]),
-        rounds=any(tensor.dtype != "F32" for tensor in checked.headers["base"].tensors.values()),
+        rounds=checked.rounds,
         base=base,
         fine_tunes=fine_tunes,
         corpora=corpora,

@@ -72,6 +72,7 @@ def _is_same(config: StudyConfig, files: CheckedHeaders, identity: StudyIdentity
         and (objective.protect, objective.worst, objective.function) == (identity.protect, identity.worst, function)
         and objective.unit == identity.unit
         and config.axes == identity.pareto
+        and (config.base.rounding if files.rounds else "nearest") == identity.rounding
         and all(
             identity.settings.get(f"evaluation.{field}", str(getattr(evaluation, field)))
             == str(getattr(evaluation, field))
