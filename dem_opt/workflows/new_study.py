@@ -207,7 +207,7 @@ class _Draft:
     def __init__(self, folder: Path, base: Path, name: str) -> None:
         self._folder, self._base, self._name = folder, base, name
         self.sections: dict[str, dict[str, Any]] = {}
-        self._evaluation = EvaluationSection()
+        self._evaluation, self._rounds = EvaluationSection(), False
 
     def add(self, label: str, source: Path, kind: str, findings: Findings) -> None:
         """Add a distribution; where it lacks data or does not fit the base, say so in the findings."""
@@ -240,7 +240,8 @@ class _Draft:
             mend = "no fine-tune with validation data was found"
             raise InputError(None, "FOLDER", None, f"{mend} ({reasons})" if reasons else mend)
         config = self._config({label: section["fields"] for label, section in self.sections.items()})
-        architecture, tokenizer = check_headers(config, self._folder).architecture, load_tokenizer(self._base)
+        headers, tokenizer = check_headers(config, self._folder), load_tokenizer(self._base)
+        architecture, self._rounds = headers.architecture, headers.rounds
         model = read_config(self._base, "base")
         positions = next((model[key] for key in POSITIONS if isinstance(model.get(key), int)), 10**9)
         shortage: InputError | None = None
@@ -265,7 +266,7 @@ class _Draft:
         lines = [
             "# A study of dem_opt; relative paths start at this file. Every key: docs/study-file.md",
             _yaml({"name": self._name}),
-            _yaml({"base": self._relative(self._base)}) + "  # the model that the fine-tunes were trained from",
+            *self._base_lines(),
             "distributions:",
         ]
         for label, section in fields.items():
@@ -281,6 +282,14 @@ class _Draft:
         for path, reason in unused.items():
             lines.append(f"# not used: {' '.join(f'{self._relative(Path(path))}: {reason}'.split())}")
         return "\n".join(lines) + "\n"
+
+    def _base_lines(self) -> list[str]:
+        """The base; stochastic rounding is best where it has 16 bits."""
+        about, path = "  # the model that the fine-tunes were trained from", self._relative(self._base)
+        if not self._rounds:
+            return [_yaml({"base": path}) + about]
+        why = "composites in 16 bits: to the nearest value, parts of the vectors would be lost"
+        return [f"base:{about}", f"  {_yaml({'path': path})}", f"  rounding: stochastic  # {why}"]
 
     def _config(self, sections: Mapping[str, Mapping[str, Any]]) -> StudyConfig:
         content = {"name": self._name, "base": self._relative(self._base), "distributions": dict(sections)}

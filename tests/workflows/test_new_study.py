@@ -8,6 +8,7 @@ import pytest
 import torch
 import worlds
 from safetensors.torch import save_file
+from test_widening import narrowed
 
 from dem_opt.cli.main import main
 from dem_opt.config import load
@@ -54,6 +55,16 @@ def test_a_study_of_checkpoints_is_written_and_accepted(world: Path, capsys: pyt
         assert study.distributions[name].checkpoint.path == world / "models" / name
         assert study.distributions[name].validation.paths == [world / "data" / f"{name}.jsonl"]
     assert str(world) not in (world / "study.yaml").read_text()
+    assert main(["check", str(world / "study.yaml")]) == 0
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, "stochastic"), (torch.float32, "nearest")], ids=str)
+def test_composites_of_sixteen_bits_are_rounded_stochastically(world: Path, dtype: torch.dtype, rounding: str) -> None:
+    for name in ("base", *NAMES):
+        narrowed(world / "models" / name, dtype)
+    assert init(world) == 0
+    assert load(world / "study.yaml").base.rounding == rounding
+    assert ("rounding:" in (world / "study.yaml").read_text()) == (rounding == "stochastic")
     assert main(["check", str(world / "study.yaml")]) == 0
 
 
