@@ -115,13 +115,17 @@ def total_lines(summary: Summary) -> list[str]:
 def rounding_lines(summary: Summary) -> list[str]:
     """Say what rounding composites to the base's dtype does to the vectors, where it does much."""
     rounding = summary.vectors.rounding if summary.vectors is not None else None
-    return [] if rounding is None or rounding < ROUNDED else [rounding_line(f"{rounding:.2f}")]
-
-
-def rounding_line(rounding: str) -> str:
-    """Say what rounding does that moves the uniform average by so much of its distance from the base."""
     return (
-        f"Rounding to the base's dtype moves the uniform average by {rounding} of its distance from the base: many "
+        []
+        if rounding is None or rounding < ROUNDED
+        else [rounding_line("the uniform average", f"{rounding:.2f} of its")]
+    )
+
+
+def rounding_line(what: str, share: str) -> str:
+    """Say what rounding does that moves something by a share of its distance from the base."""
+    return (
+        f"Rounding to the base's dtype moves {what} by {share} distance from the base: many "
         "steps of the fine-tunes are lost or doubled, and the objective jumps, as where a coefficient passes 0.5. Try "
         "base: {path: ..., rounding: stochastic}, or dtype: float32, a base of twice the size."
     )

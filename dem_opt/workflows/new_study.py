@@ -108,6 +108,7 @@ def write_study(folders: Sequence[Path], out: Path, base: Path | None = None, na
     findings = find(folders)
     if base is not None:
         findings.models = [base, *(model for model in findings.models if not _same(model, base))]
+        findings.unused = {path: why for path, why in findings.unused.items() if not _same(Path(path), base)}
     root = base or _choose_base(findings)
     study = _Draft(out.absolute().parent, root, _safe(name or out.absolute().parent.name or "study"))
     for label, source, kind in _fine_tunes(findings, root):
@@ -140,7 +141,7 @@ def _look(folder: Path, findings: Findings, depth: int) -> None:
     has_weights = any(next(folder.glob(pattern), None) for pattern in _WEIGHTS)
     if (folder / "adapter_config.json").is_file():
         findings.adapters.append(folder)
-    elif (folder / "config.json").is_file() and has_weights:
+    elif ((folder / "config.json").is_file() and has_weights) or len([*folder.glob("*.gguf")]) == 1:
         findings.models.append(folder)
     elif (folder / "config.json").is_file():
         findings.unused[str(folder)] = "has a config.json, but no weights"
@@ -240,9 +241,9 @@ class _Draft:
             mend = "no fine-tune with validation data was found"
             raise InputError(None, "FOLDER", None, f"{mend} ({reasons})" if reasons else mend)
         config = self._config({label: section["fields"] for label, section in self.sections.items()})
-        headers, tokenizer = check_headers(config, self._folder), load_tokenizer(self._base)
-        architecture, self._rounds = headers.architecture, headers.rounds
-        model = read_config(self._base, "base")
+        headers = check_headers(config, self._folder)
+        architecture, self._rounds, base = headers.architecture, headers.rounds, headers.headers["base"].folder
+        tokenizer, model = load_tokenizer(base), read_config(base, "base")  # of a GGUF file: what it was converted to
         positions = next((model[key] for key in POSITIONS if isinstance(model.get(key), int)), 10**9)
         shortage: InputError | None = None
         for window, windows in (*WINDOW_SIZES, *LEAST):

@@ -12,4 +12,8 @@ def rounding_warnings(base: StoredModel, fine_tunes: Mapping[str, StoredModel]) 
     if base.rounding != "nearest" or len(fine_tunes) < 2:
         return []
     rounding = sampled_rounding(base, fine_tunes)
-    return [] if rounding is None or rounding < ROUNDED else [rounding_line(f"about {rounding:.2f}")]
+    return (
+        []
+        if rounding is None or rounding < ROUNDED
+        else [rounding_line("matrices of the uniform average", f"about {rounding:.2f} of their")]
+    )

@@ -147,7 +147,9 @@ def test_check_and_run_warn_of_it_before_a_search(
         for file, is_warned in ((path, True), (wide(path), False)):
             assert main([command, str(file)]) == 0
             said = " ".join("".join(capsys.readouterr()).split())
-            assert ("warning: Rounding to the base's dtype moves the uniform average by about 0." in said) == is_warned
+            assert (
+                "warning: Rounding to the base's dtype moves matrices of the uniform average by about 0." in said
+            ) == is_warned
 
 
 def test_a_dtype_is_the_base_s_alone(tmp_path: Path) -> None:

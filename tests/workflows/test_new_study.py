@@ -9,9 +9,11 @@ import torch
 import worlds
 from safetensors.torch import save_file
 from test_widening import narrowed
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from dem_opt.checkpoints.locate import locate
 from dem_opt.cli.main import main
-from dem_opt.config import load
+from dem_opt.config import BaseSource, load
 from dem_opt.workflows.new_study import FORMS, match_files
 
 NAMES = ("code", "math", "prose")
@@ -66,6 +68,30 @@ def test_composites_of_sixteen_bits_are_rounded_stochastically(world: Path, dtyp
     assert load(world / "study.yaml").base.rounding == rounding
     assert ("rounding:" in (world / "study.yaml").read_text()) == (rounding == "stochastic")
     assert main(["check", str(world / "study.yaml")]) == 0
+
+
+def test_a_base_that_is_one_gguf_file_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its tokenizer and its settings are in the file; its fine-tunes are those of what it is converted to."""
+    pytest.importorskip("gguf")
+    import gguf_files
+    from test_rounding import tokenizer
+
+    sizes = {"vocab_size": worlds.VOCABULARY + 1, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=False))
+    (tmp_path / "models/base").mkdir(parents=True)
+    (tmp_path / "data").mkdir()
+    file = gguf_files.save(tmp_path / "models/base/model.gguf", model, tokenizer(), quantized=True)
+    for seed, name in enumerate(NAMES):
+        shutil.copytree(locate(BaseSource(path=file), "base"), tmp_path / "models" / name)
+        worlds.write_documents(tmp_path / f"data/{name}.jsonl", worlds.documents(seed))
+    assert init(tmp_path, "--json") == 0
+    written = json.loads(capsys.readouterr().out)
+    assert written["unused"] == {} and written["distributions"].keys() == set(NAMES)
+    assert load(tmp_path / "study.yaml").base.path == tmp_path / "models/base"
+    assert load(tmp_path / "study.yaml").base.rounding == "stochastic"
+    assert main(["check", str(tmp_path / "study.yaml")]) == 0
 
 
 def test_a_study_of_adapters_finds_the_base_that_they_name(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
