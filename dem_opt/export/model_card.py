@@ -166,8 +166,9 @@ def model_card(
 
 def _is_stochastic(base: StoredModel, dtype: str | None) -> bool:
     """Sums were rounded to 16 bits, and stochastically."""
-    stored = {tensor.dtype for tensor in read_header(base.path, "base").tensors.values()}
-    return base.rounding == "stochastic" and (stored != {"F32"} if dtype is None else dtype != "float32")
+    if base.rounding == "nearest" or dtype is not None:
+        return base.rounding == "stochastic" and dtype != "float32"
+    return {tensor.dtype for tensor in read_header(base.path, "base").tensors.values()} != {"F32"}
 
 
 def _groups(groups: GroupedCoefficients) -> str:
