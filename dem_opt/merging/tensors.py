@@ -19,8 +19,8 @@ from dem_opt.types import Composite, StoredModel, Terms
 
 NamedTensors = Iterator[tuple[str, Tensor]]
 
-_FUSED = 4
-"""Fused parameters whose places are kept: stored tensors of the two or three of a layer often alternate."""
+_FUSED = 2
+"""Fused parameters whose places are kept, 4 bytes an element: tensors of a layer's two stacks of experts alternate."""
 
 
 def merged_tensors(
@@ -49,7 +49,8 @@ def merged_tensors(
     readers = [_tensors(architecture, header, names, stored[content]) for content in composite.contents]
     parameters = parameter_of(architecture, header)
     terms = {name: composite.terms_of(parameters[name]) for name in names}
-    states = _states(architecture, header, names) if base.rounding == "stochastic" else repeat(None)
+    is_stochastic = base.rounding == "stochastic" and dtype != torch.float32
+    states = _states(architecture, header, names) if is_stochastic else repeat(None)
     return _merge_each(readers, composite, terms, dtypes, dtype, states)
 
 
