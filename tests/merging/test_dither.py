@@ -121,6 +121,15 @@ def test_sizes_change_no_bit(kernel, size):
     assert_same_bits(merged(kernel, parts, torch.bfloat16, states=states), plain)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("dtype", "live"), LIVES)
+def test_a_gpu_has_the_bits_of_the_cpu(dtype, live):
+    parts, states = terms(10**6 + 3, dtype), Dither.of([*STRETCHES, (5 * 10**5, "d", 0)])
+    on_gpu = torch.empty(10**6 + 3, dtype=live, device="cuda")
+    MergeKernel("cuda").merge(on_gpu, [(units, x.cuda()) for units, x in parts], dtype, states=states)
+    assert_same_bits(on_gpu.cpu(), merged(MergeKernel(), parts, dtype, live, states))
+
+
 @pytest.mark.parametrize("part", [slice(0, 3), slice(60, 70), slice(64, 1003), slice(999, 1002), slice(1002, 1003)])
 def test_a_part_has_the_bits_of_the_whole(kernel, part):
     parts, states = terms(1003, torch.bfloat16), Dither.of(STRETCHES)
