@@ -115,11 +115,9 @@ def total_lines(summary: Summary) -> list[str]:
 def rounding_lines(summary: Summary) -> list[str]:
     """Say what rounding composites to the base's dtype does to the vectors, where it does much."""
     rounding = summary.vectors.rounding if summary.vectors is not None else None
-    return (
-        []
-        if rounding is None or rounding < ROUNDED
-        else [rounding_line("the uniform average", f"{rounding:.2f} of its")]
-    )
+    if rounding is None or rounding < ROUNDED:
+        return []
+    return [rounding_line("the uniform average", f"{rounding:.2f} of its")]
 
 
 def rounding_line(what: str, share: str) -> str:

@@ -55,6 +55,8 @@ def sampled_rounding(base: StoredModel, fine_tunes: Mapping[str, StoredModel], e
         if left > 0 and tensor.dtype != "F32" and len(tensor.shape) > 1 and parameters[name] != architecture.embedding:
             names.append(name)
             left -= prod(tensor.shape)
+    if not names:
+        return None
     lost = length = 0.0
     for _, base_P, others in _side_by_side(base, fine_tunes, names):
         lost += squared_rounding(base_P, others)

@@ -64,7 +64,7 @@ def private_ray(ray: Any) -> Iterator[None]:
 def start_ray(ray: Any, **options: Any) -> None:
     """Call `ray.init` for a Ray on this machine, again where its processes took longer than the 30 s that Ray waits.
 
-    No setting of Ray's makes them more.  Late processes of a start that was given up end with this process.
+    Ray has no setting for that limit.  Late processes of a start that was given up end with this process.
     """
     for left in reversed(range(STARTS)):
         try:

@@ -239,13 +239,13 @@ class BaseSource(ModelSource):
     @model_serializer
     def _as_written(self) -> str | dict[str, Any]:
         written = ModelSource._as_written(self)
-        if not self.uses:
+        if not self.choices:
             return written
-        return ({"path": written} if isinstance(written, str) else written) | self.uses
+        return ({"path": written} if isinstance(written, str) else written) | self.choices
 
     @property
-    def uses(self) -> dict[str, str]:
-        """Dtype and rounding, where they are not what a path alone has."""
+    def choices(self) -> dict[str, str]:
+        """Dtype and rounding, where they are not the defaults."""
         chosen = {"dtype": self.dtype, "rounding": self.rounding}
         return {name: value for name, value in chosen.items() if value != type(self).model_fields[name].default}
 

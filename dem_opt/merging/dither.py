@@ -33,7 +33,7 @@ _LOST = {torch.bfloat16: 16, torch.float16: 13}
 
 
 def seed_of(parameter: str) -> int:
-    """What the states of a parameter's elements begin with, below 2**32."""
+    """Hash of a parameter's name, below 2^32: the state of its first element."""
     return zlib.crc32(parameter.encode())
 
 

@@ -70,7 +70,7 @@ class MergedModel:
         Args:
             model: An empty model; the dtypes of its parameters are the evaluation's.
             stored: Checkpoints and adapters that fit the model (`check_fit`, `check_adapter`).  Composites are rounded
-                to the dtypes of the first checkpoint, the base, in the way that it has.
+                to the dtypes of the first checkpoint, the base, in its `rounding`.
             devices: Each holds and merges a share of the layers (`split_layers`); the model takes its inputs on the
                 first, and activations move between them.  A device may be named several times.  The bits do not depend
                 on the number of devices.

@@ -41,8 +41,8 @@ def merged_tensors(
         stored: Checkpoints and adapters by content.
         composite: The composite.
         names: Stored names of the base's tensors, in the order wanted.
-        dtype: What the float32 sums are rounded to, once, as the base's are; by default the base's dtype, or for a
-            single checkpoint its own.
+        dtype: What the float32 sums are rounded to, once, in the base's `rounding`; by default the base's dtype, or for
+            a single checkpoint its own.
     """
     header = read_header(base.path, "base")
     dtypes = {name: DTYPES[header.tensors[name].dtype] for name in names}

@@ -16,7 +16,7 @@ from dem_opt.search.samplers.earlier import Earlier
 from dem_opt.search.samplers.history import History, Trial, parse_trial
 from dem_opt.simplex import Space
 from dem_opt.storage import engine
-from dem_opt.storage.optuna_tables import read_trials
+from dem_opt.storage.optuna_tables import read_study_attributes, read_trials
 from dem_opt.storage.retry import BRIEF
 
 START = "start"
@@ -58,7 +58,8 @@ def _keep(some: set[int], element: int, is_in: bool) -> None:
 
 def read_beginning(storage: RDBStorage, study: int, space: Space) -> Beginning:
     """Read the beginning of a study; one of an earlier release may have starting points alone."""
-    hidden, listed = storage.get_study_system_attrs(study), storage.get_study_user_attrs(study).get(START, [])
+    hidden = read_study_attributes(storage.engine, study, (EARLIER, KNOWN))
+    listed = storage.get_study_user_attrs(study).get(START, [])
     start = [space.from_units([units[name] for name in space.names]) for units in listed]
     known = dict(zip(start, (Known(*shares) for shares in hidden.get(KNOWN, [])), strict=False))
     return Beginning(start, known, Earlier.from_stored(hidden.get(EARLIER, {})))

@@ -69,6 +69,9 @@ VALUES = table(
 USER_ATTRIBUTES = table(
     "trial_user_attributes", column("trial_id", Integer), column("key", String), column("value_json", String)
 )
+STUDY_SYSTEM_ATTRIBUTES = table(
+    "study_system_attributes", column("study_id", Integer), column("key", String), column("value_json", String)
+)
 SYSTEM_ATTRIBUTES = table(
     "trial_system_attributes", column("trial_id", Integer), column("key", String), column("value_json", String)
 )
@@ -196,6 +199,14 @@ def _read_attribute(connection: Connection, trial: int, key: str) -> Any:
     return None if stored is None else json.loads(stored)
 
 
+def read_study_attributes(engine: Engine, study: int, keys: Collection[str]) -> dict[str, Any]:
+    """Some system attributes of a study; Optuna reads all, two of which are the note of each trial."""
+    rows = STUDY_SYSTEM_ATTRIBUTES
+    query = select(rows.c.key, rows.c.value_json).where((rows.c.study_id == study) & rows.c.key.in_(keys))
+    with engine.connect() as connection:
+        return {key: json.loads(text) for key, text in connection.execute(query)}
+
+
 def read_trials(engine: Engine, study: int, after: int = 0, also: Collection[int] = ()) -> list[StoredTrial]:
     """The trials of a study, in the order of their numbers.
 
@@ -205,7 +216,7 @@ def read_trials(engine: Engine, study: int, after: int = 0, also: Collection[int
         after: Trials up to this id are left out.
         also: Ids of trials that are read nevertheless.
     """
-    # The bound alone lets a database pass over all trials of the study that are known: neither part of `or` does.
+    # Without this bound a database looks at every trial of the study: `or` keeps it from using an index.
     bound = TRIALS.c.trial_id >= min([after + 1, *also])
     wanted = and_(TRIALS.c.study_id == study, bound, or_(TRIALS.c.trial_id > after, TRIALS.c.trial_id.in_(also)))
     columns = TRIALS.c.trial_id, TRIALS.c.number, TRIALS.c.state, VALUES.c.value, VALUES.c.value_type

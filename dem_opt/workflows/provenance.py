@@ -70,7 +70,7 @@ def search_info(config: StudyConfig, search: Search) -> SearchInfo:
     unsaid = {"date"} if config.evaluation.date == CHAT_DATE else set()  # runs of earlier releases have no such entry
     parameters = {
         "base": str(config.base),
-        **{f"base.{name}": value for name, value in config.base.uses.items()},
+        **{f"base.{name}": value for name, value in config.base.choices.items()},
         "distributions": ", ".join(config.distributions),
         **(
             {"fine-tunes": ", ".join(names)} if (names := list(config.fine_tunes)) != list(config.distributions) else {}
