@@ -13,6 +13,7 @@ from dem_opt.dashboards.words import rounding_lines
 from dem_opt.errors import InputError
 from dem_opt.types import SEARCH
 from dem_opt.workflows.check import check
+from dem_opt.workflows.stored_results import stored_results
 
 STOCHASTIC = {"path": "models/base", "rounding": "stochastic"}
 
@@ -59,8 +60,9 @@ def test_the_winner_is_exported_as_it_was_scored(tmp_path: Path, dtype: torch.dt
     assert champion.exported is champion.result
     card = " ".join((tmp_path / "best/README.md").read_text(encoding="utf-8").split())
     assert "(`rounding: stochastic`)" in card and "to the nearest values, which may score otherwise" in card
-    assert study.summary().vectors.rounding is None
-    assert not rounding_lines(study.summary())
+    for summary in (study.summary(), stored_results(study.config, tmp_path / "stochastic.yaml")):
+        assert summary.vectors is not None and summary.vectors.rounding is None
+        assert not rounding_lines(summary)
 
 
 def test_a_card_says_nothing_of_it_where_nothing_is_rounded(tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import FiniteFloat
 
 from dem_opt.atomic import write_text
 from dem_opt.json_files import find_json
+from dem_opt.storage.identity import StudyIdentity
 from dem_opt.types import VectorGeometry
 
 FILE = "vectors.json"
@@ -38,6 +39,12 @@ def recall_vectors(base: str, fine_tunes: Mapping[str, str], folder: Path) -> Ve
     order = [row[content] for content in fine_tunes.values()]
     rounding = stored.rounding if row.keys() == set(fine_tunes.values()) else None
     return VectorGeometry(tuple(fine_tunes), tuple(tuple(stored.inner[i][j] for j in order) for i in order), rounding)
+
+
+def study_vectors(identity: StudyIdentity, folder: Path) -> VectorGeometry | None:
+    """The vectors of a study; what rounding to the nearest value does only where its composites are rounded so."""
+    vectors = recall_vectors(identity.base, identity.fine_tunes, folder)
+    return vectors if vectors is None or identity.rounding == "nearest" else replace(vectors, rounding=None)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from dem_opt.analysis.precision import study_precision
 from dem_opt.analysis.results import summarize
 from dem_opt.analysis.rivals import recall_rivals
-from dem_opt.analysis.stored_vectors import recall_vectors
+from dem_opt.analysis.stored_vectors import study_vectors
 from dem_opt.config import StudyConfig
 from dem_opt.config.objective_function import import_from
 from dem_opt.errors import InputError
@@ -39,7 +39,7 @@ def stored_results(config: StudyConfig, path: Path) -> Summary:
             study_precision(ledger, identity, trials),
             recall_rivals(config, ledger, identity, summary.global_winner),
         )
-        vectors = recall_vectors(identity.base, identity.fine_tunes, config.output)
+        vectors = study_vectors(identity, config.output)
         summary = replace(summary, precision=precision, rivals=rivals, vectors=vectors)
     if summary.winner.role != "best":
         raise not_run

@@ -9,7 +9,7 @@ from dem_opt.analysis.precision import study_precision
 from dem_opt.analysis.results import summarize
 from dem_opt.analysis.reweighting import checked, reweighted
 from dem_opt.analysis.rivals import recall_rivals
-from dem_opt.analysis.stored_vectors import recall_vectors
+from dem_opt.analysis.stored_vectors import study_vectors
 from dem_opt.analysis.surrogate import Prediction
 from dem_opt.errors import InputError
 from dem_opt.search.trials import finished, limits, missing, outlined
@@ -48,13 +48,10 @@ def summarize_generation(context: StudyContext, ledger: Ledger, identity: StudyI
         stopped = {run: search.stopped for run, search in searches.items()}
     settings = facts(context.config, context.path, identity)
     summary = summarize(context.config.name, ledger, identity, trials, settings, stopped)
-    vectors = recall_vectors(identity.base, identity.fine_tunes, context.config.output)
-    if vectors is not None and identity.rounding != "nearest":
-        vectors = replace(vectors, rounding=None)
     records = [record for records in trials.values() for record in records]
     return replace(
         summary,
-        vectors=vectors,
+        vectors=study_vectors(identity, context.config.output),
         surrogate=surrogate.surrogate_of(identity.space, records, limits(ledger, identity)),
         precision=study_precision(ledger, identity, trials),
         rivals=recall_rivals(context.config, ledger, identity, summary.global_winner),
