@@ -38,9 +38,10 @@ pretrained: .venv/ready
 	$(BIN)/dem-opt compare --algorithms random,simplex-gp studies/pretrained.yaml
 	$(BIN)/dem-opt report studies/pretrained.yaml
 
-## test: all tests, in two processes
+## test: all tests in two processes, then those of the services of docker/ by themselves, which have limits of time
 test: .venv/ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/docker
+	$(BIN)/python -m pytest tests/docker
 
 ## docs: every snippet of the pages and the example notebook, on ./quickstart or the one that DEM_OPT_QUICKSTART names
 docs: .venv/ready

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing, suppress
@@ -18,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 MARK = "DEM_OPT_TEST_MARK"
-PATIENCE = 240.0
+PATIENCE = 600.0
 
 
 def interpolated(text: str, variables: Mapping[str, str]) -> str:
@@ -47,6 +48,9 @@ def free_ports(count: int) -> list[int]:
 class Services:
     """Starts services of `compose`, waits until they are healthy, runs commands in them, and ends them all.
 
+    A service that ends is started again where Compose says so, until it is stopped: a Ray that takes more than its own
+    30 s to start on a busy machine, or that its head took for dead.
+
     socket_folder  where PostgreSQL's Unix socket is
     folder         a short path for logs, volumes and Ray's files
     """
@@ -60,6 +64,10 @@ class Services:
         self._socket = socket_folder
         self._started: dict[str, subprocess.Popen[bytes]] = {}
         self._options: dict[str, tuple[str, ...]] = {}
+        self._changing = threading.Lock()
+        self._closed = threading.Event()
+        self._watch = threading.Thread(target=self._start_again)
+        self._watch.start()
 
     def native(self, text: str) -> str:
         """A word of a command, or a URL, as it is on this machine."""
@@ -86,6 +94,10 @@ class Services:
 
     def start(self, name: str, *options: str) -> None:
         """The service's command in a process group of its own, its output in a file."""
+        with self._changing:
+            self._start(name, options)
+
+    def _start(self, name: str, options: tuple[str, ...]) -> None:
         with self.log(name).open("ab") as output:
             process = subprocess.Popen(
                 [*self.command(name), *options],
@@ -98,6 +110,18 @@ class Services:
             )
         self._started[name], self._options[name] = process, options
 
+    def _start_again(self) -> None:
+        """Until all is closed, start the services again that ended."""
+        while not self._closed.wait(0.5):
+            with self._changing:
+                for name in self._ended():
+                    if self._compose[name]["restart"] == "unless-stopped":
+                        self.kill(name)
+                        self._start(name, self._options[name])
+
+    def _ended(self) -> list[str]:
+        return [name for name, process in self._started.items() if process.poll() is not None]
+
     def run(self, name: str, *command: str, **more: str) -> None:
         """As `docker compose run --rm`: the service's own command unless another is given.  It must succeed.
 
@@ -105,15 +129,16 @@ class Services:
         """
         entrypoint = [self.native(word) for word in self._compose[name]["entrypoint"]]
         words = [*entrypoint, *command] if command else self.command(name)
+        code: int | str = f"not after {PATIENCE:.0f} s"
         try:
-            with self.log(name).open("ab") as output:
+            with self.log(name).open("ab") as output, suppress(subprocess.TimeoutExpired):
                 environment = {**self.environment(name), **more}
-                done = subprocess.run(
+                code = subprocess.run(
                     words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, timeout=PATIENCE
-                )
+                ).returncode
         finally:
             end(f"{self._folder}/{name}", signal.SIGKILL)
-        assert done.returncode == 0, self.last_words(name)
+        assert code == 0, f"{name} ended: {code}\n" + "\n".join(map(self.last_words, (name, *self._started)))
 
     def check(self, name: str, **more: str) -> int:
         """The exit status of the service's health check, in its environment and what `more` changes of it."""
@@ -124,23 +149,14 @@ class Services:
         return subprocess.run(words, env=environment, capture_output=True, timeout=PATIENCE).returncode
 
     def wait(self, *names: str) -> None:
-        """Until their health checks succeed, asked as Docker would ask; what ends is restarted where Compose says so.
-
-        So a Ray that takes more than its own 30 s to start, on a busy machine, is started once more.
-        """
+        """Until their health checks succeed, asked as Docker would ask."""
         deadline = time.monotonic() + PATIENCE
-        while failing := [name for name in names if self.check(name) != 0] + self._restarted():
+        while failing := [name for name in names if self.check(name) != 0]:
+            with self._changing:
+                over = [name for name in self._ended() if self._compose[name]["restart"] != "unless-stopped"]
+            assert not over, f"{over[0]} ended: {self.last_words(over[0])}"
             assert time.monotonic() < deadline, f"{failing} not healthy: {self.last_words(failing[0])}"
             time.sleep(0.5)
-
-    def _restarted(self) -> list[str]:
-        """The services that had ended, started again where their policy says so."""
-        ended = [name for name, process in self._started.items() if process.poll() is not None]
-        for name in ended:
-            assert self._compose[name]["restart"] == "unless-stopped", f"{name} ended: {self.last_words(name)}"
-            self.stop(name)
-            self.start(name, *self._options[name])
-        return ended
 
     def log(self, name: str) -> Path:
         """File of a service's output, of all its starts."""
@@ -148,15 +164,23 @@ class Services:
 
     def last_words(self, name: str) -> str:
         """The end of it."""
-        return self.log(name).read_text()[-3000:]
+        return f"{name}: {self.log(name).read_text()[-3000:]}"
+
+    def kill(self, name: str) -> None:
+        """Kills a service's processes, as what they lack kills them: Compose starts them again."""
+        end(f"{self._folder}/{name}", signal.SIGKILL)
 
     def stop(self, name: str) -> None:
-        """Kills a service, as a container is killed."""
-        end(f"{self._folder}/{name}", signal.SIGKILL)
-        self._started.pop(name).wait()
+        """Kills a service by hand: it stays away."""
+        with self._changing:
+            process = self._started.pop(name)
+        self.kill(name)
+        process.wait()
 
     def close(self) -> None:
         """Ends every process of every service: asked first, and what is left after three seconds killed."""
+        self._closed.set()
+        self._watch.join()
         for process in self._started.values():
             process.terminate()
         deadline = time.monotonic() + 3

@@ -329,8 +329,12 @@ def test_no_secret_is_seen_from_outside(services: Services) -> None:
     assert not [secret for secret in SECRETS.values() if secret in seen]
 
 
-def test_a_worker_that_is_gone_is_not_healthy(services: Services) -> None:
-    assert services.check("ray-worker") == 0
+def test_a_worker_that_ends_comes_back_healthy_and_one_that_is_gone_is_not(services: Services) -> None:
+    folder = str(services.log("ray-worker").with_suffix(""))
+    former = marked(folder)
+    services.kill("ray-worker")
+    services.wait("ray-worker")
+    assert former and not set(former) & set(marked(folder))
     services.stop("ray-worker")
     assert services.check("ray-worker") != 0
 
@@ -347,7 +351,7 @@ def test_a_service_that_ends_is_started_again_and_one_that_may_not_is_told(tmp_p
         for file in ("once", "twice"):
             (tmp_path / file).unlink()
         once.start("ray")
-        with pytest.raises(AssertionError, match="ray ended: too slow\ntoo slow"):
+        with pytest.raises(AssertionError, match="ray ended: ray: too slow\ntoo slow"):
             once.wait("ray")
     finally:
         again.close()
