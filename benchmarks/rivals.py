@@ -211,6 +211,7 @@ def searched(
     start: Sequence[Coefficients] = (),
     cost_of: Callable[[Coefficients], float] = lambda point: 1.0,
     earlier: Earlier | None = None,
+    in_flight: int = 1,
 ) -> Iterator[Step]:
     """A search algorithm of the product, or Optuna's GPSampler; races, gradients and probes as a study has them.
 
@@ -223,6 +224,7 @@ def searched(
         start: Points that a study begins with that goes on from another.
         cost_of: Cost of a score without gradient, in FE: such a study knows some corpora's scores.
         earlier: What was scored before.
+        in_flight: Trials under way when one is proposed, itself counted; a worker each, or proposals made ahead.
     """
     parts = WINDOWS // PART if gradients and races else 0
     space, trials = landscape.space, [] if trials is None else trials
@@ -232,16 +234,17 @@ def searched(
         proposer = make_proposer(algorithm, space, gradients=gradients, parts=parts, earlier=earlier)
     plain = {*start, *space.landmarks()} - ({space.centroid()}.difference(start) if gradients else set())
     while True:
-        proposal = propose(proposer, trials, start, landscape.seed)
+        known = [*trials[: len(trials) - in_flight + 1], *map(running, trials[len(trials) - in_flight + 1 :])]
+        proposal = propose(proposer, known, start, landscape.seed)
         point, promise = proposal.coefficients, proposal.expected_improvement
         x_N, number = space.shares(point), len(trials)
         if proposal.is_probe:
-            trials.append(replace(probed(landscape, point, trials), expected_improvement=promise))
+            trials.append(replace(probed(landscape, point, known), expected_improvement=promise))
             yield trials[-1].forwards, inf
             continue
-        charged = sum(trial.forwards for trial in trials if trial.coefficients == point)
+        charged = sum(trial.forwards for trial in known if trial.coefficients == point)
         is_raced = races and not parts and not charged and point not in plain
-        race = race_for(landscape, point, trials) if is_raced else None
+        race = race_for(landscape, point, known) if is_raced else None
         ended = replay(race, landscape.scores(x_N), dict.fromkeys(landscape.scores(x_N), WINDOWS))
         assert ended is not None
         seen = len(next(iter(ended.values())).nats_W)
@@ -261,6 +264,11 @@ def searched(
         trial = Trial(number, point, "complete", objective=objective, attributes=attributes)
         trials.append(replace(trial, expected_improvement=promise))
         yield attributes.forwards, value
+
+
+def running(trial: Trial) -> Trial:
+    """The trial as it was before it had a score."""
+    return replace(trial, state="running", objective=None, attributes=TrialAttributes())
 
 
 def probed(landscape: Landscape, point: Coefficients, trials: Sequence[Trial]) -> Trial:

@@ -159,10 +159,10 @@ def _against(rival: Rival, name: str, otherwise: str, unit: str) -> list[str]:
 
 
 def detectable(summary: Summary) -> dict[str, float]:
-    """Least difference between two composites that each split's windows detect, in its unit; empty if unknown."""
+    """Least difference to the winner that each split's windows detect, in its unit; empty if unknown."""
     if summary.precision is None:
         return {}
-    power = Power(summary.precision.error, summary.precision.windows)
+    power = Power(summary.precision.noise, summary.precision.windows)
     return {split: power.detectable(windows) for split, windows in _windows(summary.winner).items()}
 
 
@@ -178,8 +178,8 @@ def _detection_line(summary: Summary) -> str:
         for split, difference in detectable(summary).items()
     )
     return (
-        f"Least difference between two composites that is detected (5%, power 80%), in {summary.unit_words}: {least}; "
-        "half of it takes four times the windows."
+        f"Least difference to the winner that is detected (5%, power 80%), in {summary.unit_words}: {least}; "
+        "half of it takes twice the windows."
     )
 
 

@@ -391,7 +391,7 @@ class Study:
         return read_front(self.config, self._context.path, names)
 
     def power(self) -> Power:
-        """Return the power of comparing two composites on the study's windows.
+        """Return the power of comparing the winner with another composite on the study's windows.
 
         `power().detectable(windows)` is the least difference, in the objective's unit, that so many windows of each
         corpus detect (two-sided at 5%, in 80% of the cases), `power().windows_for(difference)` the number that a

@@ -370,4 +370,4 @@ def test_the_power_is_a_default_before_trials_tell_it(tmp_path):
         study.power()
     study.run()
     power = study.power()
-    assert power.windows == 4 and power.detectable(16) == pytest.approx(power.detectable(4) / 2)
+    assert power.windows == 4 and power.detectable(16) == pytest.approx(power.detectable(4) / 4)

@@ -128,10 +128,6 @@ def precision_of(
         )
     regret_M = mean_M - mean_M.min()
     points_RK = np.array([space.point(space.at(points_MF[choice])) for choice in student_R])
-    # Composites far from the best say nothing about those that are compared with it.
-    landmarks = set(space.landmarks()) if has_probes else set()
-    others = range(1, len(chosen))
-    near = [row for row in others if chosen[row].coefficients not in landmarks] or list(others)
     low_K, high_K = np.quantile(points_RK, [0.025, 0.975], axis=0)
     return Precision(
         windows=min(len(score.nats_W) for score in chosen[0].scores.values()),
@@ -139,7 +135,7 @@ def precision_of(
         regret=float(regret_M[normal_R].mean()),
         high=float(np.quantile(regret_M[student_R], 0.95)),
         intervals={name: (float(low), float(high)) for name, low, high in zip(space.names, low_K, high_K, strict=True)},
-        error=float(np.median((normal_NR[near] - normal_NR[0]).std(axis=1))),
+        noise=_noise(space, chosen, normal_NR),
         sampled=sampled_unit(samplings.values()),
     )
 
@@ -152,6 +148,19 @@ def _resampled(
     resampled_NR = resampled_objectives(scores, objective, samplings, RESAMPLES, tails=tails)
     finite_NR: Array = resampled_NR[:, np.isfinite(resampled_NR).all(axis=0)]
     return finite_NR
+
+
+def _noise(space: Space, trials: Sequence[TrialRecord], resampled_NR: Array) -> float:
+    """error^2 / difference, median over trials that are worse than the best one, of the same objective in resamples.
+
+    The fine-tunes and the uniform average are left out where there are others: few differences are that large.
+    """
+    values_N = np.array([trial.objective for trial in trials], dtype=np.float64)
+    difference_N, error_N = values_N - values_N[0], (resampled_NR - resampled_NR[0]).std(axis=1)
+    worse = [row for row, difference in enumerate(difference_N) if difference > 0]
+    landmarks = set(space.landmarks())
+    others = [row for row in worse if trials[row].coefficients not in landmarks] or worse
+    return float(np.median(error_N[others] ** 2 / difference_N[others])) if others else 0.0
 
 
 def _choices(mean_M: Array, weights_MN: Array, away_NR: Array) -> NDArray[np.int64]:

@@ -383,6 +383,12 @@ class StudyConfig(Section):
         is_mean = not self.objective.worst and self.objective.function is None and self.axes is None
         return PATIENCE if algorithm == "simplex-gp" and is_mean else None
 
+    def lookahead(self, algorithm: str) -> int:
+        """Number of proposals that an algorithm's search makes ahead for each worker."""
+        if self.search.lookahead != "auto":
+            return self.search.lookahead
+        return 1 if algorithm in ("grid", "random") else 0
+
     def measures_gradients(self, fits: bool) -> bool:
         """True if trials of `simplex-gp` are measured with their gradient; `fits`: memory allows it."""
         if self.search.gradients != "auto":

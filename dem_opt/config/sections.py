@@ -248,8 +248,10 @@ class SearchSection(Section):
     raised. A study whose own `algorithm` is `grid` has no limit: `check` tells its points.
     """
 
-    lookahead: Annotated[int, Field(ge=0)] = 1
-    """Proposals computed ahead for each worker while it scores."""
+    lookahead: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    """Proposals computed ahead for each worker while it scores. Each is made without the scores that are under way:
+    `auto` makes one for `grid` and `random`, which ask for no scores, and none for others.
+    """
 
     racing: bool = True
     """Stop scoring a trial early when it will not win. With `gradients`, measure most gradients on an eighth of the

@@ -120,8 +120,8 @@ class Plan:
 
     @property
     def gradients_fit(self) -> bool:
-        """True if gradients fit into the whole memory of the machine, whatever is available now."""
-        return self.memory.gradient_peak * self._sharing <= self.machine.total
+        """True if gradients fit into the memory that is available, as workers without them have to."""
+        return self.memory.gradient_peak * self._sharing <= self.machine.available
 
     @property
     def fitting(self) -> int:

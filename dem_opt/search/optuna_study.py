@@ -175,6 +175,11 @@ class Search:
         return self._study_id
 
     @property
+    def algorithm(self) -> str:
+        """What proposes."""
+        return self._search.algorithm
+
+    @property
     def planned(self) -> int:
         """Number of trials that the study will have at most: a grid's whole lattice, else `search.trials`.
 

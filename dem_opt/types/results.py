@@ -217,8 +217,8 @@ class Precision:
         regret: Nats per token by which coefficients chosen on other windows would miss the optimum, on average.
         high: 95% quantile of that regret.
         intervals: 95% interval of each coefficient, by distribution.
-        error: Standard error of the difference between the best of the composites and another, in the objective's
-            unit: paired, median over the others.
+        noise: (standard error of the difference between the best composite and another)^2 / that difference, paired,
+            median over the others, in the objective's unit (see `dem_opt.analysis.power`).
         sampled: Unit that is taken to be sampled: "documents", or "windows" where documents are unknown.
     """
 
@@ -227,7 +227,7 @@ class Precision:
     regret: float
     high: float
     intervals: Mapping[str, tuple[float, float]]
-    error: float
+    noise: float
     sampled: str = DOCUMENTS
 
     def regret_with(self, factor: float) -> float:

@@ -66,7 +66,7 @@ class Stored:
 
 @dataclass(frozen=True, kw_only=True)
 class Detection:
-    """Differences between two composites that a study detects: two-sided at 5%, in 80% of the cases.
+    """Differences to the winner that a study detects: two-sided at 5%, in 80% of the cases.
 
     Attributes:
         is_measured: False for a default before there are trials.
@@ -91,7 +91,8 @@ class Detection:
             f"{self.least[split]:.2g} on {self.windows[split]} windows of the {split.replace('_', '-')} split"
             for split in SPLITS
         )
-        line = f"Least difference that is detected (5%, power 80%), in {UNITS[self.unit]}: {least} ({source})."
+        unit = UNITS[self.unit]
+        line = f"Least difference to the winner that is detected (5%, power 80%), in {unit}: {least} ({source})."
         if self.needed is None:
             return [line]
         return [

@@ -194,6 +194,6 @@ def _search(context: StudyContext, driver: Driver, search: Search, lease: Lease,
         if earlier:
             context.progress.search_continued(earlier, search.planned)
         left.begin(plan_search(search), earlier, search.is_known)
-        driver.optimize(search, context.config.search.lookahead, tracker, lease, left)
+        driver.optimize(search, context.config.lookahead(search.algorithm), tracker, lease, left)
         tracker.reconcile(missing(ledger, identity, search))
     context.progress.note(f"{search.name} ended after {search.stopped}")

@@ -314,6 +314,13 @@ def test_a_search_ends_by_itself_where_its_surface_is_a_bowl(tmp_path, sections,
     assert {algorithm: study.patience(algorithm) for algorithm in patience} == patience
 
 
+@pytest.mark.parametrize(("lookahead", "expected"), [(None, (0, 0, 0, 1, 1)), ("auto", (0, 0, 0, 1, 1)), (2, (2,) * 5)])
+def test_proposals_that_ask_for_scores_are_not_made_ahead(tmp_path, lookahead, expected):
+    sections = {} if lookahead is None else {"search": {"lookahead": lookahead}}
+    study = load(write(tmp_path, STUDY | sections))
+    assert tuple(map(study.lookahead, ("simplex-gp", "tpe", "gradient", "grid", "random"))) == expected
+
+
 @pytest.mark.parametrize("missing", ["name", "base", "distributions", "distributions.code.validation"])
 def test_what_is_missing_is_named(tmp_path, missing):
     study = copy.deepcopy(STUDY)

@@ -199,14 +199,14 @@ def test_autograd_keeps_about_as_many_bytes_as_are_planned(name, dtype):
 
 @pytest.mark.parametrize(("machine", "workers"), [(LAPTOP, 1), (LAPTOP, 3), (GPUS, 1), (GPUS, 4)])
 def test_gradients_fit_if_a_backward_pass_fits_beside_all_else(world, machine, workers):
-    """Into the whole memory, whatever is available now: each GPU has one worker, a CPU all of them."""
+    """Into the memory that is available: each GPU has one worker, a CPU all of them."""
     plan = plan_of(configured(world, compute={"workers": workers}), machine)
     assert plan.memory.backward > plan.memory.activations and plan.gradients_fit
     needed = (plan.memory.peak - plan.memory.activations + plan.memory.backward) * (
         workers if machine.device == "cpu" else 1
     )
     for size, fits in ((needed, True), (needed - 1, False)):
-        assert replace(plan, machine=replace(machine, total=size, available=0)).gradients_fit == fits
+        assert replace(plan, machine=replace(machine, available=size)).gradients_fit == fits
 
 
 @pytest.mark.parametrize(("windows", "held_out", "block"), [(4, 4, 1), (64, 9, 8), (8, 60, 8), (3, 9, 2)])

@@ -324,6 +324,20 @@ def test_a_larger_budget_goes_on_where_a_smaller_one_ended(tmp_path, racing):
     assert len(parts.records) == len({record.number for record in parts.records}) == 10
 
 
+@pytest.mark.parametrize("algorithm", ["simplex-gp", "tpe"])
+def test_by_default_one_worker_s_proposals_know_all_scores(tmp_path, algorithm):
+    """As a search of no proposals ahead, and otherwise than one of several."""
+    auto, none, several = (
+        make(tmp_path / str(ahead), search={"algorithm": algorithm, "trials": 9, "lookahead": ahead}).run().summary
+        for ahead in ("auto", 0, 3)
+    )
+    first, second, third = (
+        [(record.coefficients, record.objective) for record in summary.trials[algorithm]]
+        for summary in (auto, none, several)
+    )
+    assert first == second != third
+
+
 def test_several_seeds_are_several_searches_over_one_ledger(tmp_path):
     study = make(tmp_path, search={"algorithm": "random", "trials": 4, "divisions": 2})
     summary = study.compare(["random", "grid"], seeds=3).summary

@@ -361,8 +361,8 @@ def test_a_check_tells_what_windows_detect_by_a_default_before_there_are_trials(
         HELD_OUT: config.evaluation.held_out,
     }
     search, held_out = detection.least[SEARCH], detection.least[HELD_OUT]
-    assert search**2 * config.evaluation.windows == pytest.approx(held_out**2 * config.evaluation.held_out)
-    assert detection.needed == ceil(config.evaluation.windows * (search / 0.01) ** 2)
+    assert search * config.evaluation.windows == pytest.approx(held_out * config.evaluation.held_out)
+    assert detection.needed == ceil(config.evaluation.windows * search / 0.01)
     assert check(config, "study.yaml").detection.needed is None
 
 
@@ -377,7 +377,7 @@ def test_windows_are_proposed_only_where_more_are_needed(world, factor):
     config = load(world / "study.yaml")
     windows = config.evaluation.windows
     precision = Precision(
-        windows=windows, composites=9, regret=factor * PROPOSED_REGRET, high=1.0, intervals={}, error=0.1
+        windows=windows, composites=9, regret=factor * PROPOSED_REGRET, high=1.0, intervals={}, noise=0.1
     )
     advice = proposed_windows(config, precision).partition("; ")[2]
     if factor > 1:
