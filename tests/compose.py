@@ -66,7 +66,7 @@ class Services:
         self._options: dict[str, tuple[str, ...]] = {}
         self._changing = threading.Lock()
         self._closed = threading.Event()
-        self._watch = threading.Thread(target=self._start_again)
+        self._watch = threading.Thread(target=self._start_again, daemon=True)
         self._watch.start()
 
     def native(self, text: str) -> str:
