@@ -1,4 +1,4 @@
-"""What trials under way cost and save `simplex-gp`: `python benchmarks/in_flight.py`.
+"""Cost and time of `simplex-gp` by the number of trials under way: `python benchmarks/in_flight.py`.
 
 A proposal does not know the scores of the M - 1 trials that are under way when it is made.  Trials are told in the
 order in which they were proposed, so W workers have work where M > W though the oldest trial takes longest.  For each W
@@ -8,7 +8,7 @@ forward passes of one worker.  Proposals take no time here: `benchmarks/ask.py` 
 
 import argparse
 from collections.abc import Sequence
-from itertools import islice
+from itertools import accumulate
 from math import inf
 
 from rivals import BUDGET, KINDS, LEVELS, REPORTED, Landscape, Step, cell, searched
@@ -29,23 +29,23 @@ def steps_of(landscape: Landscape, gradients: bool, under_way: int) -> list[Step
 
 
 def ends_of(costs: Sequence[float], workers: int, under_way: int) -> list[float]:
-    """When each trial ends, where trial n begins once n - M and all before it have ended and a worker is free."""
+    """Time at which each trial ends: trial n begins when trials 0 to n - M have ended and a worker is free."""
     free, ends, told = [0.0] * workers, list[float](), list[float]()
     for number, cost in enumerate(costs):
         proposed = told[number - under_way] if number >= under_way else 0.0
         worker = min(range(workers), key=free.__getitem__)
         free[worker] = max(free[worker], proposed) + cost
         ends.append(free[worker])
-        told.append(max([free[worker], *islice(reversed(told), 1)]))
+        told.append(max(ends[-1], told[-1] if told else 0.0))
     return ends
 
 
 def until(steps: Sequence[Step], spent: Sequence[float], level: float) -> float:
-    """What was spent of something when a regret was reached first."""
+    """Cost or time at which a regret was first reached; infinite where it never was."""
     return min((after for (_, regret), after in zip(steps, spent, strict=True) if regret <= level), default=inf)
 
 
-def rows(name: str, landscapes: Sequence[Landscape], gradients: bool) -> None:
+def print_rows(name: str, landscapes: Sequence[Landscape], gradients: bool) -> None:
     """Print a line for each number of workers and of trials under way."""
     known: dict[int, list[list[Step]]] = {}
     for workers, counts in UNDER_WAY.items():
@@ -55,7 +55,7 @@ def rows(name: str, landscapes: Sequence[Landscape], gradients: bool) -> None:
             cells = []
             for level in LEVELS:
                 costs = [[cost for cost, _ in steps] for steps in known[count]]
-                spent = [[sum(own[: n + 1]) for n in range(len(own))] for own in costs]
+                spent = [list(accumulate(own)) for own in costs]
                 times = [ends_of(own, workers, count) for own in costs]
                 for each in (spent, times):
                     found = [until(steps, own, level) for steps, own in zip(known[count], each, strict=True)]
@@ -75,7 +75,7 @@ def main() -> None:
     for size in arguments.sizes:
         landscapes = [Landscape(kind, size, REPORTED + seed) for kind in KINDS for seed in range(arguments.seeds)]
         for name, gradients in (("values", False), ("probes", True))[size > 6 :]:
-            rows(f"{size}, {name}", landscapes, gradients)
+            print_rows(f"{size}, {name}", landscapes, gradients)
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ class Search:
 
     @property
     def algorithm(self) -> str:
-        """What proposes."""
+        """Name of the algorithm, as in a study file."""
         return self._search.algorithm
 
     @property
