@@ -1,5 +1,6 @@
 """Shared by all tests: a cache folder of their own, one Ray and one PostgreSQL for all that need it."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -32,6 +33,32 @@ them."""
 def pytest_make_parametrize_id(val: object) -> str | None:
     """Bytes are named by their kind: a compressed file has the time in it, and all processes must name tests alike."""
     return "bytes" if isinstance(val, bytes) else None
+
+
+class FailuresAtOnce:
+    """Prints the end of a failure when it happens: of a run that is cut off, too, it is known what failed."""
+
+    LINES = 30
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._plugins = config.pluginmanager
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self._plugins.get_plugin("terminalreporter")
+        if report.failed and terminal is not None:
+            lines = report.longreprtext.splitlines()[-self.LINES :]
+            terminal.write_line("\n".join([f"\n{report.when} of {report.nodeid} failed:", *lines]))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # a process of pytest-xdist reports to the one that started it
+        config.pluginmanager.register(FailuresAtOnce(config))
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay to the end: collections of garbage, which each training asks for, pass them over."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

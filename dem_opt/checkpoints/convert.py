@@ -14,7 +14,8 @@ import transformers
 
 from dem_opt.atomic import publish_folder, staged_folder
 from dem_opt.checkpoints import gguf_file, pickled, rounding, widening
-from dem_opt.checkpoints.files import INDEX, PICKLED, WEIGHTS, cache_folder, file_stamps
+from dem_opt.checkpoints.files import INDEX, PICKLED, WEIGHTS, file_stamps
+from dem_opt.checkpoints.user_cache import cache_folder
 from dem_opt.errors import InputError
 from dem_opt.json_files import find_json
 from dem_opt.permissions import make_private_folder

@@ -10,8 +10,8 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from io import FileIO
 from math import prod
 from pathlib import Path
@@ -22,10 +22,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dem_opt import json_files
-from dem_opt.atomic import write_text
+from dem_opt.checkpoints import user_cache
 from dem_opt.checkpoints.hf_config import refuse_hub_code, refuse_quantized
 from dem_opt.errors import InputError
-from dem_opt.permissions import make_private_folder
 from dem_opt.progress import current_progress
 
 WEIGHTS = "model.safetensors"
@@ -35,6 +34,9 @@ MOST_HEADER_BYTES = 10**8
 
 MOST_READ_BYTES = 2**30
 """Bytes read by one system call, which can't read more than 2**31."""
+
+CONTENTS = "contents"
+"""Kind of the cached findings that are content hashes, by the checkpoint's folder."""
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -144,13 +146,13 @@ def content_hash(folder: Path, field: str = "checkpoint") -> str:
     content = known_content(header)
     if content is None:
         content = hash_tensors(header)
-        _write_cache(_read_cache() | {str(folder.resolve()): _Known(file_stamps(header.files), content)})
+        user_cache.keep(CONTENTS, str(folder.resolve()), _Known(file_stamps(header.files), content))
     return content
 
 
 def known_content(header: Header) -> str | None:
     """The content hash in the cache for these very files; None where they have to be read."""
-    known = _read_cache().get(str(header.folder.resolve()))
+    known = user_cache.find(CONTENTS, str(header.folder.resolve()), _Known)
     return known.content if known is not None and known.files == file_stamps(header.files) else None
 
 
@@ -380,31 +382,3 @@ def file_stamps(files: Iterable[Path]) -> list[tuple[str, int, int, int, int]]:
     """
     stats = [(file.resolve(), file.stat()) for file in files]
     return [(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for path, stat in stats]
-
-
-def cache_folder() -> Path:
-    """This user's cache: content hashes, converted checkpoints, the compiled merge kernel.
-
-    For a user without a home (a container's, say) a folder that can't be made: nothing is cached.
-    """
-    if cache := os.environ.get("XDG_CACHE_HOME"):
-        return Path(cache) / "dem_opt"
-    home = os.path.expanduser("~")
-    return Path(home if home != "~" else os.devnull) / ".cache" / "dem_opt"
-
-
-def _cache_file() -> Path:
-    """The file of content hashes by folder."""
-    return cache_folder() / "contents.json"
-
-
-def _read_cache() -> dict[str, _Known]:
-    """Known hashes by folder; none where the file is missing or unreadable."""
-    return json_files.find_json(_cache_file(), dict[str, _Known]) or {}
-
-
-def _write_cache(known: Mapping[str, _Known]) -> None:
-    """Replace the cache; without write permission hashes are computed anew every time."""
-    with suppress(OSError):
-        make_private_folder(cache_folder())
-        write_text(_cache_file(), json.dumps({folder: asdict(entry) for folder, entry in known.items()}))

@@ -19,7 +19,7 @@ from shutil import rmtree, which
 from tempfile import TemporaryDirectory
 from time import perf_counter, time
 
-from dem_opt.checkpoints.files import cache_folder
+from dem_opt.checkpoints.user_cache import cache_folder
 from dem_opt.permissions import make_private_folder, replaceable
 
 SOURCE = Path(__file__).with_name("kernel.cpp")

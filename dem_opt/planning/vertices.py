@@ -4,22 +4,18 @@ The NLL of a few tokens of each model as transformers or peft load it is compare
 is remembered by content in the user's cache, so that a model is compared once.
 """
 
-import json
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
-from dem_opt.atomic import write_text
+from dem_opt.checkpoints import user_cache
 from dem_opt.checkpoints.architecture import Architecture, empty_model
-from dem_opt.checkpoints.files import Header, cache_folder
+from dem_opt.checkpoints.files import Header
 from dem_opt.errors import InputError, shorten
 from dem_opt.evaluation.forward_check import TOKENS, Comparison, NotComparableError, compare_forward, refuse_acausal
-from dem_opt.json_files import find_json
 from dem_opt.merging.merged_model import MergedModel
 from dem_opt.planning.hardware import available_memory
 from dem_opt.planning.plan import sized, stored_dtype
@@ -28,6 +24,9 @@ from dem_opt.types import Composite, StoredModel
 
 SAME_BITS = 1e-4
 """Largest difference of a checkpoint, whose vertex has its bits, in nats per token."""
+
+VERTICES = "vertices"
+"""Kind of the cached findings that are comparisons: each the reason why it was not possible, or ""."""
 
 ROUNDED = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 5e-2}
 """Largest difference of an adapter, by the base's dtype: a vertex is rounded to it, peft keeps factors in float32."""
@@ -65,21 +64,20 @@ def check_vertices(
     Raises:
         InputError: A vertex is another model than its fine-tune, or the base is no causal model.
     """
-    known = _read_cache()
     rounded = ROUNDED[stored_dtype(headers["base"])]
     vertices = {
         name: _Vertex(model, headers[name], rounded if model.base is not None else SAME_BITS)
         for name, model in {"base": base, **fine_tunes}.items()
     }
     keys = {name: _key(base, vertex.model) for name, vertex in vertices.items()}
-    new = [name for name in vertices if keys[name] not in known]
+    known = {name: user_cache.find(VERTICES, key, str) for name, key in keys.items()}
+    new = [name for name, reason in known.items() if reason is None]
     with current_progress().phase("comparing with transformers", len(new), "models") as phase:
         for name in new:
-            known[keys[name]] = _check(base, vertices[name])
+            known[name] = _check(base, vertices[name])
+            user_cache.keep(VERTICES, keys[name], known[name])
             phase.advance()
-    if new:
-        _write_cache(known)
-    reasons = {name: known[key] for name, key in keys.items() if known[key]}
+    reasons = {name: reason for name, reason in known.items() if reason}
     warnings = (f"{name} is not compared with its own forward pass: {reason}" for name, reason in reasons.items())
     # Two passes for each comparison, two more for the base, which has to be causal.
     return VertexCheck(tuple(warnings), 2 * TOKENS * (len(new) + ("base" in new)))
@@ -141,18 +139,3 @@ def _versions() -> list[str]:
         except PackageNotFoundError:
             versions.append("")
     return versions
-
-
-def _cache_file() -> Path:
-    return cache_folder() / "vertices.json"
-
-
-def _read_cache() -> dict[str, str]:
-    """Comparisons that were made, each with the reason why it was not possible, or ""."""
-    return find_json(_cache_file(), dict[str, str]) or {}
-
-
-def _write_cache(known: Mapping[str, str]) -> None:
-    """Replace the cache; where it can't be written, models are compared anew every time."""
-    with suppress(OSError):
-        write_text(_cache_file(), json.dumps(dict(known)))

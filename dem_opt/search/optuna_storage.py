@@ -83,6 +83,10 @@ def introduce(study: optuna.Study, storage: RDBStorage, beginning: Beginning, me
     return str(uid)
 
 
+_COMPATIBLE: set[str] = set()
+"""Databases whose tables were found to be those of this Optuna, which takes longer than all else of opening them."""
+
+
 def open_storage(url: str) -> RDBStorage:
     """Optuna's tables in a database, made where there are none.
 
@@ -90,9 +94,16 @@ def open_storage(url: str) -> RDBStorage:
     """
     # Optuna formats the URL: doubled braces stay braces.
     escaped, settings = url.replace("{", "{{").replace("}", "}}"), dict(engine.engine_settings(url))
-    storage = engine.making_tables(lambda: RDBStorage(escaped, engine_kwargs=settings))
+    known = is_compatible(url)
+    storage = engine.making_tables(lambda: RDBStorage(escaped, settings, skip_compatibility_check=known))
     engine.tune(storage.engine)
+    _COMPATIBLE.add(url)
     return storage
+
+
+def is_compatible(url: str) -> bool:
+    """This process has opened Optuna's tables in the database before, and need not compare them with this Optuna."""
+    return url in _COMPATIBLE
 
 
 def study_names(url: str) -> set[str]:

@@ -15,29 +15,46 @@ import books  # noqa: E402
 import worlds  # noqa: E402
 
 from dem_opt.compute import SETTINGS  # noqa: E402
+from dem_opt.compute.ray_session import STARTS  # noqa: E402
 
 CPUS = 4
 """More than the machine may have: workers of tiny models."""
+
+LIGHT = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
+"""Nodes without the processes that no test needs."""
+
+
+def make_cluster(cpus: int) -> Any:
+    """A head with so many CPUs, to which nodes can be added; one that is too slow for Ray's 30 s is started again."""
+    from ray.cluster_utils import Cluster
+
+    class PatientCluster(Cluster):  # type: ignore[misc]
+        def add_node(self, **arguments: Any) -> Any:
+            for left in reversed(range(STARTS)):
+                try:
+                    return super().add_node(**LIGHT, **arguments)
+                except Exception as error:  # Ray raises Exception itself
+                    if not left or not ("timed out" in str(error) or isinstance(error, TimeoutError)):
+                        raise
+            raise AssertionError
+
+    return PatientCluster(initialize_head=True, head_node_args={"num_cpus": cpus})
 
 
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
     """A Ray that drivers join and leave, and this process does not join."""
-    from ray.cluster_utils import Cluster
-
     os.environ.update(SETTINGS | {"PYTHONPATH": books.environment()["PYTHONPATH"]})
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": CPUS, "include_dashboard": False})
+    made = make_cluster(CPUS)
     yield made.address
     made.shutdown()
 
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A head that holds nothing, and one node that holds workers."""
-    from ray.cluster_utils import Cluster
-
+    """A head that holds nothing; tests add nodes that hold workers."""
     monkeypatch.setenv("PYTHONPATH", books.environment()["PYTHONPATH"])
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    made = make_cluster(0)
     yield made
     made.shutdown()
 

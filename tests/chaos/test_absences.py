@@ -68,7 +68,7 @@ def mlflow(tmp_path: Path) -> Iterator[MlflowServer]:
 
 
 def test_mlflow_may_go_and_come_back(make_study: Callable[..., Path], mlflow: MlflowServer) -> None:
-    planned = 400
+    planned = 200
     study = make_study(planned, tracking={"uri": mlflow.uri})
     mlflow.start()
     driver = books.start("stop:30", "run", study)

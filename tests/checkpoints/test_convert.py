@@ -21,9 +21,10 @@ from dem_opt.checkpoints import convert
 from dem_opt.checkpoints.adapters import CONFIG, read_adapter
 from dem_opt.checkpoints.adapters import WEIGHTS as ADAPTER
 from dem_opt.checkpoints.convert import converted
-from dem_opt.checkpoints.files import WEIGHTS, cache_folder, content_hash, read_header
+from dem_opt.checkpoints.files import WEIGHTS, content_hash, read_header
 from dem_opt.checkpoints.fit import check_base
 from dem_opt.checkpoints.locate import locate
+from dem_opt.checkpoints.user_cache import cache_folder
 from dem_opt.config import ModelSource
 from dem_opt.errors import InputError
 

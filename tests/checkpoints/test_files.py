@@ -20,9 +20,19 @@ from transformers import (
 
 from dem_opt.checkpoints.adapters import read_adapter
 from dem_opt.checkpoints.architecture import empty_model, read_architecture
-from dem_opt.checkpoints.files import INDEX, WEIGHTS, content_hash, known_content, read_header, read_into, read_tensors
+from dem_opt.checkpoints.files import (
+    CONTENTS,
+    INDEX,
+    WEIGHTS,
+    content_hash,
+    known_content,
+    read_header,
+    read_into,
+    read_tensors,
+)
 from dem_opt.checkpoints.fit import check_base, check_fit
 from dem_opt.checkpoints.loading import read_parameters
+from dem_opt.checkpoints.user_cache import finding_file
 from dem_opt.errors import InputError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -338,8 +348,9 @@ def test_a_cache_that_can_not_be_used_is_done_without(original, tmp_path, monkey
     if kept.startswith("a file"):
         cache.write_text("")
     elif kept != "nothing":
-        (cache / "dem_opt").mkdir(parents=True)
-        (cache / "dem_opt/contents.json").write_text(kept)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        finding_file(CONTENTS, str(original.resolve())).parent.mkdir(parents=True)
+        finding_file(CONTENTS, str(original.resolve())).write_text(kept)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     assert [content_hash(original) for _ in range(2)] == [known, known]
 

@@ -11,7 +11,7 @@ from optuna.distributions import FloatDistribution
 from recorded import RecordedProgress
 from summaries import a_trial
 
-from dem_opt.dashboards.live_updates import SHARES, LiveUpdates
+from dem_opt.dashboards.live_updates import FIRST_SECONDS, SHARE_OF_TIME, SHARES, LiveUpdates
 from dem_opt.errors import InputError
 
 TRIALS = 4
@@ -67,22 +67,62 @@ def test_links_of_an_unknown_study_are_the_callers_failure(url: str) -> None:
         board.link("another", {0: "http://here/0"}, "http://here/")
 
 
-def run(board: LiveUpdates, planned: int, study: str = "s") -> None:
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+TRIAL_SECONDS = 1000.0
+"""A trial so long that there is time for every drawing."""
+
+
+def run(board: LiveUpdates, planned: int, clock: Clock, seconds: float = TRIAL_SECONDS) -> None:
     """Trials that end, each when what it set off is drawn."""
     for done in range(1, planned + 1):
+        clock.seconds += seconds
         board.trial_finished(a_trial(done, 1.0), done, planned)
         if board._drawing is not None:
             board._drawing.result()
 
 
-def test_figures_are_drawn_at_milestones_and_not_for_each_trial(tmp_path: Path) -> None:
+def test_figures_are_drawn_at_milestones_and_not_for_each_trial(tmp_path: Path, clock: Clock) -> None:
     watching, shown = RecordedProgress(), []
-    with LiveUpdates(f"sqlite:///{tmp_path}/none.db", watching, lambda pages: shown.append(dict(pages))) as board:
-        run(board, 100)
+    with LiveUpdates(
+        f"sqlite:///{tmp_path}/none.db", watching, lambda pages: shown.append(dict(pages)), clock
+    ) as board:
+        run(board, 100, clock)
     assert len(shown) == len(SHARES) and watching.done == list(range(1, 101)) and watching.warnings == []
 
 
-def test_a_drawing_that_is_slow_is_waited_for_by_nobody(tmp_path: Path) -> None:
+@pytest.mark.parametrize("trial", [0.01, 0.5, 60.0])
+@pytest.mark.parametrize("drawing", [0.5, 2.0, 30.0])
+def test_drawings_take_a_small_share_of_a_run_s_time(
+    tmp_path: Path, clock: Clock, trial: float, drawing: float
+) -> None:
+    ended = []
+
+    def draw(pages: Mapping[str, str]) -> None:
+        clock.seconds += drawing
+        ended.append(clock.seconds)
+
+    with LiveUpdates(f"sqlite:///{tmp_path}/none.db", RecordedProgress(), draw, clock) as board:
+        run(board, 400, clock, trial)
+    assert all(end - drawing >= FIRST_SECONDS / SHARE_OF_TIME for end in ended[:1])
+    for number, end in enumerate(ended[1:], 2):
+        assert number * drawing <= SHARE_OF_TIME * (end - drawing)
+    assert bool(ended) == (400 * trial >= FIRST_SECONDS / SHARE_OF_TIME)
+
+
+def test_a_drawing_that_is_slow_is_waited_for_by_nobody(tmp_path: Path, clock: Clock) -> None:
     """While the first goes on, milestones set nothing off; the first after it does."""
     go_on, shown = Event(), []
 
@@ -90,7 +130,8 @@ def test_a_drawing_that_is_slow_is_waited_for_by_nobody(tmp_path: Path) -> None:
         go_on.wait(60)
         shown.append(1)
 
-    with LiveUpdates(f"sqlite:///{tmp_path}/none.db", RecordedProgress(), show) as board:
+    with LiveUpdates(f"sqlite:///{tmp_path}/none.db", RecordedProgress(), show, clock) as board:
+        clock.seconds = TRIAL_SECONDS
         for done in range(1, 61):
             board.trial_finished(a_trial(done, 1.0), done, 100)
         go_on.set()
@@ -101,18 +142,18 @@ def test_a_drawing_that_is_slow_is_waited_for_by_nobody(tmp_path: Path) -> None:
     assert len(shown) == 2
 
 
-def test_a_drawing_that_fails_is_told_once_and_stops_nothing(tmp_path: Path) -> None:
+def test_a_drawing_that_fails_is_told_once_and_stops_nothing(tmp_path: Path, clock: Clock) -> None:
     def fail(pages: Mapping[str, str]) -> None:
         raise OSError("the disk is\nfull")
 
     watching = RecordedProgress()
-    with LiveUpdates(f"sqlite:///{tmp_path}/none.db", watching, fail) as board:
-        run(board, 100)
+    with LiveUpdates(f"sqlite:///{tmp_path}/none.db", watching, fail, clock) as board:
+        run(board, 100, clock)
     (warning,) = watching.warnings
     assert "OSError: the disk is" in warning and "\n" not in warning and watching.done == list(range(1, 101))
 
 
-def test_before_there_is_anything_to_draw_the_next_trial_tries_again(tmp_path: Path) -> None:
+def test_before_there_is_anything_to_draw_the_next_trial_tries_again(tmp_path: Path, clock: Clock) -> None:
     calls = []
 
     def show(pages: Mapping[str, str]) -> None:
@@ -121,6 +162,6 @@ def test_before_there_is_anything_to_draw_the_next_trial_tries_again(tmp_path: P
             raise InputError("study", None, None, "nothing is measured yet")
 
     watching = RecordedProgress()
-    with LiveUpdates(f"sqlite:///{tmp_path}/none.db", watching, show) as board:
-        run(board, 100)
+    with LiveUpdates(f"sqlite:///{tmp_path}/none.db", watching, show, clock) as board:
+        run(board, 100, clock)
     assert watching.warnings == [] and len(calls) == 2 + len(SHARES)

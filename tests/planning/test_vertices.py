@@ -1,7 +1,5 @@
 """Laws of the comparison before a study: once for each content, refused by nats, left out only with a reason."""
 
-import json
-
 import pytest
 import torch
 import worlds
@@ -10,7 +8,7 @@ from in_process import open_study
 from recorded import RecordedProgress
 from transformers import BertConfig, BertForMaskedLM
 
-from dem_opt.checkpoints.files import cache_folder
+from dem_opt.checkpoints.user_cache import cache_folder
 from dem_opt.cli.main import main
 from dem_opt.errors import InputError
 from dem_opt.evaluation.forward_check import Comparison, NotComparableError
@@ -50,10 +48,13 @@ def test_each_content_is_compared_once(tmp_path, compared):
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"key": 3}', "[" * 10_000])
 def test_a_damaged_cache_is_made_anew(tmp_path, compared, text):
-    cache_folder().mkdir(parents=True)
-    (cache_folder() / "vertices.json").write_text(text)
     open_study(worlds.study(tmp_path)).score({"code": 1.0})
-    assert len(compared) == 4 and len(json.loads((cache_folder() / "vertices.json").read_text())) == 4
+    kept = list((cache_folder() / vertices.VERTICES).iterdir())
+    assert len(kept) == len(compared) == 4
+    for file in kept:
+        file.write_text(text)
+    open_study(worlds.study(tmp_path)).score({"code": 1.0})
+    assert len(compared) == 8 and all(file.read_text() != text for file in kept)
 
 
 @pytest.mark.parametrize("command", ["check", "run", "score", "merge"])
