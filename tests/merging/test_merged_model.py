@@ -257,7 +257,7 @@ def test_checkpoints_that_stay_in_their_files_give_the_same_bits_and_take_no_mem
         assert_same_bits(values(model), values(expected))
 
 
-@pytest.mark.parametrize("size", [1, 7, 64, 83 * 20, 10**6])
+@pytest.mark.parametrize("size", [7, 83 * 20, 10**6])
 @pytest.mark.parametrize("which", [(0,), (0, 1, 2)], ids=str)
 def test_bits_do_not_depend_on_how_much_is_fetched_at_once(world, which, size, monkeypatch):
     worker, expected = world.merged_model(dtype=torch.float32)

@@ -132,7 +132,8 @@ def test_proposals_are_valid_and_reproducible_by_seed(algorithm: str, space: Spa
     assert all(space.contains(coefficients) for coefficients in points)
     assert len(set(points)) == (1 if space.is_point else trials)
     assert points == play(study_of(algorithm, space), space, trials)
-    if algorithm not in UNSEEDED and not space.is_point:
+    is_line = len(space.landmarks()) <= 3  # on which `simplex-gp` finds the greatest improvement with any seed
+    if algorithm not in UNSEEDED and not space.is_point and not (is_line and algorithm == "simplex-gp"):
         assert points != play(study_of(algorithm, space, seed=1), space, trials)
 
 

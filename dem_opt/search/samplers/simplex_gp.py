@@ -1,6 +1,6 @@
 """Bayesian optimization on the simplex: the point where a Gaussian process expects the greatest improvement.
 
-Shape suffixes beside the project's: N trials, M points, F shares.
+Shape suffixes beside the project's: N trials, M points, m of them still moving, F shares.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -39,7 +39,10 @@ _STARTS = 64
 """Points from which the acquisition function is climbed."""
 
 _STEPS = 60
-"""Steps of each climb."""
+"""Most steps of each climb."""
+
+_ARRIVED = 1e-8
+"""A climb ends where a step changes no share by more."""
 
 _LONGEST = 1e3
 """Longest step before projection: it reaches every corner, and loses few digits when it is projected."""
@@ -332,20 +335,24 @@ def maximize(
     points_MF = starts_MF[np.argsort(-value_M, kind="stable")[:_STARTS]]
     value_M, gradient_MF = _along(function, points_MF)
     step_M = 0.1 / _norm(gradient_MF)
+    moving_m = np.arange(len(points_MF))  # those that have not arrived
     for _ in range(_STEPS):
-        step_M = np.minimum(step_M, _LONGEST / _norm(gradient_MF))
-        moved_MF = polytope.project(points_MF + step_M[:, None] * gradient_MF)
-        new_value_M, new_gradient_MF = _along(function, moved_MF)
-        change_MF = moved_MF - points_MF
-        accepted_M = new_value_M >= value_M + _ARMIJO * (gradient_MF * change_MF).sum(axis=1)
+        step_m = np.minimum(step_M[moving_m], _LONGEST / _norm(gradient_MF[moving_m]))
+        moved_mF = polytope.project(points_MF[moving_m] + step_m[:, None] * gradient_MF[moving_m])
+        new_value_m, new_gradient_mF = _along(function, moved_mF)
+        change_mF = moved_mF - points_MF[moving_m]
+        accepted_m = new_value_m >= value_M[moving_m] + _ARMIJO * (gradient_MF[moving_m] * change_mF).sum(axis=1)
         # Where the function is not concave along the step, Barzilai and Borwein's quotient says nothing: lengthen it.
-        curvature_M = -(change_MF * (new_gradient_MF - gradient_MF)).sum(axis=1)
-        squared_M = (change_MF**2).sum(axis=1)
-        newton_M = np.divide(squared_M, curvature_M, out=10 * step_M, where=curvature_M > 1e-300)
-        step_M = np.where(accepted_M, np.clip(newton_M, 0.1 * step_M, 10 * step_M), 0.2 * step_M)
-        points_MF = np.where(accepted_M[:, None], moved_MF, points_MF)
-        gradient_MF = np.where(accepted_M[:, None], new_gradient_MF, gradient_MF)
-        value_M = np.where(accepted_M, new_value_M, value_M)
+        curvature_m = -(change_mF * (new_gradient_mF - gradient_MF[moving_m])).sum(axis=1)
+        squared_m = (change_mF**2).sum(axis=1)
+        newton_m = np.divide(squared_m, curvature_m, out=10 * step_m, where=curvature_m > 1e-300)
+        step_M[moving_m] = np.where(accepted_m, np.clip(newton_m, 0.1 * step_m, 10 * step_m), 0.2 * step_m)
+        better_m = moving_m[accepted_m]
+        points_MF[better_m], gradient_MF[better_m] = moved_mF[accepted_m], new_gradient_mF[accepted_m]
+        value_M[better_m] = new_value_m[accepted_m]
+        moving_m = moving_m[np.abs(change_mF).max(axis=1) > _ARRIVED]
+        if not len(moving_m):
+            break
     order_M = np.argsort(-value_M, kind="stable")
     return points_MF[order_M], value_M[order_M]
 
