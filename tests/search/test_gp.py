@@ -74,7 +74,7 @@ def test_the_posterior_is_the_dense_formula(steep: int) -> None:
         mean = seen.offset + seen.scale * cross @ inverse @ seen.standard_R
         variance = seen.scale**2 * (k(point, point) - cross @ inverse @ cross)
         assert posterior.mean_M[row] == pytest.approx(mean, abs=1e-4 if steep else 1e-6)
-        assert posterior.variance_M[row] == pytest.approx(variance, rel=0.1 if steep else 1e-3, abs=1e-7)
+        assert posterior.variance_M[row] == pytest.approx(variance, rel=5e-2 if steep else 1e-3, abs=5e-7)
     assert process.mean(INSIDE) == pytest.approx(posterior.mean_M, abs=1e-12)
 
 
