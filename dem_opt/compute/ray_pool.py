@@ -32,8 +32,7 @@ HANG_FACTOR, HANG_SECONDS, HANG_ANSWERS = 10.0, 60.0, 3
 class _Actor:
     """A worker in its own process.
 
-    Until it is loaded no garbage is collected: looking for it among all that torch and transformers make while they
-    are imported takes a fifth of that time.
+    While torch and transformers are imported, with the arguments of `load`, no garbage is looked for in what they make.
     """
 
     def __init__(self) -> None:
@@ -48,12 +47,11 @@ class _Actor:
         """
         import torch
 
+        gc.enable()
         try:
             self._worker = build(spec)
         except InputError as error:
             raise InputError(_on_this_node(error.where), error.field, error.value, error.mend) from None
-        finally:
-            gc.enable()
         return torch.get_num_threads()
 
     def evaluate(self, request: Request) -> Evaluation | Failure:

@@ -178,7 +178,7 @@ def test_a_database_that_stays_away_ends_the_run_in_a_line(
     driver = books.start("stop:20", "run", study)
     with books.standing_still(driver):
         postgres.stop()
-    said, _ = driver.communicate(timeout=300)
+    said, _ = driver.communicate(timeout=600)
     postgres.ensure_postgres_running()
     assert driver.returncode == 1, said
     assert "Traceback" not in said and f"To continue: dem-opt run {study}" in said.splitlines()[-1]

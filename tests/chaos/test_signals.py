@@ -19,7 +19,7 @@ def test_the_first_signal_finishes_what_is_being_scored(make_study: Callable[...
     driver = books.start("never", "run", study, start_new_session=True)
     at_work(driver, study, 8)
     os.killpg(driver.pid, number)
-    said, _ = driver.communicate(timeout=120)
+    said, _ = driver.communicate(timeout=600)
     assert driver.returncode == 130, said
     assert "stopping when what is being scored is written" in said
     assert said.splitlines()[-1].endswith(f"To continue: dem-opt run {study}")
@@ -41,7 +41,7 @@ def test_the_second_signal_stops_at_once(make_study: Callable[..., Path]) -> Non
     os.killpg(driver.pid, signal.SIGINT)
     time.sleep(0.05)
     os.killpg(driver.pid, signal.SIGINT)
-    said, _ = driver.communicate(timeout=120)
+    said, _ = driver.communicate(timeout=600)
     assert driver.returncode == 130, said
     assert "Traceback" not in said and "To continue" in said.splitlines()[-1]
     status, said = books.run("never", "run", study)

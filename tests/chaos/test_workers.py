@@ -92,7 +92,7 @@ def pool_of(cluster: Any) -> Iterator[Callable[..., Any]]:
             folder: Path = Path("models/code"),
             workers: int | Literal["auto"] = "auto",
         ) -> Any:
-            settings = ComputeSection(ray=cluster.address, workers=workers, patience=120)
+            settings = ComputeSection(ray=cluster.address, workers=workers, patience=600)
             spec = WorkerSpec(base=StoredModel(folder, "content"), fine_tunes=(), corpora=(), batch_tokens=64)
             return stack.enter_context(RayCompute(settings)).workers(build, spec, progress)
 
