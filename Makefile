@@ -45,7 +45,7 @@ test: .venv/ready
 
 ## docs: every snippet of the pages and the example notebook, on ./quickstart or the one that DEM_OPT_QUICKSTART names
 docs: .venv/ready
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m docs tests/docs
+	$(BIN)/python -m pytest -n 2 -m docs tests/docs
 
 ## chaos: faults with real processes: killed drivers, workers and nodes, outages, signals, hostile text
 chaos: .venv/ready

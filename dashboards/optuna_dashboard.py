@@ -14,7 +14,6 @@ from optuna_dashboard import save_note, save_plotly_graph_object
 from optuna_dashboard._note import note_str_key_prefix, note_ver_key
 
 from dem_opt.errors import InputError
-from dem_opt.search.optuna_storage import is_compatible
 
 
 def publish(url: str, study_name: str, figures: Mapping[str, go.Figure], note: str) -> None:
@@ -93,7 +92,7 @@ def _storage(
     options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
     # Optuna applies str.format to the URL: doubled braces stay braces.
     escaped = url.replace("{", "{{").replace("}", "}}")
-    return kind(escaped, engine_kwargs=options, skip_compatibility_check=is_compatible(url))
+    return kind(escaped, engine_kwargs=options, skip_compatibility_check=True)  # the study's search has compared it
 
 
 def _close(storage: optuna.storages.RDBStorage) -> None:

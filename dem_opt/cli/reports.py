@@ -108,6 +108,7 @@ def dashboard(arguments: Namespace, terminal: Terminal) -> None:
     """Serve both dashboards until interrupted."""
     from dem_opt.config import load
     from dem_opt.dashboards.servers import serve
+    from dem_opt.search.optuna_storage import check_tables
     from dem_opt.storage.engine import is_there
     from dem_opt.storage.ledger import Ledger
     from dem_opt.storage.retry import opened
@@ -119,6 +120,7 @@ def dashboard(arguments: Namespace, terminal: Terminal) -> None:
         with opened(config.storage) as engine:
             if Ledger.is_in(engine):
                 Ledger(engine)  # upgrades what an earlier release has written, which Optuna Dashboard reads by itself
+        check_tables(config.storage)
     follow_artifacts(mlflow_store(config))
     serve(config.storage, config.tracking.uri, config.output / "artifacts", terminal.line, arguments.open)
 

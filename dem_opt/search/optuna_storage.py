@@ -10,6 +10,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
+from dem_opt.errors import InputError
 from dem_opt.search.beginning import Beginning, Known
 from dem_opt.search.outcomes import frozen_trial
 from dem_opt.search.samplers.earlier import Earlier
@@ -17,7 +18,7 @@ from dem_opt.search.samplers.history import History, Trial, parse_trial
 from dem_opt.simplex import Space
 from dem_opt.storage import engine
 from dem_opt.storage.optuna_tables import read_study_attributes, read_trials
-from dem_opt.storage.retry import BRIEF
+from dem_opt.storage.retry import BRIEF, RetryPolicy
 
 START = "start"
 """User attribute of a study: the points to propose first, as units by name."""
@@ -91,19 +92,30 @@ def open_storage(url: str) -> RDBStorage:
     """Optuna's tables in a database, made where there are none.
 
     Where another process makes the same tables, this one waits for it.
+
+    Raises:
+        InputError: The tables are of another Optuna, older or newer than this one.
     """
     # Optuna formats the URL: doubled braces stay braces.
     escaped, settings = url.replace("{", "{{").replace("}", "}}"), dict(engine.engine_settings(url))
-    known = is_compatible(url)
-    storage = engine.making_tables(lambda: RDBStorage(escaped, settings, skip_compatibility_check=known))
+    storage = engine.making_tables(lambda: RDBStorage(escaped, settings, skip_compatibility_check=True))
     engine.tune(storage.engine)
-    _COMPATIBLE.add(url)
+    if url not in _COMPATIBLE:
+        _refuse_other_tables(storage, url)
+        _COMPATIBLE.add(url)
     return storage
 
 
-def is_compatible(url: str) -> bool:
-    """This process has opened Optuna's tables in the database before, and need not compare them with this Optuna."""
-    return url in _COMPATIBLE
+def _refuse_other_tables(storage: RDBStorage, url: str) -> None:
+    """Close the storage and raise InputError where its tables are of another Optuna."""
+    version = storage.get_current_version()
+    if version == storage.get_head_version():
+        return
+    is_older = version in storage.get_all_versions()
+    close_storage(storage)
+    newer = f"its tables are of a newer Optuna than the {optuna.__version__} that is installed: install that one"
+    older = "its tables are of an older Optuna; first: optuna storage upgrade --storage URL"
+    raise InputError(None, "storage", engine.masked(url), older if is_older else newer)
 
 
 def study_names(url: str) -> set[str]:
@@ -120,6 +132,11 @@ def opened_storage(url: str) -> Iterator[RDBStorage]:
         yield storage
     finally:
         close_storage(storage)
+
+
+def check_tables(url: str, retry: RetryPolicy = BRIEF) -> None:
+    """Make Optuna's tables where there are none; InputError where they are of another Optuna."""
+    close_storage(retry(lambda: open_storage(url)))
 
 
 def close_storage(storage: RDBStorage) -> None:

@@ -13,6 +13,7 @@ from dem_opt.evaluation.worker import build
 from dem_opt.planning.inputs import Inputs, load_inputs
 from dem_opt.progress import Progress
 from dem_opt.search.loop import Driver
+from dem_opt.search.optuna_storage import check_tables
 from dem_opt.search.optuna_study import Search
 from dem_opt.search.runs import Runs
 from dem_opt.storage.engine import Engine, masked
@@ -86,6 +87,7 @@ class StudyContext:
     def driving(self) -> Iterator[tuple[Ledger, Lease]]:
         """Open the study's database with the right to write trials."""
         with self.database() as (engine, ledger), holding(engine, self.config.name, True, self.retry) as lease:
+            check_tables(self.config.storage, self.retry)
             yield ledger, lease
 
     @contextmanager

@@ -181,14 +181,10 @@ def reader(request: pytest.FixtureRequest) -> Iterator[Reader]:
 SNIPPETS = [snippet for page in PAGES for snippet in snippets_of(page)]
 
 
-def case(snippet: Snippet) -> object:
-    """One process runs the snippets of a page."""
-    return pytest.param(snippet.page, snippet, id=str(snippet), marks=pytest.mark.xdist_group(str(snippet.page)))
-
-
 @pytest.mark.parametrize(
     ("reader", "snippet"),
-    [case(snippet) for snippet in SNIPPETS],
+    [(snippet.page, snippet) for snippet in SNIPPETS],
+    ids=map(str, SNIPPETS),
     indirect=["reader"],
     scope="module",  # one reader for a page
 )
