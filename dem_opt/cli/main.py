@@ -19,7 +19,7 @@ from dem_opt.signals import sigterm_as_ctrl_c
 __all__ = ["main", "parser"]
 
 RARELY = 20_000
-"""Objects after which garbage is looked for; with Python's 700, importing torch and transformers takes a tenth longer."""
+"""Objects after which garbage is looked for; with Python's 700, to import torch and transformers takes a tenth more."""
 
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
