@@ -16,6 +16,7 @@ from sqlalchemy import text
 from dem_opt import Study
 from dem_opt.cli.main import main
 from dem_opt.errors import InputError, OutageError
+from dem_opt.search import optuna_storage
 from dem_opt.storage import engine as engine_module
 from dem_opt.storage import retry
 from dem_opt.storage.engine import connect
@@ -177,3 +178,18 @@ def test_every_command_tells_a_locked_database_in_one_line(
     said = capfd.readouterr().err
     assert status in (0, 1) and "Traceback" not in said
     assert status == 0 or ("locked" in said and len(said.splitlines()) == 1)
+
+
+COMMANDS = [["run"], ["list"], ["trials"], ["show"], ["report"], ["dashboard"], ["reset", "--yes"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_every_command_refuses_the_tables_of_another_optuna_in_one_line(
+    begun: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.setattr(optuna_storage, "_COMPATIBLE", set())  # as in a process of its own
+    with closing(sqlite3.connect(begun.parent / "runs/tiny/study.db")) as database, database:
+        database.execute("UPDATE alembic_version SET version_num = 'v9.9.0.a'")
+    assert main([*command, "--quiet", str(begun)]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("dem-opt: storage = ") and "a newer Optuna than" in line
