@@ -63,7 +63,7 @@ class Server:
             for secret in secrets:
                 words = words.replace(secret, "***")
             status = self.process.returncode
-            raise InputError(self.name, None, None, f"ended with status {status}: {shorten(words, 300)}")
+            raise InputError(self.name, None, None, f"ended with status {status}: {shorten(words, 500)}")
 
     def stop(self) -> None:
         """End the process group: SIGTERM first, SIGKILL if that takes too long."""

@@ -58,4 +58,4 @@ class BackgroundWriter:
 
 def reason_of(error: BaseException) -> str:
     """The first line of an error with its class, without passwords."""
-    return shorten(masked(f"{type(error).__name__}: {error}".splitlines()[0]), 300)
+    return shorten(masked(f"{type(error).__name__}: {error}".splitlines()[0]), 500)
