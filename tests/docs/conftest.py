@@ -13,5 +13,6 @@ class PageScheduling(LoadScopeScheduling):
         return nodeid.rpartition(":")[0]
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> PageScheduling:
     return PageScheduling(config, log)

@@ -322,7 +322,8 @@ def maximize(
     """Local maxima over a polytope of shares of a function that gives values with gradients, greatest first.
 
     Projected gradient ascent with Barzilai and Borwein's step (1988; projected as by Birgin, Martinez and Raydan 2000),
-    shortened where Armijo's condition fails, from the most promising starts, all in one batch:
+    shortened where Armijo's condition fails, from the most promising starts, all in one batch, which those that have
+    arrived leave:
 
         x' = project(x + t g) ,    t <- |x' - x|^2 / -(x' - x)'(g' - g)
 
@@ -335,15 +336,16 @@ def maximize(
     points_MF = starts_MF[np.argsort(-value_M, kind="stable")[:_STARTS]]
     value_M, gradient_MF = _along(function, points_MF)
     step_M = 0.1 / _norm(gradient_MF)
-    moving_m = np.arange(len(points_MF))  # those that have not arrived
+    moving_m = np.arange(len(points_MF))
     for _ in range(_STEPS):
-        step_m = np.minimum(step_M[moving_m], _LONGEST / _norm(gradient_MF[moving_m]))
-        moved_mF = polytope.project(points_MF[moving_m] + step_m[:, None] * gradient_MF[moving_m])
+        points_mF, gradient_mF = points_MF[moving_m], gradient_MF[moving_m]
+        step_m = np.minimum(step_M[moving_m], _LONGEST / _norm(gradient_mF))
+        moved_mF = polytope.project(points_mF + step_m[:, None] * gradient_mF)
         new_value_m, new_gradient_mF = _along(function, moved_mF)
-        change_mF = moved_mF - points_MF[moving_m]
-        accepted_m = new_value_m >= value_M[moving_m] + _ARMIJO * (gradient_MF[moving_m] * change_mF).sum(axis=1)
+        change_mF = moved_mF - points_mF
+        accepted_m = new_value_m >= value_M[moving_m] + _ARMIJO * (gradient_mF * change_mF).sum(axis=1)
         # Where the function is not concave along the step, Barzilai and Borwein's quotient says nothing: lengthen it.
-        curvature_m = -(change_mF * (new_gradient_mF - gradient_MF[moving_m])).sum(axis=1)
+        curvature_m = -(change_mF * (new_gradient_mF - gradient_mF)).sum(axis=1)
         squared_m = (change_mF**2).sum(axis=1)
         newton_m = np.divide(squared_m, curvature_m, out=10 * step_m, where=curvature_m > 1e-300)
         step_M[moving_m] = np.where(accepted_m, np.clip(newton_m, 0.1 * step_m, 10 * step_m), 0.2 * step_m)
