@@ -20,7 +20,7 @@ from dem_opt.checkpoints.convert import conversion_of
 from dem_opt.checkpoints.files import CONTENTS, INDEX, content_hash, known_content, read_header
 from dem_opt.checkpoints.fit import check_base
 from dem_opt.checkpoints.training_record import JOURNAL, RECORD, read_journal, read_record
-from dem_opt.checkpoints.user_cache import finding_file
+from dem_opt.checkpoints.user_cache import entry_file
 from dem_opt.data.tokenize import load_tokenizer
 from dem_opt.errors import InputError
 from dem_opt.json_files import find_json, parse_json, read_json
@@ -68,7 +68,7 @@ FOUND: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object], object]
     "manifest": (lambda folder: folder / RECORD, lambda file: refuses_foreign(file.parent), True),
     "a converted folder": (lambda folder: folder / CONVERTED, lambda file: conversion_of(file.parent), None),
     "cached hashes": (
-        lambda folder: finding_file(CONTENTS, str((folder / "cache/model").resolve())),
+        lambda folder: entry_file(CONTENTS, str((folder / "cache/model").resolve())),
         lambda file: len(measured_again(model(file.parents[2] / "model"))),
         64,
     ),

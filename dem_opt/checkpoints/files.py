@@ -36,7 +36,7 @@ MOST_READ_BYTES = 2**30
 """Bytes read by one system call, which can't read more than 2**31."""
 
 CONTENTS = "contents"
-"""Kind of the cached findings that are content hashes, by the checkpoint's folder."""
+"""Kind of the cache's entries that are content hashes, by the checkpoint's folder."""
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -146,13 +146,13 @@ def content_hash(folder: Path, field: str = "checkpoint") -> str:
     content = known_content(header)
     if content is None:
         content = hash_tensors(header)
-        user_cache.keep(CONTENTS, str(folder.resolve()), _Known(file_stamps(header.files), content))
+        user_cache.put(CONTENTS, str(folder.resolve()), _Known(file_stamps(header.files), content))
     return content
 
 
 def known_content(header: Header) -> str | None:
     """The content hash in the cache for these very files; None where they have to be read."""
-    known = user_cache.find(CONTENTS, str(header.folder.resolve()), _Known)
+    known = user_cache.get(CONTENTS, str(header.folder.resolve()), _Known)
     return known.content if known is not None and known.files == file_stamps(header.files) else None
 
 

@@ -1,7 +1,7 @@
-"""This user's cache: what took long to find out about files, one JSON file for each finding.
+"""The user's cache of facts about files that take long to compute: a JSON file for each entry.
 
-A single file of all findings would be read and written whole for each of them, and of two processes that write it at
-once one would lose what the other has found.
+One file of all entries would be read and written whole for each of them, and of two processes that write it at once
+one would lose the other's entry.
 """
 
 import json
@@ -27,19 +27,19 @@ def cache_folder() -> Path:
     return Path(home if home != "~" else os.devnull) / ".cache" / "dem_opt"
 
 
-def finding_file(kind: str, key: str) -> Path:
-    """The file of a finding of a kind, `contents` say, by its key, which may be any text."""
+def entry_file(kind: str, key: str) -> Path:
+    """The file of an entry of a kind, `contents` say, by its key, which may be any text."""
     return cache_folder() / kind / f"{sha256(key.encode(errors='surrogateescape')).hexdigest()[:32]}.json"
 
 
-def find(kind: str, key: str, schema: type[Schema]) -> Schema | None:
-    """What was found out before; None where nothing was, or its file is damaged."""
-    return find_json(finding_file(kind, key), schema)
+def get(kind: str, key: str, schema: type[Schema]) -> Schema | None:
+    """Read an entry; None where there is none, or its file is damaged."""
+    return find_json(entry_file(kind, key), schema)
 
 
-def keep(kind: str, key: str, finding: object) -> None:
-    """Keep a finding, a dataclass or what JSON has; without write permission it is found out anew every time."""
+def put(kind: str, key: str, value: object) -> None:
+    """Write an entry, a dataclass or what JSON has; without write permission it is computed anew every time."""
     with suppress(OSError):
         make_private_folder(cache_folder())
-        content = asdict(finding) if is_dataclass(finding) and not isinstance(finding, type) else finding
-        write_text(finding_file(kind, key), json.dumps(content))
+        content = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        write_text(entry_file(kind, key), json.dumps(content))

@@ -26,7 +26,7 @@ SAME_BITS = 1e-4
 """Largest difference of a checkpoint, whose vertex has its bits, in nats per token."""
 
 VERTICES = "vertices"
-"""Kind of the cached findings that are comparisons: each the reason why it was not possible, or ""."""
+"""Kind of the cache's entries that are comparisons: each the reason why it was not possible, or ""."""
 
 ROUNDED = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 5e-2}
 """Largest difference of an adapter, by the base's dtype: a vertex is rounded to it, peft keeps factors in float32."""
@@ -70,12 +70,12 @@ def check_vertices(
         for name, model in {"base": base, **fine_tunes}.items()
     }
     keys = {name: _key(base, vertex.model) for name, vertex in vertices.items()}
-    known = {name: user_cache.find(VERTICES, key, str) for name, key in keys.items()}
+    known = {name: user_cache.get(VERTICES, key, str) for name, key in keys.items()}
     new = [name for name, reason in known.items() if reason is None]
     with current_progress().phase("comparing with transformers", len(new), "models") as phase:
         for name in new:
             known[name] = _check(base, vertices[name])
-            user_cache.keep(VERTICES, keys[name], known[name])
+            user_cache.put(VERTICES, keys[name], known[name])
             phase.advance()
     reasons = {name: reason for name, reason in known.items() if reason}
     warnings = (f"{name} is not compared with its own forward pass: {reason}" for name, reason in reasons.items())

@@ -32,7 +32,7 @@ from dem_opt.checkpoints.files import (
 )
 from dem_opt.checkpoints.fit import check_base, check_fit
 from dem_opt.checkpoints.loading import read_parameters
-from dem_opt.checkpoints.user_cache import finding_file
+from dem_opt.checkpoints.user_cache import entry_file
 from dem_opt.errors import InputError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -349,8 +349,8 @@ def test_a_cache_that_can_not_be_used_is_done_without(original, tmp_path, monkey
         cache.write_text("")
     elif kept != "nothing":
         monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-        finding_file(CONTENTS, str(original.resolve())).parent.mkdir(parents=True)
-        finding_file(CONTENTS, str(original.resolve())).write_text(kept)
+        entry_file(CONTENTS, str(original.resolve())).parent.mkdir(parents=True)
+        entry_file(CONTENTS, str(original.resolve())).write_text(kept)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     assert [content_hash(original) for _ in range(2)] == [known, known]
 
