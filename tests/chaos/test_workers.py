@@ -15,7 +15,7 @@ from typing import Any, Literal
 import books
 import pytest
 import stub_workers
-from counted import notes_of
+from counted import held, notes_of
 from recorded import RecordedProgress
 
 from dem_opt.compute import ATTEMPTS, RayCompute
@@ -70,8 +70,9 @@ def test_nodes_that_are_killed_and_replaced_lose_no_trial(make_study: Callable[.
     driver = books.start("never", "run", study)
     for kill in range(kills):
         at_work(driver, study, len(notes(study)) + 3)
-        cluster.remove_node(nodes.pop(kill % 2), allow_graceful=False)
-        nodes.append(cluster.add_node(num_cpus=1))
+        with held(study.parent):
+            cluster.remove_node(nodes.pop(kill % 2), allow_graceful=False)
+            nodes.append(cluster.add_node(num_cpus=1))
     said, _ = driver.communicate(timeout=900)
     assert driver.returncode == 0, said
     outcome = books.read(study)
