@@ -88,10 +88,10 @@ import os, sys, pickle
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from dem_opt.training import trainer
+from dem_opt.training import trainer_states
 from dem_opt.training.fine_tune import fine_tune
 job = pickle.loads(Path(sys.argv[1]).read_bytes())
-write = trainer._Journal._write
+write = trainer_states._Journal._write
 
 def life(moment):
     lines = 0
@@ -101,7 +101,7 @@ def life(moment):
         lines += 1
         if lines == moment:
             os._exit(9)
-    trainer._Journal._write = counted
+    trainer_states._Journal._write = counted
     fine_tune(job)
     os._exit(0)
 
@@ -146,7 +146,7 @@ def test_a_half_written_state_is_not_gone_on_from(job: FineTuneJob, monkeypatch:
             raise KeyboardInterrupt
         write_text(path, text)
 
-    monkeypatch.setattr("dem_opt.training.trainer.write_text", die)
+    monkeypatch.setattr("dem_opt.training.trainer_states.write_text", die)
     with pytest.raises(KeyboardInterrupt):
         fine_tune(job)
     monkeypatch.undo()
