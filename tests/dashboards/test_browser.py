@@ -84,8 +84,8 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study of three distributions that ended, with its champion exported."""
+def finished(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of three distributions that ended, with its champion exported; none without a browser."""
     folder = tmp_path_factory.mktemp("finished")
     path = worlds.racing_study(folder)
     for words in (["run"], ["export", "--out", str(folder / "best")]):
