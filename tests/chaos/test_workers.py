@@ -44,7 +44,7 @@ def at_work(driver: subprocess.Popen[str], study: Path, seen: int) -> int:
 
 
 def test_workers_that_are_killed_while_they_score_lose_no_trial(make_study: Callable[..., Path]) -> None:
-    kills, planned = 5, 30
+    kills, planned = 3, 20
     study, rng = make_study(planned, **SLOW), random.Random(3)
     driver = books.start("never", "run", study)
     for _ in range(kills):
@@ -63,7 +63,7 @@ def test_workers_that_are_killed_while_they_score_lose_no_trial(make_study: Call
 
 
 def test_nodes_that_are_killed_and_replaced_lose_no_trial(make_study: Callable[..., Path], cluster: Any) -> None:
-    kills, planned = 3, 50
+    kills, planned = 2, 30
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     compute = {"ray": cluster.address, "workers": 2}
     study = make_study(planned, compute=compute, **SLOW)
