@@ -29,7 +29,8 @@ from dem_opt.data.tokenize import load_tokenizer
 from dem_opt.study import Study
 from dem_opt.tracking import NullTracker
 from dem_opt.training.fine_tune import save_checkpoint
-from dem_opt.training.trainer import Recipe, train_model
+from dem_opt.training.recipe import Recipe
+from dem_opt.training.trainer import train_model
 from dem_opt.workflows.quickstart import ADDED, DISTRIBUTIONS, SPLITS, mixture_documents
 
 RATE, LOWER_RATE = 1e-3, 3e-4

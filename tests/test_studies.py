@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dem_opt.config import load
 from dem_opt.training.lora import check_lora
-from dem_opt.training.trainer import Recipe, check_trainer
+from dem_opt.training.recipe import Recipe, check_trainer
 from dem_opt.workflows.check import check
 from dem_opt.workflows.data_mixing import mixtures
 from dem_opt.workflows.quickstart import ADDED, DISTRIBUTIONS, QUICKSTART, study_text

@@ -38,8 +38,8 @@ from dem_opt.errors import InputError, located, shorten
 from dem_opt.evaluation.nll import document_layout, prepare, score
 from dem_opt.json_files import parse_json
 from dem_opt.manifest import FILES, manifest_of, refuse_foreign
-from dem_opt.training.lora import add_lora, initial_factors, merged, subtract_initial_factors
-from dem_opt.training.trainer import DivergedError, Recipe, parameters_of, train_model
+from dem_opt.training.lora import add_lora, initial_factors, merged, parameters_of, subtract_initial_factors
+from dem_opt.training.recipe import DivergedError, Recipe
 from dem_opt.types import Corpus, Windows
 
 HOLDER = "holder"
@@ -176,6 +176,8 @@ def fine_tune(job: FineTuneJob) -> FineTuned:
 
 def _train(job: FineTuneJob, made_from: dict[str, Any]) -> FineTuned:
     """Train from the state in the job's place, and write the checkpoint."""
+    from dem_opt.training.trainer import train_model  # takes a second, for which only a training waits
+
     tokenizer = load_tokenizer(job.base)
     if AutoConfig.from_pretrained(job.base, local_files_only=True, trust_remote_code=False).is_encoder_decoder:
         raise InputError(job.base, "base", None, "is an encoder-decoder, which can't be trained here: name checkpoints")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dem_opt.checkpoints.adapter_config import CONVERTIBLE, fault
@@ -23,7 +23,6 @@ from dem_opt.checkpoints.adapters import CONFIG, WEIGHTS, Plan, plan_edits, sort
 from dem_opt.checkpoints.architecture import describe, read_meta_model
 from dem_opt.checkpoints.files import Header, StoredTensor, read_header
 from dem_opt.errors import InputError, nearest
-from dem_opt.training.trainer import parameters_of
 
 DEFAULTS: Mapping[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 """Arguments of LoraConfig where the study file has none: rank, alpha, and the layers that get factors."""
@@ -173,6 +172,12 @@ def subtract_initial_factors(folder: Path, initial: Mapping[str, Tensor]) -> Non
 def merged(model: Any) -> Any:
     """Add the factors' product to the weights:  W + (alpha / r) B A ."""
     return model.merge_and_unload()
+
+
+def parameters_of(model: nn.Module) -> tuple[int, int]:
+    """Number of a model's parameters, tied ones once, and of those that are trained."""
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(count for count, _ in counts), sum(count for count, trained in counts if trained)
 
 
 def _import_peft() -> Any:

@@ -22,7 +22,7 @@ from dem_opt.progress import Phase, Progress
 from dem_opt.tracking import JobNote
 from dem_opt.training.fine_tune import FineTuned, FineTuneJob, fine_tune, holder_of, is_wanted, job_identity
 from dem_opt.training.lora import check_lora, check_mergeable
-from dem_opt.training.trainer import check_trainer
+from dem_opt.training.recipe import check_trainer
 from dem_opt.workflows.context import StudyContext
 
 EXPECTED_FAILURES = (RuntimeError, OSError, MemoryError)

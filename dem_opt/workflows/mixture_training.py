@@ -11,7 +11,7 @@ from dem_opt.export.writer import MARKER, write_composite
 from dem_opt.manifest import read_description
 from dem_opt.planning.inputs import Inputs
 from dem_opt.training.fine_tune import FineTuneJob
-from dem_opt.training.trainer import check_trainer
+from dem_opt.training.recipe import check_trainer
 from dem_opt.types import Composite, Summary
 from dem_opt.workflows.configurations import distinguish
 from dem_opt.workflows.context import StudyContext

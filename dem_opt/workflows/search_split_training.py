@@ -20,7 +20,7 @@ from dem_opt.manifest import read_description
 from dem_opt.planning.inputs import Inputs, check_headers
 from dem_opt.training.fine_tune import FineTuneJob, result_of
 from dem_opt.training.lora import check_lora, count_parameters
-from dem_opt.training.trainer import check_trainer
+from dem_opt.training.recipe import check_trainer
 from dem_opt.types import SEARCH, Composite, ResultRow, Rival
 from dem_opt.workflows.configurations import distinguish
 from dem_opt.workflows.context import StudyContext

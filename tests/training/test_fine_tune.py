@@ -25,7 +25,8 @@ from dem_opt.data.documents import read_documents
 from dem_opt.data.packing import pack
 from dem_opt.errors import InputError
 from dem_opt.training.fine_tune import HOLDER, FineTuneJob, fine_tune, holder_of, is_finished, save_checkpoint
-from dem_opt.training.trainer import Recipe, train_model
+from dem_opt.training.recipe import Recipe
+from dem_opt.training.trainer import train_model
 from dem_opt.workflows.quickstart import Settings, generated_documents, make_tokenizer, untrained_base, write_corpora
 from dem_opt.workflows.quickstart.generated import math_problem
 

@@ -94,7 +94,7 @@ def test_a_killed_training_from_factors_of_the_base_gives_the_same_adapter(
             raise KeyboardInterrupt
         write_text(path, text)
 
-    monkeypatch.setattr("dem_opt.training.trainer_states.write_text", die)
+    monkeypatch.setattr("dem_opt.training.trainer.write_text", die)
     with pytest.raises(KeyboardInterrupt):
         fine_tune(job)
     monkeypatch.undo()

@@ -10,7 +10,8 @@ from malformed import MALFORMED, malform
 from transformers import LlamaForCausalLM
 
 from dem_opt.data.packing import pack
-from dem_opt.training.trainer import Recipe, train_model
+from dem_opt.training.recipe import Recipe
+from dem_opt.training.trainer import train_model
 from dem_opt.types import Windows
 
 RECIPE = Recipe(steps=9, learning_rate=3e-3, batch_size=4, seed=0, save_every=3)

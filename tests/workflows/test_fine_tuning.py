@@ -34,7 +34,7 @@ from dem_opt.errors import InputError
 from dem_opt.evaluation.nll import document_layout, prepare, score
 from dem_opt.planning.inputs import load_inputs
 from dem_opt.training.fine_tune import FineTuneJob, fine_tune, is_finished, is_wanted, result_of
-from dem_opt.training.trainer import DivergedError, check_trainer
+from dem_opt.training.recipe import DivergedError, check_trainer
 
 STEPS_OF_A_JOB = 12
 
@@ -88,10 +88,10 @@ import os, sys, pickle
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from dem_opt.training import trainer_states
+from dem_opt.training import trainer
 from dem_opt.training.fine_tune import fine_tune
 job = pickle.loads(Path(sys.argv[1]).read_bytes())
-write = trainer_states._Journal._write
+write = trainer._Journal._write
 
 def life(moment):
     lines = 0
@@ -101,7 +101,7 @@ def life(moment):
         lines += 1
         if lines == moment:
             os._exit(9)
-    trainer_states._Journal._write = counted
+    trainer._Journal._write = counted
     fine_tune(job)
     os._exit(0)
 
@@ -146,7 +146,7 @@ def test_a_half_written_state_is_not_gone_on_from(job: FineTuneJob, monkeypatch:
             raise KeyboardInterrupt
         write_text(path, text)
 
-    monkeypatch.setattr("dem_opt.training.trainer_states.write_text", die)
+    monkeypatch.setattr("dem_opt.training.trainer.write_text", die)
     with pytest.raises(KeyboardInterrupt):
         fine_tune(job)
     monkeypatch.undo()
@@ -307,7 +307,7 @@ def test_the_trainer_is_told_only_what_it_knows(tmp_path: Path, arguments: dict[
 def test_every_owned_argument_is_one_of_the_trainer() -> None:
     from transformers import TrainingArguments
 
-    from dem_opt.training.trainer import OWNED
+    from dem_opt.training.recipe import OWNED
 
     assert OWNED.keys() <= {field.name for field in dataclasses.fields(TrainingArguments)}
     check_trainer({"weight_decay": 0.1, "max_grad_norm": 0.5, "bf16": False}, None)

@@ -29,7 +29,8 @@ from dem_opt.json_files import find_json
 from dem_opt.manifest import FILES, manifest_of, read_description, refuse_changed
 from dem_opt.training.fine_tune import save_checkpoint
 from dem_opt.checkpoints.architecture import silence_transformers
-from dem_opt.training.trainer import Recipe, train_model
+from dem_opt.training.recipe import Recipe
+from dem_opt.training.trainer import train_model
 
 DISTRIBUTIONS = ("code", "math", "prose", "records")
 ADDED = "logs"
